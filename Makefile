@@ -1,0 +1,51 @@
+# make demo and make test start from a bare clone: Python 3.10+, a C and C++ compiler, and pip's package index.
+#   PYTHON=python3.12   the interpreter the virtual environment is made from
+#   ARGS="-k crash -x"  further arguments for pytest, the demo or a benchmark
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.txt
+ENGINE := fxckpt/engine/_engine.abi3.so
+SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
+
+.PHONY: demo test bench lint clean distclean
+.SUFFIXES:
+
+demo: $(ENGINE)
+	@$(PY) examples/demo.py $(ARGS)
+
+test: $(ENGINE)
+	@$(PY) -m pytest $(ARGS)
+
+bench: $(ENGINE)
+	@$(PY) benchmarks/optimizer_step.py $(ARGS)
+	@$(PY) benchmarks/overhead.py $(ARGS)
+
+lint: $(VENV)/.packages
+	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) "ruff>=0.9"
+	@$(PY) -m ruff check .
+	@$${CC:-cc} -std=c11 -Wall -Wextra -Werror -fsyntax-only csrc/*.c
+
+# torch comes first and exactly as constraints.txt pins it, so that nothing else can choose its version.
+$(VENV)/.packages: constraints.txt pyproject.toml
+	@sh tools/check_toolchain.sh "$(PYTHON)"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the packages that build and test fxckpt into $(VENV) (once; torch is large)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) "setuptools>=77" wheel "cffi>=1.16" numpy "pytest>=8" expecttest hypothesis safetensors
+	@touch $@
+
+$(ENGINE): $(VENV)/.packages $(SOURCES)
+	@echo "building the engine"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .demo-* .bench-* .pytest_cache .ruff_cache .hypothesis
+	rm -f $(ENGINE) fxckpt/engine/_engine.c
+	find fxckpt tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
