@@ -1,0 +1,247 @@
+/* A checkpoint as its caller sees it: begin, emit, wait, cancel, release. */
+#include "internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+/* ---- begin ---- */
+
+static void *copy_of(const void *data, size_t nbytes) {
+    void *copy = malloc(nbytes + 1);
+    if (copy && data) memcpy(copy, data, nbytes);
+    else if (copy) memset(copy, 0, nbytes);
+    return copy;
+}
+
+static struct fx_checkpoint *allocate(struct fx_engine *engine, struct fx_plan *plan,
+                                      const char *const *paths, const uint8_t *has_known,
+                                      const uint32_t *known) {
+    struct fx_checkpoint *ck = calloc(1, sizeof *ck);
+    if (!ck) return NULL;
+    fx_plan_hold(plan);
+    ck->engine = engine;
+    ck->plan = plan;
+    ck->ready_head = ck->ready_tail = NOTHING;
+    ck->files = calloc(plan->n_files + 1, sizeof *ck->files);
+    ck->chunks = calloc(plan->n_chunks + 1, sizeof *ck->chunks);
+    ck->layers = calloc(plan->n_layers + 1, sizeof *ck->layers);
+    ck->pieces = calloc(plan->n_pieces + 1, 1);
+    ck->crcs = calloc(plan->n_chunks + 1, sizeof *ck->crcs);
+    ck->known = copy_of(has_known ? known : NULL, plan->n_chunks * sizeof *known);
+    ck->has_known = copy_of(has_known, plan->n_chunks);
+    bool complete = ck->files && ck->chunks && ck->layers && ck->pieces && ck->crcs && ck->known &&
+                    ck->has_known;
+    for (uint32_t i = 0; ck->files && i < plan->n_files; i++) {
+        ck->files[i].fd = -1;
+        ck->files[i].path = strdup(paths[i]);
+        complete = complete && ck->files[i].path;
+    }
+    if (complete) return ck;
+    fx_checkpoint_destroy(ck);
+    return NULL;
+}
+
+/* O_DIRECT if wanted and accepted: a file system that cannot do it says EINVAL. */
+static int open_file(struct fx_engine *engine, struct ck_file *file, struct fx_error *error) {
+    int flags = O_RDWR | O_CREAT | O_CLOEXEC, r = -EINVAL;
+    if (engine->options.direct) r = fx_open(file->path, flags | O_DIRECT, 0644);
+    file->direct = r >= 0;
+    if (r == -EINVAL) {
+        r = fx_open(file->path, flags, 0644);
+        if (r >= 0 && engine->options.direct) engine->buffered_files++;
+    }
+    if (r < 0) return fx_error_set(error, "open", file->path, -1, -r);
+    file->fd = r;
+    struct stat st;
+    if (fstat(r, &st)) return fx_error_set(error, "fstat", file->path, -1, errno);
+    file->device = st.st_dev;
+    file->inode = st.st_ino;
+    return 0;
+}
+
+/* A recycled file has its size already, and then nothing is done: a new size is a change of metadata to be
+ * synced. */
+static int resize_file(struct ck_file *file, uint64_t nbytes, struct fx_error *error) {
+    struct stat st;
+    if (fstat(file->fd, &st)) return fx_error_set(error, "fstat", file->path, -1, errno);
+    if ((uint64_t)st.st_size == nbytes) return 0;
+    int r = fx_ftruncate(file->fd, (int64_t)nbytes);
+    return r ? fx_error_set(error, "ftruncate", file->path, (int64_t)nbytes, -r) : 0;
+}
+
+/* Lock held. A write of an older checkpoint that hangs in the disk may land after those of a newer one. */
+static const char *busy_path(const struct fx_engine *engine, const struct fx_checkpoint *ck) {
+    for (const struct fx_checkpoint *other = engine->oldest; other; other = other->next)
+        for (uint32_t i = 0; i < other->plan->n_files; i++)
+            for (uint32_t k = 0; k < ck->plan->n_files; k++)
+                if (other->files[i].fd >= 0 && other->files[i].inode == ck->files[k].inode &&
+                    other->files[i].device == ck->files[k].device)
+                    return ck->files[k].path;
+    return NULL;
+}
+
+static int open_files(struct fx_checkpoint *ck, struct fx_error *error) {
+    int r = 0;
+    for (uint32_t i = 0; i < ck->plan->n_files && !r; i++) r = open_file(ck->engine, &ck->files[i], error);
+    if (r) return r;
+    fx_lock(ck->engine);
+    const char *busy = busy_path(ck->engine, ck);
+    fx_unlock(ck->engine);
+    if (busy) return fx_error_set(error, "begin", busy, -1, EBUSY);
+    for (uint32_t i = 0; i < ck->plan->n_files && !r; i++)
+        r = resize_file(&ck->files[i], ck->plan->files[i].nbytes, error);
+    return r;
+}
+
+/* Lock held: the checkpoint joins the list; chunks that hold no layer are ready at once. */
+static void enlist(struct fx_checkpoint *ck) {
+    struct fx_engine *engine = ck->engine;
+    ck->previous = engine->newest;
+    *(engine->newest ? &engine->newest->next : &engine->oldest) = ck;
+    engine->newest = ck;
+    engine->refs++;
+    ck->chunks_left = ck->plan->n_chunks;
+    ck->files_left = ck->plan->n_files;
+    for (uint32_t i = 0; i < ck->plan->n_files; i++) {
+        ck->files[i].chunks_left = ck->plan->files[i].n_chunks;
+        if (!ck->files[i].chunks_left) ck->syncs_waiting++;
+    }
+    for (uint32_t i = 0; i < ck->plan->n_chunks; i++) {
+        ck->chunks[i].layers_left = ck->plan->chunks[i].n_pieces;
+        if (!ck->chunks[i].layers_left) fx_push_ready(ck, i);
+    }
+    fx_check_durable(ck);
+    fx_settle(ck);
+    fx_wake_writers(engine);
+}
+
+/* One that could not begin. */
+static void abandon(struct fx_checkpoint *ck) {
+    for (uint32_t i = 0; i < ck->plan->n_files; i++)
+        if (ck->files[i].fd >= 0) fx_close(ck->files[i].fd);
+    fx_checkpoint_destroy(ck);
+}
+
+int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths,
+             const uint8_t *has_known, const uint32_t *known, struct fx_checkpoint **out,
+             struct fx_error *error) {
+    if (plan->chunk_bytes != engine->options.chunk_bytes)
+        return fx_error_set(error, "begin: the plan has another chunk size", "", -1, EINVAL);
+    struct fx_checkpoint *ck = allocate(engine, plan, paths, has_known, known);
+    if (!ck) return fx_error_set(error, "begin", "", -1, ENOMEM);
+    int r = engine->options.mock ? 0 : open_files(ck, error);
+    fx_lock(engine);
+    if (!r && engine->closing) r = fx_error_set(error, "begin: the engine is closed", "", -1, ECANCELED);
+    if (!r) enlist(ck);
+    fx_unlock(engine);
+    if (!r) *out = ck;
+    else abandon(ck);
+    return r;
+}
+
+/* ---- emit ---- */
+
+/* Lock held: the layer's pieces become copyable, and chunks that waited for them only become ready. */
+static void emit_pieces(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources) {
+    const struct plan_layer *l = &ck->plan->layers[layer];
+    fx_sources_hold(sources);
+    ck->layers[layer].sources = sources;
+    ck->layers[layer].left = l->n_pieces;
+    ck->left += l->n_pieces;
+    atomic_fetch_add(&ck->engine->pending, l->n_pieces);
+    for (uint32_t i = 0; i < l->n_pieces; i++) {
+        uint32_t chunk = ck->plan->pieces[ck->plan->layer_pieces[l->first_piece + i]].chunk;
+        if (--ck->chunks[chunk].layers_left == 0) fx_push_ready(ck, chunk);
+    }
+}
+
+int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources) {
+    if (layer >= ck->plan->n_layers || !fx_sources_fit(sources, ck->plan, layer)) return -EINVAL;
+    fx_lock(ck->engine);
+    int r = ck->layers[layer].emitted ? -EALREADY : 0;
+    if (!r) {
+        ck->layers[layer].emitted = true;
+        ck->emitted++;
+        if (ck->state == ACTIVE) emit_pieces(ck, layer, sources);
+        fx_check_durable(ck);
+        fx_settle(ck);
+        fx_wake_writers(ck->engine);
+        fx_wake(ck->engine);
+    }
+    fx_unlock(ck->engine);
+    return r;
+}
+
+uint32_t fx_emitted(struct fx_checkpoint *ck) {
+    fx_lock(ck->engine);
+    uint32_t emitted = ck->emitted;
+    fx_unlock(ck->engine);
+    return emitted;
+}
+
+/* ---- waits ---- */
+
+static bool is_copied(const struct fx_checkpoint *ck) {
+    return ck->emitted == ck->plan->n_layers && !ck->left;
+}
+static bool is_durable(const struct fx_checkpoint *ck) { return ck->state == DURABLE; }
+
+static int wait_until(struct fx_checkpoint *ck, bool (*reached)(const struct fx_checkpoint *),
+                      int64_t timeout_ns, struct fx_error *error) {
+    int64_t deadline = fx_deadline(timeout_ns);
+    int r = 0;
+    fx_lock(ck->engine);
+    for (;;) {
+        if (ck->state == FAILED || ck->state == CANCELLED) {
+            if (error) *error = ck->error;
+            r = ck->state == CANCELLED ? -ECANCELED : -ck->error.err;
+        } else if (reached(ck)) {
+            r = 1;
+        }
+        if (r || !fx_wait(ck->engine, deadline)) break;
+    }
+    fx_unlock(ck->engine);
+    return r;
+}
+
+int fx_copied(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error) {
+    return wait_until(ck, is_copied, timeout_ns, error);
+}
+
+int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error) {
+    return wait_until(ck, is_durable, timeout_ns, error);
+}
+
+int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns) {
+    int64_t deadline = fx_deadline(timeout_ns);
+    fx_lock(ck->engine);
+    while (!ck->settled && fx_wait(ck->engine, deadline)) continue;
+    int r = ck->settled;
+    fx_unlock(ck->engine);
+    return r;
+}
+
+const uint32_t *fx_crcs(const struct fx_checkpoint *ck) { return ck->crcs; }
+
+/* ---- the end ---- */
+
+void fx_cancel(struct fx_checkpoint *ck) {
+    fx_lock(ck->engine);
+    fx_give_up(ck, CANCELLED, "cancel", "", -1, ECANCELED);
+    fx_settle(ck);
+    while (ck->taken) fx_wait(ck->engine, INT64_MAX); /* copies end by themselves; no disk is involved */
+    fx_unlock(ck->engine);
+}
+
+void fx_checkpoint_release(struct fx_checkpoint *ck) {
+    struct fx_engine *engine = ck->engine;
+    fx_cancel(ck);
+    fx_lock(engine);
+    engine->refs++; /* fx_settle may drop the checkpoint's own */
+    ck->released = true;
+    fx_settle(ck);
+    fx_engine_release(engine);
+}

@@ -1,0 +1,269 @@
+/* fxckpt engine: copies tensors out of live memory, checksums them and writes them to disk, in its own
+ * threads.
+ *
+ * This header is the manual. The engine knows nothing of Python, of tensors' owners or of what a checkpoint
+ * means.
+ *
+ *     plan        where each tensor lies in the files: fixed, immutable, shared by many checkpoints
+ *     sources     where one layer's tensors lie in memory
+ *     checkpoint  one pass over a plan: begin, emit every layer, wait until durable
+ *     fence       wait until the memory of a layer may change again
+ *
+ *         plan = fx_plan_new(...);
+ *         fx_begin(engine, plan, paths, ..., &ck, &error);           opens the files
+ *         for each layer:  update it;  fx_emit(ck, layer, sources);  memory must now stay as it is
+ *         for each layer:  fx_fence(engine, layer, timeout);         until it may change
+ *         fx_durable(ck, timeout, &error);                           every byte written, every file synced
+ *         fx_checkpoint_release(ck);
+ *
+ * The files are cut into a fixed grid of chunks. A *piece* is what one layer has in one chunk: pieces are
+ * what is copied, and what fences wait for; chunks are what is checksummed and written. A chunk is ready when
+ * every layer that overlaps it was emitted. Writers take the oldest checkpoint first, its chunks in the order
+ * of becoming ready.
+ *
+ * Returns: 0 or a positive answer, else a negative errno. Waits return 1 (done), 0 (timed out), or the
+ * negative errno of the checkpoint's failure with *error filled in; -ECANCELED after fx_cancel. Timeouts are
+ * nanoseconds from now. Every function may be called from any thread, apart from *_free and _release, which
+ * end the life of their argument. No function may be called in a forked child: see fork.c.
+ */
+#ifndef FX_ENGINE_H
+#define FX_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define FX_ABI 1      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
+#define FX_PATH 4096
+#define FX_MAX_DIMS 64
+
+/* ---- errors (error.c) ---- */
+
+struct fx_error {
+    const char *operation; /* static text: "pwrite", "open", "fence", ... */
+    int err;               /* positive errno */
+    int64_t offset;        /* in the file, or -1 */
+    uint32_t expected;     /* read verification: the CRC on record and the CRC found */
+    uint32_t found;
+    char path[FX_PATH];
+};
+
+/* Fills *error (which may be NULL) and returns -err. */
+int fx_error_set(struct fx_error *error, const char *operation, const char *path, int64_t offset, int err);
+
+/* ---- checksums (crc32c.c) ---- */
+
+/* CRC-32C (Castagnoli) of n bytes, continuing from `crc` (0 to start), in hardware where there is some. */
+uint32_t fx_crc32c(uint32_t crc, const void *data, size_t n);
+uint32_t fx_crc32c_portable(uint32_t crc, const void *data, size_t n);
+/* memcpy and checksum in one pass over memory. */
+uint32_t fx_copy_crc32c(uint32_t crc, void *to, const void *from, size_t n);
+const char *fx_crc32c_name(void);
+
+/* ---- strided memory (view.c) ---- */
+
+/* A tensor in memory: strides in bytes. ndim < 0 says contiguous. Normalised by fx_view_normalise. */
+struct fx_view {
+    char *address;
+    int32_t ndim;
+    int64_t *sizes;
+    int64_t *strides;
+};
+
+/* Drops dimensions of size 1 and merges those that follow each other in memory, in place. */
+void fx_view_normalise(struct fx_view *view);
+/* Copies bytes [from, from + n) of the tensor in row-major order into `to` (gather), or back (scatter). */
+void fx_view_gather(const struct fx_view *view, uint64_t itemsize, uint64_t from, uint64_t n, void *to);
+void fx_view_scatter(const struct fx_view *view, uint64_t itemsize, uint64_t from, uint64_t n,
+                     const void *in);
+
+/* ---- geometry (chunks.c) ---- */
+
+struct fx_file {
+    uint64_t nbytes;    /* a multiple of FX_BLOCK */
+    const void *header; /* bytes that lie at offset 0; copied */
+    uint64_t header_nbytes;
+};
+
+struct fx_tensor {
+    uint32_t layer;
+    uint32_t file;
+    uint64_t offset; /* absolute, in the file */
+    uint64_t nbytes;
+    uint64_t itemsize;
+};
+
+struct fx_plan;
+
+/* Tensors of one layer come in the order in which its sources have them. Bytes that nothing covers are zeros.
+ * -EINVAL: sizes that are no multiple of FX_BLOCK, tensors that overlap or lie outside, a layer out of range.
+ */
+int fx_plan_new(const struct fx_file *files, uint32_t n_files, const struct fx_tensor *tensors,
+                uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, struct fx_plan **out,
+                struct fx_error *error);
+void fx_plan_free(struct fx_plan *plan);
+uint32_t fx_plan_chunks(const struct fx_plan *plan); /* of all files together */
+/* Chunks of one file are numbered from *first in the plan's numbering. */
+void fx_plan_file_chunks(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
+
+struct fx_sources;
+
+/* Copies the views (and their sizes and strides), not the memory they point to. NULL: no memory. */
+struct fx_sources *fx_sources_new(const struct fx_view *views, uint32_t n);
+void fx_sources_free(struct fx_sources *sources);
+
+/* ---- engine (engine.c) ---- */
+
+struct fx_options {
+    uint32_t threads;
+    uint64_t chunk_bytes;   /* a multiple of FX_BLOCK */
+    uint64_t staging_bytes; /* rounded down to whole chunks; 0: fences only wait */
+    int mock;               /* do everything but open, write and sync */
+    int direct;             /* try O_DIRECT */
+};
+
+struct fx_statistics {
+    uint64_t bytes_written;
+    uint64_t copy_ns;  /* in writers and in fences */
+    uint64_t write_ns; /* pwrite and fdatasync */
+    uint64_t stall_ns; /* callers of fx_fence: waiting or helping */
+    uint64_t staging_bytes;
+    uint64_t staging_peak_bytes;
+    uint64_t buffered_files; /* files whose O_DIRECT open was refused */
+};
+
+struct fx_engine;
+
+int fx_engine_new(const struct fx_options *options, struct fx_engine **out, struct fx_error *error);
+/* Cancels what is in flight and waits for the threads to end. 1: they did, and the buffers are freed. 0: one
+ * is still stuck in the disk. May be called again. */
+int fx_engine_close(struct fx_engine *engine, int64_t timeout_ns);
+/* Ends the caller's hold; closes first, without waiting for the disk. Memory goes when the last checkpoint
+ * and the last thread are gone: a thread stuck in the disk is left behind, and cleans up if the disk ever
+ * answers. */
+void fx_engine_free(struct fx_engine *engine);
+void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out);
+/* Emitted pieces not copied yet, over all checkpoints. May be read directly at any time: it is an atomic. */
+const int64_t *fx_engine_pending(const struct fx_engine *engine);
+
+/* ---- checkpoints (checkpoint.c) ---- */
+
+struct fx_checkpoint;
+
+/* Opens or creates the plan's files, sets their sizes. `known` may be NULL, else for each chunk of the plan:
+ * has_known[i] and the CRC of what the disk already holds there; an equal chunk is not written again.
+ * A CRC has 32 bits: give only chunks that are expected not to have changed.
+ * -EBUSY: another checkpoint that is not settled has one of these files. */
+int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths,
+             const uint8_t *has_known, const uint32_t *known, struct fx_checkpoint **out,
+             struct fx_error *error);
+/* The layer's memory must stay valid and unchanged until a fence on it returned 1. -EINVAL: sources that do
+ * not fit the plan; -EALREADY: emitted before. On a failed or cancelled checkpoint it only counts. */
+int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources);
+uint32_t fx_emitted(struct fx_checkpoint *ck);
+int fx_copied(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
+int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
+/* Gives the checkpoint up. Returns when no thread reads the emitted memory any more; never waits for the
+ * disk. */
+void fx_cancel(struct fx_checkpoint *ck);
+/* 1 when it is over and no thread will touch its files again: only then may others write to them. */
+int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns);
+/* CRC-32C of each of the plan's chunks; valid once durable. Lives as long as the checkpoint. */
+const uint32_t *fx_crcs(const struct fx_checkpoint *ck);
+void fx_checkpoint_release(struct fx_checkpoint *ck);
+
+/* ---- fences (fence.c) ---- */
+
+/* 1 when all emitted pieces of the layer (-1: of all layers), in every checkpoint, are copied out or dropped.
+ * The caller helps: it copies pieces that no writer has taken into staging while there is room. It never
+ * waits for another layer's emit: if a piece's chunk waits for one and no staging room can come, that
+ * checkpoint fails. */
+int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
+
+/* ---- verified reading (read.c) ---- */
+
+struct fx_target {
+    uint64_t offset; /* absolute, in the file */
+    uint64_t nbytes;
+    uint64_t itemsize;
+    struct fx_view view;
+};
+
+#define FX_MISMATCH 1 /* error: offset of the chunk, expected, found */
+#define FX_TRUNCATED 2
+
+/* Reads chunks [first, first + n) of an open file in `threads` threads, checks each against crcs[] (indexed
+ * from the file's first chunk) and only then copies it into the targets that overlap it. 0, FX_MISMATCH or
+ * FX_TRUNCATED with *error filled in, or a negative errno. */
+int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
+                     uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
+                     uint32_t threads, struct fx_error *error);
+
+/* ---- files (io.c) ---- */
+
+enum fx_op {
+    FX_OPEN,
+    FX_CLOSE,
+    FX_PWRITE,
+    FX_PREAD,
+    FX_FTRUNCATE,
+    FX_FDATASYNC,
+    FX_FSYNC,
+    FX_RENAME,
+    FX_UNLINK,
+    FX_MKDIR,
+    FX_RMDIR,
+    FX_COPY /* not a file operation: only for fx_io_delay */,
+    FX_OPS
+};
+
+/* Every file operation of the engine and of its users. Results: >= 0, or a negative errno. */
+struct fx_io_ops {
+    int (*open)(const char *path, int flags, int mode);
+    int (*close)(int fd);
+    int64_t (*pwrite)(int fd, const void *data, size_t n, int64_t offset);
+    int64_t (*pread)(int fd, void *data, size_t n, int64_t offset);
+    int (*ftruncate)(int fd, int64_t nbytes);
+    int (*fdatasync)(int fd);
+    int (*fsync)(int fd);
+    int (*rename)(const char *from, const char *to);
+    int (*unlink)(const char *path);
+    int (*mkdir)(const char *path, int mode);
+    int (*rmdir)(const char *path);
+};
+
+extern const struct fx_io_ops fx_io_real;
+const struct fx_io_ops *fx_io(void); /* the table in use */
+void fx_io_use(const struct fx_io_ops *table);
+
+/* The table's operations with EINTR and short transfers looped. pwrite and pread return 0 or a negative
+ * errno; *done (may be NULL) counts bytes: pread stops short of n only at the end of the file. */
+int fx_open(const char *path, int flags, int mode);
+int fx_close(int fd);
+int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done);
+int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done);
+int fx_ftruncate(int fd, int64_t nbytes);
+int fx_fdatasync(int fd);
+int fx_fsync(int fd);
+int fx_rename(const char *from, const char *to);
+int fx_unlink(const char *path);
+int fx_mkdir(const char *path, int mode);
+int fx_rmdir(const char *path);
+/* Drops O_DIRECT from an open file whose file system refused a transfer with it. */
+int fx_make_buffered(int fd);
+
+/* ---- test instruments (io_test.c): off until first used ---- */
+
+/* Appends every mutating call, with its data and in its true order, to the file at `path`. */
+int fx_io_record(const char *path);
+int fx_io_stop_recording(void);
+/* The nth call from now (1: the next), of this kind or of any (-1), fails with err and is not carried out;
+ * err 0: a pwrite or pread transfers only half. nth 0: no more faults. */
+void fx_io_fail(int op, int64_t nth, int err);
+/* Each call of this kind takes this much longer; FX_COPY: each piece copied by a writer. */
+void fx_io_delay(int op, int64_t ns);
+int64_t fx_io_calls(int op); /* so far, of this kind or of all (-1), since the instruments were first used */
+void fx_io_copy_delay(void);
+const char *fx_op_name(int op);
+
+#endif

@@ -1,0 +1,124 @@
+/* Fences: the only place where training waits for the engine. */
+#include "internal.h"
+
+#include <errno.h>
+
+/* What a look at the checkpoints in flight found. */
+struct finding {
+    bool done;                     /* nothing of the layer is left to copy */
+    struct fx_checkpoint *ck;      /* a piece that the caller may copy, ... */
+    uint32_t piece;                /* ... or NOTHING */
+    struct fx_checkpoint *starved; /* has a piece without room whose chunk waits for an emit */
+};
+
+static bool is_in(const struct fx_checkpoint *ck, int64_t layer) {
+    return layer < 0 || (uint64_t)layer < ck->plan->n_layers;
+}
+
+/* Looks through one layer of one checkpoint; true once a piece to help with was found. */
+static bool look_at_layer(struct fx_checkpoint *ck, uint32_t layer, struct finding *found) {
+    const struct plan_layer *l = &ck->plan->layers[layer];
+    if (!ck->layers[layer].emitted || !ck->layers[layer].left) return false;
+    found->done = false;
+    for (uint32_t i = 0; i < l->n_pieces; i++) {
+        uint32_t piece = ck->plan->layer_pieces[l->first_piece + i];
+        struct ck_chunk *chunk = &ck->chunks[ck->plan->pieces[piece].chunk];
+        if (ck->pieces[piece] != IDLE) continue;
+        if (chunk->staging || fx_staging_has_room(ck->engine)) {
+            found->ck = ck;
+            found->piece = piece;
+            return true;
+        }
+        if (chunk->layers_left) found->starved = ck;
+    }
+    return false;
+}
+
+static struct finding look(struct fx_engine *engine, int64_t layer) {
+    struct finding found = {.done = true, .piece = NOTHING};
+    for (struct fx_checkpoint *ck = engine->oldest; ck; ck = ck->next) {
+        if (!is_in(ck, layer) || !ck->left) continue;
+        uint32_t first = layer < 0 ? 0 : (uint32_t)layer, end = layer < 0 ? ck->plan->n_layers : first + 1;
+        for (uint32_t i = first; i < end; i++)
+            if (look_at_layer(ck, i, &found)) return found;
+    }
+    return found;
+}
+
+/* The plan's extents of one piece, gathered into its place in the chunk's buffer. */
+static void copy_piece(struct fx_checkpoint *ck, uint32_t piece, char *to) {
+    const struct fx_plan *plan = ck->plan;
+    const struct chunk *chunk = &plan->chunks[plan->pieces[piece].chunk];
+    uint32_t layer = plan->pieces[piece].layer;
+    for (uint32_t i = 0; i < chunk->n_extents; i++) {
+        const struct extent *extent = &plan->extents[chunk->first_extent + i];
+        if (extent->piece != piece) continue;
+        uint64_t itemsize = plan->tensors[plan->layers[layer].first_tensor + extent->tensor].itemsize;
+        fx_view_gather(&ck->layers[layer].sources->views[extent->tensor], itemsize, extent->from,
+                       extent->nbytes, to + extent->at);
+    }
+}
+
+/* Lock held on entry and return. The chunk cannot be taken by a writer meanwhile: it has a helper. */
+static void help(struct fx_engine *engine, struct fx_checkpoint *ck, uint32_t piece) {
+    struct ck_chunk *chunk = &ck->chunks[ck->plan->pieces[piece].chunk];
+    if (!chunk->staging) chunk->staging = fx_staging_take(engine);
+    if (!chunk->staging) return; /* no memory after all: the limit was lowered, the next look finds no room */
+    chunk->helpers++;
+    fx_take_piece(ck, piece);
+    fx_unlock(engine);
+    int64_t start = fx_now();
+    copy_piece(ck, piece, chunk->staging);
+    engine->copy_ns += (uint64_t)(fx_now() - start);
+    fx_lock(engine);
+    fx_finish_piece(ck, piece);
+    chunk->helpers--;
+    if (ck->state != ACTIVE && !chunk->helpers) {
+        fx_staging_give(engine, chunk->staging);
+        chunk->staging = NULL;
+    } else if (!chunk->helpers && !chunk->layers_left) {
+        fx_wake_writers(engine); /* one may have passed over this chunk because we were at it */
+    }
+    fx_wake(engine);
+    fx_settle(ck);
+}
+
+/* Whether a staging buffer will come free without another emit: some holder is being filled or can be
+ * written. */
+static bool room_will_come(const struct fx_engine *engine) {
+    for (const struct fx_checkpoint *ck = engine->oldest; ck; ck = ck->next)
+        for (uint32_t i = 0; i < ck->plan->n_chunks; i++)
+            if (ck->chunks[i].staging && (ck->chunks[i].helpers || !ck->chunks[i].layers_left)) return true;
+    return false;
+}
+
+/* Lock held. Helps, waits, or fails a checkpoint that would make us wait for an emit that may never come. */
+static int pass(struct fx_engine *engine, int64_t layer, int64_t deadline) {
+    for (;;) {
+        struct finding found = look(engine, layer);
+        if (found.done) return 1;
+        if (found.piece != NOTHING) {
+            help(engine, found.ck, found.piece);
+            if (fx_now() >= deadline) return look(engine, layer).done;
+        } else if (found.starved && !room_will_come(engine)) {
+            fx_give_up(found.starved, FAILED,
+                       "fence: no staging room for a chunk that waits for another layer", "", -1, ENOBUFS);
+            fx_settle(found.starved);
+        } else if (!fx_wait(engine, deadline)) {
+            return 0;
+        }
+    }
+}
+
+int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns) {
+    if (!atomic_load_explicit(&engine->pending, memory_order_acquire)) return 1;
+    fx_lock(engine);
+    int r = look(engine, layer).done;
+    if (!r) {
+        int64_t start = fx_now();
+        r = pass(engine, layer, fx_deadline(timeout_ns));
+        engine->stall_ns += (uint64_t)(fx_now() - start);
+    }
+    fx_unlock(engine);
+    return r;
+}

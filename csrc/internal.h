@@ -1,0 +1,215 @@
+/* What the engine's files share. Note [the lock]:
+ *
+ * One mutex per engine guards every field below that is not immutable or atomic. It is held for bookkeeping
+ * only: never while copying, checksumming, or in a system call that may wait for the disk.
+ *
+ * Note [who may touch what without the lock]: a piece that is TAKEN belongs to the thread that took it; a
+ * chunk that is `taken` belongs to its writer; the descriptors of a checkpoint may be used by a thread that
+ * counts in `working`.
+ */
+#ifndef FX_INTERNAL_H
+#define FX_INTERNAL_H
+
+#include "engine.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#define NOTHING UINT32_MAX
+
+/* ---- geometry: chunks.c ---- */
+
+enum { PIECE_OF_HEADER = NOTHING - 1, PIECE_OF_NOBODY = NOTHING }; /* extents that need no emit */
+
+/* Bytes of one tensor (or of the header, or of nobody: zeros) that lie in one chunk. */
+struct extent {
+    uint32_t piece;
+    uint32_t tensor; /* index within its layer's sources */
+    uint64_t from;   /* offset in the tensor or header */
+    uint32_t at;     /* offset in the chunk */
+    uint32_t nbytes;
+};
+
+struct piece {
+    uint32_t layer, chunk;
+};
+
+struct chunk {
+    uint64_t offset; /* in the file */
+    uint32_t file, nbytes;
+    uint32_t first_extent, n_extents; /* in order of `at` */
+    uint32_t first_piece, n_pieces;
+};
+
+struct plan_file {
+    uint64_t nbytes;
+    char *header;
+    uint64_t header_nbytes;
+    uint32_t first_chunk, n_chunks;
+};
+
+struct plan_layer {
+    uint32_t first_tensor, n_tensors; /* in tensors[] */
+    uint32_t first_piece, n_pieces;   /* in layer_pieces[] */
+};
+
+struct plan_tensor {
+    uint64_t nbytes, itemsize;
+};
+
+struct fx_plan {
+    atomic_int refs;
+    uint64_t chunk_bytes;
+    uint32_t n_files, n_layers, n_chunks, n_pieces, n_extents;
+    struct plan_file *files;
+    struct plan_layer *layers;
+    struct plan_tensor *tensors; /* by layer, in the order of its sources */
+    struct chunk *chunks;
+    struct extent *extents;
+    struct piece *pieces;   /* by chunk */
+    uint32_t *layer_pieces; /* by layer, in file order */
+};
+
+void fx_plan_hold(struct fx_plan *plan);
+
+/* ---- sources: sources.c ---- */
+
+struct fx_sources {
+    atomic_int refs;
+    uint32_t n;
+    struct fx_view views[]; /* sizes and strides follow in the same allocation */
+};
+
+void fx_sources_hold(struct fx_sources *sources);
+/* Whether they have the layer's number of tensors, with the planned sizes. */
+bool fx_sources_fit(struct fx_sources *sources, const struct fx_plan *plan, uint32_t layer);
+
+/* ---- one checkpoint: checkpoint.c ---- */
+
+enum state { ACTIVE, DURABLE, FAILED, CANCELLED };
+enum piece_state { IDLE, TAKEN, DONE }; /* of an emitted layer; DONE also says "dropped" */
+enum sync_state { UNSYNCED, SYNC_TAKEN, SYNCED };
+
+struct ck_file {
+    int fd; /* -1: not open */
+    atomic_bool direct;
+    char *path;
+    uint64_t device, inode;
+    uint32_t chunks_left;
+    enum sync_state sync;
+};
+
+struct ck_chunk {
+    uint32_t layers_left; /* pieces whose layer was not emitted */
+    uint32_t helpers;     /* fences that are copying pieces of it into `staging` */
+    uint32_t next_ready;
+    bool taken;    /* by a writer; never given back */
+    void *staging; /* buffer that holds the pieces which are DONE */
+};
+
+struct ck_layer {
+    struct fx_sources *sources;
+    bool emitted;
+    uint32_t left; /* emitted pieces not DONE */
+};
+
+struct fx_checkpoint {
+    struct fx_engine *engine;
+    struct fx_checkpoint *next, *previous; /* in the engine's list, oldest first, until settled */
+    struct fx_plan *plan;
+    enum state state;
+    bool settled;  /* over, descriptors closed, out of the list */
+    bool released; /* by the caller: freed once settled */
+    struct fx_error error;
+    struct ck_file *files;
+    struct ck_chunk *chunks;
+    struct ck_layer *layers;
+    uint8_t *pieces; /* enum piece_state */
+    uint32_t *crcs, *known;
+    uint8_t *has_known;
+    uint32_t ready_head, ready_tail;
+    uint32_t emitted;     /* layers */
+    uint32_t left;        /* emitted pieces not DONE */
+    uint32_t taken;       /* pieces TAKEN: threads are reading the caller's memory */
+    uint32_t working;     /* threads with a job of this checkpoint */
+    uint32_t chunks_left; /* not written */
+    uint32_t syncs_waiting, files_left;
+};
+
+/* All with the lock held. */
+void fx_take_piece(struct fx_checkpoint *ck, uint32_t piece);
+void fx_finish_piece(struct fx_checkpoint *ck, uint32_t piece);
+void fx_push_ready(struct fx_checkpoint *ck, uint32_t chunk);
+uint32_t fx_pop_ready(struct fx_checkpoint *ck); /* NOTHING if there is none that no fence is working on */
+void fx_chunk_written(struct fx_checkpoint *ck, uint32_t chunk);
+void fx_check_durable(struct fx_checkpoint *ck);
+/* Ends an ACTIVE checkpoint as FAILED or CANCELLED and drops what no thread has taken. */
+void fx_give_up(struct fx_checkpoint *ck, enum state state, const char *operation, const char *path,
+                int64_t offset, int err);
+/* If it is over and nobody works on it: out of the list, and freed if the caller released it. */
+void fx_settle(struct fx_checkpoint *ck);
+/* Frees the memory of one that is settled, or that could not begin. No lock needed. */
+void fx_checkpoint_destroy(struct fx_checkpoint *ck);
+bool fx_has_open_files(const struct fx_checkpoint *ck);
+
+/* ---- staging buffers: staging.c; lock held ---- */
+
+struct staging {
+    void **free; /* buffers not in use */
+    uint32_t n_free, n_made, limit;
+    uint64_t used_bytes, peak_bytes;
+};
+
+bool fx_staging_has_room(const struct fx_engine *engine);
+void *fx_staging_take(struct fx_engine *engine); /* NULL: none left, or no memory */
+void fx_staging_give(struct fx_engine *engine, void *buffer);
+void *fx_buffer_new(uint64_t nbytes); /* aligned, absent in forked children */
+void fx_buffer_free(void *buffer, uint64_t nbytes);
+
+/* ---- the engine: engine.c ---- */
+
+struct writer {
+    struct fx_engine *engine;
+    pthread_t thread;
+    void *bounce;
+};
+
+struct fx_engine {
+    pthread_mutex_t lock;
+    pthread_cond_t work;     /* writers wait: a job, or closing */
+    pthread_cond_t progress; /* everybody else waits: anything changed */
+    struct fx_options options;
+    uint32_t waiters; /* on progress */
+    uint32_t refs;    /* the caller's, one for each checkpoint, one for each living thread */
+    uint32_t threads_started, threads_alive;
+    bool closing, joined;
+    struct fx_checkpoint *oldest, *newest;
+    struct staging staging;
+    struct writer *writers;
+    struct fx_engine *next; /* in fork.c's list */
+    _Atomic int64_t pending;
+    _Atomic uint64_t bytes_written, copy_ns, write_ns, stall_ns, buffered_files;
+};
+
+void fx_lock(struct fx_engine *engine);
+void fx_unlock(struct fx_engine *engine);
+void fx_wake(struct fx_engine *engine); /* those who wait for progress */
+void fx_wake_writers(struct fx_engine *engine);
+/* Waits for progress; false once the deadline has passed. */
+bool fx_wait(struct fx_engine *engine, int64_t deadline_ns);
+void fx_engine_release(struct fx_engine *engine); /* drops one reference and the lock */
+int64_t fx_now(void);
+int64_t fx_deadline(int64_t timeout_ns);
+
+/* ---- threads: writer.c ---- */
+
+int fx_writers_start(struct fx_engine *engine, struct fx_error *error);
+uint32_t fx_fill_piece(struct fx_checkpoint *ck, uint32_t piece, char *to);
+
+/* ---- fork.c ---- */
+
+void fx_fork_add(struct fx_engine *engine);
+void fx_fork_remove(struct fx_engine *engine);
+
+#endif

@@ -1,0 +1,112 @@
+/* The table of file operations, and loops over it for interrupted and short transfers. */
+#include "engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static int result(int r) { return r < 0 ? -errno : r; }
+
+static int real_open(const char *path, int flags, int mode) {
+    return result(open(path, flags | O_CLOEXEC, mode));
+}
+static int real_close(int fd) { return result(close(fd)); }
+static int real_ftruncate(int fd, int64_t nbytes) { return result(ftruncate(fd, nbytes)); }
+static int real_fdatasync(int fd) { return result(fdatasync(fd)); }
+static int real_fsync(int fd) { return result(fsync(fd)); }
+static int real_rename(const char *from, const char *to) { return result(rename(from, to)); }
+static int real_unlink(const char *path) { return result(unlink(path)); }
+static int real_mkdir(const char *path, int mode) { return result(mkdir(path, (mode_t)mode)); }
+static int real_rmdir(const char *path) { return result(rmdir(path)); }
+
+static int64_t real_pwrite(int fd, const void *data, size_t n, int64_t offset) {
+    ssize_t r = pwrite(fd, data, n, offset);
+    return r < 0 ? -errno : r;
+}
+
+static int64_t real_pread(int fd, void *data, size_t n, int64_t offset) {
+    ssize_t r = pread(fd, data, n, offset);
+    return r < 0 ? -errno : r;
+}
+
+const struct fx_io_ops fx_io_real = {
+    .open = real_open,
+    .close = real_close,
+    .pwrite = real_pwrite,
+    .pread = real_pread,
+    .ftruncate = real_ftruncate,
+    .fdatasync = real_fdatasync,
+    .fsync = real_fsync,
+    .rename = real_rename,
+    .unlink = real_unlink,
+    .mkdir = real_mkdir,
+    .rmdir = real_rmdir,
+};
+
+static _Atomic(const struct fx_io_ops *) table = &fx_io_real;
+
+const struct fx_io_ops *fx_io(void) { return atomic_load_explicit(&table, memory_order_acquire); }
+void fx_io_use(const struct fx_io_ops *other) { atomic_store_explicit(&table, other, memory_order_release); }
+
+/* EINTR means "not done, try again" for all of these. */
+#define RETRY(call)                                                                                          \
+    int r;                                                                                                   \
+    do r = (call);                                                                                           \
+    while (r == -EINTR);                                                                                     \
+    return r
+
+int fx_open(const char *path, int flags, int mode) { RETRY(fx_io()->open(path, flags, mode)); }
+int fx_ftruncate(int fd, int64_t nbytes) { RETRY(fx_io()->ftruncate(fd, nbytes)); }
+int fx_fdatasync(int fd) { RETRY(fx_io()->fdatasync(fd)); }
+int fx_fsync(int fd) { RETRY(fx_io()->fsync(fd)); }
+int fx_rename(const char *from, const char *to) { RETRY(fx_io()->rename(from, to)); }
+int fx_unlink(const char *path) { RETRY(fx_io()->unlink(path)); }
+int fx_mkdir(const char *path, int mode) { RETRY(fx_io()->mkdir(path, mode)); }
+int fx_rmdir(const char *path) { RETRY(fx_io()->rmdir(path)); }
+
+/* Linux has closed the descriptor when close says EINTR: a second try could close somebody else's. */
+int fx_close(int fd) {
+    int r = fx_io()->close(fd);
+    return r == -EINTR ? 0 : r;
+}
+
+/* How far a short transfer counts. One that was aligned goes on at an aligned offset, as O_DIRECT demands. */
+static size_t progress(size_t got, size_t n, int64_t offset) {
+    if (got == n || (n | (size_t)offset) % FX_BLOCK || got < FX_BLOCK) return got;
+    return got - got % FX_BLOCK;
+}
+
+int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done) {
+    size_t at = 0;
+    int err = 0;
+    while (at < n && !err) {
+        int64_t r = fx_io()->pwrite(fd, (const char *)data + at, n - at, offset + (int64_t)at);
+        if (r > 0) at += progress((size_t)r, n - at, offset + (int64_t)at);
+        else if (r != -EINTR) err = r ? (int)r : -EIO; /* 0 bytes and no error: no progress will ever come */
+    }
+    if (done) *done = at;
+    return err;
+}
+
+int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done) {
+    size_t at = 0;
+    int err = 0;
+    while (at < n && !err) {
+        int64_t r = fx_io()->pread(fd, (char *)data + at, n - at, offset + (int64_t)at);
+        if (r == 0) break;
+        if (r > 0) at += (size_t)r;
+        else if (r != -EINTR) err = (int)r;
+        if (r > 0 && at < n && at % FX_BLOCK && n % FX_BLOCK == 0)
+            break; /* an aligned read stops askew at the end only */
+    }
+    if (done) *done = at;
+    return err;
+}
+
+int fx_make_buffered(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    return flags < 0 ? -errno : result(fcntl(fd, F_SETFL, flags & ~O_DIRECT));
+}

@@ -1,0 +1,122 @@
+/* What Python uses of csrc/engine.h, where it is explained. */
+
+#define FX_ABI ...
+#define FX_BLOCK ...
+#define FX_MISMATCH ...
+#define FX_TRUNCATED ...
+#define FX_OPS ...
+
+struct fx_error {
+    const char *operation;
+    int err;
+    int64_t offset;
+    uint32_t expected;
+    uint32_t found;
+    char path[...];
+};
+
+uint32_t fx_crc32c(uint32_t crc, const void *data, size_t n);
+uint32_t fx_crc32c_portable(uint32_t crc, const void *data, size_t n);
+uint32_t fx_copy_crc32c(uint32_t crc, void *to, const void *from, size_t n);
+const char *fx_crc32c_name(void);
+
+struct fx_view {
+    char *address;
+    int32_t ndim;
+    int64_t *sizes;
+    int64_t *strides;
+};
+
+struct fx_file {
+    uint64_t nbytes;
+    const void *header;
+    uint64_t header_nbytes;
+};
+
+struct fx_tensor {
+    uint32_t layer;
+    uint32_t file;
+    uint64_t offset;
+    uint64_t nbytes;
+    uint64_t itemsize;
+};
+
+struct fx_plan;
+int fx_plan_new(const struct fx_file *files, uint32_t n_files, const struct fx_tensor *tensors, uint32_t n_tensors,
+                uint32_t n_layers, uint64_t chunk_bytes, struct fx_plan **out, struct fx_error *error);
+void fx_plan_free(struct fx_plan *plan);
+uint32_t fx_plan_chunks(const struct fx_plan *plan);
+void fx_plan_file_chunks(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
+
+struct fx_sources;
+struct fx_sources *fx_sources_new(const struct fx_view *views, uint32_t n);
+void fx_sources_free(struct fx_sources *sources);
+
+struct fx_options {
+    uint32_t threads;
+    uint64_t chunk_bytes;
+    uint64_t staging_bytes;
+    int mock;
+    int direct;
+};
+
+struct fx_statistics {
+    uint64_t bytes_written;
+    uint64_t copy_ns;
+    uint64_t write_ns;
+    uint64_t stall_ns;
+    uint64_t staging_bytes;
+    uint64_t staging_peak_bytes;
+    uint64_t buffered_files;
+};
+
+struct fx_engine;
+int fx_engine_new(const struct fx_options *options, struct fx_engine **out, struct fx_error *error);
+int fx_engine_close(struct fx_engine *engine, int64_t timeout_ns);
+void fx_engine_free(struct fx_engine *engine);
+void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out);
+const int64_t *fx_engine_pending(const struct fx_engine *engine);
+
+struct fx_checkpoint;
+int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths, const uint8_t *has_known,
+             const uint32_t *known, struct fx_checkpoint **out, struct fx_error *error);
+int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources);
+uint32_t fx_emitted(struct fx_checkpoint *ck);
+int fx_copied(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
+int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
+void fx_cancel(struct fx_checkpoint *ck);
+int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns);
+const uint32_t *fx_crcs(const struct fx_checkpoint *ck);
+void fx_checkpoint_release(struct fx_checkpoint *ck);
+
+int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
+
+struct fx_target {
+    uint64_t offset;
+    uint64_t nbytes;
+    uint64_t itemsize;
+    struct fx_view view;
+};
+
+int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
+                     uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
+                     uint32_t threads, struct fx_error *error);
+
+int fx_open(const char *path, int flags, int mode);
+int fx_close(int fd);
+int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done);
+int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done);
+int fx_ftruncate(int fd, int64_t nbytes);
+int fx_fdatasync(int fd);
+int fx_fsync(int fd);
+int fx_rename(const char *from, const char *to);
+int fx_unlink(const char *path);
+int fx_mkdir(const char *path, int mode);
+int fx_rmdir(const char *path);
+
+int fx_io_record(const char *path);
+int fx_io_stop_recording(void);
+void fx_io_fail(int op, int64_t nth, int err);
+void fx_io_delay(int op, int64_t ns);
+int64_t fx_io_calls(int op);
+const char *fx_op_name(int op);

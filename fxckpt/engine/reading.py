@@ -1,0 +1,90 @@
+"""Verified reading: no byte reaches a target before its chunk's checksum was right."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from fxckpt.engine import io
+from fxckpt.engine._lib import load
+from fxckpt.engine.engine import make_view
+from fxckpt.errors import Corrupt, SetupError
+
+SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
+
+Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
+
+
+def read_verified(path: str | os.PathLike, *, nbytes: int, chunk_bytes: int, crcs: Sequence[int],
+                  targets: Sequence[Target], threads: int = 2) -> None:
+    """Reads a file chunk by chunk, checks each chunk's CRC-32C, and only then copies it into the targets.
+
+    ``targets``: (absolute offset, nbytes, address, sizes, strides in bytes); None for the last two: dense.
+    No targets: verify only. When it raises, targets in other chunks may have been filled already.
+    Raises :class:`Corrupt` for a bad chunk, a wrong size or a missing file; ``OSError`` if reading fails.
+    """
+    path = os.fspath(path)
+    chunks = -(-nbytes // chunk_bytes)
+    if len(crcs) != chunks:
+        raise Corrupt(path, f"{nbytes} bytes make {chunks} chunks, the record has {len(crcs)} checksums")
+    fd = _open(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size != nbytes:
+            raise Corrupt(path, f"the file has {size} bytes, the record says {nbytes}",
+                          offset=min(size, nbytes))
+        _read_chunks(fd, path, nbytes, chunk_bytes, crcs, targets, threads)
+    finally:
+        io.close(fd)
+
+
+def _open(path: str) -> int:
+    """O_DIRECT where it is accepted, so that verifying does not push others out of the page cache."""
+    try:
+        return io.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise Corrupt(path, "the file is missing") from error
+        if error.errno != errno.EINVAL:
+            raise
+    return io.open(path, os.O_RDONLY)
+
+
+def _make_targets(ffi: Any, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> tuple[Any, int]:
+    """The C array of the targets that are not empty, and their number."""
+    wanted = [target for target in targets if target[1]]
+    array = ffi.new("struct fx_target[]", max(len(wanted), 1))
+    for target, (offset, length, address, sizes, strides) in zip(array, wanted):
+        items = 1 if sizes is None else math.prod(sizes)
+        if offset < 0 or offset + length > nbytes or items < 1 or length % items:
+            raise SetupError(f"target of {length} bytes at {offset}, sizes {sizes}: no fit in {nbytes} bytes")
+        target.offset, target.nbytes, target.itemsize = offset, length, length // items
+        make_view(ffi, target.view, (address, sizes, strides), keep)
+    return array, len(wanted)
+
+
+def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequence[int],
+                 targets: Sequence[Target], threads: int) -> None:
+    ffi, lib = load()
+    keep: list[Any] = []
+    array, count = _make_targets(ffi, targets, nbytes, keep)
+    table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
+    at_once = max(SLICE_BYTES // chunk_bytes, 1)
+    for first in range(0, len(crcs), at_once):
+        result = lib.fx_read_verified(fd, os.fsencode(path), nbytes, chunk_bytes, table, first,
+                                      min(at_once, len(crcs) - first), array, count, max(threads, 1), error)
+        if result:
+            raise _failure(path, result, error, chunk_bytes)
+
+
+def _failure(path: str, result: int, error: Any, chunk_bytes: int) -> Exception:
+    _, lib = load()
+    if result == lib.FX_MISMATCH:
+        return Corrupt(path, f"chunk {error.offset // chunk_bytes} has CRC-32C {error.found:08x}, the record "
+                             f"says {error.expected:08x}", offset=error.offset)
+    if result == lib.FX_TRUNCATED:
+        return Corrupt(path, "the file ends early", offset=error.offset)
+    return io.os_error(-result, path, error.offset)

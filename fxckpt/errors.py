@@ -1,0 +1,73 @@
+"""Every error fxckpt raises. Each message says what was expected, what was found, where, and what to do next."""
+
+from __future__ import annotations
+
+import os
+
+
+class FxckptError(Exception):
+    """Base class of all errors of this package."""
+
+
+class EngineMissing(FxckptError, ImportError):
+    """The C engine is not built, or cannot be loaded."""
+
+
+class SetupError(FxckptError, ValueError):
+    """Wrong arguments or an environment that cannot work; raised at once, whatever ``on_error`` says."""
+
+
+class StateError(FxckptError, TypeError):
+    """A value in the extra state cannot be stored without pickle; the message names the path to it."""
+
+
+class LayoutMismatch(FxckptError):
+    """A checkpoint and the live model or optimizer differ; the message lists names and shapes side by side."""
+
+
+class StoreError(FxckptError):
+    """Base class of errors about a checkpoint directory."""
+
+
+class NotAStore(StoreError):
+    """The directory holds something else, so nothing is written to or read from it."""
+
+
+class StoreLocked(StoreError):
+    """Another process writes to this store."""
+
+
+class StoreNotLoaded(StoreError):
+    """Checkpointing would start over a store that has checkpoints which were not loaded."""
+
+
+class NoCheckpoint(StoreError):
+    """The step or name that was asked for is not there."""
+
+
+class Corrupt(StoreError):
+    """Stored bytes do not verify.
+
+    Attributes: ``path`` of the file, ``layer`` (name or None), ``offset`` in bytes (or None) and ``reason``.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str, *, layer: str | None = None, offset: int | None = None):
+        self.path, self.reason, self.layer, self.offset = os.fspath(path), reason, layer, offset
+        where = self.path + (f", layer {layer!r}" if layer is not None else "")
+        where += f", offset {offset}" if offset is not None else ""
+        super().__init__(f"{where}: {reason}")
+
+
+class SaveFailed(FxckptError):
+    """A checkpoint could not be written. Attributes: ``operation``, ``path``, ``offset`` (bytes or None), ``errno``."""
+
+    def __init__(self, operation: str, path: str | os.PathLike, offset: int | None = None, errno: int | None = None,
+                 detail: str = ""):
+        self.operation, self.path, self.offset, self.errno = operation, os.fspath(path), offset, errno
+        at = f" at offset {offset}" if offset is not None else ""
+        why = f": [errno {errno}] {os.strerror(errno)}" if errno else ""
+        super().__init__(f"{operation} {self.path}{at}{why}{': ' + detail if detail else ''}")
+
+
+class Cancelled(FxckptError):
+    """A checkpoint was given up before it was complete (an exception in ``opt.step()``, a shutdown, a fork)."""
