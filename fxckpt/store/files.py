@@ -1,0 +1,155 @@
+"""Small files written durably, and the guard before a file is rewritten in place."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from fxckpt.engine import crc32c, io
+from fxckpt.errors import Corrupt
+from fxckpt.store.bounded import MAX_BYTES
+from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.record import FileRecord
+from fxckpt.store.tagged import raw_tensor
+
+CHUNK_BYTES = 4 << 20
+"""The unit of checksums in the files that the store writes itself."""
+
+DAMAGE = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
+"""Errors that mean that stored bytes are lost; others (permissions, too many open files) are the caller's trouble."""
+
+
+@contextmanager
+def opened(path: str, flags: int) -> Iterator[int]:
+    """A descriptor for the time of the block."""
+    fd = io.open(path, flags)
+    try:
+        yield fd
+    finally:
+        io.close(fd)
+
+
+def read_small(path: str) -> bytes:
+    """A whole file. ``Corrupt`` if the medium lost it, or if it is larger than any record (it is not read then)."""
+    nbytes = os.stat(path).st_size
+    if nbytes > MAX_BYTES:
+        raise Corrupt(path, f"it has {nbytes} bytes, more than the {MAX_BYTES} that any such file has")
+    try:
+        return io.read_file(path)
+    except OSError as error:
+        if error.errno not in DAMAGE:
+            raise
+        raise Corrupt(path, f"it cannot be read: {error.strerror}") from error
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Put ``data`` at ``path`` so that a reader sees the old file or the whole new one. The caller syncs the directory."""
+    temporary = path + ".tmp"
+    with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+        io.pwrite(fd, data, 0)
+        # Before the rename: else the name could be durable before the bytes, and the file be empty after a power cut.
+        io.fsync(fd)
+    io.rename(temporary, path)
+
+
+def write_tensors(path: str, tensors: Mapping[str, Any]) -> FileRecord:
+    """Write ``tensors`` (arrays, CPU torch tensors, ``RawTensor``) as a safetensors file, in place, and sync it."""
+    raw = {key: raw_tensor(tensor) for key, tensor in tensors.items()}
+    specs = [TensorSpec(key, tensor.dtype, tensor.shape, 0) for key, tensor in raw.items()]
+    layout = lay_out(os.path.basename(path), specs)
+    pieces = [memoryview(layout.header), *(raw[placed.spec.key].data for placed in layout.tensors)]
+    crcs: list[int] = []
+    with opened(path, os.O_WRONLY | os.O_CREAT) as fd:
+        io.ftruncate(fd, layout.nbytes)
+        at = 0
+        for piece in _split(pieces):
+            if at % CHUNK_BYTES == 0:
+                crcs.append(0)
+            crcs[-1] = crc32c(piece, crcs[-1])
+            io.pwrite(fd, piece, at)
+            at += piece.nbytes
+        # Before commit.json names these bytes: else a committed checkpoint could fail to verify after a power cut.
+        io.fdatasync(fd)
+    return FileRecord(layout.name, layout.nbytes, CHUNK_BYTES, tuple(crcs))
+
+
+def _split(pieces: list[memoryview]) -> Iterator[memoryview]:
+    """The pieces in order, cut where a chunk ends; empty ones left out."""
+    at = 0
+    for piece in pieces:
+        begin = 0
+        while begin < piece.nbytes:
+            n = min(piece.nbytes - begin, CHUNK_BYTES - at % CHUNK_BYTES)
+            yield piece[begin : begin + n]
+            begin, at = begin + n, at + n
+
+
+def make_directories(path: str) -> None:
+    """Make ``path`` and what is missing above it. ``sync_ancestors`` makes them durable."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for directory in reversed(missing):
+        try:
+            io.mkdir(directory, 0o755)
+        except FileExistsError:
+            if not os.path.isdir(directory):
+                raise
+
+
+def sync_ancestors(path: str) -> None:
+    """Make the names of ``path`` and of all directories above it durable, up to the mount point.
+
+    Syncing a directory covers what is in it, not its own name in its parent: without this a power cut could lose the
+    directory with everything synced in it. All of them, because an earlier life may have made some and been killed.
+    """
+    device = os.stat(path).st_dev
+    while (parent := os.path.dirname(path)) != path and os.stat(parent).st_dev == device:
+        try:
+            io.fsync_dir(parent)
+        except PermissionError:
+            return  # a directory we may not read is one that we did not make
+        path = parent
+
+
+def remove_tree(path: str) -> None:
+    """Remove a directory and what is in it; fine if it is not there."""
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(entry.path)
+        else:
+            io.unlink(entry.path)
+    io.rmdir(path)
+
+
+def in_use(path: str) -> str | None:
+    """Why the file must not be rewritten in place, or None when nobody else can see its bytes.
+
+    A second name (a hard-linked backup) shows in the link count. Open descriptors and mappings (each tensor of
+    safetensors' ``load_file`` is one, and outlives the descriptor) make the kernel refuse a write lease. What cannot be
+    found out, because the file system has no leases or the file is somebody else's, counts as in use.
+    """
+    with opened(path, os.O_RDWR) as fd:
+        if os.fstat(fd).st_nlink != 1:
+            return "it has a second name (a hard link)"
+        try:
+            # Somebody opening the file while we hold the lease makes the kernel send a signal, SIGIO by default, which
+            # would end the process; SIGURG is ignored by default.
+            fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError:
+            return "somebody has it open or mapped"
+        except OSError as error:
+            return f"the file system does not tell who has it open ({error.strerror})"
+    return None

@@ -1,0 +1,87 @@
+"""One writer per directory.
+
+A process-owned ``fcntl`` lock: a data-loader worker that was forked and outlives the trainer does not keep it, as it would
+keep an ``flock``. Its price is a rule of POSIX: when a process closes *any* descriptor of the file, its lock is gone.
+So nobody opens the lock file but ``DirectoryLock``, which first looks whether this process holds it already.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+import threading
+
+from fxckpt.engine import io
+from fxckpt.errors import StoreLocked
+
+log = logging.getLogger("fxckpt")
+
+_FLOCK = "hhqqi4x"  # struct flock of Linux on 64 bits: type, whence, start, len, pid
+
+_held: dict[tuple[int, int], int] = {}
+"""(device, inode) of each lock file this process holds, and the process id that noted it: the kernel keeps the lock per
+process and cannot tell a process about its own, so the note has to be as wide as the process."""
+
+_guard = threading.Lock()
+
+
+class DirectoryLock:
+    """The lock of one directory, from construction to ``release``. Raises ``StoreLocked`` with the holder's pid."""
+
+    def __init__(self, path: str):
+        self._path = path
+        with _guard:
+            _refuse_own(path)
+            self._fd = io.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                _take(self._fd, path)
+            except BaseException:
+                io.close(self._fd)  # ours was not granted, so there is none to lose by this
+                raise
+            found = os.fstat(self._fd)
+            self._key, self._pid = (found.st_dev, found.st_ino), os.getpid()
+            _held[self._key] = self._pid
+
+    def release(self) -> None:
+        """Give it back. Idempotent; in a forked child nothing is released, as nothing is held."""
+        with _guard:
+            if self._fd < 0 or self._pid != os.getpid():
+                return
+            _held.pop(self._key, None)
+            fd, self._fd = self._fd, -1
+            try:
+                io.close(fd)
+            except OSError as error:  # the descriptor is gone all the same, and nothing was written to it
+                log.debug("closing %s: %s", self._path, error)
+
+
+def _refuse_own(path: str) -> None:
+    """Refuse a second lock in this process without opening the file, which would end the first."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return
+    if _held.get((found.st_dev, found.st_ino)) == os.getpid():
+        raise StoreLocked(f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()}): "
+                          "shut that run down first (opt.ckpt.shutdown()), or use another directory")
+
+
+def _take(fd: int, path: str) -> None:
+    """Take the lock, or say who has it."""
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise
+        raise StoreLocked(f"{os.path.dirname(path)} is being written to by another process (pid {_holder(fd)}): "
+                          "stop it, wait for it, or use another directory") from error
+
+
+def _holder(fd: int) -> int | str:
+    """The pid that has the lock, as the kernel knows it; 0 is a process of another machine or container."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return pid if kind != fcntl.F_UNLCK and pid else "unknown"

@@ -1,0 +1,245 @@
+"""The directories of a store: which are free, being written, committed or bad, and the moves between these.
+
+    free ──take──► busy ──committed──► committed ──give up──► free
+                    └──abandon──► free, or ``.bad`` after a failing disk
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+
+from fxckpt.engine import io
+from fxckpt.errors import Corrupt, NoCheckpoint, StoreError
+from fxckpt.store import names
+from fxckpt.store.files import remove_tree
+from fxckpt.store.reader import Reader
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, surplus
+from fxckpt.store.slot import Slot
+
+log = logging.getLogger("fxckpt")
+
+
+class Pool:
+    """At most ``keep + max_async`` slots in ``root``, named saves and bad ones apart.
+
+    ``mutex`` guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames.
+    """
+
+    def __init__(self, root: str, keep: int, max_async: int):
+        self.root, self.keep, self.max_async = root, keep, max_async
+        self.mutex, self.moves = threading.Lock(), threading.RLock()
+        self.lineage: set[int] = set()  # generations that the next checkpoint continues
+        self.pinned: int | None = None  # the loaded one, which stays until a newer one is committed
+        self._free: list[Slot] = []
+        self._busy: set[Slot] = set()
+        self._committed: dict[Slot, Standing] = {}
+        self._numbers: set[int] = set()  # slot numbers in use, those of bad ones included
+        self._condemned = 0
+
+    # ---- what an earlier life left ----
+
+    def adopt_slots(self) -> list[Slot]:
+        """Take in the ``.partial`` directories; returns them. Bad ones keep their number and are left alone."""
+        for name in names.subdirectories(self.root):
+            number = names.slot_number(name)
+            if number is None:
+                continue
+            self._numbers.add(number)
+            if name.endswith(names.PARTIAL):
+                self._free.append(Slot(os.path.join(self.root, name), number))
+        return list(self._free)
+
+    def adopt_checkpoint(self, path: str, known: Standing) -> None:
+        """Take in a checkpoint; after ``adopt_slots``, which knows the numbers that are taken."""
+        self._committed[Slot(path, self._new_number())] = known
+
+    def judge(self, generation: int, trust: str) -> None:
+        """Set what is known of the checkpoint of this generation, if it is one that can be given up."""
+        with self.mutex:
+            for slot, known in self._committed.items():
+                if known.generation == generation:
+                    self._committed[slot] = Standing(generation, known.parent, trust)
+                    if trust == BAD:
+                        slot.forget()
+
+    # ---- free → busy ----
+
+    def take(self) -> Slot:
+        """A slot to write in. Raises ``StoreError`` if ``max_async`` are in flight, ``SaveFailed``."""
+        with self.mutex:
+            in_flight = sum(slot.name is None for slot in self._busy)
+            if in_flight >= self.max_async:
+                raise StoreError(f"{in_flight} checkpoints are in flight; commit or abandon one first")
+            if self._free:
+                return self._occupy(self._free.pop(0))  # the one that readers had the longest time to leave
+        with self.moves:  # a commit that is giving up its surplus is about to free one: wait for it
+            self._make_room()
+            with self.mutex:
+                if self._free:
+                    return self._occupy(self._free.pop(0))
+            return self._new_slot()
+
+    def occupy(self, slot: Slot) -> Slot:
+        """A slot that is not of the pool, for a named save, is being written."""
+        with self.mutex:
+            return self._occupy(slot)
+
+    def _occupy(self, slot: Slot) -> Slot:
+        self._busy.add(slot)
+        slot.begin()
+        return slot
+
+    def is_busy(self, slot: Slot) -> bool:
+        with self.mutex:
+            return slot in self._busy
+
+    def is_saving(self, name: str) -> bool:
+        """Whether a named save of this name is in flight."""
+        with self.mutex:
+            return any(slot.name == name for slot in self._busy)
+
+    def _new_slot(self) -> Slot:
+        """One more directory; its own name is synced by the commit that gives it its final one."""
+        with self.mutex:
+            number = self._new_number()
+        slot = Slot(os.path.join(self.root, f"slot-{number}{names.PARTIAL}"), number)
+        with slot.reporting():
+            io.mkdir(slot.path, 0o755)
+        return self.occupy(slot)
+
+    def _new_number(self) -> int:
+        """The lowest slot number that is not in use; it is from now on."""
+        number = next(n for n in range(len(self._numbers) + 1) if n not in self._numbers)
+        self._numbers.add(number)
+        return number
+
+    def _make_room(self) -> None:
+        """Free a slot if as many exist as may.
+
+        If that hangs on checkpoints of an earlier life whose worth nobody knows, they are read to find out.
+        """
+        if self._condemned > self.keep + self.max_async:
+            raise StoreError(f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the disk or "
+                             "its connection is failing. Replace it; remove them to get their space back")
+        while not self._free and self._count() >= self.keep + self.max_async:
+            if self._give_up_one():
+                continue
+            unknown = [slot for slot, known in self._committed.items() if known.trust == UNKNOWN]
+            if not unknown:
+                log.warning("%s: no checkpoint can be given up yet, so one more slot is made", self.root)
+                return
+            self._examine(max(unknown, key=lambda slot: self._committed[slot].generation))
+
+    def _examine(self, slot: Slot) -> None:
+        """Read a checkpoint of an earlier life to learn what it is worth."""
+        known, trust = self._committed[slot], GOOD
+        try:
+            Reader(slot.path).verify()
+        except (Corrupt, NoCheckpoint, OSError) as error:
+            log.warning("a checkpoint of an earlier run does not verify and is given up: %s", error)
+            trust = BAD
+        with self.mutex:
+            self._committed[slot] = Standing(known.generation, known.parent, trust)
+
+    def _count(self) -> int:
+        with self.mutex:
+            busy = sum(slot.name is None for slot in self._busy)
+            return len(self._free) + len(self._committed) + busy
+
+    # ---- busy → committed → free ----
+
+    def committed(self, slot: Slot, known: Standing) -> None:
+        """The slot is a checkpoint now, durably."""
+        with self.mutex:
+            self._busy.discard(slot)
+            slot.target = None
+            slot.lineage.add(known.generation)
+            if self.pinned is not None and self.pinned < known.generation:
+                self.pinned = None
+            if slot.name is None:
+                self._committed[slot] = known
+
+    def retain(self) -> None:
+        """Give up what is more than ``keep``, and remove free slots beyond the limit. No failure here raises."""
+        while len(self._committed) > self.keep and self._give_up_one():
+            pass
+        while self._count() > self.keep + self.max_async:
+            with self.mutex:
+                if not self._free:
+                    break
+                slot = self._free.pop()
+            self.remove(slot)
+        with self.mutex:
+            alive = {known.generation for known in self._committed.values()}
+            self.lineage.intersection_update(alive | {max(self.lineage, default=0)})
+
+    def _give_up_one(self) -> bool:
+        """Turn one checkpoint into a free slot (or a bad one, if the disk refuses); False if none may go."""
+        with self.mutex:
+            chosen = surplus(list(self._committed.values()), self.keep, self.lineage, self.pinned)
+            slot = next((slot for slot, known in self._committed.items() if known is chosen), None)
+            if slot is None:
+                return False
+            del self._committed[slot]
+        self.recycle(slot)
+        return True
+
+    def recycle(self, slot: Slot) -> None:
+        """Make a slot free: not a checkpoint by name nor by record, durably; a bad one if that fails."""
+        try:
+            if not slot.path.endswith(names.PARTIAL):
+                partial = os.path.join(self.root, f"slot-{slot.number}{names.PARTIAL}")
+                io.rename(slot.path, partial)
+                slot.path = partial
+                # Before the record goes and before its data is rewritten: else a power cut could bring the name
+                # "step-N" back over data that is not that checkpoint's.
+                io.fsync_dir(self.root)
+            slot.discard_commit()
+        except OSError as error:
+            log.error("cannot free %s: %s", slot.path, error)
+            self.condemn(slot)
+            return
+        with self.mutex:
+            self._free.append(slot)
+
+    # ---- out of it ----
+
+    def release(self, slot: Slot) -> bool:
+        """The slot is not being written any more; False if it was not."""
+        with self.mutex:
+            was_busy = slot in self._busy
+            self._busy.discard(slot)
+            return was_busy
+
+    def condemn(self, slot: Slot) -> None:
+        """Rename it ``.bad``; if even that fails, at least this process does not use it again."""
+        slot.forget()
+        self._condemned += 1
+        parent = os.path.dirname(slot.path)
+        bad = os.path.join(parent, (f"slot-{slot.number}" if slot.name is None else slot.name) + names.BAD)
+        try:
+            remove_tree(bad)  # only that of an earlier named save of this name can be there
+            io.rename(slot.path, bad)
+            slot.path = bad
+            io.fsync_dir(parent)
+            log.error("%s may not hold what was written to it: not used again. Check the disk, then remove it", bad)
+        except OSError as error:
+            log.error("%s went bad and could not be renamed: not used again by this process: %s", slot.path, error)
+
+    def remove(self, slot: Slot) -> None:
+        """Remove a slot's directory with all that is in it."""
+        try:
+            if not slot.path.endswith(names.PARTIAL):  # a named one, interrupted between its rename and the sync
+                io.rename(slot.path, slot.path + names.PARTIAL)
+                slot.path += names.PARTIAL
+                io.fsync_dir(os.path.dirname(slot.path))
+            remove_tree(slot.path)
+        except OSError as error:
+            log.error("cannot remove %s: %s", slot.path, error)
+            return
+        with self.mutex:
+            if slot.number is not None:
+                self._numbers.discard(slot.number)
+

@@ -1,0 +1,282 @@
+"""Listing, verifying and reading checkpoints, safe while a trainer writes to the same store.
+
+A trainer may take a directory back at any moment: it renames it away *before* it changes a byte. So whoever finds
+something wrong looks again: if the name no longer leads to the same record, the checkpoint vanished (``NoCheckpoint``);
+only if it does are the bytes ``Corrupt``.
+
+Nothing here opens the lock file: closing it would end the lock of a trainer in the same process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fxckpt.engine import io, read_verified
+from fxckpt.errors import Corrupt, NoCheckpoint
+from fxckpt.store import names
+from fxckpt.store.files import DAMAGE, opened, read_small
+from fxckpt.store.layout import Placed, header_bytes, parse_header
+from fxckpt.store.record import FileRecord, RawTensor, Record
+from fxckpt.store.tagged import numpy_dtype
+
+log = logging.getLogger("fxckpt")
+
+_LOOKS = 10  # times that a listing which is overtaken by the trainer is made anew
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer of a checkpoint. ``offset`` (bytes) is that of its first tensor, in that tensor's file; ``keys``, ``files``,
+    ``shapes`` and ``dtypes`` (safetensors names) are by tensor; ``timestamp`` is in seconds since 1970."""
+
+    checkpoint_id: int
+    name: str
+    kind: str
+    step: int
+    offset: int
+    nbytes: int
+    parameters: int
+    keys: tuple[str, ...]
+    files: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    timestamp: float
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name`` that of a named save or None."""
+
+    step: int
+    generation: int
+    time: float
+    nbytes: int
+    path: Path
+    name: str | None
+    layers: tuple[LayerInfo, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint whose record is whole; its files are not read yet."""
+
+    path: Path
+    record: Record
+
+
+def read_record(path: str) -> Record:
+    """The record of the checkpoint directory ``path``. Raises ``Corrupt``, or ``NoCheckpoint`` if the directory is gone."""
+    return Record.from_bytes(_commit_bytes(path), os.path.join(path, names.COMMIT))
+
+
+def _commit_bytes(path: str) -> bytes:
+    """The content of ``commit.json``, whole or not."""
+    file = os.path.join(path, names.COMMIT)
+    try:
+        return read_small(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.isdir(path):
+            raise NoCheckpoint(f"there is no checkpoint {path}") from error
+        raise Corrupt(file, "the file is missing") from error
+
+
+def candidates(directory: str | os.PathLike) -> list[Candidate | Corrupt]:
+    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its name.
+
+    A directory that is missing or empty has none; one that holds something else raises ``NotAStore``.
+    """
+    root = os.path.abspath(directory)
+    names.check_store(root)
+    for _ in range(_LOOKS):
+        found, vanished = _look(root)
+        if not vanished:  # else there are newer ones, which this look may have missed
+            break
+    return found
+
+
+def _look(root: str) -> tuple[list[Candidate | Corrupt], bool]:
+    """One pass over the store, and whether a checkpoint was taken back meanwhile."""
+    whole: list[Candidate] = []
+    damaged: list[tuple[int, Corrupt]] = []
+    vanished = False
+    for path in names.committed(root):
+        try:
+            whole.append(Candidate(Path(path), read_record(path)))
+        except NoCheckpoint:
+            vanished = True
+        except Corrupt as error:
+            damaged.append((names.step_of(os.path.basename(path)) or 0, error))
+    whole.sort(key=lambda found: found.record.generation, reverse=True)
+    found: list[Candidate | Corrupt] = list(whole)
+    for step, error in sorted(damaged, key=lambda each: each[0]):
+        later = (at for at, each in enumerate(found) if isinstance(each, Candidate) and each.record.step <= step)
+        found.insert(next(later, len(found)), error)
+    return found, vanished
+
+
+def checkpoints(directory: str | os.PathLike) -> list[CheckpointInfo]:
+    """All checkpoints whose record is whole, oldest generation first. Their files are not read."""
+    found = [each for each in candidates(directory) if isinstance(each, Candidate)]
+    return [describe(each.path, each.record) for each in reversed(found)]
+
+
+def latest(directory: str | os.PathLike, verify: bool = True) -> CheckpointInfo | None:
+    """The newest checkpoint that verifies (with ``verify=False``: whose record does), or None."""
+    for _ in range(_LOOKS):
+        vanished = False
+        for each in candidates(directory):
+            try:
+                if isinstance(each, Corrupt):
+                    raise each
+                reader = Reader(each.path)
+                if verify:
+                    reader.verify()
+                return describe(reader.path, reader.record)
+            except Corrupt as error:
+                log.warning("skipping a checkpoint that does not verify: %s", error)
+            except NoCheckpoint:
+                vanished = True
+                break  # there are newer ones now
+        if not vanished:
+            break
+    return None
+
+
+def describe(path: Path, record: Record) -> CheckpointInfo:
+    """What the listing says of a checkpoint."""
+    layers = tuple(
+        LayerInfo(record.generation, layer.name, layer.kind, layer.step, layer.offset, layer.nbytes, layer.parameters,
+                  *(tuple(getattr(tensor, what) for tensor in layer.tensors) for what in ("key", "file", "shape", "dtype")),
+                  layer.time)
+        for layer in record.layers)  # fmt: skip
+    nbytes = sum(file.nbytes for file in record.files)
+    return CheckpointInfo(record.step, record.generation, record.time, nbytes, path, record.name, layers)
+
+
+class Reader:
+    """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``.
+
+    All that it returns was verified; after ``NoCheckpoint`` or ``Corrupt`` from ``read_into`` the targets hold a mixture.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(os.path.abspath(path))
+        self._raw = _commit_bytes(str(self.path))
+        self._inode = self._find()
+        self.record = Record.from_bytes(self._raw, str(self.path / names.COMMIT))
+
+    def verify(self) -> None:
+        """Read every chunk of every file; sizes, checksums and headers must be what the record says."""
+        for file in self.record.files:
+            self._read(file, [])
+
+    def read_into(self, targets: Mapping[tuple[str, str], tuple[int, Any, Any]], *, whole: bool = True) -> None:
+        """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None).
+
+        With ``whole`` the files without a target are verified as well. Unknown (file, key) raise ``KeyError`` first.
+        """
+        places = {(tensor.file, tensor.key): tensor for layer in self.record.layers for tensor in layer.tensors}
+        wanted: dict[str, list[tuple]] = {}
+        for place, target in targets.items():
+            tensor = places[place]
+            wanted.setdefault(tensor.file, []).append((tensor.begin, tensor.nbytes, *target))
+        for file in self.record.files:
+            if whole or file.name in wanted:
+                self._read(file, wanted.get(file.name, []))
+
+    def state_tensors(self) -> dict[str, np.ndarray | RawTensor]:
+        """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
+        for file in self.record.files:
+            if file.name == names.STATE:
+                data = np.empty(file.nbytes, np.uint8)
+                header = self._read(file, [(0, file.nbytes, data.ctypes.data, None, None)])
+                return {key: _tensor(placed, data) for key, placed in header.items()}
+        return {}
+
+    def _read(self, file: FileRecord, targets: list[tuple]) -> dict[str, Placed]:
+        """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header."""
+        path = str(self.path / file.name)
+        with self._stable(file):
+            with opened(path, os.O_RDONLY) as fd:
+                first8 = io.pread(fd, 8, 0)
+            try:
+                raw = np.empty(header_bytes(first8, file.nbytes, path), np.uint8)
+            except Corrupt:
+                # The checksum of the first chunk tells more; this is left for a header that was written wrong.
+                read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c, targets=[])
+                raise
+            read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
+                          targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets])  # fmt: skip
+            header = parse_header(raw.tobytes(), file.nbytes, path)
+            self._compare(file, header)
+            return header
+
+    def _compare(self, file: FileRecord, header: Mapping[str, Placed]) -> None:
+        """The header must have the record's tensors, where the record has them."""
+        if file.name == names.STATE:
+            return  # its tensors belong to no layer: the encoded state names them
+        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
+                    for layer in self.record.layers for tensor in layer.tensors if tensor.file == file.name}  # fmt: skip
+        found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
+        for key in sorted(recorded.keys() | found.keys()):
+            if recorded.get(key) != found.get(key):
+                raise Corrupt(self.path / file.name, f"tensor {key!r} is {found.get(key)} in the header and "
+                                                     f"{recorded.get(key)} in the record")  # fmt: skip
+
+    def _find(self) -> int | None:
+        """The inode that the path leads to now, or None."""
+        try:
+            return os.stat(self.path).st_ino
+        except FileNotFoundError:
+            return None
+
+    def _vanished(self) -> bool:
+        """Whether the trainer took the directory back: its name is gone, or leads to another directory or record."""
+        try:
+            return self._find() != self._inode or _commit_bytes(str(self.path)) != self._raw
+        except NoCheckpoint:
+            return True
+        except Corrupt:
+            return False
+
+    @contextmanager
+    def _stable(self, file: FileRecord) -> Iterator[None]:
+        """Tell damage from a directory that was taken back meanwhile, and name the layers that are damaged."""
+        try:
+            yield
+        except (Corrupt, OSError) as error:
+            if self._vanished():
+                raise NoCheckpoint(f"{self.path} was taken back by the trainer while it was read") from error
+            if isinstance(error, Corrupt):
+                raise self._named(error, file) from error
+            if isinstance(error, FileNotFoundError) or error.errno in DAMAGE:
+                why = "the file is missing" if isinstance(error, FileNotFoundError) else f"cannot read: {error.strerror}"
+                raise self._named(Corrupt(self.path / file.name, why), file) from error
+            raise
+
+    def _named(self, error: Corrupt, file: FileRecord) -> Corrupt:
+        """The same error with the layers whose bytes share the damaged chunk; all of the file's when it has no offset."""
+        begin = error.offset if error.offset is not None else 0
+        end = begin + file.chunk_bytes if error.offset is not None else file.nbytes
+        hit = [layer.name for layer in self.record.layers
+               if any(t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)]  # fmt: skip
+        if file.name == names.STATE:
+            hit = ["extra state"]
+        return Corrupt(error.path, error.reason, layer=", ".join(hit) or None, offset=error.offset)
+
+
+def _tensor(placed: Placed, data: np.ndarray) -> np.ndarray | RawTensor:
+    """One tensor as a view of the file's bytes."""
+    raw = data[placed.begin : placed.begin + placed.nbytes]
+    dtype = numpy_dtype(placed.spec.dtype)
+    if dtype is None:
+        return RawTensor(placed.spec.dtype, placed.spec.shape, memoryview(raw))
+    return raw.view(dtype).reshape(placed.spec.shape)

@@ -1,0 +1,104 @@
+"""One directory that checkpoints are written in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+
+from fxckpt.engine import io
+from fxckpt.errors import SaveFailed
+from fxckpt.store import names
+from fxckpt.store.files import DAMAGE, in_use
+
+log = logging.getLogger("fxckpt")
+
+_SYNCS = frozenset({"fsync", "fdatasync"})
+
+
+class Slot:
+    """A directory over its whole life in this process; made and owned by a ``Store``.
+
+    ``path`` is where it is now (absolute), ``number`` its number in the store, None for a named save (``name``).
+    Between ``acquire`` and ``commit``, ``generation`` is that of the checkpoint being written.
+    """
+
+    def __init__(self, path: str, number: int | None, name: str | None = None):
+        self.path, self.number, self.name = path, number, name
+        self.generation = -1
+        self.lineage: set[int] = set()  # the generations it continues, shared with the store
+        self.target: str | None = None  # the name that a commit is giving it
+        self.suspect = False  # a sync failed, or the disk reported damage: what it holds cannot be known
+        self._written: tuple[Hashable, dict[str, dict[int, int]]] | None = None
+        self._before: tuple[Hashable, dict[str, dict[int, int]]] | None = None
+
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
+        """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed.
+
+        ``token`` stands for the plan: the notes are given back only to one who asks with an equal one.
+        """
+        self._written = (token, {file: dict(crcs) for file, crcs in chunks.items()})
+
+    def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
+        """What the files held when the slot was acquired, as remembered with an equal ``token``, else {}."""
+        return self._before[1] if self._before is not None and self._before[0] == token else {}
+
+    def forget(self) -> None:
+        """What is on the disk is not known any more."""
+        self._written = self._before = None
+
+    def begin(self) -> None:
+        """The content may change from here: what was committed is what can be recalled."""
+        self._before, self._written = self._written, None
+
+    def prepare(self) -> None:
+        """Make the files safe to rewrite in place: no record that describes them, and no other reader.
+
+        A file that somebody has open or mapped, or that has a second name, is unlinked: whoever has it keeps its
+        bytes, and the next writer makes a new file. So the number of slots stays what it is.
+        """
+        self.discard_commit()
+        for entry in list(os.scandir(self.path)):
+            if not entry.is_file(follow_symlinks=False):
+                continue
+            why = in_use(entry.path)
+            if why is None:
+                continue
+            log.info("%s is not rewritten in place: %s; a new file takes its place", entry.path, why)
+            io.unlink(entry.path)
+            if self._before is not None:
+                self._before[1].pop(entry.name, None)
+
+    def discard_commit(self) -> None:
+        """Remove ``commit.json``, durably.
+
+        Before a byte of its files changes: else a power cut would leave a record of data that is not there any
+        more, and all that told it from a checkpoint would be the directory's name.
+        """
+        record = os.path.join(self.path, names.COMMIT)
+        if os.path.lexists(record):
+            io.unlink(record)
+            io.fsync_dir(self.path)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Turn an ``OSError`` into ``SaveFailed``, and note whether the slot can be trusted after it."""
+        try:
+            yield
+        except OSError as error:
+            operation = _operation(error)
+            self.suspect |= operation in _SYNCS or error.errno in DAMAGE
+            path = os.fsdecode(error.filename) if error.filename else self.path
+            raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
+
+
+def _operation(error: OSError) -> str:
+    """The file operation that raised it: the innermost public function of ``engine.io`` on its way."""
+    found, at = "open", error.__traceback__
+    while at is not None:
+        code = at.tb_frame.f_code
+        if code.co_filename == io.__file__ and not code.co_name.startswith("_") and code.co_name != "os_error":
+            found = code.co_name
+        at = at.tb_next
+    return found

@@ -1,0 +1,306 @@
+"""``Store``: the one writer of a checkpoint directory, and the order in which a checkpoint becomes valid.
+
+    acquire    1. a free ``.partial`` directory, without ``commit.json``, whose files nobody else can see
+    (engine)   2. chunks written in place, each file ``fdatasync``'ed
+    commit        ``state.safetensors`` likewise; files that are not in the record removed
+               3. ``commit.json`` (temporary name, fsync, rename), fsync of the slot
+               4. rename to ``step-N``, fsync of the root: now, and only now, it is committed
+               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root, remove its
+                  ``commit.json``, fsync of the slot (step 1 of a later one, done where no training waits)
+
+Each line is durable before the next. So in every state a crash can leave, a directory without a suffix verifies,
+and so do the files beside any ``commit.json`` at all. ``tests/test_power_cut.py`` removes each step in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fxckpt.engine import io
+from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
+from fxckpt.store import names
+from fxckpt.store.files import make_directories, remove_tree, replace_file, sync_ancestors, write_tensors
+from fxckpt.store.lock import DirectoryLock
+from fxckpt.store.pool import Pool
+from fxckpt.store.reader import read_record
+from fxckpt.store.record import FORMAT, FileRecord, LayerRecord, Record
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, ancestors
+from fxckpt.store.slot import Slot
+
+__all__ = ["Slot", "Store"]
+
+log = logging.getLogger("fxckpt")
+
+
+class Store:
+    """The writer of one directory. Thread-safe; a forked child cannot use it.
+
+    ``keep`` good checkpoints stay, apart from named ones; up to ``max_async`` more are being written.
+    ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, max_async: int = 2, fresh: bool = False):
+        if keep < 1 or max_async < 1:
+            raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
+        self.root = os.path.abspath(os.fspath(directory))
+        self.fresh, self.store_id = fresh, ""
+        names.check_store(self.root)
+        self._pool = Pool(self.root, keep, max_async)
+        self._pid = os.getpid()
+        self._lock: DirectoryLock | None = None
+        self._parents: dict[int, int | None] = {}  # of every generation whose record was there at open
+        self._clock = 0  # the newest generation given out
+        self._loaded, self._found = False, 0
+
+    # ---- opening ----
+
+    def open(self) -> None:
+        """Make the directory if need be, take its lock, and see what is there. Idempotent.
+
+        Raises ``NotAStore``, ``StoreLocked`` (naming the pid that has it) or ``OSError``.
+        """
+        self._check_owner()
+        if self._lock is not None:
+            return
+        names.check_store(self.root)
+        make_directories(self.root)
+        self._lock = DirectoryLock(os.path.join(self.root, names.LOCK))
+        # A store dropped without close() gives its lock back; at exit the kernel does, after the last write.
+        self._finalizer = weakref.finalize(self, self._lock.release)
+        self._finalizer.atexit = False
+        try:
+            records = self._read_records()
+            self._identify(records)
+            self._adopt(records)
+        except BaseException:
+            self.close()
+            raise
+        if self._pool.keep == 1:
+            log.warning("keep=1: while no other checkpoint exists, one damaged block on the disk loses the run")
+
+    def _read_records(self) -> dict[str, Record | None]:
+        """The record of each checkpoint directory; None where it is damaged."""
+        records: dict[str, Record | None] = {}
+        for path in names.committed(self.root):
+            try:
+                records[path] = read_record(path)
+            except Corrupt as error:
+                log.warning("a checkpoint does not verify and will be given up: %s", error)
+                records[path] = None
+        return records
+
+    def _identify(self, records: Mapping[str, Record | None]) -> None:
+        """Read the store's id, or write ``store.json``: the newest record's id if it was damaged or lost."""
+        found = names.read_store_id(self.root)
+        if found is None:
+            # Before store.json, so that its being there means that all directories above it are durable.
+            sync_ancestors(self.root)
+            whole = [record for record in records.values() if record is not None]
+            newest = max(whole, key=lambda record: record.generation, default=None)
+            found = newest.store_id if newest else uuid.uuid4().hex
+            content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
+            replace_file(os.path.join(self.root, names.STORE), content.encode())
+            io.fsync_dir(self.root)
+        self.store_id = found
+
+    def _adopt(self, records: Mapping[str, Record | None]) -> None:
+        """Take in what an earlier life left."""
+        for slot in self._pool.adopt_slots():
+            self._clock = max(self._clock, _generation_in(slot.path))
+        for path, record in records.items():
+            self._found += 1
+            if record is not None:
+                self._clock = max(self._clock, record.generation)
+                self._parents[record.generation] = record.parent
+            if record is not None and record.store_id != self.store_id:
+                log.warning("%s is of another store: it can be loaded, and is never given up", path)
+            elif os.path.dirname(path) == self.root:
+                self._pool.adopt_checkpoint(path, _standing(record, UNKNOWN))
+        named = os.path.join(self.root, names.NAMED)
+        for name in names.subdirectories(named):
+            if name.endswith(names.PARTIAL):  # a named save that never was
+                remove_tree(os.path.join(named, name))
+
+    def _check_owner(self) -> None:
+        if os.getpid() != self._pid:
+            raise Cancelled(f"the store {self.root} belongs to the parent process (pid {self._pid})")
+
+    def _check_open(self) -> None:
+        self._check_owner()
+        if self._lock is None:
+            raise StoreError(f"the store {self.root} is not open")
+
+    # ---- lineage ----
+
+    def require_loaded(self) -> None:
+        """Raise ``StoreNotLoaded`` if an earlier life left checkpoints that were not loaded, and not ``fresh``."""
+        if self._found and not self._loaded and not self.fresh:
+            raise StoreNotLoaded(f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from "
+                                 "the beginning would replace them. Call fxckpt.load() before the first step, name "
+                                 "another directory, or say fresh=True to give them up")
+
+    def mark_loaded(self, generation: int | None) -> None:
+        """What comes next continues this checkpoint, which was verified; None: there was none to load.
+
+        It stays until a newer one is committed. Later ones of the store, if any, count as abandoned from now on.
+        """
+        with self._pool.mutex:
+            self._loaded = True
+            self._pool.lineage = set() if generation is None else ancestors(self._parents, generation)
+            self._pool.pinned = generation
+            self._clock = max(self._clock, generation or 0)
+        if generation is not None:
+            self.mark_verified(generation)
+
+    def mark_verified(self, generation: int) -> None:
+        """Every byte of this checkpoint was read and was right: it counts as good."""
+        self._pool.judge(generation, GOOD)
+
+    def mark_bad(self, generation: int) -> None:
+        """This checkpoint does not verify: it counts for nothing and goes first."""
+        self._pool.judge(generation, BAD)
+
+    # ---- acquiring ----
+
+    def acquire(self, name: str | None = None) -> Slot:
+        """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own.
+
+        Raises ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if
+        ``max_async`` are in flight already, ``SaveFailed``.
+        """
+        self._check_open()
+        self.require_loaded()
+        slot = self._pool.take() if name is None else self._take_named(name)
+        try:
+            with self._pool.mutex:
+                self._clock += 1  # in the order of acquiring, which is that of training
+                slot.generation, slot.lineage = self._clock, self._pool.lineage
+            with slot.reporting():
+                slot.prepare()
+        except BaseException:
+            self.abandon(slot, bad=False)
+            raise
+        return slot
+
+    def _take_named(self, name: str) -> Slot:
+        """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
+        names.check_name(name)
+        directory = os.path.join(self.root, names.NAMED)
+        slot = Slot(os.path.join(directory, name + names.PARTIAL), None, name)
+        with self._pool.moves, slot.reporting():
+            if os.path.lexists(os.path.join(directory, name)) or self._pool.is_saving(name):
+                raise SetupError(f"{directory} has a checkpoint {name!r} already: take another name, or remove it")
+            if not os.path.isdir(directory):
+                io.mkdir(directory, 0o755)
+            # Each time: a life that made the directory and was killed may not have synced its name, and without
+            # that a power cut loses every named save in it.
+            io.fsync_dir(self.root)
+            remove_tree(slot.path)
+            io.mkdir(slot.path, 0o755)
+            return self._pool.occupy(slot)
+
+    # ---- committing ----
+
+    def commit(self, slot: Slot, *, step: int, iteration: int, updates: int, time: float,
+               files: Sequence[FileRecord], layers: Sequence[LayerRecord], ties: Mapping[str, str],
+               optimizers: Any, state: Any, state_tensors: Mapping[str, Any], world_size: int = 1,
+               rank: int = 0) -> Path:
+        """Make the slot, whose engine files are durable, a checkpoint; its path is valid once this returns.
+
+        Raises ``SaveFailed``; the caller then abandons the slot.
+        """
+        self._check_open()
+        with self._pool.moves:
+            if not self._pool.is_busy(slot):
+                raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
+            with slot.reporting():
+                extra = write_tensors(os.path.join(slot.path, names.STATE), state_tensors)
+                parent = max((each for each in slot.lineage if each < slot.generation), default=None)
+                record = Record(self.store_id, slot.generation, parent, step, iteration, updates, time, world_size,
+                                rank, (*files, extra), tuple(layers), dict(ties), optimizers, state, slot.name)
+                self._seal(slot, record)
+                self._publish(slot, record)
+            self._pool.committed(slot, _standing(record, GOOD))
+            self._pool.retain()
+            return Path(slot.path)
+
+    def _seal(self, slot: Slot, record: Record) -> None:
+        """Step 3: from here the directory describes itself."""
+        wanted = {file.name: file.nbytes for file in record.files}
+        for entry in list(os.scandir(slot.path)):
+            if entry.name not in wanted and entry.is_file(follow_symlinks=False):
+                io.unlink(entry.path)  # of an earlier plan: nobody would verify it
+        for name, nbytes in wanted.items():
+            path = os.path.join(slot.path, name)
+            found = os.stat(path).st_size
+            if found != nbytes:
+                raise SaveFailed("stat", path, detail=f"the file has {found} bytes, its record {nbytes}")
+        replace_file(os.path.join(slot.path, names.COMMIT), record.to_bytes())
+        # Before the rename in the root: else the directory could have its final name without its record or a file.
+        io.fsync_dir(slot.path)
+
+    def _publish(self, slot: Slot, record: Record) -> None:
+        """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
+        if slot.name is not None:
+            final = os.path.join(self.root, names.NAMED, slot.name)
+        else:
+            final = os.path.join(self.root, names.step_name(record.step))
+            if os.path.lexists(final):  # an earlier life, or a branch that was rolled back, came past this step
+                final += f"-g{record.generation}"
+        slot.target = final
+        io.rename(slot.path, final)
+        slot.path = final
+        # Before the caller is told and anything older is given up: else a power cut could take this one back.
+        io.fsync_dir(os.path.dirname(final))
+
+    # ---- ending ----
+
+    def abandon(self, slot: Slot, *, bad: bool) -> None:
+        """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises.
+
+        ``bad`` after EIO or a failed sync: the kernel may have dropped what it could not write, and reading can
+        show what is not on the disk, so the directory is renamed ``.bad`` and never used again.
+        """
+        self._check_owner()
+        with self._pool.moves:
+            if not self._pool.release(slot):
+                return
+            slot.forget()
+            if slot.target is not None and not os.path.lexists(slot.path):
+                slot.path = slot.target  # interrupted just behind the rename
+            slot.target = None
+            if bad or slot.suspect:
+                self._pool.condemn(slot)
+            elif slot.name is not None:
+                self._pool.remove(slot)
+            else:
+                self._pool.recycle(slot)
+
+    def close(self) -> None:
+        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child."""
+        if os.getpid() != self._pid or self._lock is None:
+            return
+        with self._pool.moves:
+            self._lock.release()
+            self._finalizer.detach()
+            self._lock = None
+
+
+def _standing(record: Record | None, trust: str) -> Standing:
+    """What retention has to know; a record that cannot be read makes a bad checkpoint."""
+    return Standing(-1, None, BAD) if record is None else Standing(record.generation, record.parent, trust)
+
+
+def _generation_in(path: str) -> int:
+    """The generation of a commit that a crash stopped short of its rename, so that the clock goes on behind it."""
+    try:
+        return read_record(path).generation
+    except (Corrupt, NoCheckpoint):
+        return 0
