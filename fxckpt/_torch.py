@@ -1,0 +1,427 @@
+"""The one module that touches private APIs of torch, each with the reason, each with a feature test.
+
+Feature tests: ``tests/test_torch_private.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxckpt.errors import SetupError
+
+# ---- optimizers (used by graph/update.py, optimizer.py) --------------------------------------------------------
+
+GROUP_BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum",
+                               "max_lr", "min_lr"})
+"""Entries of a parameter group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
+
+
+def unhooked_step(opt: torch.optim.Optimizer):
+    """The plain function behind ``type(opt).step``, without the hook wrapper and without the grad-mode wrapper.
+
+    ``Optimizer.__init__`` puts ``profile_hook_step`` on the class (marked ``hooked``); under it most optimizers have
+    ``_use_grad_for_differentiable``, which would ask Dynamo for a graph break. Both keep ``__wrapped__``.
+    """
+    step = plain_class(opt).step
+    while hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    return step
+
+
+def stock_step(opt: torch.optim.Optimizer):
+    """The stock step as a user would call it, less the hooks (they fire once, in our own wrapper)."""
+    step = plain_class(opt).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def plain_class(opt: torch.optim.Optimizer) -> type:
+    """The class the user made: the first one of the MRO that is not ours."""
+    return next(c for c in type(opt).__mro__ if "_fxckpt_base" not in c.__dict__)
+
+
+def hooked(function):
+    """Wrap ``function`` as ``Optimizer.__init__`` wraps ``step``: pre and post hooks fire around it, once.
+
+    ``Optimizer.profile_hook_step`` is private; without its ``hooked`` mark, ``__setstate__`` wraps a second time and
+    hooks fire twice (seen after ``load_state_dict``).
+    """
+    wrapper = torch.optim.Optimizer.profile_hook_step(function)
+    wrapper.hooked = True
+    return wrapper
+
+
+def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
+    """Make a step wrapper that an LR scheduler put on the *instance* call the class's new step; True if there was one.
+
+    ``LRScheduler.__init__`` stores a wrapper around the old function in ``opt.step``. Deleting it makes the scheduler
+    warn that the step was overridden; so another one takes its place that keeps its mark and sets its flag.
+    Raises SetupError if ``step`` was replaced on the instance by something else.
+    """
+    current = opt.__dict__.get("step")
+    if current is None:
+        return False
+    if not getattr(current, "_wrapped_by_lr_sched", False):
+        raise SetupError(f"opt.step of this {type(opt).__name__} was replaced by {current!r}; fxckpt cannot see the "
+                         "steps through it. Call compile_step before that wrapper is installed.")
+    owner = weakref.ref(opt)
+
+    @functools.wraps(type(opt).step)
+    def step(*args, **kwargs):
+        this = owner()
+        this._opt_called = True
+        return type(this).step(this, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True
+    opt.step = step
+    return True
+
+
+def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
+    """Call ``skipped()`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
+
+    ``GradScaler._maybe_opt_step`` is where that is decided; the instance's own is wrapped, nothing is patched globally.
+    """
+    inner = scaler._maybe_opt_step
+
+    def maybe(optimizer, optimizer_state, *args, **kwargs):
+        found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if optimizer is opt else 0
+        out = inner(optimizer, optimizer_state, *args, **kwargs)
+        if found:
+            skipped()
+        return out
+
+    scaler._maybe_opt_step = maybe
+
+
+def default_implementation(param: torch.Tensor) -> str:
+    """What an optimizer picks when neither ``foreach`` nor ``fused`` is given: see ``_default_to_fused_or_foreach``."""
+    from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
+
+    return "foreach" if param.device.type in _get_foreach_kernels_supported_devices() else "single"
+
+
+def trace_fake(fn: Callable, args: Sequence[torch.Tensor]) -> fx.Graph:
+    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles (``allow_scalar_outputs``)."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True), static_shapes=True)
+    fakes = [mode.from_tensor(t.detach()) for t in args]
+    with mode, torch.no_grad():
+        return make_fx(fn)(*fakes).graph
+
+
+def symbolic_float(tensor: torch.Tensor, positive: bool | None):
+    """``tensor.item()`` as a symbol; its sign, when given, is asserted so that ``if momentum != 0`` can be decided."""
+    value = tensor.item()
+    if positive is not None:
+        torch._check(value != 0)
+        torch._check(value > 0 if positive else value < 0)
+    return value
+
+
+def compile_flat(fn: Callable, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """Compile ``fn`` over one-dimensional tensors whose lengths stay dynamic, as ``standalone_compile`` does.
+
+    Its callable costs ~8 us a call, an AOT wrapper's ~21 us. ``from_graph`` keeps the symbols of ``make_fx``; no guard
+    is checked at run time, so callers must pass what the example promised: flat, dense, of the same dtypes.
+    """
+    from torch._inductor import standalone_compile
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.no_grad():
+        gm = make_fx(fn, tracing_mode="symbolic")(*example)
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    return standalone_compile(gm, inputs, dynamic_shapes="from_graph")
+
+
+# ---- the backend (used by backend.py, graph/joint.py, graph/names.py) ----------------------------------
+
+_WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
+     "_fsdp_wrapped_module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper",
+     "_checkpoint_wrapped_module"),
+)
+
+
+def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """The model inside torch's own wrapper ``module``, or None if it is no wrapper.
+
+    The attributes that hold it are private; the types are looked up only where their module is imported
+    already.
+    """
+    for where, name, attribute in _WRAPPERS:
+        kind = getattr(sys.modules.get(where), name, None)
+        if kind is not None and isinstance(module, kind):
+            return getattr(module, attribute)
+    return None
+
+
+def own_buffers(module: torch.nn.Module, persistent: bool) -> list[tuple[str, torch.Tensor]]:
+    """The module's own buffers that ``state_dict`` holds, or the others; nothing public tells them apart."""
+    skipped = module._non_persistent_buffers_set
+    own = module.named_buffers(recurse=False)
+    return [(name, tensor) for name, tensor in own if (name not in skipped) == persistent]
+
+
+def called_modules() -> list[torch.nn.Module]:
+    """The modules whose call is under way on this thread, outermost first.
+
+    Read from the stack, since no API tells a backend which model it compiles. ``Module.__call__`` is a frame
+    of its own in front of every forward, hooked or compiled, so other methods of a module (a trainer's) do
+    not count.
+    """
+    code = torch.nn.Module.__call__.__code__
+    frame, found = inspect.currentframe(), []
+    while frame is not None:
+        if frame.f_code is code:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found[::-1]
+
+
+def graph_input(node: fx.Node, example: Any) -> tuple[Any, Any]:
+    """``(live object, Dynamo's source or None)`` of a placeholder; valid during the backend call only.
+
+    ``grapharg`` is Dynamo's record of the input. It still holds the live parameter where the example does
+    not: DDP's splits are compiled with fake examples. In the second split an activation has no ``grapharg``.
+    """
+    arg = node.meta.get("grapharg")
+    if arg is None:
+        return example, None
+    return arg.example, arg.source
+
+
+def source_name(source: Any) -> str:
+    """Dynamo's path to an input, as text; a method in 2.11, a property in 2.13."""
+    return source.name() if callable(source.name) else source.name
+
+
+def compiling_scope() -> dict[str, dict[str, Any]] | None:
+    """Locals and globals of the frame that Dynamo compiles right now, by the names its sources use; None
+    outside.
+    """
+    from torch._dynamo.symbolic_convert import tls
+
+    tx = getattr(tls, "current_tx", None)
+    return None if tx is None else {"L": tx.output.local_scope, "G": tx.output.global_scope}
+
+
+def first_module(source: Any, scope: dict[str, dict[str, Any]] | None) -> torch.nn.Module | None:
+    """The outermost module on the path ``source``, followed in ``scope``; None where the path cannot be
+    followed.
+    """
+    steps = []
+    while source is not None:
+        steps.append(source)
+        source = getattr(source, "base", None)
+    value = _start(steps.pop(), scope)
+    while not isinstance(value, torch.nn.Module) and value is not None and steps:
+        value = _follow(value, steps.pop())
+    return value if isinstance(value, torch.nn.Module) else None
+
+
+def _start(source: Any, scope: dict[str, dict[str, Any]] | None) -> Any:
+    if scope is None:
+        return None
+    if hasattr(source, "local_name"):
+        return scope["L"].get(source.local_name)
+    return scope["G"].get(getattr(source, "global_name", None))
+
+
+def _follow(value: Any, step: Any) -> Any:
+    if hasattr(step, "member"):
+        return getattr(value, step.member, None)
+    if not hasattr(step, "index"):
+        return value  # a source that only marks what its base is
+    try:
+        return value[step.index]
+    except (TypeError, LookupError):
+        return None
+
+
+def compile_under_way() -> tuple[int | None, weakref.ref | None]:
+    """``(frame, token)``: a recompile keeps the frame and has another token; DDP's splits of one compile
+    share both.
+
+    ``torch.compiler`` offers no name for either. The frame's number starts again at 0 after
+    ``torch._dynamo.reset()``; the token is Dynamo's context of this one compile.
+    """
+    current = torch._guards.CompileContext.current_compile_id()
+    context = torch._guards.TracingContext.try_get()
+    return getattr(current, "frame_id", None), None if context is None else weakref.ref(context)
+
+
+def input_index(desc: Any) -> int | None:
+    """Dynamo's placeholder index behind an AOTAutograd input descriptor, through subclass and view unpacking.
+
+    The descriptors are AOTAutograd's only record of which placeholder of the joint graph is which input.
+    """
+    while desc is not None:
+        if type(desc).__name__ == "PlainAOTInput":
+            return desc.idx
+        desc = getattr(desc, "base", None) or getattr(desc, "base_of", None)
+    return None
+
+
+def gradient_of(desc: Any) -> int | None:
+    """Dynamo's placeholder index of the input whose gradient an AOTAutograd output is; None for other
+    outputs.
+    """
+    while type(desc).__name__ == "SubclassGetAttrAOTOutput":
+        desc = desc.base
+    return input_index(desc.grad_of) if type(desc).__name__ == "GradAOTOutput" else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's result may share memory with its input: by the alias sets of the operator's schema.
+    """
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def joint_pass(read: Callable[[fx.Graph], None], users: Any) -> Any:
+    """A ``joint_custom_pre_pass`` that shows the joint graph to ``read``, then runs the user's own pass or
+    passes.
+
+    Inductor has one slot for such a pass, and hashes its ``uuid()`` into the cache keys. Ours never changes
+    the graph, so its part is a constant; a user's pass without a uuid turns the caches off, as it does
+    without us.
+    """
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    chain = tuple(users) if isinstance(users, (list, tuple)) else () if users is None else (users,)
+
+    class JointPass(CustomGraphPass):
+        def __call__(self, graph: fx.Graph) -> None:
+            read(graph)
+            for user in chain:
+                user(graph)
+
+        def uuid(self) -> Any | None:
+            ids = tuple(user.uuid() if isinstance(user, CustomGraphPass) else None for user in chain)
+            return ("fxckpt-reads-joint", *ids) if all(ids) else None
+
+    return JointPass()
+
+
+def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict,
+             read: Callable[[fx.Graph], None] | None = None) -> Callable[..., Any]:
+    """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does.
+
+    ``_TorchCompileInductorWrapper`` is what that call makes: it checks the options and turns them and the
+    mode into config patches. ``read`` joins those patches, so they also hold when the backward is compiled
+    later.
+    """
+    import torch._inductor.config as config
+
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    if read is not None:
+        user = wrapper.config.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+        wrapper.config["joint_custom_pre_pass"] = joint_pass(read, user)
+    return wrapper(gm, example_inputs)
+
+
+def other_compiler(compiler: str | Callable, gm: fx.GraphModule, example_inputs: Sequence[Any],
+                   mode: str | None, options: dict,
+                   read: Callable[[fx.Graph], None] | None = None) -> Callable[..., Any]:
+    """Compile with another backend, as ``torch.compile(backend=compiler)`` does.
+
+    ``lookup_backend`` is what turns a name into a backend. The joint pass is set around the call, for
+    compilers that use Inductor's front end.
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    kwargs = {k: v for k, v in {"mode": mode, "options": options}.items() if v and v != "default"}
+    function = lookup_backend(compiler)
+    if read is None:
+        return function(gm, example_inputs, **kwargs)
+    import torch._inductor.config as config
+
+    with config.patch(joint_custom_pre_pass=joint_pass(read, config.joint_custom_pre_pass)):
+        return function(gm, example_inputs, **kwargs)
+
+
+def reset_cudagraphs() -> None:
+    """What ``torch._dynamo.reset()`` asks of an Inductor backend: forget the CUDA graphs it recorded."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+# ---- modules (used by inventory.py, run.py) ---------------------------------------------------------------------
+
+def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The user's module inside ``torch.compile`` and DDP wrappers, found by type and not by cutting text from names.
+
+    ``OptimizedModule`` is private; its ``_orig_mod`` is where names get their ``_orig_mod.`` from.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
+    while True:
+        if isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, wrappers):
+            model = model.module
+        else:
+            return model
+
+
+def named_buffers(model: torch.nn.Module):
+    """``(name, buffer, persistent)`` of every buffer, ties included; torch keeps the flag in a private set."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                yield f"{prefix}.{name}" if prefix else name, buffer, name not in module._non_persistent_buffers_set
+
+
+def extra_state_modules(model: torch.nn.Module):
+    """``(name, module)`` of modules that keep more than tensors in their state dict (``get_extra_state``)."""
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+            yield name, module
+
+
+def gradient_accumulator(param: torch.Tensor):
+    """The autograd node that adds a gradient to ``param.grad``; DDP hooks it the same way.
+
+    A hook on the tensor itself is visible to Dynamo; one on this node is not. It lives only while somebody holds it.
+    """
+    with torch.enable_grad():
+        return param.view_as(param).grad_fn.next_functions[0][0]
+
+
+def world_size() -> int:
+    """Ranks of this job: torch.distributed's if it runs, else what the launcher says."""
+    import os
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """This process's rank; 0 outside a distributed job."""
+    import os
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", "0"))

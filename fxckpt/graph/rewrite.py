@@ -1,0 +1,155 @@
+"""Write the step as an FX graph: per-layer updates in gradient order, with checkpoint ops in between.
+
+    scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
+
+The graph is what runs. Its inputs are the run's number and, for each layer, the list of tensors the layer owns
+(parameters, then optimizer state), so the data flow between the nodes is explicit. Two variants come from here: ``build``
+with checkpoint ops, and ``build_bare``, one update for all, for steps on which nothing is pending and nothing starts.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxckpt import ops
+from fxckpt.graph.layers import Layer
+
+COUNTS = "counts"
+"""Name of the pseudo-layer of all 0-dimensional states (step counts): they advance first, for all layers at once."""
+
+
+class Impure(torch.nn.Module):
+    """A callable node of a StepGraph.
+
+    Note [no dead code elimination]: updates return nothing, so to FX they look unused. ``_is_impure`` is what
+    ``Node.is_impure`` asks of a called module; a plain function in its place would be deleted silently by
+    ``eliminate_dead_code``.
+    """
+
+    _is_impure = True
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``).
+
+    ``layers`` in update order; ``order`` the parameter names in the order in which their gradients become final;
+    ``edges`` pairs of layer names, from producer to consumer in the forward pass; ``sizes`` bytes of each layer's
+    tensors, parameters and optimizer state.
+    """
+
+    layers: tuple[Layer, ...]
+    edges: tuple[tuple[str, str], ...]
+    module: fx.GraphModule
+    bare: fx.GraphModule
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """Every parameter exactly once, in update order."""
+        return tuple(name for layer in self.layers for name in layer.params)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The FX graph with checkpoint ops."""
+        return self.module.graph
+
+    def dot(self) -> str:
+        """The layer dependency graph in Graphviz's language."""
+        from fxckpt.graph import draw
+
+        return draw.to_dot(self.layers, self.edges, self.sizes)
+
+    def draw(self, path: str) -> None:
+        """Write the layer dependency graph to ``path`` as SVG."""
+        from fxckpt.graph import draw
+
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(draw.to_svg(self.layers, self.edges, self.sizes))
+
+    def __str__(self) -> str:
+        return readable(self.module)
+
+
+def identifier(name: str) -> str:
+    """A layer's name as a Python identifier: ``h.0.attn`` -> ``h_0_attn``."""
+    out = re.sub(r"\W", "_", name) or "root"
+    return f"_{out}" if out[0].isdigit() or keyword.iskeyword(out) else out
+
+
+class _Names:
+    """Identifiers for layers, each used once."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, int] = {}
+
+    def __call__(self, name: str) -> str:
+        base = identifier(name)
+        n = self.used[base] = self.used.get(base, 0) + 1
+        return base if n == 1 else f"{base}__{n}"
+
+
+def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable | None,
+          counts: bool) -> fx.GraphModule:
+    """The variant with checkpoint ops.
+
+    ``update(i)`` is the callable of layer i, taking the scalars; ``first`` the engine's number of the first of these
+    layers (the counts, when there are any, come before it, as ``first - 1``).
+    Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``.
+    """
+    graph, root, names = fx.Graph(), torch.nn.Module(), _Names()
+    run = graph.placeholder("run", type_expr=int)
+    counted = graph.placeholder(COUNTS) if counts else None
+    labels = [names(layer.name) for layer in layers]
+    owned = [graph.placeholder(label) for label in labels]
+    if counted is not None:
+        graph.call_function(ops.ckpt_fence, (counted, run, first - 1, COUNTS))
+    values = _call(graph, root, "scalars", scalars, ()) if scalars is not None else None
+    if counted is not None:
+        graph.call_function(ops.ckpt_emit, (counted, run, first - 1, COUNTS))
+    for i, (layer, label, tensors) in enumerate(zip(layers, labels, owned)):
+        graph.call_function(ops.ckpt_fence, (tensors, run, first + i, layer.name))
+        _call(graph, root, f"update_{label}", update(i), () if values is None else (values,))
+        graph.call_function(ops.ckpt_emit, (tensors, run, first + i, layer.name))
+    return _finish(graph, root, "StepGraph")
+
+
+def build_bare(update: Callable, scalars: Callable | None) -> fx.GraphModule:
+    """The variant without checkpoint ops: ``() -> None``."""
+    graph, root = fx.Graph(), torch.nn.Module()
+    values = _call(graph, root, "scalars", scalars, ()) if scalars is not None else None
+    _call(graph, root, "update", update, () if values is None else (values,))
+    return _finish(graph, root, "BareStepGraph")
+
+
+def _call(graph: fx.Graph, root: torch.nn.Module, name: str, function: Callable, args: tuple) -> fx.Node:
+    """A ``call_module`` node; see Note [no dead code elimination]."""
+    root.add_module(name, Impure(function))
+    return graph.create_node("call_module", name, args, name=name)
+
+
+def _finish(graph: fx.Graph, root: torch.nn.Module, name: str) -> fx.GraphModule:
+    graph.output(None)
+    graph.lint()
+    return fx.GraphModule(root, graph, name)
+
+
+def readable(module: fx.GraphModule) -> str:
+    """The graph's own code, less FX's bookkeeping: what a person reads."""
+    lines = [re.sub(r";  \w+( = \w+)* = None$", "", line) for line in module.code.strip().splitlines()]
+    lines = [re.sub(r"^(\s*)ckpt_(fence|emit)\w* = ", r"\1", line) for line in lines]
+    return "\n".join(line.replace(".default(", "(") for line in lines if line.strip())

@@ -1,0 +1,78 @@
+"""The two custom ops of a StepGraph: ``ckpt_fence`` before an update, ``ckpt_emit`` after it.
+
+    scalars = scalars(counts)                       # once a step, on the host
+    ckpt_fence([w, exp_avg, ...], run, 3, "h.0")    # wait until the last checkpoint has copied this layer
+    update_h_0([w, exp_avg, ...], scalars)          # change it in place
+    ckpt_emit([w, exp_avg, ...], run, 3, "h.0")     # hand it to the engine; the copy runs during the next iteration
+
+Both take the layer's tensors, though the engine knows their addresses already: the arguments are what tells a reader,
+and a later pass, which values each op orders. They return nothing, so every place that removes unused nodes must be
+told that they have effects: see ``has_side_effect`` below, and never run dead code elimination on a StepGraph.
+
+They live between the compiled pieces, never inside one: inside an Inductor graph an op that reads a mutated input may
+see a temporary that is copied back at the end. ``run`` is the number under which a live run registered its port.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.fx as fx
+
+
+class Port(Protocol):
+    """What a run offers to the ops."""
+
+    def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Return once every copy of ``layer`` that is under way is done; raises to stop the update."""
+
+    def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Start copying ``layer``."""
+
+
+_LIBRARY = torch.library.Library("fxckpt", "DEF")
+# Written by hand: a schema inferred from annotations would give `int` arguments as SymInt and cost a wrapper per call.
+_LIBRARY.define("ckpt_fence(Tensor[] tensors, int run, int layer, str name) -> ()")
+_LIBRARY.define("ckpt_emit(Tensor[] tensors, int run, int layer, str name) -> ()")
+
+_PORTS: weakref.WeakValueDictionary[int, Port] = weakref.WeakValueDictionary()
+
+
+def register_port(port: Port) -> int:
+    """Give a run the number that its graphs pass to the ops; it is held weakly."""
+    number = max(_PORTS.keys(), default=0) + 1
+    _PORTS[number] = port
+    return number
+
+
+def _port(run: int, op: str, name: str) -> Port:
+    port = _PORTS.get(run)
+    if port is None:
+        raise RuntimeError(f"{op}({name!r}) of run {run}: that run is gone. A StepGraph works only while the optimizer "
+                           "that compile_step returned is alive; run opt.step() instead of a kept graph.")
+    return port
+
+
+def _fence(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> None:
+    _port(run, "ckpt_fence", name).fence(layer, tensors)
+
+
+def _emit(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> None:
+    _port(run, "ckpt_emit", name).emit(layer, tensors)
+
+
+def _fake(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> None:
+    """Under fake tensors there is nothing to wait for and nothing to copy."""
+
+
+for _name, _function in (("ckpt_fence", _fence), ("ckpt_emit", _emit)):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxckpt::{_name}", _fake, lib=_LIBRARY)
+
+ckpt_fence = torch.ops.fxckpt.ckpt_fence.default
+ckpt_emit = torch.ops.fxckpt.ckpt_emit.default
+for _op in (ckpt_fence, ckpt_emit):
+    fx.node.has_side_effect(_op)
