@@ -1,0 +1,122 @@
+"""The options of ``compile_step``: checked in one place, and when checkpoints are due."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fxckpt.errors import SetupError
+
+PRESETS: dict[str, dict[str, int]] = {
+    "throughput": {"threads": 4, "chunk_mb": 8, "staging_mb": 128, "max_async": 3},
+    "latency": {"threads": 2, "chunk_mb": 2, "staging_mb": 64, "max_async": 2},
+    "memory": {"threads": 1, "chunk_mb": 2, "staging_mb": 4, "max_async": 1},
+}
+"""Settings that go together: as much bandwidth as the disk has, short waits, little memory."""
+
+MINIMUM_INTERVAL = 60.0  # seconds between checkpoints of every="auto": a disk has a write endurance
+STALL_BUDGET = 0.01  # of training time, for "auto" and "continuous"
+
+
+def disabled() -> bool:
+    """Does the environment turn fxckpt off (``FXCKPT_DISABLE=1``)?"""
+    return os.environ.get("FXCKPT_DISABLE", "0") not in ("", "0")
+
+
+def default_directory() -> str:
+    """``$FXCKPT_DIR``, else ``checkpoints/``."""
+    return os.environ.get("FXCKPT_DIR") or "checkpoints"
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of one run; sizes in MiB. Raises SetupError for what cannot work."""
+
+    every: int | str = "auto"
+    keep: int = 2
+    writer: str = "thread"
+    layer: str | Callable[[str], str] = "module"
+    on_layer: Callable[[str, int, dict[str, Any]], None] | None = None
+    update: str | None = None
+    threads: int = 2
+    chunk_mb: int = 4
+    staging_mb: int | None = None
+    max_async: int = 2
+    on_error: str = "warn"
+    fresh: bool = False
+
+    @classmethod
+    def make(cls, preset: str | None, **options: Any) -> Config:
+        """A preset sets threads, chunk_mb, staging_mb and max_async together; options that were given win over it."""
+        if preset is not None and preset not in PRESETS:
+            raise SetupError(f"preset={preset!r}: expected one of {sorted(PRESETS)}")
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        chosen = {k: v for k, v in PRESETS.get(preset or "", {}).items() if options.get(k) == defaults[k]}
+        return cls(**{**options, **chosen})
+
+    def __post_init__(self) -> None:
+        if not (_is_count(self.every) or self.every in ("auto", "continuous")):
+            raise SetupError(f'every={self.every!r}: expected a number of steps >= 1, "auto" or "continuous"')
+        for name, least in (("keep", 1), ("threads", 1), ("chunk_mb", 1), ("max_async", 1)):
+            value = getattr(self, name)
+            if not _is_count(value) or value < least:
+                raise SetupError(f"{name}={value!r}: expected a whole number >= {least}")
+        if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
+            raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
+        _one_of("update", self.update, (None, "native", "inductor"))
+        _one_of("on_error", self.on_error, ("warn", "raise"))
+        _one_of("writer", self.writer, ("thread", "monitor", "mock"))
+        if self.writer == "monitor":
+            raise SetupError('writer="monitor" is not part of this version; use writer="thread", which writes from the '
+                             "training process and is safe against SIGKILL, but cannot finish a checkpoint afterwards")
+        if not callable(self.layer):
+            _one_of("layer", self.layer, ("module", "block"))
+
+    @property
+    def staging_bytes(self) -> int:
+        """Room for what a fence copies itself; 32 MiB unless given."""
+        return (32 if self.staging_mb is None else self.staging_mb) << 20
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _one_of(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise SetupError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")
+
+
+class Schedule:
+    """When the next checkpoint is due.
+
+    Every N-th step: due when a multiple of N was reached since the last one. ``"auto"`` and ``"continuous"``: when the
+    interval has passed and the stall that the last checkpoint caused, measured, stays under the budget over the time
+    since. The first one is due at once under ``"continuous"``, after the interval under ``"auto"``.
+    """
+
+    def __init__(self, every: int | str):
+        self.every = every
+        self.waits = not isinstance(every, str)  # wait for a free place in flight, or skip
+        self.interval = MINIMUM_INTERVAL if every == "auto" else 0.0
+        self.last_step = 0
+        self.last_time = time.monotonic()
+        self.last_cost = 0.0  # seconds of stall that the last checkpoint caused
+        self._stall_before: float | None = None
+
+    def due(self, step: int, stall_seconds: float) -> bool:
+        """Is a checkpoint due at this step? ``stall_seconds`` is the run's total so far."""
+        if isinstance(self.every, int):
+            return step // self.every > self.last_step // self.every
+        since = time.monotonic() - self.last_time
+        if self._stall_before is not None:
+            self.last_cost = max(self.last_cost / 2, stall_seconds - self._stall_before)
+        return since >= self.interval and self.last_cost <= STALL_BUDGET * max(since, 1e-3)
+
+    def started(self, step: int, stall_seconds: float) -> None:
+        """A checkpoint of this step was begun (or, with ``load``, found)."""
+        self.last_step, self.last_time, self._stall_before = step, time.monotonic(), stall_seconds

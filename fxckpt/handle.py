@@ -1,0 +1,117 @@
+"""``opt.ckpt``: what a user can ask of a run, and ``fxckpt.steps``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from fxckpt._registry import registry
+from fxckpt.errors import SetupError
+from fxckpt.graph.rewrite import StepGraph
+from fxckpt.run import Run
+
+
+class Handle:
+    """A run's handle. All optimizers of a run share it."""
+
+    def __init__(self, run: Run):
+        self._run = run
+
+    def save(self, name: str | None = None) -> None:
+        """Take a full checkpoint of the state as it is now and wait until it is durable.
+
+        With ``name`` it goes to ``named/<name>/`` and is never recycled. Raises SaveFailed if it could not be written.
+        """
+        self._run.save(name)
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Close the step, and return once every checkpoint that was started is durable.
+
+        Raises the first failure that was not raised yet, TimeoutError after ``timeout`` seconds.
+        """
+        if self._run.active:
+            self._run.close_step()
+            self._run.saver.flush(timeout)
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """``flush``, then stop; training goes on without checkpoints. Also runs at exit. Idempotent."""
+        self._run.shutdown(timeout)
+
+    def end_step(self) -> None:
+        """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
+        self._run.close_step()
+
+    @property
+    def graph(self) -> StepGraph:
+        """The StepGraph of the run's (first) optimizer. Raises SetupError before its first step."""
+        return self.graphs[0]
+
+    @property
+    def graphs(self) -> list[StepGraph]:
+        """The StepGraph of each optimizer of the run."""
+        self._run.refresh()
+        return [stepper.graph for stepper in self._run.steppers]
+
+    @property
+    def directory(self) -> str:
+        """The store."""
+        return self._run.directory
+
+    def statistics(self) -> dict[str, Any]:
+        """Counters of the run; steps are ``opt.step()`` attempts, times in seconds, sizes in bytes.
+
+        ``last_handed_over_step``: all its bytes are copied and its state is closed. ``last_committed_step``: it is
+        durable. Both are None before the first.
+        """
+        run, saver = self._run, self._run.saver
+        engine = run.engine.statistics() if run.engine is not None else {}
+        return {
+            "steps": run.attempts, "checkpoints_started": saver.started, "checkpoints_committed": saver.committed,
+            "checkpoints_skipped": saver.skipped, "checkpoints_failed": saver.failed,
+            "last_handed_over_step": saver.last_handed_over, "last_committed_step": saver.last_committed,
+            "bytes_written": int(engine.get("bytes_written", 0)),
+            "stall_seconds": saver.wait_seconds + engine.get("stall_seconds", 0.0),
+            "copy_seconds": engine.get("copy_seconds", 0.0), "write_seconds": engine.get("write_seconds", 0.0),
+            "staging_bytes": int(engine.get("staging_bytes", 0)),
+            "layers": sum(len(stepper.layers) for stepper in run.steppers),
+            "last_error": None if saver.last_error is None else str(saver.last_error),
+        }
+
+    def __repr__(self) -> str:
+        found = self.statistics()
+        return (f"<fxckpt run in {self._run.directory!r}: step {found['steps']}, last committed "
+                f"{found['last_committed_step']}, {found['checkpoints_failed']} failed>")
+
+
+def the_run() -> Run:
+    """The one live run. Raises SetupError if there is none, or several (listing them)."""
+    runs = sorted(registry.runs, key=lambda run: run.number)
+    if len(runs) == 1:
+        return runs[0]
+    if not runs:
+        raise SetupError("there is no run: call fxckpt.compile_step(optimizer) first, or say which directory to load")
+    listed = "\n".join(f"  {run.directory!r}: {', '.join(type(o).__name__ for o in run.optimizers)}" for run in runs)
+    raise SetupError(f"{len(runs)} runs are live; pass optimizer= (or dir=) to say which:\n{listed}")
+
+
+def steps(n: int, *, optimizer: Any = None) -> Iterator[int]:
+    """Count the iterations of a training loop from where the loaded checkpoint stands up to ``n``.
+
+        fxckpt.load()
+        for step in fxckpt.steps(1000):
+            ...
+
+    The end of each turn is the exact boundary of a step: everything is captured there, random state and loaders too.
+    With gradient accumulation, or a scaler that skips, iterations are not optimizer steps; this counts iterations.
+    """
+    run = optimizer.ckpt._run if optimizer is not None else the_run()
+    run.loops = True
+    while run.iteration < n:
+        run.in_turn = True
+        try:
+            yield run.iteration
+        finally:
+            # Also on `break`: the turn's optimizer step, if there was one, is behind us.
+            run.iteration += 1
+            run.in_turn = False
+            run.close_step()

@@ -1,0 +1,185 @@
+"""``compile_step``: the optimizer the user made, with its step run through a StepGraph.
+
+The instance stays the same object; only its class is swapped for a subclass made for it (as FSDP2's ``fully_shard`` does
+with modules), so ``isinstance(opt, torch.optim.AdamW)`` holds and whoever keeps a reference sees the new step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt import _torch
+from fxckpt._registry import registry
+from fxckpt.config import Config, default_directory, disabled
+from fxckpt.errors import SetupError, StoreLocked
+from fxckpt.handle import Handle
+from fxckpt.inventory import storable
+from fxckpt.run import Run
+from fxckpt.store.slots import Store
+
+log = logging.getLogger("fxckpt")
+
+
+def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | None = None, every: int | str = "auto",
+                 keep: int = 2, writer: str = "thread", extra: Mapping[str, Any] | None = None,
+                 layer: str | Callable[[str], str] = "module", on_layer: Callable | None = None,
+                 update: str | None = None, threads: int = 2, chunk_mb: int = 4, staging_mb: int | None = None,
+                 max_async: int = 2, preset: str | None = None, on_error: str = "warn", fresh: bool = False) -> Any:
+    """Checkpoint training layer by layer inside ``opt.step()``.
+
+    Args:
+        opt: an optimizer, or a list of them that make one run (the last one leads; see ``fxckpt.run``).
+        dir: the store; default ``$FXCKPT_DIR``, else ``checkpoints/``.
+        model: the module being trained, compiled or wrapped or not. Names every tensor, and adds what the optimizer
+            does not hold: frozen parameters and buffers. Without it both come from the compiled graphs.
+        every: ``N`` (each N-th optimizer step, waiting when the disk is behind), ``"auto"`` (at most once a minute,
+            within a stall budget of 1 %) or ``"continuous"`` (the same budget, no minimum interval).
+        keep: good checkpoints to keep. With 1, rot on the disk cannot be survived.
+        writer: ``"thread"``, or ``"mock"``, which does all but the write.
+        extra: objects with ``state_dict``/``load_state_dict``, and random generators, by name.
+        layer: ``"module"``, ``"block"``, or a function from a parameter's name to its layer's.
+        on_layer: called as ``on_layer(layer_name, step, tensors)`` for each layer of each checkpoint, with copies (by
+            key: ``"h.0.weight"``, ``"exp_avg/h.0.weight"``) that it may keep.
+        update: ``None`` keeps the kernels that flags ask for and compiles the rest; ``"native"`` or ``"inductor"``.
+        threads, chunk_mb, staging_mb, max_async: writer threads, MiB per chunk, MiB for what a fence copies itself
+            (default 32), checkpoints in flight. ``preset``: ``"throughput"``, ``"latency"`` or ``"memory"`` sets all four.
+        on_error: ``"warn"`` logs a failed checkpoint and trains on; ``"raise"`` raises it at the next step.
+        fresh: start over in a directory that holds checkpoints, without loading one.
+
+    Returns:
+        ``opt`` itself (or the list); ``opt.ckpt`` is the run's handle.
+
+    Raises:
+        SetupError: wrong arguments. StoreLocked: another trainer writes there. NotAStore: the directory holds something
+        else. EngineMissing: the C engine is not built. Nothing falls back silently.
+    """
+    config = Config.make(preset, every=every, keep=keep, writer=writer, layer=layer, on_layer=on_layer, update=update,
+                         threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
+                         on_error=on_error, fresh=fresh)
+    optimizers = list(opt) if isinstance(opt, (list, tuple)) else [opt]
+    _check(optimizers, model)
+    directory = dir if dir is not None else default_directory()
+    engine, store = (None, None) if disabled() else _start(str(directory), config)
+    run = Run(optimizers, str(directory), model, extra, config, engine, store)
+    handle = Handle(run)
+    for each in optimizers:
+        each.__class__ = stepped_class(type(each))
+        each._fxckpt_handle = handle
+        _torch.rebind_scheduler_wrapper(each)
+    _say(run)
+    return opt
+
+
+def _check(optimizers: Sequence[Any], model: Any) -> None:
+    """Raises SetupError for what is no optimizer, is taken already, or cannot be checkpointed here."""
+    if not optimizers:
+        raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise SetupError(f"compile_step takes torch.optim.Optimizer objects; this is a {type(each).__name__}. "
+                             "If it wraps an optimizer, pass the inner one.")
+        if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run._stopped:
+            raise SetupError(f"this {type(each).__name__} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
+    seen: set[int] = set()
+    for param in (p for each in optimizers for group in each.param_groups for p in group["params"]):
+        if id(param) in seen:
+            raise SetupError("a parameter is in two optimizers of the run; its checkpoint could not say which step it is from")
+        seen.add(id(param))
+        if not disabled():
+            storable(param)
+
+
+def _start(directory: str, config: Config):
+    """The engine and the store, or the error that says why not."""
+    from fxckpt.engine import Engine
+
+    engine = Engine(threads=config.threads, chunk_bytes=config.chunk_mb << 20, staging_bytes=config.staging_bytes,
+                    mock=config.writer == "mock")
+    if config.writer == "mock":
+        return engine, None
+    store = Store(directory, keep=config.keep, max_async=config.max_async, fresh=config.fresh)
+    try:
+        store.open()
+    except BaseException as error:
+        engine.close()
+        if isinstance(error, StoreLocked) and _torch.world_size() > 1:
+            raise SetupError(f"{error}\nThis is rank {_torch.rank()} of {_torch.world_size()}: give every rank a directory "
+                             "of its own (for example f'checkpoints/rank{rank}').") from error
+        raise
+    return engine, store
+
+
+def _say(run: Run) -> None:
+    """What was started, in one line, with the memory it may take."""
+    if run.engine is None:
+        log.warning("fxckpt is off (FXCKPT_DISABLE=1): no checkpoints")
+        return
+    config = run.config
+    size = run.engine.memory_bytes / 2**20
+    log.info("fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; engine memory at most %.0f MiB (%d threads x %d MiB "
+             "+ %d MiB staging), plus a snapshot of the model's buffers and of tensors in extra=", run.directory,
+             config.every, config.keep, config.writer, size, config.threads, config.chunk_mb, config.staging_bytes >> 20)
+    if config.keep == 1:
+        log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
+    if config.writer == "mock":
+        log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')
+
+
+@functools.lru_cache(maxsize=None)
+def stepped_class(base: type) -> type:
+    """The subclass of ``base`` whose step is ours. It looks like ``base``: pickles and copies give ``base`` back."""
+    if "_fxckpt_base" in base.__dict__:
+        return base
+
+    @torch.compiler.disable
+    def step(self, closure=None):
+        return self._fxckpt_handle._run.step(self, closure)
+
+    functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())
+    body = {
+        "__doc__": base.__doc__, "__module__": base.__module__, "__qualname__": base.__qualname__, "_fxckpt_base": base,
+        "step": _torch.hooked(step), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
+        "__reduce_ex__": _reduce_ex, "ckpt": property(lambda self: self._fxckpt_handle),
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _load_state_dict(self, state_dict):
+    """Load, once no copy reads the tensors that it replaces."""
+    run = self._fxckpt_handle._run
+    run.drop_open("load_state_dict() replaced its tensors")
+    self._fxckpt_base.load_state_dict(self, state_dict)
+
+
+def _add_param_group(self, param_group):
+    """Add a group; the checkpoint of a step that has not closed would have the old layers and the new groups."""
+    if "_fxckpt_handle" in self.__dict__:
+        self._fxckpt_handle._run.drop_open("add_param_group() changed the optimizer before the step closed")
+    self._fxckpt_base.add_param_group(self, param_group)
+
+
+def _reduce_ex(self, protocol):
+    """Pickle and copy as the plain class: a run belongs to one process and one optimizer."""
+    base = self._fxckpt_base
+    function, args, *rest = base.__reduce_ex__(self, protocol)
+    return (function, tuple(base if a is type(self) else a for a in args), *rest)
+
+
+def _shutdown_all() -> None:
+    """At exit: finish what was started."""
+    for run in list(registry.runs):
+        try:
+            run.shutdown()
+        except Exception as error:
+            log.error("fxckpt: at exit: %s", error)
+
+
+atexit.register(_shutdown_all)

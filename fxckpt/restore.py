@@ -1,0 +1,380 @@
+"""``load``: put a checkpoint back into the live objects of a run, or weights into a model for inference.
+
+Nothing live is touched before the record and the layout were checked and every chunk of every file was verified. Then the
+bytes are read a second time, straight into the live tensors, each chunk verified again before it is copied.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxckpt import _torch, state
+from fxckpt._registry import registry
+from fxckpt.config import disabled
+from fxckpt.errors import Corrupt, LayoutMismatch, NoCheckpoint, SetupError
+from fxckpt.handle import the_run
+from fxckpt.inventory import DTYPES, TORCH_DTYPES, Inventory, storable, take
+from fxckpt.plan import MODEL, OPTIMIZER, source_items, state_key
+from fxckpt.run import Run
+from fxckpt.store.reader import Candidate, Reader, candidates
+from fxckpt.store.record import Record, TensorRecord, decode_state
+
+log = logging.getLogger("fxckpt")
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What ``load`` did.
+
+    ``step``: ``opt.step()`` attempts so far; ``iteration``: turns of ``fxckpt.steps``, else ``step``; ``updates``: steps
+    that were applied. ``path``: the checkpoint, None if there was none. ``layers``: names of the layers restored.
+    ``missing``: live names the checkpoint lacks; ``unexpected``: names in it that nothing live has; ``skipped``: newer
+    checkpoints that did not verify, with the reason.
+    """
+
+    step: int = 0
+    iteration: int = 0
+    updates: int = 0
+    path: Path | None = None
+    layers: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass
+class Target:
+    """What is restored into: live tensors by name, optimizers, extras; ``run`` when one is registered."""
+
+    inventory: Inventory
+    optimizers: Sequence[torch.optim.Optimizer]
+    extras: Sequence[state.Extra]
+    run: Run | None
+    model: torch.nn.Module | None
+
+
+@dataclass
+class Mapped:
+    """Which stored tensor goes where, found before anything is touched."""
+
+    tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # stored name of a trained parameter -> live name
+    later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+
+def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None = None, optimizer: Any = None,
+         extra: Mapping[str, Any] | None = None, step: int | None = None, name: str | None = None,
+         strict: bool = True) -> Restored:
+    """Restore the newest verified checkpoint, in place.
+
+    Without arguments: of the run that ``compile_step`` registered, into its model, optimizers and extras; before the first
+    forward or later, compiled or not. With ``dir`` and ``model`` only: weights for inference. ``step`` or ``name`` asks for
+    a certain checkpoint, and raises if that one is corrupt or not there.
+
+    Returns ``Restored``; its ``step`` is 0 when there is no checkpoint yet.
+
+    Raises:
+        LayoutMismatch: the model, optimizer or extras differ from the checkpoint (``strict=False``: what fits is loaded,
+            the rest is listed). Corrupt: the checkpoint asked for, or every one there is, does not verify.
+        NoCheckpoint: no such step or name. NotAStore: the directory holds something else. SetupError: several runs.
+    """
+    if disabled():
+        log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing was loaded")
+        return Restored()
+    target, directory = _target(dir, model, optimizer, extra)
+    if target.run is not None:
+        target.run.drop_open("load() replaces the state")
+        target.run.saver.flush(None)
+    skipped: list[tuple[str, str]] = []
+    for _ in range(10):  # a trainer that writes there may recycle what we look at
+        vanished = False
+        for found in _choose(candidates(directory), step, name, directory):
+            try:
+                if isinstance(found, Corrupt):
+                    raise found
+                return _restore(found, target, strict, skipped)
+            except Corrupt as error:
+                if step is not None or name is not None:
+                    raise
+                log.error("fxckpt: %s; looking for an older checkpoint", error)
+                if (entry := (str(getattr(found, "path", error.path)), str(error))) not in skipped:
+                    skipped.append(entry)
+            except NoCheckpoint:
+                vanished = True
+                break
+        if not vanished:
+            break
+    if skipped:
+        why = "\n".join(f"  {path}: {reason}" for path, reason in skipped)
+        raise Corrupt(directory, f"none of its checkpoints verifies:\n{why}")
+    log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
+    if target.run is not None and target.run.store is not None:
+        target.run.store.mark_loaded(None)
+    return Restored()
+
+
+def _target(dir, model, optimizer, extra) -> tuple[Target, str]:
+    """Find what to restore into, and from where."""
+    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+    run = next((o.ckpt._run for o in given if hasattr(o, "ckpt")), None)
+    if run is None and not given and dir is None:
+        run = the_run()
+    if run is None and not given and model is None:
+        matching = [r for r in registry.runs if os.path.abspath(r.directory) == os.path.abspath(dir)]
+        if len(matching) != 1:
+            raise SetupError(f"load({os.fspath(dir)!r}): no run checkpoints there; pass model= (and optimizer=) to say "
+                             "what to load into")
+        run = matching[0]
+    if run is not None:
+        extras = state.extras(extra) if extra is not None else run.extras
+        module = run.model if model is None else _torch.unwrap_model(model)
+        inventory = take(module, run.optimizers, registry.traces)
+        return Target(inventory, run.optimizers, extras, run, module), os.fspath(dir if dir is not None else run.directory)
+    if dir is None:
+        raise SetupError("say which directory to load from")
+    module = None if model is None else _torch.unwrap_model(model)
+    return Target(take(module, given, registry.traces), given, state.extras(extra), None, module), os.fspath(dir)
+
+
+def _choose(found: list, step: int | None, name: str | None, directory: str) -> list:
+    """Newest first; only those of the step or name that was asked for."""
+    if step is None and name is None:
+        return found
+    chosen = [c for c in found if isinstance(c, Candidate)
+              and (step is None or c.record.step == step) and (name is None or c.record.name == name)]
+    damaged = [c for c in found if isinstance(c, Corrupt) and _is_about(c, step, name)]
+    if not chosen and not damaged:
+        there = ", ".join(str(c.record.name or c.record.step) for c in found if isinstance(c, Candidate)) or "none"
+        raise NoCheckpoint(f"{directory}: no checkpoint {f'of step {step}' if name is None else f'named {name!r}'}; "
+                           f"there is: {there}")
+    return (chosen or damaged)[:1]
+
+
+def _is_about(error: Corrupt, step: int | None, name: str | None) -> bool:
+    """Does a damaged record lie in the directory of the step or name that was asked for?"""
+    parts = Path(error.path).parts
+    return (name is not None and name in parts) or any(p.startswith(f"step-{step or 0:09d}") for p in parts if step is not None)
+
+
+def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> Restored:
+    """Check, verify, then apply one checkpoint."""
+    reader = Reader(found.path)
+    record = reader.record
+    mapped = _map(record, target)
+    _check(mapped, record, target, strict)
+    reader.verify()
+    raw = reader.state_tensors()
+    optimizers = decode_state(record.optimizers, raw)
+    early = decode_state(record.state["early"], raw)
+    late = decode_state(record.state["late"], raw)
+    states = _make_states(record, optimizers, mapped, target)
+    writable = {key: storable(t) for key, t in mapped.tensors.items()}
+    items = {key: source_items([t])[0] for key, t in writable.items()}
+    with torch.no_grad():
+        reader.read_into(items, whole=False)
+    _apply_optimizers(optimizers, states, mapped, target)
+    _apply_extras(early, late, target)
+    if target.run is not None:
+        _continue(target.run, record, mapped, reader)
+    if skipped:
+        log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
+    layers = tuple(layer.name for layer in record.layers)
+    log.info("fxckpt: restored step %d from %s", record.step, found.path)
+    return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(mapped.missing),
+                    tuple(mapped.unexpected), tuple(skipped))
+
+
+# -- what goes where ------------------------------------------------------------------------------------------------
+
+def _map(record: Record, target: Target) -> Mapped:
+    """Match stored model tensors with live ones: by name, or for optimizers without a model by position."""
+    out = Mapped()
+    inventory = target.inventory
+    live = {**inventory.trained, **inventory.frozen, **inventory.buffers}
+    if target.model is None:
+        out.names = _by_position(record, target)
+    stored = {t.key: t for layer in record.layers for t in layer.tensors if t.file == MODEL}
+    aliases = {**record.ties, **{v: k for k, v in record.ties.items()}}
+    for key, tensor in stored.items():
+        name = out.names.get(key, key)
+        if name not in live and aliases.get(name) in live:
+            name = aliases[name]
+        if name in live:
+            _match(out, (MODEL, key), tensor, name, live.pop(name))
+        elif target.model is None and target.run is not None:
+            out.later.append(tensor)
+        else:
+            out.unexpected.append(key)
+    shared = {alias for alias, name in inventory.ties.items() if name not in live}
+    out.missing += [name for name in live if name not in shared]
+    return out
+
+
+def _by_position(record: Record, target: Target) -> dict[str, str]:
+    """Stored name -> live name, by the place in the optimizers' groups."""
+    out = {}
+    for saved, opt in zip(record.optimizers, target.optimizers):
+        for group, live in zip(saved["groups"], opt.param_groups):
+            for name, param in zip(group["params"], live["params"]):
+                out[name] = target.inventory.name_of(param)
+    return out
+
+
+def _match(out: Mapped, key: tuple[str, str], stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
+    """Note the pair if shape and type agree, the difference if not."""
+    real = storable(tensor)
+    if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
+        out.wrong.append(f"{name}: checkpoint {stored.dtype}{list(stored.shape)}, live {DTYPES[real.dtype]}{list(real.shape)}")
+        return
+    out.tensors[key] = tensor
+
+
+def _check(mapped: Mapped, record: Record, target: Target, strict: bool) -> None:
+    """Raises LayoutMismatch, listing names and shapes side by side, unless what differs may be left out."""
+    problems = [f"  {line}" for line in mapped.wrong]
+    if strict:
+        problems += [f"  {name}: not in the checkpoint" for name in mapped.missing]
+        problems += [f"  {name}: only in the checkpoint" for name in mapped.unexpected]
+    if target.optimizers:
+        problems += _optimizer_problems(record, target)
+    saved = set(_extra_names(record))
+    for each in target.extras:
+        if each.name not in saved:
+            mapped.missing.append(f"extra/{each.name}")
+            problems += [f"  extra[{each.name!r}]: not in the checkpoint"] if strict else []
+    unused = [f"extra/{name}" for name in sorted(saved - {e.name for e in target.extras})]
+    mapped.unexpected += unused
+    if strict and target.run is not None:
+        problems += [f"  {name}: only in the checkpoint" for name in unused]
+    hard = problems if strict else [p for p in problems if p.strip() not in mapped.wrong]
+    mapped.missing += [] if strict else [line.split(":")[0] for line in mapped.wrong]
+    if hard:
+        raise LayoutMismatch("the checkpoint of step {} does not fit:\n{}".format(record.step, "\n".join(hard)))
+
+
+def _extra_names(record: Record) -> Iterable[str]:
+    """Names of the extras in a record, without decoding their values."""
+    return [*record.state["early"]["extra"], *record.state["late"]]
+
+
+def _optimizer_problems(record: Record, target: Target) -> list[str]:
+    """Optimizers, groups and their sizes must be the same, or the state cannot be given to anyone."""
+    saved, live = record.optimizers, target.optimizers
+    if len(saved) != len(live):
+        return [f"  optimizers: checkpoint {len(saved)}, live {len(live)}"]
+    out = []
+    for i, (old, opt) in enumerate(zip(saved, live)):
+        if old["class"] != _torch.plain_class(opt).__name__:
+            out.append(f"  optimizer {i}: checkpoint {old['class']}, live {_torch.plain_class(opt).__name__}")
+        sizes = [len(g["params"]) for g in old["groups"]], [len(g["params"]) for g in opt.param_groups]
+        if sizes[0] != sizes[1]:
+            out.append(f"  optimizer {i}: parameters per group: checkpoint {sizes[0]}, live {sizes[1]}")
+    return out
+
+
+# -- applying -------------------------------------------------------------------------------------------------------
+
+def _make_states(record: Record, saved: Sequence[dict], mapped: Mapped, target: Target) -> list[dict[int, dict[str, Any]]]:
+    """Make every optimizer's state as the record describes it, empty, and add its tensors to what is read.
+
+    A live tensor of the same shape, type and strides is kept, so that no second copy exists during a rollback.
+    """
+    places = {t.key: t for layer in record.layers for t in layer.tensors if t.file == OPTIMIZER}
+    out = []
+    for index, (old, opt) in enumerate(zip(saved, target.optimizers)):
+        states: dict[int, dict[str, Any]] = {}
+        for group, live in zip(old["groups"], opt.param_groups):
+            for stored, param in zip(group["params"], live["params"]):
+                if stored not in old["state"]:
+                    continue
+                description, made = old["state"][stored], {}
+                for key in description["keys"]:
+                    place = places.get(state_key(index, key, stored))
+                    if place is None:
+                        made[key] = description["plain"][key]
+                        continue
+                    made[key] = _state_tensor(place, description["strides"].get(key), opt.state.get(param, {}).get(key),
+                                              key in description["complex"])
+                    mapped.tensors[OPTIMIZER, place.key] = made[key]
+                states[id(param)] = made
+        out.append(states)
+    return out
+
+
+def _state_tensor(place: TensorRecord, strides, live: Any, is_complex: bool) -> torch.Tensor:
+    """An uninitialised tensor as the record describes it, or the live one if it is just so."""
+    shape, dtype = tuple(place.shape), TORCH_DTYPES[place.dtype]
+    if is_complex:
+        shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    strides = tuple(strides) if strides is not None else like.stride()
+    if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride()) == (shape, dtype, strides):
+        return live
+    return torch.empty_strided(shape, strides, dtype=dtype)
+
+
+def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Mapped, target: Target) -> None:
+    """Give every optimizer its groups' settings, its state and its gradients' presence."""
+    for old, made, opt in zip(saved, states, target.optimizers):
+        present = set(old["gradients"])
+        opt.state.clear()
+        for group, live in zip(old["groups"], opt.param_groups):
+            for key, value in group["settings"].items():
+                if isinstance(value, torch.Tensor) and isinstance(live.get(key), torch.Tensor):
+                    live[key].copy_(value)
+                else:
+                    live[key] = value
+            for stored, param in zip(group["params"], live["params"]):
+                if id(param) in made:
+                    opt.state[param] = made[id(param)]
+                # To an optimizer a gradient of zeros is not the same as none.
+                param.grad = torch.zeros_like(param) if stored in present else None
+
+
+def _apply_extras(early: dict, late: dict, target: Target) -> None:
+    """Set extras, module extra state and transient buffers, and the random generators last."""
+    values = {**early["extra"], **late}
+    for each in target.extras:
+        if each.name in values:
+            each.set(values[each.name])
+    if target.model is not None:
+        for name, module in _torch.extra_state_modules(target.model):
+            if name in early["modules"]:
+                module.set_extra_state(early["modules"][name])
+        with torch.no_grad():
+            for name, buffer in target.inventory.transient.items():
+                if name in early["buffers"] and early["buffers"][name].shape == buffer.shape:
+                    buffer.copy_(early["buffers"][name])
+    if target.optimizers:
+        state.set_random_state(early["random"])
+
+
+def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:
+    """The run goes on from this checkpoint: its clock, its lineage, and what the compiler has yet to claim."""
+    run.attempts, run.updates, run.iteration = record.step, record.updates, record.iteration
+    run.schedule.started(record.step, run.stall_seconds())
+    for stepper in run.steppers:
+        stepper.invalidate()
+    if run.store is not None:
+        run.store.mark_loaded(record.generation)
+    run.unclaimed = _hold(mapped.later, reader)
+    if run.unclaimed:
+        run.wait_for_owners()
+
+
+def _hold(later: Sequence[TensorRecord], reader: Reader) -> dict[str, torch.Tensor]:
+    """Read tensors whose owners are not known yet; they are few without a model: buffers and frozen parameters."""
+    held = {t.key: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in later}
+    if held:
+        reader.read_into({(MODEL, key): source_items([t])[0] for key, t in held.items()}, whole=False)
+    return held

@@ -1,0 +1,483 @@
+"""One run: its optimizers, one store, and the clock of steps between them.
+
+A step is complete ("closes") later than ``opt.step()`` returns, because a scheduler, a scaler or an EMA changes after
+it: when the first gradient of the next backward arrives, at the next ``opt.step()``, or at ``flush``, ``save``,
+``shutdown``, ``end_step`` and the next turn of ``fxckpt.steps``. What is captured when:
+
+    during opt.step()   parameters and optimizer state, layer by layer (the ops of the StepGraph)
+    at its end          buffers, random generators, data loaders: the next batch may be drawn before the next forward
+    when it closes      schedulers, scalers and all other extras, param_groups, which gradients exist
+
+With several optimizers the last one of the list leads: a checkpoint is taken at its step, of all of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt import _torch, ops, plan, state
+from fxckpt._registry import registry
+from fxckpt.config import Config, Schedule
+from fxckpt.errors import FxckptError, SaveFailed, SetupError
+from fxckpt.graph.layers import gradient_order, group_layers, layer_edges
+from fxckpt.inventory import Inventory, storable, take
+from fxckpt.saver import SLICE, Pending, Saver
+from fxckpt.stepper import Stepper
+from fxckpt.store.record import encode_state
+
+log = logging.getLogger("fxckpt")
+
+
+class Run:
+    """What one ``compile_step`` call registers. The user's handle on it is ``opt.ckpt``."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], directory: str, model: torch.nn.Module | None,
+                 extra: Mapping[str, Any] | None, config: Config, engine, store):
+        self.optimizers, self.directory, self.config = list(optimizers), directory, config
+        self.model = None if model is None else _torch.unwrap_model(model)
+        self.extras = state.extras(extra)
+        self.engine, self.store = engine, store
+        self.saver = Saver(engine, store, max_async=config.max_async)
+        self.schedule = Schedule(config.every)
+        self.steppers = [Stepper(opt, config.update, self._name_of) for opt in self.optimizers]
+        self.number = ops.register_port(self)
+        self.attempts = self.updates = self.iteration = 0
+        self.inventory = Inventory()
+        self.unclaimed: dict[str, Any] = {}  # restored tensors whose owners the compiler has not shown yet
+        self.loops = False  # fxckpt.steps was used: it counts iterations
+        self.in_turn = False  # inside a turn of fxckpt.steps: only its end closes a step
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._current: Pending | None = None  # being emitted, inside opt.step()
+        self._open: Pending | None = None  # emitted, its step not closed yet
+        self._early: tuple[Any, dict[str, Any]] = (None, {})
+        self._layout: plan.Layout | None = None
+        self._layout_key: Any = None
+        self._unstable: set[str] = set()
+        self._arranged: Any = None
+        self._stopped = self._store_checked = self._announced = False
+        self._hooked: dict[int, Any] = {}
+        self._listener: Any = None
+        self._watch_scalers(extra)
+        registry.runs.add(self)
+
+    # -- names, layers, graphs --------------------------------------------------------------------------------------
+
+    def _name_of(self, param: torch.Tensor) -> str:
+        return self.inventory.name_of(param)
+
+    def refresh(self) -> None:
+        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed."""
+        stale = [s for s in self.steppers if s.stale()]
+        key = self._arrangement()
+        if not stale and key == self._arranged:
+            return
+        if self.engine is not None:
+            self.fence_all()  # copies under way still read the old tensors
+        self.inventory = take(self.model, self.optimizers, registry.traces)
+        for stepper in self.steppers if key != self._arranged else stale:
+            stepper.bind()
+        self._arrange()
+        self._hook_gradients()
+        self._arranged = self._arrangement()
+
+    def _arrangement(self) -> Any:
+        """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
+        known = self.saver.started > 0 and not self.inventory.positional
+        return tuple(sum(len(g["params"]) for g in o.param_groups) for o in self.optimizers), known or registry.traces.version
+
+    def _arrange(self) -> None:
+        """Number the layers of all optimizers in the engine's order (see plan.engine_layers) and write their graphs."""
+        number = 0
+        for stepper in self.steppers:
+            named = [(m.name, m.param) for m in stepper.members]
+            layers = group_layers(gradient_order(named, registry.traces), self.config.layer)
+            number += any(m.counts() for m in stepper.members)
+            stepper.arrange(layers, layer_edges(layers, registry.traces), number)
+            number += len(layers)
+        self._layout_key = None
+
+    def _hook_gradients(self) -> None:
+        """Have autograd tell when a gradient of the next backward arrives; see _torch.gradient_accumulator."""
+        this = weakref.ref(self)
+
+        def arrived(*_: Any) -> None:
+            run = this()
+            if run is not None and run._open is not None and not run.in_turn:
+                run.close_step()
+
+        for stepper in self.steppers:
+            for param in (m.param for m in stepper.members):
+                if param.requires_grad and id(param) not in self._hooked:
+                    node = _torch.gradient_accumulator(param)
+                    node.register_prehook(arrived)
+                    self._hooked[id(param)] = node  # the hook lives as long as the node does
+
+    def _watch_scalers(self, extra: Mapping[str, Any] | None) -> None:
+        """A GradScaler that finds an inf does not call ``step``; count the attempt where the scaler decides."""
+        this = weakref.ref(self)
+
+        def skipped() -> None:
+            run = this()
+            if run is not None:
+                run._attempt_skipped()
+
+        for value in (extra or {}).values():
+            if isinstance(value, torch.amp.GradScaler):
+                _torch.count_skipped_attempts(value, self.optimizers[-1], skipped)
+
+    def wait_for_owners(self) -> None:
+        """Without a model, give restored buffers and frozen parameters to their owners when the compiler shows them:
+        inside the first backend call, before the forward runs."""
+        this = weakref.ref(self)
+
+        def seen(trace: Any) -> None:
+            run = this()
+            if run is not None:
+                run._claim()
+
+        self._listener = seen
+        registry.traces.listeners.append(seen)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Copy what now has an owner of that name, shape and type."""
+        known = [*registry.traces.buffers(), *registry.traces.frozen()]
+        with torch.no_grad():
+            for name, tensor in known:
+                held = self.unclaimed.get(name)
+                if held is not None and held.shape == storable(tensor).shape and held.dtype == storable(tensor).dtype:
+                    storable(tensor).copy_(held)
+                    del self.unclaimed[name]
+        if not self.unclaimed and self._listener in registry.traces.listeners:
+            registry.traces.listeners.remove(self._listener)
+
+    # -- stepping ---------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Checkpoints are taken: the run was not shut down, and this is not a forked child."""
+        return self.engine is not None and not self._stopped and os.getpid() == self._pid
+
+    def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
+        """What ``opt.step()`` runs, between its hooks."""
+        if os.getpid() != self._pid or self.engine is None:
+            return _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
+        stepper = next(s for s in self.steppers if s.opt is opt)
+        leads = stepper is self.steppers[-1]
+        if leads:
+            self._before_step()
+        if _found_inf(opt):
+            if leads:
+                self.attempts += 1
+            return None
+        try:
+            loss = self._advance(stepper, closure, leads)
+        except BaseException as error:
+            self._abort(f"opt.step() raised {type(error).__name__}")
+            raise
+        return loss
+
+    def _before_step(self) -> None:
+        """Close the step before this one, and raise what went wrong since, if the user asked for that."""
+        if self.in_turn and self._open is not None:
+            self._open.give_up("opt.step() ran again before the turn of fxckpt.steps ended")
+            self._open = None
+        self.close_step()
+        if self.config.on_error == "raise":
+            self.saver.raise_unreported()
+
+    def _attempt_skipped(self) -> None:
+        self._before_step()
+        self.attempts += 1
+
+    def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
+        """One update, with a checkpoint if one is due."""
+        opt, loss = stepper.opt, None
+        self.refresh()
+        scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
+        whole = stepper.whole is not None or scaled
+        if closure is not None and not whole:
+            with torch.enable_grad():
+                loss = closure()
+            self.refresh()
+        if whole:
+            self.fence_all()
+            loss = _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
+            self.refresh()
+        elif first := stepper.needs_stock():
+            self.fence_all()
+            stepper.run_stock(first)
+            self.refresh()
+        self._announce()
+        with torch.no_grad():
+            pending = self._begin_if_due() if leads else None
+            if whole:
+                self._emit_stepper(stepper, pending)
+            else:
+                stepper.run(self.number if pending is not None or self.engine.pending() else None)
+            if pending is not None:
+                self._emit_rest(pending, stepper)
+        if leads:
+            self.attempts += 1
+            self.updates += 1
+        return loss
+
+    def _begin_if_due(self) -> Pending | None:
+        """Begin the checkpoint of the step that is about to run."""
+        if not self.active or not self.schedule.due(self.attempts + 1, self.stall_seconds()):
+            return None
+        self._check_store()
+        if not self.schedule.waits and self.saver.flying() >= self.config.max_async:
+            self.saver.skipped += 1
+            return None
+        try:
+            pending = self.saver.begin(self.attempts + 1, self._current_layout(), wait=True)
+        except (SaveFailed, OSError) as error:
+            self.saver.note_failure(self.attempts + 1, error)
+            if self.config.on_error == "raise":
+                self.saver.raise_unreported()
+            self.schedule.started(self.attempts + 1, self.stall_seconds())
+            return None
+        self.schedule.started(self.attempts + 1, self.stall_seconds())
+        self._current = pending
+        return pending
+
+    def _check_store(self) -> None:
+        """Raises StoreNotLoaded before the first checkpoint would join others that were never looked at."""
+        if not self._store_checked:
+            if self.store is not None:
+                self.store.require_loaded()
+            self._store_checked = True
+
+    def _current_layout(self) -> plan.Layout:
+        """The plan for the tensors as they are bound now; made anew when one was replaced."""
+        self.inventory = take(self.model, self.optimizers, registry.traces)
+        fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
+        moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
+        key = (tuple(s.bound for s in self.steppers), fixed, moving, frozenset(self._unstable))
+        if key != self._layout_key or self._layout is None:
+            if self._layout is not None:
+                self.fence_all()  # layer numbers change their meaning
+            from fxckpt.engine import Sources
+
+            layers = plan.engine_layers(self.steppers, self.inventory, self._unstable)
+            self._layout = plan.make_layout(self.engine, layers, self.config.chunk_mb << 20, self._unstable,
+                                            lambda tensors: Sources(plan.source_items(tensors)))
+            self._layout_key = key
+        return self._layout
+
+    def _emit_stepper(self, stepper: Stepper, pending: Pending | None) -> None:
+        """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
+        if pending is None:
+            return
+        counted = len(stepper.layer_tensors()) - len(stepper.layers)
+        for offset, tensors in enumerate(stepper.layer_tensors()):
+            self.emit(stepper.first_layer - counted + offset, tensors)
+
+    def _emit_rest(self, pending: Pending, stepped: Stepper | None) -> None:
+        """The other optimizers' layers, frozen parameters, and what is captured at the end of ``opt.step()``."""
+        for stepper in self.steppers:
+            if stepper is not stepped:
+                self._emit_stepper(stepper, pending)
+        for number in pending.layout.number("frozen"):
+            self.emit(number, [e.tensor for e in pending.layout.layers[number].entries])
+        self._current, self._open = None, pending
+        if not self.in_turn:
+            self._capture_early(pending)
+
+    def _capture_early(self, pending: Pending) -> None:
+        """Snapshot the buffers (they change in the next forward, where nothing can wait) and encode the early state."""
+        pending.captured = True
+        from fxckpt.engine import Sources
+
+        for number in pending.layout.number("buffers"):
+            names = [e.key for e in pending.layout.layers[number].entries]
+            live = {**self.inventory.buffers, **self.inventory.frozen}
+            copies = [storable(live[name]).contiguous().clone() for name in names]
+            pending.keep += copies
+            pending.copy.emit(number, Sources(plan.source_items(copies)))
+        tensors: dict[str, Any] = {}
+        early = {"random": state.random_state(), "extra": {e.name: e.get() for e in self.extras if e.early},
+                 "buffers": dict(self.inventory.transient), "modules": self._module_states()}
+        self._early = (encode_state(early, tensors, "early"), tensors)
+
+    def _module_states(self) -> dict[str, Any]:
+        if self.model is None:
+            return {}
+        return {name: module.get_extra_state() for name, module in _torch.extra_state_modules(self.model)}
+
+    # -- closing ----------------------------------------------------------------------------------------------------
+
+    def close_step(self) -> None:
+        """The state after the last optimizer step is complete: capture what changes after it, and hand it over."""
+        with self._lock:
+            pending, self._open = self._open, None
+            if pending is None or pending.given_up is not None or not self.active:
+                return
+            try:
+                if not pending.captured:
+                    self._capture_early(pending)
+                self._check(pending)
+                record, tensors = self._record(pending)
+            except plan.Changed as error:
+                self.saver.note_failure(pending.step, error)
+                pending.give_up(str(error))
+                return
+            except BaseException:
+                pending.give_up("its state could not be captured")
+                raise
+            pending.close(record, tensors)
+
+    def _check(self, pending: Pending) -> None:
+        """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
+        layout = pending.layout
+        if pending.copy.emitted() != len(layout.layers):
+            raise FxckptError(f"step {pending.step}: {pending.copy.emitted()} of {len(layout.layers)} layers were emitted; "
+                              "was dead code elimination run on the StepGraph?")
+        for number in layout.number("update"):
+            layout.compare(pending, number)
+
+    def _record(self, pending: Pending) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of the checkpoint's record, and the tensors of its extra state."""
+        early, tensors = self._early
+        late = {e.name: e.get() for e in self.extras if not e.early}
+        optimizers = [self._optimizer_record(stepper) for stepper in self.steppers]
+        fields = {
+            "step": pending.step, "iteration": self.iteration + self.in_turn if self.loops else pending.step,
+            "updates": self.updates, "time": time.time(), "world_size": _torch.world_size(), "rank": _torch.rank(),
+            "layers": pending.layout.records(pending.step), "ties": dict(self.inventory.ties),
+            "optimizers": encode_state(optimizers, tensors, "optimizers"),
+            "state": {"early": early, "late": encode_state(late, tensors, "late")},
+        }
+        return fields, tensors
+
+    def _optimizer_record(self, stepper: Stepper) -> dict[str, Any]:
+        """What of an optimizer is not in a file of tensors: its groups, plain state values, which gradients exist."""
+        members = iter(stepper.members)
+        groups = [{"params": [next(members).name for _ in group["params"]],
+                   "settings": {k: v for k, v in group.items() if k not in ("params", "param_names")}}
+                  for group in stepper.opt.param_groups]
+        states = {}
+        for member in stepper.members:
+            if member.state:
+                states[member.name] = {
+                    "keys": list(member.state),
+                    "strides": {k: tuple(t.stride()) for k, t, _ in member.items if not t.is_contiguous()},
+                    "complex": [k for k, t, _ in member.items if t.is_complex()],
+                    "plain": {k: v for k, v in member.state.items() if not isinstance(v, torch.Tensor)},
+                }
+        present = [m.name for m in stepper.members if m.param.grad is not None]
+        return {"class": _torch.plain_class(stepper.opt).__name__, "groups": groups, "state": states,
+                "gradients": present}
+
+    def _abort(self, why: str) -> None:
+        """An exception inside a step: its checkpoint is dropped, its fences are released."""
+        pending, self._current = self._current, None
+        if pending is not None:
+            pending.give_up(why)
+
+    def drop_open(self, why: str) -> None:
+        """Tensors are about to be replaced: wait for copies, and drop a checkpoint whose step has not closed."""
+        with self._lock:
+            pending, self._open = self._open, None
+        if pending is not None:
+            pending.give_up(why)
+        self.fence_all()
+
+    # -- the ops' port ----------------------------------------------------------------------------------------------
+
+    def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Wait until every copy of this layer is done; what was changed behind our back meanwhile drops its checkpoint."""
+        newest = self.saver.newest()
+        if newest is not None and newest is not self._current and newest.layout is self._layout:
+            try:
+                newest.layout.compare(newest, layer)
+            except plan.Changed as error:
+                if newest.given_up is None:
+                    self.saver.note_failure(newest.step, error)
+                    newest.give_up(str(error))
+            newest.versions.pop(layer, None)
+        self._wait(layer)
+
+    def fence_all(self) -> None:
+        """Wait until nothing is being copied."""
+        self._wait(-1)
+
+    def _wait(self, layer: int) -> None:
+        """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk)."""
+        while self.engine is not None and not self.engine.fence(layer, SLICE):
+            continue
+
+    def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Hand a layer to the engine, if a checkpoint is being taken."""
+        pending = self._current
+        if pending is None:
+            return
+        found = pending.layout.layers[layer]
+        if len(found.entries) != len(tensors):
+            raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
+        if found.kind != "counts":
+            pending.versions[layer] = (tensors, [t._version for t in tensors])
+        pending.copy.emit(layer, found.sources)
+        if self.config.on_layer is not None and found.kind == "update":
+            self.config.on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
+
+    # -- what the handle needs --------------------------------------------------------------------------------------
+
+    def stall_seconds(self) -> float:
+        """Time the training thread has waited for us so far."""
+        return self.saver.wait_seconds + self.engine.statistics()["stall_seconds"]
+
+    def save(self, name: str | None) -> None:
+        """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
+        if not self.active:
+            raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
+        self.close_step()
+        self._check_store()
+        self.refresh()
+        pending = self._current = self.saver.begin(self.attempts, self._current_layout(), wait=True, name=name)
+        try:
+            with torch.no_grad():
+                self._emit_rest(pending, None)
+        except BaseException:
+            self._abort("save() failed")
+            raise
+        self.close_step()
+        while not pending.done.wait(SLICE):
+            continue
+        if pending.error is not None:
+            self.saver.forget(pending.error)
+            raise pending.error
+        self.schedule.started(self.attempts, self.stall_seconds())
+
+    def shutdown(self, timeout: float | None = None) -> None:
+        """Finish what was started, then stop. Later steps train on without checkpoints."""
+        if not self.active:
+            return
+        try:
+            self.close_step()
+        finally:
+            self._stopped = True
+            self.saver.stop(timeout)
+
+    def _announce(self) -> None:
+        """Say once what runs a step."""
+        if not self._announced:
+            self._announced = True
+            for stepper in self.steppers:
+                log.info("fxckpt: %s", stepper.describe())
+
+
+def _found_inf(opt: torch.optim.Optimizer) -> bool:
+    """Did a GradScaler that lets the optimizer decide (``_step_supports_amp_scaling``) find an inf? Then nothing runs."""
+    found = getattr(opt, "found_inf", None)
+    return found is not None and bool(found.item())

@@ -1,0 +1,305 @@
+"""Checkpoints under way: from the first emit to the commit, off the training thread.
+
+The training thread begins a checkpoint, emits layers and closes it; the engine's threads copy and write; one Python
+thread, the committer, waits for them and commits in order. All waits happen in slices, so Ctrl-C works.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxckpt.errors import Cancelled, FxckptError, SaveFailed
+from fxckpt.plan import Layout
+from fxckpt.store.record import FileRecord
+
+log = logging.getLogger("fxckpt")
+
+SLICE = 0.2
+"""Seconds that one wait inside the engine lasts before Python looks whether it should stop."""
+
+RECOVERABLE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""Errors after which the slot's blocks are still good: the disk was full. Any other one retires the slot."""
+
+
+@dataclass(eq=False)
+class Pending:
+    """One checkpoint under way."""
+
+    step: int
+    layout: Layout
+    slot: Any  # store.Slot; None when nothing is written (mock)
+    copy: Any  # engine.Checkpoint
+    keep: list[Any] = field(default_factory=list)  # what must stay alive until it is copied
+    versions: dict[int, tuple[Sequence, list[int]]] = field(default_factory=dict)  # layer -> its tensors, at emit
+    record: dict[str, Any] = field(default_factory=dict)  # the fields of the record, set when the step closes
+    tensors: dict[str, Any] = field(default_factory=dict)  # of the extra state
+    closed: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    captured: bool = False  # buffers and early state are in
+    given_up: str | None = None
+    error: BaseException | None = None
+    began: float = field(default_factory=time.time)
+
+    def close(self, record: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """The step is complete: with this the checkpoint can be committed."""
+        self.record, self.tensors = record, tensors
+        self.closed.set()
+
+    def give_up(self, why: str) -> None:
+        """Drop it: fences are released at once, the committer returns its slot."""
+        if self.given_up is None and not self.done.is_set():
+            self.given_up = why
+            self.copy.cancel()
+            self.closed.set()
+
+
+class Saver:
+    """Takes checkpoints to the store, ``max_async`` at most at a time.
+
+    ``store`` is None for ``writer="mock"``: everything happens but the write and the commit.
+    """
+
+    def __init__(self, engine, store, *, max_async: int, stuck_after: float = 300.0):
+        self.engine, self.store, self.max_async, self.stuck_after = engine, store, max_async, stuck_after
+        self.started = self.committed = self.skipped = self.failed = 0
+        self.last_handed_over: int | None = None
+        self.last_committed: int | None = None
+        self.last_error: BaseException | None = None
+        self.unreported: BaseException | None = None
+        self.wait_seconds = 0.0
+        self._lock = threading.Condition()
+        # Held while the store is asked for a slot and until that slot is in _flying: the store counts what it hands out,
+        # and refuses more than max_async.
+        self._slots = threading.Lock()
+        self._queue: collections.deque[Pending] = collections.deque()
+        self._flying: list[Pending] = []
+        self._ready: Any = None
+        self._stop = False
+        self._thread: threading.Thread | None = None
+
+    # -- the training thread's side ---------------------------------------------------------------------------------
+
+    def flying(self) -> int:
+        """Checkpoints begun and neither committed nor failed."""
+        with self._lock:
+            return len(self._flying)
+
+    def newest(self) -> Pending | None:
+        """The checkpoint begun last, if it is still under way."""
+        with self._lock:
+            return self._flying[-1] if self._flying else None
+
+    def begin(self, step: int, layout: Layout, *, wait: bool, name: str | None = None) -> Pending | None:
+        """Start a checkpoint; None when ``max_async`` are in flight and ``wait`` is false (counted as skipped).
+
+        Raises SaveFailed when the slot or its files cannot be had.
+        """
+        if not self._room(wait):
+            self.skipped += 1
+            return None
+        started = time.perf_counter()
+        try:
+            with self._slots:
+                pending = self._begin(step, layout, name)
+        finally:
+            self.wait_seconds += time.perf_counter() - started
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="fxckpt-commit", daemon=True)
+            self._thread.start()
+        return pending
+
+    def _begin(self, step: int, layout: Layout, name: str | None) -> Pending:
+        """Get a slot, open its files, and queue the checkpoint for the committer."""
+        slot = self._slot(name)
+        try:
+            copy = self.engine.begin(layout.plan, slot.path if slot is not None else "", layout.names,
+                                     slot.recall(layout.frozen_token) or None if slot is not None else None)
+        except BaseException as error:
+            if slot is not None:
+                self.store.abandon(slot, bad=_retires_slot(error))
+            raise
+        pending = Pending(step, layout, slot, copy)
+        with self._lock:
+            self._flying.append(pending)
+            self._queue.append(pending)
+            self.started += 1
+            self._lock.notify_all()
+        return pending
+
+    def _room(self, wait: bool) -> bool:
+        """Wait for one of the checkpoints in flight to end, if there are too many."""
+        started = time.perf_counter()
+        with self._lock:
+            while len(self._flying) >= self.max_async and wait:
+                self._lock.wait(SLICE)
+            self.wait_seconds += time.perf_counter() - started
+            return len(self._flying) < self.max_async
+
+    def _slot(self, name: str | None) -> Any:
+        """The slot the committer has prepared, or a new one; ``_slots`` is held."""
+        if self.store is None:
+            return None
+        slot, self._ready = self._ready, None
+        if slot is not None and name is None:
+            return slot
+        if slot is not None:
+            self.store.abandon(slot, bad=False)
+        return self.store.acquire(name)
+
+    def flush(self, timeout: float | None) -> None:
+        """Wait until nothing is in flight. Raises TimeoutError naming the steps, or the first error not yet raised."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._lock:
+            while self._flying:
+                if deadline is not None and time.monotonic() >= deadline:
+                    steps = ", ".join(str(p.step) for p in self._flying)
+                    raise TimeoutError(f"after {timeout:g} s the checkpoints of steps {steps} are not durable yet")
+                self._lock.wait(SLICE)
+        self.raise_unreported()
+
+    def raise_unreported(self) -> None:
+        """Raise the first failure that nobody has been told of."""
+        error, self.unreported = self.unreported, None
+        if error is not None:
+            raise error
+
+    def forget(self, error: BaseException) -> None:
+        """This failure was raised already."""
+        if self.unreported is error:
+            self.unreported = None
+
+    def drop_all(self, why: str) -> None:
+        """Give up every checkpoint in flight."""
+        with self._lock:
+            flying = list(self._flying)
+        for pending in flying:
+            pending.give_up(why)
+
+    def stop(self, timeout: float | None) -> None:
+        """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up."""
+        try:
+            self.flush(timeout)
+        finally:
+            self.drop_all("shutdown")
+            with self._lock:
+                self._stop = True
+                self._lock.notify_all()
+            if self._thread is not None:
+                self._thread.join(timeout=10.0)
+            self.engine.close()
+            if self.store is not None:
+                self.store.close()
+
+    # -- the committer's side ---------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Commit what is in the queue, in order, until ``stop``."""
+        while True:
+            with self._lock:
+                while not self._queue and not self._stop:
+                    self._lock.wait()
+                if self._stop and not self._queue:
+                    return
+                pending = self._queue.popleft()
+            self._finish(pending)
+            self._prepare()
+
+    def _finish(self, pending: Pending) -> None:
+        """Take one checkpoint to its end, whatever that is."""
+        try:
+            self._commit(pending)
+        except Cancelled as error:
+            self._ended(pending, error, dropped=True)
+        except Exception as error:
+            self._ended(pending, error, dropped=False)
+        else:
+            self._ended(pending, None, dropped=False)
+
+    def _commit(self, pending: Pending) -> None:
+        self._wait(pending, lambda: pending.closed.wait(SLICE), limit=False)
+        if pending.given_up is not None:
+            raise Cancelled(pending.given_up)
+        self._wait(pending, lambda: pending.copy.copied(SLICE))
+        pending.layout.check_unchanged(pending)
+        pending.keep.clear()
+        self.last_handed_over = pending.step
+        self._wait(pending, lambda: pending.copy.durable(SLICE))
+        if self.store is None:
+            return
+        layout = pending.layout
+        crcs = [pending.copy.crcs(i) for i in range(len(layout.files))]
+        files = tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))
+        self.store.commit(pending.slot, files=files, state_tensors=pending.tensors, **pending.record)
+        pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
+        self.last_committed = pending.step
+
+    def _wait(self, pending: Pending, ready: Callable[[], bool], limit: bool = True) -> None:
+        """Wait in slices; a disk that writes nothing for ``stuck_after`` seconds costs this checkpoint, not training."""
+        written, since = -1, time.monotonic()
+        while not ready():
+            if not limit:
+                continue
+            now = self.engine.statistics()["bytes_written"]
+            if now != written:
+                written, since = now, time.monotonic()
+            elif time.monotonic() - since > self.stuck_after:
+                path = pending.slot.path if pending.slot is not None else ""
+                pending.give_up("the disk hangs")
+                raise SaveFailed("write", path, detail=f"nothing was written for {self.stuck_after:g} s; gave up")
+
+    def _ended(self, pending: Pending, error: BaseException | None, dropped: bool) -> None:
+        """Count, log, return the slot, and let waiters go on."""
+        if error is not None and pending.slot is not None:
+            try:
+                self.store.abandon(pending.slot, bad=not dropped and _retires_slot(error))
+            except OSError as second:
+                log.error("fxckpt: could not put %s aside: %s", pending.slot.path, second)
+        pending.copy.release()
+        pending.error = error
+        with self._lock:
+            self._flying.remove(pending)
+            if error is None:
+                self.committed += self.store is not None
+            elif dropped:
+                self.skipped += 1
+                log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
+            else:
+                self.note_failure(pending.step, error)
+            pending.done.set()
+            self._lock.notify_all()
+
+    def note_failure(self, step: int, error: BaseException) -> None:
+        """A checkpoint failed: say so at once, count it, keep it for ``flush``."""
+        self.failed += 1
+        self.last_error = error
+        self.unreported = self.unreported or error
+        log.error("fxckpt: the checkpoint of step %d failed: %s", step, error)
+
+    def _prepare(self) -> None:
+        """Get the next slot ready now, so that the training thread need not wait for its fsyncs."""
+        with self._slots:
+            if self.store is None or self._ready is not None or self._stop or self.flying() >= self.max_async:
+                return
+            try:
+                self._ready = self.store.acquire()
+            except (OSError, FxckptError) as error:
+                log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
+
+
+def _retires_slot(error: BaseException) -> bool:
+    """Is the slot's content in doubt after this error? After EIO or a failed sync the kernel may have lost pages."""
+    number = getattr(error, "errno", None)
+    return number is not None and number not in RECOVERABLE
+
+
+def forked(pid: int) -> bool:
+    """Is this a forked child of the process that made the run? Its threads do not exist here."""
+    return os.getpid() != pid

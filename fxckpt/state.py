@@ -1,0 +1,60 @@
+"""Capture and restore what is not a parameter: random generators, schedulers, loaders, anything with a state dict."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxckpt.errors import SetupError
+
+
+@dataclass(frozen=True)
+class Extra:
+    """One entry of ``extra=``. ``early``: captured at the end of ``opt.step()``, else when the step closes.
+
+    Generators and data loaders are early: the next batch may be drawn before the next forward.
+    """
+
+    name: str
+    get: Callable[[], Any]
+    set: Callable[[Any], Any]
+    early: bool
+
+
+def extras(given: Mapping[str, Any] | None) -> tuple[Extra, ...]:
+    """Check ``extra=`` and say how each object is captured. Raises SetupError for what has no state to capture."""
+    return tuple(_extra(name, value) for name, value in (given or {}).items())
+
+
+def _extra(name: str, value: Any) -> Extra:
+    if isinstance(value, torch.Generator):
+        return Extra(name, value.get_state, value.set_state, True)
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator
+        return Extra(name, lambda: bits.state, lambda state: setattr(bits, "state", state), True)
+    if isinstance(value, np.random.RandomState):
+        return Extra(name, value.get_state, value.set_state, True)
+    if isinstance(value, random.Random):
+        return Extra(name, value.getstate, value.setstate, True)
+    if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
+        raise SetupError(f"extra[{name!r}] is a {type(value).__name__}: it needs state_dict() and load_state_dict(), or to "
+                         "be a torch, numpy or Python random generator")
+    early = hasattr(type(value), "__iter__") and not isinstance(value, torch.nn.Module)
+    return Extra(name, value.state_dict, value.load_state_dict, early)
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators: torch, numpy, Python."""
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put the global generators back."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

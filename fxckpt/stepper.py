@@ -1,0 +1,286 @@
+"""Run one optimizer's steps through its StepGraph.
+
+Which code updates a parameter depends only on its state and on the step's inputs, never on how the process came there;
+so a step after a restart is the same step:
+
+* no state yet, and the stock step would make some: the stock step runs, on those parameters alone;
+* state, and a traced update: the StepGraph;
+* an optimizer that cannot be split: its stock step, whole, every time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt import _torch
+from fxckpt.errors import SetupError
+from fxckpt.graph import hoist, inductor, rewrite, update
+from fxckpt.graph.layers import Layer
+from fxckpt.updates import Cohort, calls_for
+
+log = logging.getLogger("fxckpt")
+
+
+class Member:
+    """One parameter of the optimizer, with the tensors that were bound to it."""
+
+    __slots__ = ("name", "param", "group", "state", "items", "entries", "address", "program", "implementation", "flat")
+
+    def __init__(self, name: str, param: torch.Tensor, group: int, state: dict[str, Any] | None):
+        self.name, self.param, self.group, self.state = name, param, group, state
+        self.address = param.data_ptr()
+        self.entries = len(state or ())
+        tensors = ((k, v) for k, v in sorted((state or {}).items()) if isinstance(v, torch.Tensor))
+        self.items = [(key, value, value.data_ptr()) for key, value in tensors]
+        self.program: hoist.Program | None = None
+        self.implementation = "single"
+        self.flat: list[torch.Tensor] | None = None
+
+    def stale(self, states: Any) -> bool:
+        """Was a tensor replaced or moved, or state made, since it was bound? ``states`` is the optimizer's."""
+        if self.param.data_ptr() != self.address:
+            return True
+        if self.state is None:
+            return self.param in states
+        if len(self.state) != self.entries:
+            return True
+        get = self.state.get
+        return any(get(key) is not value or value.data_ptr() != address for key, value, address in self.items)
+
+    def bound(self, kind: str, key: Any) -> torch.Tensor | None:
+        """The tensor behind one input of a program; None for the gradient, another one at every step."""
+        return self.param if kind == "param" else self.state[key] if kind == "state" else None
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """What the layer owns of this parameter: ``("", parameter)`` and its state by key, less the counts."""
+        return [("", self.param)] + [(k, v) for k, v, _ in self.items if not update.is_count(k, v, self.param)]
+
+    def counts(self) -> list[tuple[str, torch.Tensor]]:
+        """The 0-dimensional states, which advance before all updates."""
+        return [(k, v) for k, v, _ in self.items if update.is_count(k, v, self.param)]
+
+
+class Stepper:
+    """The step of one optimizer: its members, their programs, and the StepGraph that runs.
+
+    ``update``: ``None`` (kept as flagged, compiled where the choice was left to PyTorch), ``"native"``, ``"inductor"``.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, update_mode: str | None, name_of: Callable[[torch.Tensor], str]):
+        self.opt, self.mode, self.name_of = opt, update_mode, name_of
+        self.whole: str | None = None
+        self.members: list[Member] = []
+        self.layers: tuple[Layer, ...] = ()
+        self.edges: tuple[tuple[str, str], ...] = ()
+        self.first_layer = 0
+        self.graph: rewrite.StepGraph | None = None
+        self.bound = 0  # how often tensors were bound: a plan made for another binding is void
+        self._programs: dict[update.Signature, hoist.Program | update.NotTraceable] = {}
+        self._compiled: dict[update.Signature, Callable] = {}
+        self._native: set[update.Signature] = set()
+        self._state: Any = None
+        self._structure: list[tuple] = []
+        self._mask: list[bool] = []
+        self._done: set[int] = set()
+        self._cohorts: list[Cohort] = []
+        self._calls: list[list[Callable]] = []
+        self._all_calls: list[Callable] = []
+        self._versions: list[int] = []
+        self._count_tensors: list[torch.Tensor] = []
+
+    # -- binding ----------------------------------------------------------------------------------------------------
+
+    def invalidate(self) -> None:
+        """Forget the bindings: tensors were replaced, or a parameter group was added."""
+        self._state = None
+
+    def stale(self) -> bool:
+        """Must ``bind`` run before the next step? (fence everything first: copies read the old tensors)"""
+        return (self._state is not self.opt.state or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
+                or any(m.stale(self._state) for m in self.members))
+
+    @staticmethod
+    def _shape_of(group: dict[str, Any]) -> tuple:
+        """What of a parameter group is structure: its parameters and flags, and which numbers are zero or negative."""
+        numbers = tuple((key, (value > 0) - (value < 0)) for key, value in update.numeric_items(group) if key[0] != "lr")
+        flags = tuple((k, v) for k, v in group.items()
+                      if k not in _torch.GROUP_BOOKKEEPING and (v is None or isinstance(v, (bool, str))))
+        return len(group["params"]), numbers, flags, isinstance(group.get("lr"), torch.Tensor)
+
+    def bind(self) -> None:
+        """Read the optimizer anew: members, their state, the program of each."""
+        opt = self.opt
+        self.members, self.whole = [], None
+        for index, group in enumerate(opt.param_groups):
+            for param in group["params"]:
+                member = Member(self.name_of(param), param, index, opt.state.get(param))
+                self._choose(member, group)
+                self.members.append(member)
+        self._state, self._structure = opt.state, [self._shape_of(g) for g in opt.param_groups]
+        self._mask = []
+        self.bound += 1
+
+    def _choose(self, member: Member, group: dict[str, Any]) -> None:
+        """Find the member's program; none yet if the stock step has to make its state first."""
+        flag = "fused" if group.get("fused") else "foreach" if group.get("foreach") else None
+        explicit = flag is not None or group.get("foreach") is False or group.get("fused") is False
+        native = self.mode == "native" or (self.mode is None and explicit)
+        member.implementation = flag or (_torch.default_implementation(member.param) if native and not explicit else "single")
+        if not native:
+            member.implementation = "single"
+        try:
+            member.program = self._program(member, group)
+        except update.MakesState as reason:
+            if member.state:
+                self.whole = str(reason)
+        except update.NotTraceable as reason:
+            self.whole = str(reason)
+        if member.program is not None and not native:
+            self._compile(member)
+
+    def _program(self, member: Member, group: dict[str, Any]) -> hoist.Program:
+        """The traced and hoisted update of this member's signature, made once."""
+        state = member.state or {}
+        signature = update.signature_of(self.opt, group, member.param, state, member.implementation)
+        found = self._programs.get(signature)
+        if found is None:
+            try:
+                found = hoist.hoist(update.trace(self.opt, group, member.param, state, signature), signature)
+                log.debug("traced %s (%s, %s): %d scalars, inputs %s", type(self.opt).__name__,
+                          signature.implementation, signature.dtype, found.scalars, found.inputs)
+            except update.NotTraceable as reason:
+                found = reason
+            self._programs[signature] = found
+        if isinstance(found, update.NotTraceable):
+            raise found
+        return found
+
+    def _compile(self, member: Member) -> None:
+        """Give the member flat views and its signature a compiled body; what Inductor cannot take stays native."""
+        signature = member.program.signature
+        if signature not in self._compiled and signature not in self._native:
+            try:
+                self._compiled[signature] = inductor.compile_body(member.program)
+            except update.NotTraceable as reason:
+                if self.mode == "inductor":
+                    raise SetupError(f'update="inductor": {reason}; use update="native" for {type(self.opt).__name__}') from None
+                log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
+                self._native.add(signature)
+        tensors = [member.param if kind == "param" else member.state[key]
+                   for kind, key in member.program.inputs if kind != "grad"]
+        same_order = all(t.stride() == member.param.stride() for t in tensors)
+        if signature in self._compiled and same_order and member.param.numel() < 2**31:
+            flat = [inductor.flat_view(t.detach()) for t in tensors]
+            member.flat = None if any(f is None for f in flat) else flat
+
+    # -- the graph --------------------------------------------------------------------------------------------------
+
+    def arrange(self, layers: Sequence[Layer], edges: Sequence[tuple[str, str]], first: int) -> None:
+        """Write the StepGraph for these layers; ``first`` is the engine's number of the first of them."""
+        self.layers, self.edges, self.first_layer = tuple(layers), tuple(edges), first
+        by_name = {m.name: m for m in self.members}
+        self._owned = [[by_name[n] for n in layer.params] for layer in self.layers]
+        counts = [t for m in self.members for _, t in m.counts()]
+        module = rewrite.build(self.layers, first, self._layer_update, self._scalars, bool(counts))
+        bare = rewrite.build_bare(self._bare_update, self._scalars)
+        sizes = {layer.name: sum(t.nbytes for m in owned for _, t in m.tensors())
+                 for layer, owned in zip(self.layers, self._owned)}
+        self.graph = rewrite.StepGraph(self.layers, self.edges, module, bare, sizes)
+        self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
+        self._count_tensors = counts
+        self._mask = []
+
+    def layer_members(self) -> list[list[Member]]:
+        """The members of each layer, in layer order."""
+        return self._owned
+
+    def layer_tensors(self) -> list[list[torch.Tensor]]:
+        """What the graph hands to each emit: the counts first, when there are any."""
+        return self._inputs
+
+    def _layer_update(self, index: int) -> Callable:
+        """The callable of one update node; the calls behind it change when other parameters have gradients."""
+        def run(values: list) -> None:
+            for call in self._calls[index]:
+                call(values)
+
+        return run
+
+    def _bare_update(self, values: list) -> None:
+        for call in self._all_calls:
+            call(values)
+
+    def _scalars(self) -> list:
+        """Advance the counts and compute every cohort's scalars."""
+        groups = self.opt.param_groups
+        values = [cohort.scalars(groups[cohort.group]) for cohort in self._cohorts]
+        self._versions = [t._version for t in self._count_tensors]
+        return values
+
+    # -- stepping ---------------------------------------------------------------------------------------------------
+
+    def needs_stock(self) -> list[Member]:
+        """Members whose state the stock step must make (or whose gradient is sparse), of those with a gradient."""
+        return [m for m in self.members if (grad := m.param.grad) is not None
+                and (m.program is None or grad.layout != torch.strided)]
+
+    def run_stock(self, members: Iterable[Member]) -> None:
+        """The stock step on these parameters alone; they are left out of this step's graph. Fence them first."""
+        chosen = {id(m.param) for m in members}
+        groups = self.opt.param_groups
+        saved = [g["params"] for g in groups]
+        try:
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) in chosen]
+            _torch.stock_step(self.opt)(self.opt)
+        finally:
+            for group, params in zip(groups, saved):
+                group["params"] = params
+        self._done = chosen
+
+    def run(self, number: int | None) -> None:
+        """One step of all that has a gradient: with the ops of run ``number``, or bare when it is None."""
+        self._classify()
+        if number is None:
+            self.graph.bare()
+        else:
+            self.graph.module(number, *self._inputs)
+        self._done = set()
+
+    def _classify(self) -> None:
+        """Which members take part, and which of them share their scalars; kept while the answer stays the same."""
+        done = self._done
+        mask = [m.param.grad is not None and id(m.param) not in done for m in self.members]
+        if mask == self._mask and self._versions == [t._version for t in self._count_tensors]:
+            return
+        self._mask = mask
+        self._versions = [t._version for t in self._count_tensors]
+        cohorts: dict[Any, Cohort] = {}
+        of: dict[str, int] = {}
+        for index in (i for i, present in enumerate(mask) if present):
+            member = self.members[index]
+            signature = member.program.signature
+            key = (member.group, signature, tuple(member.state[k].item() for k in member.program.counts))
+            compiled = member.flat is not None
+            if key not in cohorts:
+                cohorts[key] = Cohort(len(cohorts), member.group, member.program)
+            cohorts[key].add(member, compiled)
+            of[member.name] = cohorts[key].index
+        self._cohorts = list(cohorts.values())
+        self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts, self._compiled)
+                       for owned in self._owned]
+        self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts,
+                                    self._compiled)
+
+    def describe(self) -> str:
+        """One line: what runs a step."""
+        name = _torch.plain_class(self.opt).__name__
+        if self.whole:
+            return f"{name}: its own step, whole ({self.whole}), then every layer is handed over"
+        kinds = sorted({"Inductor" if m.flat is not None else f"native {m.implementation}"
+                        for m in self.members if m.program is not None})
+        return f"{name}: {' and '.join(kinds) or 'its own step until its state exists'}, {len(self.layers)} layers"

@@ -1,0 +1,175 @@
+"""Promise 2, the optimizer's half: with the kernels the user asked for, a step through the StepGraph has PyTorch's bits."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import fxckpt
+from fxckpt.graph import inductor
+
+FORMS = {"default": {}, "single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+CLASSES = {
+    "SGD": (torch.optim.SGD, [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+                              {"momentum": 0.9, "dampening": 0.3, "maximize": True}, {}]),
+    "Adam": (torch.optim.Adam, [{}, {"weight_decay": 0.1, "amsgrad": True}, {"maximize": True, "betas": (0.7, 0.9)}]),
+    "AdamW": (torch.optim.AdamW, [{}, {"amsgrad": True, "eps": 1e-5}, {"weight_decay": 0.0}]),
+}
+CASES = [(name, form, i) for name, (_, options) in CLASSES.items() for form in FORMS for i in range(len(options))]
+
+
+def parameters(seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    """A few shapes: matrices, vectors, a scalar, one in channels_last order."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(33, 17), (5,), (), (4, 3, 5, 5), (128,)]
+    made = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    made[3] = made[3].contiguous(memory_format=torch.channels_last)
+    return [torch.nn.Parameter(t) for t in made]
+
+
+def train(opt: torch.optim.Optimizer, params: list[torch.nn.Parameter], steps: int = 6, missing=lambda step, i: False):
+    """Steps with reproducible gradients; ``missing`` says which of them are None."""
+    for step in range(steps):
+        for i, p in enumerate(params):
+            g = torch.Generator().manual_seed(1000 * step + i)
+            grad = torch.randn(p.shape, generator=g).to(p.dtype)
+            p.grad = None if missing(step, i) else grad.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else grad
+        opt.param_groups[0]["lr"] *= 0.9
+        opt.step()
+
+
+def pair(cls, options, dtype=torch.float32, **how):
+    """The same optimizer twice: as it is, and through compile_step."""
+    ours, stock = parameters(dtype=dtype), parameters(dtype=dtype)
+    mine = fxckpt.compile_step(cls(ours, lr=1e-2, **options), writer="mock", every=2, **how)
+    return mine, ours, cls(stock, lr=1e-2, **options), stock
+
+
+def assert_same(mine, ours, theirs, stock):
+    for a, b in zip(ours, stock):
+        assert torch.equal(a, b)
+        assert list(mine.state.get(a, {})) == list(theirs.state.get(b, {}))
+        for key, value in theirs.state.get(b, {}).items():
+            assert mine.state[a][key] is value is None or torch.equal(mine.state[a][key], value), key
+
+
+@pytest.mark.parametrize(("name", "form", "option"), CASES)
+def test_native_step_has_the_bits_of_the_stock_step(name, form, option):
+    cls, options = CLASSES[name]
+    mine, ours, theirs, stock = pair(cls, {**options[option], **FORMS[form]}, update="native")
+    train(mine, ours)
+    train(theirs, stock)
+    assert mine.ckpt._run.steppers[0].whole is None, "fell back to the stock step, so nothing was tested"
+    assert_same(mine, ours, theirs, stock)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_bits_stay_equal_when_other_gradients_are_missing_at_each_step(form):
+    mine, ours, theirs, stock = pair(torch.optim.AdamW, FORMS[form], update="native")
+    missing = lambda step, i: (step + i) % 3 == 0  # noqa: E731
+    train(mine, ours, 9, missing)
+    train(theirs, stock, 9, missing)
+    assert_same(mine, ours, theirs, stock)
+    assert len(mine.ckpt._run.steppers[0]._programs) <= 2, "a missing gradient is not a new signature"
+
+
+def test_flags_of_the_user_are_kept_without_update(form="fused"):
+    for form in ("single", "foreach", "fused"):
+        mine, ours, theirs, stock = pair(torch.optim.Adam, FORMS[form])
+        train(mine, ours)
+        train(theirs, stock)
+        assert_same(mine, ours, theirs, stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_have_the_bits_of_the_stock_step(dtype):
+    for form in ("single", "fused"):
+        mine, ours, theirs, stock = pair(torch.optim.AdamW, FORMS[form], dtype, update="native")
+        train(mine, ours)
+        train(theirs, stock)
+        assert_same(mine, ours, theirs, stock)
+
+
+def test_groups_with_their_own_hyperparameters_and_counts_have_the_bits_of_the_stock_step():
+    def make(params):
+        return torch.optim.AdamW([{"params": params[:2], "lr": 1e-1, "weight_decay": 0.0}, {"params": params[2:]}], lr=1e-3)
+
+    ours, stock = parameters(), parameters()
+    mine, theirs = fxckpt.compile_step(make(ours), writer="mock", every=1, update="native"), make(stock)
+    for opt, params in ((mine, ours), (theirs, stock)):
+        train(opt, params, 3)
+        opt.param_groups[1]["weight_decay"] = 0.0  # a structural change: another program
+        opt.param_groups[0]["betas"] = (0.5, 0.6)  # a numeric one: the same program
+        train(opt, params, 3)
+    assert_same(mine, ours, theirs, stock)
+
+
+def test_a_learning_rate_of_zero_makes_no_new_signature():
+    mine, ours, theirs, stock = pair(torch.optim.AdamW, {}, update="native")
+    for opt, params in ((mine, ours), (theirs, stock)):
+        train(opt, params, 2)
+        opt.param_groups[0]["lr"] = 0.0
+        train(opt, params, 1)
+        opt.param_groups[0]["lr"] = 1e-3
+        train(opt, params, 1)
+    assert_same(mine, ours, theirs, stock)
+    programs = [p for p in mine.ckpt._run.steppers[0]._programs.values() if not isinstance(p, Exception)]
+    assert len(programs) == 1
+
+
+def test_compiled_step_is_within_a_few_roundings_of_the_stock_step():
+    for cls, options in ((torch.optim.AdamW, {}), (torch.optim.SGD, {"momentum": 0.9, "nesterov": True})):
+        mine, ours, theirs, stock = pair(cls, options, update="inductor")
+        train(mine, ours)
+        train(theirs, stock)
+        assert any(m.flat is not None for m in mine.ckpt._run.steppers[0].members), "nothing was compiled"
+        for a, b in zip(ours, stock):
+            bound = 16 * torch.finfo(a.dtype).eps * (b.abs() + 1e-2)
+            assert ((a - b).abs() <= bound).all()
+
+
+def test_compiled_update_does_not_depend_on_the_slot_it_runs_in():
+    """Bare steps and steps with checkpoints pack parameters into other slots; promise 2 needs the same bits of both."""
+    ours = [torch.nn.Parameter(torch.randn(3 + 61 * i)) for i in range(11)]
+    mine = torch.optim.AdamW(ours, lr=1e-2)
+    fxckpt.compile_step(mine, writer="mock", every=10**6, update="inductor")
+    train(mine, ours, 2)
+    stepper = mine.ckpt._run.steppers[0]
+    member = stepper.members[9]
+    function = stepper._compiled[member.program.signature]
+    width = len(member.program.inputs)
+    scalars = [torch.tensor(0.5 + i / 16) for i in range(member.program.scalars)]
+    results = []
+    for slot, _ in itertools.product(range(inductor.SLOTS), range(1)):
+        tensors = [t.clone() for t in (*member.flat[:1], member.param.grad, *member.flat[1:])]
+        empty = [torch.empty(0)] * width
+        args = [t for i in range(inductor.SLOTS) for t in (tensors if i == slot else empty)]
+        function(*args, *scalars)
+        results.append(tensors)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
+def test_optimizers_that_cannot_be_split_run_their_own_step_and_say_so_once(caplog):
+    mine, ours, theirs, stock = pair(torch.optim.RAdam, {})
+    with caplog.at_level("INFO", logger="fxckpt"):
+        train(mine, ours)
+    train(theirs, stock)
+    assert_same(mine, ours, theirs, stock)
+    assert [r.getMessage() for r in caplog.records if "its own step, whole" in r.getMessage()].__len__() == 1
+    assert mine.ckpt.statistics()["checkpoints_started"] == 3
+
+
+def test_a_subclass_with_its_own_step_is_not_traced_as_its_base():
+    class Odd(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data.add_(1.0)
+
+    ours = parameters()
+    before = copy.deepcopy(ours)
+    mine = fxckpt.compile_step(Odd(ours, lr=1.0), writer="mock", every=1)
+    train(mine, ours, 1)
+    assert all(torch.equal(a, b + 1.0) for a, b in zip(ours, before))
