@@ -1,0 +1,104 @@
+"""What the numbers were measured on: processor, memory, file system, versions, the disk's own bandwidth."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+
+MIB = 1 << 20
+
+
+def describe(folder: Path) -> dict[str, str | int]:
+    """Processor, cores, memory (GiB), kernel, the file system under ``folder``, versions. No host name."""
+    import torch
+
+    cpuinfo = _text("/proc/cpuinfo")
+    model = next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if "model name" in line),
+                 platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": model + (" (virtual machine)" if " hypervisor" in cpuinfo else ""),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory / 2**30),
+        "kernel": platform.release(),
+        "file_system": _file_system(folder),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def line(machine: dict[str, str | int]) -> str:
+    """The description as one line of text."""
+    return "{cores} × {processor}, {memory_gib} GiB, {file_system}, ".format_map(machine) + (
+        "Linux {kernel}, Python {python}, torch {torch}".format_map(machine))
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""  # not every system has this file; the description is then shorter
+
+
+def _file_system(folder: Path) -> str:
+    """Type of the file system that ``folder`` lies on, by the longest mount point above it."""
+    mounts = [entry.split()[1:3] for entry in _text("/proc/mounts").splitlines()]
+    here = str(folder.resolve())
+    above = [(point, kind) for point, kind in mounts if f"{here}/".startswith(point.rstrip("/") + "/")]
+    return max(above, key=lambda mount: len(mount[0]), default=("", "unknown file system"))[1]
+
+
+class Disk:
+    """Measures how fast two threads overwrite a fully written file in pieces of 4 MiB.
+
+    With O_DIRECT where it is accepted. This is the ceiling for anything that writes checkpoints: fresh files
+    and buffered writes are slower.
+    """
+
+    def __init__(self, folder: Path, size: int = 256 * MIB, piece: int = 4 * MIB, threads: int = 2):
+        self.path, self.size, self.piece, self.threads = folder / "bandwidth", size, piece, threads
+        self.buffer = mmap.mmap(-1, piece)  # page-aligned, as O_DIRECT asks
+        self.buffer.write(os.urandom(MIB) * (piece // MIB))
+        self.direct = True
+        self.measure()
+
+    def measure(self) -> float:
+        """Bytes per second, data durable at the end of the measurement."""
+        fd = self._open()
+        try:
+            began = time.perf_counter()
+            workers = [threading.Thread(target=self._write, args=(fd, n)) for n in range(self.threads)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            os.fdatasync(fd)
+            return self.size / (time.perf_counter() - began)
+        finally:
+            os.close(fd)
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o644)
+        except OSError:  # tmpfs and some network file systems refuse the flag
+            self.direct = False
+            return os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def _write(self, fd: int, first: int) -> None:
+        for offset in range(first * self.piece, self.size, self.threads * self.piece):
+            os.pwrite(fd, self.buffer, offset)
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak of this process's resident memory (``VmHWM``), so that compilation does not count."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Largest resident memory in bytes since :func:`reset_peak_memory`."""
+    status = _text("/proc/self/status")
+    return next(int(entry.split()[1]) * 1024 for entry in status.splitlines() if entry.startswith("VmHWM"))

@@ -1,0 +1,150 @@
+"""The contestants of overhead.py: ways to save a model and its optimizer after every step.
+
+Each saver is durable by its own means: what it says is saved is on disk after ``flush``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+REPORTED = ("bytes_written", "stall_seconds", "copy_seconds", "write_seconds", "checkpoints_committed")
+
+
+class Nothing:
+    """No checkpoints: plain ``torch.compile`` and the plain optimizer, the base of every ratio."""
+
+    fused = True
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
+        """Remember what to save and where; returns the compiled forward."""
+        self.model, self.optimizer, self.folder = model, optimizer, folder
+        return torch.compile(model)
+
+    def saved(self, step: int) -> None:
+        """Called after each optimizer step."""
+
+    def flush(self) -> None:
+        """Return when everything that was started is durable."""
+
+    def check(self, step: int) -> dict:
+        """Verify the last checkpoint (of ``step``); returns what to report. Raises if it is not good."""
+        return {}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters by name and optimizer state by ``key/name``; ties once."""
+        found = {name: p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            found.update({f"{key}/{name}": value for key, value in self.optimizer.state[p].items()})
+        return found
+
+
+class Fxckpt(Nothing):
+    """``fxckpt`` with a checkpoint at every step."""
+
+    def __init__(self, update: str = "native", writer: str = "thread"):
+        self.update, self.writer, self.fused = update, writer, update == "native"
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
+        import fxckpt
+
+        super().prepare(model, optimizer, folder)
+        fxckpt.compile_step(optimizer, folder, model=model, every=1, writer=self.writer,
+                            update=None if self.fused else self.update, on_error="raise")
+        return torch.compile(model, backend=fxckpt.backend)
+
+    def flush(self) -> None:
+        self.optimizer.ckpt.flush()
+
+    def check(self, step: int) -> dict:
+        from safetensors.torch import load_file
+
+        import fxckpt
+
+        done = self.optimizer.ckpt.statistics()
+        report = {key: done[key] for key in REPORTED}
+        if self.writer == "mock":
+            return report
+        if done["checkpoints_committed"] != step:
+            raise AssertionError(f"{step} steps, but {done['checkpoints_committed']} checkpoints committed")
+        newest = fxckpt.latest(self.folder)  # reads and verifies every chunk
+        if newest is None or newest.step != step:
+            raise AssertionError(f"expected a verified checkpoint of step {step}, found {newest}")
+        weights = load_file(Path(newest.path) / "model.safetensors")
+        for name, parameter in self.model.named_parameters():
+            if not torch.equal(weights[name], parameter):
+                raise AssertionError(f"{name} in {newest.path} is not what was trained")
+        return report
+
+
+def replace_durably(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a new file beside ``path``, sync it, rename it over ``path``, sync the directory."""
+    new = path.with_suffix(".new")
+    write(new)
+    for name, flags in ((new, os.O_RDWR), (path.parent, os.O_RDONLY)):
+        fd = os.open(name, flags)
+        os.fsync(fd)
+        os.close(fd)
+        if name == new:
+            os.rename(new, path)
+
+
+class TorchSave(Nothing):
+    """``torch.save`` and fsync."""
+
+    def saved(self, step: int) -> None:
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        replace_durably(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
+
+
+class Safetensors(Nothing):
+    """``safetensors.torch.save_file`` and fsync."""
+
+    def saved(self, step: int) -> None:
+        from safetensors.torch import save_file
+
+        replace_durably(self.folder / "checkpoint.safetensors", lambda new: save_file(self.tensors(), new))
+
+
+class DCP(Nothing):
+    """``torch.distributed.checkpoint.async_save``, which syncs its files; the last two are kept."""
+
+    future = None
+
+    def saved(self, step: int) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        self.flush()
+        state = {"model": self.model.state_dict(), "optimizer": self.tensors()}
+        self.future = dcp.async_save(state, checkpoint_id=self.folder / str(step), no_dist=True)
+        shutil.rmtree(self.folder / str(step - 2), ignore_errors=True)
+
+    def flush(self) -> None:
+        if self.future is not None:
+            self.future.result()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of the table."""
+
+    key: str
+    label: str
+    make: Callable[[], Nothing]
+
+
+CONTESTANTS = (
+    Contestant("none", "no checkpoints (AdamW fused)", Nothing),
+    Contestant("fxckpt", "fxckpt, fused=True (native update)", Fxckpt),
+    Contestant("inductor", "fxckpt, update=\"inductor\"", lambda: Fxckpt(update="inductor")),
+    Contestant("mock", "fxckpt, writer=\"mock\" (writes nothing)", lambda: Fxckpt(writer="mock")),
+    Contestant("safetensors", "safetensors save_file + fsync", Safetensors),
+    Contestant("torch_save", "torch.save + fsync", TorchSave),
+    Contestant("dcp", "torch DCP async_save", DCP),
+)
