@@ -1,6 +1,6 @@
 """The two custom ops of a StepGraph: ``ckpt_fence`` before an update, ``ckpt_emit`` after it.
 
-    scalars = scalars(counts)                       # once a step, on the host
+    scalars = scalars(counts)                       # once a step, on the host; fenced and emitted like a layer
     ckpt_fence([w, exp_avg, ...], run, 3, "h.0")    # wait until the last checkpoint has copied this layer
     update_h_0([w, exp_avg, ...], scalars)          # change it in place
     ckpt_emit([w, exp_avg, ...], run, 3, "h.0")     # hand it to the engine; the copy runs during the next iteration

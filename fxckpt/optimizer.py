@@ -7,6 +7,7 @@ with modules), so ``isinstance(opt, torch.optim.AdamW)`` holds and whoever keeps
 from __future__ import annotations
 
 import atexit
+import copyreg
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -168,9 +169,7 @@ def _add_param_group(self, param_group):
 
 def _reduce_ex(self, protocol):
     """Pickle and copy as the plain class: a run belongs to one process and one optimizer."""
-    base = self._fxckpt_base
-    function, args, *rest = base.__reduce_ex__(self, protocol)
-    return (function, tuple(base if a is type(self) else a for a in args), *rest)
+    return copyreg._reconstructor, (self._fxckpt_base, object, None), self.__getstate__()
 
 
 def _shutdown_all() -> None:

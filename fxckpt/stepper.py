@@ -203,8 +203,9 @@ class Stepper:
         return self._inputs
 
     def _layer_update(self, index: int) -> Callable:
-        """The callable of one update node; the calls behind it change when other parameters have gradients."""
-        def run(values: list) -> None:
+        """The callable of one update node. It changes ``tensors``, to which the calls behind it are bound already; the
+        calls are others when other parameters have gradients."""
+        def run(tensors: list[torch.Tensor], values: list) -> None:
             for call in self._calls[index]:
                 call(values)
 
@@ -214,8 +215,8 @@ class Stepper:
         for call in self._all_calls:
             call(values)
 
-    def _scalars(self) -> list:
-        """Advance the counts and compute every cohort's scalars."""
+    def _scalars(self, counts: Sequence[torch.Tensor] = ()) -> list:
+        """Advance the counts (the graph passes them to show what is changed) and compute every cohort's scalars."""
         groups = self.opt.param_groups
         values = [cohort.scalars(groups[cohort.group]) for cohort in self._cohorts]
         self._versions = [t._version for t in self._count_tensors]

@@ -103,11 +103,11 @@ class _Names:
         return base if n == 1 else f"{base}__{n}"
 
 
-def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable | None,
+def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable,
           counts: bool) -> fx.GraphModule:
     """The variant with checkpoint ops.
 
-    ``update(i)`` is the callable of layer i, taking the scalars; ``first`` the engine's number of the first of these
+    ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars; ``first`` the engine's number of the first of these
     layers (the counts, when there are any, come before it, as ``first - 1``).
     Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``.
     """
@@ -118,21 +118,20 @@ def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable]
     owned = [graph.placeholder(label) for label in labels]
     if counted is not None:
         graph.call_function(ops.ckpt_fence, (counted, run, first - 1, COUNTS))
-    values = _call(graph, root, "scalars", scalars, ()) if scalars is not None else None
+    values = _call(graph, root, "scalars", scalars, () if counted is None else (counted,))
     if counted is not None:
         graph.call_function(ops.ckpt_emit, (counted, run, first - 1, COUNTS))
     for i, (layer, label, tensors) in enumerate(zip(layers, labels, owned)):
         graph.call_function(ops.ckpt_fence, (tensors, run, first + i, layer.name))
-        _call(graph, root, f"update_{label}", update(i), () if values is None else (values,))
+        _call(graph, root, f"update_{label}", update(i), (tensors, values))
         graph.call_function(ops.ckpt_emit, (tensors, run, first + i, layer.name))
     return _finish(graph, root, "StepGraph")
 
 
-def build_bare(update: Callable, scalars: Callable | None) -> fx.GraphModule:
+def build_bare(update: Callable, scalars: Callable) -> fx.GraphModule:
     """The variant without checkpoint ops: ``() -> None``."""
     graph, root = fx.Graph(), torch.nn.Module()
-    values = _call(graph, root, "scalars", scalars, ()) if scalars is not None else None
-    _call(graph, root, "update", update, () if values is None else (values,))
+    _call(graph, root, "update", update, (_call(graph, root, "scalars", scalars, ()),))
     return _finish(graph, root, "BareStepGraph")
 
 
