@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "compile_step": "fxckpt.optimizer", "load": "fxckpt.restore", "Restored": "fxckpt.restore", "steps": "fxckpt.handle",
-    "checkpoints": "fxckpt.store.reader", "latest": "fxckpt.store.reader",
+    "compile_step": "fxckpt.optimizer", "load": "fxckpt.restore", "Restored": "fxckpt.restore",
+    "steps": "fxckpt.handle", "checkpoints": "fxckpt.store.reader", "latest": "fxckpt.store.reader",
 }  # fmt: skip
 
 __all__ = [

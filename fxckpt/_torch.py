@@ -22,7 +22,7 @@ from fxckpt.errors import SetupError
 
 GROUP_BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum",
                                "max_lr", "min_lr"})
-"""Entries of a parameter group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
+"""Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
 
 
 def unhooked_step(opt: torch.optim.Optimizer):
@@ -110,7 +110,7 @@ def default_implementation(param: torch.Tensor) -> str:
 
 
 def trace_fake(fn: Callable, args: Sequence[torch.Tensor]) -> fx.Graph:
-    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles (``allow_scalar_outputs``)."""
+    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -174,7 +174,7 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
 def own_buffers(module: torch.nn.Module, persistent: bool) -> list[tuple[str, torch.Tensor]]:
     """The module's own buffers that ``state_dict`` holds, or the others; nothing public tells them apart."""
     skipped = module._non_persistent_buffers_set
-    own = module.named_buffers(recurse=False)
+    own = module.named_buffers(recurse=False, remove_duplicate=False)
     return [(name, tensor) for name, tensor in own if (name not in skipped) == persistent]
 
 
@@ -369,28 +369,18 @@ def reset_cudagraphs() -> None:
 # ---- modules (used by inventory.py, run.py) ---------------------------------------------------------------------
 
 def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The user's module inside ``torch.compile`` and DDP wrappers, found by type and not by cutting text from names.
-
-    ``OptimizedModule`` is private; its ``_orig_mod`` is where names get their ``_orig_mod.`` from.
-    """
-    from torch._dynamo.eval_frame import OptimizedModule
-
-    wrappers = (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)
-    while True:
-        if isinstance(model, OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, wrappers):
-            model = model.module
-        else:
-            return model
+    """The user's module inside all wrappers, found by type and not by cutting text from names."""
+    while (inner := wrapped_module(model)) is not None:
+        model = inner
+    return model
 
 
 def named_buffers(model: torch.nn.Module):
-    """``(name, buffer, persistent)`` of every buffer, ties included; torch keeps the flag in a private set."""
+    """``(name, buffer, persistent)`` of every buffer, ties included."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                yield f"{prefix}.{name}" if prefix else name, buffer, name not in module._non_persistent_buffers_set
+        for persistent in (True, False):
+            for name, buffer in own_buffers(module, persistent):
+                yield f"{prefix}.{name}" if prefix else name, buffer, persistent
 
 
 def extra_state_modules(model: torch.nn.Module):

@@ -85,7 +85,7 @@ class Handle:
 
 def the_run() -> Run:
     """The one live run. Raises SetupError if there is none, or several (listing them)."""
-    runs = sorted(registry.runs, key=lambda run: run.number)
+    runs = sorted((run for run in registry.runs if not run.stopped), key=lambda run: run.number)
     if len(runs) == 1:
         return runs[0]
     if not runs:
@@ -111,7 +111,6 @@ def steps(n: int, *, optimizer: Any = None) -> Iterator[int]:
         try:
             yield run.iteration
         finally:
-            # Also on `break`: the turn's optimizer step, if there was one, is behind us.
             run.iteration += 1
             run.in_turn = False
-            run.close_step()
+        run.close_step()  # not after a `break` or an exception: there the turn ended somewhere in its middle

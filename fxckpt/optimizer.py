@@ -10,6 +10,7 @@ import atexit
 import copyreg
 import functools
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
         if not isinstance(each, torch.optim.Optimizer):
             raise SetupError(f"compile_step takes torch.optim.Optimizer objects; this is a {type(each).__name__}. "
                              "If it wraps an optimizer, pass the inner one.")
-        if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run._stopped:
+        if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run.stopped:
             raise SetupError(f"this {type(each).__name__} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
@@ -173,10 +174,11 @@ def _reduce_ex(self, protocol):
 
 
 def _shutdown_all() -> None:
-    """At exit: finish what was started."""
+    """At exit: finish what was started. ``sys.last_value`` is set when an exception ended the script."""
+    unfinished = getattr(sys, "last_value", None) is not None
     for run in list(registry.runs):
         try:
-            run.shutdown()
+            run.shutdown(unfinished=unfinished)
         except Exception as error:
             log.error("fxckpt: at exit: %s", error)
 

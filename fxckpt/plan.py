@@ -67,9 +67,9 @@ class Layout:
         """The engine's numbers of the layers of one kind."""
         return [i for i, layer in enumerate(self.layers) if layer.kind == kind]
 
-    def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[int, dict[int, int]]:
+    def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
         """``{file: {chunk: crc}}`` of the chunks that hold nothing but frozen parameters."""
-        return {0: {i: crcs[0][i] for i in self._frozen_only()}}
+        return {MODEL: {i: crcs[0][i] for i in self._frozen_only()}}
 
     def _frozen_only(self) -> list[int]:
         """Chunks of the model's file in which every byte belongs to a frozen layer."""

@@ -26,7 +26,7 @@ import torch
 from fxckpt import _torch, ops, plan, state
 from fxckpt._registry import registry
 from fxckpt.config import Config, Schedule
-from fxckpt.errors import FxckptError, SaveFailed, SetupError
+from fxckpt.errors import FxckptError, SaveFailed, SetupError, StoreError
 from fxckpt.graph.layers import gradient_order, group_layers, layer_edges
 from fxckpt.inventory import Inventory, storable, take
 from fxckpt.saver import SLICE, Pending, Saver
@@ -63,11 +63,12 @@ class Run:
         self._layout_key: Any = None
         self._unstable: set[str] = set()
         self._arranged: Any = None
-        self._stopped = self._store_checked = self._announced = False
+        self.stopped = self._store_checked = self._announced = False
         self._hooked: dict[int, Any] = {}
         self._listener: Any = None
         self._watch_scalers(extra)
         registry.runs.add(self)
+        weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
     # -- names, layers, graphs --------------------------------------------------------------------------------------
 
@@ -116,8 +117,10 @@ class Run:
 
         for stepper in self.steppers:
             for param in (m.param for m in stepper.members):
-                if param.requires_grad and id(param) not in self._hooked:
-                    node = _torch.gradient_accumulator(param)
+                if not param.requires_grad:
+                    continue
+                node = _torch.gradient_accumulator(param)  # another one after param.data changed its type
+                if self._hooked.get(id(param)) is not node:
                     node.register_prehook(arrived)
                     self._hooked[id(param)] = node  # the hook lives as long as the node does
 
@@ -165,7 +168,7 @@ class Run:
     @property
     def active(self) -> bool:
         """Checkpoints are taken: the run was not shut down, and this is not a forked child."""
-        return self.engine is not None and not self._stopped and os.getpid() == self._pid
+        return self.engine is not None and not self.stopped and os.getpid() == self._pid
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks."""
@@ -241,7 +244,7 @@ class Run:
             return None
         try:
             pending = self.saver.begin(self.attempts + 1, self._current_layout(), wait=True)
-        except (SaveFailed, OSError) as error:
+        except (SaveFailed, StoreError, OSError) as error:
             self.saver.note_failure(self.attempts + 1, error)
             if self.config.on_error == "raise":
                 self.saver.raise_unreported()
@@ -459,22 +462,32 @@ class Run:
             raise pending.error
         self.schedule.started(self.attempts, self.stall_seconds())
 
-    def shutdown(self, timeout: float | None = None) -> None:
-        """Finish what was started, then stop. Later steps train on without checkpoints."""
+    def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
+        """Finish what was started, then stop. Later steps train on without checkpoints.
+
+        ``unfinished``: an exception ended the script, perhaps between ``opt.step()`` and ``scheduler.step()``, so the
+        checkpoint of a step that has not closed is dropped; the one before it is complete.
+        """
         if not self.active:
             return
         try:
+            if unfinished:
+                self.drop_open("the script ended with an exception before the step closed")
             self.close_step()
         finally:
-            self._stopped = True
+            self.stopped = True
             self.saver.stop(timeout)
 
     def _announce(self) -> None:
-        """Say once what runs a step."""
-        if not self._announced:
-            self._announced = True
-            for stepper in self.steppers:
-                log.info("fxckpt: %s", stepper.describe())
+        """Say once what runs a step, and what the snapshots of buffers may take."""
+        if self._announced:
+            return
+        self._announced = True
+        for stepper in self.steppers:
+            log.info("fxckpt: %s", stepper.describe())
+        buffers = sum(t.nbytes for t in self.inventory.buffers.values()) * self.config.max_async
+        if buffers >> 20:
+            log.info("fxckpt: snapshots of the model's buffers take at most %d MiB more", buffers >> 20)
 
 
 def _found_inf(opt: torch.optim.Optimizer) -> bool:

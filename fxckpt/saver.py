@@ -46,7 +46,7 @@ class Pending:
     captured: bool = False  # buffers and early state are in
     given_up: str | None = None
     error: BaseException | None = None
-    began: float = field(default_factory=time.time)
+    lock: threading.Lock = field(default_factory=threading.Lock)  # between giving it up and releasing it
 
     def close(self, record: dict[str, Any], tensors: dict[str, Any]) -> None:
         """The step is complete: with this the checkpoint can be committed."""
@@ -55,10 +55,18 @@ class Pending:
 
     def give_up(self, why: str) -> None:
         """Drop it: fences are released at once, the committer returns its slot."""
-        if self.given_up is None and not self.done.is_set():
+        with self.lock:
+            if self.given_up is not None or self.done.is_set():
+                return
             self.given_up = why
             self.copy.cancel()
-            self.closed.set()
+        self.closed.set()
+
+    def release(self) -> None:
+        """Free the engine's side; nothing may cancel it afterwards."""
+        with self.lock:
+            self.done.set()
+            self.copy.release()
 
 
 class Saver:
@@ -120,8 +128,9 @@ class Saver:
         """Get a slot, open its files, and queue the checkpoint for the committer."""
         slot = self._slot(name)
         try:
+            on_disk = slot.recall(layout.frozen_token) if slot is not None and layout.frozen_token is not None else {}
             copy = self.engine.begin(layout.plan, slot.path if slot is not None else "", layout.names,
-                                     slot.recall(layout.frozen_token) or None if slot is not None else None)
+                                     [on_disk.get(name, {}) for name in layout.names])
         except BaseException as error:
             if slot is not None:
                 self.store.abandon(slot, bad=_retires_slot(error))
@@ -183,6 +192,17 @@ class Saver:
         for pending in flying:
             pending.give_up(why)
 
+    def abandon(self) -> None:
+        """The run is gone: commit what was closed, drop the rest, stop."""
+        with self._lock:
+            unclosed = [p for p in self._flying if not p.closed.is_set()]
+        for pending in unclosed:
+            pending.give_up("its run is gone")
+        try:
+            self.stop(self.stuck_after)
+        except (FxckptError, TimeoutError) as error:
+            log.error("fxckpt: %s", error)
+
     def stop(self, timeout: float | None) -> None:
         """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up."""
         try:
@@ -237,8 +257,9 @@ class Saver:
         layout = pending.layout
         crcs = [pending.copy.crcs(i) for i in range(len(layout.files))]
         files = tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))
+        if layout.frozen_token is not None:
+            pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
         self.store.commit(pending.slot, files=files, state_tensors=pending.tensors, **pending.record)
-        pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
         self.last_committed = pending.step
 
     def _wait(self, pending: Pending, ready: Callable[[], bool], limit: bool = True) -> None:
@@ -262,7 +283,6 @@ class Saver:
                 self.store.abandon(pending.slot, bad=not dropped and _retires_slot(error))
             except OSError as second:
                 log.error("fxckpt: could not put %s aside: %s", pending.slot.path, second)
-        pending.copy.release()
         pending.error = error
         with self._lock:
             self._flying.remove(pending)
@@ -273,7 +293,7 @@ class Saver:
                 log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
             else:
                 self.note_failure(pending.step, error)
-            pending.done.set()
+            pending.release()
             self._lock.notify_all()
 
     def note_failure(self, step: int, error: BaseException) -> None:

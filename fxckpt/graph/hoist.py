@@ -113,7 +113,8 @@ class _HostBuilder:
         """This node on the representative's values; the same node if another parameter's chain already has it."""
         args, kwargs = _fold(node.args, self.map), _fold(node.kwargs, self.map)
         mutable = _mutates(node)
-        owners = {self.roles[n].index for n in node.all_input_nodes if n in self.roles and self.roles[n].kind == "state"}
+        roles = [self.roles[n] for n in node.all_input_nodes if n in self.roles]
+        owners = {role.index for role in roles if role.kind == "state"}
         if mutable and owners and 0 not in owners:
             # Another parameter's count: the representative's was advanced by the twin of this node.
             key = (node.target, repr(args), repr(kwargs), "write")
@@ -173,7 +174,7 @@ class _BodyBuilder:
                 continue
             if node.target is operator.getitem and self.traced.count > 1:
                 continue  # an element of a column; lists of them are folded back where they are used
-            copied = self.graph.create_node(node.op, node.target, self._arg(node.args, node), self._arg(node.kwargs, node))
+            copied = self.graph.create_node(node.op, node.target, self._arg(node.args), self._arg(node.kwargs))
             copied.meta["val"] = node.meta.get("val")
             self.map[node] = copied
 
@@ -199,14 +200,14 @@ class _BodyBuilder:
                     self.placed[value] = self.graph.placeholder(f"scalar{len(self.scalars)}")
                     self.scalars.append(value)
 
-    def _arg(self, value: Any, user: fx.Node) -> Any:
+    def _arg(self, value: Any) -> Any:
         """One argument of a body node, translated."""
         if isinstance(value, fx.Node):
             return self._node(value)
         if isinstance(value, dict):
-            return {k: self._arg(v, user) for k, v in value.items()}
+            return {k: self._arg(v) for k, v in value.items()}
         if isinstance(value, tuple):
-            return tuple(self._arg(v, user) for v in value)
+            return tuple(self._arg(v) for v in value)
         if isinstance(value, list):
             return self._list(value)
         return value
@@ -227,7 +228,7 @@ class _BodyBuilder:
     def _list(self, items: list) -> Any:
         """A list argument: of one parameter's tensors, or a whole column."""
         if not items or self.traced.count == 1:
-            return [self._arg(v, None) for v in items]
+            return [self._arg(v) for v in items]
         if all(not isinstance(v, fx.Node) for v in items):
             return items
         if len(items) != self.traced.count:

@@ -10,6 +10,7 @@ positions are kept beside the order, which stays the same in a cold and a warm p
 from __future__ import annotations
 
 import logging
+import operator
 import threading
 import weakref
 from collections import defaultdict
@@ -110,8 +111,11 @@ def _gradients(graph: fx.Graph, position: Mapping[fx.Node, int]) -> dict[int, in
     final: dict[int, int] = {}
     for node, desc in zip(tree_leaves(output.args), output.meta.get("desc") or ()):
         index = _torch.gradient_of(desc)
-        if index is not None and isinstance(node, fx.Node):
-            final[index] = max(position[node], final.get(index, 0))
+        if index is None or not isinstance(node, fx.Node):
+            continue
+        while node.target is operator.getitem:  # one of several results: they are all there at once
+            node = node.args[0]
+        final[index] = max(position[node], final.get(index, 0))
     return final
 
 
@@ -128,7 +132,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def read_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace:
-    """What Dynamo's graph says. To be called inside the backend call: there its inputs are the live objects."""
+    """What Dynamo's graph says. To be called inside the backend call: there its inputs are live."""
     live = _live_inputs(gm, example_inputs)
     roots = names.find_roots([source for tensor, source in live.values() if _of_a_module(tensor, source)])
     # A tensor that is in several roots has the name that the first gives it.

@@ -3,8 +3,9 @@
     scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
 
 The graph is what runs. Its inputs are the run's number and, for each layer, the list of tensors the layer owns
-(parameters, then optimizer state), so the data flow between the nodes is explicit. Two variants come from here: ``build``
-with checkpoint ops, and ``build_bare``, one update for all, for steps on which nothing is pending and nothing starts.
+(parameters, then optimizer state), so the data flow between the nodes is explicit. Two variants come from here:
+``build`` with checkpoint ops, and ``build_bare``, one update for all, for steps on which nothing is pending and nothing
+starts.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable]
           counts: bool) -> fx.GraphModule:
     """The variant with checkpoint ops.
 
-    ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars; ``first`` the engine's number of the first of these
-    layers (the counts, when there are any, come before it, as ``first - 1``).
+    ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars.
+    ``first`` is the engine's number of the first of these layers; the counts, when there are any, come before it.
     Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``.
     """
     graph, root, names = fx.Graph(), torch.nn.Module(), _Names()
