@@ -12,13 +12,19 @@
 #include <string.h>
 
 #define POLYNOMIAL 0x82f63b78u /* reflected 0x1EDC6F41 */
-#define LONG 5456 /* bytes in a stretch; not near a multiple of 4096, whose addresses alias in the cache */
-#define SHORT 272
+/* Bytes in a stretch, a multiple of 8, of no power of two (such addresses alias in the cache). The longer the
+ * better, for the processor's prefetching: over 350 MB, copy and checksum take 23 ms with the longest, 40 ms
+ * with 5456. Four rounds of the longest fill a chunk of 4 MiB. */
+enum { LONG = 349520, MIDDLE = 8208, SHORT = 272 };
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
 #define HARDWARE "sse4.2"
+#if defined(__clang__) && __clang_major__ >= 14 /* where the instruction became a feature of its own */
+#define TARGET __attribute__((target("sse4.2,crc32")))
+#else
 #define TARGET __attribute__((target("sse4.2")))
+#endif
 #define CRC_8(crc, word) ((uint32_t)_mm_crc32_u64(crc, word))
 #define CRC_1(crc, byte) ((uint32_t)_mm_crc32_u8(crc, byte))
 static bool have_hardware(void) { return __builtin_cpu_supports("sse4.2"); }
@@ -36,7 +42,7 @@ static bool have_hardware(void) { return (getauxval(AT_HWCAP) & (1ul << 7)) != 0
 
 static uint32_t slices[8][256];    /* slices[k][b]: byte b followed by k zero bytes */
 static uint32_t over_long[4][256]; /* byte k of a CRC moved over LONG zero bytes */
-static uint32_t over_short[4][256];
+static uint32_t over_middle[4][256], over_short[4][256];
 static bool hardware;
 
 /* Product of two polynomials modulo POLYNOMIAL, both reflected. */
@@ -70,6 +76,7 @@ __attribute__((constructor)) static void prepare(void) {
         for (uint32_t b = 0; b < 256; b++)
             slices[k][b] = (slices[k - 1][b] >> 8) ^ slices[0][slices[k - 1][b] & 0xff];
     fill_over(over_long, LONG);
+    fill_over(over_middle, MIDDLE);
     fill_over(over_short, SHORT);
 #ifdef HARDWARE
     hardware = have_hardware();
@@ -129,6 +136,7 @@ INLINE uint32_t rounds(uint32_t crc, uint8_t **to, const uint8_t **from, size_t 
 INLINE uint32_t in_hardware(uint32_t crc, uint8_t *to, const uint8_t *from, size_t n, const bool copy) {
     crc = ~crc;
     crc = rounds(crc, &to, &from, &n, LONG, over_long, copy);
+    crc = rounds(crc, &to, &from, &n, MIDDLE, over_middle, copy);
     crc = rounds(crc, &to, &from, &n, SHORT, over_short, copy);
     if (copy) memcpy(to, from, n);
     for (; n >= 8; n -= 8, from += 8) crc = CRC_8(crc, load(from));

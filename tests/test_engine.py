@@ -121,8 +121,12 @@ def read_all(model: Model, directory: Path) -> list[bytes]:
     return [(directory / name).read_bytes() for name in model.names]
 
 
+def parts(data: bytes, nbytes: int) -> list[bytes]:
+    return [data[at:at + nbytes] for at in range(0, len(data), nbytes)]
+
+
 def crcs_of(data: bytes, chunk: int) -> list[int]:
-    return [crc32c(data[at:at + chunk]) for at in range(0, len(data), chunk)]
+    return [crc32c(part) for part in parts(data, chunk)]
 
 
 def fence(engine: Engine, layer: int) -> None:
@@ -171,6 +175,17 @@ def test_files_hold_the_sources(tmp_path, layers, n_files, header, gap, chunk, d
     contents = model.contents()
     assert read_all(model, tmp_path) == contents
     assert [checkpoint.crcs(i) for i in range(n_files)] == [crcs_of(data, chunk * KB) for data in contents]
+    engine.close()
+
+
+def test_chunks_of_the_default_size(tmp_path):
+    """Long enough for every loop of the fused copy and checksum, at addresses that are not aligned."""
+    model = Model([[np.random.default_rng(n).integers(0, 256, 4_500_000 + n, dtype=np.uint8)] for n in range(2)])
+    model.place(header=b"h" * 1001)
+    engine = Engine()
+    checkpoint = begin_all(engine, model, tmp_path)
+    assert checkpoint.durable(PATIENCE) and read_all(model, tmp_path) == model.contents()
+    assert checkpoint.crcs(0) == [crc32c_portable(part) for part in parts(model.contents()[0], 4 << 20)]
     engine.close()
 
 
@@ -377,9 +392,19 @@ def test_cancel_at_any_time_frees_the_memory_at_once(tmp_path, make_engine):
         with contextlib.suppress(errors.Cancelled):
             assert checkpoint.durable(0), "neither durable nor cancelled"
         assert checkpoint.settled(PATIENCE)
+        assert engine.statistics()["staging_bytes"] == 0
         checkpoint.release()
     last = begin_all(engine, model, tmp_path)
     assert last.durable(PATIENCE) and read_all(model, tmp_path) == model.contents()
+
+
+def test_cancelled_checkpoint_writes_nothing_more(tmp_path, make_engine):
+    engine, model = make_engine(), make_model()
+    io.delay("copy", 200_000)
+    before = io.calls("pwrite")
+    checkpoint = begin_all(engine, model, tmp_path)
+    checkpoint.cancel()
+    assert checkpoint.settled(PATIENCE) and io.calls("pwrite") == before
 
 
 def begin_hanging(engine: Engine, model: Model, directory: Path):
@@ -587,9 +612,10 @@ def crc_reference(data: bytes, crc: int = 0) -> int:
 
 
 def test_checksum_of_every_length_and_alignment():
-    """272 and 5456 bytes are the stretches of the interleaved loop, three at a time."""
-    data = bytes(np.random.default_rng(5).integers(0, 256, 40_000, dtype=np.uint8))
-    stretches = (3 * 272 - 1, 3 * 272, 3 * 272 + 8, 6 * 272, 3 * 5456 - 1, 3 * 5456, 3 * 5456 + 900, 39_990)
+    """272, 8208 and 349520 bytes are the stretches of the interleaved loop, three at a time."""
+    data = bytes(np.random.default_rng(5).integers(0, 256, 1_200_000, dtype=np.uint8))
+    turns = [3 * 272, 6 * 272, 3 * 8208, 3 * 349_520]
+    stretches = [turn + more for turn in turns for more in (-1, 0, 8, 17, 26_000)]
     assert crc32c(b"123456789") == crc32c_portable(b"123456789") == 0xE3069283
     for length in (*range(70), *stretches):
         for skew in (0, 1, 7):

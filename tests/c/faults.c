@@ -38,7 +38,7 @@ static void test_each_call_fails(struct fx_engine *engine, struct model *m, cons
             if (nth == 0) calls = fx_io_calls(-1) - before;
             fx_checkpoint_release(ck);
         }
-        CHECK(*fx_engine_pending(engine) == 0);
+        check_idle(engine);
     }
     fx_io_fail(-1, 0, 0);
 }
@@ -75,6 +75,28 @@ static void test_hung_disk(struct model *m, const char *path) {
     fx_checkpoint_release(ck);
     CHECK(fx_engine_close(engine, 20 * SECOND) == 1);
     fx_engine_free(engine);
+}
+
+/* Writers that copied and then hang have let go of the memory: a fence that was waiting for the copy must
+ * notice. */
+static void test_fence_waits_for_the_copy_only(const char *path) {
+    struct model m;
+    uint64_t random = 9;
+    make_model(&m, &random, 1, FX_BLOCK, CHUNK);
+    struct fx_engine *engine = make_engine(8, CHUNK, 0);
+    struct fx_checkpoint *ck = begin(engine, &m, path);
+    CHECK(fx_plan_chunks(m.plan) > 1 && fx_plan_chunks(m.plan) <= 8, "one thread for each chunk");
+    fx_io_delay(FX_PWRITE, 1000 * SECOND);
+    fx_io_delay(FX_COPY, 30 * MS);
+    emit_all(ck, &m);
+    fence_fully(engine, -1);
+    CHECK(fx_durable(ck, 0, NULL) == 0);
+    fx_io_delay(FX_COPY, 0);
+    fx_io_delay(FX_PWRITE, 0);
+    CHECK(fx_durable(ck, 20 * SECOND, NULL) == 1);
+    fx_checkpoint_release(ck);
+    fx_engine_free(engine);
+    free_model(&m);
 }
 
 /* An engine that is freed while its threads hang: they clean up when the disk answers (the leak check sees
@@ -117,6 +139,7 @@ static void test_cancel_at_random(struct fx_engine *engine, struct model *m, con
         fx_cancel(ck);
         update_all(m, 1000); /* a data race if anyone still reads */
         CHECK(fx_settled(ck, 20 * SECOND) == 1);
+        check_idle(engine);
         fx_checkpoint_release(ck);
     }
     fx_io_delay(FX_COPY, 0);
@@ -140,6 +163,7 @@ int main(int argc, char **argv) {
         test_freed_while_hung(&m, path);
         free_model(&m);
     } while (now_ns() < end);
+    test_fence_waits_for_the_copy_only(path);
     random = 4; /* a model whose last layer shares a chunk with an earlier one */
     make_model(&m, &random, 8, FX_BLOCK, CHUNK);
     test_starved_fence(&m, path);

@@ -150,7 +150,17 @@ static inline void update_layer(struct model *m, uint32_t l, uint64_t step) {
 
 /* In one long wait, so that a wake-up that got lost is a failure and not a delay. */
 static inline void fence_fully(struct fx_engine *engine, int64_t layer) {
-    CHECK(fx_fence(engine, layer, 60 * SECOND) == 1, "the fence of layer %ld hangs", (long)layer);
+    int64_t start = now_ns();
+    bool done = fx_fence(engine, layer, 40 * SECOND) == 1;
+    CHECK(done && now_ns() - start < 35 * SECOND, "the fence of layer %ld hangs", (long)layer);
+}
+
+/* Once nothing is in flight, nothing is kept: no piece is pending, every staging buffer was given back. */
+static inline void check_idle(struct fx_engine *engine) {
+    struct fx_statistics statistics;
+    fx_engine_statistics(engine, &statistics);
+    CHECK(*fx_engine_pending(engine) == 0);
+    CHECK(statistics.staging_bytes == 0, "%lu", (unsigned long)statistics.staging_bytes);
 }
 
 static inline struct fx_checkpoint *begin(struct fx_engine *engine, struct model *m, const char *path) {
