@@ -13,24 +13,15 @@ import hashlib
 import os
 import random
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
-from fxckpt.engine import Engine, Sources, io
+from fxckpt.engine import io
 from fxckpt.errors import Corrupt
-from fxckpt.store.layout import TensorSpec, lay_out
-from fxckpt.store.reader import Reader, latest
-from fxckpt.store.record import FileRecord, LayerRecord, TensorRecord
-from fxckpt.store.slots import Slot, Store
+from fxckpt.store.reader import Reader
 
 SECTOR = 512
-CHUNK = 4096  # of the files, so that each has several
 
 Content = dict[str, "bytes | Content"]
 """A directory of a crash state: names to the bytes of files, or to directories."""
@@ -308,102 +299,3 @@ def explore(log: list[io.Call], base: str, judge: Judge, *, samples: int, seed: 
                 return Violation(count, f"{call.op} {call.path} {call.target}" if call else "", what)
             visit(state, acknowledged)
     return None
-
-
-FILES = ("model.safetensors", "optimizer.safetensors")
-
-
-class Trainer:
-    """A training run reduced to its checkpoints: two layers whose tensors all hold the step's number."""
-
-    def __init__(self, store: Store, acks: Path | None = None, items: int = 2000):
-        self.store, self.acks = store, acks
-        self.tensors = {key: np.zeros(items, np.float32) for key in ("a.weight", "b.weight")}
-        self.moments = {f"exp_avg/{key}": np.zeros(items, np.float32) for key in self.tensors}
-        self.layouts = [lay_out(file, [TensorSpec(key, "F32", (items,), layer) for layer, key in enumerate(tensors)])
-                        for file, tensors in zip(FILES, (self.tensors, self.moments))]
-        self.engine = Engine(threads=2, chunk_bytes=CHUNK, staging_bytes=4 * CHUNK)
-        self.plan = self.engine.plan(
-            [(layout.nbytes, layout.header) for layout in self.layouts],
-            [(placed.spec.layer, file, placed.begin, placed.nbytes, 4)
-             for file, layout in enumerate(self.layouts) for placed in layout.tensors], 2)
-
-    def begin(self, step: int, name: str | None = None) -> tuple[Slot, object]:
-        """Acquire a slot and hand everything over to the engine."""
-        for array in (*self.tensors.values(), *self.moments.values()):
-            array[:] = step
-        slot = self.store.acquire(name)
-        try:
-            checkpoint = self.engine.begin(self.plan, slot.path, FILES)
-            for layer, key in enumerate(self.tensors):
-                arrays = self.tensors[key], self.moments[f"exp_avg/{key}"]
-                checkpoint.emit(layer, Sources([(array.ctypes.data, None, None) for array in arrays]))
-            assert self.engine.fence(-1, 10)
-        except BaseException:
-            self.store.abandon(slot, bad=False)
-            raise
-        return slot, checkpoint
-
-    def finish(self, step: int, slot: Slot, checkpoint: object) -> Path:
-        """Wait for the engine, commit, and acknowledge."""
-        try:
-            assert checkpoint.durable(10)
-            files = [FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
-                     for file, layout in enumerate(self.layouts)]
-            generation, name = slot.generation, slot.name
-            path = self.store.commit(
-                slot, step=step, iteration=step, updates=step, time=float(step), files=files, layers=self._layers(step),
-                ties={}, optimizers=[{"lr": 0.1}], state={"step": step}, state_tensors={"rng": np.full(700, step)})
-        except BaseException:
-            checkpoint.cancel()
-            assert checkpoint.settled(10)
-            self.store.abandon(slot, bad=False)
-            raise
-        finally:
-            checkpoint.release()
-        if self.acks is not None:
-            io.mkdir(self.acks / (f"{generation}-{name}" if name else f"{generation}"))
-        return path
-
-    def save(self, step: int, name: str | None = None) -> Path:
-        """One checkpoint from beginning to end."""
-        return self.finish(step, *self.begin(step, name))
-
-    def _layers(self, step: int) -> list[LayerRecord]:
-        """The record of both layers."""
-        found = []
-        for layer, key in enumerate(self.tensors):
-            tensors = tuple(
-                TensorRecord(layout.name, placed.spec.key, placed.begin, placed.nbytes, placed.spec.shape, "F32")
-                for layout in self.layouts for placed in layout.tensors if placed.spec.layer == layer)
-            count = self.tensors[key].size
-            found.append(LayerRecord(layer, key[0], "update", step, float(step), count, 8 * count, tensors))
-        return found
-
-    def close(self) -> None:
-        """End this life in good order."""
-        self.engine.close()
-        self.store.close()
-
-
-def start(root: Path, acks: Path | None = None, *, load: bool = True, items: int = 2000, **options: object) -> Trainer:
-    """A new life: open the store and continue its newest checkpoint that verifies, if it has one."""
-    store = Store(root, **options)
-    store.open()
-    if load:
-        newest = latest(root)
-        store.mark_loaded(newest and newest.generation)
-    return Trainer(store, acks, items)
-
-
-@contextmanager
-def fast_directory(fallback: Path) -> Iterator[Path]:
-    """A directory in memory if there is such a file system, for tests of many thousand syncs."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield fallback
-        return
-    path = Path(tempfile.mkdtemp(prefix="fxckpt-test-", dir="/dev/shm"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path)

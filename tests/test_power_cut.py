@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from crash import Judge, Trainer, explore, fast_directory, start, write_out
+from crash import Judge, explore, write_out
+from storing import Trainer, fast_directory, start
 
 from fxckpt.engine import io
 from fxckpt.store.reader import latest
@@ -106,7 +107,7 @@ def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(scenario, requ
 
 
 def test_after_a_power_cut_the_next_life_loads_and_checkpoints(lives):
-    """On real files: the state loads, the store opens, and a next checkpoint commits. One of each shape of directory."""
+    """On real files: a state loads, the store opens, a next checkpoint commits. One state of each set of names."""
     shapes, judge = set(), lives.judge()
 
     def visit(state, acknowledged):

@@ -1,4 +1,4 @@
-"""The record and the tagged state: what is brought back is what was given, type and value, or it is an error by name."""
+"""The record and the tagged state: what comes back is what was given, in type and value, or it is an error by name."""
 
 from __future__ import annotations
 
@@ -68,19 +68,24 @@ def through_file(value):
 def a_record(**changes):
     """A record with something in every field."""
     tensor = TensorRecord("model.safetensors", "h.0.weight", 4096 - 24, 24, (2, 3), "F32")
-    layers = (LayerRecord(0, "h.0", "update", 7, 1.5, 6, 24, (tensor,)), LayerRecord(1, "bn", "buffers", 7, 1.5, 0, 0, ()))
-    record = Record("id", 12, 11, 7, 9, 6, 1234.5678, 1, 0, (FileRecord("model.safetensors", 4096, 4096, (7,)),), layers,
+    layers = (LayerRecord(0, "h.0", "update", 7, 1.5, 6, 24, (tensor,)),
+    LayerRecord(1, "bn", "buffers", 7, 1.5, 0, 0, ()))
+    record = Record("id", 12, 11, 7, 9, 6, 1234.5678, 1, 0, (FileRecord("model.safetensors", 4096, 4096, (7,)),),
+    layers,
                     {"head.weight": "h.0.weight"}, [{"lr": 0.1}], {"a": [1, None]}, None)  # fmt: skip
     return dataclasses.replace(record, **changes)
 
 
 TEXT = st.text(st.characters(codec=None), max_size=8)  # surrogates included
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.integers(-(1 << 200), 1 << 200), st.floats(), st.complex_numbers(), TEXT,
+    st.none(), st.booleans(), st.integers(), st.integers(-(1 << 200), 1 << 200), st.floats(), st.complex_numbers(),
+    TEXT,
     st.binary(max_size=9), st.binary(max_size=9).map(bytearray), st.floats(width=32).map(np.float32),
     st.floats().map(np.float64), st.integers(-5, 5).map(np.int8), st.integers(0, 1 << 60).map(np.uint64),
-    st.booleans().map(np.bool_), st.floats(width=16).map(np.float16), TEXT.map(np.str_), st.builds(range, st.integers(), st.integers()),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.device("cpu"), torch.device("cuda:1"), torch.Size([2, 0])]))  # fmt: skip
+    st.booleans().map(np.bool_), st.floats(width=16).map(np.float16), TEXT.map(np.str_),
+    st.builds(range, st.integers(), st.integers()),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.device("cpu"), torch.device("cuda:1"),
+    torch.Size([2, 0])]))  # fmt: skip
 KEYS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), TEXT, st.binary(max_size=4),
                  st.tuples(st.integers(), TEXT), st.frozensets(st.integers()), st.integers(0, 9).map(np.int64),
                  st.sampled_from(["!", "v", "__metadata__"]))  # fmt: skip
@@ -111,10 +116,14 @@ def test_any_state_comes_back_exactly(value):
 
 @pytest.mark.parametrize("value", [
     math.nan, -math.nan, struct.unpack(">d", bytes.fromhex("7ff8000000000123"))[0], math.inf, -math.inf, -0.0, 5e-324,
-    1e22, 0.1, 1.0, True, 1, {True: "bool", 2: "int"}, {1: "int", 0: "zero"}, 2**53, -(2**53), 2**4000, 10**5000, complex(-0.0, math.nan),
-    "\ud800\udc00", {"\ud83d\ude00": 1}, {"!": 1}, {"!": "tuple", "v": []}, np.float64(-0.0), np.datetime64("2020-01-01"),
-    np.str_(""), np.bytes_(b"ab"), np.longdouble(1) / 3, Counter({30: 1, 80: -2}), Counter({"a": 0.5}), deque([1, 2], maxlen=2), deque(maxlen=0),
-    defaultdict(None, {1: 2}), torch.Size([]), (), set(), frozenset({1, "1"}), np.random.get_state(), random.getstate(),
+    1e22, 0.1, 1.0, True, 1, {True: "bool", 2: "int"}, {1: "int", 0: "zero"}, 2**53, -(2**53), 2**4000, 10**5000,
+    complex(-0.0, math.nan),
+    "\ud800\udc00", {"\ud83d\ude00": 1}, {"!": 1}, {"!": "tuple", "v": []}, np.float64(-0.0),
+    np.datetime64("2020-01-01"),
+    np.str_(""), np.bytes_(b"ab"), np.longdouble(1) / 3, Counter({30: 1, 80: -2}), Counter({"a": 0.5}),
+    deque([1, 2], maxlen=2), deque(maxlen=0),
+    defaultdict(None, {1: 2}), torch.Size([]), (), set(), frozenset({1, "1"}), np.random.get_state(),
+    random.getstate(),
     np.random.default_rng(3).bit_generator.state, np.random.Generator(np.random.PCG64DXSM(1)).bit_generator.state,
     {"last_epoch": 3, "milestones": Counter({2: 1}), "_last_lr": [0.1]}, torch.get_rng_state(),
     np.zeros((0, 3), ">c16"), torch.zeros(3, 0, dtype=torch.bfloat16), np.array(["a", "bcd"]), torch.tensor(5),
@@ -164,13 +173,15 @@ class Sub(dict):
 
 
 @pytest.mark.parametrize("value", [
-    Color.RED, Point(1, 2), Sub(), object(), lambda: 0, defaultdict(lambda: 0), torch.ones(2).to_sparse(), range, float,
-    torch.empty(2, device="meta"), np.array([object()], dtype=object), np.zeros(1, dtype=[("a", "i4")]), np.zeros(1, dtype=[("a", "i4")])[0],
+    Color.RED, Point(1, 2), Sub(), object(), lambda: 0, defaultdict(lambda: 0), torch.ones(2).to_sparse(), range,
+    float,
+    torch.empty(2, device="meta"), np.array([object()], dtype=object), np.zeros(1, dtype=[("a", "i4")]),
+    np.zeros(1, dtype=[("a", "i4")])[0],
     np.ma.array([1]), np.dtype("f4"),
     {frozenset({Color.RED}): 1}, {torch.ones(1): 1}, torch.Generator(), ..., memoryview(b"a"),
 ], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_what_it_cannot_hold_is_an_error_that_names_the_path(value):
-    with pytest.raises(StateError, match="sched/inner/3"):
+    with pytest.raises(StateError, match=r"^sched/inner/3"):
         encode_state({"inner": {3: value}}, {}, "sched")
 
 
@@ -188,12 +199,16 @@ def test_encoding_does_not_import_torch():
 
 
 @pytest.mark.parametrize("encoded", [
-    {"!": "no such tag"}, {"!": "tuple"}, {"!": "int", "v": "zz"}, {"!": "float", "v": "00"}, {"!": "torch", "key": "absent"},
-    {"!": "torch", "key": "t", "dtype": "load", "shape": [2]}, {"!": "torch", "key": "t", "dtype": "float32", "shape": [3]},
-    {"!": "array", "key": "t", "dtype": "|O", "shape": [1]}, {"!": "torch.dtype", "v": "load"}, {"!": "dict", "v": [[[], 1]]},
+    {"!": "no such tag"}, {"!": "tuple"}, {"!": "int", "v": "zz"}, {"!": "float", "v": "00"},
+    {"!": "torch", "key": "absent"},
+    {"!": "torch", "key": "t", "dtype": "load", "shape": [2]},
+    {"!": "torch", "key": "t", "dtype": "float32", "shape": [3]},
+    {"!": "array", "key": "t", "dtype": "|O", "shape": [1]}, {"!": "torch.dtype", "v": "load"},
+    {"!": "dict", "v": [[[], 1]]},
     {"!": "dict", "v": [[1, 1], [1, 2]]}, {"!": "dict", "v": [[1]]}, {"!": "defaultdict", "of": "eval", "v": []},
     {"!": ["tuple"], "v": []}, {"!": "bytes", "v": "*"}, {"!": "torch.device", "v": "nowhere"},
-    {"!": "array", "key": "t", "dtype": "<f4", "shape": [-1, -2]}, {"!": "numpy", "dtype": "|O", "v": "0000000000000000"},
+    {"!": "array", "key": "t", "dtype": "<f4", "shape": [-1, -2]},
+    {"!": "numpy", "dtype": "|O", "v": "0000000000000000"},
 ])  # fmt: skip
 def test_malformed_state_is_corrupt_and_runs_nothing(encoded):
     with pytest.raises(Corrupt):
@@ -220,7 +235,7 @@ def test_every_flipped_bit_of_a_record_is_noticed():
 
 @pytest.mark.parametrize("cut", [0, 1, 50, 76, 77, -1])
 def test_a_cut_record_is_corrupt(cut):
-    with pytest.raises(Corrupt, match="commit.json"):
+    with pytest.raises(Corrupt, match=r"^commit\.json"):
         Record.from_bytes(a_record().to_bytes()[:cut], "commit.json")
 
 
@@ -248,12 +263,17 @@ FILE, TENSOR, LAYER = ("files", 0), ("layers", 0, "tensors", 0), ("layers", 0)
 
 
 @pytest.mark.parametrize("path, value", [
-    (["format"], 2), (["format"], True), (["generation"], -1), (["generation"], 1.0), (["generation"], True), (["extra"], 1), (["parent"], 12),
-    (["files"], {}), (["files"], None), (["time"], "now"), (["time"], 10**400), (["rank"], 1), (["name"], 5), (["ties"], {"a": 1}), (["layers"], [1]),
-    ([*FILE, "name"], "../x"), ([*FILE, "name"], "/etc/passwd"), ([*FILE, "name"], "commit.json"), ([*FILE, "name"], ".."),
-    ([*FILE, "chunk_bytes"], 0), ([*FILE, "chunk_bytes"], 100), ([*FILE, "crc32c"], []), ([*FILE, "crc32c"], [1 << 32]),
+    (["format"], 2), (["format"], True), (["generation"], -1), (["generation"], 1.0), (["generation"], True),
+    (["extra"], 1), (["parent"], 12),
+    (["files"], {}), (["files"], None), (["time"], "now"), (["time"], 10**400), (["rank"], 1), (["name"], 5),
+    (["ties"], {"a": 1}), (["layers"], [1]),
+    ([*FILE, "name"], "../x"), ([*FILE, "name"], "/etc/passwd"), ([*FILE, "name"], "commit.json"),
+    ([*FILE, "name"], ".."),
+    ([*FILE, "chunk_bytes"], 0), ([*FILE, "chunk_bytes"], 100), ([*FILE, "crc32c"], []),
+    ([*FILE, "crc32c"], [1 << 32]),
     ([*FILE, "crc32c"], ["7"]), ([*FILE, "nbytes"], 1 << 63), ([*TENSOR, "begin"], 4073), ([*TENSOR, "nbytes"], 25),
-    ([*TENSOR, "shape"], [2, -3]), ([*TENSOR, "dtype"], "F31"), ([*TENSOR, "dtype"], []), ([*TENSOR, "file"], "other"), ([*LAYER, "kind"], "x"),
+    ([*TENSOR, "shape"], [2, -3]), ([*TENSOR, "dtype"], "F31"), ([*TENSOR, "dtype"], []),
+    ([*TENSOR, "file"], "other"), ([*LAYER, "kind"], "x"),
     ([*LAYER, "tensors"], "abc"),
 ])  # fmt: skip
 def test_a_signed_but_malformed_record_is_corrupt(path, value):

@@ -48,7 +48,7 @@ def read_small(path: str) -> bytes:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Put ``data`` at ``path`` so that a reader sees the old file or the whole new one. The caller syncs the directory."""
+    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory."""
     temporary = path + ".tmp"
     with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         io.pwrite(fd, data, 0)

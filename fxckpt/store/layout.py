@@ -1,10 +1,10 @@
 """Where each tensor lies in a safetensors file.
 
-A file is ``u64 header length | JSON header | data``. The header is padded with spaces so that the *whole file* is a whole
-number of 4096-byte blocks, which is what O_DIRECT writes; there are no holes and no trailing bytes. Its end is then
-aligned, its data's beginning is not. So tensors are ordered by item size, ascending, and by emit order within one size:
-everything behind a tensor has items at least as large, hence its distance from the aligned end is a multiple of its item
-size, and each tensor is aligned.
+A file is ``u64 header length | JSON header | data``. The header is padded with spaces so that the *whole file* is a
+whole number of 4096-byte blocks, which is what O_DIRECT writes; there are no holes and no trailing bytes. Its end is
+then aligned, its data's beginning is not. So tensors are ordered by item size, ascending, and by emit order within
+one size: everything behind a tensor has items at least as large, hence its distance from the aligned end is a
+multiple of its item size, and each tensor is aligned.
 
 The format: https://huggingface.co/docs/safetensors (README, "Format").
 """
@@ -110,7 +110,7 @@ def _padded(name: str, header: Mapping[str, Any], data_bytes: int) -> bytes:
 
 
 def header_bytes(first8: bytes, nbytes: int, path: str) -> int:
-    """How many bytes the header takes, its length field included, in a file of ``nbytes`` that begins with ``first8``."""
+    """Bytes that the header takes, its length field included, in a file of ``nbytes`` that begins with ``first8``."""
     length = int.from_bytes(first8[:8], "little")
     if len(first8) < 8 or length > min(MAX_HEADER, nbytes - 8):
         raise Corrupt(path, f"the header length {length} does not fit a file of {nbytes} bytes", offset=0)
@@ -118,7 +118,8 @@ def header_bytes(first8: bytes, nbytes: int, path: str) -> int:
 
 
 def parse_header(raw: bytes, nbytes: int, path: str = "") -> dict[str, Placed]:
-    """The tensors of a file of ``nbytes`` that begins with ``raw``, in ascending ``begin`` (``layer`` is -1: not known).
+    """The tensors of a file of ``nbytes`` that begins with ``raw``, in ascending ``begin`` (``layer`` is -1: not
+    known).
 
     Strict: anything but a gapless cover of the data by well-formed entries raises ``Corrupt``.
     """
@@ -133,7 +134,7 @@ def parse_header(raw: bytes, nbytes: int, path: str = "") -> dict[str, Placed]:
     at = end
     for tensor in placed:
         if tensor.begin != at:
-            raise Corrupt(path, f"tensor {tensor.spec.key!r} begins at {tensor.begin}, not at {at} where the one before ends")
+            raise Corrupt(path, f"tensor {tensor.spec.key!r} begins at {tensor.begin}; the one before it ends at {at}")
         at += tensor.nbytes
     if at != nbytes:
         raise Corrupt(path, f"the tensors end at {at} but the file has {nbytes} bytes", offset=min(at, nbytes))

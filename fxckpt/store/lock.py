@@ -1,8 +1,8 @@
 """One writer per directory.
 
-A process-owned ``fcntl`` lock: a data-loader worker that was forked and outlives the trainer does not keep it, as it would
-keep an ``flock``. Its price is a rule of POSIX: when a process closes *any* descriptor of the file, its lock is gone.
-So nobody opens the lock file but ``DirectoryLock``, which first looks whether this process holds it already.
+A process-owned ``fcntl`` lock: a data-loader worker that was forked and outlives the trainer does not keep it, as it
+would keep an ``flock``. Its price is a rule of POSIX: when a process closes *any* descriptor of the file, its lock is
+gone. So nobody opens the lock file but ``DirectoryLock``, which first looks whether this process holds it already.
 """
 
 from __future__ import annotations

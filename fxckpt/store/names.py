@@ -43,8 +43,8 @@ def check_name(name: str) -> None:
     """Refuse a name for a named save that is not a plain directory name, or that would read as something else."""
     plain = type(name) is str and name and not set("/\\\0\n") & set(name) and not name.startswith(".")
     if not plain or name.endswith((PARTIAL, BAD)) or len(os.fsencode(name)) > 200:
-        raise SetupError(f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes without "
-                         f"slashes, not begin with a dot and not end in {PARTIAL} or {BAD}")
+        raise SetupError(f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes "
+                         f"without slashes, not begin with a dot and not end in {PARTIAL} or {BAD}")
 
 
 def subdirectories(path: str) -> list[str]:
@@ -95,5 +95,6 @@ def check_store(root: str) -> None:
         return
     foreign = sorted(name for name in os.listdir(root) if not _is_ours(name))
     if foreign:
-        raise NotAStore(f"{root} holds {', '.join(map(repr, foreign[:3]))}{' and more' if len(foreign) > 3 else ''} and no "
-                        f"{STORE}: it is not a checkpoint store. Name an empty directory or one that fxckpt made")
+        some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
+        raise NotAStore(f"{root} holds {some} and no {STORE}: it is not a checkpoint store. Name an empty directory, "
+                        "or one that fxckpt made")

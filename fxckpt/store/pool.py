@@ -121,8 +121,8 @@ class Pool:
         If that hangs on checkpoints of an earlier life whose worth nobody knows, they are read to find out.
         """
         if self._condemned > self.keep + self.max_async:
-            raise StoreError(f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the disk or "
-                             "its connection is failing. Replace it; remove them to get their space back")
+            raise StoreError(f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the "
+                             "disk or its connection is failing. Replace it; remove them to get their space back")
         while not self._free and self._count() >= self.keep + self.max_async:
             if self._give_up_one():
                 continue
@@ -155,7 +155,7 @@ class Pool:
         with self.mutex:
             self._busy.discard(slot)
             slot.target = None
-            slot.lineage.add(known.generation)
+            self.lineage.add(known.generation)
             if self.pinned is not None and self.pinned < known.generation:
                 self.pinned = None
             if slot.name is None:

@@ -24,18 +24,18 @@ from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
 from fxckpt.store.files import DAMAGE, opened, read_small
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.record import FileRecord, RawTensor, Record
+from fxckpt.store.record import FileRecord, LayerRecord, RawTensor, Record
 from fxckpt.store.tagged import numpy_dtype
 
 log = logging.getLogger("fxckpt")
 
-_LOOKS = 10  # times that a listing which is overtaken by the trainer is made anew
+_LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
 
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer of a checkpoint. ``offset`` (bytes) is that of its first tensor, in that tensor's file; ``keys``, ``files``,
-    ``shapes`` and ``dtypes`` (safetensors names) are by tensor; ``timestamp`` is in seconds since 1970."""
+    """One layer of a checkpoint. ``offset`` (bytes) is that of its first tensor, in that tensor's file; ``keys``,
+    ``files``, ``shapes`` and ``dtypes`` (safetensors names) are by tensor; ``timestamp`` is in seconds since 1970."""
 
     checkpoint_id: int
     name: str
@@ -53,7 +53,7 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name`` that of a named save or None."""
+    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name``: of a named save, or None."""
 
     step: int
     generation: int
@@ -73,7 +73,7 @@ class Candidate:
 
 
 def read_record(path: str) -> Record:
-    """The record of the checkpoint directory ``path``. Raises ``Corrupt``, or ``NoCheckpoint`` if the directory is gone."""
+    """The record of the checkpoint in directory ``path``. Raises ``Corrupt``; ``NoCheckpoint`` if it is not there."""
     return Record.from_bytes(_commit_bytes(path), os.path.join(path, names.COMMIT))
 
 
@@ -89,29 +89,32 @@ def _commit_bytes(path: str) -> bytes:
 
 
 def candidates(directory: str | os.PathLike) -> list[Candidate | Corrupt]:
-    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its name.
+    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its
+    name.
 
     A directory that is missing or empty has none; one that holds something else raises ``NotAStore``.
     """
     root = os.path.abspath(directory)
     names.check_store(root)
+    paths = names.committed(root)
     for _ in range(_LOOKS):
-        found, vanished = _look(root)
-        if not vanished:  # else there are newer ones, which this look may have missed
+        found, listed = _look(paths), paths
+        paths = names.committed(root)
+        # Renames while a directory is listed can hide the old name and the new one from the same listing.
+        if paths == listed:
             break
     return found
 
 
-def _look(root: str) -> tuple[list[Candidate | Corrupt], bool]:
-    """One pass over the store, and whether a checkpoint was taken back meanwhile."""
+def _look(paths: list[str]) -> list[Candidate | Corrupt]:
+    """The records of these directories, newest first; those that were taken back meanwhile left out."""
     whole: list[Candidate] = []
     damaged: list[tuple[int, Corrupt]] = []
-    vanished = False
-    for path in names.committed(root):
+    for path in paths:
         try:
             whole.append(Candidate(Path(path), read_record(path)))
         except NoCheckpoint:
-            vanished = True
+            continue
         except Corrupt as error:
             damaged.append((names.step_of(os.path.basename(path)) or 0, error))
     whole.sort(key=lambda found: found.record.generation, reverse=True)
@@ -119,7 +122,7 @@ def _look(root: str) -> tuple[list[Candidate | Corrupt], bool]:
     for step, error in sorted(damaged, key=lambda each: each[0]):
         later = (at for at, each in enumerate(found) if isinstance(each, Candidate) and each.record.step <= step)
         found.insert(next(later, len(found)), error)
-    return found, vanished
+    return found
 
 
 def checkpoints(directory: str | os.PathLike) -> list[CheckpointInfo]:
@@ -129,42 +132,54 @@ def checkpoints(directory: str | os.PathLike) -> list[CheckpointInfo]:
 
 
 def latest(directory: str | os.PathLike, verify: bool = True) -> CheckpointInfo | None:
-    """The newest checkpoint that verifies (with ``verify=False``: whose record does), or None."""
+    """The newest checkpoint that verifies (with ``verify=False``: whose record does), or None.
+
+    Raises ``NoCheckpoint`` if a trainer takes each one back before it is read, again and again.
+    """
     for _ in range(_LOOKS):
-        vanished = False
-        for each in candidates(directory):
-            try:
-                if isinstance(each, Corrupt):
-                    raise each
-                reader = Reader(each.path)
-                if verify:
-                    reader.verify()
-                return describe(reader.path, reader.record)
-            except Corrupt as error:
-                log.warning("skipping a checkpoint that does not verify: %s", error)
-            except NoCheckpoint:
-                vanished = True
-                break  # there are newer ones now
-        if not vanished:
-            break
+        try:
+            return _newest(directory, verify)
+        except NoCheckpoint as error:
+            overtaken = error  # there are newer ones now
+    raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read") from overtaken
+
+
+def _newest(directory: str | os.PathLike, verify: bool) -> CheckpointInfo | None:
+    """One try of ``latest``. Raises ``NoCheckpoint`` if a checkpoint vanished while it was read."""
+    for each in candidates(directory):
+        try:
+            if isinstance(each, Corrupt):
+                raise each
+            reader = Reader(each.path)
+            if verify:
+                reader.verify()
+            return describe(reader.path, reader.record)
+        except Corrupt as error:
+            log.warning("skipping a checkpoint that does not verify: %s", error)
     return None
 
 
 def describe(path: Path, record: Record) -> CheckpointInfo:
     """What the listing says of a checkpoint."""
-    layers = tuple(
-        LayerInfo(record.generation, layer.name, layer.kind, layer.step, layer.offset, layer.nbytes, layer.parameters,
-                  *(tuple(getattr(tensor, what) for tensor in layer.tensors) for what in ("key", "file", "shape", "dtype")),
-                  layer.time)
-        for layer in record.layers)  # fmt: skip
+    layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
     nbytes = sum(file.nbytes for file in record.files)
     return CheckpointInfo(record.step, record.generation, record.time, nbytes, path, record.name, layers)
+
+
+def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:
+    """What the listing says of a layer."""
+    return LayerInfo(
+        checkpoint_id=generation, name=layer.name, kind=layer.kind, step=layer.step, offset=layer.offset,
+        nbytes=layer.nbytes, parameters=layer.parameters, timestamp=layer.time,
+        keys=tuple(tensor.key for tensor in layer.tensors), files=tuple(tensor.file for tensor in layer.tensors),
+        shapes=tuple(tensor.shape for tensor in layer.tensors), dtypes=tuple(tensor.dtype for tensor in layer.tensors))
 
 
 class Reader:
     """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``.
 
-    All that it returns was verified; after ``NoCheckpoint`` or ``Corrupt`` from ``read_into`` the targets hold a mixture.
+    All that it returns was verified; after ``NoCheckpoint`` or ``Corrupt`` from ``read_into`` the targets hold a
+    mixture.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -224,7 +239,7 @@ class Reader:
         if file.name == names.STATE:
             return  # its tensors belong to no layer: the encoded state names them
         recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
-                    for layer in self.record.layers for tensor in layer.tensors if tensor.file == file.name}  # fmt: skip
+                    for layer in self.record.layers for tensor in layer.tensors if tensor.file == file.name}
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):
@@ -258,16 +273,17 @@ class Reader:
             if isinstance(error, Corrupt):
                 raise self._named(error, file) from error
             if isinstance(error, FileNotFoundError) or error.errno in DAMAGE:
-                why = "the file is missing" if isinstance(error, FileNotFoundError) else f"cannot read: {error.strerror}"
+                missing = isinstance(error, FileNotFoundError)
+                why = "the file is missing" if missing else f"it cannot be read: {error.strerror}"
                 raise self._named(Corrupt(self.path / file.name, why), file) from error
             raise
 
     def _named(self, error: Corrupt, file: FileRecord) -> Corrupt:
-        """The same error with the layers whose bytes share the damaged chunk; all of the file's when it has no offset."""
+        """The same error with the layers whose bytes share the damaged chunk; without an offset, all of the file's."""
         begin = error.offset if error.offset is not None else 0
         end = begin + file.chunk_bytes if error.offset is not None else file.nbytes
-        hit = [layer.name for layer in self.record.layers
-               if any(t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)]  # fmt: skip
+        hit = [layer.name for layer in self.record.layers if any(
+            t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)]
         if file.name == names.STATE:
             hit = ["extra state"]
         return Corrupt(error.path, error.reason, layer=", ".join(hit) or None, offset=error.offset)

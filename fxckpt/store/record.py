@@ -1,8 +1,9 @@
 """``commit.json``: the record that makes a directory a checkpoint.
 
-The file is one JSON object whose first member is the SHA-256 of every byte behind it, so that one flipped bit anywhere in
-it, the digest's own included, is noticed before anything in it is believed. The parser takes exactly the members listed
-here, each of its type and in its range: a record that parses describes files a reader can check without further doubt.
+The file is one JSON object whose first member is the SHA-256 of every byte behind it, so that one flipped bit
+anywhere in it, the digest's own included, is noticed before anything in it is believed. The parser takes exactly the
+members listed here, each of its type and in its range: a record that parses describes files a reader can check
+without further doubt.
 """
 
 from __future__ import annotations
@@ -81,7 +82,8 @@ class Record:
     """Everything that is known of a checkpoint beside the tensors' bytes.
 
     ``generation`` orders all checkpoints of a store, ``parent`` is the generation this one was trained on from;
-    ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are ``encode_state`` JSON.
+    ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are ``encode_state``
+    JSON.
     """
 
     store_id: str

@@ -21,7 +21,8 @@ class Standing:
     trust: str
 
 
-def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> Standing | None:
+def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int],
+            pinned: int | None) -> Standing | None:
     """The checkpoint to give up first, or None if none may be.
 
     Bad ones go first, then abandoned ones (of a branch that a rollback left: not in ``lineage``), then the oldest.

@@ -27,7 +27,6 @@ class Slot:
     def __init__(self, path: str, number: int | None, name: str | None = None):
         self.path, self.number, self.name = path, number, name
         self.generation = -1
-        self.lineage: set[int] = set()  # the generations it continues, shared with the store
         self.target: str | None = None  # the name that a commit is giving it
         self.suspect = False  # a sync failed, or the disk reported damage: what it holds cannot be known
         self._written: tuple[Hashable, dict[str, dict[int, int]]] | None = None

@@ -150,6 +150,7 @@ class Store:
         """What comes next continues this checkpoint, which was verified; None: there was none to load.
 
         It stays until a newer one is committed. Later ones of the store, if any, count as abandoned from now on.
+        Commit or abandon what is in flight first; a slot that was acquired and not begun may be kept.
         """
         with self._pool.mutex:
             self._loaded = True
@@ -181,7 +182,7 @@ class Store:
         try:
             with self._pool.mutex:
                 self._clock += 1  # in the order of acquiring, which is that of training
-                slot.generation, slot.lineage = self._clock, self._pool.lineage
+                slot.generation = self._clock
             with slot.reporting():
                 slot.prepare()
         except BaseException:
@@ -222,7 +223,7 @@ class Store:
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
                 extra = write_tensors(os.path.join(slot.path, names.STATE), state_tensors)
-                parent = max((each for each in slot.lineage if each < slot.generation), default=None)
+                parent = max((each for each in self._pool.lineage if each < slot.generation), default=None)
                 record = Record(self.store_id, slot.generation, parent, step, iteration, updates, time, world_size,
                                 rank, (*files, extra), tuple(layers), dict(ties), optimizers, state, slot.name)
                 self._seal(slot, record)

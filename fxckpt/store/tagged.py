@@ -1,11 +1,12 @@
 """Python values as JSON that brings back exactly what it was given, without pickle.
 
-Plain JSON turns ``MultiStepLR``'s ``Counter({30: 1})`` into ``{"30": 1}``: no error, and another learning rate after a
-resume. Here ``null``, booleans, numbers, strings, arrays and objects with string keys mean themselves, and everything else
-is an object with the key ``"!"`` that names its kind. What has no kind is a ``StateError`` that names the path to it.
+Plain JSON turns ``MultiStepLR``'s ``Counter({30: 1})`` into ``{"30": 1}``: no error, and another learning rate after
+a resume. Here ``null``, booleans, numbers, strings, arrays and objects with string keys mean themselves, and
+everything else is an object with the key ``"!"`` that names its kind. What has no kind is a ``StateError`` that names
+the path to it.
 
-Tensors and arrays are copied at the time of the call, so that what is stored is the state of that moment however late it
-is written; they go to ``state.safetensors``, and the JSON holds their key.
+Tensors and arrays are copied at the time of the call, so that what is stored is the state of that moment however late
+it is written; they go to ``state.safetensors``, and the JSON holds their key.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def numpy_dtype(name: str) -> np.dtype | None:
 
 
 def raw_tensor(value: Any) -> RawTensor:
-    """A numpy array, CPU torch tensor or ``RawTensor`` as bytes, in place if it is contiguous. Complex: as real pairs."""
+    """A numpy array, CPU torch tensor or ``RawTensor`` as bytes, in place if contiguous. Complex ones as real pairs."""
     if isinstance(value, RawTensor):
         return value
     if isinstance(value, np.ndarray):
@@ -81,7 +82,8 @@ def _raw_array(array: np.ndarray) -> RawTensor:
 
 
 def encode_state(value: Any, tensors: dict[str, Any], path: str = "") -> Any:
-    """``value`` as JSON-able data; copies of its tensors and arrays are added to ``tensors`` under keys made from ``path``.
+    """``value`` as JSON-able data; copies of its tensors and arrays are added to ``tensors`` under keys made from
+    ``path``.
 
     Raises ``StateError``, naming the path, for a value that it could not bring back exactly.
     """
@@ -220,8 +222,8 @@ class _Encoder:
 def _unknown(value: Any, path: str) -> StateError:
     """The error for a value of no kind."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    return StateError(f"{path or 'the state'}: a {kind} cannot be stored without pickle. Numbers, strings, bytes, lists, "
-                      "tuples, sets, dicts, arrays and tensors can; or give its owner a state_dict() made of these")
+    return StateError(f"{path or 'the state'}: a {kind} cannot be stored without pickle. Numbers, strings, bytes, "
+                      "lists, tuples, sets, dicts, arrays and tensors can; or give its owner a state_dict() of these")
 
 
 _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
@@ -233,7 +235,7 @@ _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
     complex: lambda self, value, path, depth: {"!": "complex", "v": struct.pack(">dd", value.real, value.imag).hex()},
     bytes: lambda self, value, path, depth: {"!": "bytes", "v": base64.b64encode(value).decode()},
     bytearray: lambda self, value, path, depth: {"!": "bytearray", "v": base64.b64encode(value).decode()},
-    range: lambda self, value, path, depth: {"!": "range", "v": [hex(n) for n in (value.start, value.stop, value.step)]},
+    range: lambda self, value, path, depth: {"!": "range", "v": list(map(hex, (value.start, value.stop, value.step)))},
     list: _Encoder._list,
     tuple: lambda self, value, path, depth: {"!": "tuple", "v": self._list(value, path, depth)},
     deque: lambda self, value, path, depth: {"!": "deque", "max": value.maxlen, "v": self._list(value, path, depth)},
