@@ -161,8 +161,7 @@ _WRAPPERS = (
 def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
     """The model inside torch's own wrapper ``module``, or None if it is no wrapper.
 
-    The attributes that hold it are private; the types are looked up only where their module is imported
-    already.
+    The attributes that hold it are private; the types are looked up only where their module is imported already.
     """
     for where, name, attribute in _WRAPPERS:
         kind = getattr(sys.modules.get(where), name, None)
@@ -212,9 +211,7 @@ def source_name(source: Any) -> str:
 
 
 def compiling_scope() -> dict[str, dict[str, Any]] | None:
-    """Locals and globals of the frame that Dynamo compiles right now, by the names its sources use; None
-    outside.
-    """
+    """Locals and globals of the frame that Dynamo compiles right now, by the names its sources use; None outside."""
     from torch._dynamo.symbolic_convert import tls
 
     tx = getattr(tls, "current_tx", None)
@@ -222,9 +219,7 @@ def compiling_scope() -> dict[str, dict[str, Any]] | None:
 
 
 def first_module(source: Any, scope: dict[str, dict[str, Any]] | None) -> torch.nn.Module | None:
-    """The outermost module on the path ``source``, followed in ``scope``; None where the path cannot be
-    followed.
-    """
+    """The outermost module on the path ``source``, followed in ``scope``; None where it cannot be followed."""
     steps = []
     while source is not None:
         steps.append(source)
@@ -255,8 +250,7 @@ def _follow(value: Any, step: Any) -> Any:
 
 
 def compile_under_way() -> tuple[int | None, weakref.ref | None]:
-    """``(frame, token)``: a recompile keeps the frame and has another token; DDP's splits of one compile
-    share both.
+    """``(frame, token)``: a recompile keeps the frame and has another token; DDP's splits of a compile share both.
 
     ``torch.compiler`` offers no name for either. The frame's number starts again at 0 after
     ``torch._dynamo.reset()``; the token is Dynamo's context of this one compile.
@@ -279,17 +273,14 @@ def input_index(desc: Any) -> int | None:
 
 
 def gradient_of(desc: Any) -> int | None:
-    """Dynamo's placeholder index of the input whose gradient an AOTAutograd output is; None for other
-    outputs.
-    """
+    """Dynamo's placeholder index of the input whose gradient an AOTAutograd output is; None for other outputs."""
     while type(desc).__name__ == "SubclassGetAttrAOTOutput":
         desc = desc.base
     return input_index(desc.grad_of) if type(desc).__name__ == "GradAOTOutput" else None
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether the node's result may share memory with its input: by the alias sets of the operator's schema.
-    """
+    """Whether the node's result may share memory with its input: by the alias sets of the operator's schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return node.target is operator.getitem
@@ -297,8 +288,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def joint_pass(read: Callable[[fx.Graph], None], users: Any) -> Any:
-    """A ``joint_custom_pre_pass`` that shows the joint graph to ``read``, then runs the user's own pass or
-    passes.
+    """A ``joint_custom_pre_pass`` that shows the joint graph to ``read``, then runs the user's own pass or passes.
 
     Inductor has one slot for such a pass, and hashes its ``uuid()`` into the cache keys. Ours never changes
     the graph, so its part is a constant; a user's pass without a uuid turns the caches off, as it does

@@ -34,7 +34,7 @@ def to_text(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | No
         reaches = ", ".join(b for a, b in edges if a == layer.name)
         note = _note(layer.name, sizes, times)
         lines.append(f"{at:4d}  {layer.name:{width}s}  {note:>18s}  {len(layer.params):3d} tensors"
-                     + (f"  → {reaches}" if reaches else ""))
+                     + (f"  -> {reaches}" if reaches else ""))
     return "\n".join(lines)
 
 
@@ -185,7 +185,7 @@ def _block(layer: str) -> str:
 def _label(at: int, name: str, sizes: Mapping[str, int] | None,
            times: Mapping[str, float] | None) -> tuple[str, ...]:
     note = _note(name, sizes, times)
-    return (name, f"update {at}" + (f" · {note}" if note else ""))
+    return (name, f"update {at}" + (f", {note}" if note else ""))
 
 
 def _note(name: str, sizes: Mapping[str, int] | None, times: Mapping[str, float] | None) -> str:
@@ -194,7 +194,7 @@ def _note(name: str, sizes: Mapping[str, int] | None, times: Mapping[str, float]
         parts.append(_bytes(sizes[name]))
     if times and name in times:
         parts.append(f"{times[name] * 1e3:.2f} ms")
-    return " · ".join(parts)
+    return ", ".join(parts)
 
 
 def _bytes(number: float) -> str:

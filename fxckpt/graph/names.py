@@ -19,13 +19,6 @@ from fxckpt import _torch
 _KEYS = re.compile(r"\['?([^'\]]+)'?\]")
 
 
-def unwrap(module: nn.Module) -> nn.Module:
-    """The model inside any number of wrappers."""
-    while (inner := _torch.wrapped_module(module)) is not None:
-        module = inner
-    return module
-
-
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each module once, with its FQN relative to ``root``; wrappers take no part in names, wherever they are.
     """
@@ -33,7 +26,7 @@ def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     stack = [("", root)]
     while stack:
         name, module = stack.pop()
-        module = unwrap(module)
+        module = _torch.unwrap_model(module)
         if id(module) in seen:
             continue
         seen.add(id(module))
@@ -73,12 +66,12 @@ def find_roots(sources: Sequence[Any]) -> list[nn.Module]:
     calls (a whole training step), the first module on the path of each input: ``L['trainer'].model`` for one
     of its parameters.
     """
-    found = [unwrap(module) for module in _torch.called_modules()[:1]]
+    found = [_torch.unwrap_model(module) for module in _torch.called_modules()[:1]]
     scope = _torch.compiling_scope()
     for source in sources:
         module = _torch.first_module(source, scope)
         if module is not None:
-            found.append(unwrap(module))
+            found.append(_torch.unwrap_model(module))
     return _outermost(found)
 
 

@@ -1,0 +1,149 @@
+"""What fxckpt takes from torch's private parts is still there and still means the same."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+
+import pytest
+import torch
+import torch._functorch._aot_autograd.descriptors as descriptors
+import torch._inductor.config as inductor_config
+from graph_models import GPT, D, batch, book, front_end
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from fxckpt import _torch
+
+__all__ = ["book"]  # the fixture
+
+
+# ---- the backend -------------------------------------------------------------------------------------------------
+
+
+class Spy:
+    """A backend that asks ``question(gm, example_inputs)`` inside the call and keeps the answers."""
+
+    def __init__(self, question):
+        self.question, self.answers = question, []
+
+    def __call__(self, gm, example_inputs):
+        self.answers.append(self.question(gm, example_inputs))
+        return gm.forward
+
+
+def test_wrappers_are_known_by_type():
+    model = nn.Linear(2, 2)
+    wrapped = torch.compile(nn.DataParallel(checkpoint_wrapper(model)))
+    assert isinstance(_torch.wrapped_module(wrapped), nn.DataParallel)
+    assert _torch.unwrap_model(wrapped) is model
+    assert _torch.wrapped_module(model) is None
+
+
+def test_every_wrapper_in_the_table_has_the_attribute():
+    for where, name, attribute in _torch._WRAPPERS:
+        module = pytest.importorskip(where)
+        assert issubclass(getattr(module, name), nn.Module)
+        assert attribute in inspect.getsource(module)
+
+
+def test_persistent_buffers_are_told_from_others():
+    module = nn.Module()
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("dropped", torch.zeros(1), persistent=False)
+    assert [name for name, _ in _torch.own_buffers(module, True)] == ["kept"] == list(module.state_dict())
+    assert [name for name, _ in _torch.own_buffers(module, False)] == ["dropped"]
+
+
+def test_modules_being_called_are_on_the_stack():
+    spy = Spy(lambda gm, inputs: _torch.called_modules())
+    model = GPT(breaks=True)
+    wrapped = torch.compile(model, backend=spy)
+    wrapped(batch())
+    assert [found[0] for found in spy.answers] == [wrapped] * 3
+    assert all(model in found for found in spy.answers)
+    assert _torch.called_modules() == []
+
+
+def test_graph_inputs_are_live_and_their_sources_lead_to_the_model():
+    model = GPT()
+
+    def question(gm, inputs):
+        scope = _torch.compiling_scope()
+        pairs = [_torch.graph_input(n, e) for n, e in zip(gm.graph.find_nodes(op="placeholder"), inputs)]
+        return [(t, _torch.source_name(s), _torch.first_module(s, scope)) for t, s in pairs if isinstance(t, nn.Parameter)]
+
+    spy = Spy(question)
+    torch.compile(lambda holder: holder["model"](batch()), backend=spy)({"model": model})
+    (found,) = spy.answers
+    assert {id(t) for t, _, _ in found} == {id(p) for p in model.parameters()}
+    assert all(root is model for _, _, root in found)
+    assert all(name.startswith("L['holder']['model']._modules") for _, name, _ in found)
+    assert _torch.compiling_scope() is None
+
+
+def test_a_recompile_keeps_its_frame_and_has_another_token():
+    spy = Spy(lambda gm, inputs: (_torch.compile_under_way()[0], _torch.compile_under_way()[1]()))
+    step = torch.compile(lambda x: x + 1, backend=spy)
+    step(torch.ones(2))
+    step(torch.ones(3))
+    (frame, context), (same, other) = spy.answers
+    assert frame == same is not None
+    assert context is not other is not None
+    assert _torch.compile_under_way() == (None, None)
+
+
+def test_descriptors_name_dynamos_inputs():
+    third = descriptors.PlainAOTInput(idx=3)
+    assert _torch.input_index(third) == 3
+    assert _torch.input_index(descriptors.SubclassGetAttrAOTInput(base=third, attr="inner")) == 3
+    assert _torch.input_index(descriptors.ViewBaseAOTInput(base_of=third)) == 3
+    assert _torch.input_index(None) is None
+    gradient = descriptors.GradAOTOutput(grad_of=third)
+    assert _torch.gradient_of(gradient) == 3
+    assert _torch.gradient_of(descriptors.SubclassGetAttrAOTOutput(base=gradient, attr="inner")) == 3
+    assert _torch.gradient_of(descriptors.PlainAOTOutput(idx=3)) is None
+
+
+def test_views_are_known_by_their_schema():
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    aten = torch.ops.aten
+    views = [aten.t.default, aten.view.default, aten.permute.default, aten.expand.default, aten.split.Tensor, operator.getitem]
+    others = [aten.mm.default, aten._to_copy.default, aten.add_.Tensor, operator.add]
+    assert all(_torch.is_view(graph.call_function(op, (x,))) for op in views)
+    assert not any(_torch.is_view(graph.call_function(op, (x,))) for op in others)
+
+
+def test_the_joint_pass_sees_gradients_with_descriptors_and_config_is_restored():
+    seen = []
+
+    def read(graph):
+        (output,) = graph.find_nodes(op="output")
+        seen.append([_torch.gradient_of(d) for d in output.meta.get("desc", ())])
+
+    def compiler(gm, inputs):
+        return _torch.other_compiler(front_end, gm, inputs, None, {}, read)
+
+    linear = nn.Linear(D, D)
+    torch.compile(linear, backend=compiler)(torch.randn(2, D)).sum().backward()
+    assert [i for i in seen[0] if i is not None] == [0, 1]
+    assert inductor_config.joint_custom_pre_pass is None
+
+
+def test_the_inductor_wrapper_takes_mode_and_options():
+    wrapper = torch._TorchCompileInductorWrapper("max-autotune-no-cudagraphs", {"epilogue_fusion": False}, None)
+    assert wrapper.config["max_autotune"] is True
+    assert wrapper.config["epilogue_fusion"] is False
+
+
+def test_a_backend_can_be_named():
+    gm = torch.fx.symbolic_trace(nn.Identity())
+    assert _torch.other_compiler("eager", gm, [], None, {})(torch.ones(1)) == 1
+
+
+def test_cuda_graphs_can_be_reset():
+    _torch.reset_cudagraphs()
+    from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+    assert callable(reset_cudagraph_trees)
