@@ -135,7 +135,7 @@ def _say(run: Run) -> None:
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def stepped_class(base: type) -> type:
     """The subclass of ``base`` whose step is ours. It looks like ``base``: pickles and copies give ``base`` back."""
     if "_fxckpt_base" in base.__dict__:

@@ -66,6 +66,7 @@ class Run:
         self.stopped = self._store_checked = self._announced = False
         self._hooked: dict[int, Any] = {}
         self._listener: Any = None
+        self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         self._watch_scalers(extra)
         registry.runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
@@ -353,34 +354,30 @@ class Run:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
         early, tensors = self._early
         late = {e.name: e.get() for e in self.extras if not e.early}
-        optimizers = [self._optimizer_record(stepper) for stepper in self.steppers]
+        optimizers = [self._optimizer_record(i, tensors) for i in range(len(self.steppers))]
         fields = {
             "step": pending.step, "iteration": self.iteration + self.in_turn if self.loops else pending.step,
             "updates": self.updates, "time": time.time(), "world_size": _torch.world_size(), "rank": _torch.rank(),
             "layers": pending.layout.records(pending.step), "ties": dict(self.inventory.ties),
-            "optimizers": encode_state(optimizers, tensors, "optimizers"),
+            "optimizers": optimizers,
             "state": {"early": early, "late": encode_state(late, tensors, "late")},
         }
         return fields, tensors
 
-    def _optimizer_record(self, stepper: Stepper) -> dict[str, Any]:
-        """What of an optimizer is not in a file of tensors: its groups, plain state values, which gradients exist."""
+    def _optimizer_record(self, index: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What of an optimizer is not in a file of tensors, encoded: its groups, plain state values, which gradients exist."""
+        stepper = self.steppers[index]
         members = iter(stepper.members)
         groups = [{"params": [next(members).name for _ in group["params"]],
                    "settings": {k: v for k, v in group.items() if k not in ("params", "param_names")}}
                   for group in stepper.opt.param_groups]
-        states = {}
-        for member in stepper.members:
-            if member.state:
-                states[member.name] = {
-                    "keys": list(member.state),
-                    "strides": {k: tuple(t.stride()) for k, t, _ in member.items if not t.is_contiguous()},
-                    "complex": [k for k, t, _ in member.items if t.is_complex()],
-                    "plain": {k: v for k, v in member.state.items() if not isinstance(v, torch.Tensor)},
-                }
-        present = [m.name for m in stepper.members if m.param.grad is not None]
-        return {"class": _torch.plain_class(stepper.opt).__name__, "groups": groups, "state": states,
-                "gradients": present}
+        if stepper.bound != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.members):
+            states = {m.name: m.describe() for m in stepper.members if m.state}
+            self._described[index] = (stepper.bound, encode_state(states, tensors, f"optimizers/{index}/state"))
+        return {"class": _torch.plain_class(stepper.opt).__name__,
+                "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
+                "state": self._described[index][1],  # for hundreds of tensors this is worth making once
+                "gradients": [m.name for m in stepper.members if m.param.grad is not None]}
 
     def _abort(self, why: str) -> None:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""

@@ -28,7 +28,7 @@ log = logging.getLogger("fxckpt")
 class Member:
     """One parameter of the optimizer, with the tensors that were bound to it."""
 
-    __slots__ = ("name", "param", "group", "state", "items", "entries", "address", "program", "implementation", "flat")
+    __slots__ = ("address", "entries", "flat", "group", "implementation", "items", "name", "param", "program", "state")
 
     def __init__(self, name: str, param: torch.Tensor, group: int, state: dict[str, Any] | None):
         self.name, self.param, self.group, self.state = name, param, group, state
@@ -54,6 +54,20 @@ class Member:
     def bound(self, kind: str, key: Any) -> torch.Tensor | None:
         """The tensor behind one input of a program; None for the gradient, another one at every step."""
         return self.param if kind == "param" else self.state[key] if kind == "state" else None
+
+    @property
+    def plain(self) -> bool:
+        """Does it have state that is no tensor, which may change without a new binding?"""
+        return self.state is not None and len(self.items) != len(self.state)
+
+    def describe(self) -> dict[str, Any]:
+        """Its state for the record: what it takes, with the files' tensors, to make it anew just as it is."""
+        return {
+            "keys": list(self.state),
+            "strides": {k: tuple(t.stride()) for k, t, _ in self.items if not t.is_contiguous()},
+            "complex": [k for k, t, _ in self.items if t.is_complex()],
+            "plain": {k: v for k, v in self.state.items() if not isinstance(v, torch.Tensor)},
+        }
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """What the layer owns of this parameter: ``("", parameter)`` and its state by key, less the counts."""

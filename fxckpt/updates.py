@@ -69,7 +69,7 @@ class _CompiledCall:
     def __init__(self, cohort: Cohort, function: Callable, members: Sequence[Member]):
         self.index, self.function = cohort.index, function
         inputs = cohort.program.inputs
-        grad_at = [i for i, (kind, _) in enumerate(inputs) if kind == "grad"][0]
+        grad_at = next(i for i, (kind, _) in enumerate(inputs) if kind == "grad")
         empty = torch.empty(0, dtype=cohort.program.signature.dtype)
         self.args: list[torch.Tensor] = []
         self.grads: list[tuple[int, torch.Tensor]] = []
@@ -91,7 +91,7 @@ class _EachCall:
     def __init__(self, cohort: Cohort, members: Sequence[Member]):
         self.index, self.function = cohort.index, cohort.program.body.forward
         kinds = cohort.program.inputs
-        self.grad_at = [i for i, (kind, _) in enumerate(kinds) if kind == "grad"][0]
+        self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
         self.rows = [(m.param, [m.bound(kind, key) for kind, key in kinds]) for m in members]
 
     def __call__(self, values: Sequence[tuple]) -> None:
@@ -109,7 +109,7 @@ class _ColumnsCall:
         self.index, self.function = cohort.index, cohort.program.body.forward
         kinds = cohort.program.inputs
         self.params = [m.param for m in members]
-        self.grad_at = [i for i, (kind, _) in enumerate(kinds) if kind == "grad"][0]
+        self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
         self.columns = [[m.bound(kind, key) for m in members] for kind, key in kinds]
 
     def __call__(self, values: Sequence[tuple]) -> None:

@@ -1,0 +1,67 @@
+"""Fixtures of the end-to-end tests, and the end of whatever a test left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def inductor_cache(tmp_path_factory):
+    """One cache of compiled code for the session, for this process and every script it starts."""
+    path = tmp_path_factory.mktemp("inductor-cache")
+    before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
+    yield path
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+    if before is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
+
+
+@pytest.fixture(scope="session")
+def _nursery(inductor_cache):
+    from helpers import Nursery
+
+    made = Nursery(inductor_cache)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def nursery(_nursery):
+    """Starts scripts in processes of their own, quickly; see helpers.Nursery."""
+    yield _nursery
+    _nursery.end_lives()
+
+
+@pytest.fixture
+def one_thread():
+    """Small models are no faster with more, and on a busy machine much slower."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """Stop runs that a test started, and take back faults and delays; does nothing where fxckpt was not used."""
+    yield
+    io = sys.modules.get("fxckpt.engine.io")
+    if io is not None and "fxckpt.engine._engine" in sys.modules:
+        io.fail_none()
+        for op in ("pwrite", "fdatasync", "fsync", "copy"):
+            io.delay(op, 0)
+    runs = getattr(sys.modules.get("fxckpt._registry"), "registry", None)
+    for run in list(runs.runs) if runs is not None else ():
+        run.drop_open("the test is over")
+        run.saver.unreported = None
+        run.shutdown(timeout=30)
+        runs.runs.discard(run)
+    if runs is not None:
+        gc.collect()
