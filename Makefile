@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.t
 ENGINE := fxckpt/engine/_engine.abi3.so
 SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
 
-.PHONY: demo test bench lint clean distclean
+.PHONY: demo test crash kills bench lint clean distclean
 .SUFFIXES:
 
 demo: $(ENGINE)
@@ -19,6 +19,13 @@ demo: $(ENGINE)
 test: $(ENGINE)
 	@$(PY) -m pytest $(ARGS)
 
+# The long versions of what make test runs short: every power cut, and a hundred kills.
+crash: $(ENGINE)
+	@FXCKPT_CRASH=full $(PY) -m pytest tests/test_power_cut.py $(ARGS)
+
+kills: $(ENGINE)
+	@FXCKPT_KILLS=100 $(PY) -m pytest tests/test_kill_loop.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)
@@ -26,7 +33,7 @@ bench: $(ENGINE)
 lint: $(VENV)/.packages
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) "ruff>=0.9"
 	@$(PY) -m ruff check .
-	@$${CC:-cc} -std=c11 -Wall -Wextra -Werror -fsyntax-only csrc/*.c
+	@$${CC:-cc} -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -fsyntax-only csrc/*.c
 
 # torch comes first and exactly as constraints.txt pins it, so that nothing else can choose its version.
 $(VENV)/.packages: constraints.txt pyproject.toml

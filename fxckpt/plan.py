@@ -49,6 +49,7 @@ class EngineLayer:
     entries: list[Entry]
     parameters: int = 0
     sources: Any = None  # engine.Sources with fixed addresses; None for buffers, whose snapshot moves
+    memory: list[torch.Tensor] = field(default_factory=list)  # keeps the sources' storages alive, whatever is replaced
 
 
 @dataclass
@@ -167,7 +168,8 @@ def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, unstable: s
             p = placed[entry.file, entry.key]
             geometry.append((number, entry.file, p.begin, p.nbytes, storable(entry.tensor).element_size()))
         if layer.kind != "buffers":
-            layer.sources = make_sources([storable(e.tensor) for e in layer.entries])
+            layer.memory = [storable(e.tensor) for e in layer.entries]
+            layer.sources = make_sources(layer.memory)
     plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
     frozen = tuple((e.key, e.tensor.data_ptr(), tuple(e.tensor.shape)) for layer in layers if layer.kind == "frozen"
                    for e in layer.entries)

@@ -105,7 +105,7 @@ class Run:
             number += any(m.counts() for m in stepper.members)
             stepper.arrange(layers, layer_edges(layers, registry.traces), number)
             number += len(layers)
-        self._layout_key = None
+        self._layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
 
     def _hook_gradients(self) -> None:
         """Have autograd tell when a gradient of the next backward arrives; see _torch.gradient_accumulator."""
@@ -177,7 +177,7 @@ class Run:
             return _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
         stepper = next(s for s in self.steppers if s.opt is opt)
         leads = stepper is self.steppers[-1]
-        if leads:
+        if leads or not self.in_turn:
             self._before_step()
         if _found_inf(opt):
             if leads:
@@ -349,6 +349,9 @@ class Run:
                               "was dead code elimination run on the StepGraph?")
         for number in layout.number("update"):
             layout.compare(pending, number)
+        if replaced := [name for stepper in self.steppers for name in stepper.replaced()]:
+            raise plan.Changed(f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
+                               f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)")
 
     def _record(self, pending: Pending) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""

@@ -25,6 +25,9 @@ log = logging.getLogger("fxckpt")
 SLICE = 0.2
 """Seconds that one wait inside the engine lasts before Python looks whether it should stop."""
 
+SETTLE = 10.0
+"""Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
+
 RECOVERABLE = frozenset({errno.ENOSPC, errno.EDQUOT})
 """Errors after which the slot's blocks are still good: the disk was full. Any other one retires the slot."""
 
@@ -279,10 +282,9 @@ class Saver:
     def _ended(self, pending: Pending, error: BaseException | None, dropped: bool) -> None:
         """Count, log, return the slot, and let waiters go on."""
         if error is not None and pending.slot is not None:
-            try:
-                self.store.abandon(pending.slot, bad=not dropped and _retires_slot(error))
-            except OSError as second:
-                log.error("fxckpt: could not put %s aside: %s", pending.slot.path, second)
+            # A write that hangs in the disk may still land: until it has, nobody else may have the slot's files.
+            settled = pending.copy.settled(SETTLE)
+            self.store.abandon(pending.slot, bad=not settled or (not dropped and _retires_slot(error)))
         pending.error = error
         with self._lock:
             self._flying.remove(pending)

@@ -44,10 +44,10 @@ class Member:
         """Was a tensor replaced or moved, or state made, since it was bound? ``states`` is the optimizer's."""
         if self.param.data_ptr() != self.address:
             return True
-        if self.state is None:
-            return self.param in states
-        if len(self.state) != self.entries:
+        if states.get(self.param) is not self.state or len(self.state or ()) != self.entries:
             return True
+        if self.state is None:
+            return False
         get = self.state.get
         return any(get(key) is not value or value.data_ptr() != address for key, value, address in self.items)
 
@@ -116,6 +116,10 @@ class Stepper:
         """Must ``bind`` run before the next step? (fence everything first: copies read the old tensors)"""
         return (self._state is not self.opt.state or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
                 or any(m.stale(self._state) for m in self.members))
+
+    def replaced(self) -> list[str]:
+        """Names of the members whose tensors are not those that were bound."""
+        return [m.name for m in self.members if m.stale(self.opt.state)]
 
     @staticmethod
     def _shape_of(group: dict[str, Any]) -> tuple:

@@ -58,10 +58,12 @@ def nothing_is_left_behind():
         for op in ("pwrite", "fdatasync", "fsync", "copy"):
             io.delay(op, 0)
     runs = getattr(sys.modules.get("fxckpt._registry"), "registry", None)
-    for run in list(runs.runs) if runs is not None else ():
+    left = list(runs.runs) if runs is not None else []
+    for run in left:
         run.drop_open("the test is over")
         run.saver.unreported = None
         run.shutdown(timeout=30)
         runs.runs.discard(run)
-    if runs is not None:
+    if left:
+        del run, left
         gc.collect()

@@ -110,6 +110,19 @@ class Shared(nn.Module):
         return self.a(torch.relu(self.b(torch.relu(self.a(x))))).sum()
 
 
+class Branch(nn.Module):
+    """Which of two layers runs depends on the data; both are in the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.yes, self.no, self.out = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = torch.cond(x.sum() > 0, self.yes, lambda x: self.no(x) * 2, (x,))
+        return self.out(x).sum()
+
+
 def checkpointed():
     return GPT(call=lambda block, x: checkpoint(block, x, use_reentrant=False))
 
@@ -122,7 +135,8 @@ def nested():
     return GPT(call=call)
 
 
-MODELS = {"mlp": MLP, "conv": ConvNet, "gpt": GPT, "shared": Shared, "checkpointed": checkpointed, "nested": nested}
+MODELS = {"mlp": MLP, "conv": ConvNet, "gpt": GPT, "shared": Shared, "cond": Branch,
+          "checkpointed": checkpointed, "nested": nested}
 
 
 def batch():

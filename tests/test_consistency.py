@@ -6,6 +6,7 @@ The tests keep copies of all state after every step and compare what the files h
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,17 +72,21 @@ class Tally:
 
 
 class Trainer:
-    """Trains a Net, remembering all state after each step, and compares every committed checkpoint with its step's."""
+    """Trains a Net, remembering all state after each step, and compares every committed checkpoint with its step's.
 
-    def __init__(self, directory, *, forward=lambda m: m, optimizer=None, **options):
+    Without a directory: plain PyTorch.
+    """
+
+    def __init__(self, directory: Path | None, *, forward=lambda m: m, optimizer=None, **options):
         torch.manual_seed(0)
         self.directory, self.model, self.tally = directory, Net(), Tally()
         self.forward = forward(self.model)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.opt = optimizer(trained) if optimizer else torch.optim.AdamW(trained, lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.opt, 1, 0.9)
-        fxckpt.compile_step(self.opt, directory, model=self.model, extra={"tally": self.tally, "s": self.scheduler},
-                            **{"update": "native", "every": 1, "chunk_mb": 1, **options})
+        if directory is not None:
+            fxckpt.compile_step(self.opt, directory, model=self.model, extra={"tally": self.tally, "s": self.scheduler},
+                                **{"update": "native", "every": 1, "chunk_mb": 1, **options})
         self.reference, self.extra, self.checked, self.steps = {}, {}, set(), 0
 
     def step(self) -> None:
@@ -260,22 +265,57 @@ def test_a_parameter_changed_between_step_and_close_drops_that_checkpoint(tmp_pa
     assert candidates(tmp_path / "d") == []
 
 
-@pytest.mark.parametrize("replace", ["load_state_dict", "data", "zero_grad and state"])
+def replace_data(trainer: Trainer) -> None:
+    trainer.model.small.data = torch.full((900,), 2.0)
+    trainer.model.outer.weight.data = trainer.model.outer.weight.data.clone() * 0.5
+
+
+REPLACE = {
+    "load_state_dict": lambda t: t.opt.load_state_dict(t.opt.state_dict()),
+    "data": replace_data,
+    "state of all": lambda t: t.opt.state.clear(),
+    "state of one": lambda t: t.opt.state.pop(t.model.outer.weight),
+}
+
+
+@pytest.mark.parametrize("replace", REPLACE)
 def test_tensors_replaced_while_they_are_copied_leave_good_checkpoints(replace, tmp_path):
+    """What is being copied stays alive and as it was; what takes its place is what later steps use and store."""
     trainer = Trainer(tmp_path / "d", staging_mb=0, keep=20)
     io.delay("copy", 5 * MS)
     trainer.train(2)
-    if replace == "load_state_dict":
-        trainer.opt.load_state_dict(trainer.opt.state_dict())
-    elif replace == "data":
-        trainer.model.small.data = torch.full((900,), 2.0)
-        trainer.model.outer.weight.data = trainer.model.outer.weight.data.clone() * 0.5
-    else:
-        trainer.opt.state.clear()
-    trainer.train(4)
+    trainer.opt.ckpt.end_step()
+    REPLACE[replace](trainer)
+    trash = [torch.full_like(p, 7.0) for p in trainer.model.parameters()]  # takes memory that was freed too early
+    trainer.train(3)
+    del trash
     trainer.finish()
-    assert trainer.opt.ckpt.statistics()["last_committed_step"] == 6
-    assert max(found.record.step for found in candidates(tmp_path / "d")) == 6
+    assert len(trainer.checked) == 5 and trainer.opt.ckpt.statistics()["checkpoints_failed"] == 0
+
+
+@pytest.mark.parametrize("replace", ["data", "state of one"])
+def test_tensors_replaced_before_the_step_closes_drop_its_checkpoint(replace, tmp_path):
+    trainer = Trainer(tmp_path / "d", keep=20)
+    trainer.train(2)
+    REPLACE[replace](trainer)
+    trainer.train(1)
+    with pytest.raises(fxckpt.FxckptError, match=r"replaced.*step 2 is discarded.*end_step"):
+        trainer.finish()
+    trainer.finish()
+    assert sorted(found.record.step for found in candidates(tmp_path / "d")) == [1, 3]
+
+
+@pytest.mark.parametrize("replace", ["state of all", "state of one"])
+def test_state_that_is_thrown_away_is_made_anew_as_pytorch_does(replace, tmp_path):
+    def train(directory):
+        trainer = Trainer(directory)
+        for step in range(5):
+            if step == 3:
+                REPLACE[replace](trainer)
+            trainer.step()
+        return trainer.reference[5]
+
+    assert differences(train(tmp_path / "d"), train(None)) == []
 
 
 def test_a_group_added_in_the_middle_is_in_the_next_checkpoint(tmp_path):

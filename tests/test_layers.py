@@ -33,7 +33,7 @@ def recorded(book, tensors, first_uses, uses=(), outputs=()):
     return book.record(JointTrace(-1, (None, None), params, tuple(range(len(params))), (), (), (), uses, outputs))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_each_parameter_is_in_exactly_one_layer_whatever_was_seen(data):
     named = named_tensors(data.draw(st.lists(FQNS, unique=True, max_size=8)))
@@ -54,7 +54,7 @@ def test_each_parameter_is_in_exactly_one_layer_whatever_was_seen(data):
         assert all(list(layer.params) == sorted(layer.params, key=order.index) for layer in layers)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_edges_go_forward_and_none_is_implied_by_others(data):
     named = named_tensors([f"{i}.w" for i in range(data.draw(st.integers(1, 7)))])
