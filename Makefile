@@ -13,6 +13,10 @@ SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
 .PHONY: demo test crash kills bench lint clean distclean
 .SUFFIXES:
 
+# On cores that are shared, OpenMP threads that spin at a barrier keep the thread they wait for from running: steps
+# then take several times as long. Asleep they cost nothing. Benchmarks keep the default, which is what users have.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
 demo: $(ENGINE)
 	@$(PY) examples/demo.py $(ARGS)
 

@@ -111,8 +111,8 @@ def _seen_by_compiler(book: TraceBook, optimizers, trained: set[int], found: Inv
     for name, param in book.frozen(of=ours):
         if id(param) not in trained:
             found.frozen.setdefault(name, param)
-    for name, buffer in book.buffers(of=ours):
-        found.buffers.setdefault(name, buffer)
+    found.buffers.update(book.buffers(of=ours))
+    found.transient.update(book.transient(of=ours))
 
 
 def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: Inventory):
@@ -126,8 +126,7 @@ def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: 
                 if id(param) in seen:
                     continue
                 seen.add(id(param))
-                trace = book.lookup(param)
-                known = [names.get(id(param)), given[k], trace.name if trace is not None else None]
+                known = [names.get(id(param)), given[k], book.name_of(param)]
                 name = next((n for n in known if n and n not in used), None)
                 if name is None:
                     name, found.positional = f"optimizer{i}.{j}.{k}", True

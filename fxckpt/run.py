@@ -65,7 +65,6 @@ class Run:
         self._arranged: Any = None
         self.stopped = self._store_checked = self._announced = False
         self._hooked: dict[int, Any] = {}
-        self._listener: Any = None
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         self._watch_scalers(extra)
         registry.runs.add(self)
@@ -103,7 +102,7 @@ class Run:
             named = [(m.name, m.param) for m in stepper.members]
             layers = group_layers(gradient_order(named, registry.traces), self.config.layer)
             number += any(m.counts() for m in stepper.members)
-            stepper.arrange(layers, layer_edges(layers, registry.traces), number)
+            stepper.arrange(layers, layer_edges(layers, registry.traces, named), number)
             number += len(layers)
         self._layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
 
@@ -141,28 +140,19 @@ class Run:
     def wait_for_owners(self) -> None:
         """Without a model, give restored buffers and frozen parameters to their owners when the compiler shows them:
         inside the first backend call, before the forward runs."""
-        this = weakref.ref(self)
-
-        def seen(trace: Any) -> None:
-            run = this()
-            if run is not None:
-                run._claim()
-
-        self._listener = seen
-        registry.traces.listeners.append(seen)
+        registry.traces.listeners.append(weakref.WeakMethod(self._claim))
         self._claim()
 
-    def _claim(self) -> None:
+    def _claim(self, trace: Any = None) -> None:
         """Copy what now has an owner of that name, shape and type."""
-        known = [*registry.traces.buffers(), *registry.traces.frozen()]
+        if not self.unclaimed:
+            return
+        seen = take(None, self.optimizers, registry.traces)
         with torch.no_grad():
-            for name, tensor in known:
-                held = self.unclaimed.get(name)
-                if held is not None and held.shape == storable(tensor).shape and held.dtype == storable(tensor).dtype:
-                    storable(tensor).copy_(held)
-                    del self.unclaimed[name]
-        if not self.unclaimed and self._listener in registry.traces.listeners:
-            registry.traces.listeners.remove(self._listener)
+            for name, tensor in {**seen.buffers, **seen.frozen}.items():
+                held, live = self.unclaimed.get(name), storable(tensor)
+                if held is not None and (held.shape, held.dtype) == (live.shape, live.dtype):
+                    live.copy_(self.unclaimed.pop(name))
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 

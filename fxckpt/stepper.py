@@ -11,6 +11,7 @@ so a step after a restart is the same step:
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -40,14 +41,14 @@ class Member:
         self.implementation = "single"
         self.flat: list[torch.Tensor] | None = None
 
-    def stale(self, states: Any) -> bool:
-        """Was a tensor replaced or moved, or state made, since it was bound? ``states`` is the optimizer's."""
+    def stale(self) -> bool:
+        """Was a tensor of it replaced or moved since it was bound? Whether ``state`` is the optimizer's is asked there."""
         if self.param.data_ptr() != self.address:
-            return True
-        if states.get(self.param) is not self.state or len(self.state or ()) != self.entries:
             return True
         if self.state is None:
             return False
+        if len(self.state) != self.entries:
+            return True
         get = self.state.get
         return any(get(key) is not value or value.data_ptr() != address for key, value, address in self.items)
 
@@ -97,6 +98,7 @@ class Stepper:
         self._compiled: dict[update.Signature, Callable] = {}
         self._native: set[update.Signature] = set()
         self._state: Any = None
+        self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
         self._mask: list[bool] = []
         self._done: set[int] = set()
@@ -114,12 +116,16 @@ class Stepper:
 
     def stale(self) -> bool:
         """Must ``bind`` run before the next step? (fence everything first: copies read the old tensors)"""
-        return (self._state is not self.opt.state or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
-                or any(m.stale(self._state) for m in self.members))
+        state = self.opt.state
+        return (self._state is not state or len(state) != len(self._states)
+                or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
+                or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
+                or any(m.stale() for m in self.members))
 
     def replaced(self) -> list[str]:
         """Names of the members whose tensors are not those that were bound."""
-        return [m.name for m in self.members if m.stale(self.opt.state)]
+        state = self.opt.state
+        return [m.name for m in self.members if m.stale() or state.get(m.param) is not m.state]
 
     @staticmethod
     def _shape_of(group: dict[str, Any]) -> tuple:
@@ -138,7 +144,8 @@ class Stepper:
                 member = Member(self.name_of(param), param, index, opt.state.get(param))
                 self._choose(member, group)
                 self.members.append(member)
-        self._state, self._structure = opt.state, [self._shape_of(g) for g in opt.param_groups]
+        self._state, self._states = opt.state, list(opt.state.values())
+        self._structure = [self._shape_of(g) for g in opt.param_groups]
         self._mask = []
         self.bound += 1
 
