@@ -21,7 +21,7 @@ demo: $(ENGINE)
 	@$(PY) examples/demo.py $(ARGS)
 
 test: $(ENGINE)
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 # The long versions of what make test runs short: every power cut, and a hundred kills.
 crash: $(ENGINE)
@@ -45,7 +45,7 @@ $(VENV)/.packages: constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the packages that build and test fxckpt into $(VENV) (once; torch is large)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) "setuptools>=77" wheel "cffi>=1.16" numpy "pytest>=8" expecttest hypothesis safetensors
+	@$(PIP) "setuptools>=77" wheel "cffi>=1.16" numpy "pytest>=8" pytest-xdist expecttest hypothesis safetensors
 	@touch $@
 
 $(ENGINE): $(VENV)/.packages $(SOURCES)

@@ -107,10 +107,13 @@ def steps(n: int, *, optimizer: Any = None) -> Iterator[int]:
     run = optimizer.ckpt._run if optimizer is not None else the_run()
     run.loops = True
     while run.iteration < n:
-        run.in_turn = True
+        run.in_turn, attempts, whole = True, run.attempts, False
         try:
             yield run.iteration
+            whole = True
         finally:
-            run.iteration += 1
+            # A turn that was left by a `break` or an exception counts if its update was made, which the next one must not
+            # make again.
+            run.iteration += whole or run.attempts != attempts
             run.in_turn = False
         run.close_step()  # not after a `break` or an exception: there the turn ended somewhere in its middle

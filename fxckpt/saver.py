@@ -80,6 +80,7 @@ class Saver:
 
     def __init__(self, engine, store, *, max_async: int, stuck_after: float = 300.0):
         self.engine, self.store, self.max_async, self.stuck_after = engine, store, max_async, stuck_after
+        self._pid = os.getpid()
         self.started = self.committed = self.skipped = self.failed = 0
         self.last_handed_over: int | None = None
         self.last_committed: int | None = None
@@ -197,6 +198,8 @@ class Saver:
 
     def abandon(self) -> None:
         """The run is gone: commit what was closed, drop the rest, stop."""
+        if self.engine is None or os.getpid() != self._pid:  # disabled; or a forked child, where no thread would end a wait
+            return
         with self._lock:
             unclosed = [p for p in self._flying if not p.closed.is_set()]
         for pending in unclosed:
@@ -320,8 +323,3 @@ def _retires_slot(error: BaseException) -> bool:
     """Is the slot's content in doubt after this error? After EIO or a failed sync the kernel may have lost pages."""
     number = getattr(error, "errno", None)
     return number is not None and number not in RECOVERABLE
-
-
-def forked(pid: int) -> bool:
-    """Is this a forked child of the process that made the run? Its threads do not exist here."""
-    return os.getpid() != pid

@@ -197,7 +197,7 @@ class Stepper:
                 self._native.add(signature)
         tensors = [member.param if kind == "param" else member.state[key]
                    for kind, key in member.program.inputs if kind != "grad"]
-        same_order = all(t.stride() == member.param.stride() for t in tensors)
+        same_order = all(inductor.same_layout(t, member.param) for t in tensors)
         if signature in self._compiled and same_order and member.param.numel() < 2**31:
             flat = [inductor.flat_view(t.detach()) for t in tensors]
             member.flat = None if any(f is None for f in flat) else flat

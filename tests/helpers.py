@@ -7,6 +7,8 @@ Scripts begin with ``from helpers import *`` and find everything here.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -274,12 +277,16 @@ class Nursery:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, script: Path, cwd: Path, **variables: str) -> Life:
-        """Begin a life of ``script`` in ``cwd`` with these environment variables."""
+    def start(self, script: Path, cwd: Path, *, whole_exit: bool = False, **variables: str) -> Life:
+        """Begin a life of ``script`` in ``cwd`` with these environment variables.
+
+        Python's own exit takes a forked life two seconds, for it touches all that it shares with the nursery. So only where
+        the exit is the point (``whole_exit``) it is made; others run the exit handlers and stop.
+        """
         cwd.mkdir(parents=True, exist_ok=True)
         log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
         log.touch()
-        pid = self._ask(script=str(script), cwd=str(cwd), log=str(log), variables=variables)
+        pid = self._ask(script=str(script), cwd=str(cwd), log=str(log), variables=variables, whole_exit=whole_exit)
         life = Life(pid, log, lambda: self._ask(wait=pid))
         self._lives.append(life)
         return life
@@ -319,7 +326,7 @@ def _requests() -> Iterator[dict[str, Any]]:
             line = b""
 
 
-def _live(script: str, cwd: str, log: str, variables: dict[str, str]) -> None:
+def _live(script: str, cwd: str, log: str, variables: dict[str, str], whole_exit: bool) -> None:
     """Become a process that runs a script, as if it had been started for it."""
     for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND)):
         fd = os.open(path, flags)
@@ -331,8 +338,22 @@ def _live(script: str, cwd: str, log: str, variables: dict[str, str]) -> None:
     random.seed()
     np.random.seed()
     torch.seed()
-    sys.modules["__main__"].__dict__.update(__file__=script)
-    exec(compile(Path(script).read_text(), script, "exec"), sys.modules["__main__"].__dict__)
+    code = compile(Path(script).read_text(), script, "exec")
+    if whole_exit:
+        exec(code, sys.modules["__main__"].__dict__)
+        return
+    status = 0
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else error.code is not None
+    except BaseException as error:
+        traceback.print_exc()
+        sys.last_value, status = error, 1  # as the interpreter sets it
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(status))
 
 
 def warm_up() -> None:
@@ -352,4 +373,6 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a life need not touch, and so copy, what the nursery has
     serve()

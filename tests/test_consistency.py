@@ -192,7 +192,7 @@ def test_without_fences_the_same_test_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Run, "fence", lambda self, layer, tensors: None)
     monkeypatch.setattr(Run, "fence_all", lambda self: None)
     trainer = Trainer(tmp_path / "d", staging_mb=0, max_async=2)
-    io.delay("copy", 4 * MS)
+    io.delay("copy", 40 * MS)  # longer than a step takes, on a busy machine too
     with pytest.raises(AssertionError, match="step"):
         trainer.train(8)
         trainer.finish()

@@ -180,3 +180,30 @@ def test_demo_fails_when_a_digest_differs(capsys, monkeypatch):
     assert not demo.report(*runs)
     assert "DIFFERENT" in capsys.readouterr().out
     assert not demo.report(demo.Outcome(first=1), runs[1], demo.Outcome(first=5, seconds=1.0))
+
+
+SMALL = {
+    "train_gpt.py": ["--steps", "9", "--layers", "2", "--width", "32", "--heads", "2", "--length", "32", "--batch", "2"],
+    "train_resnet.py": ["--steps", "9", "--width", "8", "--batch", "16"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", sorted(SMALL))
+def test_example_killed_and_started_again_ends_with_the_bits_of_an_uninterrupted_run(example, tmp_path):
+    def command(folder: str) -> list[str]:
+        return [sys.executable, "-u", str(ROOT / "examples" / example), *SMALL[example], "--dir", str(tmp_path / folder)]
+
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    whole = run(*command("whole"), **cache)
+    assert whole.returncode == 0, whole.stderr
+    with subprocess.Popen(command("killed"), env={**os.environ, **cache}, cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE) as process:
+        seen = next((line for line in process.stdout if re.search(r"^step [5-8]/.*committed \d", line)), None)
+        process.kill()
+    assert seen is not None, "it ended before it could be killed"
+    again = run(*command("killed"), **cache)
+    assert again.returncode == 0, again.stderr
+    assert int(re.search(r"^step (\d+)/", again.stdout, re.MULTILINE)[1]) > 4
+    digests = [re.findall(r"sha256 (\w{64})", output) for output in (whole.stdout, again.stdout)]
+    assert digests[0] and digests[0] == digests[1]

@@ -38,7 +38,7 @@ class Case:
 
     model: str = "mlp()"
     loader: str = "Loader.of(8)"
-    compiled: str = "eager(m)"
+    compiled: str = "m"
     optimizer: str = "torch.optim.AdamW(m.parameters(), lr=1e-2)"
     scheduler: str = "torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=STEPS + 1)"
     setup: str = ""
@@ -71,22 +71,24 @@ class Case:
 EVERYTHING = '"d", model=m, every=1, update="native"'
 
 CASES = {
-    "mlp with dropout": Case(),
+    "mlp with dropout": Case(compiled="eager(m)"),
     "conv net with BatchNorm": Case(
-        model="conv()", loader="Loader.of(3, 8, 8)",
+        compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
         optimizer="torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True)"),
-    "gpt with tied embeddings": Case(model="GPT()", loader="Loader.of_tokens()"),
+    "gpt with tied embeddings": Case(compiled="eager(m)", model="GPT()", loader="Loader.of_tokens()"),
     "frozen parameters": Case(
-        model="frozen()", optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)"),
-    "without a compiled model": Case(compiled="m"),
+        compiled="eager(m)", model="frozen()", optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)"),
+    "without a compiled model": Case(),
     "without model": Case(
-        model="conv()", loader="Loader.of(3, 8, 8)",
+        compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
     "without model, frozen parameters, SGD": Case(
-        model="frozen()", optimizer="torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9)",
+        compiled="eager(m)", model="frozen()", optimizer="torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
     "compile_step(optimizer) alone": Case(
-        scheduler="None", compile_step="optimizer", store="checkpoints", finish="optimizer", body="""
+        compiled="eager(m)", scheduler="None", compile_step="optimizer", store="checkpoints", finish="optimizer", body="""
+        if step % 4 == 2:
+            opt.ckpt.save()  # every="auto" takes none in the first minute
         x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
         moment()
         loss = F.cross_entropy(model(x), y)
@@ -94,12 +96,10 @@ CASES = {
         opt.step()
         opt.zero_grad()
         moment()
-        if step % 4 == 1:
-            opt.ckpt.save()  # every="auto" takes none in the first minute
     """),
-    "the loop of fxckpt.steps": Case(steps="fxckpt.steps(STEPS)"),
+    "the loop of fxckpt.steps": Case(compiled="eager(m)", steps="fxckpt.steps(STEPS)"),
     "the loop of fxckpt.steps, accumulating": Case(
-        steps="fxckpt.steps(STEPS)", length=30, body="""
+        compiled="eager(m)", steps="fxckpt.steps(STEPS)", length=30, body="""
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y) / 2
         loss.backward()
@@ -236,7 +236,6 @@ SCALED = """
 """
 for name, form, unscale in (
         ("GradScaler that skips the step", "lr=1e-2", "pass"),
-        ("GradScaler and clipping", "lr=1e-2", "scaler.unscale_(opt); nn.utils.clip_grad_norm_(m.parameters(), 0.1)"),
         ("GradScaler with fused Adam", "lr=1e-2, fused=True", "pass"),
         ("GradScaler with fused Adam and clipping", "lr=1e-2, fused=True",
          "scaler.unscale_(opt); nn.utils.clip_grad_norm_(m.parameters(), 0.1)")):
@@ -255,10 +254,9 @@ def kill_after_first_commit(life: Life, store: Path) -> None:
     assert life.returncode == -signal.SIGKILL, f"it ended before the kill:\n{life.output}"
 
 
-def same_bits(whole: dict[str, str], killed: Life, again: Life) -> None:
-    """The second life took up after the first commit, and everything it did is what the whole run did."""
+def same_bits(whole: dict[str, str], first: dict[str, str], again: Life) -> None:
+    """The last life took up after the first commit, and everything it and those before did is what the whole run did."""
     second = again.succeed()
-    first = results(killed.output)
     assert "LOSS 0" not in second, "nothing was restored"
     assert {**first, **second}.keys() == whole.keys(), "steps were skipped"
     for line in (first, second):
@@ -273,7 +271,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, nursery, tmp_path):
     whole = nursery.start(script, tmp_path / "whole")
     killed = nursery.start(script, tmp_path / "killed", MOMENT="0.005")
     kill_after_first_commit(killed, tmp_path / "killed" / case.store)
-    same_bits(whole.succeed(), killed, nursery.start(script, tmp_path / "killed"))
+    same_bits(whole.succeed(), results(killed.output), nursery.start(script, tmp_path / "killed"))
 
 
 COMPILED = Case(
@@ -291,20 +289,20 @@ def test_killed_and_run_again_by_python_with_everything_compiled_ends_with_the_s
     (tmp_path / "killed").mkdir()
     killed = fresh_life(script, tmp_path / "killed", inductor_cache, MOMENT="0.01")
     kill_after_first_commit(killed, tmp_path / "killed" / "d")
-    same_bits(whole, killed, fresh_life(script, tmp_path / "killed", inductor_cache))
+    same_bits(whole, results(killed.output), fresh_life(script, tmp_path / "killed", inductor_cache))
 
 
 def test_killed_again_and_again_ends_with_the_same_bits(nursery, tmp_path):
     """Every life gets a step or a few further; generations and slots go on over all of them."""
     script, store = tmp_path / "train.py", tmp_path / "killed" / "d"
-    script.write_text(CASES["mlp with dropout"].script())
+    script.write_text(CASES["without a compiled model"].script())
     whole = nursery.start(script, tmp_path / "whole")
-    killed = nursery.start(script, tmp_path / "killed", MOMENT="0.02")
-    kill_after_first_commit(killed, store)
-    for _ in range(3):
+    found: dict[str, str] = {}
+    for _ in range(4):
         before = committed(store)
-        killed = nursery.start(script, tmp_path / "killed", MOMENT="0.02")
-        until(lambda: set(committed(store)) - set(before) or not killed.alive(), why=lambda: killed.output)
-        killed.kill()
-        assert killed.returncode == -signal.SIGKILL, killed.output
-    same_bits(whole.succeed(), killed, nursery.start(script, tmp_path / "killed"))
+        life = nursery.start(script, tmp_path / "killed", MOMENT="0.02")
+        until(lambda: set(committed(store)) - set(before) or not life.alive(), why=lambda: life.output)
+        life.kill()
+        assert life.returncode == -signal.SIGKILL, life.output
+        found.update(results(life.output))
+    same_bits(whole.succeed(), found, nursery.start(script, tmp_path / "killed"))

@@ -173,3 +173,11 @@ def test_a_subclass_with_its_own_step_is_not_traced_as_its_base():
     mine = fxckpt.compile_step(Odd(ours, lr=1.0), writer="mock", every=1)
     train(mine, ours, 1)
     assert all(torch.equal(a, b + 1.0) for a, b in zip(ours, before))
+
+
+def test_strides_of_dimensions_of_size_one_do_not_choose_the_code():
+    """A 1x1 convolution's momentum is cloned from a gradient with other strides; after a load it has the weight's."""
+    weight, momentum = torch.empty_strided((16, 16, 1, 1), (16, 1, 1, 1)), torch.empty_strided((16, 16, 1, 1), (16, 1, 16, 16))
+    assert inductor.same_layout(weight, momentum)
+    assert inductor.flat_view(momentum) is not None
+    assert not inductor.same_layout(torch.empty(2, 3, 4, 4), torch.empty(2, 3, 4, 4).to(memory_format=torch.channels_last))

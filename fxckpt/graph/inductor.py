@@ -91,17 +91,23 @@ def compile_body(program: Program, slots: int = SLOTS) -> Callable[..., Any]:
     return _torch.compile_flat(update, example)
 
 
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Do two tensors of one shape lie in memory in the same order? The strides of dimensions of size 1 mean nothing:
+    a 1x1 convolution's gradient has others than its weight, and so has a momentum cloned from it."""
+    return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride()) if size != 1)
+
+
 def flat_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """The tensor's elements in storage order as one dimension, sharing memory; None if they are not dense."""
     if tensor.is_contiguous():
         return tensor.view(-1)
-    dense = torch.empty_like(tensor, device="meta").stride() == tensor.stride()
+    dense = same_layout(tensor, torch.empty_like(tensor, device="meta"))
     return torch.as_strided(tensor, (tensor.numel(),), (1,)) if dense else None
 
 
 def flat_gradient(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A gradient in the storage order of its parameter; copied only when its own order is another."""
-    if grad.stride() != like.stride() or grad.dtype != like.dtype:
+    if not same_layout(grad, like) or grad.dtype != like.dtype:
         grad = torch.empty_like(like).copy_(grad)
     return flat_view(grad)
 

@@ -1,0 +1,561 @@
+"""Promise 7, training does not die of a failed save; and what else can go wrong around a trainer: another one, a fork, an
+exception, Ctrl-C, an exit without goodbye.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from helpers import committed, differences, mlp, snapshot, stored, until
+from torch import nn
+
+import fxckpt
+from fxckpt.engine import io
+from fxckpt.store.reader import Reader, candidates
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Training:
+    """Trains an mlp on noise; ``reference`` keeps all state after each step."""
+
+    def __init__(self, directory, seed: int = 0, **options):
+        torch.manual_seed(seed)
+        self.model = mlp()
+        self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
+        fxckpt.compile_step(self.opt, directory, model=self.model, **{"every": 1, "update": "native", **options})
+        self.reference = {}
+
+    @property
+    def found(self) -> dict:
+        return self.opt.ckpt.statistics()
+
+    def train(self, steps: int = 1):
+        for _ in range(steps):
+            self.model(torch.randn(4, 8)).square().mean().backward()
+            self.opt.step()
+            self.opt.zero_grad()
+            self.reference[self.found["steps"]] = snapshot(self.model, self.opt)
+        return self
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "d"
+
+
+def all_good(store, training: Training) -> list[int]:
+    """Every complete checkpoint verifies and is exactly its step; returns their steps, newest first."""
+    found = candidates(store)
+    for each in found:
+        assert not isinstance(each, Exception), each
+        Reader(each.path).verify()
+        assert differences(stored(each.path), training.reference[each.record.step]) == [], each.record.step
+    return [each.record.step for each in found]
+
+
+# ---- the n-th call fails ----
+
+
+def calls_of_some_checkpoints(store) -> int:
+    training = Training(store)
+    io.fail(10**9, 0)  # counts from the first use of an instrument
+    before = io.calls()
+    training.train(4)
+    training.opt.ckpt.flush()
+    training.opt.ckpt.shutdown()
+    return io.calls() - before
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(error, tmp_path, caplog):
+    """From the first call of the first checkpoint to beyond the fourth: it fails, says so, and the next one is good."""
+    caplog.set_level(logging.ERROR, "fxckpt")
+    total = calls_of_some_checkpoints(tmp_path / "count")
+    assert total > 60
+    failures = 0
+    for nth in range(random.SystemRandom().randint(1, 4), total + 1, 4):
+        training, store = Training(tmp_path / f"{nth}"), tmp_path / f"{nth}"
+        caplog.clear()
+        io.fail(nth, error)
+        training.train(4)
+        failed = None
+        try:
+            training.opt.ckpt.flush()
+        except (fxckpt.SaveFailed, OSError, fxckpt.StoreError) as raised:
+            failed = raised
+        io.fail_none()
+        assert training.found["steps"] == 4
+        assert all_good(store, training)[:1] == [training.found["last_committed_step"]], f"call {nth}: one was lost"
+        assert (failed is not None) == (training.found["checkpoints_failed"] > 0), f"call {nth}: {failed!r}"
+        if failed is not None:
+            failures += 1
+            assert getattr(failed, "errno", None) == error, f"call {nth}: {failed!r}"
+            assert any(os.strerror(error) in r.message for r in caplog.records), f"call {nth} failed in silence"
+            assert training.found["last_error"] is not None
+        training.opt.ckpt.flush()  # what was raised is not raised again
+        training.train()
+        training.opt.ckpt.flush()
+        assert all_good(store, training)[0] == 5, f"call {nth}: the next checkpoint did not recover"
+        training.opt.ckpt.shutdown()
+    assert failures > 10
+
+
+@pytest.mark.parametrize(("op", "name"), [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"),
+                                          ("ftruncate", "ftruncate"), ("open", "open")])
+def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, store, caplog):
+    training = Training(store).train(3)
+    training.opt.ckpt.flush()
+    io.fail(1, errno.EIO, op)
+    training.train()
+    with pytest.raises((fxckpt.SaveFailed, OSError)) as raised:
+        training.opt.ckpt.flush()
+    error = raised.value
+    assert error.errno == errno.EIO and "Input/output error" in str(error)
+    path = error.path if isinstance(error, fxckpt.SaveFailed) else error.filename
+    assert str(store) in os.fspath(path) and os.fspath(path) in str(error)
+    if isinstance(error, fxckpt.SaveFailed):
+        assert name in error.operation and error.operation in str(error)
+    if op == "pwrite":
+        assert f"offset {error.offset}" in str(error)
+    assert [r for r in caplog.records if "step 4 failed" in r.getMessage() and str(error) in r.getMessage()], caplog.text
+    assert (training.found["checkpoints_failed"], training.found["last_error"]) == (1, str(error))
+
+
+def test_a_full_disk_fails_each_checkpoint_and_recovers_when_there_is_room(store):
+    training = Training(store).train(2)
+    training.opt.ckpt.flush()
+    for _ in range(3):
+        io.fail(1, errno.ENOSPC, "pwrite")
+        training.train()
+        with pytest.raises(fxckpt.SaveFailed):
+            training.opt.ckpt.flush()
+    assert all_good(store, training) == [2, 1] and training.found["checkpoints_failed"] == 3
+    training.train()
+    training.opt.ckpt.flush()
+    assert all_good(store, training)[0] == 6
+
+
+def test_on_error_raise_stops_at_the_next_step(store):
+    training = Training(store, on_error="raise").train(2)
+    training.opt.ckpt.flush()
+    io.fail(1, errno.EIO, "pwrite")
+    training.train()
+    training.opt.ckpt.end_step()
+    until(lambda: training.found["checkpoints_failed"])
+    steps, before = training.found["steps"], snapshot(training.model, training.opt)
+    with pytest.raises(fxckpt.SaveFailed, match="Input/output"):
+        training.train()
+    assert training.found["steps"] == steps
+    assert differences(snapshot(training.model, training.opt), before) == [], "the step was half done"
+    training.train(2)  # said once
+    training.opt.ckpt.flush()
+
+
+def test_save_raises_its_own_failure_and_once(store):
+    training = Training(store).train(2)
+    training.opt.ckpt.flush()
+    io.fail(1, errno.ENOSPC, "pwrite")
+    with pytest.raises(fxckpt.SaveFailed):
+        training.opt.ckpt.save("best")
+    training.opt.ckpt.flush()
+    training.opt.ckpt.save("best")
+    assert fxckpt.load(store, model=mlp(), name="best").step == 2
+
+
+def test_shutdown_raises_a_failure_that_nobody_was_told_of(store):
+    training = Training(store).train(2)
+    io.fail(1, errno.EIO, "fdatasync")
+    training.train()
+    with pytest.raises((fxckpt.SaveFailed, OSError)):
+        training.opt.ckpt.shutdown()
+    training.opt.ckpt.shutdown()
+    training.train()
+
+
+def test_a_failed_save_does_not_keep_load_from_going_back(store):
+    training = Training(store).train(2)
+    training.opt.ckpt.flush()
+    io.fail(1, errno.EIO, "pwrite")
+    training.train()
+    assert fxckpt.load().step == 2
+    assert differences(snapshot(training.model, training.opt), training.reference[2]) == []
+
+
+def test_flush_gives_up_after_its_timeout_and_names_the_steps(store):
+    training = Training(store)
+    io.delay("fdatasync", 400_000)
+    training.train(2)
+    with pytest.raises(TimeoutError, match=r"steps 1, 2"):
+        training.opt.ckpt.flush(timeout=0.05)
+    io.delay("fdatasync", 0)
+    training.opt.ckpt.flush()
+    assert training.found["last_committed_step"] == 2
+
+
+# ---- someone else ----
+
+
+def test_a_second_trainer_on_the_same_directory_gets_a_clear_error(store, nursery, tmp_path):
+    training = Training(store).train(1)
+    script = tmp_path / "second.py"
+    script.write_text(f"""
+from helpers import *
+try:
+    fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), {str(store)!r})
+except fxckpt.StoreLocked as error:
+    print("LOCKED", error)
+""")
+    life = nursery.start(script, tmp_path / "second")
+    assert f"LOCKED {store}" in life.wait() or "LOCKED" in life.output and str(os.getpid()) in life.output, life.output
+    training.train(2)
+    training.opt.ckpt.shutdown()
+    assert "LOCKED" not in nursery.start(script, tmp_path / "second").wait()
+
+
+def test_a_second_run_in_the_same_process_gets_it_too(store):
+    Training(store).train(1)
+    with pytest.raises(fxckpt.StoreLocked):
+        Training(store)
+
+
+def test_a_fork_in_the_middle_trains_on_plainly_and_leaves_the_parent_alone(store, nursery, tmp_path):
+    script = tmp_path / "forks.py"
+    script.write_text("""
+from helpers import *
+import os, sys
+torch.manual_seed(0)
+m = mlp()
+opt = fxckpt.compile_step(torch.optim.AdamW(m.parameters()), "d", model=m, every=1, update="native", keep=20)
+def train(steps):
+    for _ in range(steps):
+        m(torch.randn(4, 8)).sum().backward(); opt.step(); opt.zero_grad()
+train(3)
+child = os.fork()
+train(3)
+if child == 0:
+    opt.ckpt.flush(); opt.ckpt.end_step(); opt.ckpt.statistics()
+    try:
+        opt.ckpt.save("child")
+    except fxckpt.SetupError as error:
+        print("CHILD", digest(m, opt), error, flush=True)
+    sys.exit(7)  # an ordinary exit, with its exit handlers
+else:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    opt.ckpt.flush()
+    assert opt.ckpt.statistics()["last_committed_step"] == 6
+    print("PARENT", digest(m, opt), flush=True)
+""")
+    life = nursery.start(script, tmp_path / "forks", whole_exit=True)
+    output = life.wait(60)
+    words = {line.split()[0]: line.split()[1] for line in output.splitlines() if line.startswith(("CHILD", "PARENT"))}
+    assert life.returncode == 0 and words["CHILD"] == words["PARENT"], output
+    directory = tmp_path / "forks" / "d"
+    assert [found.record.step for found in candidates(directory)] == [6, 5, 4, 3, 2, 1]
+    assert not (directory / "named").exists() or not any((directory / "named").iterdir())
+    for found in candidates(directory):
+        Reader(found.path).verify()
+
+
+# ---- exceptions and signals ----
+
+
+class Explodes(torch.optim.SGD):
+    """Its own step fails when told to; it cannot be traced, so it runs whole."""
+
+    armed = False
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.sub_(p.grad, alpha=group["lr"])
+                if self.armed:
+                    raise RuntimeError("boom")
+
+
+def test_a_forked_child_can_let_go_of_the_optimizer_while_the_parent_writes(nursery, tmp_path):
+    script = tmp_path / "forks.py"
+    script.write_text("""
+from helpers import *
+import gc, os, sys
+from fxckpt.engine import io
+m = mlp()
+opt = fxckpt.compile_step(torch.optim.AdamW(m.parameters()), "d", model=m, every=1, update="native")
+io.delay("fdatasync", 300_000)
+m(torch.randn(4, 8)).sum().backward(); opt.step()
+if os.fork() == 0:
+    m(torch.randn(4, 8)).sum().backward(); opt.step()  # it does not wait for the parent's copies either
+    del opt
+    gc.collect()
+    sys.exit(0)
+assert os.wait()[1] == 0
+opt.ckpt.flush()
+""")
+    life = nursery.start(script, tmp_path / "forks", whole_exit=True)
+    output = life.wait(30)
+    assert life.returncode == 0, output
+    assert fxckpt.latest(tmp_path / "forks" / "d").step == 1
+
+
+def test_an_exception_inside_a_step_drops_its_checkpoint_and_nothing_hangs(store):
+    torch.manual_seed(0)
+    model = mlp()
+    opt = Explodes(model.parameters(), lr=0.1)
+    fxckpt.compile_step(opt, store, model=model, every=1, keep=20, update="native")
+
+    def step():
+        model(torch.randn(4, 8)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    step()
+    opt.armed = True
+    with pytest.raises(RuntimeError, match="boom"):
+        step()
+    opt.armed = False
+    opt.zero_grad()
+    step()
+    opt.ckpt.flush()
+    assert [found.record.step for found in candidates(store)] == [3, 2, 1]
+    assert opt.ckpt.statistics()["steps"] == 3
+
+
+def test_an_exception_while_layers_are_handed_over_drops_the_checkpoint(store):
+    calls = []
+
+    def on_layer(name, step, tensors):
+        calls.append(name)
+        if step == 2 and len(calls) == 3:
+            raise RuntimeError("boom")
+
+    training = Training(store, on_layer=on_layer).train(1)
+    with pytest.raises(RuntimeError, match="boom"):
+        training.train()
+    training.opt.zero_grad()
+    calls.clear()
+    training.train(2)
+    training.opt.ckpt.flush()
+    assert 2 not in [found.record.step for found in candidates(store) if found.record.generation < 2]
+    assert all_good(store, training)[0] == training.found["steps"]
+
+
+def test_ctrl_c_while_a_step_waits_for_a_slow_disk_comes_through_and_training_can_go_on(store):
+    training = Training(store, max_async=1, keep=20).train(1)
+    training.opt.ckpt.flush()
+    io.delay("fdatasync", 1_500_000)
+    training.train()
+    before = snapshot(training.model, training.opt)
+    threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    assert time.monotonic() - began < 1.2, "it came only when the disk was done"
+    assert differences(snapshot(training.model, training.opt), before) == [], "the interrupted step was half done"
+    io.delay("fdatasync", 0)
+    training.opt.zero_grad()
+    training.train(2)
+    training.opt.ckpt.flush()
+    assert all_good(store, training)[0] == training.found["steps"]
+
+
+@pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError('after the loop')"])
+def test_an_exit_without_flush_commits_the_last_step(end, nursery, tmp_path):
+    script = tmp_path / "exits.py"
+    script.write_text(f"""
+from helpers import *
+import sys
+m = mlp()
+opt = fxckpt.compile_step(torch.optim.AdamW(m.parameters()), "d", model=m, every=1, update="native")
+for _ in range(4):
+    m(torch.randn(4, 8)).sum().backward(); opt.step(); opt.zero_grad()
+opt.ckpt.end_step()
+{end}
+""")
+    life = nursery.start(script, tmp_path / "exits", whole_exit=True)
+    output = life.wait()
+    assert life.returncode == (3 if "exit" in end else 1 if end else 0), output
+    assert fxckpt.latest(tmp_path / "exits" / "d").step == 4
+
+
+INTERRUPTED = """
+from helpers import *
+import os, signal, sys
+torch.manual_seed(0); random.seed(0); np.random.seed(0)
+m = mlp()
+optimizer = torch.optim.AdamW(m.parameters(), lr=1e-2)
+s = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+opt = fxckpt.compile_step(optimizer, "d", model=m, every=1, update="native", extra={{"s": s}})
+start = fxckpt.load().step
+for step in {steps}:
+    loss = m(torch.randn(4, 8)).square().mean()
+    loss.backward()
+    opt.step()
+    if step == 5 and "STOP" in os.environ:
+        {stop}
+    opt.zero_grad()
+    s.step()
+    report(step, loss)
+opt.ckpt.flush()
+finish(m, optimizer, s)
+"""
+
+
+@pytest.mark.parametrize("steps", ["range(start, 10)", "fxckpt.steps(10)"])
+@pytest.mark.parametrize("stop", ["raise ValueError", "os.kill(os.getpid(), signal.SIGINT)"])
+def test_dying_between_step_and_scheduler_does_not_commit_half_a_step(steps, stop, nursery, tmp_path):
+    """An error or Ctrl-C, then the same command again: the same bits as if nothing had happened."""
+    script = tmp_path / "train.py"
+    script.write_text(INTERRUPTED.format(steps=steps, stop=stop))
+    whole = nursery.start(script, tmp_path / "whole").succeed()
+    stopped = nursery.start(script, tmp_path / "stopped", whole_exit=True, STOP="1")
+    output = stopped.wait()
+    assert stopped.returncode not in (None, 0) and "LOSS 4" in output and "LOSS 5" not in output, output
+    again = nursery.start(script, tmp_path / "stopped").succeed()
+    assert again.keys() - whole.keys() == set() and "LOSS 4" not in again, again
+    assert {key: whole[key] for key in again} == again
+
+
+# ---- the handle ----
+
+
+def test_shutdown_is_idempotent_and_training_goes_on_without_checkpoints(store):
+    training = Training(store).train(2)
+    for _ in range(3):
+        training.opt.ckpt.shutdown()
+    training.train(2)
+    training.opt.ckpt.flush()
+    assert all_good(store, training)[0] == 2 and training.found["last_committed_step"] == 2
+    with pytest.raises(fxckpt.SetupError, match="shut down"):
+        training.opt.ckpt.save()
+    Training(store, seed=1)  # the lock is free
+
+
+def test_an_optimizer_can_be_taken_again_after_shutdown_but_not_before(store, tmp_path):
+    training = Training(store).train(1)
+    with pytest.raises(fxckpt.SetupError, match="shutdown"):
+        fxckpt.compile_step(training.opt, tmp_path / "other")
+    training.opt.ckpt.shutdown()
+    fxckpt.compile_step(training.opt, tmp_path / "other", model=training.model, every=1, update="native")
+    training.train(1)
+    training.opt.ckpt.flush()
+    assert fxckpt.latest(tmp_path / "other").step == 1 and fxckpt.latest(store).step == 1
+
+
+def test_named_saves_are_kept_and_can_be_made_again(store):
+    training = Training(store, keep=1).train(2)
+    training.opt.ckpt.save("two")
+    training.train(6)
+    training.opt.ckpt.save("eight")
+    training.train(2)
+    training.opt.ckpt.flush()
+    for name, step in (("two", 2), ("eight", 8)):
+        found = fxckpt.load(store, model=(model := mlp()), name=name)
+        assert found.step == step and found.path == store / "named" / name
+        assert differences(snapshot(model), snapshot_of_model(training.reference[step])) == []
+    assert [each.name for each in fxckpt.checkpoints(store)].count(None) == 1
+
+
+def snapshot_of_model(reference: dict) -> dict:
+    return {key: t for key, t in reference.items() if "/" not in key}
+
+
+def test_a_name_that_is_taken_or_no_name_raises_and_leaves_what_is_there(store):
+    training = Training(store).train(1)
+    training.opt.ckpt.save("best")
+    training.train(1)
+    with pytest.raises(fxckpt.FxckptError, match="best"):
+        training.opt.ckpt.save("best")
+    for bad in ("../out", "a/b", "", ".hidden", "x" * 300):
+        with pytest.raises(fxckpt.FxckptError):
+            training.opt.ckpt.save(bad)
+    assert fxckpt.load(store, model=mlp(), name="best").step == 1
+    training.train(1)
+    training.opt.ckpt.flush()
+    assert training.found["last_committed_step"] == 3
+
+
+def test_save_takes_the_state_as_it_is_now(store):
+    training = Training(store, every=100).train(3)
+    with torch.no_grad():
+        training.model[0].weight.zero_()
+    training.opt.ckpt.save()
+    found = fxckpt.latest(store)
+    assert found.step == 3
+    assert differences(stored(found.path), snapshot(training.model, training.opt)) == []
+
+
+def test_save_before_the_first_step(store):
+    training = Training(store)
+    training.opt.ckpt.save("start")
+    training.train(2)
+    training.opt.ckpt.flush()
+    assert fxckpt.load(name="start").step == 0
+    assert training.opt.state == {} or len(training.opt.state) == 0
+    training.train(1)
+    training.opt.ckpt.flush()
+
+
+def test_on_layer_gets_copies_that_it_may_keep(store):
+    kept = []
+    training = Training(store, on_layer=lambda name, step, tensors: kept.append((name, step, tensors)), every=2).train(4)
+    training.opt.ckpt.flush()
+    assert [(name, step) for name, step, _ in kept] == [("3", 2), ("0", 2), ("3", 4), ("0", 4)]
+    for name, step, tensors in kept:
+        assert set(tensors) == {f"{key}{name}.{what}" for key in ("", "exp_avg/", "exp_avg_sq/") for what in ("weight", "bias")}
+        assert all(torch.equal(t, training.reference[step][key]) for key, t in tensors.items())
+        assert not any(t.requires_grad for t in tensors.values())
+
+
+def test_disabled_by_the_environment_is_plain_pytorch(store, monkeypatch, caplog):
+    monkeypatch.setenv("FXCKPT_DISABLE", "1")
+    training = Training(store).train(3)
+    assert fxckpt.load().step == 0 and "FXCKPT_DISABLE" in caplog.text
+    training.opt.ckpt.flush()
+    training.opt.ckpt.end_step()
+    assert [step for step in fxckpt.steps(2)] == [0, 1]
+    training.opt.ckpt.shutdown()
+    assert not store.exists()
+    torch.manual_seed(0)
+    model = mlp()
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        model(torch.randn(4, 8)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    assert differences(snapshot(model, opt), snapshot(training.model, training.opt)) == []
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"every": 0}, "every"), ({"every": "often"}, "every"), ({"keep": 0}, "keep"), ({"max_async": 0}, "max_async"),
+    ({"update": "jit"}, "update"), ({"on_error": "ignore"}, "on_error"), ({"preset": "fast"}, "preset"),
+    ({"layer": "row"}, "layer"), ({"staging_mb": -1}, "staging_mb"), ({"extra": {"x": 3}}, r"extra\['x'\]")])
+def test_wrong_options_raise_at_once_and_leave_the_optimizer_and_the_disk_alone(options, says, store):
+    opt = torch.optim.SGD(mlp().parameters(), lr=0.1)
+    with pytest.raises(fxckpt.SetupError, match=says):
+        fxckpt.compile_step(opt, store, **options)
+    assert type(opt) is torch.optim.SGD
+    assert not store.exists() or committed(store) == []
+    fxckpt.compile_step(opt, store)  # nothing is in the way
+
+
+def test_what_cannot_be_checkpointed_raises_at_once(store):
+    sparse = nn.Parameter(torch.sparse_coo_tensor(torch.tensor([[0], [1]]), torch.ones(1), (2, 2), check_invariants=True))
+    with pytest.raises(fxckpt.SetupError, match="sparse"):
+        fxckpt.compile_step(torch.optim.SGD([sparse], lr=0.1), store)
+    for opt in ([], [mlp()], "adam"):
+        with pytest.raises(fxckpt.SetupError):
+            fxckpt.compile_step(opt, store)
+    shared = nn.Parameter(torch.zeros(2))
+    with pytest.raises(fxckpt.SetupError, match="two optimizers"):
+        fxckpt.compile_step([torch.optim.SGD([shared], lr=0.1), torch.optim.SGD([shared], lr=0.1)], store)

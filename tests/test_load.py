@@ -1,0 +1,576 @@
+"""The contract of ``fxckpt.load``, row by row, and of ``checkpoints`` and ``latest``."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, OrderedDict, deque
+
+import pytest
+import torch
+from helpers import GPT, Loader, committed, conv, differences, digest, eager, mlp, snapshot, stored
+from torch import nn
+from torch.nn import functional as F
+
+import fxckpt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Training:
+    """A small training over a store; ``reference`` keeps all state after each step, ``losses`` the losses."""
+
+    def __init__(self, directory, *, make=mlp, loader=None, forward=None, optimizer=torch.optim.AdamW, seed=0, **options):
+        torch.manual_seed(seed)
+        self.model, self.loader = make(), loader or Loader.of(8)
+        self.forward = self.model if forward is None else forward(self.model)
+        self.opt = optimizer(self.model.parameters(), lr=1e-2)
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.opt, 0.9)
+        options = {"every": 1, "keep": 20, "update": "native", **options}
+        options.setdefault("extra", {"s": self.scheduler, "data": self.loader})
+        fxckpt.compile_step(self.opt, directory, **{"model": self.model, **options})
+        self.reference: dict[int, dict] = {}
+        self.losses: list[str] = []
+
+    def train(self, steps: int) -> Training:
+        for _ in range(steps):
+            x, y = next(self.loader)
+            loss = F.cross_entropy(self.forward(x), y)
+            loss.backward()
+            self.opt.step()
+            self.losses.append(loss.item().hex())
+            self.reference[self.opt.ckpt.statistics()["steps"]] = snapshot(self.model, self.opt)
+            self.opt.zero_grad()
+            self.scheduler.step()
+        return self
+
+    def end(self) -> Training:
+        self.opt.ckpt.shutdown()
+        return self
+
+    def now(self) -> dict[str, torch.Tensor]:
+        return snapshot(self.model, self.opt)
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "d"
+
+
+# ---- into a live run ----
+
+
+def test_no_checkpoint_yet_is_step_0_and_a_log_line(store, caplog):
+    training = Training(store)
+    before = digest(training.now())
+    with caplog.at_level(logging.INFO, "fxckpt"):
+        restored = fxckpt.load()
+    assert (restored.step, restored.iteration, restored.updates, restored.path) == (0, 0, 0, None)
+    assert "fresh start" in caplog.text and digest(training.now()) == before
+
+
+def test_the_newest_is_loaded_in_place_before_the_first_forward(store):
+    first = Training(store).train(4).end()
+    again = Training(store, seed=9)
+    tensors = {name: t.data_ptr() for name, t in again.model.state_dict().items()}
+    restored = fxckpt.load()
+    assert (restored.step, restored.iteration, restored.updates, restored.path.name) == (4, 4, 4, "step-000000004")
+    assert restored.missing == restored.unexpected == restored.skipped == ()
+    assert set(restored.layers) >= {"0", "3"}
+    assert differences(again.now(), first.reference[4]) == []
+    assert {name: t.data_ptr() for name, t in again.model.state_dict().items()} == tensors
+    assert again.scheduler.state_dict() == first.scheduler.state_dict()
+    assert digest(again.loader) == digest(first.loader)
+
+
+@pytest.mark.parametrize(("make", "loader"), [(mlp, lambda: Loader.of(8)), (conv, lambda: Loader.of(3, 8, 8)),
+                                              (GPT, Loader.of_tokens)], ids=["mlp", "conv", "gpt"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Rprop])
+def test_loaded_state_is_the_same_bits_and_goes_on_to_the_same_bits(make, loader, optimizer, store):
+    first = Training(store, make=make, loader=loader(), optimizer=optimizer).train(3)
+    first.opt.ckpt.flush()
+    state = torch.get_rng_state()
+    first.train(3).end()
+    again = Training(store, make=make, loader=loader(), optimizer=optimizer, seed=9)
+    assert fxckpt.load(step=3).step == 3
+    assert torch.equal(torch.get_rng_state(), state)
+    assert differences(again.now(), first.reference[3]) == []
+    again.train(3)
+    assert again.losses == first.losses[3:] and differences(again.now(), first.now()) == []
+
+
+@pytest.mark.parametrize("wrapped", ["model", "forward"])
+def test_compiled_and_wrapped_models_have_the_names_of_the_plain_one(wrapped, store):
+    first = Training(store, model=None) if wrapped == "plain" else Training(store)
+    first.train(2).end()
+    again = Training(store, seed=9, forward=eager)
+    given = eager(again.model) if wrapped == "model" else again.forward
+    restored = fxckpt.load(model=given)
+    assert restored.step == 2 and restored.missing == restored.unexpected == ()
+    assert differences(again.now(), first.now()) == []
+    assert set(stored(restored.path)) == set(first.now())
+
+
+def test_by_step_and_by_name(store):
+    first = Training(store).train(2)
+    first.opt.ckpt.save("best")
+    first.train(3).end()
+    again = Training(store, seed=9)
+    for step in (1, 4, 2):
+        assert fxckpt.load(step=step).step == step
+        assert differences(again.now(), first.reference[step]) == []
+    restored = fxckpt.load(name="best")
+    assert (restored.step, restored.path.name) == (2, "best") and differences(again.now(), first.reference[2]) == []
+
+
+@pytest.mark.parametrize("asked", [{"step": 7}, {"name": "worst"}])
+def test_a_step_or_name_that_is_not_there_says_what_is(asked, store):
+    Training(store).train(2).end()
+    training = Training(store, seed=9)
+    before = digest(training.now())
+    with pytest.raises(fxckpt.NoCheckpoint, match=r"there is: 2, 1"):
+        fxckpt.load(**asked)
+    assert digest(training.now()) == before
+
+
+def test_a_step_asked_of_an_empty_store_raises(store):
+    Training(store)
+    with pytest.raises(fxckpt.NoCheckpoint):
+        fxckpt.load(step=1)
+
+
+def test_in_the_middle_of_training_goes_back_in_place(store):
+    training = Training(store).train(4)
+    training.opt.ckpt.flush()
+    assert fxckpt.load(step=2).step == 2
+    assert differences(training.now(), training.reference[2]) == []
+    assert training.opt.ckpt.statistics()["steps"] == 2
+    losses = training.losses[2:]
+    training.losses.clear()
+    training.train(2)
+    assert training.losses == losses
+    training.opt.ckpt.flush()
+
+
+def test_a_rollback_starts_a_lineage_that_the_next_life_follows(store):
+    training = Training(store, keep=3).train(5)
+    training.opt.ckpt.flush()
+    fxckpt.load(step=3)
+    with torch.no_grad():
+        training.opt.param_groups[0]["lr"] = 0.5  # from here on another history
+    training.train(1)
+    training.opt.ckpt.flush()
+    other = training.now()
+    training.end()
+    again = Training(store, keep=3, seed=9)
+    restored = fxckpt.load()
+    assert restored.step == 4 and differences(again.now(), other) == [], "not the step 5 of the abandoned history"
+
+
+def test_gradients_are_none_or_zero_as_they_were(store):
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)])
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    fxckpt.compile_step(opt, store, model=model, every=1, update="native")
+    (model[0](torch.ones(1, 3)) + model[1](torch.ones(1, 3))).sum().backward()
+    opt.step()
+    opt.zero_grad(set_to_none=False)
+    model[1].weight.grad = None
+    opt.ckpt.shutdown()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    fxckpt.load(store, model=model, optimizer=opt)
+    grads = {name: None if p.grad is None else p.grad.abs().sum().item() for name, p in model.named_parameters()}
+    assert grads == {"0.weight": 0, "0.bias": 0, "1.weight": None, "1.bias": 0, "2.weight": None, "2.bias": None}
+
+
+def test_state_tensors_keep_their_strides(store):
+    first = Training(store, make=conv, loader=Loader.of(3, 8, 8)).train(2).end()
+    again = Training(store, make=conv, loader=Loader.of(3, 8, 8), seed=9)
+    fxckpt.load()
+    for old, new in zip(first.model.parameters(), again.model.parameters()):
+        assert old.stride() == new.stride()
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert first.opt.state[old][key].stride() == again.opt.state[new][key].stride() == old.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.complex128])
+def test_every_type_of_parameter_comes_back(dtype, store):
+    def make(seed: int):
+        g = torch.Generator().manual_seed(seed)
+        model = nn.Module()
+        model.w = nn.Parameter(torch.randn(5, 7, generator=g, dtype=torch.float64).to(dtype))
+        model.v = nn.Parameter(torch.randn(3, 4, generator=g, dtype=torch.float64).to(dtype).t())
+        opt = torch.optim.Adam(model.parameters(), lr=1e-2)
+        fxckpt.compile_step(opt, store, model=model, every=1, update=None if dtype.is_complex else "native")
+        return model, opt
+
+    model, opt = make(0)
+    for _ in range(3):
+        (model.w.abs().square().sum() + model.v.abs().square().sum()).backward()
+        opt.step()
+        opt.zero_grad()
+    opt.ckpt.shutdown()
+    again, other = make(1)
+    assert fxckpt.load(optimizer=other).step == 3
+    assert differences(snapshot(again, other), snapshot(model, opt)) == []
+
+
+def test_param_groups_come_back_with_all_their_settings(store):
+    def make(lr, beta):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        opt = torch.optim.Adam([
+            {"params": model[0].parameters(), "lr": torch.tensor(lr), "note": "first", "schedule": (1, 2)},
+            {"params": model[1].parameters(), "betas": (beta, 0.99), "weight_decay": lr}], lr=lr, foreach=False)
+        fxckpt.compile_step(opt, store, model=model, every=1, update="native")
+        return model, opt
+
+    model, opt = make(0.25, 0.5)
+    model(torch.ones(1, 4)).sum().backward()
+    opt.step()
+    opt.param_groups[0]["lr"].fill_(0.125)
+    opt.ckpt.shutdown()
+    _, other = make(0.75, 0.9)
+    live = other.param_groups[0]["lr"]
+    fxckpt.load(optimizer=other)
+    groups = other.param_groups
+    assert groups[0]["lr"] is live and live.item() == 0.125 and groups[0]["schedule"] == (1, 2)
+    assert groups[1]["betas"] == (0.5, 0.99) and groups[1]["weight_decay"] == 0.25 and groups[1]["lr"] == 0.25
+    assert all(len(group["params"]) == 2 for group in groups)
+
+
+def test_extra_state_comes_back_with_its_types(store):
+    class Anything:
+        def __init__(self, value):
+            self.value = value
+
+        def state_dict(self):
+            return {"value": self.value}
+
+        def load_state_dict(self, state):
+            self.value = state["value"]
+
+    value = {"counter": Counter({3: 1, 9: 2}), 5: (1, [2.5, float("nan")], None), "deque": deque([1, 2], maxlen=4),
+             "ordered": OrderedDict(b=1, a=2), "set": {1, 2}, "bytes": b"\x00\xff", "big": 2**80,
+             "tensor": torch.arange(4).to(torch.bfloat16), "minus": -0.0, "size": torch.Size([1, 2]), "dtype": torch.float16}
+    held = Anything(value)
+    first = Training(store, extra={"anything": held}).train(1)
+    first.end()
+    other = Anything(None)
+    Training(store, extra={"anything": other}, seed=9)
+    fxckpt.load()
+    back = other.value
+    assert repr(back) == repr(value) and [type(v) for v in back.values()] == [type(v) for v in value.values()]
+    assert back["deque"].maxlen == 4 and str(back["minus"]) == "-0.0" and torch.equal(back["tensor"], value["tensor"])
+
+
+def test_what_cannot_be_kept_without_pickle_is_an_error_that_names_the_path(store):
+    class Loader2(Loader):
+        def state_dict(self):
+            return {"epochs": [{"callback": lambda: None}]}
+
+    training = Training(store, loader=Loader2(torch.randn(50, 8), torch.zeros(50, dtype=torch.int64)))
+    with pytest.raises(fxckpt.StateError, match=r"data/epochs/0/callback"):
+        training.train(1)
+    assert committed(store) == []
+
+
+def test_module_extra_state_and_buffers_that_are_not_persistent_come_back(store):
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 4)
+            self.calls = 0
+            self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+        def forward(self, x):
+            self.calls += 1
+            self.scratch.add_(1)
+            return super().forward(x)
+
+        def get_extra_state(self):
+            return {"calls": self.calls}
+
+        def set_extra_state(self, state):
+            self.calls = state["calls"]
+
+    first = Training(store, make=Counting)
+    for _ in range(3):
+        first.forward(torch.randn(2, 8)).sum().backward()
+        first.opt.step()
+        first.opt.zero_grad()
+    first.end()
+    again = Training(store, make=Counting, seed=9)
+    restored = fxckpt.load()
+    assert again.model.calls == 3 and again.model.scratch.tolist() == [3, 3, 3]
+    assert restored.missing == restored.unexpected == () and "scratch" not in stored(restored.path)
+
+
+# ---- what does not fit ----
+
+
+class Changed(nn.Sequential):
+    """The mlp with another last layer, and one more."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 5), nn.Linear(5, 4))
+
+
+def test_a_changed_model_is_an_error_that_lists_names_and_shapes_side_by_side(store):
+    Training(store).train(1).end()
+    training = Training(store, make=Changed)
+    before = digest(training.now()), torch.get_rng_state()
+    with pytest.raises(fxckpt.LayoutMismatch) as found:
+        fxckpt.load()
+    message = str(found.value)
+    assert "3.weight: checkpoint F32[4, 16], live F32[5, 16]" in message
+    assert "3.bias" in message and "4.weight: not in the checkpoint" in message and "0.weight" not in message
+    assert digest(training.now()) == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+def test_a_changed_model_without_strict_gets_what_fits_and_lists_the_rest(store):
+    first = Training(store).train(1).end()
+    model = Changed()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    restored = fxckpt.load(store, model=model, strict=False)
+    assert torch.equal(model[0].weight, first.model[0].weight) and torch.equal(model[0].bias, first.model[0].bias)
+    assert all(torch.equal(before[name], model.state_dict()[name]) for name in ("3.weight", "3.bias", "4.weight"))
+    assert set(restored.missing) == {"3.weight", "3.bias", "4.weight", "4.bias"}
+
+
+def test_a_smaller_model_lists_what_is_only_in_the_checkpoint(store):
+    first = Training(store, make=Changed).train(1).end()
+    model = nn.Sequential(nn.Linear(8, 16))
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"4\.weight: only in the checkpoint"):
+        fxckpt.load(store, model=model)
+    restored = fxckpt.load(store, model=model, strict=False)
+    assert {"3.weight", "3.bias", "4.weight", "4.bias"} <= set(restored.unexpected) and restored.missing == ()
+    assert torch.equal(model[0].weight, first.model[0].weight)
+
+
+@pytest.mark.parametrize("other", [
+    lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+    lambda params, lr: torch.optim.AdamW([{"params": [p]} for p in params], lr=lr)], ids=["class", "groups"])
+def test_another_optimizer_is_an_error(other, store):
+    Training(store).train(1).end()
+    training = Training(store, optimizer=other)
+    before = digest(training.now())
+    with pytest.raises(fxckpt.LayoutMismatch, match="optimizer"):
+        fxckpt.load()
+    assert digest(training.now()) == before
+
+
+def test_another_type_of_parameter_is_an_error(store):
+    Training(store).train(1).end()
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"checkpoint F32\[16, 8\], live BF16\[16, 8\]"):
+        fxckpt.load(store, model=mlp().to(torch.bfloat16))
+
+
+def test_extra_that_is_new_or_gone_is_an_error_unless_not_strict(store):
+    Training(store).train(2).end()
+    training = Training(store, seed=9, extra={"s": torch.optim.swa_utils.AveragedModel(mlp()), "new": Loader.of(8)})
+    with pytest.raises(fxckpt.LayoutMismatch) as found:
+        fxckpt.load()
+    assert "extra['new']: not in the checkpoint" in str(found.value) and "extra/data" in str(found.value)
+    training.end()
+    training = Training(store, seed=9, extra={"new": Loader.of(8)})
+    restored = fxckpt.load(strict=False)
+    assert "extra/new" in restored.missing and {"extra/data", "extra/s"} <= set(restored.unexpected)
+    assert restored.step == 2
+
+
+# ---- without a run ----
+
+
+def test_weights_alone_for_inference(store):
+    first = Training(store, make=GPT, loader=Loader.of_tokens()).train(3)
+    before = torch.get_rng_state()
+    first.end()
+    torch.manual_seed(5)
+    model, state = GPT(), torch.get_rng_state()
+    restored = fxckpt.load(store, model=model)
+    assert restored.step == 3 and torch.equal(torch.get_rng_state(), state) and not torch.equal(state, before)
+    assert digest(model) == digest(first.model)
+    assert model.head.weight is model.tokens.weight
+
+
+def test_weights_alone_into_a_compiled_model_while_the_trainer_trains(store):
+    first = Training(store, keep=2).train(3)
+    first.opt.ckpt.flush()
+    model = mlp()
+    assert fxckpt.load(store, model=eager(model)).step == 3
+    assert digest(model) == digest(first.model)
+    first.train(2)
+    first.opt.ckpt.flush()
+
+
+def test_into_a_plain_optimizer(store):
+    first = Training(store).train(3).end()
+    model = mlp()
+    opt = torch.optim.AdamW(model.parameters(), lr=0.7)
+    restored = fxckpt.load(store, model=model, optimizer=opt)
+    assert restored.step == 3 and opt.param_groups[0]["lr"] == first.opt.param_groups[0]["lr"]
+    assert differences(snapshot(model, opt), first.now()) == []
+
+
+def test_a_tied_model_and_an_untied_one(store):
+    Training(store, make=GPT, loader=Loader.of_tokens()).train(1).end()
+    untied = GPT()
+    untied.head.weight = nn.Parameter(torch.zeros_like(untied.head.weight))
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"head\.weight: not in the checkpoint"):
+        fxckpt.load(store, model=untied)
+
+
+def test_a_directory_that_is_not_a_store_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(fxckpt.NotAStore):
+        fxckpt.load(tmp_path / "other", model=mlp())
+    with pytest.raises(fxckpt.NotAStore):
+        fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), tmp_path / "other")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["notes.txt"]
+
+
+def test_a_directory_without_checkpoints_given_by_name_is_step_0(tmp_path):
+    assert fxckpt.load(tmp_path / "nothing here", model=mlp()).step == 0
+    assert not (tmp_path / "nothing here").exists()
+
+
+def test_without_a_run_it_says_what_to_do(store):
+    with pytest.raises(fxckpt.SetupError, match="compile_step"):
+        fxckpt.load()
+    Training(store).train(1).end()
+
+
+def test_with_several_runs_it_raises_and_lists_them(tmp_path):
+    first, second = Training(tmp_path / "one"), Training(tmp_path / "two", optimizer=torch.optim.SGD)
+    with pytest.raises(fxckpt.SetupError, match=r"(?s)2 runs.*one.*AdamW.*two.*SGD"):
+        fxckpt.load()
+    first.train(2)
+    first.opt.ckpt.flush()
+    assert fxckpt.load(optimizer=first.opt).step == 2
+    assert fxckpt.load(optimizer=second.opt).step == 0
+    assert fxckpt.load(tmp_path / "one").step == 2
+
+
+def test_a_run_that_was_shut_down_is_not_in_the_way_of_the_next(tmp_path):
+    first = Training(tmp_path / "one").train(1).end()
+    second = Training(tmp_path / "two")
+    assert fxckpt.load().step == 0
+    second.train(1).end()
+    assert first.opt.ckpt is not second.opt.ckpt
+
+
+# ---- starting over ----
+
+
+def test_checkpointing_into_a_store_that_was_not_loaded_is_an_error_that_says_what_to_do(store):
+    Training(store).train(2).end()
+    training = Training(store, seed=9)
+    with pytest.raises(fxckpt.StoreNotLoaded, match=r"load.*fresh=True"):
+        training.train(1)
+    assert sorted(committed(store)) == ["step-000000001", "step-000000002"]
+
+
+def test_fresh_starts_over_and_the_old_ones_go_as_new_ones_come(store):
+    Training(store).train(5).end()
+    training = Training(store, seed=9, fresh=True, keep=2).train(1)
+    training.opt.ckpt.flush()
+    again = fxckpt.latest(store)
+    assert again.step == 1 and differences(stored(again.path), training.reference[1]) == []
+    training.train(3).end()
+    assert fxckpt.load(store, model=mlp()).step == 4
+
+
+def test_loading_and_then_training_needs_no_fresh(store):
+    Training(store).train(2).end()
+    training = Training(store, seed=9)
+    fxckpt.load()
+    training.train(2).end()
+    assert fxckpt.latest(store).step == 4
+
+
+# ---- listing ----
+
+
+def test_checkpoints_lists_every_layer_with_where_and_what_it_is(store):
+    began = time.time()
+    training = Training(store, make=conv, loader=Loader.of(3, 8, 8)).train(3)
+    training.opt.ckpt.save("best")
+    training.end()
+    found = fxckpt.checkpoints(store)
+    assert [(each.step, each.name) for each in found] == [(1, None), (2, None), (3, None), (3, "best")]
+    assert [each.generation for each in found] == sorted({each.generation for each in found})
+    last = found[-1]
+    layers = {layer.name: layer for layer in last.layers}
+    assert sum(layer.parameters for layer in last.layers) == sum(p.numel() for p in training.model.parameters())
+    head = layers["7"]
+    at = {key: i for i, key in enumerate(head.keys)}
+    assert head.shapes[at["7.weight"]] == (4, 32) and head.dtypes[at["7.weight"]] == "F32"
+    assert {"7.weight", "7.bias", "exp_avg/7.weight", "exp_avg_sq/7.bias", "step/7.weight"} <= set(head.keys)
+    assert (head.step, head.checkpoint_id, head.parameters) == (3, last.generation, 4 * 32 + 4)
+    assert began < head.timestamp <= time.time() and began < last.time <= time.time()
+    for each in last.layers:
+        raw = (last.path / each.files[0]).read_bytes()
+        assert 0 < each.offset < len(raw)
+    keys = [key for layer in last.layers for key in layer.keys]
+    assert len(keys) == len(set(keys)) and set(keys) == set(training.now())
+    assert last.nbytes == sum(p.stat().st_size for p in last.path.glob("*.safetensors"))
+
+
+def test_latest_verifies_and_can_be_told_not_to(store):
+    assert fxckpt.latest(store) is None and fxckpt.checkpoints(store) == []
+    Training(store).train(2).end()
+    file = store / "step-000000002" / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert (fxckpt.latest(store).step, fxckpt.latest(store, verify=False).step) == (1, 2)
+
+
+# ---- the loop of fxckpt.steps ----
+
+
+def test_steps_starts_at_the_loaded_iteration_and_counts_turns(store):
+    def loop(training: Training, n: int, stop: int) -> list[int]:
+        turns = []
+        for step in fxckpt.steps(n):
+            turns.append(step)
+            x, y = next(training.loader)
+            F.cross_entropy(training.forward(x), y).backward()
+            if step % 2:
+                training.opt.step()
+                training.opt.zero_grad()
+            if step == stop:
+                break
+        return turns
+
+    first = Training(store)
+    assert loop(first, 10, 5) == [0, 1, 2, 3, 4, 5]
+    first.end()
+    again = Training(store, seed=9)
+    restored = fxckpt.load()
+    assert (restored.step, restored.updates, restored.iteration) == (3, 3, 6)
+    assert loop(again, 10, 99) == [6, 7, 8, 9] and loop(again, 10, 99) == []
+    again.opt.ckpt.flush()
+
+
+def test_a_turn_that_raises_before_its_update_is_not_counted(store):
+    training = Training(store)
+    with pytest.raises(ZeroDivisionError):
+        for step in fxckpt.steps(10):
+            if step == 3:
+                1 / 0
+            training.train(1)
+    training.opt.ckpt.save("crash")
+    again = Training(store, seed=9) if training.end() else None
+    assert fxckpt.load(name="crash").iteration == 3 and list(zip(range(1), fxckpt.steps(10))) == [(0, 3)]
+    again.end()
+
+
+def test_two_steps_in_a_turn_leave_one_checkpoint_of_its_end(store):
+    training = Training(store)
+    for _ in fxckpt.steps(3):
+        training.train(2)
+    training.opt.ckpt.flush()
+    assert [each.step for each in fxckpt.checkpoints(store)] == [2, 4, 6]
+    for each in fxckpt.checkpoints(store):
+        assert differences(stored(each.path), training.reference[each.step]) == []
