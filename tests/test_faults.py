@@ -82,7 +82,7 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
     total = calls_of_some_checkpoints(tmp_path / "count")
     assert total > 60
     failures = 0
-    for nth in range(random.SystemRandom().randint(1, 4), total + 1, 4):
+    for nth in range(random.SystemRandom().randint(1, 5), total + 1, 5):
         training, store = Training(tmp_path / f"{nth}"), tmp_path / f"{nth}"
         caplog.clear()
         io.fail(nth, error)
@@ -106,7 +106,7 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
         training.opt.ckpt.flush()
         assert all_good(store, training)[0] == 5, f"call {nth}: the next checkpoint did not recover"
         training.opt.ckpt.shutdown()
-    assert failures > 10
+    assert failures > 7
 
 
 @pytest.mark.parametrize(("op", "name"), [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"),
@@ -114,6 +114,9 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
 def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, store, caplog):
     training = Training(store).train(3)
     training.opt.ckpt.flush()
+    saver = training.opt.ckpt._run.saver
+    while saver._ready is None:  # the next slot's own calls are not the ones to fail
+        time.sleep(0.001)
     io.fail(1, errno.EIO, op)
     training.train()
     with pytest.raises((fxckpt.SaveFailed, OSError)) as raised:
