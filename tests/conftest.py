@@ -23,7 +23,7 @@ def inductor_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def _nursery(inductor_cache):
-    from helpers import Nursery
+    from lives import Nursery
 
     made = Nursery(inductor_cache)
     yield made
@@ -32,7 +32,7 @@ def _nursery(inductor_cache):
 
 @pytest.fixture
 def nursery(_nursery):
-    """Starts scripts in processes of their own, quickly; see helpers.Nursery."""
+    """Starts scripts in processes of their own, quickly; see lives.Nursery."""
     yield _nursery
     _nursery.end_lives()
 

@@ -307,7 +307,7 @@ def test_the_bad_one_is_given_up_first_and_the_one_that_was_loaded_is_kept(store
     opt.step()
     assert (store / OLDER).is_dir()  # begun, not committed
     opt.ckpt.flush()
-    assert [found.record.step for found in candidates(store) if not isinstance(found, Exception)][0] == 4
+    assert next(found.record.step for found in candidates(store) if not isinstance(found, Exception)) == 4
     opt.ckpt.shutdown()
     assert load_into_new(store)[0].step == 4
 

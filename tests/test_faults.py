@@ -14,8 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import committed, differences, mlp, snapshot, stored, until
-from torch import nn
+from helpers import Training, all_good, differences, mlp, snapshot, until
 
 import fxckpt
 from fxckpt.engine import io
@@ -24,49 +23,16 @@ from fxckpt.store.reader import Reader, candidates
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Training:
-    """Trains an mlp on noise; ``reference`` keeps all state after each step."""
-
-    def __init__(self, directory, seed: int = 0, **options):
-        torch.manual_seed(seed)
-        self.model = mlp()
-        self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        fxckpt.compile_step(self.opt, directory, model=self.model, **{"every": 1, "update": "native", **options})
-        self.reference = {}
-
-    @property
-    def found(self) -> dict:
-        return self.opt.ckpt.statistics()
-
-    def train(self, steps: int = 1):
-        for _ in range(steps):
-            self.model(torch.randn(4, 8)).square().mean().backward()
-            self.opt.step()
-            self.opt.zero_grad()
-            self.reference[self.found["steps"]] = snapshot(self.model, self.opt)
-        return self
-
-
 @pytest.fixture
 def store(tmp_path):
     return tmp_path / "d"
-
-
-def all_good(store, training: Training) -> list[int]:
-    """Every complete checkpoint verifies and is exactly its step; returns their steps, newest first."""
-    found = candidates(store)
-    for each in found:
-        assert not isinstance(each, Exception), each
-        Reader(each.path).verify()
-        assert differences(stored(each.path), training.reference[each.record.step]) == [], each.record.step
-    return [each.record.step for each in found]
 
 
 # ---- the n-th call fails ----
 
 
 def calls_of_some_checkpoints(store) -> int:
-    training = Training(store)
+    training = Training(store, keep=2)
     io.fail(10**9, 0)  # counts from the first use of an instrument
     before = io.calls()
     training.train(4)
@@ -82,8 +48,8 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
     total = calls_of_some_checkpoints(tmp_path / "count")
     assert total > 60
     failures = 0
-    for nth in range(random.SystemRandom().randint(1, 5), total + 1, 5):
-        training, store = Training(tmp_path / f"{nth}"), tmp_path / f"{nth}"
+    for nth in range(random.SystemRandom().randint(1, 7), total + 1, 7):
+        training, store = Training(tmp_path / f"{nth}", keep=2), tmp_path / f"{nth}"
         caplog.clear()
         io.fail(nth, error)
         training.train(4)
@@ -106,7 +72,7 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
         training.opt.ckpt.flush()
         assert all_good(store, training)[0] == 5, f"call {nth}: the next checkpoint did not recover"
         training.opt.ckpt.shutdown()
-    assert failures > 7
+    assert failures > 5
 
 
 @pytest.mark.parametrize(("op", "name"), [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"),
@@ -131,6 +97,7 @@ def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, st
         assert f"offset {error.offset}" in str(error)
     assert [r for r in caplog.records if "step 4 failed" in r.getMessage() and str(error) in r.getMessage()], caplog.text
     assert (training.found["checkpoints_failed"], training.found["last_error"]) == (1, str(error))
+    assert [p.suffix for p in store.iterdir()].count(".bad") == 1, "its blocks are in doubt, but it may be used again"
 
 
 def test_a_full_disk_fails_each_checkpoint_and_recovers_when_there_is_room(store):
@@ -142,6 +109,7 @@ def test_a_full_disk_fails_each_checkpoint_and_recovers_when_there_is_room(store
         with pytest.raises(fxckpt.SaveFailed):
             training.opt.ckpt.flush()
     assert all_good(store, training) == [2, 1] and training.found["checkpoints_failed"] == 3
+    assert not [p for p in store.iterdir() if p.suffix == ".bad"]
     training.train()
     training.opt.ckpt.flush()
     assert all_good(store, training)[0] == 6
@@ -153,7 +121,7 @@ def test_on_error_raise_stops_at_the_next_step(store):
     io.fail(1, errno.EIO, "pwrite")
     training.train()
     training.opt.ckpt.end_step()
-    until(lambda: training.found["checkpoints_failed"])
+    until(lambda: training.found["checkpoints_failed"], timeout=20)
     steps, before = training.found["steps"], snapshot(training.model, training.opt)
     with pytest.raises(fxckpt.SaveFailed, match="Input/output"):
         training.train()
@@ -218,7 +186,8 @@ except fxckpt.StoreLocked as error:
     print("LOCKED", error)
 """)
     life = nursery.start(script, tmp_path / "second")
-    assert f"LOCKED {store}" in life.wait() or "LOCKED" in life.output and str(os.getpid()) in life.output, life.output
+    output = life.wait()
+    assert "LOCKED" in output and str(store) in output and str(os.getpid()) in output, output
     training.train(2)
     training.opt.ckpt.shutdown()
     assert "LOCKED" not in nursery.start(script, tmp_path / "second").wait()
@@ -427,138 +396,3 @@ def test_dying_between_step_and_scheduler_does_not_commit_half_a_step(steps, sto
     again = nursery.start(script, tmp_path / "stopped").succeed()
     assert again.keys() - whole.keys() == set() and "LOSS 4" not in again, again
     assert {key: whole[key] for key in again} == again
-
-
-# ---- the handle ----
-
-
-def test_shutdown_is_idempotent_and_training_goes_on_without_checkpoints(store):
-    training = Training(store).train(2)
-    for _ in range(3):
-        training.opt.ckpt.shutdown()
-    training.train(2)
-    training.opt.ckpt.flush()
-    assert all_good(store, training)[0] == 2 and training.found["last_committed_step"] == 2
-    with pytest.raises(fxckpt.SetupError, match="shut down"):
-        training.opt.ckpt.save()
-    Training(store, seed=1)  # the lock is free
-
-
-def test_an_optimizer_can_be_taken_again_after_shutdown_but_not_before(store, tmp_path):
-    training = Training(store).train(1)
-    with pytest.raises(fxckpt.SetupError, match="shutdown"):
-        fxckpt.compile_step(training.opt, tmp_path / "other")
-    training.opt.ckpt.shutdown()
-    fxckpt.compile_step(training.opt, tmp_path / "other", model=training.model, every=1, update="native")
-    training.train(1)
-    training.opt.ckpt.flush()
-    assert fxckpt.latest(tmp_path / "other").step == 1 and fxckpt.latest(store).step == 1
-
-
-def test_named_saves_are_kept_and_can_be_made_again(store):
-    training = Training(store, keep=1).train(2)
-    training.opt.ckpt.save("two")
-    training.train(6)
-    training.opt.ckpt.save("eight")
-    training.train(2)
-    training.opt.ckpt.flush()
-    for name, step in (("two", 2), ("eight", 8)):
-        found = fxckpt.load(store, model=(model := mlp()), name=name)
-        assert found.step == step and found.path == store / "named" / name
-        assert differences(snapshot(model), snapshot_of_model(training.reference[step])) == []
-    assert [each.name for each in fxckpt.checkpoints(store)].count(None) == 1
-
-
-def snapshot_of_model(reference: dict) -> dict:
-    return {key: t for key, t in reference.items() if "/" not in key}
-
-
-def test_a_name_that_is_taken_or_no_name_raises_and_leaves_what_is_there(store):
-    training = Training(store).train(1)
-    training.opt.ckpt.save("best")
-    training.train(1)
-    with pytest.raises(fxckpt.FxckptError, match="best"):
-        training.opt.ckpt.save("best")
-    for bad in ("../out", "a/b", "", ".hidden", "x" * 300):
-        with pytest.raises(fxckpt.FxckptError):
-            training.opt.ckpt.save(bad)
-    assert fxckpt.load(store, model=mlp(), name="best").step == 1
-    training.train(1)
-    training.opt.ckpt.flush()
-    assert training.found["last_committed_step"] == 3
-
-
-def test_save_takes_the_state_as_it_is_now(store):
-    training = Training(store, every=100).train(3)
-    with torch.no_grad():
-        training.model[0].weight.zero_()
-    training.opt.ckpt.save()
-    found = fxckpt.latest(store)
-    assert found.step == 3
-    assert differences(stored(found.path), snapshot(training.model, training.opt)) == []
-
-
-def test_save_before_the_first_step(store):
-    training = Training(store)
-    training.opt.ckpt.save("start")
-    training.train(2)
-    training.opt.ckpt.flush()
-    assert fxckpt.load(name="start").step == 0
-    assert training.opt.state == {} or len(training.opt.state) == 0
-    training.train(1)
-    training.opt.ckpt.flush()
-
-
-def test_on_layer_gets_copies_that_it_may_keep(store):
-    kept = []
-    training = Training(store, on_layer=lambda name, step, tensors: kept.append((name, step, tensors)), every=2).train(4)
-    training.opt.ckpt.flush()
-    assert [(name, step) for name, step, _ in kept] == [("3", 2), ("0", 2), ("3", 4), ("0", 4)]
-    for name, step, tensors in kept:
-        assert set(tensors) == {f"{key}{name}.{what}" for key in ("", "exp_avg/", "exp_avg_sq/") for what in ("weight", "bias")}
-        assert all(torch.equal(t, training.reference[step][key]) for key, t in tensors.items())
-        assert not any(t.requires_grad for t in tensors.values())
-
-
-def test_disabled_by_the_environment_is_plain_pytorch(store, monkeypatch, caplog):
-    monkeypatch.setenv("FXCKPT_DISABLE", "1")
-    training = Training(store).train(3)
-    assert fxckpt.load().step == 0 and "FXCKPT_DISABLE" in caplog.text
-    training.opt.ckpt.flush()
-    training.opt.ckpt.end_step()
-    assert [step for step in fxckpt.steps(2)] == [0, 1]
-    training.opt.ckpt.shutdown()
-    assert not store.exists()
-    torch.manual_seed(0)
-    model = mlp()
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(3):
-        model(torch.randn(4, 8)).square().mean().backward()
-        opt.step()
-        opt.zero_grad()
-    assert differences(snapshot(model, opt), snapshot(training.model, training.opt)) == []
-
-
-@pytest.mark.parametrize(("options", "says"), [
-    ({"every": 0}, "every"), ({"every": "often"}, "every"), ({"keep": 0}, "keep"), ({"max_async": 0}, "max_async"),
-    ({"update": "jit"}, "update"), ({"on_error": "ignore"}, "on_error"), ({"preset": "fast"}, "preset"),
-    ({"layer": "row"}, "layer"), ({"staging_mb": -1}, "staging_mb"), ({"extra": {"x": 3}}, r"extra\['x'\]")])
-def test_wrong_options_raise_at_once_and_leave_the_optimizer_and_the_disk_alone(options, says, store):
-    opt = torch.optim.SGD(mlp().parameters(), lr=0.1)
-    with pytest.raises(fxckpt.SetupError, match=says):
-        fxckpt.compile_step(opt, store, **options)
-    assert type(opt) is torch.optim.SGD
-    assert not store.exists() or committed(store) == []
-    fxckpt.compile_step(opt, store)  # nothing is in the way
-
-
-def test_what_cannot_be_checkpointed_raises_at_once(store):
-    sparse = nn.Parameter(torch.sparse_coo_tensor(torch.tensor([[0], [1]]), torch.ones(1), (2, 2), check_invariants=True))
-    with pytest.raises(fxckpt.SetupError, match="sparse"):
-        fxckpt.compile_step(torch.optim.SGD([sparse], lr=0.1), store)
-    for opt in ([], [mlp()], "adam"):
-        with pytest.raises(fxckpt.SetupError):
-            fxckpt.compile_step(opt, store)
-    shared = nn.Parameter(torch.zeros(2))
-    with pytest.raises(fxckpt.SetupError, match="two optimizers"):
-        fxckpt.compile_step([torch.optim.SGD([shared], lr=0.1), torch.optim.SGD([shared], lr=0.1)], store)

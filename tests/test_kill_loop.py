@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Life, stored, until
+from helpers import stored, until
+from lives import Life
 
 from fxckpt.store.reader import Reader, candidates, latest
 from fxckpt.store.record import decode_state

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from helpers import Life, committed, fresh_life, results, until
+from helpers import committed, until
+from lives import Life, fresh_life, results
 
 SCRIPT = """
 from helpers import *
@@ -77,16 +78,19 @@ CASES = {
         optimizer="torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True)"),
     "gpt with tied embeddings": Case(compiled="eager(m)", model="GPT()", loader="Loader.of_tokens()"),
     "frozen parameters": Case(
-        compiled="eager(m)", model="frozen()", optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)"),
+        compiled="eager(m)", model="frozen()",
+        optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)"),
     "without a compiled model": Case(),
     "without model": Case(
         compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
     "without model, frozen parameters, SGD": Case(
-        compiled="eager(m)", model="frozen()", optimizer="torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9)",
+        compiled="eager(m)", model="frozen()",
+        optimizer="torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
     "compile_step(optimizer) alone": Case(
-        compiled="eager(m)", scheduler="None", compile_step="optimizer", store="checkpoints", finish="optimizer", body="""
+        compiled="eager(m)", optimizer="torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)", scheduler="None",
+        compile_step="optimizer", store="checkpoints", finish="optimizer", body="""
         if step % 4 == 2:
             opt.ckpt.save()  # every="auto" takes none in the first minute
         x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
@@ -162,6 +166,19 @@ CASES = {
         optimizer.zero_grad(); second.zero_grad()
         s.step()
     """, finish="optimizer, second, s, loader", held="second"),
+    "worker processes of a DataLoader, which outlive the kill": Case(
+        setup="data = [(loader.inputs[i % 50], loader.targets[i % 50]) for i in range(8 * STEPS)]", body="""
+        if step == start:
+            batches = iter(torch.utils.data.DataLoader(data, 8, sampler=range(8 * start, len(data)), num_workers=2,
+                                                       generator=torch.Generator()))
+        x, y = next(batches)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        moment()
+        opt.step()
+        opt.zero_grad()
+        s.step()
+    """, finish="optimizer, s"),
     "LBFGS, whole": Case(
         model="nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))",
         optimizer="torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3, history_size=4)", scheduler="loader = Loader.of(8)",
@@ -246,10 +263,11 @@ for name, form, unscale in (
         body=SCALED.format(unscale=unscale), finish="optimizer, s, loader, scaler")
 
 
-def kill_after_first_commit(life: Life, store: Path) -> None:
-    """SIGKILL at a random instant between the first commit and (about) the middle of the script."""
-    until(lambda: committed(store) or not life.alive(), why=lambda: life.output)
-    time.sleep(random.SystemRandom().uniform(0, 0.12))
+def kill_after_next_commit(life: Life, store: Path, upto: float = 0.12) -> None:
+    """SIGKILL within so many seconds after its first commit: long before a script with moments of 5 ms is at its end."""
+    before = set(committed(store))
+    until(lambda: set(committed(store)) - before or not life.alive(), why=lambda: life.output)
+    time.sleep(random.SystemRandom().uniform(0, upto))
     life.kill()
     assert life.returncode == -signal.SIGKILL, f"it ended before the kill:\n{life.output}"
 
@@ -270,7 +288,7 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, nursery, tmp_path):
     script.write_text(case.script())
     whole = nursery.start(script, tmp_path / "whole")
     killed = nursery.start(script, tmp_path / "killed", MOMENT="0.005")
-    kill_after_first_commit(killed, tmp_path / "killed" / case.store)
+    kill_after_next_commit(killed, tmp_path / "killed" / case.store)
     same_bits(whole.succeed(), results(killed.output), nursery.start(script, tmp_path / "killed"))
 
 
@@ -288,7 +306,7 @@ def test_killed_and_run_again_by_python_with_everything_compiled_ends_with_the_s
     whole = nursery.start(script, tmp_path / "whole").succeed()
     (tmp_path / "killed").mkdir()
     killed = fresh_life(script, tmp_path / "killed", inductor_cache, MOMENT="0.01")
-    kill_after_first_commit(killed, tmp_path / "killed" / "d")
+    kill_after_next_commit(killed, tmp_path / "killed" / "d")
     same_bits(whole, results(killed.output), fresh_life(script, tmp_path / "killed", inductor_cache))
 
 
@@ -299,10 +317,7 @@ def test_killed_again_and_again_ends_with_the_same_bits(nursery, tmp_path):
     whole = nursery.start(script, tmp_path / "whole")
     found: dict[str, str] = {}
     for _ in range(4):
-        before = committed(store)
         life = nursery.start(script, tmp_path / "killed", MOMENT="0.02")
-        until(lambda: set(committed(store)) - set(before) or not life.alive(), why=lambda: life.output)
-        life.kill()
-        assert life.returncode == -signal.SIGKILL, life.output
+        kill_after_next_commit(life, store, upto=0)
         found.update(results(life.output))
     same_bits(whole.succeed(), found, nursery.start(script, tmp_path / "killed"))
