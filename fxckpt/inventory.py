@@ -119,6 +119,7 @@ def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: 
     """``(name, parameter)`` of every optimizer parameter once, by the first source that knows it and is not taken."""
     seen: set[int] = set()
     used: set[str] = {*found.frozen, *found.buffers}
+    compiled: dict[int, str] | None = None  # what the compiler saw, made once and only if a name is missing
     for i, opt in enumerate(optimizers):
         for j, group in enumerate(opt.param_groups):
             given = group.get("param_names", [None] * len(group["params"]))
@@ -126,8 +127,11 @@ def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: 
                 if id(param) in seen:
                     continue
                 seen.add(id(param))
-                known = [names.get(id(param)), given[k], book.name_of(param)]
-                name = next((n for n in known if n and n not in used), None)
+                name = next((n for n in (names.get(id(param)), given[k]) if n and n not in used), None)
+                if name is None:
+                    compiled = {id(p): n for n, p in book.names()} if compiled is None else compiled
+                    name = compiled.get(id(param))
+                    name = None if name in used else name
                 if name is None:
                     name, found.positional = f"optimizer{i}.{j}.{k}", True
                 used.add(name)

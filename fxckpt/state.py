@@ -40,7 +40,7 @@ def _extra(name: str, value: Any) -> Extra:
     if isinstance(value, np.random.RandomState):
         return Extra(name, value.get_state, value.set_state, True)
     if isinstance(value, random.Random):
-        return Extra(name, value.getstate, value.setstate, True)
+        return Extra(name, lambda: _packed(value.getstate()), lambda state: value.setstate(_unpacked(state)), True)
     if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
         raise SetupError(f"extra[{name!r}] is a {type(value).__name__}: it needs state_dict() and load_state_dict(), or to "
                          "be a torch, numpy or Python random generator")
@@ -50,11 +50,21 @@ def _extra(name: str, value: Any) -> Extra:
 
 def random_state() -> dict[str, Any]:
     """The global generators: torch, numpy, Python."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": _packed(random.getstate())}
+
+
+def _packed(state: tuple) -> dict[str, Any]:
+    """Python's generator state with its 625 words as one array: as single numbers they take milliseconds to encode."""
+    version, words, gauss = state
+    return {"version": version, "words": np.array(words, np.uint32), "gauss": gauss}
+
+
+def _unpacked(state: Mapping[str, Any]) -> tuple:
+    return state["version"], tuple(int(word) for word in state["words"]), state["gauss"]
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put the global generators back."""
     torch.set_rng_state(state["torch"])
     np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
+    random.setstate(_unpacked(state["python"]))
