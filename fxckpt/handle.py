@@ -61,7 +61,7 @@ class Handle:
         """Counters of the run; steps are ``opt.step()`` attempts, times in seconds, sizes in bytes.
 
         ``last_handed_over_step``: all its bytes are copied and its state is closed. ``last_committed_step``: it is
-        durable. Both are None before the first.
+        durable. Both are None before the first; after ``load`` they are the step that was loaded, until a later one is.
         """
         run, saver = self._run, self._run.saver
         engine = run.engine.statistics() if run.engine is not None else {}

@@ -56,6 +56,7 @@ class Target:
     inventory: Inventory
     optimizers: Sequence[torch.optim.Optimizer]
     extras: Sequence[state.Extra]
+    asked: bool  # for extras: else those of the checkpoint are nobody's business
     run: Run | None
     model: torch.nn.Module | None
 
@@ -139,11 +140,12 @@ def _target(dir, model, optimizer, extra) -> tuple[Target, str]:
         extras = state.extras(extra) if extra is not None else run.extras
         module = run.model if model is None else _torch.unwrap_model(model)
         inventory = take(module, run.optimizers, registry.traces)
-        return Target(inventory, run.optimizers, extras, run, module), os.fspath(dir if dir is not None else run.directory)
+        return Target(inventory, run.optimizers, extras, True, run, module), os.fspath(dir if dir is not None else run.directory)
     if dir is None:
         raise SetupError("say which directory to load from")
     module = None if model is None else _torch.unwrap_model(model)
-    return Target(take(module, given, registry.traces), given, state.extras(extra), None, module), os.fspath(dir)
+    inventory = take(module, given, registry.traces)
+    return Target(inventory, given, state.extras(extra), extra is not None, None, module), os.fspath(dir)
 
 
 def _choose(found: list, step: int | None, name: str | None, directory: str) -> list:
@@ -252,7 +254,7 @@ def _check(mapped: Mapped, record: Record, target: Target, strict: bool) -> None
         if each.name not in saved:
             mapped.missing.append(f"extra/{each.name}")
             problems += [f"  extra[{each.name!r}]: not in the checkpoint"] if strict else []
-    unused = [f"extra/{name}" for name in sorted(saved - {e.name for e in target.extras})]
+    unused = [f"extra/{name}" for name in sorted(saved - {e.name for e in target.extras})] if target.asked else []
     mapped.unexpected += unused
     if strict and target.run is not None:
         problems += [f"  {name}: only in the checkpoint" for name in unused]
@@ -363,6 +365,7 @@ def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:
     """The run goes on from this checkpoint: its clock, its lineage, and what the compiler has yet to claim."""
     run.attempts, run.updates, run.iteration = record.step, record.updates, record.iteration
     run.schedule.started(record.step, run.stall_seconds())
+    run.saver.last_handed_over = run.saver.last_committed = record.step  # durable: it was just read
     for stepper in run.steppers:
         stepper.invalidate()
     if run.store is not None:

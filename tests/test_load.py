@@ -345,7 +345,7 @@ def test_a_tied_tensor_is_found_by_any_of_its_names(store):
     model = HeadFirst()
     assert next(name for name, p in model.named_parameters() if p is model.tokens.weight) == "head.weight"
     restored = fxckpt.load(store, model=model)
-    assert restored.missing == () and set(restored.unexpected) == {"extra/data", "extra/s"}
+    assert restored.missing == restored.unexpected == ()
     assert torch.equal(model.tokens.weight, first.model.tokens.weight) and model.head.weight is model.tokens.weight
 
 
@@ -395,3 +395,22 @@ def test_a_run_that_was_shut_down_is_not_in_the_way_of_the_next(tmp_path):
     assert fxckpt.load().step == 0
     second.train(1).end()
     assert first.opt.ckpt is not second.opt.ckpt
+
+
+def test_extras_that_nobody_asked_for_are_not_called_unexpected(store):
+    Training(store).train(1).end()
+    assert fxckpt.load(store, model=mlp()).unexpected == ()
+    assert set(fxckpt.load(store, model=mlp(), extra={}).unexpected) == {"extra/data", "extra/s"}
+
+
+def test_after_a_load_the_last_committed_step_is_the_loaded_one(store):
+    """A step that was loaded is durable: whoever waits for step N to be safe need not wait for the next commit."""
+    training = Training(store)
+    assert fxckpt.load().step == 0 and training.found["last_committed_step"] is None
+    training.train(3).end()
+    again = Training(store, every=100)
+    assert fxckpt.load().step == 3
+    assert (again.found["last_committed_step"], again.found["last_handed_over_step"]) == (3, 3)
+    assert again.found["checkpoints_committed"] == 0
+    assert fxckpt.load(step=2).step == again.found["last_committed_step"] == 2
+    again.end()

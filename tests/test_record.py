@@ -11,6 +11,7 @@ import random
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter, OrderedDict, defaultdict, deque
 
 import numpy as np
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.errors import Corrupt, StateError
+from fxckpt.store.bounded import depth_of
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord, decode_state, encode_state, raw_tensor
 
 
@@ -293,3 +295,14 @@ def test_a_state_at_the_depth_limit_fits_a_record():
     for _ in range(64):
         value = {1: value}
     assert through_file(value) == value
+
+
+@pytest.mark.parametrize("text", [b'"' + b"a" * 10_000_000 + b'"', b'"' + b"\\\\" * 5_000_000 + b'"',
+                                  b'["' + b'\\"[' * 3_000_000 + b'"]'], ids=["plain", "escapes", "quotes"])
+def test_a_long_string_costs_no_more_than_a_few_times_its_size(text):
+    tracemalloc.start()
+    try:
+        assert depth_of(text) == text.startswith(b"[")
+        assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
+    finally:
+        tracemalloc.stop()

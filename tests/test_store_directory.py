@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import errno
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from storing import fast_directory, names, start
 
+from fxckpt.engine import io
 from fxckpt.errors import (
     Cancelled,
     NotAStore,
@@ -227,13 +229,17 @@ def test_a_killed_process_leaves_no_lock(root):
 
 
 def test_a_failed_open_leaves_no_lock(root):
-    start(root).close()
-    (root / "step-000000001").mkdir()
-    (root / "step-000000001" / "commit.json").mkdir()  # neither missing nor readable
-    with pytest.raises(OSError):
-        Store(root).open()
-    os.rmdir(root / "step-000000001" / "commit.json")
-    Store(root).open()
+    trainer = start(root)
+    trainer.save(1)
+    trainer.close()
+    for nth in (1, 2, 3):  # store.json, the lock, the record
+        store = Store(root)
+        io.fail(nth, errno.EMFILE, "open")
+        with pytest.raises(OSError, match="Too many open files"):
+            store.open()
+        io.fail_none()
+        store.open()
+        store.close()
 
 
 # ---- readers of a slot that is to be rewritten ----

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import signal
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,9 @@ CHUNK_BYTES = 4 << 20
 DAMAGE = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 """Errors that mean that stored bytes are lost; others (permissions, too many open files) are the caller's trouble."""
 
+UNREADABLE = DAMAGE | {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+"""What a reader counts as damage beside: something else lies in the file's place, or no file can have that name."""
+
 
 @contextmanager
 def opened(path: str, flags: int) -> Iterator[int]:
@@ -34,15 +38,24 @@ def opened(path: str, flags: int) -> Iterator[int]:
         io.close(fd)
 
 
-def read_small(path: str) -> bytes:
-    """A whole file. ``Corrupt`` if the medium lost it, or if it is larger than any record (it is not read then)."""
-    nbytes = os.stat(path).st_size
-    if nbytes > MAX_BYTES:
-        raise Corrupt(path, f"it has {nbytes} bytes, more than the {MAX_BYTES} that any such file has")
+def check_regular(path: str) -> os.stat_result:
+    """What ``stat`` says of a file; ``Corrupt`` if it is none: a directory cannot be read, a pipe could be waited for."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise Corrupt(path, "it is a directory, not a file" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
+    return found
+
+
+def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
+    """A whole file. ``Corrupt`` if the medium lost it, something else is in its place, or it has more than ``limit``
+    bytes (it is not read then)."""
     try:
+        nbytes = check_regular(path).st_size
+        if nbytes > limit:
+            raise Corrupt(path, f"it has {nbytes} bytes, more than the {limit} that any such file has")
         return io.read_file(path)
     except OSError as error:
-        if error.errno not in DAMAGE:
+        if error.errno not in UNREADABLE:
             raise
         raise Corrupt(path, f"it cannot be read: {error.strerror}") from error
 

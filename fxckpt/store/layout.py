@@ -33,6 +33,7 @@ ITEM_SIZES: Mapping[str, int] = {
 """Bytes per item of each safetensors type of whole bytes."""
 
 _METADATA = "__metadata__"
+_DIMENSIONS = 64  # torch has no more, and the product of a million sizes would take for ever
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def _entry(key: str, entry: Any, data_begin: int, path: str) -> Placed:
         raise Corrupt(path, f"the header's entry {key!r} has not exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     whole = all(type(each) is list and all(map(is_count, each)) for each in (shape, offsets))
-    if type(dtype) is not str or dtype not in ITEM_SIZES or not whole or len(offsets) != 2:
+    if type(dtype) is not str or dtype not in ITEM_SIZES or not whole or len(offsets) != 2 or len(shape) > _DIMENSIONS:
         raise Corrupt(path, f"the header's entry {key!r} is malformed: {str(entry)[:200]}")
     spec = TensorSpec(key, dtype, tuple(shape), -1)
     if offsets[1] - offsets[0] != spec.nbytes:

@@ -12,10 +12,11 @@ import re
 from fxckpt.errors import Corrupt, NotAStore, SetupError
 from fxckpt.store.bounded import parse_json
 from fxckpt.store.files import read_small
-from fxckpt.store.record import FORMAT
+from fxckpt.store.record import FORMAT, Record
 
 STORE, LOCK, NAMED, COMMIT, STATE = "store.json", "lock", "named", "commit.json", "state.safetensors"
 PARTIAL, BAD, TEMPORARY = ".partial", ".bad", ".tmp"
+_STORE_BYTES = 1 << 16  # store.json has under a hundred
 
 _STEP = re.compile(r"step-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
 _SLOT = re.compile(r"slot-([0-9]{1,9})(?:\.partial|\.bad)")
@@ -25,6 +26,22 @@ _TOLERATED = frozenset({".gitkeep", ".gitignore", "lost+found"})  # in a directo
 def step_name(step: int) -> str:
     """The directory of the checkpoint of ``step``."""
     return f"step-{step:09d}"
+
+
+def misplaced(path: str, record: Record) -> str | None:
+    """Why this record cannot be that of the checkpoint directory ``path``, by the directory's name; None if it can.
+
+    A directory with any other name (a copy somewhere else, a slot) says nothing, so any record can be its own.
+    """
+    parent, name = os.path.split(path)
+    if match := _STEP.fullmatch(name):
+        wrong = record.step != int(match[1]) or record.name is not None or match[2] not in (None, str(record.generation))
+    else:
+        wrong = os.path.basename(parent) == NAMED and not name.endswith((PARTIAL, BAD)) and record.name != name
+    if not wrong:
+        return None
+    whose = f"step {record.step}, generation {record.generation}" + (f", named {record.name!r}" if record.name else "")
+    return f"it is the record of another checkpoint ({whose}), not that of {name}"
 
 
 def step_of(name: str) -> int | None:
@@ -73,7 +90,7 @@ def read_store_id(root: str) -> str | None:
     """The id in ``store.json``; None if the file is missing or damaged. Raises ``NotAStore`` for a newer format."""
     path = os.path.join(root, STORE)
     try:
-        found = parse_json(read_small(path), path, depth=2, what=STORE)
+        found = parse_json(read_small(path, _STORE_BYTES), path, depth=2, what=STORE)
     except (Corrupt, FileNotFoundError):
         return None
     if type(found) is not dict or type(found.get("store_id")) is not str or type(found.get("format")) is not int:

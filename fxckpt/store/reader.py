@@ -22,7 +22,7 @@ import numpy as np
 from fxckpt.engine import io, read_verified
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
-from fxckpt.store.files import DAMAGE, opened, read_small
+from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
 from fxckpt.store.layout import Placed, header_bytes, parse_header
 from fxckpt.store.record import FileRecord, LayerRecord, RawTensor, Record
 from fxckpt.store.tagged import numpy_dtype
@@ -74,7 +74,16 @@ class Candidate:
 
 def read_record(path: str) -> Record:
     """The record of the checkpoint in directory ``path``. Raises ``Corrupt``; ``NoCheckpoint`` if it is not there."""
-    return Record.from_bytes(_commit_bytes(path), os.path.join(path, names.COMMIT))
+    return _parse(_commit_bytes(path), path)
+
+
+def _parse(raw: bytes, path: str) -> Record:
+    """The record in ``raw``, which must be the one of the directory ``path``: not copied there from another checkpoint."""
+    file = os.path.join(path, names.COMMIT)
+    record = Record.from_bytes(raw, file)
+    if (why := names.misplaced(path, record)) is not None:
+        raise Corrupt(file, why)
+    return record
 
 
 def _commit_bytes(path: str) -> bytes:
@@ -186,7 +195,7 @@ class Reader:
         self.path = Path(os.path.abspath(path))
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
-        self.record = Record.from_bytes(self._raw, str(self.path / names.COMMIT))
+        self.record = _parse(self._raw, str(self.path))
 
     def verify(self) -> None:
         """Read every chunk of every file; sizes, checksums and headers must be what the record says."""
@@ -211,14 +220,25 @@ class Reader:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
         for file in self.record.files:
             if file.name == names.STATE:
-                data = np.empty(file.nbytes, np.uint8)
+                data = np.empty(self._size(file), np.uint8)
                 header = self._read(file, [(0, file.nbytes, data.ctypes.data, None, None)])
                 return {key: _tensor(placed, data) for key, placed in header.items()}
         return {}
 
+    def _size(self, file: FileRecord) -> int:
+        """The bytes of a file, which must be what the record says: no memory is taken on a record's word alone."""
+        path = str(self.path / file.name)
+        with self._stable(file):
+            found = check_regular(path).st_size
+            if found != file.nbytes:
+                raise Corrupt(path, f"the file has {found} bytes, the record says {file.nbytes}",
+                              offset=min(found, file.nbytes))
+            return found
+
     def _read(self, file: FileRecord, targets: list[tuple]) -> dict[str, Placed]:
         """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header."""
         path = str(self.path / file.name)
+        self._size(file)
         with self._stable(file):
             with opened(path, os.O_RDONLY) as fd:
                 first8 = io.pread(fd, 8, 0)
@@ -272,7 +292,7 @@ class Reader:
                 raise NoCheckpoint(f"{self.path} was taken back by the trainer while it was read") from error
             if isinstance(error, Corrupt):
                 raise self._named(error, file) from error
-            if isinstance(error, FileNotFoundError) or error.errno in DAMAGE:
+            if isinstance(error, FileNotFoundError) or error.errno in UNREADABLE:
                 missing = isinstance(error, FileNotFoundError)
                 why = "the file is missing" if missing else f"it cannot be read: {error.strerror}"
                 raise self._named(Corrupt(self.path / file.name, why), file) from error

@@ -34,6 +34,8 @@ _PREFIX = b'{"sha256":"'
 _DIGEST_END = len(_PREFIX) + 64
 _BODY = _DIGEST_END + len(b'",')
 _DEPTH = 3 * MAX_DEPTH + 16
+_CHUNK = 1 << 30  # the largest that an engine writes: a reader makes a buffer of this size
+_DIMENSIONS = 64  # torch has no more, and the product of a million sizes would take for ever
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,25 @@ def _need(holds: Any, what: str) -> None:
 
 def _is_name(value: Any) -> bool:
     """The name of a file inside the checkpoint's own directory, not a path out of it."""
-    return type(value) is str and value not in ("", ".", "..", "commit.json") and not set("/\\\0") & set(value)
+    plain = type(value) is str and value not in ("", ".", "..", "commit.json") and not set("/\\\0") & set(value)
+    return plain and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can hold halves of surrogate pairs, which no file system can."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_counts(value: Any) -> bool:
     return type(value) is list and all(map(is_count, value))
+
+
+def _is_shape(value: Any) -> bool:
+    return _is_counts(value) and len(value) <= _DIMENSIONS
 
 
 def _is_time(value: Any) -> bool:
@@ -168,7 +184,7 @@ def _anything(value: Any) -> bool:
 
 
 _FILE = {"name": _is_name, "nbytes": is_count, "chunk_bytes": is_count, "crc32c": _is_counts}
-_TENSOR = {"file": _is_name, "key": _is_str, "begin": is_count, "nbytes": is_count, "shape": _is_counts,
+_TENSOR = {"file": _is_name, "key": _is_str, "begin": is_count, "nbytes": is_count, "shape": _is_shape,
            "dtype": lambda value: _is_str(value) and value in ITEM_SIZES}  # fmt: skip
 _LAYER = {"id": is_count, "name": _is_str, "kind": lambda value: _is_str(value) and value in KINDS, "step": is_count,
           "time": _is_time, "parameters": is_count, "nbytes": is_count, "tensors": _is_list}  # fmt: skip
@@ -207,7 +223,7 @@ def _file(value: Any) -> FileRecord:
     """One file, whose chunk table must cover it."""
     found = _members(value, _FILE, "a file")
     chunk, crcs = found["chunk_bytes"], found["crc32c"]
-    _need(chunk > 0 and chunk % BLOCK == 0, f"chunk_bytes {chunk} is not a multiple of {BLOCK}")
+    _need(0 < chunk <= _CHUNK and chunk % BLOCK == 0, f"chunk_bytes {chunk} is not a multiple of {BLOCK} up to {_CHUNK}")
     _need(len(crcs) == -(-found["nbytes"] // chunk), f"{len(crcs)} checksums for {found['nbytes']} bytes")
     _need(all(crc < 1 << 32 for crc in crcs), "a checksum of more than 32 bits")
     return FileRecord(found["name"], found["nbytes"], chunk, tuple(crcs))

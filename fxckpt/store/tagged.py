@@ -255,7 +255,7 @@ def decode_state(value: Any, tensors: Mapping[str, Any], path: str = "commit.jso
     """
     try:
         return _Decoder(tensors).decode(value)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, struct.error) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, struct.error) as error:
         raise Corrupt(path, f"the stored state is malformed: {type(error).__name__}: {error}") from error
 
 
