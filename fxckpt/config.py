@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import SetupError
+from fxckpt.store.retention import Policy
 
 PRESETS: dict[str, dict[str, int]] = {
     "throughput": {"threads": 4, "chunk_mb": 8, "staging_mb": 128, "max_async": 3},
@@ -38,6 +39,9 @@ class Config:
 
     every: int | str = "auto"
     keep: int = 2
+    keep_every: int | None = None
+    keep_minutes: float | None = None
+    keep_best: str | tuple[str, str] | None = None
     writer: str = "thread"
     layer: str | Callable[[str], str] = "module"
     on_layer: Callable[[str, int, dict[str, Any]], None] | None = None
@@ -65,6 +69,7 @@ class Config:
             value = getattr(self, name)
             if not _is_count(value) or value < least:
                 raise SetupError(f"{name}={value!r}: expected a whole number >= {least}")
+        Policy.make(self.keep, self.keep_every, self.keep_minutes, self.keep_best)
         if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
         _one_of("update", self.update, (None, "native", "inductor"))

@@ -41,6 +41,16 @@ class Handle:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
         self._run.close_step()
 
+    def note(self, **metrics: float) -> None:
+        """Attach metrics to the record of the checkpoint whose step closes next; ``keep_best`` looks at them.
+
+            opt.ckpt.note(loss=loss.item(), accuracy=0.93)
+
+        Numbers, or tensors with one element (their value is read at once). A name that is noted again replaces the value
+        before it. Raises SetupError for anything else.
+        """
+        self._run.note(metrics)
+
     @property
     def graph(self) -> StepGraph:
         """The StepGraph of the run's (first) optimizer. Raises SetupError before its first step."""

@@ -29,9 +29,10 @@ log = logging.getLogger("fxckpt")
 
 
 def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | None = None, every: int | str = "auto",
-                 keep: int = 2, writer: str = "thread", extra: Mapping[str, Any] | None = None,
-                 layer: str | Callable[[str], str] = "module", on_layer: Callable | None = None,
-                 update: str | None = None, threads: int = 2, chunk_mb: int = 4, staging_mb: int | None = None,
+                 keep: int = 2, keep_every: int | None = None, keep_minutes: float | None = None,
+                 keep_best: str | tuple[str, str] | None = None, writer: str = "thread",
+                 extra: Mapping[str, Any] | None = None, layer: str | Callable[[str], str] = "module",
+                 on_layer: Callable | None = None, update: str | None = None, threads: int = 2, chunk_mb: int = 4, staging_mb: int | None = None,
                  max_async: int = 2, preset: str | None = None, on_error: str = "warn", fresh: bool = False) -> Any:
     """Checkpoint training layer by layer inside ``opt.step()``.
 
@@ -43,6 +44,10 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
         every: ``N`` (each N-th optimizer step, waiting when the disk is behind), ``"auto"`` (at most once a minute,
             within a stall budget of 1 %) or ``"continuous"`` (the same budget, no minimum interval).
         keep: good checkpoints to keep. With 1, rot on the disk cannot be survived.
+        keep_every, keep_minutes: keep for good, beyond ``keep``, the first checkpoint at or behind each multiple of so
+            many steps, or of so many minutes of the clock (UTC).
+        keep_best: keep the best checkpoint by a metric given with ``opt.ckpt.note``: ``"loss"`` (the lowest), or
+            ``("accuracy", "max")``.
         writer: ``"thread"``, or ``"mock"``, which does all but the write.
         extra: objects with ``state_dict``/``load_state_dict``, and random generators, by name.
         layer: ``"module"``, ``"block"``, or a function from a parameter's name to its layer's.
@@ -61,7 +66,8 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
         SetupError: wrong arguments. StoreLocked: another trainer writes there. NotAStore: the directory holds something
         else. EngineMissing: the C engine is not built. Nothing falls back silently.
     """
-    config = Config.make(preset, every=every, keep=keep, writer=writer, layer=layer, on_layer=on_layer, update=update,
+    config = Config.make(preset, every=every, keep=keep, keep_every=keep_every, keep_minutes=keep_minutes,
+                         keep_best=keep_best, writer=writer, layer=layer, on_layer=on_layer, update=update,
                          threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
                          on_error=on_error, fresh=fresh)
     optimizers = list(opt) if isinstance(opt, (list, tuple)) else [opt]
@@ -107,7 +113,8 @@ def _start(directory: str, config: Config):
                     mock=config.writer == "mock")
     if config.writer == "mock":
         return engine, None
-    store = Store(directory, keep=config.keep, max_async=config.max_async, fresh=config.fresh)
+    store = Store(directory, keep=config.keep, max_async=config.max_async, fresh=config.fresh,
+                  keep_every=config.keep_every, keep_minutes=config.keep_minutes, keep_best=config.keep_best)
     try:
         store.open()
     except BaseException as error:

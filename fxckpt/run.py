@@ -58,6 +58,7 @@ class Run:
         self._lock = threading.RLock()
         self._current: Pending | None = None  # being emitted, inside opt.step()
         self._open: Pending | None = None  # emitted, its step not closed yet
+        self._notes: dict[str, float] = {}  # metrics for the next record
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         self._layout: plan.Layout | None = None
         self._layout_key: Any = None
@@ -355,6 +356,7 @@ class Run:
             "optimizers": optimizers,
             "state": {"early": early, "late": encode_state(late, tensors, "late")},
         }
+        fields["metrics"], self._notes = self._notes, {}
         return fields, tensors
 
     def _optimizer_record(self, index: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -430,6 +432,12 @@ class Run:
         """Time the training thread has waited for us so far."""
         return self.saver.wait_seconds + self.engine.statistics()["stall_seconds"]
 
+    def note(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics for the record of the checkpoint that closes next."""
+        noted = {name: _as_float(name, value) for name, value in metrics.items()}
+        with self._lock:
+            self._notes = {**self._notes, **noted}
+
     def save(self, name: str | None) -> None:
         """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
         if not self.active:
@@ -478,6 +486,16 @@ class Run:
         buffers = sum(t.nbytes for t in self.inventory.buffers.values()) * self.config.max_async
         if buffers >> 20:
             log.info("fxckpt: snapshots of the model's buffers take at most %d MiB more", buffers >> 20)
+
+
+def _as_float(name: str, value: Any) -> float:
+    """A metric's value. Raises SetupError for what is not one number."""
+    try:
+        if isinstance(value, str):
+            raise TypeError("a string")
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SetupError(f"note({name}=...) takes a number or a tensor with one element, not {value!r:.100}") from error
 
 
 def _found_inf(opt: torch.optim.Optimizer) -> bool:

@@ -52,8 +52,8 @@ class Trainer:
             raise
         return slot, checkpoint
 
-    def finish(self, step: int, slot: Slot, checkpoint: object) -> Path:
-        """Wait for the engine, commit, and acknowledge."""
+    def finish(self, step: int, slot: Slot, checkpoint: object, **fields: object) -> Path:
+        """Wait for the engine, commit (with further ``fields``), and acknowledge."""
         try:
             assert checkpoint.durable(10)
             files = [FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
@@ -61,7 +61,8 @@ class Trainer:
             generation, name = slot.generation, slot.name
             path = self.store.commit(
                 slot, step=step, iteration=step, updates=step, time=float(step), files=files, layers=self._layers(step),
-                ties={}, optimizers=[{"lr": 0.1}], state={"step": step}, state_tensors={"rng": np.full(700, step)})
+                ties={}, optimizers=[{"lr": 0.1}], state={"step": step}, state_tensors={"rng": np.full(700, step)},
+                **fields)
         except BaseException:
             checkpoint.cancel()
             assert checkpoint.settled(10)
@@ -73,9 +74,9 @@ class Trainer:
             io.mkdir(self.acks / (f"{generation}-{name}" if name else f"{generation}"))
         return path
 
-    def save(self, step: int, name: str | None = None) -> Path:
+    def save(self, step: int, name: str | None = None, **metrics: float) -> Path:
         """One checkpoint from beginning to end."""
-        return self.finish(step, *self.begin(step, name))
+        return self.finish(step, *self.begin(step, name), **({"metrics": metrics} if metrics else {}))
 
     def _layers(self, step: int) -> list[LayerRecord]:
         """The record of both layers."""

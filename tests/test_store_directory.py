@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import mmap
-import errno
 import os
 import signal
 import subprocess

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -15,14 +16,14 @@ from fxckpt.errors import Corrupt, NoCheckpoint, StoreError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.reader import Reader
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, surplus
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, beyond, surplus
 from fxckpt.store.slot import Slot
 
 log = logging.getLogger("fxckpt")
 
 
 class Pool:
-    """At most ``keep + max_async`` slots in ``root``, named saves and bad ones apart.
+    """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart.
 
     ``mutex`` guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames.
     """
@@ -32,6 +33,7 @@ class Pool:
         self.mutex, self.moves = threading.Lock(), threading.RLock()
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
         self.pinned: int | None = None  # the loaded one, which stays until a newer one is committed
+        self.since = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up
         self._free: list[Slot] = []
         self._busy: set[Slot] = set()
         self._committed: dict[Slot, Standing] = {}
@@ -60,7 +62,7 @@ class Pool:
         with self.mutex:
             for slot, known in self._committed.items():
                 if known.generation == generation:
-                    self._committed[slot] = Standing(generation, known.parent, trust)
+                    self._committed[slot] = dataclasses.replace(known, trust=trust)
                     if trust == BAD:
                         slot.forget()
 
@@ -126,7 +128,8 @@ class Pool:
         while not self._free and self._count() >= self.keep + self.max_async:
             if self._give_up_one():
                 continue
-            unknown = [slot for slot, known in self._committed.items() if known.trust == UNKNOWN]
+            with self.mutex:
+                unknown = [slot for slot in self._ordinary() if self._committed[slot].trust == UNKNOWN]
             if not unknown:
                 log.warning("%s: no checkpoint can be given up yet, so one more slot is made", self.root)
                 return
@@ -141,12 +144,34 @@ class Pool:
             log.warning("a checkpoint of an earlier run does not verify and is given up: %s", error)
             trust = BAD
         with self.mutex:
-            self._committed[slot] = Standing(known.generation, known.parent, trust)
+            self._committed[slot] = dataclasses.replace(known, trust=trust)
 
     def _count(self) -> int:
+        """Slots that exist, those beyond ``keep`` apart."""
         with self.mutex:
             busy = sum(slot.name is None for slot in self._busy)
-            return len(self._free) + len(self._committed) + busy
+            return len(self._free) + len(self._ordinary()) + busy
+
+    def _standings(self) -> dict[Slot, Standing]:
+        """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
+        return {slot: known if known.generation > self.since else dataclasses.replace(known, lasting=False, score=None)
+                for slot, known in self._committed.items()}
+
+    def _ordinary(self) -> list[Slot]:
+        """The committed slots that are not kept beyond ``keep``; ``mutex`` is held."""
+        known = self._standings()
+        apart = {id(each) for each in beyond(list(known.values()), self.keep, self.lineage, self.pinned)}
+        return [slot for slot, each in known.items() if id(each) not in apart]
+
+    def _exceeds(self) -> bool:
+        """Whether more than ``keep`` checkpoints exist, those beyond it apart."""
+        with self.mutex:
+            return len(self._ordinary()) > self.keep
+
+    def generations(self) -> set[int]:
+        """Of the committed ones."""
+        with self.mutex:
+            return {known.generation for known in self._committed.values()}
 
     # ---- busy → committed → free ----
 
@@ -163,7 +188,7 @@ class Pool:
 
     def retain(self) -> None:
         """Give up what is more than ``keep``, and remove free slots beyond the limit. No failure here raises."""
-        while len(self._committed) > self.keep and self._give_up_one():
+        while self._exceeds() and self._give_up_one():
             pass
         while self._count() > self.keep + self.max_async:
             with self.mutex:
@@ -178,8 +203,9 @@ class Pool:
     def _give_up_one(self) -> bool:
         """Turn one checkpoint into a free slot (or a bad one, if the disk refuses); False if none may go."""
         with self.mutex:
-            chosen = surplus(list(self._committed.values()), self.keep, self.lineage, self.pinned)
-            slot = next((slot for slot, known in self._committed.items() if known is chosen), None)
+            known = self._standings()
+            chosen = surplus(list(known.values()), self.keep, self.lineage, self.pinned)
+            slot = next((slot for slot, each in known.items() if each is chosen), None)
             if slot is None:
                 return False
             del self._committed[slot]

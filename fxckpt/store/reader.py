@@ -53,7 +53,10 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name``: of a named save, or None."""
+    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name``: of a named save, or None.
+
+    ``metrics``: as noted with ``opt.ckpt.note``. ``lasting``: why retention keeps it for good (``"steps"``,
+    ``"minutes"``), or None."""
 
     step: int
     generation: int
@@ -62,6 +65,8 @@ class CheckpointInfo:
     path: Path
     name: str | None
     layers: tuple[LayerInfo, ...]
+    metrics: Mapping[str, float]
+    lasting: str | None
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,8 @@ def describe(path: Path, record: Record) -> CheckpointInfo:
     """What the listing says of a checkpoint."""
     layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
     nbytes = sum(file.nbytes for file in record.files)
-    return CheckpointInfo(record.step, record.generation, record.time, nbytes, path, record.name, layers)
+    return CheckpointInfo(record.step, record.generation, record.time, nbytes, path, record.name, layers,
+                          record.metrics, record.lasting)
 
 
 def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:

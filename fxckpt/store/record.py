@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from fxckpt.errors import Corrupt
 from fxckpt.store.bounded import is_count, parse_json
 from fxckpt.store.layout import BLOCK, ITEM_SIZES
+from fxckpt.store.retention import MAX, MIN, MINUTES, STEPS
 from fxckpt.store.tagged import MAX_DEPTH, RawTensor, decode_state, encode_state, raw_tensor
 
 __all__ = ["FORMAT", "FileRecord", "LayerRecord", "RawTensor", "Record", "TensorRecord", "decode_state", "encode_state",
@@ -85,7 +87,8 @@ class Record:
 
     ``generation`` orders all checkpoints of a store, ``parent`` is the generation this one was trained on from;
     ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are ``encode_state``
-    JSON.
+    JSON. ``metrics`` were noted by the user; ``lasting`` says why it is kept for good (``"steps"``, ``"minutes"``) or is
+    None; ``best_by`` is the metric by which the writer kept the best one, with ``"min"`` or ``"max"``.
     """
 
     store_id: str
@@ -103,12 +106,16 @@ class Record:
     optimizers: Any
     state: Any
     name: str | None = None
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lasting: str | None = None
+    best_by: tuple[str, str] | None = None
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
         body["files"] = [vars(file) for file in self.files]
         body["layers"] = [{**vars(layer), "tensors": [vars(each) for each in layer.tensors]} for layer in self.layers]
+        body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
         text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")[1:] + b"\n"
         return _PREFIX + hashlib.sha256(text).hexdigest().encode() + b'",' + text
 
@@ -178,6 +185,18 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
 
+def _is_metric(value: Any) -> bool:
+    """A float as ``encode_state`` writes it: a finite number, or the bits of NaN and infinities."""
+    if type(value) is float:
+        return math.isfinite(value)
+    return (type(value) is dict and value.keys() == {"!", "v"} and value["!"] == "float" and type(value["v"]) is str
+            and re.fullmatch("[0-9a-f]{16}", value["v"]) is not None)  # fmt: skip
+
+
+def _is_best_by(value: Any) -> bool:
+    return type(value) is list and len(value) == 2 and _is_str(value[0]) and value[1] in (MIN, MAX)
+
+
 def _anything(value: Any) -> bool:
     """For encoded state, which ``decode_state`` checks when it is used."""
     return True
@@ -191,7 +210,9 @@ _LAYER = {"id": is_count, "name": _is_str, "kind": lambda value: _is_str(value) 
 _RECORD = {"sha256": _is_str, "format": is_count, "store_id": _is_str, "generation": is_count,
            "parent": _optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
            "time": _is_time, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,
-           "ties": _is_map, "optimizers": _anything, "state": _anything, "name": _optional(_is_str)}  # fmt: skip
+           "ties": _is_map, "optimizers": _anything, "state": _anything, "name": _optional(_is_str),
+           "metrics": lambda value: type(value) is dict and all(map(_is_metric, value.values())),
+           "lasting": lambda value: value in (None, STEPS, MINUTES), "best_by": _optional(_is_best_by)}  # fmt: skip
 
 
 def _members(value: Any, checks: Mapping[str, Callable[[Any], bool]], what: str) -> dict[str, Any]:
@@ -213,6 +234,8 @@ def _record(body: Any) -> Record:
     sizes = {file.name: file.nbytes for file in fields["files"]}
     _need(len(sizes) == len(fields["files"]), "a file is listed twice")
     fields["layers"] = tuple(_layer(layer, sizes) for layer in fields["layers"])
+    fields["metrics"] = {name: decode_state(value, {}) for name, value in fields["metrics"].items()}
+    fields["best_by"] = None if fields["best_by"] is None else tuple(fields["best_by"])
     parent = fields["parent"]
     _need(parent is None or parent < fields["generation"], "its parent is not older than itself")
     _need(fields["rank"] < fields["world_size"], "its rank is not below its world size")

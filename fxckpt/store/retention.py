@@ -2,23 +2,94 @@
 
 Only checkpoints that this process committed (the root's fsync returned) or verified count as good. What an earlier life
 left is unknown until it is read: it is not relied on, and not thrown away before enough good ones exist.
+
+What stays is the union of the newest ``keep`` good ones, those that were kept for good when they were written, and the
+best one by a metric. The latter two need no slot of their own as long as they are among the newest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from fxckpt.errors import SetupError
 
 GOOD, UNKNOWN, BAD = "good", "unknown", "bad"
+MIN, MAX = "min", "max"
+STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is kept: the newest ``keep``; beyond them, for good, one for each ``every`` steps and one for each
+    ``minutes`` of the clock; and the best by a metric, ``best`` = (its name, "min" or "max").
+
+    Raises SetupError for what cannot be meant.
+    """
+
+    keep: int = 2
+    every: int | None = None
+    minutes: float | None = None
+    best: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.every is not None and (type(self.every) is not int or self.every < 1):
+            raise SetupError(f"keep_every={self.every!r}: expected a whole number of steps >= 1, or None")
+        if self.minutes is not None and not (_is_number(self.minutes) and self.minutes > 0):
+            raise SetupError(f"keep_minutes={self.minutes!r}: expected a number of minutes above 0, or None")
+
+    @classmethod
+    def make(cls, keep: int, keep_every: int | None, keep_minutes: float | None, keep_best: Any) -> Policy:
+        """From the options as users give them: ``keep_best`` is a metric of which less is better, or (metric, "max")."""
+        best = (keep_best, MIN) if isinstance(keep_best, str) else None if keep_best is None else keep_best
+        if best is not None:
+            pair = isinstance(best, (tuple, list)) and len(best) == 2 and all(isinstance(each, str) for each in best)
+            if not pair or not best[0] or best[1] not in (MIN, MAX):
+                raise SetupError(f'keep_best={keep_best!r}: expected the name of a metric of which less is better '
+                                 '("loss"), or a pair ("accuracy", "max")')
+            best = (best[0], best[1])
+        return cls(keep, keep_every, keep_minutes, best)
+
+    def lasting(self, before: tuple[int, float] | None, step: int, time: float) -> str | None:
+        """Whether a checkpoint of ``step`` and ``time`` (seconds since 1970) is kept for good, and why.
+
+        It is the first one behind a multiple of ``every`` steps or of ``minutes``, ``before`` being the step and time
+        of the checkpoint it continues: so the decision needs no memory but that one's record, in any life and on any
+        branch, and a step whose checkpoint failed or was not due is made up for by the next.
+        """
+        then_step, then = before or (0, time)
+        if self.every is not None and step // self.every > then_step // self.every:
+            return STEPS
+        if self.minutes is not None and time // (60 * self.minutes) > then // (60 * self.minutes):
+            return MINUTES
+        return None
+
+    def score(self, metrics: Mapping[str, float]) -> float | None:
+        """How bad these metrics are: the lowest score is the best; None if the metric is missing or not finite."""
+        value = metrics.get(self.best[0]) if self.best is not None else None
+        if self.best is None or value is None or not math.isfinite(value):
+            return None
+        return value if self.best[1] == MIN else -value
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class Standing:
-    """What is known of one committed checkpoint. ``generation`` is -1 when its record cannot be read."""
+    """What is known of one committed checkpoint. ``generation`` is -1 when its record cannot be read.
+
+    ``lasting``: it is to be kept for good. ``score``: by ``Policy.score``.
+    """
 
     generation: int
     parent: int | None
     trust: str
+    lasting: bool = False
+    score: float | None = None
 
 
 def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int],
@@ -27,16 +98,36 @@ def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int]
 
     Bad ones go first, then abandoned ones (of a branch that a rollback left: not in ``lineage``), then the oldest.
     None goes if fewer than ``keep`` good ones would remain, a bad one if no good one exists at all; ``pinned``, the one
-    that was loaded, does not go.
+    that was loaded, does not go, nor do those ``beyond`` keep.
     """
     good = sum(each.trust == GOOD for each in checkpoints)
+    stay = {each.generation for each in (*newest(checkpoints, keep, lineage, pinned),
+                                         *beyond(checkpoints, keep, lineage, pinned))}  # fmt: skip
     for each in sorted(checkpoints, key=lambda c: (c.trust != BAD, c.generation in lineage, c.generation)):
         if pinned is not None and each.generation == pinned:
             continue
-        needed = 1 if each.trust == BAD else keep
-        if good - (each.trust == GOOD) >= needed:
+        if good >= 1 if each.trust == BAD else good >= keep and each.generation not in stay:
             return each
     return None
+
+
+def newest(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> list[Standing]:
+    """The ``keep`` good ones that stay: the one that was loaded, then those not abandoned, then the newest."""
+    good = [each for each in checkpoints if each.trust == GOOD]
+    return sorted(good, key=lambda c: (c.generation == pinned, c.generation in lineage, c.generation))[-keep:]
+
+
+def beyond(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> list[Standing]:
+    """Those that stay though they are not among the ``newest``: kept for good, or the best.
+
+    Abandoned ones too: a rollback does not make a better checkpoint worse. Of equals the older one is the best, so that
+    it does not change hands for nothing. What does not verify is worth nothing.
+    """
+    whole = [each for each in checkpoints if each.trust != BAD]
+    scored = [each for each in whole if each.score is not None]
+    best = min(scored, key=lambda c: (c.score, c.generation), default=None)
+    enough = {each.generation for each in newest(checkpoints, keep, lineage, pinned)}
+    return [each for each in whole if (each.lasting or each is best) and each.generation not in enough]
 
 
 def ancestors(parents: Mapping[int, int | None], generation: int) -> set[int]:

@@ -31,7 +31,7 @@ from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
 from fxckpt.store.reader import read_record
 from fxckpt.store.record import FORMAT, FileRecord, LayerRecord, Record
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, ancestors
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Policy, Standing, ancestors
 from fxckpt.store.slot import Slot
 
 __all__ = ["Slot", "Store"]
@@ -42,20 +42,24 @@ log = logging.getLogger("fxckpt")
 class Store:
     """The writer of one directory. Thread-safe; a forked child cannot use it.
 
-    ``keep`` good checkpoints stay, apart from named ones; up to ``max_async`` more are being written.
+    ``keep`` good checkpoints stay, apart from named ones; up to ``max_async`` more are being written. ``keep_every``
+    (steps), ``keep_minutes`` and ``keep_best`` (a metric) keep more: see ``retention.Policy``.
     ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, max_async: int = 2, fresh: bool = False):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, max_async: int = 2, fresh: bool = False,
+                 keep_every: int | None = None, keep_minutes: float | None = None, keep_best: Any = None):
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root = os.path.abspath(os.fspath(directory))
         self.fresh, self.store_id = fresh, ""
         names.check_store(self.root)
+        self._policy = Policy.make(keep, keep_every, keep_minutes, keep_best)
         self._pool = Pool(self.root, keep, max_async)
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._parents: dict[int, int | None] = {}  # of every generation whose record was there at open
+        self._origins: dict[int, tuple[int, float] | None] = {}  # step and time of what the next may continue
         self._clock = 0  # the newest generation given out
         self._loaded, self._found = False, 0
 
@@ -119,14 +123,23 @@ class Store:
             if record is not None:
                 self._clock = max(self._clock, record.generation)
                 self._parents[record.generation] = record.parent
+                self._origins[record.generation] = (record.step, record.time)
             if record is not None and record.store_id != self.store_id:
                 log.warning("%s is of another store: it can be loaded, and is never given up", path)
             elif os.path.dirname(path) == self.root:
-                self._pool.adopt_checkpoint(path, _standing(record, UNKNOWN))
+                self._pool.adopt_checkpoint(path, self._standing(record, UNKNOWN))
         named = os.path.join(self.root, names.NAMED)
         for name in names.subdirectories(named):
             if name.endswith(names.PARTIAL):  # a named save that never was
                 remove_tree(os.path.join(named, name))
+        self._pool.since = self._clock if self.fresh else 0
+
+    def _standing(self, record: Record | None, trust: str) -> Standing:
+        """What retention has to know; a record that cannot be read makes a bad checkpoint."""
+        if record is None:
+            return Standing(-1, None, BAD)
+        score = self._policy.score(record.metrics)
+        return Standing(record.generation, record.parent, trust, record.lasting is not None, score)
 
     def _check_owner(self) -> None:
         if os.getpid() != self._pid:
@@ -156,6 +169,8 @@ class Store:
             self._loaded = True
             self._pool.lineage = set() if generation is None else ancestors(self._parents, generation)
             self._pool.pinned = generation
+            if generation is not None:
+                self._pool.since = 0  # not a new beginning after all
             self._clock = max(self._clock, generation or 0)
         if generation is not None:
             self.mark_verified(generation)
@@ -212,8 +227,10 @@ class Store:
     def commit(self, slot: Slot, *, step: int, iteration: int, updates: int, time: float,
                files: Sequence[FileRecord], layers: Sequence[LayerRecord], ties: Mapping[str, str],
                optimizers: Any, state: Any, state_tensors: Mapping[str, Any], world_size: int = 1,
-               rank: int = 0) -> Path:
+               rank: int = 0, metrics: Mapping[str, float] | None = None) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint; its path is valid once this returns.
+
+        ``metrics`` are what ``keep_best`` looks at.
 
         Raises ``SaveFailed``; the caller then abandons the slot.
         """
@@ -225,12 +242,26 @@ class Store:
                 extra = write_tensors(os.path.join(slot.path, names.STATE), state_tensors)
                 parent = max((each for each in self._pool.lineage if each < slot.generation), default=None)
                 record = Record(self.store_id, slot.generation, parent, step, iteration, updates, time, world_size,
-                                rank, (*files, extra), tuple(layers), dict(ties), optimizers, state, slot.name)
+                                rank, (*files, extra), tuple(layers), dict(ties), optimizers, state, slot.name,
+                                dict(metrics or {}), self._lasting(slot, parent, step, time), self._policy.best)
                 self._seal(slot, record)
                 self._publish(slot, record)
-            self._pool.committed(slot, _standing(record, GOOD))
+            self._pool.committed(slot, self._standing(record, GOOD))
             self._pool.retain()
+            self._note_origin(record)
             return Path(slot.path)
+
+    def _lasting(self, slot: Slot, parent: int | None, step: int, time: float) -> str | None:
+        """Why this checkpoint is kept for good, or None. A named save is kept anyway, by its name."""
+        return None if slot.name is not None else self._policy.lasting(self._origins.get(parent), step, time)
+
+    def _note_origin(self, record: Record) -> None:
+        """What a checkpoint that continues this one has to know. A named save changes nothing for the ordinary ones:
+        somebody may remove it."""
+        own = (record.step, record.time)
+        self._origins[record.generation] = own if record.name is None else self._origins.get(record.parent)
+        alive = self._pool.generations() | set(self._parents) | {record.generation}
+        self._origins = {each: origin for each, origin in self._origins.items() if each in alive}
 
     def _seal(self, slot: Slot, record: Record) -> None:
         """Step 3: from here the directory describes itself."""
@@ -292,11 +323,6 @@ class Store:
             self._lock.release()
             self._finalizer.detach()
             self._lock = None
-
-
-def _standing(record: Record | None, trust: str) -> Standing:
-    """What retention has to know; a record that cannot be read makes a bad checkpoint."""
-    return Standing(-1, None, BAD) if record is None else Standing(record.generation, record.parent, trust)
 
 
 def _generation_in(path: str) -> int:
