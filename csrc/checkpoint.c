@@ -99,6 +99,7 @@ static int open_files(struct fx_checkpoint *ck, struct fx_error *error) {
 /* Lock held: the checkpoint joins the list; chunks that hold no layer are ready at once. */
 static void enlist(struct fx_checkpoint *ck) {
     struct fx_engine *engine = ck->engine;
+    ck->id = ++engine->ids;
     ck->previous = engine->newest;
     *(engine->newest ? &engine->newest->next : &engine->oldest) = ck;
     engine->newest = ck;
@@ -135,6 +136,7 @@ int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *
     int r = engine->options.mock ? 0 : open_files(ck, error);
     fx_lock(engine);
     if (!r && engine->closing) r = fx_error_set(error, "begin: the engine is closed", "", -1, ECANCELED);
+    if (!r && fx_relay_gone(engine)) r = fx_error_set(error, "begin: the monitor process ended", "", -1, EPIPE);
     if (!r) enlist(ck);
     fx_unlock(engine);
     if (!r) *out = ck;
@@ -223,6 +225,8 @@ int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns) {
     fx_unlock(ck->engine);
     return r;
 }
+
+uint64_t fx_id(const struct fx_checkpoint *ck) { return ck->id; }
 
 const uint32_t *fx_crcs(const struct fx_checkpoint *ck) { return ck->crcs; }
 

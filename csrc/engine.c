@@ -60,6 +60,7 @@ static void free_buffers(struct fx_engine *engine) {
 
 static void destroy(struct fx_engine *engine) {
     fx_fork_remove(engine);
+    fx_relay_destroy(engine);
     free_buffers(engine);
     free(engine->staging.free);
     free(engine->writers);
@@ -127,6 +128,7 @@ int fx_engine_close(struct fx_engine *engine, int64_t timeout_ns) {
     fx_unlock(engine);
     if (!join) return ended;
     for (uint32_t i = 0; i < engine->threads_started; i++) pthread_join(engine->writers[i].thread, NULL);
+    fx_relay_end(engine);
     fx_lock(engine);
     free_buffers(engine); /* all are given back: no checkpoint is in flight and no thread works on one */
     fx_unlock(engine);
@@ -151,6 +153,7 @@ void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out) {
     out->write_ns = engine->write_ns;
     out->stall_ns = engine->stall_ns;
     out->buffered_files = engine->buffered_files;
+    fx_relay_statistics(engine, out);
 }
 
 /* _Atomic int64_t has the representation of int64_t on every platform with lock-free 64-bit atomics; engine.h

@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 1      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 2      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -179,6 +179,40 @@ void fx_checkpoint_release(struct fx_checkpoint *ck);
  * waits for another layer's emit: if a piece's chunk waits for one and no staging room can come, that
  * checkpoint fails. */
 int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
+
+/* ---- a monitor in another process (ring.c, relay.c) ----
+ *
+ * Shared memory of `slots` chunks. The trainer's engine (mock = 1, staging_bytes = slots * chunk) fills slots and posts
+ * them; for it a checkpoint is durable when all of it was posted, and bytes_written counts what the monitor wrote. The
+ * monitor's engine writes what fx_ring_next finds. Descriptors are duplicated, the ring must outlive the engine.
+ */
+
+struct fx_ring;
+
+struct fx_posted {
+    uint64_t checkpoint; /* fx_id() of the trainer's checkpoint */
+    uint32_t chunk;      /* in the plan's numbering */
+    uint32_t slot;
+    uint32_t same; /* the disk holds these bytes already */
+};
+
+/* -EINVAL, -ENOMEM (also: not as much shared memory), or what memfd_create says. *fd is the caller's. */
+int fx_ring_new(uint32_t slots, uint64_t slot_bytes, int *fd, struct fx_ring **out, struct fx_error *error);
+int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
+void fx_ring_free(struct fx_ring *ring);
+uint32_t fx_ring_slots(const struct fx_ring *ring);
+/* The next posted slot from number *from on, which is moved behind it: 1, or 0 if there is none. */
+int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out);
+void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed); /* of the monitor, unread */
+/* `posted` and `freed` are non-blocking eventfds, `peer` the monitor's pidfd. When it ends, every checkpoint that was not
+ * posted in full fails with EPIPE, and none can begin. */
+int fx_relay_trainer(struct fx_engine *engine, struct fx_ring *ring, int posted, int freed, int peer,
+                     struct fx_error *error);
+int fx_relay_monitor(struct fx_engine *engine, struct fx_ring *ring, int freed, struct fx_error *error);
+uint64_t fx_id(const struct fx_checkpoint *ck); /* unique in its engine, ascending */
+/* Gives a posted slot to the monitor's checkpoint of it, whose plan has one layer for each chunk. The slot goes back when
+ * it is written or not wanted. -EINVAL, -EALREADY: the slot is still the caller's. */
+int fx_emit_posted(struct fx_checkpoint *ck, const struct fx_posted *posted);
 
 /* ---- verified reading (read.c) ---- */
 

@@ -86,6 +86,7 @@ static void help(struct fx_engine *engine, struct fx_checkpoint *ck, uint32_t pi
 /* Whether a staging buffer will come free without another emit: some holder is being filled or can be
  * written. */
 static bool room_will_come(const struct fx_engine *engine) {
+    if (fx_relay_slots_will_return(engine)) return true;
     for (const struct fx_checkpoint *ck = engine->oldest; ck; ck = ck->next)
         for (uint32_t i = 0; i < ck->plan->n_chunks; i++)
             if (ck->chunks[i].staging && (ck->chunks[i].helpers || !ck->chunks[i].layers_left)) return true;

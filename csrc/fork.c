@@ -28,10 +28,12 @@ static void unlock_all(void) {
 
 /* Straight to the kernel: the table of operations may have its own locks held by a thread that is gone. */
 static void in_child(void) {
-    for (struct fx_engine *e = engines; e; e = e->next)
+    for (struct fx_engine *e = engines; e; e = e->next) {
+        fx_relay_close_in_child(e);
         for (struct fx_checkpoint *ck = e->oldest; ck; ck = ck->next)
             for (uint32_t i = 0; i < ck->plan->n_files; i++)
                 if (ck->files[i].fd >= 0) close(ck->files[i].fd);
+    }
     unlock_all();
     engines = NULL;
 }

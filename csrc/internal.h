@@ -105,6 +105,7 @@ struct ck_chunk {
     uint32_t helpers;     /* fences that are copying pieces of it into `staging` */
     uint32_t next_ready;
     bool taken;    /* by a writer; never given back */
+    bool whole;    /* `staging` came complete, from another process: nothing to copy or checksum */
     void *staging; /* buffer that holds the pieces which are DONE */
 };
 
@@ -116,6 +117,7 @@ struct ck_layer {
 
 struct fx_checkpoint {
     struct fx_engine *engine;
+    uint64_t id; /* unique in its engine, ascending */
     struct fx_checkpoint *next, *previous; /* in the engine's list, oldest first, until settled */
     struct fx_plan *plan;
     enum state state;
@@ -187,6 +189,8 @@ struct fx_engine {
     struct fx_checkpoint *oldest, *newest;
     struct staging staging;
     struct writer *writers;
+    struct relay *relay; /* NULL, or the memory shared with a monitor: relay.c */
+    uint64_t ids;
     struct fx_engine *next; /* in fork.c's list */
     _Atomic int64_t pending;
     _Atomic uint64_t bytes_written, copy_ns, write_ns, stall_ns, buffered_files;
@@ -206,6 +210,21 @@ int64_t fx_deadline(int64_t timeout_ns);
 
 int fx_writers_start(struct fx_engine *engine, struct fx_error *error);
 uint32_t fx_fill_piece(struct fx_checkpoint *ck, uint32_t piece, char *to);
+
+/* ---- the memory shared with a monitor: relay.c; lock held where nothing else is said ---- */
+
+bool fx_relay_posts(const struct fx_engine *engine); /* this engine fills slots and posts them, instead of writing */
+bool fx_relay_lacks_slot(const struct fx_engine *engine);
+bool fx_relay_slots_will_return(const struct fx_engine *engine);
+uint32_t fx_relay_reserve(const struct fx_engine *engine); /* slots that fences leave to writers */
+bool fx_relay_gone(const struct fx_engine *engine);        /* the monitor is dead */
+void fx_relay_post(struct fx_engine *engine, const struct fx_checkpoint *ck, uint32_t chunk, void *buffer);
+bool fx_relay_returns(struct fx_engine *engine, void *buffer); /* it was a slot of the other process, and went back */
+void fx_relay_wrote(struct fx_engine *engine, uint64_t nbytes, uint64_t ns);             /* no lock */
+void fx_relay_statistics(const struct fx_engine *engine, struct fx_statistics *out);     /* no lock */
+void fx_relay_close_in_child(const struct fx_engine *engine);
+void fx_relay_end(struct fx_engine *engine);     /* no lock, all writer threads ended */
+void fx_relay_destroy(struct fx_engine *engine); /* likewise */
 
 /* ---- fork.c ---- */
 

@@ -36,7 +36,8 @@ void fx_push_ready(struct fx_checkpoint *ck, uint32_t chunk) {
 
 uint32_t fx_pop_ready(struct fx_checkpoint *ck) {
     uint32_t before = NOTHING, chunk = ck->ready_head;
-    while (chunk != NOTHING && ck->chunks[chunk].helpers) {
+    bool poor = fx_relay_lacks_slot(ck->engine); /* only chunks that have their buffer can be done */
+    while (chunk != NOTHING && (ck->chunks[chunk].helpers || (poor && !ck->chunks[chunk].staging))) {
         before = chunk;
         chunk = ck->chunks[chunk].next_ready;
     }

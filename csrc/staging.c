@@ -17,7 +17,7 @@ void fx_buffer_free(void *buffer, uint64_t nbytes) {
 }
 
 bool fx_staging_has_room(const struct fx_engine *engine) {
-    return engine->staging.n_free || engine->staging.n_made < engine->staging.limit;
+    return engine->staging.n_free > fx_relay_reserve(engine) || engine->staging.n_made < engine->staging.limit;
 }
 
 void *fx_staging_take(struct fx_engine *engine) {
@@ -37,6 +37,7 @@ void *fx_staging_take(struct fx_engine *engine) {
 }
 
 void fx_staging_give(struct fx_engine *engine, void *buffer) {
+    if (fx_relay_returns(engine, buffer)) return;
     engine->staging.free[engine->staging.n_free++] = buffer;
     engine->staging.used_bytes -= engine->options.chunk_bytes;
 }

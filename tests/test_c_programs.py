@@ -71,6 +71,7 @@ def build(tmp_path_factory):
     ("stress", "memory"), ("stress", "races"),
     ("faults", "memory"), ("faults", "races"),
     ("geometry", "memory"),
+    ("ring", "memory"), ("ring", "races"),
 ])
 def test_c_program_is_clean(build, tmp_path, name, sanitizer):
     """``tests/c/<name>.c`` says at its top what it does; what a sanitizer finds ends it with a report."""

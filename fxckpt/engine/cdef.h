@@ -91,6 +91,24 @@ void fx_checkpoint_release(struct fx_checkpoint *ck);
 
 int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
 
+struct fx_ring;
+struct fx_posted {
+    uint64_t checkpoint;
+    uint32_t chunk;
+    uint32_t slot;
+    uint32_t same;
+};
+int fx_ring_new(uint32_t slots, uint64_t slot_bytes, int *fd, struct fx_ring **out, struct fx_error *error);
+int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
+void fx_ring_free(struct fx_ring *ring);
+uint32_t fx_ring_slots(const struct fx_ring *ring);
+int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out);
+void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed);
+int fx_relay_trainer(struct fx_engine *engine, struct fx_ring *ring, int posted, int freed, int peer, struct fx_error *error);
+int fx_relay_monitor(struct fx_engine *engine, struct fx_ring *ring, int freed, struct fx_error *error);
+uint64_t fx_id(const struct fx_checkpoint *ck);
+int fx_emit_posted(struct fx_checkpoint *ck, const struct fx_posted *posted);
+
 struct fx_target {
     uint64_t offset;
     uint64_t nbytes;
