@@ -141,7 +141,7 @@ static int close_file(struct fx_engine *engine, struct ck_file *file) {
     return fd >= 0 ? fx_close(fd) : 0;
 }
 
-/* Without the sync, a commit record could reach the disk before the data it vouches for. */
+/* Edge D of docs/format.md: without the sync, a record could reach the disk before the data it vouches for. */
 static void do_sync(struct fx_engine *engine, struct fx_checkpoint *ck, struct ck_file *file) {
     int r = 0, closed = 0;
     file->sync = SYNC_TAKEN;

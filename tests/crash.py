@@ -4,17 +4,17 @@
 since its last sync. Nothing unsynced can be relied on: of the pending operations on a file (writes, each torn at 512
 bytes if need be, and truncations) and of those on a directory (names set and removed) any subset may have reached the
 disk, independently of every other file and directory. A rename inside a directory is one operation. That is harsher
-than any journalling file system, and is what POSIX promises.
+than any journalling file system, and is what POSIX promises. ``Rule`` says which of the states are tried.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fxckpt.engine import io
@@ -63,6 +63,9 @@ def apply_names(entries: dict[str, Node], names: dict[str, Node | None]) -> None
 
 def apply_writes(content: bytes, writes: Iterable[tuple[int, bytes | None]]) -> bytes:
     """Writes and truncations on a file, in order."""
+    writes = list(writes)
+    if not writes:
+        return content
     raw = bytearray(content)
     for offset, data in writes:
         if data is None:
@@ -151,28 +154,38 @@ class Disk:
 
     _fdatasync = _fsync
 
-    def states(self, rng: random.Random, samples: int) -> Iterator[Content]:
-        """Legal states after a power cut now: nothing unsynced kept, all of it, all of one file or directory only,
-        all but that of one, and ``samples`` random subsets of single operations with torn writes."""
-        units = [node for node in self.nodes if node.pending]
-        yield self._state(lambda node: [])
-        if not units:
+    def states(self, rng: random.Random, rule: Rule) -> Iterator[Content]:
+        """Legal states after a power cut now, by the sampling ``rule``."""
+        names = [(node, i) for node in self.nodes if isinstance(node, Directory) for i in range(len(node.pending))]
+        files = [node for node in self.nodes if isinstance(node, File) and node.pending]
+        of_names, of_files = list(subsets(names, rule, rng)), list(subsets(files, rule, rng))
+        pairs = list(itertools.product(range(len(of_names)), range(len(of_files))))
+        if len(pairs) > rule.states:
+            pairs = pairs[:1] + pairs[-1:] + rng.sample(pairs[1:-1], rule.states - 2)
+        for at_name, at_file in pairs:
+            kept = set(of_files[at_file])
+            yield self._state(chosen_names(of_names[at_name]), lambda file, kept=kept: file.pending if file in kept else [])
+        if not files:
             return
-        yield self._state(lambda node: node.pending)
-        if len(units) > 1:
-            for unit in units:
-                yield self._state(lambda node, unit=unit: node.pending if node is unit else [])
-                yield self._state(lambda node, unit=unit: [] if node is unit else node.pending)
-        for _ in range(samples):
-            chosen = {id(unit): list(some_of(unit.pending, rng)) for unit in units}
-            yield self._state(lambda node, chosen=chosen: chosen.get(id(node), []))
+        torn = [lambda at: at == 0, lambda at: at > 0, lambda at: at // SECTOR % 2 == 0]
+        torn += [lambda at: rng.random() < 0.5] * rule.samples
+        for keeps in torn:
+            some = [each for each in names if rng.random() < 0.5] if keeps is torn[-1] else names
+            yield self._state(chosen_names(some), lambda file, keeps=keeps: list(tear(file.pending, keeps)))
 
-    def _state(self, kept: Callable[[Node], list]) -> Content:
-        """The state in which of each node's pending operations those that ``kept`` says are on the disk."""
+    def now(self) -> Content:
+        """What a process sees: everything that was done."""
+        def build(directory: Directory) -> Content:
+            return {name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, node.pending)
+                    for name, node in directory.now.items()}
 
+        return build(self.root)
+
+    def _state(self, kept_names: dict[Directory, list], kept: Callable[[File], list]) -> Content:
+        """The state in which these of the pending operations are on the disk."""
         def build(directory: Directory) -> Content:
             entries = dict(directory.durable)
-            for names in kept(directory):
+            for names in kept_names.get(directory, ()):
                 apply_names(entries, names)
             return {name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, kept(node))
                     for name, node in entries.items()}
@@ -180,18 +193,55 @@ class Disk:
         return build(self.root)
 
 
-def some_of(pending: list, rng: random.Random) -> Iterator:
-    """A random subset in order; writes may be torn."""
-    share = rng.random()
-    for operation in pending:
-        if rng.random() > share:
+@dataclass(frozen=True)
+class Rule:
+    """Which of the states are tried; the sampling rule that docs/format.md states.
+
+    Of the pending operations on names, and of the files with pending writes: every subset, if there are at most
+    ``exhaustive`` of them, else none, all, each alone, all but each, and ``samples`` random ones; every pair of the two,
+    or ``states`` random pairs if there are more. And torn writes: the first sector of each only, all but the first,
+    every second one, and ``samples`` times each sector by the toss of a coin, the last time with random names.
+    """
+
+    exhaustive: int
+    samples: int
+    states: int
+
+
+QUICK, SHORT, FULL = Rule(2, 1, 8), Rule(4, 2, 40), Rule(8, 12, 1500)
+
+
+def subsets(units: list, rule: Rule, rng: random.Random) -> Iterator[list]:
+    """Subsets of what is pending, in order; nothing first, all last."""
+    if len(units) <= rule.exhaustive:
+        for n in range(len(units) + 1):
+            yield from map(list, itertools.combinations(units, n))
+        return
+    yield []
+    for unit in units:
+        yield [unit]
+        yield [other for other in units if other is not unit]
+    for _ in range(rule.samples):
+        yield [unit for unit in units if rng.random() < 0.5]
+    yield list(units)
+
+
+def chosen_names(units: list[tuple[Directory, int]]) -> dict[Directory, list]:
+    """The operations on each directory, in order."""
+    chosen: dict[Directory, list] = {}
+    for directory, i in units:
+        chosen.setdefault(directory, []).append(directory.pending[i])
+    return chosen
+
+
+def tear(pending: list[tuple[int, bytes | None]], keeps: Callable[[int], bool]) -> Iterator[tuple[int, bytes | None]]:
+    """The pending operations on a file with only those sectors of each write that ``keeps(offset in the write)`` wants."""
+    for offset, data in pending:
+        if data is None:
+            yield offset, None
             continue
-        if isinstance(operation, dict) or operation[1] is None or rng.random() < 0.5:
-            yield operation
-            continue
-        offset, data = operation
         for at in range(0, len(data), SECTOR):
-            if rng.random() < 0.5:
+            if keeps(at):
                 yield offset + at, data[at : at + SECTOR]
 
 
@@ -206,22 +256,16 @@ def write_out(content: Content, path: Path) -> None:
 
 
 class Judge:
-    """Whether crash states keep the store's promises. ``store`` is its directory relative to the base.
+    """Whether crash states keep the store's promises. ``store`` is its directory relative to the base; ``states`` counts."""
 
-    With ``partials`` they are judged too, beyond what is promised: a record never lies, not even in a ``.partial``
-    (where a file may be missing).
-    """
-
-    def __init__(self, store: str, scratch: Path, keep: int, partials: bool = True):
-        self.way, self.scratch, self.keep, self.partials = store.split("/"), scratch, keep, partials
-        self._verdicts: dict[bytes, int | Corrupt] = {}
+    def __init__(self, store: str, scratch: Path, keep: int):
+        self.way, self.scratch, self.keep = store.split("/"), scratch, keep
+        self._verdicts: dict[tuple, int | Corrupt] = {}
+        self.states = 0
 
     def verdict(self, checkpoint: Content) -> int | Corrupt:
         """The generation of a checkpoint directory that verifies, or what is wrong with it."""
-        digest = hashlib.blake2b()
-        for name, data in sorted(checkpoint.items()):
-            digest.update(f"{name} {len(data)} ".encode() + data)
-        key = digest.digest()
+        key = tuple(sorted(checkpoint.items()))
         if key not in self._verdicts:
             path = self.scratch / f"{len(self._verdicts)}"
             write_out(checkpoint, path)
@@ -241,20 +285,17 @@ class Judge:
 
     def violation(self, state: Content, acknowledged: list[tuple[int, str | None]]) -> str | None:
         """What promise a state breaks, given the (generation, name) of each commit that had returned; None if none."""
+        self.states += 1
         store = self.store(state)
         named = {f"named/{name}": inner for name, inner in store.get("named", {}).items()}
         good: dict[str, int] = {}
         for name, inner in {**store, **named}.items():
-            if not isinstance(inner, dict) or name == "named" or name.endswith(".bad"):
-                continue
-            partial = name.endswith(".partial")
-            if partial and not (self.partials and "commit.json" in inner):
+            if not isinstance(inner, dict) or name == "named" or name.endswith((".bad", ".partial")):
                 continue
             verdict = self.verdict(inner)
-            if isinstance(verdict, Corrupt) and not (partial and verdict.reason == "the file is missing"):
+            if isinstance(verdict, Corrupt):
                 return f"{name} does not verify: {verdict}"
-            if not partial:
-                good[name] = verdict
+            good[name] = verdict
         return self._missing(good, acknowledged)
 
     def _missing(self, good: dict[str, int], acknowledged: list[tuple[int, str | None]]) -> str | None:
@@ -281,9 +322,15 @@ class Violation:
     what: str
 
 
-def explore(log: list[io.Call], base: str, judge: Judge, *, samples: int, seed: int = 0,
+def acknowledged_by(call: io.Call, acknowledged: list[tuple[int, str | None]]) -> None:
+    """Note what a call acknowledges, if it does (``Trainer.acknowledge``)."""
+    if match := re.search(r"/acks/(\d+)(?:-([^~]+))?(?:~.*)?$", call.path):
+        acknowledged.append((int(match[1]), match[2]))
+
+
+def explore(log: list[io.Call], base: str, judge: Judge, rule: Rule, *, seed: int = 0, skip: int = 0,
             visit: Callable[[Content, list], None] = lambda state, acknowledged: None) -> Violation | None:
-    """The first broken promise over all prefixes of ``log`` and the legal states after each, or None.
+    """The first broken promise over all prefixes of ``log`` of at least ``skip`` calls and the legal states after each.
 
     ``visit`` sees every state, with what was acknowledged by then (``Trainer.acknowledge``).
     """
@@ -291,11 +338,60 @@ def explore(log: list[io.Call], base: str, judge: Judge, *, samples: int, seed: 
     for count, call in enumerate([None, *log]):
         if call is not None:
             disk.replay(call)
-            if match := re.search(r"/acks/(\d+)(?:-(.+))?$", call.path):
-                acknowledged.append((int(match[1]), match[2]))
-        for state in disk.states(rng, samples):
+            acknowledged_by(call, acknowledged)
+        if count < skip:
+            continue
+        for state in disk.states(rng, rule):
             what = judge.violation(state, acknowledged)
             if what:
                 return Violation(count, f"{call.op} {call.path} {call.target}" if call else "", what)
             visit(state, acknowledged)
     return None
+
+
+# ---- logs with an edge missing ----
+
+
+@dataclass(frozen=True)
+class Edge:
+    """``sync`` must have returned before ``before`` begins; both are asked about (call, the name changed last)."""
+
+    sync: Callable[[io.Call, str], bool]
+    before: Callable[[io.Call, str], bool]
+
+
+def with_last(log: list[io.Call]) -> Iterator[tuple[io.Call, str]]:
+    """Each call with the last change of a name up to it, as "op name"."""
+    last = ""
+    for call in log:
+        if call.op in ("rename", "mkdir", "unlink") and "/acks/" not in call.path:
+            last = f"{call.op} {os.path.basename(call.target or call.path)}"
+        yield call, last
+
+
+def without(log: list[io.Call], edge: Edge) -> list[io.Call]:
+    """The sync is never made."""
+    return [call for call, last in with_last(log) if not edge.sync(call, last)]
+
+
+def late(log: list[io.Call], edge: Edge) -> list[io.Call]:
+    """The sync is made right behind what it should have come before."""
+    out: list[io.Call] = []
+    held: list[io.Call] = []
+    for call, last in with_last(log):
+        if edge.sync(call, last):
+            held.append(call)
+            continue
+        out.append(call)
+        if call.op == "rename":  # what was held is of a directory that has another name now
+            held = [moved(each, call.path, call.target) for each in held]
+        if held and edge.before(call, last):
+            out += held
+            held = []
+    return out + held
+
+
+def moved(call: io.Call, old: str, new: str) -> io.Call:
+    """The call on a path below ``old`` as it is when that was renamed to ``new``."""
+    inside = call.path == old or call.path.startswith(old + "/")
+    return replace(call, path=new + call.path[len(old):]) if inside else call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +72,12 @@ class Trainer:
         finally:
             checkpoint.release()
         if self.acks is not None:
-            io.mkdir(self.acks / (f"{generation}-{name}" if name else f"{generation}"))
+            self.acknowledge(generation, name)
         return path
+
+    def acknowledge(self, generation: int, name: str | None = None) -> None:
+        """Put it in the log that this checkpoint was promised to somebody."""
+        io.mkdir(self.acks / (f"{generation}-{name}" if name else f"{generation}"))
 
     def save(self, step: int, name: str | None = None, **metrics: float) -> Path:
         """One checkpoint from beginning to end."""
@@ -102,7 +107,11 @@ def start(root: Path, acks: Path | None = None, *, load: bool = True, items: int
     if load:
         newest = latest(root)
         store.mark_loaded(newest and newest.generation)
-    return Trainer(store, acks, items)
+    trainer = Trainer(store, acks, items)
+    if load and newest and acks is not None:  # what was loaded is as good as promised
+        name = f"{newest.generation}-{newest.name}" if newest.name else f"{newest.generation}"
+        io.mkdir(acks / f"{name}~again-{time.monotonic_ns()}")
+    return trainer
 
 
 @contextmanager

@@ -60,13 +60,16 @@ def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
         raise Corrupt(path, f"it cannot be read: {error.strerror}") from error
 
 
-def replace_file(path: str, data: bytes) -> None:
-    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory."""
+def replace_file(path: str, data: bytes, *, durable: bool) -> None:
+    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory.
+
+    Not ``durable``: a power cut may leave an empty or torn file under this name.
+    """
     temporary = path + ".tmp"
     with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         io.pwrite(fd, data, 0)
-        # Before the rename: else the name could be durable before the bytes, and the file be empty after a power cut.
-        io.fsync(fd)
+        if durable:
+            io.fsync(fd)
     io.rename(temporary, path)
 
 
@@ -86,7 +89,7 @@ def write_tensors(path: str, tensors: Mapping[str, Any]) -> FileRecord:
             crcs[-1] = crc32c(piece, crcs[-1])
             io.pwrite(fd, piece, at)
             at += piece.nbytes
-        # Before commit.json names these bytes: else a committed checkpoint could fail to verify after a power cut.
+        # Edge D: before the directory gets its final name, else a checkpoint may not verify after a power cut.
         io.fdatasync(fd)
     return FileRecord(layout.name, layout.nbytes, CHUNK_BYTES, tuple(crcs))
 

@@ -213,16 +213,15 @@ class Pool:
         return True
 
     def recycle(self, slot: Slot) -> None:
-        """Make a slot free: not a checkpoint by name nor by record, durably; a bad one if that fails."""
+        """Make a slot free: not a checkpoint by name, durably; a bad one if that fails."""
         try:
             if not slot.path.endswith(names.PARTIAL):
                 partial = os.path.join(self.root, f"slot-{slot.number}{names.PARTIAL}")
                 io.rename(slot.path, partial)
                 slot.path = partial
-                # Before the record goes and before its data is rewritten: else a power cut could bring the name
-                # "step-N" back over data that is not that checkpoint's.
+                # Edge R: before its data is rewritten, else a power cut could bring the name "step-N" back over data
+                # that is not that checkpoint's.
                 io.fsync_dir(self.root)
-            slot.discard_commit()
         except OSError as error:
             log.error("cannot free %s: %s", slot.path, error)
             self.condemn(slot)
@@ -247,9 +246,8 @@ class Pool:
         bad = os.path.join(parent, (f"slot-{slot.number}" if slot.name is None else slot.name) + names.BAD)
         try:
             remove_tree(bad)  # only that of an earlier named save of this name can be there
-            io.rename(slot.path, bad)
+            io.rename(slot.path, bad)  # no sync: after a power cut, what is read is what the disk has
             slot.path = bad
-            io.fsync_dir(parent)
             log.error("%s may not hold what was written to it: not used again. Check the disk, then remove it", bad)
         except OSError as error:
             log.error("%s went bad and could not be renamed: not used again by this process: %s", slot.path, error)
@@ -260,6 +258,7 @@ class Pool:
             if not slot.path.endswith(names.PARTIAL):  # a named one, interrupted between its rename and the sync
                 io.rename(slot.path, slot.path + names.PARTIAL)
                 slot.path += names.PARTIAL
+                # Edge X: before its files go, else a power cut could bring the name back over what is left of them.
                 io.fsync_dir(os.path.dirname(slot.path))
             remove_tree(slot.path)
         except OSError as error:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 from fxckpt.engine import io
 from fxckpt.errors import SaveFailed
-from fxckpt.store import names
 from fxckpt.store.files import DAMAGE, in_use
 
 log = logging.getLogger("fxckpt")
@@ -52,12 +51,11 @@ class Slot:
         self._before, self._written = self._written, None
 
     def prepare(self) -> None:
-        """Make the files safe to rewrite in place: no record that describes them, and no other reader.
+        """Make the files safe to rewrite in place: no other reader. Their old record may stay: a ``.partial`` is none.
 
         A file that somebody has open or mapped, or that has a second name, is unlinked: whoever has it keeps its
         bytes, and the next writer makes a new file. So the number of slots stays what it is.
         """
-        self.discard_commit()
         for entry in list(os.scandir(self.path)):
             if not entry.is_file(follow_symlinks=False):
                 continue
@@ -68,17 +66,6 @@ class Slot:
             io.unlink(entry.path)
             if self._before is not None:
                 self._before[1].pop(entry.name, None)
-
-    def discard_commit(self) -> None:
-        """Remove ``commit.json``, durably.
-
-        Before a byte of its files changes: else a power cut would leave a record of data that is not there any
-        more, and all that told it from a checkpoint would be the directory's name.
-        """
-        record = os.path.join(self.path, names.COMMIT)
-        if os.path.lexists(record):
-            io.unlink(record)
-            io.fsync_dir(self.path)
 
     @contextmanager
     def reporting(self) -> Iterator[None]:

@@ -1,15 +1,15 @@
 """``Store``: the one writer of a checkpoint directory, and the order in which a checkpoint becomes valid.
 
-    acquire    1. a free ``.partial`` directory, without ``commit.json``, whose files nobody else can see
+    acquire    1. a free ``.partial`` directory whose files nobody else can see
     (engine)   2. chunks written in place, each file ``fdatasync``'ed
     commit        ``state.safetensors`` likewise; files that are not in the record removed
                3. ``commit.json`` (temporary name, fsync, rename), fsync of the slot
                4. rename to ``step-N``, fsync of the root: now, and only now, it is committed
-               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root, remove its
-                  ``commit.json``, fsync of the slot (step 1 of a later one, done where no training waits)
+               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root (done here, where no
+                  training waits)
 
-Each line is durable before the next. So in every state a crash can leave, a directory without a suffix verifies,
-and so do the files beside any ``commit.json`` at all. ``tests/test_power_cut.py`` removes each step in turn.
+Which operation must be durable before which is the table of edges in ``docs/format.md``; the comments name them. In every
+state a crash can leave, a directory without a suffix verifies. ``tests/test_power_cut.py`` takes each edge away in turn.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Store:
         self._finalizer = weakref.finalize(self, self._lock.release)
         self._finalizer.atexit = False
         try:
+            self._sync_what_is_there()
             records = self._read_records()
             self._identify(records)
             self._adopt(records)
@@ -88,6 +89,17 @@ class Store:
             raise
         if self._pool.keep == 1:
             log.warning("keep=1: while no other checkpoint exists, one damaged block on the disk loses the run")
+
+    def _sync_what_is_there(self) -> None:
+        """Edge O: make the names durable that an earlier life was killed behind, before they are relied on.
+
+        It may have renamed a checkpoint to ``slot-K.partial`` and not have synced that: rewriting the slot would be
+        rewriting the checkpoint, as a power cut can still bring its name back. And what is loaded stays loadable.
+        """
+        io.fsync_dir(self.root)
+        named = os.path.join(self.root, names.NAMED)
+        if os.path.isdir(named):
+            io.fsync_dir(named)
 
     def _read_records(self) -> dict[str, Record | None]:
         """The record of each checkpoint directory; None where it is damaged."""
@@ -104,14 +116,14 @@ class Store:
         """Read the store's id, or write ``store.json``: the newest record's id if it was damaged or lost."""
         found = names.read_store_id(self.root)
         if found is None:
-            # Before store.json, so that its being there means that all directories above it are durable.
+            # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
             sync_ancestors(self.root)
             whole = [record for record in records.values() if record is not None]
             newest = max(whole, key=lambda record: record.generation, default=None)
             found = newest.store_id if newest else uuid.uuid4().hex
             content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
-            replace_file(os.path.join(self.root, names.STORE), content.encode())
-            io.fsync_dir(self.root)
+            # Not made durable: if it is lost, the id is taken from a record.
+            replace_file(os.path.join(self.root, names.STORE), content.encode(), durable=False)
         self.store_id = found
 
     def _adopt(self, records: Mapping[str, Record | None]) -> None:
@@ -215,8 +227,8 @@ class Store:
                 raise SetupError(f"{directory} has a checkpoint {name!r} already: take another name, or remove it")
             if not os.path.isdir(directory):
                 io.mkdir(directory, 0o755)
-            # Each time: a life that made the directory and was killed may not have synced its name, and without
-            # that a power cut loses every named save in it.
+            # Edge N. Each time: one that was made may not have been synced, and without that a power cut loses every
+            # named save in it.
             io.fsync_dir(self.root)
             remove_tree(slot.path)
             io.mkdir(slot.path, 0o755)
@@ -274,8 +286,9 @@ class Store:
             found = os.stat(path).st_size
             if found != nbytes:
                 raise SaveFailed("stat", path, detail=f"the file has {found} bytes, its record {nbytes}")
-        replace_file(os.path.join(slot.path, names.COMMIT), record.to_bytes())
-        # Before the rename in the root: else the directory could have its final name without its record or a file.
+        # Edge C: the record's bytes, and
+        replace_file(os.path.join(slot.path, names.COMMIT), record.to_bytes(), durable=True)
+        # edge S: the names in the slot before its final name, else a checkpoint could lack its record or a file.
         io.fsync_dir(slot.path)
 
     def _publish(self, slot: Slot, record: Record) -> None:
@@ -289,7 +302,7 @@ class Store:
         slot.target = final
         io.rename(slot.path, final)
         slot.path = final
-        # Before the caller is told and anything older is given up: else a power cut could take this one back.
+        # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
         io.fsync_dir(os.path.dirname(final))
 
     # ---- ending ----
