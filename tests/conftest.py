@@ -68,3 +68,25 @@ def nothing_is_left_behind():
         del run, left
         gc.collect()
         gc.freeze()  # the next collection need not look at all that torch has imported: 0.3 s each
+
+
+@pytest.fixture
+def counted(record_property):
+    """``counted(what, n)``: how much a test tried, added up over all tests and printed at the end."""
+    return lambda what, n: record_property(f"counted: {what}", n)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print what ``counted`` was told, in workers too."""
+    sums: dict[str, int] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) != "call":
+                continue
+            for what, n in report.user_properties:
+                if what.startswith("counted: "):
+                    sums[what] = sums.get(what, 0) + n
+    if sums:
+        terminalreporter.section("counted")
+    for what, n in sums.items():
+        terminalreporter.write_line(f"{n:>12,} {what.removeprefix('counted: ')}")

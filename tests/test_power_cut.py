@@ -30,19 +30,6 @@ WHOLE = os.environ.get("FXCKPT_CRASH") == "full"
 RULE = FULL if WHOLE else SHORT
 STORE = "runs/first/checkpoints"
 ITEMS = 700  # floats a tensor: each file has two chunks
-counts: dict[str, int] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def told(pytestconfig):
-    """Print how much was tried, past pytest's capture."""
-    yield
-    reporter = pytestconfig.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and counts:
-        reporter.write_line("")
-        for what, n in counts.items():
-            reporter.write_line(f"power cuts, {what}: {n} crash states")
-        counts.clear()
 
 
 class Recording:
@@ -207,11 +194,12 @@ def recordings(tmp_path_factory):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(scenario, recordings):
+def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(scenario, recordings, counted):
     recording = recordings(scenario)
-    broken, counts[scenario] = recording.explore(recording.log)
+    broken, states = recording.explore(recording.log)
+    counted(f"crash states of {scenario} ({len(recording.log)} calls)", states)
     assert broken is None
-    assert counts[scenario] > 5 * len(recording.log)
+    assert states > 5 * len(recording.log)
 
 
 def test_after_a_power_cut_the_next_life_loads_and_checkpoints(recordings):
@@ -294,13 +282,13 @@ MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number i
 
 @pytest.mark.parametrize(("letter", "number", "way"), MUTANTS,
                          ids=[f"{letter}{number}-{way.__name__}" for letter, number, way in MUTANTS])
-def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, recordings):
+def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, recordings, counted):
     scenario, edge = EDGES[letter][number]
     recording = recordings(scenario)
     log = way(recording.log, edge)
     assert log != recording.log, "the edge is not in the log"
     broken, states = recording.explore(log)
-    counts["edges taken away"] = counts.get("edges taken away", 0) + states
+    counted("mutants of ordering edges, all caught" if broken else "mutants that nothing catches", 1)
     assert broken is not None, f"edge {letter} is not needed: nothing breaks without it ({states} states)"
 
 
@@ -344,7 +332,7 @@ def kills(log: list[io.Call]) -> list[int]:
 
 
 @pytest.mark.parametrize("scenario", ["once", "one_slot", "named"])
-def test_kill_at_any_call_then_a_life_then_a_power_cut(scenario, recordings, tmp_path):
+def test_kill_at_any_call_then_a_life_then_a_power_cut(scenario, recordings, tmp_path, counted):
     log = recordings(scenario).log
     with fast_directory(tmp_path) as directory:
         recording = Recording(directory, lambda root, acks: None, 1)
@@ -352,7 +340,8 @@ def test_kill_at_any_call_then_a_life_then_a_power_cut(scenario, recordings, tmp
         for killed in kills(log):
             broken, states = cut_after_a_kill(recording, log[:killed], rule=SHORT if WHOLE else QUICK)
             assert broken is None, f"killed behind {killed} calls, the last: {log[killed - 1]}"
-            counts["kill, life, cut"] = counts.get("kill, life, cut", 0) + states
+            counted("kills followed by a life and its power cuts", 1)
+            counted("crash states after a kill and a life", states)
 
 
 def replace_base(call: io.Call, old: Recording, new: Recording) -> io.Call:
@@ -378,13 +367,14 @@ def no_sync_at_open(log: list[io.Call]) -> list[io.Call]:
     ("once", lambda call: call.op == "rename" and "/step-" in call.target),  # committed and not synced, then loaded
     ("named", lambda call: call.op == "rename" and call.target.endswith("second.partial")),  # to be removed
 ], ids=["recycled", "loaded", "removed"])
-def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last, recordings, tmp_path):
+def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last, recordings, tmp_path, counted):
     with fast_directory(tmp_path) as directory:
         recording = Recording(directory, lambda root, acks: None, 1)
         log = [replace_base(call, recordings(scenario), recording) for call in recordings(scenario).log]
         first = killed_behind(log, last)
         assert cut_after_a_kill(recording, first)[0] is None
         assert cut_after_a_kill(recording, first, no_sync_at_open)[0] is not None
+        counted("mutants of ordering edges, all caught", 1)
 
 
 def test_every_file_operation_of_a_run_goes_through_the_table(nursery, tmp_path):
