@@ -1,5 +1,5 @@
 /* A checkpoint as its caller sees it: begin, emit, wait, cancel, release. */
-#include "internal.h"
+#include "cuda.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -147,10 +147,12 @@ int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *
 /* ---- emit ---- */
 
 /* Lock held: the layer's pieces become copyable, and chunks that waited for them only become ready. */
-static void emit_pieces(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources) {
+static void emit_pieces(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources,
+                        struct ck_devices *devices) {
     const struct plan_layer *l = &ck->plan->layers[layer];
     fx_sources_hold(sources);
     ck->layers[layer].sources = sources;
+    ck->layers[layer].devices = devices;
     ck->layers[layer].left = l->n_pieces;
     ck->left += l->n_pieces;
     atomic_fetch_add(&ck->engine->pending, l->n_pieces);
@@ -158,21 +160,36 @@ static void emit_pieces(struct fx_checkpoint *ck, uint32_t layer, struct fx_sour
         uint32_t chunk = ck->plan->pieces[ck->plan->layer_pieces[l->first_piece + i]].chunk;
         if (--ck->chunks[chunk].layers_left == 0) fx_push_ready(ck, chunk);
     }
+    if (devices && fx_cuda_enqueue(ck, layer)) fx_give_up(ck, FAILED, "emit", "", -1, ENOMEM);
 }
 
 int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources) {
+    return fx_emit_from(ck, layer, sources, NULL, 0);
+}
+
+int fx_emit_from(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources,
+                 const struct fx_stream *streams, uint32_t n_streams) {
+    struct ck_devices *devices = NULL;
+    struct fx_error refused = {.err = 0};
     if (layer >= ck->plan->n_layers || !fx_sources_fit(sources, ck->plan, layer)) return -EINVAL;
+    int r = sources->devices ? fx_cuda_mark(ck, sources, streams, n_streams, &devices, &refused) : 0;
+    if (r && !refused.err) return r;
     fx_lock(ck->engine);
-    int r = ck->layers[layer].emitted ? -EALREADY : 0;
+    r = ck->layers[layer].emitted ? -EALREADY : 0;
     if (!r) {
+        if (refused.err) fx_give_up(ck, FAILED, refused.operation, refused.path, -1, refused.err);
         ck->layers[layer].emitted = true;
         ck->emitted++;
-        if (ck->state == ACTIVE) emit_pieces(ck, layer, sources);
+        if (ck->state == ACTIVE) {
+            emit_pieces(ck, layer, sources, devices);
+            devices = NULL;
+        }
         fx_check_durable(ck);
         fx_settle(ck);
         fx_wake_writers(ck->engine);
         fx_wake(ck->engine);
     }
+    fx_cuda_drop(devices);
     fx_unlock(ck->engine);
     return r;
 }
@@ -236,7 +253,7 @@ void fx_cancel(struct fx_checkpoint *ck) {
     fx_lock(ck->engine);
     fx_give_up(ck, CANCELLED, "cancel", "", -1, ECANCELED);
     fx_settle(ck);
-    while (ck->taken) fx_wait(ck->engine, INT64_MAX); /* copies end by themselves; no disk is involved */
+    while (ck->taken && FX_KEEPS(NO_CANCEL_WAIT)) fx_wait(ck->engine, INT64_MAX); /* copies end by themselves */
     fx_unlock(ck->engine);
 }
 

@@ -1,5 +1,5 @@
 /* The engine's life, its lock, its clock and its counters. */
-#include "internal.h"
+#include "cuda.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -60,6 +60,7 @@ static void free_buffers(struct fx_engine *engine) {
 
 static void destroy(struct fx_engine *engine) {
     fx_fork_remove(engine);
+    fx_cuda_free(engine);
     fx_relay_destroy(engine);
     free_buffers(engine);
     free(engine->staging.free);
@@ -122,12 +123,16 @@ int fx_engine_close(struct fx_engine *engine, int64_t timeout_ns) {
     engine->closing = true;
     cancel_all(engine);
     fx_wake_writers(engine);
+    fx_unlock(engine);
+    fx_cuda_stop(engine);
+    fx_lock(engine);
     while (engine->threads_alive && fx_wait(engine, deadline)) continue;
     bool ended = !engine->threads_alive, join = ended && !engine->joined;
     if (join) engine->joined = true;
     fx_unlock(engine);
     if (!join) return ended;
     for (uint32_t i = 0; i < engine->threads_started; i++) pthread_join(engine->writers[i].thread, NULL);
+    fx_cuda_free(engine);
     fx_relay_end(engine);
     fx_lock(engine);
     free_buffers(engine); /* all are given back: no checkpoint is in flight and no thread works on one */

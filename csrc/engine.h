@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 2      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 3      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -68,6 +68,7 @@ struct fx_view {
     int32_t ndim;
     int64_t *sizes;
     int64_t *strides;
+    uint32_t device; /* 0: host memory. 1 + i: memory of CUDA device i, contiguous (only where sources are emitted) */
 };
 
 /* Drops dimensions of size 1 and merges those that follow each other in memory, in place. */
@@ -150,6 +151,12 @@ const int64_t *fx_engine_pending(const struct fx_engine *engine);
 
 struct fx_checkpoint;
 
+/* A CUDA stream of the caller, by the device's number and the driver's handle (0: the legacy default stream). */
+struct fx_stream {
+    uint32_t device;
+    uint64_t handle;
+};
+
 /* Opens or creates the plan's files, sets their sizes. `known` may be NULL, else for each chunk of the plan:
  * has_known[i] and the CRC of what the disk already holds there; an equal chunk is not written again.
  * A CRC has 32 bits: give only chunks that are expected not to have changed.
@@ -160,6 +167,10 @@ int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *
 /* The layer's memory must stay valid and unchanged until a fence on it returned 1. -EINVAL: sources that do
  * not fit the plan; -EALREADY: emitted before. On a failed or cancelled checkpoint it only counts. */
 int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources);
+/* For a layer with memory on devices: what is copied is its content after the work that is in `streams` now, one
+ * for each of its devices. -EINVAL also: a device without a stream, or that was not opened. */
+int fx_emit_from(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources,
+                 const struct fx_stream *streams, uint32_t n_streams);
 uint32_t fx_emitted(struct fx_checkpoint *ck);
 int fx_copied(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
 int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
@@ -179,6 +190,19 @@ void fx_checkpoint_release(struct fx_checkpoint *ck);
  * waits for another layer's emit: if a piece's chunk waits for one and no staging room can come, that
  * checkpoint fails. */
 int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
+/* For work that is put into `streams` afterwards. The host waits only until the layer's copies were issued on
+ * those streams' devices; the streams then wait for the copies themselves. */
+int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, const struct fx_stream *streams,
+                 uint32_t n_streams);
+
+/* ---- CUDA devices (cuda.c) ---- */
+
+/* Loads the driver from `path` (NULL: libcuda.so.1). */
+int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *error);
+/* Makes ready to copy from a device: retains its primary context, makes a stream, and with the first device
+ * turns the staging buffers into pinned memory. Not from two threads at once. Errors: err is EREMOTEIO and path the
+ * driver's name and text for what went wrong. */
+int fx_cuda_device(struct fx_engine *engine, uint32_t ordinal, struct fx_error *error);
 
 /* ---- a monitor in another process (ring.c, relay.c) ----
  *

@@ -1,10 +1,12 @@
 /* Fences: the only place where training waits for the engine. */
-#include "internal.h"
+#include "cuda.h"
 
 #include <errno.h>
 
 /* What a look at the checkpoints in flight found. */
 struct finding {
+    const struct fx_stream *streams; /* asked: a copy that was issued for them counts as done */
+    uint32_t n_streams;
     bool done;                     /* nothing of the layer is left to copy */
     struct fx_checkpoint *ck;      /* a piece that the caller may copy, ... */
     uint32_t piece;                /* ... or NOTHING */
@@ -15,10 +17,27 @@ static bool is_in(const struct fx_checkpoint *ck, int64_t layer) {
     return layer < 0 || (uint64_t)layer < ck->plan->n_layers;
 }
 
+/* A layer that the copier thread copies: there is nothing to help with. */
+static void look_at_device_layer(struct fx_checkpoint *ck, uint32_t layer, struct finding *found) {
+    const struct plan_layer *l = &ck->plan->layers[layer];
+    bool covered = fx_cuda_covers(ck->layers[layer].devices, found->streams, found->n_streams);
+    for (uint32_t i = 0; i < l->n_pieces; i++) {
+        uint32_t piece = ck->plan->layer_pieces[l->first_piece + i];
+        if (ck->pieces[piece] == DONE || (ck->pieces[piece] == ISSUED && covered)) continue;
+        if (FX_KEEPS(NO_FENCE_ISSUED)) found->done = false;
+        bool room = ck->chunks[ck->plan->pieces[piece].chunk].staging || fx_staging_has_room(ck->engine);
+        if (ck->pieces[piece] == IDLE && !room) found->starved = ck;
+    }
+}
+
 /* Looks through one layer of one checkpoint; true once a piece to help with was found. */
 static bool look_at_layer(struct fx_checkpoint *ck, uint32_t layer, struct finding *found) {
     const struct plan_layer *l = &ck->plan->layers[layer];
     if (!ck->layers[layer].emitted || !ck->layers[layer].left) return false;
+    if (ck->layers[layer].devices) {
+        look_at_device_layer(ck, layer, found);
+        return false;
+    }
     found->done = false;
     for (uint32_t i = 0; i < l->n_pieces; i++) {
         uint32_t piece = ck->plan->layer_pieces[l->first_piece + i];
@@ -34,8 +53,9 @@ static bool look_at_layer(struct fx_checkpoint *ck, uint32_t layer, struct findi
     return false;
 }
 
-static struct finding look(struct fx_engine *engine, int64_t layer) {
-    struct finding found = {.done = true, .piece = NOTHING};
+static struct finding look(struct fx_engine *engine, int64_t layer, const struct fx_stream *streams,
+                           uint32_t n_streams) {
+    struct finding found = {.streams = streams, .n_streams = n_streams, .done = true, .piece = NOTHING};
     for (struct fx_checkpoint *ck = engine->oldest; ck; ck = ck->next) {
         if (!is_in(ck, layer) || !ck->left) continue;
         uint32_t first = layer < 0 ? 0 : (uint32_t)layer, end = layer < 0 ? ck->plan->n_layers : first + 1;
@@ -94,13 +114,14 @@ static bool room_will_come(const struct fx_engine *engine) {
 }
 
 /* Lock held. Helps, waits, or fails a checkpoint that would make us wait for an emit that may never come. */
-static int pass(struct fx_engine *engine, int64_t layer, int64_t deadline) {
+static int pass(struct fx_engine *engine, int64_t layer, int64_t deadline, const struct fx_stream *streams,
+                uint32_t n_streams) {
     for (;;) {
-        struct finding found = look(engine, layer);
+        struct finding found = look(engine, layer, streams, n_streams);
         if (found.done) return 1;
         if (found.piece != NOTHING) {
             help(engine, found.ck, found.piece);
-            if (fx_now() >= deadline) return look(engine, layer).done;
+            if (fx_now() >= deadline) return look(engine, layer, streams, n_streams).done;
         } else if (found.starved && !room_will_come(engine)) {
             fx_give_up(found.starved, FAILED,
                        "fence: no staging room for a chunk that waits for another layer", "", -1, ENOBUFS);
@@ -112,14 +133,20 @@ static int pass(struct fx_engine *engine, int64_t layer, int64_t deadline) {
 }
 
 int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns) {
+    return fx_fence_for(engine, layer, timeout_ns, NULL, 0);
+}
+
+int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, const struct fx_stream *streams,
+                 uint32_t n_streams) {
     if (!atomic_load_explicit(&engine->pending, memory_order_acquire)) return 1;
     fx_lock(engine);
-    int r = look(engine, layer).done;
+    int r = look(engine, layer, streams, n_streams).done;
     if (!r) {
         int64_t start = fx_now();
-        r = pass(engine, layer, fx_deadline(timeout_ns));
+        r = pass(engine, layer, fx_deadline(timeout_ns), streams, n_streams);
         engine->stall_ns += (uint64_t)(fx_now() - start);
     }
+    if (r == 1) fx_cuda_order(engine, layer, streams, n_streams);
     fx_unlock(engine);
     return r;
 }

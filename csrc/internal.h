@@ -78,6 +78,7 @@ void fx_plan_hold(struct fx_plan *plan);
 struct fx_sources {
     atomic_int refs;
     uint32_t n;
+    uint64_t devices; /* bit i: a tensor lies on CUDA device i */
     struct fx_view views[]; /* sizes and strides follow in the same allocation */
 };
 
@@ -88,7 +89,8 @@ bool fx_sources_fit(struct fx_sources *sources, const struct fx_plan *plan, uint
 /* ---- one checkpoint: checkpoint.c ---- */
 
 enum state { ACTIVE, DURABLE, FAILED, CANCELLED };
-enum piece_state { IDLE, TAKEN, DONE }; /* of an emitted layer; DONE also says "dropped" */
+/* Of an emitted layer; DONE also says "dropped". ISSUED: still TAKEN, by a device's stream. */
+enum piece_state { IDLE, TAKEN, DONE, ISSUED };
 enum sync_state { UNSYNCED, SYNC_TAKEN, SYNCED };
 
 struct ck_file {
@@ -102,15 +104,21 @@ struct ck_file {
 
 struct ck_chunk {
     uint32_t layers_left; /* pieces whose layer was not emitted */
-    uint32_t helpers;     /* fences that are copying pieces of it into `staging` */
+    uint32_t helpers;     /* who is copying pieces of it into `staging`: fences, devices */
+    uint32_t device_left; /* emitted pieces that are a device's to copy and were not taken */
     uint32_t next_ready;
     bool taken;    /* by a writer; never given back */
     bool whole;    /* `staging` came complete, from another process: nothing to copy or checksum */
     void *staging; /* buffer that holds the pieces which are DONE */
 };
 
+struct ck_devices; /* cuda.c */
+struct ck_cuda;
+struct cuda;
+
 struct ck_layer {
     struct fx_sources *sources;
+    struct ck_devices *devices; /* NULL: all in host memory, else the copier thread copies it */
     bool emitted;
     uint32_t left; /* emitted pieces not DONE */
 };
@@ -130,6 +138,7 @@ struct fx_checkpoint {
     uint8_t *pieces; /* enum piece_state */
     uint32_t *crcs, *known;
     uint8_t *has_known;
+    struct ck_cuda *cuda; /* NULL: no layer of it is on a device */
     uint32_t ready_head, ready_tail;
     uint32_t emitted;     /* layers */
     uint32_t left;        /* emitted pieces not DONE */
@@ -191,6 +200,7 @@ struct fx_engine {
     struct writer *writers;
     struct relay *relay; /* NULL, or the memory shared with a monitor: relay.c */
     uint64_t ids;
+    struct cuda *cuda; /* NULL: no driver was opened */
     struct fx_engine *next; /* in fork.c's list */
     _Atomic int64_t pending;
     _Atomic uint64_t bytes_written, copy_ns, write_ns, stall_ns, buffered_files;
@@ -217,6 +227,8 @@ bool fx_relay_posts(const struct fx_engine *engine); /* this engine fills slots 
 bool fx_relay_lacks_slot(const struct fx_engine *engine);
 bool fx_relay_slots_will_return(const struct fx_engine *engine);
 uint32_t fx_relay_reserve(const struct fx_engine *engine); /* slots that fences leave to writers */
+/* The trainer's slots, which are its staging buffers; NULL: it has buffers of its own. */
+char *fx_relay_memory(const struct fx_engine *engine, uint64_t *nbytes);
 bool fx_relay_gone(const struct fx_engine *engine);        /* the monitor is dead */
 void fx_relay_post(struct fx_engine *engine, const struct fx_checkpoint *ck, uint32_t chunk, void *buffer);
 bool fx_relay_returns(struct fx_engine *engine, void *buffer); /* it was a slot of the other process, and went back */

@@ -1,6 +1,6 @@
 /* The steps of a checkpoint's life, small and under the lock: pieces taken and finished, chunks ready and
  * written, the end. */
-#include "internal.h"
+#include "cuda.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -37,7 +37,8 @@ void fx_push_ready(struct fx_checkpoint *ck, uint32_t chunk) {
 uint32_t fx_pop_ready(struct fx_checkpoint *ck) {
     uint32_t before = NOTHING, chunk = ck->ready_head;
     bool poor = fx_relay_lacks_slot(ck->engine); /* only chunks that have their buffer can be done */
-    while (chunk != NOTHING && (ck->chunks[chunk].helpers || (poor && !ck->chunks[chunk].staging))) {
+    while (chunk != NOTHING && (ck->chunks[chunk].helpers || ck->chunks[chunk].device_left ||
+                                (poor && !ck->chunks[chunk].staging))) {
         before = chunk;
         chunk = ck->chunks[chunk].next_ready;
     }
@@ -100,6 +101,7 @@ static void unlink_from_list(struct fx_checkpoint *ck) {
 void fx_checkpoint_destroy(struct fx_checkpoint *ck) {
     for (uint32_t i = 0; ck->files && i < ck->plan->n_files; i++) free(ck->files[i].path);
     for (uint32_t i = 0; ck->layers && i < ck->plan->n_layers; i++) fx_sources_free(ck->layers[i].sources);
+    fx_cuda_forget(ck);
     fx_plan_free(ck->plan);
     free(ck->files);
     free(ck->chunks);

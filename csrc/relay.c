@@ -55,6 +55,12 @@ uint32_t fx_relay_reserve(const struct fx_engine *engine) {
     return threads < slots ? threads : slots - 1;
 }
 
+char *fx_relay_memory(const struct fx_engine *engine, uint64_t *nbytes) {
+    if (!is_trainer(engine)) return NULL;
+    *nbytes = engine->relay->ring->head->slots * engine->relay->ring->head->slot_bytes;
+    return fx_ring_data(engine->relay->ring, 0);
+}
+
 bool fx_relay_gone(const struct fx_engine *engine) { return is_trainer(engine) && engine->relay->gone; }
 
 /* ---- the trainer's side; lock held ---- */

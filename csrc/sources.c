@@ -16,6 +16,7 @@ struct fx_sources *fx_sources_new(const struct fx_view *views, uint32_t n) {
     for (uint32_t i = 0; i < n; i++) {
         struct fx_view *view = &sources->views[i];
         *view = views[i];
+        if (view->device && view->device <= 64) sources->devices |= 1ull << (view->device - 1);
         if (view->ndim < 0) continue;
         size_t k = (size_t)view->ndim;
         view->sizes = numbers;

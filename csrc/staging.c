@@ -1,5 +1,5 @@
 /* Buffers: page-aligned, made when first needed, recycled, never more than the limit. */
-#include "internal.h"
+#include "cuda.h"
 
 #include <sys/mman.h>
 
@@ -40,4 +40,5 @@ void fx_staging_give(struct fx_engine *engine, void *buffer) {
     if (fx_relay_returns(engine, buffer)) return;
     engine->staging.free[engine->staging.n_free++] = buffer;
     engine->staging.used_bytes -= engine->options.chunk_bytes;
+    fx_cuda_wake(engine); /* the copier may have waited for it */
 }

@@ -28,8 +28,9 @@ SLICE = 0.2
 SETTLE = 10.0
 """Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
 
-RECOVERABLE = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""Errors after which the slot's blocks are still good: the disk was full. Any other one retires the slot."""
+RECOVERABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO, errno.ENOBUFS})
+"""Errors after which the slot's blocks are still good: the disk was full, a device failed (the engine's EREMOTEIO), or
+staging ran out. Any other one retires the slot."""
 
 
 @dataclass(eq=False)

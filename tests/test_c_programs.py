@@ -60,7 +60,7 @@ def build(tmp_path_factory):
         objects = sorted(str(path) for path in directory.glob("*.o"))
         source = str(ROOT / "tests/c" / f"{name}.c")
         output = str(directory / name)
-        built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", source, *objects, "-o", output])
+        built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", source, *objects, "-o", output, "-ldl"])
         assert built.returncode == 0, built.stderr
         return output
 
@@ -78,3 +78,59 @@ def test_c_program_is_clean(build, tmp_path, name, sanitizer):
     program = build(name, SANITIZERS[sanitizer])
     done = run([program, str(tmp_path), SECONDS, SEED], env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, f"seed {SEED}\n{done.stdout}\n{done.stderr}"
+
+
+# ---- the CUDA path, on the fake driver ----
+
+
+def build_driver(directory: Path, *flags: str) -> str:
+    """The fake driver as a shared library."""
+    output = str(directory / "libfakecuda.so")
+    built = run([*compiler(), *FLAGS, *flags, "-fPIC", "-shared", "-fvisibility=hidden",
+                 str(ROOT / "tests/fake_cuda.c"), "-o", output])
+    assert built.returncode == 0, built.stderr
+    return output
+
+
+@pytest.mark.parametrize("sanitizer, settings", [
+    ("memory", {}),
+    ("races", {}),
+    ("memory", {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),  # one hardware queue: a wait for what comes later would hang
+    ("memory", {"FAKE_CUDA_OLD": "1"}),  # a driver without batches of copies
+], ids=["memory", "races", "one-queue", "old-driver"])
+def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, tmp_path, sanitizer, settings):
+    """``tests/c/cuda.c``: also each call of the driver fails once, and the device is lost at each call once."""
+    program = build("cuda", SANITIZERS[sanitizer])
+    driver = build_driver(tmp_path, f"-fsanitize={SANITIZERS[sanitizer]}")
+    done = run([program, str(tmp_path), "1" if settings else SECONDS, SEED, driver], env=os.environ | ENVIRONMENT | settings)
+    assert done.returncode == 0, f"seed {SEED}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def mutable(tmp_path_factory):
+    """``tests/c/cuda.c`` and the engine with the switch that leaves one wait or record out."""
+    directory = tmp_path_factory.mktemp("mutations")
+    sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.c"))
+    program = str(directory / "cuda")
+    built = run([*compiler(), *FLAGS[:-2], "-DFX_MUTATIONS", "-I", str(ROOT / "csrc"), "-fno-sanitize=all",
+                 str(ROOT / "tests/c/cuda.c"), *sources, "-o", program, "-ldl"])
+    assert built.returncode == 0, built.stderr
+    return program, build_driver(directory)
+
+
+def mutations() -> list[str]:
+    """The names in csrc/cuda.h, in order; the first one is none."""
+    text = (ROOT / "csrc/cuda.h").read_text()
+    body = text[text.index("enum fx_mutation {"):text.index("    MUTATIONS\n")]
+    return [line.strip().split(",")[0] for line in body.splitlines()[1:] if line.strip()]
+
+
+@pytest.mark.parametrize("mutation", mutations())
+def test_an_order_of_events_without_one_of_its_waits_is_caught(mutable, tmp_path, mutation):
+    program, driver = mutable
+    number = str(mutations().index(mutation))
+    done = run([program, str(tmp_path), "3", SEED, driver, number])
+    if mutation == "NO_MUTATION":
+        assert done.returncode == 0, f"seed {SEED}\n{done.stderr}"
+    else:
+        assert done.returncode != 0 and "not so" in done.stderr, f"{mutation} goes unseen with seed {SEED}\n{done.stderr}"

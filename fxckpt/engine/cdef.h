@@ -25,6 +25,7 @@ struct fx_view {
     int32_t ndim;
     int64_t *sizes;
     int64_t *strides;
+    uint32_t device;
 };
 
 struct fx_file {
@@ -77,10 +78,17 @@ void fx_engine_free(struct fx_engine *engine);
 void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out);
 const int64_t *fx_engine_pending(const struct fx_engine *engine);
 
+struct fx_stream {
+    uint32_t device;
+    uint64_t handle;
+};
+
 struct fx_checkpoint;
 int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths, const uint8_t *has_known,
              const uint32_t *known, struct fx_checkpoint **out, struct fx_error *error);
 int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources);
+int fx_emit_from(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources,
+                 const struct fx_stream *streams, uint32_t n_streams);
 uint32_t fx_emitted(struct fx_checkpoint *ck);
 int fx_copied(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
 int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *error);
@@ -90,6 +98,10 @@ const uint32_t *fx_crcs(const struct fx_checkpoint *ck);
 void fx_checkpoint_release(struct fx_checkpoint *ck);
 
 int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
+int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, const struct fx_stream *streams,
+                 uint32_t n_streams);
+int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *error);
+int fx_cuda_device(struct fx_engine *engine, uint32_t ordinal, struct fx_error *error);
 
 struct fx_ring;
 struct fx_posted {

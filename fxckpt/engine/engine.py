@@ -26,6 +26,8 @@ COUNTS = ("bytes_written", "staging_bytes", "staging_peak_bytes")
 SECONDS = {"copy_seconds": "copy_ns", "write_seconds": "write_ns", "stall_seconds": "stall_ns"}
 
 Item = tuple[int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
+Streams = Mapping[int, int]
+"""The stream that each CUDA device trains on: device number -> the driver's handle (0: the legacy default stream)."""
 
 
 def in_slices(call: Callable[[int], int], timeout: float) -> int:
@@ -61,15 +63,19 @@ def make_view(ffi: Any, view: Any, item: Item, keep: list[Any]) -> None:
 class Sources:
     """Where one layer's tensors lie: ``(address, sizes, strides in bytes)`` each; None, None: contiguous.
 
-    Addresses are fixed when it is built; the caller keeps the tensors alive.
+    Addresses are fixed when it is built; the caller keeps the tensors alive. ``devices``: for each tensor the number
+    of the CUDA device it lies on, or None for host memory; tensors on devices must be contiguous.
     """
 
-    def __init__(self, items: Sequence[Item]):
+    def __init__(self, items: Sequence[Item], devices: Sequence[int | None] | None = None):
         ffi, lib = load()
         keep: list[Any] = []
         views = ffi.new("struct fx_view[]", max(len(items), 1))
         for view, item in zip(views, items):
             make_view(ffi, view, item, keep)
+        for view, device in zip(views, devices or ()):
+            view.device = 0 if device is None else device + 1
+        self.devices = frozenset(device for device in devices or () if device is not None)
         pointer = lib.fx_sources_new(views, len(items))
         if pointer == ffi.NULL:
             raise MemoryError("sources")
@@ -109,6 +115,7 @@ class Engine:
         self.chunk_bytes = chunk_bytes
         self.memory_bytes = threads * chunk_bytes + staging_bytes // chunk_bytes * chunk_bytes
         self._said_buffered = False
+        self._devices: set[int] = set()
         options = ffi.new("struct fx_options *", (threads, chunk_bytes, staging_bytes, mock, direct))
         out, error = ffi.new("struct fx_engine **"), ffi.new("struct fx_error *")
         if lib.fx_engine_new(options, out, error):
@@ -186,14 +193,39 @@ class Engine:
         """Whether any emitted piece of any checkpoint is not copied yet. One atomic read."""
         return self._pending[0] != 0 and not self._is_elsewhere()
 
-    def fence(self, layer: int, timeout: float) -> bool:
+    def fence(self, layer: int, timeout: float, streams: Streams | None = None) -> bool:
         """Waits until the layer's memory (-1: all layers') may change; False after ``timeout`` seconds.
 
-        The caller copies pieces no writer has taken into staging while there is room, else it waits.
+        The caller copies pieces no writer has taken into staging while there is room, else it waits. For memory on
+        devices that ``streams`` names it waits only until the copies were issued; what is put into those streams
+        afterwards runs after the copies.
         """
         if self._pending[0] == 0 or self._is_elsewhere():
             return True
-        return in_slices(lambda ns: self._lib.fx_fence(self._pointer, layer, ns), timeout) == 1
+        array, count = self._streams(streams)
+        return in_slices(lambda ns: self._lib.fx_fence_for(self._pointer, layer, ns, array, count), timeout) == 1
+
+    def _streams(self, streams: Streams | None) -> tuple[Any, int]:
+        """The C array of streams, and their number."""
+        if not streams:
+            return self._ffi.NULL, 0
+        return self._ffi.new("struct fx_stream[]", list(streams.items())), len(streams)
+
+    def open_device(self, ordinal: int, driver: str | None = None) -> None:
+        """Makes ready to copy from CUDA device ``ordinal``; once it is, does nothing. ``driver``: another library than
+        ``libcuda.so.1``. With the first device all staging is pinned memory, allocated now.
+
+        Raises :class:`SetupError` with the driver's own name and text for what went wrong.
+        """
+        if ordinal in self._devices:
+            return
+        ffi, lib, error = self._ffi, self._lib, self._ffi.new("struct fx_error *")
+        path = ffi.NULL if driver is None else ffi.new("char[]", os.fsencode(driver))
+        if lib.fx_cuda_open(self._pointer, path, error) or lib.fx_cuda_device(self._pointer, ordinal, error):
+            operation, what = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
+            raise SetupError(f"CUDA device {ordinal} cannot be checkpointed: {operation}: {what or os.strerror(error.err)}. "
+                             "Set FXCKPT_DISABLE=1 to run without checkpoints.")
+        self._devices.add(ordinal)
 
     def _statistics(self) -> Any:
         found = self._ffi.new("struct fx_statistics *")
@@ -242,16 +274,21 @@ class Checkpoint:
         if not self._finalizer.alive:
             raise Cancelled("the checkpoint was released")
 
-    def emit(self, layer: int, sources: Sources) -> None:
+    def emit(self, layer: int, sources: Sources, streams: Streams | None = None) -> None:
         """Hands a layer over. Its memory must stay valid and unchanged until a fence on it returned True.
 
-        Raises :class:`SetupError` if the sources do not fit the plan or the layer was emitted before.
+        For memory on devices ``streams`` has each device's stream: copied is what is there after the work that is in
+        it now. Raises :class:`SetupError` if the sources do not fit the plan or the layer was emitted before.
         """
         self._check()
-        result = self._lib.fx_emit(self._pointer, layer, sources._pointer)
+        if sources.devices:
+            result = self._lib.fx_emit_from(self._pointer, layer, sources._pointer, *self._engine._streams(streams))
+        else:
+            result = self._lib.fx_emit(self._pointer, layer, sources._pointer)
         if result:
             raise SetupError(f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, "
-                             "with the tensors (number and sizes) that the plan has for it")
+                             "with the tensors (number and sizes) that the plan has for it, contiguous and with a stream "
+                             "where they lie on a device")
 
     def emitted(self) -> int:
         """Layers emitted so far; a complete checkpoint has all of its plan's."""

@@ -35,7 +35,7 @@ static void make_strided(struct strided *s, uint64_t *random) {
     s->nbytes = (uint64_t)items * s->itemsize;
     s->memory = malloc((size_t)stride);
     s->packed = malloc(s->nbytes);
-    s->view = (struct fx_view){s->memory, ndim, s->sizes, s->strides};
+    s->view = (struct fx_view){.address = s->memory, .ndim = ndim, .sizes = s->sizes, .strides = s->strides};
     for (int64_t i = 0; i < stride; i++) s->memory[i] = (char)next_random(random);
     for (int64_t i = 0; i < items; i++) { /* the obvious way, one item at a time */
         int64_t rest = i, offset = 0;
