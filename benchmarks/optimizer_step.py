@@ -1,7 +1,9 @@
-"""What ``opt.step()`` costs while no checkpoint is in flight, against the same optimizer's own ``step()``.
+"""What ``opt.step()`` costs while no checkpoint is in flight, against PyTorch's own.
 
-For each pair both optimizers hold equal parameters and gradients and take turns in one process; the ratio is
-the median over rounds of fxckpt's time divided by the plain optimizer's.
+For each optimizer and model, all contestants live in one process with equal parameters and gradients and take turns in
+interleaved rounds. A ratio is the median over rounds of fxckpt's time divided by the other's in the same round. Like is
+compared with like: ``native`` with the same flags in PyTorch, ``update="inductor"`` with the fastest of ``foreach``,
+``fused`` and ``torch.compile(opt.step)``.
 
     python benchmarks/optimizer_step.py [--quick] [--json benchmarks/results/optimizer_step.json]
 """
@@ -15,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,85 +31,103 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from train_gpt import GPT
 
 NEVER = 10**9  # `every`: no checkpoint starts
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A plain AdamW and the fxckpt one it is measured against."""
-
-    label: str
-    plain: dict
-    ours: dict
-    update: str | None = None
-
-
-PAIRS = (
-    Pair("fused=True, native        / fused=True", {"fused": True}, {"fused": True}),
-    Pair("foreach=True, native      / foreach=True", {"foreach": True}, {"foreach": True}),
-    Pair("default flags, native     / default flags", {}, {}, "native"),
-    Pair("update=\"inductor\"         / fused=True", {"fused": True}, {}, "inductor"),
-)
+FLAGS = {"default": {}, "foreach": {"foreach": True}, "fused": {"fused": True}}
+FASTEST_OF = ("foreach", "fused", "compiled")
+OPTIMIZERS = {
+    "AdamW": lambda params, **flags: torch.optim.AdamW(params, lr=1e-4, **flags),
+    "Adam": lambda params, **flags: torch.optim.Adam(params, lr=1e-4, **flags),
+    "SGD, momentum": lambda params, **flags: torch.optim.SGD(params, lr=1e-4, momentum=0.9, **flags),
+}
 MODELS = {
+    "8 tensors of 1024 × 1024": lambda: nn.ParameterList(torch.randn(1024, 1024) for _ in range(8)),
     "GPT, 30M parameters": lambda: GPT(6, 640, 10, 64),
     "200 tensors of 64 × 64": lambda: nn.ParameterList(torch.randn(64, 64) for _ in range(200)),
 }
 
 
-def with_gradients(model: nn.Module) -> nn.Module:
-    """The same model with a random gradient at every parameter."""
+@dataclass
+class Contestant:
+    """One way to make a step; ``times`` are seconds of one, one for each round."""
+
+    name: str
+    step: Callable[[], object]
+    times: list[float]
+
+    def run(self, count: int) -> float:
+        """Seconds of one step, the mean of ``count``."""
+        began = time.perf_counter()
+        for _ in range(count):
+            self.step()
+        return (time.perf_counter() - began) / count
+
+
+def with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a copy of the model, each with a random gradient, the same in every copy."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
+    parameters = list(copy.deepcopy(model).parameters())
+    for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape, generator=generator) * 1e-2
-    return model
+    return parameters
 
 
-def seconds(optimizer: torch.optim.Optimizer, count: int) -> float:
-    """Time of one step, the mean of ``count``."""
-    began = time.perf_counter()
-    for _ in range(count):
-        optimizer.step()
-    return (time.perf_counter() - began) / count
+def contestants(make: Callable, model: nn.Module, folder: str) -> tuple[list[Contestant], list]:
+    """All ways to make the step, and the runs to shut down."""
+    found, runs = [], []
+    for name, flags in FLAGS.items():
+        found.append(Contestant(name, make(with_gradients(model), **flags).step, []))
+    found.append(Contestant("compiled", torch.compile(make(with_gradients(model)).step, fullgraph=False), []))
+    for name, flags in {**FLAGS, "inductor": {}}.items():
+        ours = make(with_gradients(model), **flags)
+        update = "inductor" if name == "inductor" else "native"
+        fxckpt.compile_step(ours, f"{folder}/{name}", every=NEVER, update=update)
+        found.append(Contestant(f"fxckpt {name}", ours.step, []))
+        runs.append(ours.ckpt)
+    return found, runs
 
 
-def compare(pair: Pair, model: nn.Module, folder: str, rounds: int) -> dict:
-    """Interleaved rounds of both optimizers of a pair."""
-    theirs, mine = with_gradients(copy.deepcopy(model)), with_gradients(copy.deepcopy(model))
-    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-4, **pair.plain)
-    ours = torch.optim.AdamW(mine.parameters(), lr=1e-4, **pair.ours)
-    fxckpt.compile_step(ours, folder, model=mine, every=NEVER, update=pair.update)
-    for optimizer in (plain, ours):
-        seconds(optimizer, 5)  # creates the state, traces, compiles
-    count = max(1, round(0.1 / seconds(plain, 3)))
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    for number in range(rounds):
-        turns = (("plain", plain), ("ours", ours))
-        for name, optimizer in turns if number % 2 else turns[::-1]:
-            times[name].append(seconds(optimizer, count))
-    ours.ckpt.shutdown()
-    ratios = [mine / plain for mine, plain in zip(times["ours"], times["plain"])]
-    return {"label": pair.label, "ratio": statistics.median(ratios), "ratios": ratios,
-            "plain_seconds": statistics.median(times["plain"]), "seconds": statistics.median(times["ours"])}
+def compare(make: Callable, model: nn.Module, rounds: int) -> list[dict]:
+    """Interleaved rounds of all contestants; one row for each comparison."""
+    with tempfile.TemporaryDirectory() as folder:
+        everyone, runs = contestants(make, model, folder)
+        for one in everyone:
+            one.run(5)  # creates the state, traces, compiles
+        for number in range(rounds):
+            turn = number % len(everyone)
+            for one in everyone[turn:] + everyone[:turn]:
+                one.times.append(one.run(max(1, round(0.03 / max(one.run(1), 1e-4)))))
+        for run in runs:
+            run.shutdown()
+    times = {one.name: one.times for one in everyone}
+    best = min(FASTEST_OF, key=lambda name: statistics.median(times[name]))
+    return [row(times, f"fxckpt {name}", name) for name in FLAGS] + [row(times, "fxckpt inductor", best)]
+
+
+def row(times: dict[str, list[float]], ours: str, theirs: str) -> dict:
+    ratios = [a / b for a, b in zip(times[ours], times[theirs])]
+    return {"ours": ours, "theirs": theirs, "ratio": statistics.median(ratios), "ratios": ratios,
+            "seconds": statistics.median(times[ours]), "plain_seconds": statistics.median(times[theirs])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="seven rounds instead of twenty-one")
+    parser.add_argument("--quick", action="store_true", help="nine rounds instead of twenty-five")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
     parser.add_argument("--json", help="write the numbers to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     numbers = {"machine": machine.describe(Path()), "results": {}}
     print(machine.line(numbers["machine"]))
-    print(f"\n{'':46}{'plain':>10}{'fxckpt':>11}{'ratio':>8}")
-    for name, build in MODELS.items():
-        print(name)
-        rows = numbers["results"][name] = []
-        for pair in PAIRS:
-            with tempfile.TemporaryDirectory() as folder:
-                rows.append(compare(pair, build(), folder, 7 if args.quick else 21))
-            row = rows[-1]
-            print(f"  {pair.label:44}{row['plain_seconds'] * 1e3:7.2f} ms{row['seconds'] * 1e3:8.2f} ms"
-                  f"{row['ratio']:8.2f}", flush=True)
+    print(f"\n{'':36}{'PyTorch':>12}{'fxckpt':>10}{'ratio':>8}{'min':>7}{'max':>7}")
+    for model, build in MODELS.items():
+        for name in args.only:
+            print(f"{model}, {name}")
+            rows = compare(OPTIMIZERS[name], build(), 9 if args.quick else 25)
+            numbers["results"][f"{model}, {name}"] = rows
+            for r in rows:
+                print(f"  {r['ours']:18}/ {r['theirs']:14}{r['plain_seconds'] * 1e3:9.2f} ms{r['seconds'] * 1e3:7.2f} ms"
+                      f"{r['ratio']:8.2f}{min(r['ratios']):7.2f}{max(r['ratios']):7.2f}", flush=True)
+            torch.compiler.reset()
     if args.json:
         Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
 

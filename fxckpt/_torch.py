@@ -130,19 +130,77 @@ def symbolic_float(tensor: torch.Tensor, positive: bool | None):
     return value
 
 
-def compile_flat(fn: Callable, example: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """Compile ``fn`` over one-dimensional tensors whose lengths stay dynamic, as ``standalone_compile`` does.
+def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple]:
+    """The C++ that Inductor writes for ``fn`` on ``example``, sequential, and what it would be called with.
 
-    Its callable costs ~8 us a call, an AOT wrapper's ~21 us. ``from_graph`` keeps the symbols of ``make_fx``; no guard
-    is checked at run time, so callers must pass what the example promised: flat, dense, of the same dtypes.
+    Returns the C types of the kernel's arguments, its source (one function named ``kernel``), and the arguments of its
+    call: tensors of ``example`` (the very same memory) and lengths. Sizes stay symbolic. Nothing is compiled, and
+    ``example`` is not changed. Raises ValueError where Inductor does not make exactly one kernel of it.
+
+    ``AsyncCompile.cpp_pybinding`` is where generated C++ goes to the compiler; its wrapper checks every argument in
+    Python at each call, which costs more than updating 64x64 elements, so only the kernel is taken.
     """
-    from torch._inductor import standalone_compile
+    from torch._inductor import config, standalone_compile
+    from torch._inductor.async_compile import AsyncCompile
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.no_grad():
         gm = make_fx(fn, tracing_mode="symbolic")(*example)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    return standalone_compile(gm, inputs, dynamic_shapes="from_graph")
+    calls: list[tuple[list[str], str, tuple]] = []
+    original = AsyncCompile.cpp_pybinding
+
+    def capture(this: Any, argtypes: list[str], source: str) -> Callable:
+        def kernel(*args: Any) -> Any:
+            if _capturing:
+                return _capturing[-1].append((argtypes, source, args))
+            # Inductor keeps the modules that it wrote; should the same one serve somebody else, it must do its work.
+            function = original(this, argtypes, source)
+            return getattr(function, "result", lambda: function)()(*args)
+
+        return kernel
+
+    AsyncCompile.cpp_pybinding = capture
+    try:
+        with config.patch({"cpp.threads": 1, "cpp_wrapper": False}):
+            compiled = standalone_compile(gm, inputs, dynamic_shapes="from_graph")
+    finally:
+        AsyncCompile.cpp_pybinding = original
+    _capturing.append(calls)
+    try:
+        compiled(*example)
+    finally:
+        _capturing.pop()
+    if len(calls) != 1:
+        raise ValueError(f"Inductor made {len(calls)} kernels of it")
+    return calls[0]
+
+
+_capturing: list[list] = []  # where the kernels of inductor_kernel note their calls
+
+
+@functools.cache
+def _cpp_cache() -> type:
+    """Inductor's compiler driver with its flags for kernels: cached on disk by source, shared between processes."""
+    from torch._inductor.codecache import CppCodeCache
+
+    class Kernels(CppCodeCache):
+        cache: dict[str, Any] = {}  # noqa: RUF012 (the base has one of its own too)
+        cpp_compile_command_flags = {"include_pytorch": False, "shared": True}  # noqa: RUF012
+
+    return Kernels
+
+
+def cache_folder() -> str:
+    """Where Inductor keeps what it made, ``$TORCHINDUCTOR_CACHE_DIR`` or its default; there is no public name for it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return cache_dir()
+
+
+def load_cpp(source: str) -> Any:
+    """Compile C++ with Inductor's flags (vector units, OpenMP, its headers) and load it; a ``ctypes.CDLL``."""
+    return _cpp_cache().load(source)
 
 
 # ---- the backend (used by backend.py, graph/joint.py, graph/names.py) ----------------------------------

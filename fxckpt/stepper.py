@@ -10,6 +10,7 @@ so a step after a restart is the same step:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -39,7 +40,7 @@ class Member:
         self.items = [(key, value, value.data_ptr()) for key, value in tensors]
         self.program: hoist.Program | None = None
         self.implementation = "single"
-        self.flat: list[torch.Tensor] | None = None
+        self.flat = False  # its update is compiled, over its elements in the order of memory
 
     def stale(self) -> bool:
         """Was a tensor of it replaced or moved since it was bound? Whether ``state`` is the optimizer's is asked there."""
@@ -100,6 +101,11 @@ class Stepper:
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
+        self._mixed: list[Member] = []  # with state that is no tensor
+        self._simple: list[dict[str, Any]] = []  # the states of the others, ...
+        self._held: list[torch.Tensor] = []  # ... the tensors in them, ...
+        self._tensors: list[torch.Tensor] = []  # ... those and their parameters, ...
+        self._addresses: list[int] = []  # ... and where they were when they were bound
         self._mask: list[bool] = []
         self._done: set[int] = set()
         self._cohorts: list[Cohort] = []
@@ -120,7 +126,14 @@ class Stepper:
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
                 or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
-                or any(m.stale() for m in self.members))
+                or self._moved())
+
+    def _moved(self) -> bool:
+        """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
+        held = list(itertools.chain.from_iterable(map(dict.values, self._simple)))
+        return (len(held) != len(self._held) or not all(map(operator.is_, held, self._held))
+                or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
+                or any(m.stale() for m in self._mixed))
 
     def replaced(self) -> list[str]:
         """Names of the members whose tensors are not those that were bound."""
@@ -147,6 +160,12 @@ class Stepper:
         self._state, self._states = opt.state, list(opt.state.values())
         self._structure = [self._shape_of(g) for g in opt.param_groups]
         self._mask = []
+        self._mixed = [m for m in self.members if m.plain]
+        simple = [m for m in self.members if not m.plain]
+        self._simple = [m.state for m in simple if m.state is not None]
+        self._held = [value for state in self._simple for value in state.values()]
+        self._tensors = [m.param for m in simple] + self._held
+        self._addresses = [t.data_ptr() for t in self._tensors]
         self.bound += 1
 
     def _choose(self, member: Member, group: dict[str, Any]) -> None:
@@ -185,7 +204,7 @@ class Stepper:
         return found
 
     def _compile(self, member: Member) -> None:
-        """Give the member flat views and its signature a compiled body; what Inductor cannot take stays native."""
+        """Have the member's signature compiled, if its tensors are laid out alike; what Inductor cannot take stays native."""
         signature = member.program.signature
         if signature not in self._compiled and signature not in self._native:
             try:
@@ -195,12 +214,9 @@ class Stepper:
                     raise SetupError(f'update="inductor": {reason}; use update="native" for {type(self.opt).__name__}') from None
                 log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
                 self._native.add(signature)
-        tensors = [member.param if kind == "param" else member.state[key]
-                   for kind, key in member.program.inputs if kind != "grad"]
-        same_order = all(inductor.same_layout(t, member.param) for t in tensors)
-        if signature in self._compiled and same_order and member.param.numel() < 2**31:
-            flat = [inductor.flat_view(t.detach()) for t in tensors]
-            member.flat = None if any(f is None for f in flat) else flat
+        tensors = [member.bound(kind, key) for kind, key in member.program.inputs if kind != "grad"]
+        member.flat = signature in self._compiled and all(inductor.same_layout(t, member.param) for t in tensors) and (
+            inductor.is_dense(member.param))
 
     # -- the graph --------------------------------------------------------------------------------------------------
 
@@ -291,10 +307,9 @@ class Stepper:
             member = self.members[index]
             signature = member.program.signature
             key = (member.group, signature, tuple(member.state[k].item() for k in member.program.counts))
-            compiled = member.flat is not None
             if key not in cohorts:
                 cohorts[key] = Cohort(len(cohorts), member.group, member.program)
-            cohorts[key].add(member, compiled)
+            cohorts[key].add(member)
             of[member.name] = cohorts[key].index
         self._cohorts = list(cohorts.values())
         self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts, self._compiled)
@@ -307,6 +322,6 @@ class Stepper:
         name = _torch.plain_class(self.opt).__name__
         if self.whole:
             return f"{name}: its own step, whole ({self.whole}), then every layer is handed over"
-        kinds = sorted({"Inductor" if m.flat is not None else f"native {m.implementation}"
+        kinds = sorted({"Inductor" if m.flat else f"native {m.implementation}"
                         for m in self.members if m.program is not None})
         return f"{name}: {' and '.join(kinds) or 'its own step until its state exists'}, {len(self.layers)} layers"

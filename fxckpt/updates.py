@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from fxckpt.graph import inductor
+from fxckpt.graph import inductor, lists
 from fxckpt.graph.hoist import Program
 
 if TYPE_CHECKING:
     from fxckpt.stepper import Member
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class Cohort:
@@ -19,70 +22,90 @@ class Cohort:
 
     def __init__(self, index: int, group: int, program: Program):
         self.index, self.group, self.program = index, group, program
-        self.count_keys = program.counts
         self.representative: list[torch.Tensor] = []
         self.others: list[list[torch.Tensor]] = [[] for _ in program.counts]
-        self.compiled = False
-        self.native = False
-        self.dtype = inductor.scalar_dtype(program.signature.dtype)
+        self.members = 0
+        dtype = _NUMPY[inductor.scalar_dtype(program.signature.dtype)]
+        self.values = np.zeros(max(1, program.scalars), dtype)  # what compiled code reads
+        self.addresses = _addresses(self.values.ctypes.data + i * self.values.itemsize for i in range(program.scalars))
+        self._host = program.host.forward  # a module call costs more than the arithmetic
 
-    def add(self, member: Member, compiled: bool) -> None:
+    def add(self, member: Member) -> None:
         """Take a parameter in; the first one's counts stand for all."""
-        counts = [member.state[key] for key in self.count_keys]
-        if not self.compiled and not self.native:
+        counts = [member.state[key] for key in self.program.counts]
+        if not self.members:
             self.representative = counts
         else:
             for column, value in zip(self.others, counts):
                 column.append(value)
-        self.compiled |= compiled
-        self.native |= not compiled
+        self.members += 1
 
-    def scalars(self, group: dict[str, Any]) -> tuple[tuple, list[torch.Tensor]]:
-        """Advance the counts of all members; the scalars as doubles and, for compiled bodies, as 0-dim tensors."""
+    def scalars(self, group: dict[str, Any]) -> tuple:
+        """Advance the counts of all members; returns the scalars as doubles, and puts them where compiled code looks."""
         hypers = [group[name] if i is None else group[name][i] for name, i in self.program.hyperparameters]
-        values = self.program.host.forward(*self.representative, *hypers)
+        values = self._host(*self.representative, *hypers)
         for source, column in zip(self.representative, self.others):
             if column:
                 torch._foreach_copy_(column, [source] * len(column))
-        tensors = list(torch.tensor(values, dtype=self.dtype).unbind()) if self.compiled and values else []
-        return values, tensors
+        self.values[:len(values)] = values
+        return values
+
+
+def _addresses(values: Any) -> np.ndarray:
+    """Addresses as a C array; never empty, so that it has an address itself."""
+    return np.array([*values, 0], np.int64)
 
 
 def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[Cohort],
-              compiled: dict[Any, Callable]) -> list[Callable]:
-    """The calls that update ``members``: per cohort one, or one for every ``SLOTS`` of them when compiled."""
+              compiled: dict[Any, inductor.Update]) -> list[Callable]:
+    """The calls that update ``members``: for each cohort one of compiled code, or of PyTorch's kernels in groups."""
     out: list[Callable] = []
     for cohort in cohorts:
         mine = [m for m in members if of[m.name] == cohort.index]
-        flat = [m for m in mine if m.flat is not None]
-        for chunk in inductor.pack(flat):
-            out.append(_CompiledCall(cohort, compiled[cohort.program.signature], chunk))
-        native = [m for m in mine if m.flat is None]
+        flat = [m for m in mine if m.flat]
+        native = [m for m in mine if not m.flat]
+        if flat:
+            out.append(_CompiledCall(cohort, compiled[cohort.program.signature], flat))
         if native:
-            out.append((_EachCall if cohort.program.style == "each" else _ColumnsCall)(cohort, native))
+            out += _native_calls(cohort, native)
     return out
 
 
-class _CompiledCall:
-    """Up to ``SLOTS`` parameters in one call of Inductor's code; empty slots get tensors of length zero."""
+def _native_calls(cohort: Cohort, members: Sequence[Member]) -> list[Callable]:
+    """PyTorch's own kernels: a fused one over all members, others over groups that fit the cache."""
+    program = cohort.program
+    if program.signature.implementation == "fused":
+        return [_ColumnsCall(cohort, program, members)]
+    on_cpu = all(m.param.device.type == "cpu" for m in members)
+    listed = lists.over_lists(program) if on_cpu and program.style == "each" else None
+    if listed is None and program.style == "each":
+        return [_EachCall(cohort, members)]
+    if not on_cpu:
+        return [_ColumnsCall(cohort, program, members)]
+    tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
+    return [_ColumnsCall(cohort, listed or program, members[part]) for part in lists.groups(tensors)]
 
-    def __init__(self, cohort: Cohort, function: Callable, members: Sequence[Member]):
-        self.index, self.function = cohort.index, function
+
+class _CompiledCall:
+    """All members in one call of Inductor's code."""
+
+    def __init__(self, cohort: Cohort, function: inductor.Update, members: Sequence[Member]):
+        self.function, self.params = function, [m.param for m in members]
         inputs = cohort.program.inputs
-        grad_at = next(i for i, (kind, _) in enumerate(inputs) if kind == "grad")
-        empty = torch.empty(0, dtype=cohort.program.signature.dtype)
-        self.args: list[torch.Tensor] = []
-        self.grads: list[tuple[int, torch.Tensor]] = []
-        for member in members:
-            self.grads.append((len(self.args) + grad_at, member.param))
-            self.args += [*member.flat[:grad_at], empty, *member.flat[grad_at:]]
-        self.args += [empty] * ((inductor.SLOTS - len(members)) * len(inputs))
+        self.grad_at = next(i for i, (kind, _) in enumerate(inputs) if kind == "grad")
+        self.keep = members, cohort  # the addresses below are of their memory
+        rows = [[0 if kind == "grad" else m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
+        self.rows = np.array(rows, np.int64)
+        self.lengths = np.array([m.param.numel() for m in members], np.int64)
+        self.args = len(members), self.rows.ctypes.data, self.lengths.ctypes.data, cohort.addresses.ctypes.data
+        self.changed = [m.bound(kind, key) for m in members for kind, key in inputs if kind != "grad"]
 
     def __call__(self, values: Sequence[tuple]) -> None:
-        args = self.args.copy()
-        for position, param in self.grads:
-            args[position] = inductor.flat_gradient(param.grad, param)
-        self.function(*args, *values[self.index][1])
+        gradients = [inductor.same_order(p.grad, p) for p in self.params]
+        self.rows[:, self.grad_at] = [g.data_ptr() for g in gradients]
+        self.function(*self.args)
+        # Autograd must see the change, as it would see an operator's: a second backward through old weights is an error.
+        torch.autograd.graph.increment_version(self.changed)
 
 
 class _EachCall:
@@ -95,7 +118,7 @@ class _EachCall:
         self.rows = [(m.param, [m.bound(kind, key) for kind, key in kinds]) for m in members]
 
     def __call__(self, values: Sequence[tuple]) -> None:
-        scalars, function, grad_at = values[self.index][0], self.function, self.grad_at
+        scalars, function, grad_at = values[self.index], self.function, self.grad_at
         for param, row in self.rows:
             args = row.copy()
             args[grad_at] = param.grad
@@ -105,9 +128,9 @@ class _EachCall:
 class _ColumnsCall:
     """List kernels (foreach, fused) over all of these parameters at once."""
 
-    def __init__(self, cohort: Cohort, members: Sequence[Member]):
-        self.index, self.function = cohort.index, cohort.program.body.forward
-        kinds = cohort.program.inputs
+    def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member]):
+        self.index, self.function = cohort.index, program.body.forward
+        kinds = program.inputs
         self.params = [m.param for m in members]
         self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
         self.columns = [[m.bound(kind, key) for m in members] for kind, key in kinds]
@@ -115,4 +138,4 @@ class _ColumnsCall:
     def __call__(self, values: Sequence[tuple]) -> None:
         columns = self.columns.copy()
         columns[self.grad_at] = [p.grad for p in self.params]
-        self.function(*columns, *values[self.index][0])
+        self.function(*columns, *values[self.index])

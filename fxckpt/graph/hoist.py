@@ -14,7 +14,7 @@ it gives the other parameters of the same count the same new counts. ``body`` is
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ class Program:
     counts: tuple[str, ...]
     inputs: tuple[tuple[str, Any], ...]  # ("param", None), ("grad", None), ("state", key)
     scalars: int
+    dtypes: tuple[torch.dtype, ...] = ()  # of ``inputs``
 
     @property
     def hyperparameters(self) -> tuple[Key, ...]:
@@ -82,8 +83,9 @@ def hoist(traced: Traced, signature: Signature) -> Program:
     body = _BodyBuilder(traced, host_nodes, host)
     body.build()
     host_module, body_module = host.finish(body.scalars), body.finish()
+    dtypes = tuple(node.meta["val"].dtype for node in body.columns.values())
     return Program(signature, "each" if traced.count == 1 else "columns", host_module, body_module, counts,
-                   tuple(body.inputs), len(body.scalars))
+                   tuple(body.inputs), len(body.scalars), dtypes)
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -251,7 +253,3 @@ class _BodyBuilder:
         self.graph.lint()
         return fx.GraphModule(torch.nn.Module(), self.graph, "Update")
 
-
-def host_runner(program: Program) -> Callable[..., tuple]:
-    """The host graph as a plain function (a module call costs more than the arithmetic)."""
-    return program.host.forward

@@ -1,14 +1,21 @@
-"""Compile an update's body with Inductor: one kernel for every shape and depth.
+"""Compile an update's body with Inductor: one kernel for every shape, length and depth.
 
-An elementwise update does not see shapes, so it is compiled once over flat tensors of dynamic length, with several
-*slots* in one call: a call costs about as much as updating 64x64 elements. Slots that a call does not need get tensors
-of length zero. Scalars come in as 0-dim tensors; a Python float would be baked in.
+An elementwise update does not see shapes. Inductor is asked for the C++ of one flat tensor of unknown length, and a
+loop of ours around it takes a whole list of them: it cuts them into blocks that stay in a core's cache and deals the
+blocks out evenly to OpenMP's threads. So a step costs one call from Python, however many parameters there are.
+Scalars come in by address; a Python float would be baked in.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import logging
+import os
+import re
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +23,12 @@ import torch.fx as fx
 
 from fxckpt import _torch
 from fxckpt.graph.hoist import Program
-from fxckpt.graph.update import NotTraceable
+from fxckpt.graph.update import NotTraceable, Signature
 
 log = logging.getLogger("fxckpt")
 
-SLOTS = 8
-"""Tensors per call. Measured, AdamW on two cores against the native fused step: 8 x 1024^2 takes 1.00 of its time with
-one slot, 0.98 with four, 0.99 with eight; 200 x 64^2 takes 1.74, 1.04, 0.94; compiling takes 5.5, 6.4, 8.4 s."""
+BLOCK = 16384
+"""Elements of one piece of work. AdamW in single precision touches 256 KiB for it, half of a usual second-level cache."""
 
 aten = torch.ops.aten
 
@@ -71,24 +77,118 @@ def scalar_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def compile_body(program: Program, slots: int = SLOTS) -> Callable[..., Any]:
-    """Inductor's callable for ``slots`` tensors at once: ``(tensors of slot 0, of slot 1, ..., *scalars)``, all flat.
+_DRIVER = """
+// members: how many; rows: {width} addresses of each; lengths: elements of each; scalars: their addresses.
+extern "C" void update_all(int64_t members, void* const* rows, const int64_t* lengths, void* const* scalars)
+{{
+    int64_t total = 0;
+    for (int64_t m = 0; m < members; m++) total += (lengths[m] + {block} - 1) / {block};
+    #pragma omp parallel
+    {{
+        int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        int64_t next = total * thread / threads, end = total * (thread + 1) / threads, first = 0;
+        for (int64_t m = 0; m < members && next < end; m++) {{
+            int64_t blocks = (lengths[m] + {block} - 1) / {block};
+            void* const* row = rows + m * {width};
+            for (; next < end && next < first + blocks; next++) {{
+                int64_t at = (next - first) * {block};
+                int64_t n = lengths[m] - at < {block} ? lengths[m] - at : {block};
+                kernel({arguments});
+            }}
+            first += blocks;
+        }}
+    }}
+}}
+"""
 
-    Raises NotTraceable when a scalar reaches an operator that has no tensor form.
+Update = Callable[[int, int, int, int], None]
+"""``update_all`` of the driver: the number of members and three addresses."""
+
+_compiled: dict[Signature, Update | NotTraceable] = {}
+
+
+def compile_body(program: Program) -> Update:
+    """Inductor's code for ``program``, compiled once in a process and cached on disk by its source.
+
+    Raises NotTraceable when a scalar reaches an operator that has no tensor form, or Inductor makes more than one kernel.
     """
-    signature, width = program.signature, len(program.inputs)
+    signature = program.signature
+    if signature not in _compiled:
+        try:
+            _compiled[signature] = _compile(program)
+        except NotTraceable as reason:
+            _compiled[signature] = reason
+    found = _compiled[signature]
+    if isinstance(found, NotTraceable):
+        raise found
+    return found
+
+
+def _compile(program: Program) -> Update:
+    began = time.perf_counter()
+    library = _torch.load_cpp(_source(program))
+    log.debug("compiled the update of %s for %s in %.1f s", program.signature.optimizer.__name__, program.signature.dtype,
+              time.perf_counter() - began)
+    function = library.update_all
+    function.argtypes, function.restype = [ctypes.c_int64] + [ctypes.c_void_p] * 3, None
+    return function
+
+
+def _source(program: Program) -> str:
+    """The C++ of this program, from the cache of an earlier process if it is there."""
+    told = (torch.__version__, program.body.code, program.scalars, program.dtypes, program.signature.dtype, BLOCK, _DRIVER)
+    path = Path(_torch.cache_folder(), "fxckpt", hashlib.sha256(repr(told).encode()).hexdigest() + ".cpp")
+    if path.exists():
+        return path.read_text()
+    source = _generate(program)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(f".{os.getpid()}")
+    new.write_text(source)
+    new.replace(path)  # whole or not at all
+    return source
+
+
+def _generate(program: Program) -> str:
+    """Ask Inductor for the kernel and put the driver around it. Raises NotTraceable."""
     body = _ScalarsAsTensors(program.body, program.scalars)
 
-    def update(*flat):
-        scalars = flat[slots * width:]
-        for i in range(slots):
-            body.run(*flat[i * width:(i + 1) * width], *scalars)
+    def update(*flat: torch.Tensor) -> tuple:
+        body.run(*flat)
         return ()
 
-    # Lengths that differ from slot to slot (equal ones would become one symbol), none of them 0 or 1.
-    example = [torch.empty(1024 + 96 * i + i, dtype=signature.dtype) for i in range(slots) for _ in range(width)]
-    example += [torch.empty((), dtype=scalar_dtype(signature.dtype)) for _ in range(program.scalars)]
-    return _torch.compile_flat(update, example)
+    length = 1027  # not a multiple of a vector, and no number that could stand for something else
+    columns = [torch.zeros(length, dtype=dtype) for dtype in program.dtypes]
+    scalars = [torch.zeros((), dtype=scalar_dtype(program.signature.dtype)) for _ in range(program.scalars)]
+    try:
+        types, source, call = _torch.inductor_kernel(update, [*columns, *scalars])
+    except ValueError as reason:
+        raise NotTraceable(str(reason)) from None
+    return driver(types, source, call, columns, scalars)
+
+
+def driver(types: Sequence[str], source: str, call: Sequence[Any], columns: Sequence[torch.Tensor],
+           scalars: Sequence[torch.Tensor]) -> str:
+    """The kernel with the loop around it. ``call`` says what each argument was when it ran on ``columns`` and ``scalars``.
+
+    Raises NotTraceable for an argument that is neither of those nor the length: a temporary of Inductor's.
+    """
+    places = {t.data_ptr(): f"row[{i}]" for i, t in enumerate(columns)}
+    fixed = {t.data_ptr(): f"scalars[{i}]" for i, t in enumerate(scalars)}
+    arguments = []
+    for kind, value in zip(types, call):
+        if not isinstance(value, torch.Tensor):
+            if value != columns[0].numel():
+                raise NotTraceable(f"its kernel takes the number {value}")
+            arguments.append("n")
+        elif value.data_ptr() in places:
+            arguments.append(f"({kind}){places[value.data_ptr()]} + at")
+        elif value.data_ptr() in fixed:
+            arguments.append(f"({kind}){fixed[value.data_ptr()]}")
+        else:
+            raise NotTraceable("its kernel needs a temporary tensor")
+    # Inductor's report of integer divisions by zero goes through one global; threads would race for it, and there are none.
+    kernel = re.sub(r"^.*inductor_cpu_\w*integer_div_error.*\n", "", source, flags=re.MULTILINE)
+    return kernel + _DRIVER.format(block=BLOCK, width=len(columns), arguments=", ".join(arguments))
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -97,21 +197,16 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride()) if size != 1)
 
 
-def flat_view(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The tensor's elements in storage order as one dimension, sharing memory; None if they are not dense."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    dense = same_layout(tensor, torch.empty_like(tensor, device="meta"))
-    return torch.as_strided(tensor, (tensor.numel(),), (1,)) if dense else None
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Do its elements fill a stretch of memory without gaps or overlaps, in whatever order of dimensions?"""
+    return tensor.is_contiguous() or same_layout(tensor, torch.empty_like(tensor, device="meta"))
 
 
-def flat_gradient(grad: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A gradient in the storage order of its parameter; copied only when its own order is another."""
-    if not same_layout(grad, like) or grad.dtype != like.dtype:
-        grad = torch.empty_like(like).copy_(grad)
-    return flat_view(grad)
-
-
-def pack(members: Sequence[Any], slots: int = SLOTS) -> list[Sequence[Any]]:
-    """Cut a list into calls of at most ``slots``."""
-    return [members[i:i + slots] for i in range(0, len(members), slots)]
+def same_order(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A gradient whose elements lie in memory as its parameter's do; copied only when they do not."""
+    if gradient.dtype is like.dtype:
+        if gradient.is_contiguous() and like.is_contiguous():
+            return gradient
+        if same_layout(gradient, like):
+            return gradient
+    return torch.empty_like(like).copy_(gradient)

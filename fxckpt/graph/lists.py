@@ -1,0 +1,97 @@
+"""Run a single-tensor update over lists of tensors, with the same kernels and the same bits.
+
+Each operator of the body becomes its ``_foreach`` form. On CPU those are loops in C++ over the very kernels that the
+single-tensor operators call ("slow path" in ATen's ForeachOpsKernels.cpp), so the bits are the same and only Python's
+share is gone: for a 64x64 parameter, most of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxckpt.graph.hoist import Program
+
+aten = torch.ops.aten
+
+GROUP_BYTES = 1 << 19
+"""Bytes of all columns that one group of a list kernel may touch. The operators go over a group one after the other; in
+a group this small each finds in the cache what the last one left there."""
+
+_SCALAR, _LIST = "scalar", "list"
+_FORMS: dict[Any, dict[str, Callable]] = {
+    # operator -> its list form by what its second operand is
+    aten.add_.Tensor: {_SCALAR: torch._foreach_add_, _LIST: torch._foreach_add_},
+    aten.add.Tensor: {_SCALAR: torch._foreach_add, _LIST: torch._foreach_add},
+    aten.sub_.Tensor: {_SCALAR: torch._foreach_sub_, _LIST: torch._foreach_sub_},
+    aten.sub.Tensor: {_SCALAR: torch._foreach_sub, _LIST: torch._foreach_sub},
+    aten.mul_.Tensor: {_SCALAR: torch._foreach_mul_, _LIST: torch._foreach_mul_},
+    aten.mul.Tensor: {_SCALAR: torch._foreach_mul, _LIST: torch._foreach_mul},
+    aten.div_.Tensor: {_SCALAR: torch._foreach_div_, _LIST: torch._foreach_div_},
+    aten.div.Tensor: {_SCALAR: torch._foreach_div, _LIST: torch._foreach_div},
+    aten.lerp_.Scalar: {_LIST: torch._foreach_lerp_},
+    aten.addcmul_.default: {_LIST: torch._foreach_addcmul_},
+    aten.addcdiv_.default: {_LIST: torch._foreach_addcdiv_},
+    aten.sqrt.default: {"": torch._foreach_sqrt},
+    aten.sqrt_.default: {"": torch._foreach_sqrt_},
+    aten.neg.default: {"": torch._foreach_neg},
+    aten.abs.default: {"": torch._foreach_abs},
+}
+
+
+def over_lists(program: Program) -> Program | None:
+    """The same program with list kernels, or None if an operator of it has none. For CPU tensors only."""
+    if program.style != "each":
+        return None
+    graph, mapping = fx.Graph(), {}
+    placeholders = [n for n in program.body.graph.nodes if n.op == "placeholder"]
+    tensors = set(placeholders[:len(program.inputs)])
+    for node in program.body.graph.nodes:
+        if node.op == "call_function":
+            form = _form(node, tensors)
+            if form is None:
+                return None
+            args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
+            args, kwargs = _value_by_position(node, args, dict(kwargs))
+            mapping[node] = graph.call_function(form, args, kwargs)
+            tensors.add(node)
+        else:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+    graph.lint()
+    return replace(program, style="columns", body=fx.GraphModule(torch.nn.Module(), graph, "ListUpdate"))
+
+
+def _form(node: fx.Node, tensors: set[fx.Node]) -> Callable | None:
+    """The list form of one operator; None if there is none that does just the same."""
+    forms = _FORMS.get(node.target)
+    if forms is None or not node.args or node.args[0] not in tensors:
+        return None
+    if "" in forms:
+        return forms[""]
+    second = _LIST if node.args[1] in tensors else _SCALAR
+    if second == _SCALAR and "alpha" in node.kwargs:
+        return None
+    return forms.get(second)
+
+
+def _value_by_position(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """``addcmul`` and ``addcdiv`` name their scalar; their list forms take it as the fourth argument."""
+    if node.target in (aten.addcmul_.default, aten.addcdiv_.default):
+        return (*args, kwargs.pop("value", 1)), kwargs
+    return args, kwargs
+
+
+def groups(columns: Sequence[Sequence[torch.Tensor]]) -> list[slice]:
+    """Cut equally long columns into groups of at most ``GROUP_BYTES``, or of one member that is larger."""
+    out, first, size = [], 0, 0
+    for index, row in enumerate(zip(*columns)):
+        nbytes = sum(t.nbytes for t in row)
+        if index > first and size + nbytes > GROUP_BYTES:
+            out.append(slice(first, index))
+            first, size = index, 0
+        size += nbytes
+    return [*out, slice(first, len(columns[0]))] if columns and columns[0] else out

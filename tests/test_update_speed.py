@@ -1,0 +1,87 @@
+"""What makes a step fast, told by what runs and not by how long it takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fxckpt
+from fxckpt.graph import inductor, lists
+
+
+def steps(params, opt, count=3):
+    for _ in range(count):
+        for i, p in enumerate(params):
+            p.grad = torch.full_like(p, 0.01 * (i + 1))
+        opt.step()
+
+
+def make(cls, params, update, **options):
+    return fxckpt.compile_step(cls(params, lr=1e-2, **options), writer="mock", every=10**6, update=update)
+
+
+def calls(opt):
+    return opt.ckpt._run.steppers[0]._all_calls
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_a_compiled_step_is_one_call_however_many_parameters_there_are(count):
+    params = [torch.nn.Parameter(torch.randn(3 + i, 5)) for i in range(count)]
+    opt = make(torch.optim.AdamW, params, "inductor")
+    steps(params, opt)
+    assert len(calls(opt)) == 1
+
+
+def test_a_process_compiles_an_update_once_for_all_runs_and_shapes(monkeypatch):
+    compiled = []
+    original = inductor._compile
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(inductor, "_compile", lambda program: compiled.append(program) or original(program))
+    for shape in ((3,), (4, 5), (2, 3, 4)):
+        params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(2)]
+        opt = make(torch.optim.SGD, params, "inductor", momentum=0.9)
+        steps(params, opt)
+        opt.ckpt.shutdown()
+    assert len(compiled) == 1
+
+
+def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
+    params = [torch.nn.Parameter(torch.randn(6))]
+    monkeypatch.setattr(inductor, "_compiled", {})
+    first = make(torch.optim.SGD, params, "inductor", momentum=0.9)
+    steps(params, first)
+    first.ckpt.shutdown()
+    monkeypatch.setattr(inductor, "_compiled", {})
+    monkeypatch.setattr(inductor, "_generate", lambda program: pytest.fail("it was generated again"))
+    again = make(torch.optim.SGD, params, "inductor", momentum=0.9)
+    steps(params, again)
+    assert again.ckpt._run.steppers[0].members[0].flat
+
+
+def test_single_tensor_kernels_run_over_lists_with_the_same_bits():
+    ours = [torch.nn.Parameter(torch.randn(n, 7)) for n in (1, 5, 30000, 64, 64)]
+    stock = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    opt, plain = make(torch.optim.AdamW, ours, "native", foreach=False), torch.optim.AdamW(stock, lr=1e-2, foreach=False)
+    steps(ours, opt, 5)
+    steps(stock, plain, 5)
+    assert all(torch.equal(a, b) for a, b in zip(ours, stock))
+    assert {type(call).__name__ for call in calls(opt)} == {"_ColumnsCall"}
+    assert [len(call.params) for call in calls(opt)] == [2, 1, 2], "grouped by the bytes they touch"
+
+
+def test_groups_hold_what_fits_and_large_members_stand_alone():
+    small, large = torch.empty(1024), torch.empty(lists.GROUP_BYTES)
+    assert lists.groups([[small] * 3 + [large] + [small]]) == [slice(0, 3), slice(3, 4), slice(4, 5)]
+    assert lists.groups([[large, large]]) == [slice(0, 1), slice(1, 2)]
+    assert lists.groups([]) == []
+
+
+def test_a_driver_refuses_arguments_it_cannot_supply():
+    column, scalar = torch.zeros(5), torch.zeros(())
+    with pytest.raises(inductor.NotTraceable, match="temporary"):
+        inductor.driver(["float*"], "", [torch.zeros(5)], [column], [scalar])
+    with pytest.raises(inductor.NotTraceable, match="number 7"):
+        inductor.driver(["const int64_t"], "", [7], [column], [scalar])
+    text = inductor.driver(["float*", "const float*", "const int64_t"], "", [column, scalar, 5], [column], [scalar])
+    assert "kernel((float*)row[0] + at, (const float*)scalars[0], n);" in text
