@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fxckpt import _torch
+from fxckpt import _torch, cuda
 from fxckpt.errors import SetupError
 from fxckpt.graph.joint import TraceBook
 
@@ -55,9 +55,7 @@ def storable(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise SetupError(f"cannot checkpoint a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: "
                          "only dense tensors are supported")
-    if tensor.device.type != "cpu":
-        raise SetupError(f"this version checkpoints CPU training; found a tensor on {tensor.device}. "
-                         "Set FXCKPT_DISABLE=1 to run without checkpoints.")
+    cuda.check(tensor)
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     if tensor.dtype not in DTYPES:

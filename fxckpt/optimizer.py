@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fxckpt import _torch
+from fxckpt import _torch, cuda
 from fxckpt._registry import registry
 from fxckpt.config import Config, default_directory, disabled
 from fxckpt.errors import SetupError, StoreLocked
@@ -73,8 +73,10 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
     optimizers = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     _check(optimizers, model)
     directory = dir if dir is not None else default_directory()
-    engine, store = (None, None) if disabled() else _start(str(directory), config)
-    run = Run(optimizers, str(directory), model, extra, config, engine, store)
+    devices = cuda.Devices()
+    ordinals = devices.all_of(p for each in optimizers for group in each.param_groups for p in group["params"])
+    engine, store = (None, None) if disabled() else _start(str(directory), config, devices, ordinals)
+    run = Run(optimizers, str(directory), model, extra, config, engine, store, devices)
     handle = Handle(run)
     for each in optimizers:
         each.__class__ = stepped_class(type(each))
@@ -105,12 +107,20 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
             storable(param)
 
 
-def _start(directory: str, config: Config):
+def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]):
     """The engine and the store, or the error that says why not."""
     from fxckpt.engine import Engine
 
-    engine = Engine(threads=config.threads, chunk_bytes=config.chunk_mb << 20, staging_bytes=config.staging_bytes,
-                    mock=config.writer == "mock")
+    chunk, staging = config.chunk_mb << 20, config.staging_bytes
+    if ordinals:
+        staging = max(cuda.STAGING if config.staging_mb is None else staging, cuda.LEAST_CHUNKS * chunk)
+    engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer == "mock")
+    try:
+        for ordinal in sorted(ordinals):
+            engine.open_device(ordinal, devices.driver)
+    except BaseException:
+        engine.close()
+        raise
     if config.writer == "mock":
         return engine, None
     store = Store(directory, keep=config.keep, max_async=config.max_async, fresh=config.fresh,
@@ -135,7 +145,7 @@ def _say(run: Run) -> None:
     size = run.engine.memory_bytes / 2**20
     log.info("fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; engine memory at most %.0f MiB (%d threads x %d MiB "
              "+ %d MiB staging), plus a snapshot of the model's buffers and of tensors in extra=", run.directory,
-             config.every, config.keep, config.writer, size, config.threads, config.chunk_mb, config.staging_bytes >> 20)
+             config.every, config.keep, config.writer, size, config.threads, config.chunk_mb, run.engine.staging_bytes >> 20)
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
     if config.writer == "mock":

@@ -48,7 +48,7 @@ class EngineLayer:
     kind: str
     entries: list[Entry]
     parameters: int = 0
-    sources: Any = None  # engine.Sources with fixed addresses; None for buffers, whose snapshot moves
+    sources: Any = None  # engine.Sources with fixed addresses; None for what is copied in memory first, and so moves
     memory: list[torch.Tensor] = field(default_factory=list)  # keeps the sources' storages alive, whatever is replaced
 
 

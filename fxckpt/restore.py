@@ -181,9 +181,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     late = decode_state(record.state["late"], raw)
     states = _make_states(record, optimizers, mapped, target)
     writable = {key: storable(t) for key, t in mapped.tensors.items()}
-    items = {key: source_items([t])[0] for key, t in writable.items()}
-    with torch.no_grad():
-        reader.read_into(items, whole=False)
+    _read_tensors(reader, writable)
     _apply_optimizers(optimizers, states, mapped, target)
     _apply_extras(early, late, target)
     if target.run is not None:
@@ -194,6 +192,18 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     log.info("fxckpt: restored step %d from %s", record.step, found.path)
     return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(mapped.missing),
                     tuple(mapped.unexpected), tuple(skipped))
+
+
+def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor]) -> None:
+    """Read tensors into place. What lies on a device is read to the host first, one file at a time."""
+    for file in (MODEL, OPTIMIZER):
+        mine = {key: t for key, t in live.items() if key[0] == file}
+        landing = {key: t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for key, t in mine.items()}
+        with torch.no_grad():
+            reader.read_into({key: source_items([t])[0] for key, t in landing.items()}, whole=False)
+            for key, tensor in mine.items():
+                if landing[key] is not tensor:
+                    tensor.copy_(landing[key])
 
 
 # -- what goes where ------------------------------------------------------------------------------------------------
@@ -305,24 +315,37 @@ def _make_states(record: Record, saved: Sequence[dict], mapped: Mapped, target: 
                     if place is None:
                         made[key] = description["plain"][key]
                         continue
+                    device = _device_of_state(key, place, description, param, live)
                     made[key] = _state_tensor(place, description["strides"].get(key), opt.state.get(param, {}).get(key),
-                                              key in description["complex"])
+                                              key in description["complex"], device)
                     mapped.tensors[OPTIMIZER, place.key] = made[key]
                 states[id(param)] = made
         out.append(states)
     return out
 
 
-def _state_tensor(place: TensorRecord, strides, live: Any, is_complex: bool) -> torch.Tensor:
+def _device_of_state(key: str, place: TensorRecord, description: Mapping[str, Any], param: torch.Tensor,
+                     group: Mapping[str, Any]) -> torch.device:
+    """Where a state belongs: with its parameter, unless it was kept on the host. Step counts follow torch's own rule
+    (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
+    if key == "step" and not place.shape:
+        beside = bool(group.get("fused") or group.get("capturable"))
+    else:
+        beside = key not in description.get("host", ())
+    return param.device if beside else torch.device("cpu")
+
+
+def _state_tensor(place: TensorRecord, strides, live: Any, is_complex: bool, device: torch.device) -> torch.Tensor:
     """An uninitialised tensor as the record describes it, or the live one if it is just so."""
     shape, dtype = tuple(place.shape), TORCH_DTYPES[place.dtype]
     if is_complex:
         shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
     like = torch.empty(shape, dtype=dtype, device="meta")
     strides = tuple(strides) if strides is not None else like.stride()
-    if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride()) == (shape, dtype, strides):
+    if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == (
+            shape, dtype, strides, device):
         return live
-    return torch.empty_strided(shape, strides, dtype=dtype)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Mapped, target: Target) -> None:
@@ -355,8 +378,9 @@ def _apply_extras(early: dict, late: dict, target: Target) -> None:
                 module.set_extra_state(early["modules"][name])
         with torch.no_grad():
             for name, buffer in target.inventory.transient.items():
-                if name in early["buffers"] and early["buffers"][name].shape == buffer.shape:
-                    buffer.copy_(early["buffers"][name])
+                saved = {**early["buffers"], **early.get("remote", {})}.get(name)
+                if saved is not None and saved.shape == buffer.shape:
+                    buffer.copy_(saved)
     if target.optimizers:
         state.set_random_state(early["random"])
 

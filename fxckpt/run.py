@@ -18,12 +18,12 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fxckpt import _torch, ops, plan, state
+from fxckpt import _torch, cuda, ops, plan, state
 from fxckpt._registry import registry
 from fxckpt.config import Config, Schedule
 from fxckpt.errors import FxckptError, SaveFailed, SetupError, StoreError
@@ -40,7 +40,7 @@ class Run:
     """What one ``compile_step`` call registers. The user's handle on it is ``opt.ckpt``."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], directory: str, model: torch.nn.Module | None,
-                 extra: Mapping[str, Any] | None, config: Config, engine, store):
+                 extra: Mapping[str, Any] | None, config: Config, engine, store, devices: cuda.Devices | None = None):
         self.optimizers, self.directory, self.config = list(optimizers), directory, config
         self.model = None if model is None else _torch.unwrap_model(model)
         self.extras = state.extras(extra)
@@ -49,7 +49,10 @@ class Run:
         self.schedule = Schedule(config.every)
         self.steppers = [Stepper(opt, config.update, self._name_of) for opt in self.optimizers]
         self.number = ops.register_port(self)
-        self.attempts = self.updates = self.iteration = 0
+        self.devices = devices or cuda.Devices()
+        self.ordinals = self.devices.all_of(p for opt in optimizers for g in opt.param_groups for p in g["params"])
+        self.attempts = self.iteration = 0
+        self.applied = cuda.Applied()
         self.inventory = Inventory()
         self.unclaimed: dict[str, Any] = {}  # restored tensors whose owners the compiler has not shown yet
         self.loops = False  # fxckpt.steps was used: it counts iterations
@@ -158,6 +161,15 @@ class Run:
     # -- stepping ---------------------------------------------------------------------------------------------------
 
     @property
+    def updates(self) -> int:
+        """Attempts that were applied; waits for the device where it may have skipped one."""
+        return self.applied.now()
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.applied.set(count)
+
+    @property
     def active(self) -> bool:
         """Checkpoints are taken: the run was not shut down, and this is not a forked child."""
         return self.engine is not None and not self.stopped and os.getpid() == self._pid
@@ -166,11 +178,15 @@ class Run:
         """What ``opt.step()`` runs, between its hooks."""
         if os.getpid() != self._pid or self.engine is None:
             return _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
+        if self.ordinals and self.devices.capturing():
+            raise SetupError("opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
+                             "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
+                             "opt.step() outside.")
         stepper = next(s for s in self.steppers if s.opt is opt)
         leads = stepper is self.steppers[-1]
         if leads or not self.in_turn:
             self._before_step()
-        if _found_inf(opt):
+        if self._found_inf(opt):
             if leads:
                 self.attempts += 1
             return None
@@ -223,8 +239,22 @@ class Run:
                 self._emit_rest(pending, stepper)
         if leads:
             self.attempts += 1
-            self.updates += 1
+            found = getattr(opt, "found_inf", None)
+            self.applied.add(self.devices.later(found) if scaled and self._is_remote(found) else None)
         return loss
+
+    def _is_remote(self, tensor: Any) -> bool:
+        """Is it a tensor on a device?"""
+        return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None
+
+    def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
+        """Did a GradScaler that lets the optimizer decide (``_step_supports_amp_scaling``) find an inf? Then nothing runs.
+
+        Where the answer is on a device, the kernels there read it, and the host never waits for it: a checkpoint of such
+        a step holds the state as it was, and its record's ``updates`` is known when it is committed.
+        """
+        found = getattr(opt, "found_inf", None)
+        return found is not None and not self._is_remote(found) and bool(found.item())
 
     def _begin_if_due(self) -> Pending | None:
         """Begin the checkpoint of the step that is about to run."""
@@ -262,13 +292,32 @@ class Run:
         if key != self._layout_key or self._layout is None:
             if self._layout is not None:
                 self.fence_all()  # layer numbers change their meaning
-            from fxckpt.engine import Sources
-
             layers = plan.engine_layers(self.steppers, self.inventory, self._unstable)
-            self._layout = plan.make_layout(self.engine, layers, self.config.chunk_mb << 20, self._unstable,
-                                            lambda tensors: Sources(plan.source_items(tensors)))
+            self._open_devices(e.tensor for layer in layers for e in layer.entries)
+            self._layout = plan.make_layout(self.engine, layers, self.config.chunk_mb << 20, self._unstable, self._sources)
             self._layout_key = key
         return self._layout
+
+    def _open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make the engine ready for every device that the run's tensors lie on now."""
+        for ordinal in self.devices.all_of(tensors) - self.ordinals:
+            self.ordinals.add(ordinal)
+        for ordinal in sorted(self.ordinals):
+            self.engine.open_device(ordinal, self.devices.driver)
+
+    def _sources(self, tensors: Sequence[torch.Tensor]):
+        """What the engine reads: addresses, and the device of each. None if that must be copied in memory first: a device
+        copies whole ranges, and files are in row-major order."""
+        from fxckpt.engine import Sources
+
+        devices = [self.devices.of(t) for t in tensors]
+        if any(device is not None and not t.is_contiguous() for t, device in zip(tensors, devices)):
+            return None
+        return Sources(plan.source_items(tensors), devices)
+
+    def _streams(self) -> dict[int, int]:
+        """The stream that each device trains on now."""
+        return self.devices.streams(self.ordinals) if self.ordinals else {}
 
     def _emit_stepper(self, stepper: Stepper, pending: Pending | None) -> None:
         """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
@@ -292,18 +341,31 @@ class Run:
     def _capture_early(self, pending: Pending) -> None:
         """Snapshot the buffers (they change in the next forward, where nothing can wait) and encode the early state."""
         pending.captured = True
-        from fxckpt.engine import Sources
-
         for number in pending.layout.number("buffers"):
             names = [e.key for e in pending.layout.layers[number].entries]
             live = {**self.inventory.buffers, **self.inventory.frozen}
             copies = [storable(live[name]).contiguous().clone() for name in names]
             pending.keep += copies
-            pending.copy.emit(number, Sources(plan.source_items(copies)))
+            pending.copy.emit(number, self._sources(copies), self._streams())
         tensors: dict[str, Any] = {}
         early = {"random": state.random_state(), "extra": {e.name: e.get() for e in self.extras if e.early},
-                 "buffers": dict(self.inventory.transient), "modules": self._module_states()}
-        self._early = (encode_state(early, tensors, "early"), tensors)
+                 "buffers": {n: t for n, t in self.inventory.transient.items() if not self._is_remote(t)},
+                 "modules": self._module_states()}
+        encoded = encode_state(early, tensors, "early")
+        encoded["remote"] = self._encode_remote(pending, tensors)
+        self._early = (encoded, tensors)
+
+    def _encode_remote(self, pending: Pending, tensors: dict[str, Any]) -> Any:
+        """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
+        found = {}
+        for name, buffer in self.inventory.transient.items():
+            if not self._is_remote(buffer):
+                continue
+            before = set(tensors)
+            found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
+            for key in set(tensors) - before:
+                pending.late[key] = self.devices.later(buffer)
+        return found
 
     def _module_states(self) -> dict[str, Any]:
         if self.model is None:
@@ -351,7 +413,7 @@ class Run:
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self.steppers))]
         fields = {
             "step": pending.step, "iteration": self.iteration + self.in_turn if self.loops else pending.step,
-            "updates": self.updates, "time": time.time(), "world_size": _torch.world_size(), "rank": _torch.rank(),
+            "updates": self.applied.promise(), "time": time.time(), "world_size": _torch.world_size(), "rank": _torch.rank(),
             "layers": pending.layout.records(pending.step), "ties": dict(self.inventory.ties),
             "optimizers": optimizers,
             "state": {"early": early, "late": encode_state(late, tensors, "late")},
@@ -409,7 +471,10 @@ class Run:
 
     def _wait(self, layer: int) -> None:
         """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk)."""
-        while self.engine is not None and not self.engine.fence(layer, SLICE):
+        if self.engine is None or not self.engine.pending():
+            return
+        streams = self._streams()
+        while not self.engine.fence(layer, SLICE, streams):
             continue
 
     def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -422,7 +487,13 @@ class Run:
             raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
         if found.kind != "counts":
             pending.versions[layer] = (tensors, [t._version for t in tensors])
-        pending.copy.emit(layer, found.sources)
+        sources = found.sources
+        if sources is None:
+            # The copy is made on the device, in order on the current stream.
+            copies = [storable(t).contiguous() for t in tensors]
+            pending.keep += copies
+            sources = self._sources(copies)
+        pending.copy.emit(layer, sources, self._streams() if sources.devices else None)
         if self.config.on_layer is not None and found.kind == "update":
             self.config.on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
 
@@ -496,9 +567,3 @@ def _as_float(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise SetupError(f"note({name}=...) takes a number or a tensor with one element, not {value!r:.100}") from error
-
-
-def _found_inf(opt: torch.optim.Optimizer) -> bool:
-    """Did a GradScaler that lets the optimizer decide (``_step_supports_amp_scaling``) find an inf? Then nothing runs."""
-    found = getattr(opt, "found_inf", None)
-    return found is not None and bool(found.item())

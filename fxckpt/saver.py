@@ -47,6 +47,7 @@ class Pending:
     tensors: dict[str, Any] = field(default_factory=dict)  # of the extra state
     closed: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
+    late: dict[str, Callable] = field(default_factory=dict)  # tensors of the extra state that a device still copies, by key
     captured: bool = False  # buffers and early state are in
     given_up: str | None = None
     error: BaseException | None = None
@@ -266,7 +267,9 @@ class Saver:
         files = tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))
         if layout.frozen_token is not None:
             pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
-        self.store.commit(pending.slot, files=files, state_tensors=pending.tensors, **pending.record)
+        tensors = {**pending.tensors, **{key: wait() for key, wait in pending.late.items()}}
+        fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
+        self.store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
         self.last_committed = pending.step
 
     def _wait(self, pending: Pending, ready: Callable[[], bool], limit: bool = True) -> None:

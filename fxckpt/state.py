@@ -49,8 +49,11 @@ def _extra(name: str, value: Any) -> Extra:
 
 
 def random_state() -> dict[str, Any]:
-    """The global generators: torch, numpy, Python."""
-    return {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": _packed(random.getstate())}
+    """The global generators: torch, numpy, Python, and those of all CUDA devices if this process uses any."""
+    found = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": _packed(random.getstate())}
+    if torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state_all()
+    return found
 
 
 def _packed(state: tuple) -> dict[str, Any]:
@@ -66,5 +69,7 @@ def _unpacked(state: Mapping[str, Any]) -> tuple:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put the global generators back."""
     torch.set_rng_state(state["torch"])
+    for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", ())):
+        torch.cuda.set_rng_state(saved, device)
     np.random.set_state(state["numpy"])
     random.setstate(_unpacked(state["python"]))

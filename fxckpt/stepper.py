@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fxckpt import _torch
+from fxckpt import _torch, cuda
 from fxckpt.errors import SetupError
 from fxckpt.graph import hoist, inductor, rewrite, update
 from fxckpt.graph.layers import Layer
@@ -69,6 +69,7 @@ class Member:
             "strides": {k: tuple(t.stride()) for k, t, _ in self.items if not t.is_contiguous()},
             "complex": [k for k, t, _ in self.items if t.is_complex()],
             "plain": {k: v for k, v in self.state.items() if not isinstance(v, torch.Tensor)},
+            "host": [k for k, t, _ in self.items if t.device.type == "cpu" and self.param.device.type != "cpu"],
         }
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
@@ -172,7 +173,11 @@ class Stepper:
         """Find the member's program; none yet if the stock step has to make its state first."""
         flag = "fused" if group.get("fused") else "foreach" if group.get("foreach") else None
         explicit = flag is not None or group.get("foreach") is False or group.get("fused") is False
-        native = self.mode == "native" or (self.mode is None and explicit)
+        on_host = member.param.device.type == "cpu"
+        if self.mode == "inductor" and not on_host:
+            raise SetupError(f'update="inductor" compiles updates on the CPU; {member.name} is on {member.param.device}: use '
+                             'update="native", or leave it out')
+        native = self.mode == "native" or (self.mode is None and (explicit or not on_host))
         member.implementation = flag or (_torch.default_implementation(member.param) if native and not explicit else "single")
         if not native:
             member.implementation = "single"
@@ -303,10 +308,11 @@ class Stepper:
         self._versions = [t._version for t in self._count_tensors]
         cohorts: dict[Any, Cohort] = {}
         of: dict[str, int] = {}
-        for index in (i for i, present in enumerate(mask) if present):
-            member = self.members[index]
+        taking_part = [m for m, present in zip(self.members, mask) if present]
+        values = cuda.count_values([[m.state[k] for k in m.program.counts] for m in taking_part])
+        for member, counts in zip(taking_part, values):
             signature = member.program.signature
-            key = (member.group, signature, tuple(member.state[k].item() for k in member.program.counts))
+            key = (member.group, signature, counts)
             if key not in cohorts:
                 cohorts[key] = Cohort(len(cohorts), member.group, member.program)
             cohorts[key].add(member)

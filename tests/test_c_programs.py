@@ -84,7 +84,7 @@ def test_c_program_is_clean(build, tmp_path, name, sanitizer):
 
 
 def build_driver(directory: Path, *flags: str) -> str:
-    """The fake driver as a shared library."""
+    """The fake driver (``tests/fake_cuda.c``) as a shared library; returns its path."""
     output = str(directory / "libfakecuda.so")
     built = run([*compiler(), *FLAGS, *flags, "-fPIC", "-shared", "-fvisibility=hidden",
                  str(ROOT / "tests/fake_cuda.c"), "-o", output])

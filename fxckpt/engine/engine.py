@@ -112,7 +112,7 @@ class Engine:
         if staging_bytes < 0:
             raise SetupError(f"staging_bytes={staging_bytes} must not be negative")
         self._ffi, self._lib, self._pid = ffi, lib, os.getpid()
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes, self.staging_bytes = chunk_bytes, staging_bytes
         self.memory_bytes = threads * chunk_bytes + staging_bytes // chunk_bytes * chunk_bytes
         self._said_buffered = False
         self._devices: set[int] = set()

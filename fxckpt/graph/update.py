@@ -53,7 +53,7 @@ class Signature:
     numeric: tuple[tuple[Key, bool | None], ...]  # inputs; True: positive, False: negative, None: nothing assumed
     state: tuple[tuple[str, bool], ...]  # key, and whether it is 0-dimensional (a step count)
     dtype: torch.dtype
-    device: str
+    device: str  # with its number: list kernels take tensors of one device
 
     @property
     def hyperparameters(self) -> tuple[Key, ...]:
@@ -124,7 +124,7 @@ def signature_of(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch
                       if name not in _torch.GROUP_BOOKKEEPING and (name, None) not in moving)
     shapes = tuple((key, _state_kind(key, value, param)) for key, value in sorted(state.items()) if value is not None)
     return Signature(cls, implementation, constants, tuple(numeric), shapes, param.dtype,
-                     param.device.type)
+                     str(param.device))
 
 
 def _constant(value: Any, name: str, moving: set[Key]) -> Any:

@@ -1,0 +1,123 @@
+"""What a run asks about CUDA: which device a tensor lies on, which stream that device trains on, and values that are
+still being computed there. The copies themselves are the engine's (csrc/cuda.c); this is the seam for tests, too.
+
+Nothing here is imported or initialised unless a tensor of the run lies on a device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from fxckpt.errors import SetupError
+
+STAGING = 256 << 20
+"""Bytes of pinned memory, unless staging_mb says otherwise: a bus copies faster than a disk writes, and a fence waits on
+the host only when no chunk is free for a layer's copy."""
+
+LEAST_CHUNKS = 8
+"""A chunk that several layers share holds its buffer until the last of them; with fewer there might be none for others."""
+
+
+class Devices:
+    """The CUDA devices of a run. ``driver``: the library to open, ``$FXCKPT_CUDA_DRIVER`` or ``libcuda.so.1``."""
+
+    def __init__(self) -> None:
+        self.driver = os.environ.get("FXCKPT_CUDA_DRIVER") or None
+
+    def of(self, tensor: torch.Tensor) -> int | None:
+        """The driver's number of the device the tensor lies on; None for host memory.
+
+        torch numbers devices as the driver does: both see what CUDA_VISIBLE_DEVICES leaves, MIG instances included.
+        """
+        return tensor.device.index if tensor.device.type == "cuda" else None
+
+    def all_of(self, tensors: Iterable[torch.Tensor]) -> set[int]:
+        """The devices that these tensors lie on."""
+        return {found for found in map(self.of, tensors) if found is not None}
+
+    def streams(self, ordinals: Iterable[int]) -> dict[int, int]:
+        """The driver's handle of each device's *current* stream: the one that an update of this step is put into."""
+        return {ordinal: torch.cuda.current_stream(ordinal).cuda_stream for ordinal in ordinals}
+
+    def capturing(self) -> bool:
+        """Is a CUDA graph being captured on the current stream?"""
+        return torch.cuda.is_current_stream_capturing()
+
+    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start copying to the host, in order on the current stream; the result waits, and gives the host tensor."""
+        with torch.cuda.device(tensor.device):
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            host.copy_(tensor.detach(), non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+
+        def wait() -> torch.Tensor:
+            event.synchronize()
+            return host
+
+        return wait
+
+
+def check(tensor: torch.Tensor) -> None:
+    """Raises SetupError for a tensor on a device that cannot be copied from."""
+    kind = tensor.device.type
+    if kind == "cpu" or (kind == "cuda" and torch.version.hip is None):
+        return
+    name = "ROCm" if kind == "cuda" else kind
+    raise SetupError(f"fxckpt checkpoints tensors on the CPU and on CUDA devices; found one on {tensor.device} ({name}). "
+                     "Set FXCKPT_DISABLE=1 to run without checkpoints.")
+
+
+class Applied:
+    """How many updates were made, where a device may decide that one is skipped (``found_inf`` on it).
+
+    Counting never waits: what is not known yet is resolved where the number is needed.
+    """
+
+    def __init__(self) -> None:
+        self._known = 0
+        self._waiting: list[Callable[[], torch.Tensor]] = []
+
+    def add(self, skipped: Callable[[], torch.Tensor] | None = None) -> None:
+        """One more attempt; ``skipped`` gives 1 where the device skipped it."""
+        if skipped is None:
+            self._known += 1
+        else:
+            self._waiting.append(skipped)
+        if len(self._waiting) > 64:
+            self._resolve(len(self._waiting) - 32)  # these are iterations behind: nothing to wait for
+
+    def _resolve(self, count: int) -> None:
+        done, self._waiting = self._waiting[:count], self._waiting[count:]
+        self._known += sum(not bool(flag().item()) for flag in done)
+
+    def set(self, count: int) -> None:
+        """Start over from ``count``."""
+        self._known, self._waiting = count, []
+
+    def now(self) -> int:
+        """The number; waits for the device if it must."""
+        self._resolve(len(self._waiting))
+        return self._known
+
+    def promise(self) -> Callable[[], int]:
+        """A function that gives the number as of now, to be called later and perhaps in another thread."""
+        known, waiting = self._known, tuple(self._waiting)
+        return lambda: known + sum(not bool(flag().item()) for flag in waiting)
+
+
+def count_values(counts: Sequence[Sequence[torch.Tensor]]) -> list[tuple[float, ...]]:
+    """The values of 0-dimensional tensors, row by row; those on a device with one wait for each device and type."""
+    flat = [t for row in counts for t in row]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(flat):
+        if tensor.device.type != "cpu":
+            groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    values: dict[int, float] = {}
+    for members in groups.values():
+        values.update(zip(members, torch.stack([flat[i].detach().reshape(()) for i in members]).tolist()))
+    found = iter(values[i] if i in values else t.item() for i, t in enumerate(flat))
+    return [tuple(next(found) for _ in row) for row in counts]
