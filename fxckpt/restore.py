@@ -61,6 +61,10 @@ class Target:
     model: torch.nn.Module | None
 
 
+_SPOILED = ("\nThe model now holds parts of a corrupt checkpoint and this run takes no step with it: build the model, the "
+            "optimizer and the run anew to start over.")
+
+
 @dataclass
 class Mapped:
     """Which stored tensor goes where, found before anything is touched."""
@@ -81,6 +85,9 @@ def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None 
     Without arguments: of the run that ``compile_step`` registered, into its model, optimizers and extras; before the first
     forward or later, compiled or not. With ``dir`` and ``model`` only: weights for inference. ``step`` or ``name`` asks for
     a certain checkpoint, and raises if that one is corrupt or not there.
+
+    Every chunk is verified before a byte of it is used. A run that has not stepped yet is read in one pass; whatever holds
+    something of value (a run that has trained, a model without a run) is only touched after the whole checkpoint verified.
 
     Returns ``Restored``; its ``step`` is 0 when there is no checkpoint yet.
 
@@ -117,7 +124,8 @@ def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None 
             break
     if skipped:
         why = "\n".join(f"  {path}: {reason}" for path, reason in skipped)
-        raise Corrupt(directory, f"none of its checkpoints verifies:\n{why}")
+        raise Corrupt(directory, f"none of its checkpoints verifies:\n{why}"
+                      + (_SPOILED if target.run is not None and target.run.spoiled else ""))
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
     if target.run is not None and target.run.store is not None:
         target.run.store.mark_loaded(None)
@@ -174,14 +182,16 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     record = reader.record
     mapped = _map(record, target)
     _check(mapped, record, target, strict)
-    reader.verify()
+    once = strict and target.run is not None and target.run.attempts == 0  # nothing trained is at stake yet
+    if not once:
+        reader.verify()
     raw = reader.state_tensors()
     optimizers = decode_state(record.optimizers, raw)
     early = decode_state(record.state["early"], raw)
     late = decode_state(record.state["late"], raw)
     states = _make_states(record, optimizers, mapped, target)
     writable = {key: storable(t) for key, t in mapped.tensors.items()}
-    _read_tensors(reader, writable)
+    _read_tensors(reader, writable, target.run if once else None)
     _apply_optimizers(optimizers, states, mapped, target)
     _apply_extras(early, late, target)
     if target.run is not None:
@@ -194,16 +204,24 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
                     tuple(mapped.unexpected), tuple(skipped))
 
 
-def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Read tensors into place. What lies on a device is read to the host first, one file at a time."""
+def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor], fresh: Run | None) -> None:
+    """Read tensors into place. What lies on a device is read to the host first, one file at a time.
+
+    ``fresh``: a run that has not stepped, for which this is the first and only reading. Should a chunk prove bad halfway, an
+    older checkpoint overwrites all of the same tensors; if there is none, the run takes no step with the mixture.
+    """
+    if fresh is not None:
+        fresh.spoiled = "a checkpoint proved corrupt while it was being loaded, and no other one could be loaded after it"
     for file in (MODEL, OPTIMIZER):
         mine = {key: t for key, t in live.items() if key[0] == file}
         landing = {key: t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for key, t in mine.items()}
         with torch.no_grad():
-            reader.read_into({key: source_items([t])[0] for key, t in landing.items()}, whole=False)
+            reader.read_into({key: source_items([t])[0] for key, t in landing.items()}, file)
             for key, tensor in mine.items():
                 if landing[key] is not tensor:
                     tensor.copy_(landing[key])
+    if fresh is not None:
+        fresh.spoiled = None
 
 
 # -- what goes where ------------------------------------------------------------------------------------------------
@@ -403,5 +421,5 @@ def _hold(later: Sequence[TensorRecord], reader: Reader) -> dict[str, torch.Tens
     """Read tensors whose owners are not known yet; they are few without a model: buffers and frozen parameters."""
     held = {t.key: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in later}
     if held:
-        reader.read_into({(MODEL, key): source_items([t])[0] for key, t in held.items()}, whole=False)
+        reader.read_into({(MODEL, key): source_items([t])[0] for key, t in held.items()}, MODEL)
     return held

@@ -56,6 +56,7 @@ class Run:
         self.inventory = Inventory()
         self.unclaimed: dict[str, Any] = {}  # restored tensors whose owners the compiler has not shown yet
         self.loops = False  # fxckpt.steps was used: it counts iterations
+        self.spoiled: str | None = None  # why the live tensors are a mixture that must not be trained
         self.in_turn = False  # inside a turn of fxckpt.steps: only its end closes a step
         self._pid = os.getpid()
         self._lock = threading.RLock()
@@ -182,6 +183,7 @@ class Run:
             raise SetupError("opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
                              "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
                              "opt.step() outside.")
+        self._refuse_mixture()
         stepper = next(s for s in self.steppers if s.opt is opt)
         leads = stepper is self.steppers[-1]
         if leads or not self.in_turn:
@@ -196,6 +198,11 @@ class Run:
             self._abort(f"opt.step() raised {type(error).__name__}")
             raise
         return loss
+
+    def _refuse_mixture(self) -> None:
+        if self.spoiled is not None:
+            raise SetupError(f"the model holds parts of a corrupt checkpoint: {self.spoiled}. Build the model, the optimizer and "
+                             "the run anew.")
 
     def _before_step(self) -> None:
         """Close the step before this one, and raise what went wrong since, if the user asked for that."""
@@ -513,6 +520,7 @@ class Run:
         """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
         if not self.active:
             raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
+        self._refuse_mixture()
         self.close_step()
         self._check_store()
         self.refresh()

@@ -343,3 +343,45 @@ def test_damage_to_what_is_not_a_checkpoint_costs_nothing(damage, store, trained
     opt.ckpt.flush()
     assert json.loads((store / "store.json").read_text())
     assert fxckpt.latest(store).step == 5
+
+
+def test_a_fresh_run_reads_once_and_takes_no_step_with_parts_of_a_corrupt_checkpoint(store):
+    """Nothing trained is at stake before the first step, so one pass reads and verifies; a mixture is never trained on."""
+    drop_named(store)
+    for name in (NEWEST, OLDER, OLDEST):
+        flip(store / name / "optimizer.safetensors", os.path.getsize(store / name / "optimizer.safetensors") - 4000)
+    model, opt, counted = build(1)
+    fxckpt.compile_step(opt, store, model=model, every=1, update="native", chunk_mb=1, extra={"c": counted})
+    with pytest.raises(fxckpt.Corrupt, match=r"(?s)none of its checkpoints.*build the model"):
+        fxckpt.load()
+    model(torch.randn(8, 300)).square().mean().backward()
+    with pytest.raises(fxckpt.SetupError, match="parts of a corrupt checkpoint"):
+        opt.step()
+    with pytest.raises(fxckpt.SetupError, match="parts of a corrupt checkpoint"):
+        opt.ckpt.save()
+
+
+def test_a_fresh_run_that_reads_a_bad_chunk_late_falls_back_whole(store, trained):
+    flip(store / NEWEST / "optimizer.safetensors", os.path.getsize(store / NEWEST / "optimizer.safetensors") - 4000)
+    drop_named(store)
+    model, opt, counted = build(1)
+    fxckpt.compile_step(opt, store, model=model, every=1, update="native", chunk_mb=1, extra={"c": counted})
+    assert fxckpt.load().step == 3
+    assert differences(snapshot(model, opt), trained[1][3]) == []
+    opt.ckpt.shutdown()
+
+
+def test_a_run_that_has_trained_loses_nothing_to_a_corrupt_checkpoint(store):
+    drop_named(store)
+    model, opt, counted = build(1)
+    fxckpt.compile_step(opt, store, model=model, every=100, update="native", chunk_mb=1, fresh=True, extra={"c": counted})
+    model(torch.randn(8, 300)).square().mean().backward()
+    opt.step()
+    for name in (NEWEST, OLDER, OLDEST):
+        if (store / name).exists():
+            flip(store / name / "optimizer.safetensors", 300)
+    before = digest(snapshot(model, opt), counted.steps)
+    with pytest.raises(fxckpt.Corrupt):
+        fxckpt.load(step=4)
+    assert digest(snapshot(model, opt), counted.steps) == before
+    opt.step()

@@ -208,19 +208,20 @@ class Reader:
         for file in self.record.files:
             self._read(file, [])
 
-    def read_into(self, targets: Mapping[tuple[str, str], tuple[int, Any, Any]], *, whole: bool = True) -> None:
+    def read_into(self, targets: Mapping[tuple[str, str], tuple[int, Any, Any]], file: str | None = None) -> None:
         """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None).
 
-        With ``whole`` the files without a target are verified as well. Unknown (file, key) raise ``KeyError`` first.
+        Every file (or the one named ``file``) is verified whole, with targets or without. Unknown (file, key) raise
+        ``KeyError`` first.
         """
         places = {(tensor.file, tensor.key): tensor for layer in self.record.layers for tensor in layer.tensors}
         wanted: dict[str, list[tuple]] = {}
         for place, target in targets.items():
             tensor = places[place]
             wanted.setdefault(tensor.file, []).append((tensor.begin, tensor.nbytes, *target))
-        for file in self.record.files:
-            if whole or file.name in wanted:
-                self._read(file, wanted.get(file.name, []))
+        for each in self.record.files:
+            if file is None or each.name == file:
+                self._read(each, wanted.get(each.name, []))
 
     def state_tensors(self) -> dict[str, np.ndarray | RawTensor]:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""

@@ -1,0 +1,230 @@
+"""How near whole checkpoints come to the disk: writing and restoring about 600 MB, checksums, syncs and commit included.
+
+The ceiling is the best of several plain O_DIRECT loops (threads, piece size) that overwrite, or read, as many bytes of
+one file. fxckpt takes named-less ``opt.ckpt.save()`` checkpoints into recycled slots, and restores with
+``fxckpt.load()``, which verifies every chunk and reads in place. Peers overwrite and sync a file, and load it after it
+was dropped from the page cache. All take turns in interleaved rounds; a ratio is the median over rounds of the ceiling's
+time divided by theirs, so 1.00 is the disk's own speed.
+
+    python benchmarks/io.py [--quick] [--dir DISK] [--json benchmarks/results/io.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import mmap
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import machine
+import torch
+from savers import replace_durably
+from torch import nn
+
+import fxckpt
+
+MIB = 1 << 20
+LOOPS = [(threads, piece * MIB) for threads in (1, 2, 4) for piece in (1, 4, 8)]
+
+
+class Raw:
+    """A plain loop over one file with O_DIRECT (buffered where that is refused): the ceiling."""
+
+    def __init__(self, path: Path, size: int, threads: int, piece: int):
+        self.path, self.size, self.threads, self.piece = path, size, threads, piece
+        self.buffers = [mmap.mmap(-1, piece) for _ in range(threads)]  # page-aligned, as O_DIRECT asks
+        for buffer in self.buffers:
+            buffer.write(os.urandom(MIB) * (piece // MIB))
+
+    def run(self, write: bool) -> None:
+        """Write or read every byte once; what is written is durable on return."""
+        flags = os.O_RDWR | os.O_CREAT
+        try:
+            fd = os.open(self.path, flags | os.O_DIRECT, 0o644)
+        except OSError:
+            fd = os.open(self.path, flags, 0o644)
+        try:
+            workers = [threading.Thread(target=self._part, args=(fd, n, write)) for n in range(self.threads)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            if write:
+                os.fdatasync(fd)
+        finally:
+            os.close(fd)
+
+    def _part(self, fd: int, first: int, write: bool) -> None:
+        for offset in range(first * self.piece, self.size, self.threads * self.piece):
+            if write:
+                os.pwrite(fd, self.buffers[first], offset)
+            else:
+                os.preadv(fd, [self.buffers[first]], offset)
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long one call takes."""
+    gc.collect()
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+def best_raw(folder: Path, size: int, write: bool) -> Raw:
+    """The fastest of the loops, by the best of three turns each."""
+    loops = [Raw(folder / "raw", size, threads, piece) for threads, piece in LOOPS]
+    if write:
+        loops[0].run(True)  # blocks are allocated once
+    times = [min(seconds(lambda loop=loop: loop.run(write)) for _ in range(3)) for loop in loops]
+    return loops[times.index(min(times))]
+
+
+def trained(megabytes: int, step: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A model and an AdamW whose state has about that many megabytes together."""
+    width, layers = 1024, max(1, round(megabytes * 1e6 / 12 / 1024**2))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    if step:
+        optimizer.step()
+    return model, optimizer
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    found = {name: p.detach() for name, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        found.update({f"{key}/{name}": value for key, value in optimizer.state[p].items()})
+    return found
+
+
+def cold(path: Path) -> Path:
+    """Drop a file from the page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+    return path
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict:
+    """Run all rounds; seconds and bytes throughout."""
+    from safetensors.torch import load_file, save_file
+
+    model, optimizer = trained(args.megabytes)
+    state = tensors(model, optimizer)
+    size = sum(t.nbytes for t in state.values()) // (8 * MIB) * (8 * MIB)
+    fxckpt.compile_step(optimizer, folder / "store", model=model, every=10**9, on_error="raise",
+                        threads=args.threads, chunk_mb=args.chunk_mb)
+    for _ in range(4):  # every slot is written once
+        optimizer.ckpt.save()
+    torch_file, plain_file = folder / "torch.pt", folder / "plain.safetensors"
+    writers = {
+        "raw": best_raw(folder, size, True),
+        "fxckpt": optimizer.ckpt.save,
+        "safetensors": lambda: replace_durably(plain_file, lambda new: save_file(state, new)),
+        "torch.save": lambda: replace_durably(torch_file, lambda new: torch.save(state, new)),
+    }
+    raw_writer = writers["raw"]
+    writers["raw"] = lambda: raw_writer.run(True)
+    times: dict[str, list[float]] = {}
+    rounds(writers, args.rounds, times, "write ")
+    optimizer.ckpt.shutdown()
+    raw_reader = best_raw(folder, size, False)
+    fresh = Fresh(folder / "store", args)
+    readers = {
+        "raw": lambda: raw_reader.run(False),
+        "fxckpt": fresh.load,
+        "safetensors": lambda: copy_in(load_file(cold(plain_file)), state),
+        "torch.load": lambda: copy_in(torch.load(cold(torch_file)), state),
+    }
+    rounds(readers, args.rounds, times, "read ", fresh.prepare)
+    fresh.end()
+    results = {}
+    for name, mine in times.items():
+        ceiling = times[name.split(" ")[0] + " raw"]
+        ratios = [a / b for a, b in zip(ceiling, mine)]
+        results[name] = {"seconds": statistics.median(mine), "rounds": mine, "ratio": statistics.median(ratios), "ratios": ratios}
+    return {"machine": machine.describe(folder), "bytes": size, "threads": args.threads, "chunk_mb": args.chunk_mb,
+            "raw_write": [raw_writer.threads, raw_writer.piece // MIB], "raw_read": [raw_reader.threads, raw_reader.piece // MIB],
+            "results": results}
+
+
+class Fresh:
+    """A new model, optimizer and run for every restore, as a resumed script has them."""
+
+    def __init__(self, store: Path, args: argparse.Namespace):
+        self.store, self.args, self.optimizer = store, args, None
+
+    def prepare(self) -> None:
+        self.end()
+        model, self.optimizer = trained(self.args.megabytes, step=False)
+        fxckpt.compile_step(self.optimizer, self.store, model=model, every=10**9)
+
+    def load(self) -> None:
+        if fxckpt.load(optimizer=self.optimizer).skipped:
+            raise AssertionError("a checkpoint did not verify")
+
+    def end(self) -> None:
+        if self.optimizer is not None:
+            self.optimizer.ckpt.shutdown()
+            self.optimizer = None
+
+
+def copy_in(loaded: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
+    """What a loader's caller still has to do: put the values where training reads them."""
+    for name, tensor in state.items():
+        tensor.copy_(loaded[name])
+
+
+def rounds(contestants: dict[str, Callable], count: int, times: dict[str, list[float]], prefix: str,
+           prepare: Callable[[], None] = lambda: None) -> None:
+    """Everyone once a round, another one first each time; ``prepare`` before each, untimed."""
+    everyone = list(contestants.items())
+    for name, run in everyone:
+        prepare()
+        run()
+        times[prefix + name] = []
+    for number in range(count):
+        turn = number % len(everyone)
+        for name, run in everyone[turn:] + everyone[:turn]:
+            prepare()
+            times[prefix + name].append(seconds(run))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    option = parser.add_argument
+    option("--quick", action="store_true", help="three rounds")
+    option("--rounds", type=int, default=9)
+    option("--megabytes", type=int, default=600)
+    option("--threads", type=int, default=2, help="fxckpt's writer threads")
+    option("--chunk-mb", type=int, default=4)
+    option("--dir", default=".", help="the disk to measure; needs about 4 GB")
+    option("--json", help="write the numbers to this file")
+    args = parser.parse_args()
+    args.rounds = 3 if args.quick else args.rounds
+    folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=args.dir))
+    try:
+        numbers = measure(args, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(machine.line(numbers["machine"]))
+    print(f"{numbers['bytes'] / 1e6:.0f} MB; best plain loops: write {numbers['raw_write']}, read {numbers['raw_read']} "
+          f"(threads, MiB)\n\n{'':22}{'time':>9}{'rate':>12}{'of raw':>9}{'min':>7}{'max':>7}")
+    for name, found in numbers["results"].items():
+        print(f"{name:22}{found['seconds'] * 1e3:6.0f} ms{numbers['bytes'] / found['seconds'] / 1e9:8.2f} GB/s"
+              f"{found['ratio']:9.2f}{min(found['ratios']):7.2f}{max(found['ratios']):7.2f}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
