@@ -445,6 +445,7 @@ static void issue(struct fx_checkpoint *ck, uint32_t layer, uint32_t piece) {
     char *to = chunk->staging;
     fx_unlock(engine);
 
+    int64_t start = fx_now();
     fx_io_copy_delay();
     struct runs host = {0};
     copy_part(ck, piece, to, &host);
@@ -454,6 +455,8 @@ static void issue(struct fx_checkpoint *ck, uint32_t layer, uint32_t piece) {
     }
     struct fx_error error;
     if (failed) explain(failed, failure, &error);
+    fx_span_add(engine, FX_SPAN_ISSUE, 0, start,
+                (struct fx_span){.checkpoint = ck->id, .layer = layer, .chunk = ck->plan->pieces[piece].chunk});
 
     fx_lock(engine);
     for (uint32_t i = 0; i < devices->n; i++) {
@@ -526,6 +529,10 @@ static void reap(struct device *device) {
     device->last_end_ns = end;
     if (failure.result) explain(device, failure, &error);
     else engine->copy_ns += (uint64_t)(end - begin);
+    const struct piece *piece = &flight->ck->plan->pieces[flight->piece];
+    fx_span_add(engine, FX_SPAN_DEVICE, device->ordinal, begin,
+                (struct fx_span){.checkpoint = flight->ck->id, .layer = piece->layer, .chunk = piece->chunk,
+                                 .nbytes = flight->nbytes});
 
     fx_lock(engine);
     device->oldest = flight->next;

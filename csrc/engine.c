@@ -65,6 +65,7 @@ static void destroy(struct fx_engine *engine) {
     free_buffers(engine);
     free(engine->staging.free);
     free(engine->writers);
+    fx_trace_free(engine);
     pthread_cond_destroy(&engine->progress);
     pthread_cond_destroy(&engine->work);
     pthread_mutex_destroy(&engine->lock);
@@ -84,6 +85,7 @@ int fx_engine_new(const struct fx_options *options, struct fx_engine **out, stru
     struct fx_engine *engine = calloc(1, sizeof *engine);
     if (!engine) return fx_error_set(error, "engine", "", -1, ENOMEM);
     int r = make_locks(engine);
+    if (!r) r = -fx_trace_new(engine);
     if (r) {
         free(engine);
         return fx_error_set(error, "engine", "", -1, r);

@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 3      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 4      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -256,6 +256,31 @@ struct fx_target {
 int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
                      uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error);
+
+/* ---- a picture of what went on (trace.c) ---- */
+
+enum fx_span_kind {
+    FX_SPAN_COPY,   /* a writer: copy and checksum of a chunk; track: the writer */
+    FX_SPAN_WRITE,  /* a writer: a chunk to the disk, or to a monitor */
+    FX_SPAN_SYNC,   /* a writer: sync of a file */
+    FX_SPAN_FENCE,  /* a caller of fx_fence that had to wait or help */
+    FX_SPAN_HELP,   /* within a fence: a piece that the caller copied */
+    FX_SPAN_ISSUE,  /* the copier: calls of the driver for a piece */
+    FX_SPAN_DEVICE, /* a piece's copy on a device, from its issue or the end of the one before; track: the device */
+};
+
+struct fx_span {
+    uint32_t kind, track;
+    uint64_t checkpoint;   /* fx_id; 0: of none */
+    int64_t layer, chunk;  /* -1: of none, or all */
+    uint64_t nbytes;
+    int64_t begin_ns, end_ns; /* CLOCK_MONOTONIC */
+};
+
+/* Starts to record, `capacity` spans at most until they are taken; 0: stops. -ENOMEM. */
+int fx_trace(struct fx_engine *engine, uint32_t capacity);
+/* Moves up to n spans out, in the order of their ends; *dropped: how many found no room since fx_trace. */
+uint32_t fx_trace_take(struct fx_engine *engine, struct fx_span *out, uint32_t n, uint64_t *dropped);
 
 /* ---- files (io.c) ---- */
 

@@ -90,6 +90,8 @@ static void help(struct fx_engine *engine, struct fx_checkpoint *ck, uint32_t pi
     int64_t start = fx_now();
     copy_piece(ck, piece, chunk->staging);
     engine->copy_ns += (uint64_t)(fx_now() - start);
+    struct fx_span span = {.checkpoint = ck->id, .layer = ck->plan->pieces[piece].layer, .chunk = ck->plan->pieces[piece].chunk};
+    fx_span_add(engine, FX_SPAN_HELP, 0, start, span);
     fx_lock(engine);
     fx_finish_piece(ck, piece);
     chunk->helpers--;
@@ -145,6 +147,7 @@ int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, co
         int64_t start = fx_now();
         r = pass(engine, layer, fx_deadline(timeout_ns), streams, n_streams);
         engine->stall_ns += (uint64_t)(fx_now() - start);
+        fx_span_add(engine, FX_SPAN_FENCE, 0, start, (struct fx_span){.layer = layer, .chunk = -1});
     }
     if (r == 1) fx_cuda_order(engine, layer, streams, n_streams);
     fx_unlock(engine);

@@ -201,6 +201,7 @@ struct fx_engine {
     struct relay *relay; /* NULL, or the memory shared with a monitor: relay.c */
     uint64_t ids;
     struct cuda *cuda; /* NULL: no driver was opened */
+    struct trace *trace;
     struct fx_engine *next; /* in fork.c's list */
     _Atomic int64_t pending;
     _Atomic uint64_t bytes_written, copy_ns, write_ns, stall_ns, buffered_files;
@@ -237,6 +238,13 @@ void fx_relay_statistics(const struct fx_engine *engine, struct fx_statistics *o
 void fx_relay_close_in_child(const struct fx_engine *engine);
 void fx_relay_end(struct fx_engine *engine);     /* no lock, all writer threads ended */
 void fx_relay_destroy(struct fx_engine *engine); /* likewise */
+
+/* ---- trace.c ---- */
+
+int fx_trace_new(struct fx_engine *engine);
+void fx_trace_free(struct fx_engine *engine);
+/* From begin_ns until now, if somebody asked for it. With or without the engine's lock. */
+void fx_span_add(struct fx_engine *engine, enum fx_span_kind kind, uint32_t track, int64_t begin_ns, struct fx_span span);
 
 /* ---- fork.c ---- */
 

@@ -95,6 +95,11 @@ static int store_chunk(struct fx_checkpoint *ck, uint32_t index, const char *dat
 
 /* ---- jobs: lock held on entry and on return, not in between ---- */
 
+/* The first layer that has a piece of it; -1: only the header or zeros. */
+static int64_t layer_of(const struct fx_checkpoint *ck, const struct chunk *chunk) {
+    return chunk->n_pieces ? (int64_t)ck->plan->pieces[chunk->first_piece].layer : -1;
+}
+
 static void do_chunk(struct writer *writer, struct fx_checkpoint *ck, uint32_t index) {
     struct fx_engine *engine = writer->engine;
     const struct chunk *chunk = &ck->plan->chunks[index];
@@ -109,6 +114,9 @@ static void do_chunk(struct writer *writer, struct fx_checkpoint *ck, uint32_t i
     while (to_copy--) fx_io_copy_delay();
     if (!live->whole) ck->crcs[index] = fill_chunk(ck, index, buffer);
     engine->copy_ns += (uint64_t)(fx_now() - start);
+    uint32_t track = (uint32_t)(writer - engine->writers);
+    struct fx_span span = {.checkpoint = ck->id, .layer = layer_of(ck, chunk), .chunk = index, .nbytes = chunk->nbytes};
+    fx_span_add(engine, FX_SPAN_COPY, track, start, span);
 
     fx_lock(engine);
     finish_pieces(ck, chunk);
@@ -121,7 +129,9 @@ static void do_chunk(struct writer *writer, struct fx_checkpoint *ck, uint32_t i
         return;
     }
     fx_unlock(engine);
+    start = fx_now();
     int r = wanted ? store_chunk(ck, index, buffer) : 0;
+    if (wanted) fx_span_add(engine, FX_SPAN_WRITE, track, start, span);
 
     fx_lock(engine);
     if (live->staging) fx_staging_give(engine, live->staging);
@@ -142,7 +152,8 @@ static int close_file(struct fx_engine *engine, struct ck_file *file) {
 }
 
 /* Edge D of docs/format.md: without the sync, a record could reach the disk before the data it vouches for. */
-static void do_sync(struct fx_engine *engine, struct fx_checkpoint *ck, struct ck_file *file) {
+static void do_sync(struct writer *writer, struct fx_checkpoint *ck, struct ck_file *file) {
+    struct fx_engine *engine = writer->engine;
     int r = 0, closed = 0;
     file->sync = SYNC_TAKEN;
     ck->syncs_waiting--;
@@ -152,6 +163,8 @@ static void do_sync(struct fx_engine *engine, struct fx_checkpoint *ck, struct c
         r = fx_fdatasync(file->fd);
         closed = close_file(engine, file);
         engine->write_ns += (uint64_t)(fx_now() - start);
+        struct fx_span span = {.checkpoint = ck->id, .layer = -1, .chunk = -1};
+        fx_span_add(engine, FX_SPAN_SYNC, (uint32_t)(writer - engine->writers), start, span);
     }
     fx_lock(engine);
     file->sync = SYNCED;
@@ -186,7 +199,7 @@ static bool work(struct writer *writer) {
         if (over ? ck->working || !fx_has_open_files(ck) : !sync && chunk == NOTHING) continue;
         ck->working++;
         if (over) do_close(engine, ck);
-        else if (sync) do_sync(engine, ck, sync);
+        else if (sync) do_sync(writer, ck, sync);
         else do_chunk(writer, ck, chunk);
         ck->working--;
         fx_settle(ck);

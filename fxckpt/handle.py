@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from fxckpt._registry import registry
 from fxckpt.errors import SetupError
 from fxckpt.graph.rewrite import StepGraph
 from fxckpt.run import Run
+from fxckpt.trace import Tracing
 
 
 class Handle:
@@ -86,6 +88,13 @@ class Handle:
             "layers": sum(len(stepper.layers) for stepper in run.steppers),
             "last_error": None if saver.last_error is None else str(saver.last_error),
         }
+
+    def trace(self, path: str | os.PathLike, beside: str | os.PathLike | None = None) -> Tracing:
+        """``with opt.ckpt.trace("trace.json"):`` records what happens inside, for Perfetto; see ``fxckpt/trace.py``.
+
+        ``beside``: a Chrome trace that torch.profiler exports inside the ``with``, to be shown in the same picture.
+        """
+        return Tracing(self._run, path, beside)
 
     def __repr__(self) -> str:
         found = self.statistics()

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fxckpt import _torch, cuda, ops, plan, state
+from fxckpt import _torch, cuda, ops, plan, state, trace
 from fxckpt._registry import registry
 from fxckpt.config import Config, Schedule
 from fxckpt.errors import FxckptError, SaveFailed, SetupError, StoreError
@@ -72,6 +72,8 @@ class Run:
         self._hooked: dict[int, Any] = {}
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         self._watch_scalers(extra)
+        self.tracing: trace.Tracing | None = None
+        trace.from_environment(self)
         registry.runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
@@ -192,11 +194,14 @@ class Run:
             if leads:
                 self.attempts += 1
             return None
+        started, tracer = time.monotonic_ns(), self.saver.tracer
         try:
             loss = self._advance(stepper, closure, leads)
         except BaseException as error:
             self._abort(f"opt.step() raised {type(error).__name__}")
             raise
+        if tracer is not None:
+            tracer.add(f"opt.step() {self.attempts}", trace.STEPS, started, step=self.attempts)
         return loss
 
     def _refuse_mixture(self) -> None:
@@ -553,7 +558,13 @@ class Run:
             self.close_step()
         finally:
             self.stopped = True
-            self.saver.stop(timeout)
+            try:
+                if self.tracing is not None:
+                    self.saver.flush(timeout)
+            finally:
+                if self.tracing is not None:
+                    self.tracing.__exit__()
+                self.saver.stop(timeout)
 
     def _announce(self) -> None:
         """Say once what runs a step, and what the snapshots of buffers may take."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fxckpt import trace
 from fxckpt.errors import Cancelled, FxckptError, SaveFailed
 from fxckpt.plan import Layout
 from fxckpt.store.record import FileRecord
@@ -89,6 +90,7 @@ class Saver:
         self.last_error: BaseException | None = None
         self.unreported: BaseException | None = None
         self.wait_seconds = 0.0
+        self.tracer: Any = None  # trace.Tracer while somebody records
         self._lock = threading.Condition()
         # Held while the store is asked for a slot and until that slot is in _flying: the store counts what it hands out,
         # and refuses more than max_async.
@@ -142,6 +144,8 @@ class Saver:
                 self.store.abandon(slot, bad=_retires_slot(error))
             raise
         pending = Pending(step, layout, slot, copy)
+        if self.tracer is not None:
+            self.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
         with self._lock:
             self._flying.append(pending)
             self._queue.append(pending)
@@ -269,7 +273,10 @@ class Saver:
             pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
         tensors = {**pending.tensors, **{key: wait() for key, wait in pending.late.items()}}
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
+        started, tracer = time.monotonic_ns(), self.tracer
         self.store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
+        if tracer is not None:
+            tracer.add(f"commit of step {pending.step}", trace.COMMITS, started, step=pending.step)
         self.last_committed = pending.step
 
     def _wait(self, pending: Pending, ready: Callable[[], bool], limit: bool = True) -> None:

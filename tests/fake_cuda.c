@@ -96,7 +96,7 @@ static struct {
 static int n_pinned;
 static uint64_t calls, fail_at, seed = 1, numbers;
 static int fail_with, retained[DEVICES];
-static bool fail_for_good, one_queue, copying;
+static bool fail_for_good, one_queue, copying, held;
 static unsigned delay_us;
 static int violations, devices = 2, pending_ops;
 static char report[512];
@@ -157,7 +157,7 @@ static bool is_before(const struct CUstream_st *stream, int other, uint64_t time
 static bool can_run(const struct CUstream_st *stream, uint64_t oldest) {
     const struct op *op = stream->head;
     if (!op || (one_queue && op->number != oldest)) return false;
-    return op->kind != WAIT || op->record->done;
+    return (op->kind != WAIT || op->record->done) && (op->kind != COPY || !held);
 }
 
 /* A stream with work that may run now: any, or one that prefers kernels, or copies. */
@@ -545,6 +545,14 @@ EXPORT void fake_fail(uint64_t nth, int error, int for_good) {
     fail_at = nth ? calls + nth : 0;
     fail_with = error;
     fail_for_good = for_good;
+    pthread_mutex_unlock(&lock);
+}
+
+/* No copy runs until this is taken back. */
+EXPORT void fake_hold(int hold) {
+    pthread_mutex_lock(&lock);
+    held = hold;
+    pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
 }
 

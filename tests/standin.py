@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterable
 
+import pytest
 import torch
+from test_c_programs import build_driver
 
 from fxckpt import cuda
 
@@ -34,6 +36,10 @@ class FakeDriver:
 
     def fail(self, nth: int, error: int = 700, for_good: bool = False) -> None:
         self.library.fake_fail(nth, error, int(for_good))
+
+    def hold(self, hold: bool) -> None:
+        """No copy runs while held."""
+        self.library.fake_hold(int(hold))
 
     def violations(self) -> str:
         text = ctypes.create_string_buffer(512)
@@ -79,3 +85,19 @@ class StandIn(cuda.Devices):
             return copy
 
         return wait
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return FakeDriver(build_driver(tmp_path_factory.mktemp("driver")))
+
+
+@pytest.fixture
+def device(library, monkeypatch):
+    """A run made now finds its tensors on devices."""
+    library.late(300)
+    stand_in = StandIn(library)
+    monkeypatch.setattr(cuda, "Devices", lambda: stand_in)
+    yield stand_in
+    library.fail(0)
+    library.late(0)

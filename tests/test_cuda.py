@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import Loader, Training, all_good, conv, differences, mlp, stored
-from standin import FakeDriver, StandIn, shaped, spread
-from test_c_programs import build_driver
+from standin import device, library, shaped, spread
 from torch import nn
 
 import fxckpt
@@ -17,23 +16,8 @@ from fxckpt import cuda
 from fxckpt.errors import SaveFailed, SetupError
 from fxckpt.store.reader import candidates
 
+__all__ = ["device", "library"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return FakeDriver(build_driver(tmp_path_factory.mktemp("driver")))
-
-
-@pytest.fixture
-def device(library, monkeypatch):
-    """A run made now finds its tensors on devices."""
-    library.late(300)
-    stand_in = StandIn(library)
-    monkeypatch.setattr(cuda, "Devices", lambda: stand_in)
-    yield stand_in
-    library.fail(0)
-    library.late(0)
 
 
 @pytest.mark.parametrize("place", [shaped, spread, lambda tensor: 0], ids=["counts-on-host", "mixed", "all-on-device"])

@@ -121,6 +121,16 @@ int fx_relay_monitor(struct fx_engine *engine, struct fx_ring *ring, int freed, 
 uint64_t fx_id(const struct fx_checkpoint *ck);
 int fx_emit_posted(struct fx_checkpoint *ck, const struct fx_posted *posted);
 
+struct fx_span {
+    uint32_t kind, track;
+    uint64_t checkpoint;
+    int64_t layer, chunk;
+    uint64_t nbytes;
+    int64_t begin_ns, end_ns;
+};
+int fx_trace(struct fx_engine *engine, uint32_t capacity);
+uint32_t fx_trace_take(struct fx_engine *engine, struct fx_span *out, uint32_t n, uint64_t *dropped);
+
 struct fx_target {
     uint64_t offset;
     uint64_t nbytes;

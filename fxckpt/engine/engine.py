@@ -232,6 +232,20 @@ class Engine:
         self._lib.fx_engine_statistics(self._pointer, found)
         return found
 
+    def trace(self, capacity: int) -> None:
+        """Starts to record spans of time, at most ``capacity`` until they are taken; 0 stops."""
+        if not self._is_elsewhere() and self._lib.fx_trace(self._pointer, capacity):
+            raise MemoryError(f"{capacity} spans")
+
+    def take_spans(self) -> tuple[list[tuple[int, ...]], int]:
+        """What was recorded since the last call: (kind, track, checkpoint, layer, chunk, bytes, begin, end) each, in the
+        order of their ends, times in nanoseconds of the monotonic clock; and how many found no room."""
+        spans, dropped = self._ffi.new("struct fx_span[]", 4096), self._ffi.new("uint64_t *")
+        out: list[tuple[int, ...]] = []
+        while count := self._lib.fx_trace_take(self._pointer, spans, len(spans), dropped):
+            out += [(s.kind, s.track, s.checkpoint, s.layer, s.chunk, s.nbytes, s.begin_ns, s.end_ns) for s in spans[0:count]]
+        return out, dropped[0]
+
     def statistics(self) -> dict[str, float]:
         """bytes_written, staging_bytes, staging_peak_bytes, copy_seconds, write_seconds, stall_seconds.
 
@@ -289,6 +303,11 @@ class Checkpoint:
             raise SetupError(f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, "
                              "with the tensors (number and sizes) that the plan has for it, contiguous and with a stream "
                              "where they lie on a device")
+
+    @property
+    def id(self) -> int:
+        """A number of its own in the engine; spans of a trace have it."""
+        return self._lib.fx_id(self._pointer)
 
     def emitted(self) -> int:
         """Layers emitted so far; a complete checkpoint has all of its plan's."""
