@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.t
 ENGINE := fxckpt/engine/_engine.abi3.so
 SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
 
-.PHONY: demo test crash kills bench lint clean distclean
+.PHONY: demo test crash kills faults soak bench lint clean distclean
 .SUFFIXES:
 
 # On cores that are shared, OpenMP threads that spin at a barrier keep the thread they wait for from running: steps
@@ -26,6 +26,14 @@ test: $(ENGINE)
 # The long versions of what make test runs short: every power cut, and a hundred kills.
 crash: $(ENGINE)
 	@FXCKPT_CRASH=full $(PY) -m pytest tests/test_power_cut.py $(ARGS)
+
+# Every error at every call of a training; and lives that are killed and disturbed at random, one after the other.
+faults: $(ENGINE)
+	@FXCKPT_FAULTS=full $(PY) -m pytest tests/test_faults.py -k whichever $(ARGS)
+
+soak: export FXCKPT_SOAK ?= 1000
+soak: $(ENGINE)
+	@$(PY) -m pytest -s tests/test_soak.py $(ARGS)
 
 kills: $(ENGINE)
 	@FXCKPT_KILLS=100 $(PY) -m pytest tests/test_kill_loop.py $(ARGS)

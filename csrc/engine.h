@@ -296,6 +296,7 @@ enum fx_op {
     FX_UNLINK,
     FX_MKDIR,
     FX_RMDIR,
+    FX_FALLOCATE,
     FX_COPY /* not a file operation: only for fx_io_delay */,
     FX_OPS
 };
@@ -313,6 +314,7 @@ struct fx_io_ops {
     int (*unlink)(const char *path);
     int (*mkdir)(const char *path, int mode);
     int (*rmdir)(const char *path);
+    int (*fallocate)(int fd, int64_t nbytes);
 };
 
 extern const struct fx_io_ops fx_io_real;
@@ -326,6 +328,8 @@ int fx_close(int fd);
 int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done);
 int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done);
 int fx_ftruncate(int fd, int64_t nbytes);
+/* Reserves blocks for the first nbytes, and makes the file at least that long. -EOPNOTSUPP: cannot be done here. */
+int fx_fallocate(int fd, int64_t nbytes);
 int fx_fdatasync(int fd);
 int fx_fsync(int fd);
 int fx_rename(const char *from, const char *to);

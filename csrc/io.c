@@ -15,6 +15,8 @@ static int real_open(const char *path, int flags, int mode) {
 }
 static int real_close(int fd) { return result(close(fd)); }
 static int real_ftruncate(int fd, int64_t nbytes) { return result(ftruncate(fd, nbytes)); }
+/* Without glibc's emulation, which writes: EOPNOTSUPP where the file system cannot reserve. */
+static int real_fallocate(int fd, int64_t nbytes) { return result(fallocate(fd, 0, 0, nbytes)); }
 static int real_fdatasync(int fd) { return result(fdatasync(fd)); }
 static int real_fsync(int fd) { return result(fsync(fd)); }
 static int real_rename(const char *from, const char *to) { return result(rename(from, to)); }
@@ -44,6 +46,7 @@ const struct fx_io_ops fx_io_real = {
     .unlink = real_unlink,
     .mkdir = real_mkdir,
     .rmdir = real_rmdir,
+    .fallocate = real_fallocate,
 };
 
 static _Atomic(const struct fx_io_ops *) table = &fx_io_real;
@@ -60,6 +63,7 @@ void fx_io_use(const struct fx_io_ops *other) { atomic_store_explicit(&table, ot
 
 int fx_open(const char *path, int flags, int mode) { RETRY(fx_io()->open(path, flags, mode)); }
 int fx_ftruncate(int fd, int64_t nbytes) { RETRY(fx_io()->ftruncate(fd, nbytes)); }
+int fx_fallocate(int fd, int64_t nbytes) { RETRY(fx_io()->fallocate(fd, nbytes)); }
 int fx_fdatasync(int fd) { RETRY(fx_io()->fdatasync(fd)); }
 int fx_fsync(int fd) { RETRY(fx_io()->fsync(fd)); }
 int fx_rename(const char *from, const char *to) { RETRY(fx_io()->rename(from, to)); }

@@ -14,7 +14,7 @@
 #include <unistd.h>
 
 static const char *const names[FX_OPS] = {"open",  "close",  "pwrite", "pread", "ftruncate", "fdatasync",
-                                          "fsync", "rename", "unlink", "mkdir", "rmdir",     "copy"};
+                                          "fsync", "rename", "unlink", "mkdir", "rmdir",     "fallocate", "copy"};
 
 const char *fx_op_name(int op) { return op >= 0 && op < FX_OPS ? names[op] : NULL; }
 
@@ -139,6 +139,7 @@ static int64_t perform(const struct call *c) {
     case FX_UNLINK: return fx_io_real.unlink(c->path);
     case FX_MKDIR: return fx_io_real.mkdir(c->path, c->mode);
     case FX_RMDIR: return fx_io_real.rmdir(c->path);
+    case FX_FALLOCATE: return fx_io_real.fallocate(c->fd, (int64_t)c->length);
     }
     return -ENOSYS;
 }
@@ -172,7 +173,7 @@ static int64_t run(struct call c) {
     atomic_fetch_add(&calls[c.op], 1);
     delay(c.op);
     bool faulty = is_faulty(c.op, &err), failing = faulty && err;
-    if (faulty && !err && c.length > 1) {
+    if (faulty && !err && c.length > 1 && (c.op == FX_PWRITE || c.op == FX_PREAD)) {
         c.length /= 2;
         if (c.length > FX_BLOCK) c.length -= c.length % FX_BLOCK;
     }
@@ -192,6 +193,9 @@ static int64_t test_pread(int fd, void *data, size_t n, int64_t offset) {
 }
 static int test_ftruncate(int fd, int64_t n) {
     return (int)run((struct call){.op = FX_FTRUNCATE, .fd = fd, .length = (size_t)n});
+}
+static int test_fallocate(int fd, int64_t n) {
+    return (int)run((struct call){.op = FX_FALLOCATE, .fd = fd, .length = (size_t)n});
 }
 static int test_fdatasync(int fd) { return (int)run((struct call){.op = FX_FDATASYNC, .fd = fd}); }
 static int test_fsync(int fd) { return (int)run((struct call){.op = FX_FSYNC, .fd = fd}); }
@@ -220,6 +224,7 @@ static const struct fx_io_ops instruments = {
     .unlink = test_unlink,
     .mkdir = test_mkdir,
     .rmdir = test_rmdir,
+    .fallocate = test_fallocate,
 };
 
 /* ---- switches ---- */

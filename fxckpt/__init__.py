@@ -20,6 +20,7 @@ from fxckpt.errors import (
     FxckptError,
     LayoutMismatch,
     NoCheckpoint,
+    NoSpace,
     NotAStore,
     SaveFailed,
     SetupError,
@@ -43,8 +44,8 @@ _HOME = {
 }  # fmt: skip
 
 __all__ = [
-    "Cancelled", "Corrupt", "EngineMissing", "FxckptError", "LayoutMismatch", "NoCheckpoint", "NotAStore", "Restored",
-    "SaveFailed", "SetupError", "StateError", "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "checkpoints",
+    "Cancelled", "Corrupt", "EngineMissing", "FxckptError", "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore",
+    "Restored", "SaveFailed", "SetupError", "StateError", "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "checkpoints",
     "compile_step", "latest", "load", "steps",
 ]  # fmt: skip
 

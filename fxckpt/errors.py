@@ -17,6 +17,10 @@ class SetupError(FxckptError, ValueError):
     """Wrong arguments or an environment that cannot work; raised at once, whatever ``on_error`` says."""
 
 
+class NoSpace(SetupError):
+    """The disk, or the quota, has no room for the checkpoints of the run; raised at its first one, with the numbers."""
+
+
 class StateError(FxckptError, TypeError):
     """A value in the extra state cannot be stored without pickle; the message names the path to it."""
 

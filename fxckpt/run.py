@@ -482,12 +482,15 @@ class Run:
         self._wait(-1)
 
     def _wait(self, layer: int) -> None:
-        """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk)."""
+        """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk), or from here
+        if the committer hangs itself."""
         if self.engine is None or not self.engine.pending():
             return
-        streams = self._streams()
+        streams, waited = self._streams(), None
         while not self.engine.fence(layer, SLICE, streams):
-            continue
+            waited = waited or self.saver.patience()
+            if waited.over():
+                self.saver.drop_all("the disk hangs")
 
     def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Hand a layer to the engine, if a checkpoint is being taken."""
@@ -537,8 +540,7 @@ class Run:
             self._abort("save() failed")
             raise
         self.close_step()
-        while not pending.done.wait(SLICE):
-            continue
+        self.saver.wait_for(pending)
         if pending.error is not None:
             self.saver.forget(pending.error)
             raise pending.error

@@ -10,6 +10,7 @@ import collections
 import errno
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxckpt import trace
-from fxckpt.errors import Cancelled, FxckptError, SaveFailed
+from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.plan import Layout
+from fxckpt.store.files import DAMAGE
 from fxckpt.store.record import FileRecord
 
 log = logging.getLogger("fxckpt")
@@ -29,9 +31,8 @@ SLICE = 0.2
 SETTLE = 10.0
 """Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
 
-RECOVERABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EREMOTEIO, errno.ENOBUFS})
-"""Errors after which the slot's blocks are still good: the disk was full, a device failed (the engine's EREMOTEIO), or
-staging ran out. Any other one retires the slot."""
+SYNCS = frozenset({"fsync", "fdatasync"})
+"""After one of these failed, the kernel may have dropped what it could not write while reading still shows it."""
 
 
 @dataclass(eq=False)
@@ -50,6 +51,7 @@ class Pending:
     done: threading.Event = field(default_factory=threading.Event)
     late: dict[str, Callable] = field(default_factory=dict)  # tensors of the extra state that a device still copies, by key
     captured: bool = False  # buffers and early state are in
+    phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
     error: BaseException | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # between giving it up and releasing it
@@ -75,6 +77,20 @@ class Pending:
             self.copy.release()
 
 
+class Patience:
+    """Notices that nothing moves: ``over()`` once ``signs()`` has not changed for so many seconds."""
+
+    def __init__(self, seconds: float, signs: Callable[[], Any]):
+        self._seconds, self._signs = seconds, signs
+        self._last, self._since = signs(), time.monotonic()
+
+    def over(self) -> bool:
+        now = self._signs()
+        if now != self._last:
+            self._last, self._since = now, time.monotonic()
+        return time.monotonic() - self._since > self._seconds
+
+
 class Saver:
     """Takes checkpoints to the store, ``max_async`` at most at a time.
 
@@ -95,6 +111,8 @@ class Saver:
         # Held while the store is asked for a slot and until that slot is in _flying: the store counts what it hands out,
         # and refuses more than max_async.
         self._slots = threading.Lock()
+        self._reserved: dict[str, int] | None = None  # what the store has set space aside for
+        self._hung: Any = None  # the signs of progress when a wait was given up
         self._queue: collections.deque[Pending] = collections.deque()
         self._flying: list[Pending] = []
         self._ready: Any = None
@@ -113,6 +131,35 @@ class Saver:
         with self._lock:
             return self._flying[-1] if self._flying else None
 
+    def patience(self) -> Patience:
+        """For one wait. Longer than the committer's own, which ends what hangs where it can be ended."""
+        return Patience(2 * self.stuck_after, self._signs)
+
+    def _signs(self) -> Any:
+        """Changes when anything in flight makes progress."""
+        return self.engine.statistics()["bytes_written"], tuple((p.step, p.phase) for p in list(self._flying))
+
+    def _what_is_stuck(self) -> str:
+        """Each checkpoint in flight with what is being waited for, and the file operation that the committer is in."""
+        each = "; ".join(f"step {p.step} is {p.phase}" for p in list(self._flying))
+        return f"{each}{self._operation()}"
+
+    def _operation(self) -> str:
+        """The system call that the committer is in, if it is in one."""
+        from fxckpt.engine import io
+
+        frame = sys._current_frames().get(self._thread.ident) if self._thread is not None else None
+        while frame is not None and frame.f_code.co_filename != io.__file__:
+            frame = frame.f_back
+        return f", in {frame.f_code.co_name.lstrip('_')}" if frame is not None else ""
+
+    def _hangs(self, waited: Patience) -> bool:
+        """Whether to stop waiting; a second wait on what hangs is not made."""
+        if self._hung == (signs := self._signs()) or waited.over():
+            self._hung = signs
+            return True
+        return False
+
     def begin(self, step: int, layout: Layout, *, wait: bool, name: str | None = None) -> Pending | None:
         """Start a checkpoint; None when ``max_async`` are in flight and ``wait`` is false (counted as skipped).
 
@@ -123,8 +170,12 @@ class Saver:
             return None
         started = time.perf_counter()
         try:
-            with self._slots:
+            if not self._slots.acquire(timeout=2 * self.stuck_after):
+                raise SaveFailed("wait", self.store.root, detail=f"the disk hangs: getting a slot ready{self._operation()}")
+            try:
                 pending = self._begin(step, layout, name)
+            finally:
+                self._slots.release()
         finally:
             self.wait_seconds += time.perf_counter() - started
         if self._thread is None:
@@ -134,6 +185,7 @@ class Saver:
 
     def _begin(self, step: int, layout: Layout, name: str | None) -> Pending:
         """Get a slot, open its files, and queue the checkpoint for the committer."""
+        self._reserve(layout)
         slot = self._slot(name)
         try:
             on_disk = slot.recall(layout.frozen_token) if slot is not None and layout.frozen_token is not None else {}
@@ -153,13 +205,33 @@ class Saver:
             self._lock.notify_all()
         return pending
 
+    def _reserve(self, layout: Layout) -> None:
+        """Have disk space set aside, at the first checkpoint and when the files' sizes changed. Raises NoSpace at the
+        first one: a run that does not fit is a wrong setup. Later it is a failed save."""
+        files = {file.name: file.nbytes for file in layout.files}
+        if self.store is None or files == self._reserved:
+            return
+        try:
+            self.store.reserve(files)
+        except NoSpace as error:
+            if self._reserved is None:
+                raise
+            raise SaveFailed("fallocate", self.store.root, None, errno.ENOSPC, str(error)) from error
+        self._reserved = files
+
     def _room(self, wait: bool) -> bool:
-        """Wait for one of the checkpoints in flight to end, if there are too many."""
-        started = time.perf_counter()
+        """Wait for one of the checkpoints in flight to end, if there are too many. Raises SaveFailed if none moves."""
+        started, waited = time.perf_counter(), None
         with self._lock:
-            while len(self._flying) >= self.max_async and wait:
-                self._lock.wait(SLICE)
-            self.wait_seconds += time.perf_counter() - started
+            try:
+                while len(self._flying) >= self.max_async and wait:
+                    waited = waited or self.patience()
+                    if self._hangs(waited):
+                        raise SaveFailed("wait", self._flying[0].slot.path if self._flying[0].slot else "",
+                                         detail=f"the disk hangs: {self._what_is_stuck()}")
+                    self._lock.wait(SLICE)
+            finally:
+                self.wait_seconds += time.perf_counter() - started
             return len(self._flying) < self.max_async
 
     def _slot(self, name: str | None) -> Any:
@@ -174,15 +246,25 @@ class Saver:
         return self.store.acquire(name)
 
     def flush(self, timeout: float | None) -> None:
-        """Wait until nothing is in flight. Raises TimeoutError naming the steps, or the first error not yet raised."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        """Wait until nothing is in flight. Raises the first error not yet raised; TimeoutError, which names the steps and
+        what is stuck, after ``timeout`` seconds, or without one once nothing has moved for twice ``stuck_after``."""
+        began, waited = time.monotonic(), self.patience()
         with self._lock:
             while self._flying:
-                if deadline is not None and time.monotonic() >= deadline:
+                late = timeout is not None and time.monotonic() - began >= timeout
+                if late or timeout is None and self._hangs(waited):
                     steps = ", ".join(str(p.step) for p in self._flying)
-                    raise TimeoutError(f"after {timeout:g} s the checkpoints of steps {steps} are not durable yet")
-                self._lock.wait(SLICE)
+                    raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not durable "
+                                       f"yet: {self._what_is_stuck()}")
+                self._lock.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))
         self.raise_unreported()
+
+    def wait_for(self, pending: Pending) -> None:
+        """Until this one is committed or has failed. Raises TimeoutError as ``flush`` does."""
+        waited = self.patience()
+        while not pending.done.wait(SLICE):
+            if self._hangs(waited):
+                raise TimeoutError(f"the checkpoint of step {pending.step} is not durable yet: {self._what_is_stuck()}")
 
     def raise_unreported(self) -> None:
         """Raise the first failure that nobody has been told of."""
@@ -216,7 +298,10 @@ class Saver:
             log.error("fxckpt: %s", error)
 
     def stop(self, timeout: float | None) -> None:
-        """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up."""
+        """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up.
+
+        A committer that is stuck in a system call is left behind, and keeps the store's lock: it may still rename.
+        """
         try:
             self.flush(timeout)
         finally:
@@ -225,9 +310,12 @@ class Saver:
                 self._stop = True
                 self._lock.notify_all()
             if self._thread is not None:
-                self._thread.join(timeout=10.0)
+                self._thread.join(timeout=min(SETTLE, 2 * self.stuck_after))
             self.engine.close()
-            if self.store is not None:
+            if self._thread is not None and self._thread.is_alive():
+                log.error("fxckpt: the thread that commits is left behind%s; the store stays locked until this process ends",
+                          self._operation())
+            elif self.store is not None:
                 self.store.close()
 
     # -- the committer's side ---------------------------------------------------------------------------------------
@@ -259,10 +347,12 @@ class Saver:
         self._wait(pending, lambda: pending.closed.wait(SLICE), limit=False)
         if pending.given_up is not None:
             raise Cancelled(pending.given_up)
+        pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
         pending.layout.check_unchanged(pending)
         pending.keep.clear()
         self.last_handed_over = pending.step
+        pending.phase = f"being written to {pending.slot.path if pending.slot is not None else 'nowhere'}"
         self._wait(pending, lambda: pending.copy.durable(SLICE))
         if self.store is None:
             return
@@ -274,6 +364,7 @@ class Saver:
         tensors = {**pending.tensors, **{key: wait() for key, wait in pending.late.items()}}
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         started, tracer = time.monotonic_ns(), self.tracer
+        pending.phase = f"being committed in {pending.slot.path}"
         self.store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
         if tracer is not None:
             tracer.add(f"commit of step {pending.step}", trace.COMMITS, started, step=pending.step)
@@ -296,6 +387,7 @@ class Saver:
     def _ended(self, pending: Pending, error: BaseException | None, dropped: bool) -> None:
         """Count, log, return the slot, and let waiters go on."""
         if error is not None and pending.slot is not None:
+            pending.phase = f"being given up in {pending.slot.path}"
             # A write that hangs in the disk may still land: until it has, nobody else may have the slot's files.
             settled = pending.copy.settled(SETTLE)
             self.store.abandon(pending.slot, bad=not settled or (not dropped and _retires_slot(error)))
@@ -331,6 +423,6 @@ class Saver:
 
 
 def _retires_slot(error: BaseException) -> bool:
-    """Is the slot's content in doubt after this error? After EIO or a failed sync the kernel may have lost pages."""
-    number = getattr(error, "errno", None)
-    return number is not None and number not in RECOVERABLE
+    """Is the slot's content in doubt after this error? Not after a full disk, one that was read-only for a while, too many
+    open files or missing permissions: what comes next rewrites all of it."""
+    return getattr(error, "operation", None) in SYNCS or getattr(error, "errno", None) in DAMAGE

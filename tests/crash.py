@@ -130,6 +130,11 @@ class Disk:
         if file := self.node(call.path):
             file.pending.append((call.length, None))
 
+    def _fallocate(self, call: io.Call) -> None:
+        file = self.node(call.path)
+        if file and len(apply_writes(file.durable, file.pending)) < call.length:
+            file.pending.append((call.length, None))
+
     def _rename(self, call: io.Call) -> None:
         old, new = self._find(call.path), self._find(call.target)
         node = old[0].now[old[1]]

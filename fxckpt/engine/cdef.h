@@ -147,6 +147,7 @@ int fx_close(int fd);
 int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done);
 int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done);
 int fx_ftruncate(int fd, int64_t nbytes);
+int fx_fallocate(int fd, int64_t nbytes);
 int fx_fdatasync(int fd);
 int fx_fsync(int fd);
 int fx_rename(const char *from, const char *to);

@@ -73,6 +73,11 @@ def ftruncate(fd: int, nbytes: int) -> None:
     _check(load()[1].fx_ftruncate(fd, nbytes), fd, nbytes)
 
 
+def fallocate(fd: int, nbytes: int) -> None:
+    """Reserves disk space for the first ``nbytes``, and makes the file at least that long."""
+    _check(load()[1].fx_fallocate(fd, nbytes), fd, nbytes)
+
+
 def fdatasync(fd: int) -> None:
     """Makes the file's data durable, with the metadata needed to read it back."""
     _check(load()[1].fx_fdatasync(fd), fd)

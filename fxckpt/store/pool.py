@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
 import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from fxckpt.engine import io
-from fxckpt.errors import Corrupt, NoCheckpoint, StoreError
+from fxckpt.errors import Corrupt, NoCheckpoint, NoSpace, SaveFailed, StoreError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.reader import Reader
@@ -20,6 +23,12 @@ from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, beyond, surplus
 from fxckpt.store.slot import Slot
 
 log = logging.getLogger("fxckpt")
+
+SMALL_FILES = 1 << 20
+"""Room that each checkpoint is reckoned to take for its record and its extra state."""
+
+PATIENCE = 300.0
+"""Seconds to wait for another thread that renames and syncs."""
 
 
 class Pool:
@@ -66,6 +75,48 @@ class Pool:
                     if trust == BAD:
                         slot.forget()
 
+    # ---- space ----
+
+    def reserve(self, files: Mapping[str, int]) -> None:
+        """Make all slots that may exist, and have the file system set blocks aside for their files (name: bytes).
+
+        Raises ``NoSpace``; what was made for it is removed then.
+        """
+        with self.moves:
+            with self.mutex:
+                before = list(self._free)
+            try:
+                self._reserve(files)
+            except BaseException:
+                with self.mutex:
+                    made = [slot for slot in self._free if slot not in before]
+                    self._free = before
+                for slot in made:
+                    self.remove(slot)
+                raise
+
+    def _reserve(self, files: Mapping[str, int]) -> None:
+        """``moves`` is held."""
+        new = max(self.keep + self.max_async - self._count(), 0)
+        lacking = sum(slot.lacks(files) for slot in self._free) + new * sum(files.values())
+        margin = SMALL_FILES * (new + len(self._free)) if lacking else 0
+        found = os.statvfs(self.root)
+        free = found.f_bavail * found.f_frsize
+        numbers = (f"{self.keep + self.max_async} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
+                   f"max_async={self.max_async} being written) need {lacking + margin:,} bytes more in {self.root}, which has "
+                   f"{free:,} bytes free. Make room, lower keep or max_async, or name a directory on another disk")
+        if lacking + margin > free:
+            raise NoSpace(numbers)
+        try:
+            for _ in range(new):
+                self._free.append(self._make_slot())
+            for slot in self._free:
+                slot.reserve(files)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise NoSpace(f"{os.strerror(error.errno)}, perhaps by a quota: {numbers}") from error
+
     # ---- free → busy ----
 
     def take(self) -> Slot:
@@ -74,14 +125,38 @@ class Pool:
             in_flight = sum(slot.name is None for slot in self._busy)
             if in_flight >= self.max_async:
                 raise StoreError(f"{in_flight} checkpoints are in flight; commit or abandon one first")
-            if self._free:
-                return self._occupy(self._free.pop(0))  # the one that readers had the longest time to leave
-        with self.moves:  # a commit that is giving up its surplus is about to free one: wait for it
+        if (slot := self._take_free()) is not None:
+            return slot
+        with self.holding():  # a commit that is giving up its surplus is about to free one: wait for it
             self._make_room()
-            with self.mutex:
-                if self._free:
-                    return self._occupy(self._free.pop(0))
-            return self._new_slot()
+            if (slot := self._take_free()) is not None:
+                return slot
+            try:
+                slot = self._make_slot()
+            except OSError as error:
+                raise SaveFailed("mkdir", os.fsdecode(error.filename), None, error.errno) from error
+            return self.occupy(slot)
+
+    def _take_free(self) -> Slot | None:
+        """A free slot, occupied; those whose directory somebody removed are forgotten."""
+        with self.mutex:
+            while self._free:
+                slot = self._free.pop(0)  # the one that readers had the longest time to leave
+                if os.path.isdir(slot.path):
+                    return self._occupy(slot)
+                log.warning("%s is gone: somebody removed it. Another one is made", slot.path)
+                self._numbers.discard(slot.number)
+        return None
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Hold ``moves``. Raises ``StoreError`` if who holds it is stuck in the disk."""
+        if not self.moves.acquire(timeout=PATIENCE):
+            raise StoreError(f"{self.root}: another thread has been renaming or syncing there for {PATIENCE:g} s: the disk hangs")
+        try:
+            yield
+        finally:
+            self.moves.release()
 
     def occupy(self, slot: Slot) -> Slot:
         """A slot that is not of the pool, for a named save, is being written."""
@@ -102,14 +177,20 @@ class Pool:
         with self.mutex:
             return any(slot.name == name for slot in self._busy)
 
-    def _new_slot(self) -> Slot:
+    def _make_slot(self) -> Slot:
         """One more directory; its own name is synced by the commit that gives it its final one."""
         with self.mutex:
             number = self._new_number()
         slot = Slot(os.path.join(self.root, f"slot-{number}{names.PARTIAL}"), number)
-        with slot.reporting():
+        try:
             io.mkdir(slot.path, 0o755)
-        return self.occupy(slot)
+        except FileExistsError:
+            log.info("%s is there again", slot.path)  # removed and put back by somebody; a .partial is nobody's
+        except OSError:
+            with self.mutex:
+                self._numbers.discard(number)
+            raise
+        return slot
 
     def _new_number(self) -> int:
         """The lowest slot number that is not in use; it is from now on."""
@@ -241,6 +322,11 @@ class Pool:
     def condemn(self, slot: Slot) -> None:
         """Rename it ``.bad``; if even that fails, at least this process does not use it again."""
         slot.forget()
+        if not os.path.lexists(slot.path):
+            log.error("%s is gone: somebody removed it", slot.path)
+            with self.mutex:
+                self._numbers.discard(slot.number)
+            return
         self._condemned += 1
         parent = os.path.dirname(slot.path)
         bad = os.path.join(parent, (f"slot-{slot.number}" if slot.name is None else slot.name) + names.BAD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Hashable, Iterator, Mapping
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 
 from fxckpt.engine import io
 from fxckpt.errors import SaveFailed
-from fxckpt.store.files import DAMAGE, in_use
+from fxckpt.store.files import DAMAGE, in_use, opened
 
 log = logging.getLogger("fxckpt")
 
@@ -67,6 +68,29 @@ class Slot:
             if self._before is not None:
                 self._before[1].pop(entry.name, None)
 
+    def reserve(self, files: Mapping[str, int]) -> None:
+        """Have the file system set blocks aside for these files (name: bytes). Raises ``OSError``.
+
+        Where it cannot (EOPNOTSUPP) nothing is set aside.
+        """
+        self.prepare()
+        for name, nbytes in files.items():
+            path = os.path.join(self.path, name)
+            with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+                if missing(fd, nbytes):
+                    with suppress_unsupported():
+                        io.fallocate(fd, nbytes)
+
+    def lacks(self, files: Mapping[str, int]) -> int:
+        """Bytes of these files that have no blocks on the disk yet."""
+        total = 0
+        for name, nbytes in files.items():
+            try:
+                total += max(nbytes - os.stat(os.path.join(self.path, name)).st_blocks * 512, 0)
+            except FileNotFoundError:
+                total += nbytes
+        return total
+
     @contextmanager
     def reporting(self) -> Iterator[None]:
         """Turn an ``OSError`` into ``SaveFailed``, and note whether the slot can be trusted after it."""
@@ -77,6 +101,21 @@ class Slot:
             self.suspect |= operation in _SYNCS or error.errno in DAMAGE
             path = os.fsdecode(error.filename) if error.filename else self.path
             raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
+
+
+def missing(fd: int, nbytes: int) -> bool:
+    """Whether the file has fewer blocks than that."""
+    return os.fstat(fd).st_blocks * 512 < nbytes
+
+
+@contextmanager
+def suppress_unsupported() -> Iterator[None]:
+    """Some file systems cannot reserve; there the look at the free space has to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
 
 
 def _operation(error: OSError) -> str:

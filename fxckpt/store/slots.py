@@ -197,6 +197,16 @@ class Store:
 
     # ---- acquiring ----
 
+    def reserve(self, files: Mapping[str, int]) -> None:
+        """Set disk space aside for ``keep + max_async`` checkpoints with these files (name: bytes), named saves and what
+        is kept beyond ``keep`` apart. Raises ``NoSpace`` with the numbers, ``SaveFailed``, ``StoreNotLoaded``."""
+        self._check_open()
+        self.require_loaded()
+        try:
+            self._pool.reserve(files)
+        except OSError as error:
+            raise SaveFailed("fallocate", os.fsdecode(error.filename or self.root), None, error.errno) from error
+
     def acquire(self, name: str | None = None) -> Slot:
         """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own.
 
@@ -222,7 +232,7 @@ class Store:
         names.check_name(name)
         directory = os.path.join(self.root, names.NAMED)
         slot = Slot(os.path.join(directory, name + names.PARTIAL), None, name)
-        with self._pool.moves, slot.reporting():
+        with self._pool.holding(), slot.reporting():
             if os.path.lexists(os.path.join(directory, name)) or self._pool.is_saving(name):
                 raise SetupError(f"{directory} has a checkpoint {name!r} already: take another name, or remove it")
             if not os.path.isdir(directory):
