@@ -254,8 +254,8 @@ class Saver:
                 late = timeout is not None and time.monotonic() - began >= timeout
                 if late or timeout is None and self._hangs(waited):
                     steps = ", ".join(str(p.step) for p in self._flying)
-                    raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not durable "
-                                       f"yet: {self._what_is_stuck()}")
+                    raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
+                                       f"durable yet: {self._what_is_stuck()}")
                 self._lock.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))
         self.raise_unreported()
 

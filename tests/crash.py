@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,6 +281,7 @@ class Judge:
                 self._verdicts[key] = reader.record.generation
             except Corrupt as error:
                 self._verdicts[key] = error
+            shutil.rmtree(path)
         return self._verdicts[key]
 
     def store(self, state: Content) -> Content:
