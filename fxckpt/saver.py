@@ -252,7 +252,7 @@ class Saver:
         with self._lock:
             while self._flying:
                 late = timeout is not None and time.monotonic() - began >= timeout
-                if late or timeout is None and self._hangs(waited):
+                if late or (timeout is None and self._hangs(waited)):
                     steps = ", ".join(str(p.step) for p in self._flying)
                     raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
                                        f"durable yet: {self._what_is_stuck()}")
