@@ -32,8 +32,9 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
                  keep: int = 2, keep_every: int | None = None, keep_minutes: float | None = None,
                  keep_best: str | tuple[str, str] | None = None, writer: str = "thread",
                  extra: Mapping[str, Any] | None = None, layer: str | Callable[[str], str] = "module",
-                 on_layer: Callable | None = None, update: str | None = None, threads: int = 2, chunk_mb: int = 4, staging_mb: int | None = None,
-                 max_async: int = 2, preset: str | None = None, on_error: str = "warn", fresh: bool = False) -> Any:
+                 on_layer: Callable | None = None, update: str | None = None, threads: int = 2, chunk_mb: int = 4,
+                 staging_mb: int | None = None, max_async: int = 2, preset: str | None = None,
+                 on_error: str = "warn", fresh: bool = False) -> Any:
     """Checkpoint training layer by layer inside ``opt.step()``.
 
     Args:

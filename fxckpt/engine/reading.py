@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fxckpt.engine import io
@@ -19,10 +19,12 @@ Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"
 
 
 def read_verified(path: str | os.PathLike, *, nbytes: int, chunk_bytes: int, crcs: Sequence[int],
-                  targets: Sequence[Target], threads: int = 2) -> None:
+                  targets: Sequence[Target], threads: int = 2, held: int | None = None,
+                  progress: Callable[[int], None] | None = None) -> None:
     """Reads a file chunk by chunk, checks each chunk's CRC-32C, and only then copies it into the targets.
 
     ``targets``: (absolute offset, nbytes, address, sizes, strides in bytes); None for the last two: dense.
+    ``held``: a descriptor of the file; it is read wherever its name leads by now. ``progress`` is told of bytes read.
     No targets: verify only. When it raises, targets in other chunks may have been filled already.
     Raises :class:`Corrupt` for a bad chunk, a wrong size or a missing file; ``OSError`` if reading fails.
     """
@@ -30,13 +32,13 @@ def read_verified(path: str | os.PathLike, *, nbytes: int, chunk_bytes: int, crc
     chunks = -(-nbytes // chunk_bytes)
     if len(crcs) != chunks:
         raise Corrupt(path, f"{nbytes} bytes make {chunks} chunks, the record has {len(crcs)} checksums")
-    fd = _open(path)
+    fd = _open(path if held is None else f"/proc/self/fd/{held}")
     try:
         size = os.fstat(fd).st_size
         if size != nbytes:
             raise Corrupt(path, f"the file has {size} bytes, the record says {nbytes}",
                           offset=min(size, nbytes))
-        _read_chunks(fd, path, nbytes, chunk_bytes, crcs, targets, threads)
+        _read_chunks(fd, path, nbytes, chunk_bytes, crcs, targets, threads, progress)
     finally:
         io.close(fd)
 
@@ -67,7 +69,7 @@ def _make_targets(ffi: Any, targets: Sequence[Target], nbytes: int, keep: list[A
 
 
 def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequence[int],
-                 targets: Sequence[Target], threads: int) -> None:
+                 targets: Sequence[Target], threads: int, progress: Callable[[int], None] | None) -> None:
     ffi, lib = load()
     keep: list[Any] = []
     chunk_bytes = min(chunk_bytes, -(-nbytes // lib.FX_BLOCK) * lib.FX_BLOCK)  # the size of each thread's buffer
@@ -79,6 +81,8 @@ def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequen
                                       min(at_once, len(crcs) - first), array, count, max(threads, 1), error)
         if result:
             raise _failure(path, result, error, chunk_bytes)
+        if progress is not None:
+            progress(min((first + at_once) * chunk_bytes, nbytes) - first * chunk_bytes)
 
 
 def _failure(path: str, result: int, error: Any, chunk_bytes: int) -> Exception:

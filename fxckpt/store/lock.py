@@ -58,6 +58,26 @@ class DirectoryLock:
                 log.debug("closing %s: %s", self._path, error)
 
 
+def holder(path: str) -> int | str | None:
+    """Who holds the lock ``path``: a pid, ``"unknown"`` (another machine or container), or None: nobody.
+
+    The file is not opened if this process holds it, as closing it would end the lock.
+    """
+    with _guard:
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            return None
+        if _held.get((found.st_dev, found.st_ino)) == os.getpid():
+            return os.getpid()
+        fd = io.open(path, os.O_RDONLY)
+        try:
+            kind, pid = _ask(fd)
+        finally:
+            io.close(fd)
+        return None if kind == fcntl.F_UNLCK else pid or "unknown"
+
+
 def _refuse_own(path: str) -> None:
     """Refuse a second lock in this process without opening the file, which would end the first."""
     try:
@@ -82,6 +102,12 @@ def _take(fd: int, path: str) -> None:
 
 def _holder(fd: int) -> int | str:
     """The pid that has the lock, as the kernel knows it; 0 is a process of another machine or container."""
+    kind, pid = _ask(fd)
+    return pid if kind != fcntl.F_UNLCK and pid else "unknown"
+
+
+def _ask(fd: int) -> tuple[int, int]:
+    """Type (``F_UNLCK``: there is none) and owner of the lock that would be in the way of ours."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    return pid if kind != fcntl.F_UNLCK and pid else "unknown"
+    return kind, pid

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from fxckpt.engine import io
@@ -309,6 +309,19 @@ class Pool:
             return
         with self.mutex:
             self._free.append(slot)
+
+    def discard(self, paths: Collection[str]) -> None:
+        """Remove these checkpoints, and every slot that waits to be used again."""
+        with self.mutex:
+            chosen = [slot for slot in self._committed if slot.path in paths]
+            for slot in chosen:
+                del self._committed[slot]
+        for slot in chosen:
+            self.recycle(slot)
+        with self.mutex:
+            free, self._free = self._free, []
+        for slot in free:
+            self.remove(slot)
 
     # ---- out of it ----
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,12 +201,38 @@ class Reader:
         self.path = Path(os.path.abspath(path))
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
+        self._held: dict[str, int] = {}
         self.record = _parse(self._raw, str(self.path))
 
-    def verify(self) -> None:
-        """Read every chunk of every file; sizes, checksums and headers must be what the record says."""
+    @contextmanager
+    def held(self) -> Iterator[Mapping[str, int]]:
+        """Descriptors of all files. For the time of the block nothing of this checkpoint changes or vanishes, whatever a
+        trainer does: it rewrites no file in place that somebody has open (``files.in_use``). That trainer has to make
+        new files meanwhile, which takes it longer.
+
+        Raises ``NoCheckpoint`` if it was taken back already.
+        """
+        with ExitStack() as stack:
+            found = {}
+            for file in self.record.files:
+                self._size(file)
+                with self._stable(file):
+                    found[file.name] = stack.enter_context(opened(str(self.path / file.name), os.O_RDONLY))
+            if self._vanished():  # then the bytes may have changed before they were held
+                raise NoCheckpoint(f"{self.path} was taken back by the trainer")
+            self._held = found
+            try:
+                yield found
+            finally:
+                self._held = {}
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
+        """Read every chunk of every file; sizes, checksums and headers must be what the record says.
+
+        ``progress`` is told of bytes as they are read, 256 MiB at a time.
+        """
         for file in self.record.files:
-            self._read(file, [])
+            self._read(file, [], progress)
 
     def read_into(self, targets: Mapping[tuple[str, str], tuple[int, Any, Any]], file: str | None = None) -> None:
         """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None).
@@ -234,32 +260,41 @@ class Reader:
 
     def _size(self, file: FileRecord) -> int:
         """The bytes of a file, which must be what the record says: no memory is taken on a record's word alone."""
-        path = str(self.path / file.name)
+        path, held = str(self.path / file.name), self._held.get(file.name)
         with self._stable(file):
-            found = check_regular(path).st_size
+            found = (check_regular(path) if held is None else os.fstat(held)).st_size
             if found != file.nbytes:
                 raise Corrupt(path, f"the file has {found} bytes, the record says {file.nbytes}",
                               offset=min(found, file.nbytes))
             return found
 
-    def _read(self, file: FileRecord, targets: list[tuple]) -> dict[str, Placed]:
+    def _read(self, file: FileRecord, targets: list[tuple],
+              progress: Callable[[int], None] | None = None) -> dict[str, Placed]:
         """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header."""
-        path = str(self.path / file.name)
+        path, held = str(self.path / file.name), self._held.get(file.name)
         self._size(file)
         with self._stable(file):
-            with opened(path, os.O_RDONLY) as fd:
-                first8 = io.pread(fd, 8, 0)
+            first8 = self._first8(path, held)
             try:
                 raw = np.empty(header_bytes(first8, file.nbytes, path), np.uint8)
             except Corrupt:
                 # The checksum of the first chunk tells more; this is left for a header that was written wrong.
-                read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c, targets=[])
+                read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c, targets=[],
+                              held=held)  # fmt: skip
                 raise
             read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
-                          targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets])  # fmt: skip
+                          targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets], held=held,
+                          progress=progress)  # fmt: skip
             header = parse_header(raw.tobytes(), file.nbytes, path)
             self._compare(file, header)
             return header
+
+    def _first8(self, path: str, held: int | None) -> bytes:
+        """The header's length field."""
+        if held is not None:
+            return io.pread(held, 8, 0)
+        with opened(path, os.O_RDONLY) as fd:
+            return io.pread(fd, 8, 0)
 
     def _compare(self, file: FileRecord, header: Mapping[str, Placed]) -> None:
         """The header must have the record's tensors, where the record has them."""
@@ -295,7 +330,7 @@ class Reader:
         try:
             yield
         except (Corrupt, OSError) as error:
-            if self._vanished():
+            if not self._held and self._vanished():
                 raise NoCheckpoint(f"{self.path} was taken back by the trainer while it was read") from error
             if isinstance(error, Corrupt):
                 raise self._named(error, file) from error

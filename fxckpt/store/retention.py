@@ -9,8 +9,9 @@ best one by a metric. The latter two need no slot of their own as long as they a
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,6 +129,29 @@ def beyond(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int],
     best = min(scored, key=lambda c: (c.score, c.generation), default=None)
     enough = {each.generation for each in newest(checkpoints, keep, lineage, pinned)}
     return [each for each in whole if (each.lasting or each is best) and each.generation not in enough]
+
+
+def excess(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None,
+           examine: Callable[[Standing], str]) -> list[Standing]:
+    """All that can be given up until ``keep`` are left beside those beyond it, in order.
+
+    ``examine`` reads a checkpoint of unknown worth and returns what it is: asked, newest first, only when the decision
+    hangs on it.
+    """
+    gone, left = [], list(checkpoints)
+    while len(left) - len(apart := beyond(left, keep, lineage, pinned)) > keep:
+        chosen = surplus(left, keep, lineage, pinned)
+        if chosen is not None:
+            gone.append(chosen)
+            left = [each for each in left if each is not chosen]
+            continue
+        unknown = [each for each in left if each.trust == UNKNOWN and not any(each is other for other in apart)]
+        if not unknown:
+            break
+        next_one = max(unknown, key=lambda c: (c.generation in lineage, c.generation))
+        known = dataclasses.replace(next_one, trust=examine(next_one))
+        left = [known if each is next_one else each for each in left]
+    return gone
 
 
 def ancestors(parents: Mapping[int, int | None], generation: int) -> set[int]:

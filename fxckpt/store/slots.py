@@ -19,7 +19,7 @@ import logging
 import os
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +314,13 @@ class Store:
         slot.path = final
         # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
         io.fsync_dir(os.path.dirname(final))
+
+    def discard(self, paths: Collection[str]) -> None:
+        """Remove these checkpoints (absolute paths; named ones are left alone), and every slot that waits to be used
+        again: for a store that nobody trains into. Each loses its name, durably, before a byte of it goes."""
+        self._check_open()
+        with self._pool.moves:
+            self._pool.discard(paths)
 
     # ---- ending ----
 

@@ -59,6 +59,11 @@ def numpy_dtype(name: str) -> np.dtype | None:
     return next((np.dtype(text) for text, known in _NUMPY.items() if known == name), None)
 
 
+def torch_name(name: str) -> str:
+    """torch's name for a safetensors type. Raises ``KeyError`` where torch has none."""
+    return {**{known: text for text, known in _TORCH.items()}, "C64": "complex64"}[name]
+
+
 def raw_tensor(value: Any) -> RawTensor:
     """A numpy array, CPU torch tensor or ``RawTensor`` as bytes, in place if contiguous. Complex ones as real pairs."""
     if isinstance(value, RawTensor):

@@ -1,0 +1,184 @@
+"""What the commands share: exit statuses, choosing a checkpoint, tables, sizes, progress."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
+from fxckpt.store import names
+from fxckpt.store.reader import Candidate, Reader, candidates
+
+OK, FAILED, USAGE, CORRUPT, NOTHING, IN_USE = range(6)
+"""Exit statuses; 2 is also argparse's. An interrupt gives 130."""
+
+WHICH = ("a step (1200), the name of a named save (best), a directory in the store (step-000001200-g57), or latest; "
+         "default: latest")  # fmt: skip
+
+LOOKS = 10  # times that the newest checkpoint is looked for while a trainer takes it back
+
+
+# ---- choosing ----
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """The directory that most commands begin with."""
+    parser.add_argument("dir", metavar="DIR", help="the store, or the directory of one checkpoint")
+
+
+def look(directory: str) -> list[Candidate | Corrupt]:
+    """All checkpoints of a store, newest first. Raises NotAStore also for what is not there: nobody means that here."""
+    if not os.path.isdir(directory):
+        raise NotAStore(f"{directory} is not a directory")
+    return candidates(directory)
+
+
+def is_checkpoint(directory: str) -> bool:
+    """Whether this is the directory of one checkpoint rather than a store."""
+    return os.path.lexists(os.path.join(directory, names.COMMIT))
+
+
+def open_checkpoint(directory: str, which: str | None) -> Reader:
+    """The checkpoint that the command line names, its record verified. Raises NoCheckpoint, Corrupt, NotAStore.
+
+    The newest one of a store is the newest whose record verifies; anything else that is damaged raises.
+    """
+    if is_checkpoint(directory):
+        if which is not None:
+            raise SetupError(f"{directory} is one checkpoint; name the store to choose {which!r} in it")
+        return Reader(directory)
+    for _ in range(LOOKS - 1):
+        try:
+            return Reader(choose(look(directory), directory, which).path)
+        except NoCheckpoint as error:
+            if which not in (None, "latest") or not any(isinstance(each, Candidate) for each in look(directory)):
+                raise
+            print(f"fxckpt: {error}; looking again", file=sys.stderr)
+    return Reader(choose(look(directory), directory, which).path)
+
+
+def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | None) -> Candidate:
+    """One of a listing that is newest first. Raises NoCheckpoint (saying what there is), Corrupt if it is that one."""
+    if which in (None, "latest"):
+        meant = sorted(found, key=lambda each: isinstance(each, Corrupt))
+    else:
+        meant = [each for each in found if _is_called(each, directory, str(which))]
+        meant += [each for each in found if _is_of_step(each, str(which))]
+    if meant and isinstance(meant[0], Corrupt):
+        raise meant[0]
+    if meant:
+        return meant[0]
+    there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate))
+    raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
+
+
+def path_of(each: Candidate | Corrupt) -> str:
+    """The directory of a checkpoint, whole or not."""
+    return os.path.dirname(each.path) if isinstance(each, Corrupt) else str(each.path)
+
+
+def _is_called(each: Candidate | Corrupt, directory: str, which: str) -> bool:
+    """By its directory in the store, which for a named save is its name."""
+    return os.path.relpath(path_of(each), os.path.abspath(directory)) in (which, os.path.join(names.NAMED, which))
+
+
+def _is_of_step(each: Candidate | Corrupt, which: str) -> bool:
+    """By its step; named saves have names."""
+    step = names.step_of(os.path.basename(path_of(each)))
+    return which.isdecimal() and step is not None and step == int(which)
+
+
+# ---- printing ----
+
+
+def print_json(value: Any) -> None:
+    """One JSON object, readable; NaN and infinities as text, which JSON has no other way for."""
+    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int] = ()) -> None:
+    """Columns as wide as they need; numbers to the right, columns in ``left`` to the left."""
+    cells = [list(map(str, row)) for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        line = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        print("  ".join(line).rstrip())
+
+
+def human(nbytes: float) -> str:
+    """A size in decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.4g} TB"
+
+
+def clock(seconds: float) -> str:
+    """A time since 1970, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+
+
+def duration(seconds: float) -> str:
+    """A time span."""
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+def amount(text: str) -> int:
+    """``350M``, ``350MB``, ``1.5G``, ``4GiB`` (binary), ``7B`` (billions): for argparse."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgtb]?)(i?)b?", text.strip().lower())
+    if match is None or (match[3] and match[2] in ("", "b")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount; write it like 350MB, 4GiB or 7B")
+    unit = 1024 ** " kmgt".index(match[2]) if match[3] else _UNITS[match[2]]
+    return int(float(match[1]) * unit)
+
+
+class Progress:
+    """A bar on standard error while something long runs; nothing at all when that is not a terminal."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total, self._done = what, max(total, 1), 0
+        self._begun, self._shown = time.monotonic(), 0.0
+        self._visible = sys.stderr.isatty()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def advance(self, nbytes: int) -> None:
+        """So many bytes more are done."""
+        self._done += nbytes
+        now = time.monotonic()
+        if not self._visible or now - self._shown < 0.1:
+            return
+        self._shown = now
+        part = min(self._done / self._total, 1.0)
+        speed = self._done / max(now - self._begun, 1e-3)
+        bar = "#" * int(24 * part)
+        print(f"\r\x1b[K{self._what} [{bar:24}] {part:4.0%}  {human(speed)}/s", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: Any) -> None:
+        if self._visible and self._shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,164 @@
+"""Compare two checkpoints of a store: which layers changed, and by how much.
+
+For each layer, over all its elements: the share that changed, |b - a| / |a| (Euclidean norms) and the largest |b - a|, for
+the parameters and, in the last column, |b - a| / |a| for the optimizer's state. Both are verified first, and held, so that a
+trainer may go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fxckpt.cli import common
+from fxckpt.engine import io
+from fxckpt.store.layout import ITEM_SIZES
+from fxckpt.store.reader import Reader
+from fxckpt.store.record import TensorRecord
+from fxckpt.store.tagged import numpy_dtype, torch_name
+
+HELP = "which layers changed between two steps, and by how much"
+
+OPTIMIZER = "optimizer.safetensors"  # all that is state lies there
+PIECE = 4 << 20  # elements at a time: a bound for memory, whatever the tensors' sizes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the store")
+    parser.add_argument("a", metavar="A", help=common.WHICH.replace("; default: latest", ""))
+    parser.add_argument("b", metavar="B", help="as A")
+    parser.add_argument("--tensors", action="store_true", help="a line for each tensor instead of each layer")
+
+
+@dataclass
+class Change:
+    """How two versions of the same elements differ; of several tensors, taken together."""
+
+    elements: int = 0
+    changed: int = 0
+    squares_a: float = 0.0
+    squares_difference: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: Change) -> Change:
+        """With another tensor's."""
+        largest = max(self.largest, other.largest) if not math.isnan(self.largest + other.largest) else math.nan
+        return Change(self.elements + other.elements, self.changed + other.changed, self.squares_a + other.squares_a,
+                      self.squares_difference + other.squares_difference, largest)  # fmt: skip
+
+    @property
+    def relative(self) -> float:
+        """|b - a| / |a|; infinite if only a is zero."""
+        if self.squares_difference == 0:
+            return 0.0
+        return math.sqrt(self.squares_difference / self.squares_a) if self.squares_a else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        return {"elements": self.elements, "changed": self.changed, "relative": self.relative, "largest": self.largest}
+
+
+@dataclass
+class Row:
+    """A layer or a tensor."""
+
+    name: str
+    parameters: Change = field(default_factory=Change)
+    state: Change = field(default_factory=Change)
+    only_in: str | None = None  # "a" or "b"
+
+
+def run(args: argparse.Namespace) -> int:
+    first, second = common.open_checkpoint(args.dir, args.a), common.open_checkpoint(args.dir, args.b)
+    total = sum(file.nbytes for reader in (first, second) for file in reader.record.files)
+    with first.held() as held_a, second.held() as held_b, common.Progress("comparing", 2 * total) as progress:
+        for reader in (first, second):
+            reader.verify(progress.advance)
+        rows = list(compare(first, held_a, second, held_b, args.tensors, progress))
+    if args.json:
+        common.print_json({"a": str(first.path), "b": str(second.path), "rows": [
+            {"name": row.name, "only_in": row.only_in, "parameters": row.parameters.to_json(), "state": row.state.to_json()}
+            for row in rows]})  # fmt: skip
+    else:
+        _print(rows, first, second)
+    return common.OK
+
+
+def compare(first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool,
+            progress: common.Progress) -> Iterator[Row]:
+    """The layers (or tensors) of the first, then those that only the second has."""
+    others = {(tensor.file, tensor.key): tensor for layer in second.record.layers for tensor in layer.tensors}
+    for layer in first.record.layers:
+        rows = {}
+        for tensor in layer.tensors:
+            name = tensor.key if tensors else layer.name or "(root)"
+            row = rows.setdefault(name, Row(name))
+            other = others.pop((tensor.file, tensor.key), None)
+            if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
+                rows[tensor.key] = Row(tensor.key, only_in="a" if other is None else "a (other shape or type in b)")
+                continue
+            change = _change(tensor, held_a[tensor.file], other, held_b[tensor.file], progress)
+            if tensor.file == OPTIMIZER:
+                row.state = row.state.add(change)
+            else:
+                row.parameters = row.parameters.add(change)
+        yield from (row for row in rows.values() if row.only_in or row.parameters.elements or row.state.elements)
+    yield from (Row(key, only_in="b") for _, key in others)
+
+
+def _change(a: TensorRecord, fd_a: int, b: TensorRecord, fd_b: int, progress: common.Progress) -> Change:
+    """Compare one tensor, a piece at a time."""
+    found, item = Change(), ITEM_SIZES[a.dtype]
+    for at in range(0, a.nbytes, PIECE * item):
+        n = min(PIECE * item, a.nbytes - at)
+        found = found.add(_compare(io.pread(fd_a, n, a.begin + at), io.pread(fd_b, n, b.begin + at), a.dtype))
+        progress.advance(2 * n)
+    return found
+
+
+def _compare(a: bytes, b: bytes, dtype: str) -> Change:
+    """Two versions of the same elements, by their bits and by their values."""
+    item = ITEM_SIZES[dtype]
+    same = np.frombuffer(a, np.uint8) == np.frombuffer(b, np.uint8)
+    changed = int(np.count_nonzero(~same.reshape(-1, item).all(axis=1)))
+    left, right = values(a, dtype), values(b, dtype)
+    with np.errstate(all="ignore"):
+        difference = np.abs(right - left) if changed else np.zeros(1)
+        difference = np.where(left == right, 0.0, difference) if changed else difference  # inf - inf is no difference
+        return Change(len(a) // item, changed, float(np.square(np.abs(left)).sum()), float(np.square(difference).sum()),
+                      float(difference.max(initial=0.0)))  # fmt: skip
+
+
+def values(raw: bytes, dtype: str) -> np.ndarray:
+    """The elements as doubles (complex ones stay complex)."""
+    if dtype == "C64":
+        return np.frombuffer(raw, np.complex64).astype(np.complex128)
+    if dtype == "BF16":  # the upper half of a float
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    known = numpy_dtype(dtype)
+    if known is not None:
+        return np.frombuffer(raw, known).astype(np.float64)
+    import torch  # the 8-bit floats
+
+    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, torch_name(dtype))).to(torch.float64).numpy()
+
+
+def _print(rows: list[Row], first: Reader, second: Reader) -> None:
+    print(f"a: step {first.record.step}, {first.path}\nb: step {second.record.step}, {second.path}\n")
+    lines = []
+    for row in rows:
+        if row.only_in:
+            lines.append((row.name, f"only in {row.only_in}", "", "", ""))
+            continue
+        own, state = row.parameters, row.state
+        share = f"{own.changed / own.elements:.1%}" if own.elements else "-"
+        lines.append((row.name, share, f"{own.relative:.3g}" if own.elements else "-",
+                      f"{own.largest:.3g}" if own.elements else "-",
+                      f"{state.relative:.3g}" if state.elements else "-"))  # fmt: skip
+    common.print_table(("LAYER", "CHANGED", "RELATIVE", "LARGEST", "STATE"), lines, left=(0,))
+    if not any(row.only_in or row.parameters.changed or row.state.changed for row in rows):
+        print("\nno difference")

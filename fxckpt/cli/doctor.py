@@ -1,0 +1,223 @@
+"""Look at what fxckpt needs and can use on this machine: the engine, its checksums, O_DIRECT, io_uring, space, CUDA.
+
+With DIR, also at the disk it lies on and at who writes to the store in it; nothing is left there. Exit status 1 if something
+is missing without which nothing works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import fcntl
+import importlib.metadata
+import mmap
+import os
+import platform
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from fxckpt.cli import common
+from fxckpt.errors import FxckptError
+from fxckpt.store import lock, names
+
+HELP = "what works on this machine"
+
+GOOD, NOTE, WRONG = "ok", "note", "wrong"
+IO_URING_SETUP = 425  # the same number on every architecture
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: ``verdict`` is "ok", "note" (it works, not as well as it could) or "wrong" (it does not work)."""
+
+    what: str
+    verdict: str
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", nargs="?", metavar="DIR", help="a store, or where one is to be")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = list(findings(args.dir))
+    if args.json:
+        common.print_json({"findings": [asdict(each) for each in found]})
+    else:
+        width = max(len(each.what) for each in found)
+        for each in found:
+            print(f"{each.verdict:5}  {each.what:{width}}  {each.detail}")
+    return common.FAILED if any(each.verdict == WRONG for each in found) else common.OK
+
+
+def findings(directory: str | None) -> Iterator[Finding]:
+    """Everything, in the order of a report."""
+    for check in (_python, _torch, _engine, _compiler, _io_uring, _shared_memory, _cuda):
+        yield check()
+    if directory is None:
+        return
+    there = os.path.abspath(directory)
+    while not os.path.isdir(there):
+        there = os.path.dirname(there)
+    yield _space(there)
+    if not os.access(there, os.W_OK):
+        yield Finding("writing", WRONG, f"no permission to write in {there}")
+        return
+    folder = tempfile.mkdtemp(prefix=".fxckpt-doctor-", dir=there)
+    try:
+        for probe in (_direct, _lease, _sync):
+            yield probe(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    yield _store(directory)
+
+
+# ---- the machine ----
+
+
+def _python() -> Finding:
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.release()} on {platform.machine()}"
+    return Finding("system", GOOD if sys.platform == "linux" else WRONG, system + f", {os.cpu_count()} processors")
+
+
+def _torch() -> Finding:
+    """Its version, without importing it."""
+    try:
+        return Finding("torch", GOOD, importlib.metadata.version("torch"))
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("torch", WRONG, "not installed: pip install torch")
+
+
+def _engine() -> Finding:
+    from fxckpt.engine import checksum
+
+    try:
+        kind = checksum.implementation()
+    except FxckptError as error:
+        return Finding("engine", WRONG, str(error))
+    hint = "" if kind != "portable" else ": this processor has no instruction for it, which makes it several times slower"
+    return Finding("engine", GOOD if kind != "portable" else NOTE, f"loads; CRC-32C by {kind}{hint}")
+
+
+def _compiler() -> Finding:
+    """torch.compile on CPU needs one."""
+    found = next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+    if found is None:
+        return Finding("C++ compiler", NOTE, "none found: torch.compile on CPU needs g++ or clang++ (Debian: build-essential)")
+    return Finding("C++ compiler", GOOD, found)
+
+
+def _io_uring() -> Finding:
+    """Ask the kernel for a ring. This version writes from threads, so nothing depends on it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
+    fd = libc.syscall(IO_URING_SETUP, 1, parameters)
+    if fd >= 0:
+        os.close(fd)
+        return Finding("io_uring", GOOD, "available (this version writes from threads and does not use it)")
+    number = ctypes.get_errno()
+    why = {errno.ENOSYS: "the kernel lacks it", errno.EPERM: "it is switched off or a container forbids it"}
+    return Finding("io_uring", NOTE, f"not available: {why.get(number, os.strerror(number))} (this version does not use it)")
+
+
+def _shared_memory() -> Finding:
+    try:
+        found = os.statvfs("/dev/shm")
+    except OSError as error:
+        return Finding("/dev/shm", NOTE, f"not there: {error.strerror}")
+    return Finding("/dev/shm", GOOD, f"{common.human(found.f_bavail * found.f_frsize)} of "
+                                     f"{common.human(found.f_blocks * found.f_frsize)} free")  # fmt: skip
+
+
+def _cuda() -> Finding:
+    """Ask the driver, as the engine would: no torch, no toolkit."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Finding("CUDA", NOTE, "no driver (libcuda.so.1): CPU training only")
+    count = ctypes.c_int(0)
+    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    if status or not count.value:
+        return Finding("CUDA", NOTE, f"a driver, but no device (CUresult {status})")
+    return Finding("CUDA", GOOD, ", ".join(_device_name(cuda, i) for i in range(count.value)))
+
+
+def _device_name(cuda: ctypes.CDLL, index: int) -> str:
+    device, name = ctypes.c_int(0), ctypes.create_string_buffer(100)
+    if cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetName(name, 100, device):
+        return f"device {index}"
+    return name.value.decode(errors="replace")
+
+
+# ---- the disk ----
+
+
+def _space(there: str) -> Finding:
+    found = os.statvfs(there)
+    free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+    detail = f"{common.human(free)} of {common.human(total)} free on {there}"
+    if found.f_flag & os.ST_RDONLY:
+        return Finding("space", WRONG, f"{there} is mounted read-only")
+    return Finding("space", NOTE if free < total / 20 else GOOD, detail)
+
+
+def _direct(folder: str) -> Finding:
+    """Open with O_DIRECT and write one block, which is where some file systems refuse."""
+    try:
+        fd = os.open(os.path.join(folder, "direct"), os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
+        try:
+            os.pwrite(fd, mmap.mmap(-1, 4096), 0)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return Finding("O_DIRECT", NOTE, f"refused ({error.strerror}): checkpoints go through the page cache, which is slower")
+    return Finding("O_DIRECT", GOOD, "accepted")
+
+
+def _lease(folder: str) -> Finding:
+    """Without leases a trainer cannot tell that somebody maps a file, and makes new ones instead of overwriting."""
+    fd = os.open(os.path.join(folder, "lease"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError as error:
+        return Finding("write leases", NOTE, f"none ({error.strerror}): slots are written anew instead of in place: slower")
+    finally:
+        os.close(fd)
+    return Finding("write leases", GOOD, "yes: slots are overwritten in place")
+
+
+def _sync(folder: str) -> Finding:
+    """The median of a few syncs of a small file."""
+    path, times = os.path.join(folder, "sync"), []
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        for _ in range(5):
+            begun = time.perf_counter()
+            os.pwrite(fd, b"x" * 4096, 0)
+            os.fsync(fd)
+            times.append(time.perf_counter() - begun)
+    finally:
+        os.close(fd)
+    return Finding("fsync", GOOD, f"{common.duration(sorted(times)[2])} for one block")
+
+
+def _store(directory: str) -> Finding:
+    """Whether a store is there, and who writes to it."""
+    try:
+        names.check_store(os.path.abspath(directory))
+    except FxckptError as error:
+        return Finding("store", WRONG, str(error))
+    if not os.path.isdir(directory):
+        return Finding("store", GOOD, f"none yet: {directory} will be made")
+    count = len(names.committed(os.path.abspath(directory)))
+    holder = lock.holder(os.path.join(directory, names.LOCK))
+    who = "nobody writes to it" if holder is None else f"process {holder} writes to it"
+    return Finding("store", GOOD, f"{count} checkpoints; {who}")

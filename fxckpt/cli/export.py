@@ -1,0 +1,236 @@
+"""Write a checkpoint in another format: one file of torch.save, safetensors with a Hugging Face index, or a DCP directory.
+
+Every byte is verified before any is used, and the checkpoint is held, so that a trainer may go on meanwhile. OUT must not
+exist; it appears when it is complete. By default only the model is written (with its buffers): --optimizer adds the
+optimizer's state dict where the format has a place for it (torch, dcp).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fxckpt.cli import common
+from fxckpt.engine import io
+from fxckpt.errors import SetupError
+from fxckpt.store.files import opened
+from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.reader import Reader
+from fxckpt.store.record import TensorRecord, decode_state
+from fxckpt.store.tagged import torch_name
+
+HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
+
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+INDEX = "model.safetensors.index.json"
+PIECE = 16 << 20  # bytes copied at a time
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_store(parser)
+    parser.add_argument("out", metavar="OUT", help="the file (torch) or directory (safetensors, dcp) to make")
+    parser.add_argument("--format", choices=sorted(_FORMATS), required=True, help="what to write")
+    parser.add_argument("--which", metavar="WHICH", help=common.WHICH)
+    parser.add_argument("--optimizer", action="store_true", help="the optimizer's state too (torch, dcp)")
+    parser.add_argument("--shard", type=common.amount, default=5 * 10**9, metavar="SIZE",
+                        help="safetensors: begin a new file after so many bytes (default: 5GB)")
+
+
+def run(args: argparse.Namespace) -> int:
+    if os.path.lexists(args.out):
+        raise SetupError(f"{args.out} exists: name a place where nothing is")
+    if args.optimizer and args.format == "safetensors":
+        raise SetupError("a Hugging Face checkpoint has no place for optimizer state: use --format torch or dcp")
+    reader = common.open_checkpoint(args.dir, args.which)
+    total = sum(file.nbytes for file in reader.record.files)
+    partial = f"{os.path.abspath(args.out)}.partial-{os.getpid()}"
+    try:
+        with reader.held() as held, common.Progress("exporting", 2 * total) as progress:
+            reader.verify(progress.advance)
+            source = Source(reader, held, progress)
+            _FORMATS[args.format](source, partial, args)
+        _sync(partial)
+        os.rename(partial, args.out)
+        io.fsync_dir(os.path.dirname(os.path.abspath(args.out)))
+    except BaseException:
+        _remove(partial)
+        raise
+    found = {"out": os.path.abspath(args.out), "format": args.format, "step": reader.record.step, "from": str(reader.path),
+             "tensors": source.count, "nbytes": source.nbytes}  # fmt: skip
+    if args.json:
+        common.print_json(found)
+    else:
+        size = common.human(found["nbytes"])
+        print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
+    return common.OK
+
+
+def _sync(path: str) -> None:
+    """Make a file, or all that is in a directory, durable before it gets its name."""
+    if os.path.isdir(path):
+        for name in os.listdir(path):
+            _sync(os.path.join(path, name))
+        io.fsync_dir(path)
+        return
+    with opened(path, os.O_RDONLY) as fd:
+        io.fsync(fd)
+
+
+def _remove(path: str) -> None:
+    if os.path.isdir(path):
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+class Source:
+    """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
+
+    def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
+        self.reader, self.record, self._held, self._progress = reader, reader.record, held, progress
+        self.count = self.nbytes = 0
+        self._state: Any = None
+
+    def records(self, file: str) -> list[TensorRecord]:
+        """The tensors of one file, in the record's order."""
+        return [tensor for layer in self.record.layers for tensor in layer.tensors if tensor.file == file]
+
+    def pieces(self, tensor: TensorRecord) -> Iterator[bytes]:
+        """The bytes of a tensor, some at a time."""
+        self.count += 1
+        self.nbytes += tensor.nbytes
+        for at in range(0, tensor.nbytes, PIECE):
+            piece = io.pread(self._held[tensor.file], min(PIECE, tensor.nbytes - at), tensor.begin + at)
+            self._progress.advance(len(piece))
+            yield piece
+
+    def tensor(self, record: TensorRecord) -> Any:
+        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers."""
+        import torch
+
+        raw = bytearray().join(self.pieces(record))
+        dtype = getattr(torch, torch_name(record.dtype))
+        if not raw:
+            return torch.empty(record.shape, dtype=dtype)
+        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(record.shape)
+
+    def decoded(self, value: Any) -> Any:
+        """An encoded value of the record."""
+        if self._state is None:
+            self._state = self.reader.state_tensors()
+        return decode_state(value, self._state)
+
+    def model(self) -> dict[str, Any]:
+        """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""
+        found = {record.key: self.tensor(record) for record in self.records(MODEL)}
+        found |= {alias: found[name] for alias, name in self.record.ties.items() if name in found}
+        for name, state in self.decoded(self.record.state)["early"]["modules"].items():
+            found[f"{name}._extra_state" if name else "_extra_state"] = state
+        return found
+
+    def optimizers(self) -> list[dict[str, Any]]:
+        """For each optimizer its groups (parameters by name) and its state by parameter's name."""
+        places = {record.key: record for record in self.records(OPTIMIZER)}
+        return [self._optimizer(index, saved, places) for index, saved in enumerate(self.decoded(self.record.optimizers))]
+
+    def _optimizer(self, index: int, saved: Mapping[str, Any], places: Mapping[str, TensorRecord]) -> dict[str, Any]:
+        prefix = "" if index == 0 else f"optimizer{index}:"
+        states = {}
+        for name, described in saved["state"].items():
+            states[name] = {}
+            for key in described["keys"]:
+                place = places.get(f"{prefix}{key}/{name}")
+                states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
+        groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
+        return {"state": states, "param_groups": groups}
+
+    def _state_tensor(self, place: TensorRecord, key: str, described: Mapping[str, Any]) -> Any:
+        import torch
+
+        tensor = self.tensor(place)
+        return torch.view_as_complex(tensor) if key in described["complex"] else tensor
+
+
+# ---- formats ----
+
+
+def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
+    """``torch.load(OUT)`` is the model's state dict; with the optimizer: ``{"model": …, "optimizer": …, "step": …}``, as
+    ``load_state_dict`` of each takes it (several optimizers: a list)."""
+    import torch
+
+    model = source.model()
+    if not args.optimizer:
+        torch.save(model, path)
+        return
+    optimizers = [_by_number(each) for each in source.optimizers()]
+    torch.save({"model": model, "optimizer": optimizers[0] if len(optimizers) == 1 else optimizers,
+                "step": source.record.step}, path)  # fmt: skip
+
+
+def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """torch numbers the parameters of an optimizer's state dict, over all groups."""
+    numbers = {name: number for number, name in enumerate(
+        name for group in optimizer["param_groups"] for name in group["params"])}  # fmt: skip
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]]
+    return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
+
+
+def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
+    """``torch.distributed.checkpoint``: ``{"model": …}`` and, if asked for, ``"optimizer"`` by parameter names."""
+    import torch.distributed.checkpoint as dcp
+
+    state = {"model": source.model()}
+    if args.optimizer:
+        optimizers = source.optimizers()
+        state["optimizer"] = optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+
+
+def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:
+    """``model-00001-of-0000N.safetensors`` and the index that says which file has which tensor. A tie is stored once."""
+    os.mkdir(path)
+    shards = _shards(source.records(MODEL), args.shard)
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        _write_shard(source, os.path.join(path, name), shard)
+        index |= {tensor.key: name for tensor in shard}
+    content = {"metadata": {"total_size": source.nbytes}, "weight_map": dict(sorted(index.items()))}
+    with open(os.path.join(path, INDEX), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+
+
+def _shards(tensors: list[TensorRecord], limit: int) -> list[list[TensorRecord]]:
+    """Tensors in order, a new file wherever the next one would make it larger than ``limit``."""
+    shards: list[list[TensorRecord]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def _write_shard(source: Source, path: str, tensors: list[TensorRecord]) -> None:
+    specs = [TensorSpec(tensor.key, tensor.dtype, tensor.shape, 0) for tensor in tensors]
+    # Readers of Hugging Face want to be told that this is PyTorch's.
+    layout = lay_out(os.path.basename(path), specs, {"format": "pt"})
+    by_key = {tensor.key: tensor for tensor in tensors}
+    with open(path, "wb") as file:
+        file.write(layout.header)
+        for placed in layout.tensors:
+            file.writelines(source.pieces(by_key[placed.spec.key]))
+
+
+_FORMATS = {"torch": _torch, "safetensors": _safetensors, "dcp": _dcp}

@@ -1,0 +1,96 @@
+"""Show what one checkpoint holds: its files, layers and tensors, optimizers, extra state and metrics. Reads the record only."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fxckpt.cli import common
+from fxckpt.store.record import Record
+
+HELP = "show what one checkpoint holds"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_store(parser)
+    parser.add_argument("which", nargs="?", metavar="WHICH", help=common.WHICH)
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def run(args: argparse.Namespace) -> int:
+    reader = common.open_checkpoint(args.dir, args.which)
+    found = describe(reader.record, str(reader.path))
+    if args.json:
+        common.print_json(found)
+    else:
+        _print(found, args.tensors)
+    return common.OK
+
+
+def describe(record: Record, path: str) -> dict[str, Any]:
+    """Everything but the encoded values and the checksums."""
+    return {
+        "path": path, "step": record.step, "generation": record.generation, "parent": record.parent, "name": record.name,
+        "iteration": record.iteration, "updates": record.updates, "time": record.time, "store_id": record.store_id,
+        "world_size": record.world_size, "rank": record.rank, "metrics": record.metrics, "lasting": record.lasting,
+        "best_by": record.best_by, "ties": record.ties, "extra": extra_names(record),
+        "optimizers": [_optimizer(each) for each in record.optimizers] if isinstance(record.optimizers, list) else [],
+        "files": [{"name": file.name, "nbytes": file.nbytes, "chunk_bytes": file.chunk_bytes, "chunks": len(file.crc32c)}
+                  for file in record.files],
+        "layers": [{"name": layer.name, "kind": layer.kind, "parameters": layer.parameters, "nbytes": layer.nbytes,
+                    "tensors": [{"key": tensor.key, "file": tensor.file, "dtype": tensor.dtype, "shape": tensor.shape,
+                                 "begin": tensor.begin, "nbytes": tensor.nbytes} for tensor in layer.tensors]}
+                   for layer in record.layers],
+    }  # fmt: skip
+
+
+def extra_names(record: Record) -> list[str]:
+    """The names given in ``extra=``. A record of another program may have none."""
+    state = record.state if isinstance(record.state, dict) else {}
+    early, late = state.get("early"), state.get("late")
+    early = early.get("extra") if isinstance(early, dict) else None
+    return [name for part in (early, late) if isinstance(part, dict) for name in part if name != "!"]
+
+
+def _optimizer(encoded: Any) -> dict[str, Any]:
+    """The class, and of each group the number of parameters and its settings that are plain values."""
+    encoded = encoded if isinstance(encoded, dict) else {}
+    groups = encoded.get("groups")
+    out = []
+    for group in groups if isinstance(groups, list) else []:
+        settings = group.get("settings", {}) if isinstance(group, dict) else {}
+        plain = {name: value for name, value in settings.items() if not isinstance(value, (dict, list))}
+        out.append({"parameters": len(group.get("params", [])) if isinstance(group, dict) else 0, "settings": plain})
+    return {"class": encoded.get("class"), "groups": out}
+
+
+def _print(found: dict[str, Any], tensors: bool) -> None:
+    parameters = sum(layer["parameters"] for layer in found["layers"])
+    print(found["path"])
+    print(f"step {found['step']} (iteration {found['iteration']}, {found['updates']} updates), generation "
+          f"{found['generation']}" + (f" after {found['parent']}" if found["parent"] is not None else "")
+          + f", written {common.clock(found['time'])}")  # fmt: skip
+    print(f"{parameters:,} parameters in {len(found['layers'])} layers")
+    for optimizer in found["optimizers"]:
+        for group in optimizer["groups"]:
+            shown = ", ".join(f"{name}={value!r}" for name, value in group["settings"].items() if value is not None)
+            print(f"{optimizer['class']}: {group['parameters']} tensors, {shown}")
+    for name in ("extra", "metrics", "ties"):
+        if found[name]:
+            print(f"{name}: " + ", ".join(found[name] if isinstance(found[name], list)
+                                          else (f"{key}={value}" for key, value in found[name].items())))  # fmt: skip
+    if found["lasting"]:
+        print(f"kept for good (by {found['lasting']})")
+    print()
+    common.print_table(("FILE", "SIZE", "CHUNKS", "OF"), [
+        (file["name"], common.human(file["nbytes"]), file["chunks"], common.human(file["chunk_bytes"]))
+        for file in found["files"]], left=(0,))  # fmt: skip
+    print()
+    common.print_table(("LAYER", "KIND", "PARAMETERS", "SIZE", "TENSORS"), [
+        (layer["name"] or "(root)", layer["kind"], f"{layer['parameters']:,}", common.human(layer["nbytes"]),
+         len(layer["tensors"])) for layer in found["layers"]], left=(0, 1))  # fmt: skip
+    if tensors:
+        print()
+        common.print_table(("TENSOR", "TYPE", "SHAPE", "FILE", "OFFSET"), [
+            (tensor["key"], tensor["dtype"], "×".join(map(str, tensor["shape"])) or "scalar", tensor["file"], tensor["begin"])
+            for layer in found["layers"] for tensor in layer["tensors"]], left=(0, 1, 2, 3))  # fmt: skip

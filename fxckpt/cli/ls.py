@@ -1,0 +1,85 @@
+"""List the checkpoints of a store, oldest first. Reads the records only; ``verify`` reads everything."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from fxckpt.cli import common
+from fxckpt.errors import Corrupt
+from fxckpt.store import names
+from fxckpt.store.reader import Candidate
+from fxckpt.store.retention import Policy
+
+HELP = "list the checkpoints of a store"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the store")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = common.look(args.dir)[::-1]
+    damaged = [each for each in found if isinstance(each, Corrupt)]
+    rows = [_row(each, args.dir) for each in found]
+    _mark_best(found, rows)
+    others = _others(args.dir)
+    if args.json:
+        common.print_json({"directory": os.path.abspath(args.dir), "checkpoints": rows, **others})
+    else:
+        _print(rows, others)
+    return common.CORRUPT if damaged else common.OK
+
+
+def _row(each: Candidate | Corrupt, directory: str) -> dict:
+    """One checkpoint, or what is wrong with its record."""
+    if isinstance(each, Corrupt):
+        path = os.path.relpath(common.path_of(each), os.path.abspath(directory))
+        return {"path": path, "step": names.step_of(os.path.basename(path)), "damaged": each.reason}
+    record = each.record
+    return {"path": os.path.relpath(each.path, os.path.abspath(directory)), "step": record.step,
+            "generation": record.generation, "parent": record.parent, "time": record.time, "name": record.name,
+            "nbytes": sum(file.nbytes for file in record.files), "layers": len(record.layers),
+            "kept": _kept(record), "metrics": record.metrics, "damaged": None}  # fmt: skip
+
+
+def _kept(record) -> str | None:
+    """Why it outlives newer ones, if it does."""
+    return "named" if record.name is not None else record.lasting
+
+
+def _mark_best(found: list[Candidate | Corrupt], rows: list[dict]) -> None:
+    """The best one, by what the newest record says that its run keeps the best by."""
+    records = [each.record for each in found if isinstance(each, Candidate) and each.record.name is None]
+    policy = Policy(best=max(records, key=lambda record: record.generation).best_by if records else None)
+    scores = {record.generation: score for record in records if (score := policy.score(record.metrics)) is not None}
+    best = min(scores, key=lambda generation: (scores[generation], generation), default=None)
+    for row in rows:
+        row["best"] = not row["damaged"] and row["name"] is None and row["generation"] == best
+
+
+def _others(directory: str) -> dict:
+    """Slots that wait or are being written, and bad ones."""
+    inside = [name for folder in (directory, os.path.join(directory, names.NAMED)) for name in names.subdirectories(folder)]
+    return {"partial": sum(name.endswith(names.PARTIAL) for name in inside),
+            "bad": sorted(name for name in inside if name.endswith(names.BAD))}  # fmt: skip
+
+
+def _print(rows: list[dict], others: dict) -> None:
+    lines = []
+    for row in rows:
+        if row["damaged"]:
+            lines.append((row["step"] if row["step"] is not None else "?", "?", "?", "?", "damaged", "", row["path"]))
+            continue
+        metrics = ", ".join(f"{name}={value:.6g}" for name, value in row["metrics"].items())
+        lines.append((row["step"], row["generation"], common.clock(row["time"]), common.human(row["nbytes"]),
+                      "best" if row["best"] else row["kept"] or "", metrics, row["path"]))  # fmt: skip
+    if lines:
+        common.print_table(("STEP", "GENERATION", "TIME", "SIZE", "KEPT", "METRICS", "PATH"), lines, left=(4, 5, 6))
+    else:
+        print("no checkpoints")
+    for row in rows:
+        if row["damaged"]:
+            print(f"damaged: {row['path']}: {row['damaged']}")
+    if others["bad"]:
+        print(f"{len(others['bad'])} directories on a failing disk: {', '.join(others['bad'])}")

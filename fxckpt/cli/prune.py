@@ -1,0 +1,176 @@
+"""Remove checkpoints that retention would give up, and the slots that wait to be used again.
+
+What stays: the newest --keep that verify, named saves, those kept for good (unless --lasting), and the best by a metric (by
+default the one the run kept its best by). What is removed loses its name first, durably. Needs the store's lock: while a
+trainer runs it stops with exit status 5, and the trainer prunes by itself. --dry-run needs no lock and changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from fxckpt.cli import common
+from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
+from fxckpt.store import names
+from fxckpt.store.files import remove_tree
+from fxckpt.store.reader import Candidate, Reader
+from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, Policy, Standing, ancestors, excess
+from fxckpt.store.slots import Store
+
+HELP = "remove checkpoints that nobody needs"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="the store")
+    parser.add_argument("--keep", type=int, default=2, metavar="N", help="good checkpoints to keep (default: 2)")
+    parser.add_argument("--keep-best", metavar="METRIC[:max]", help="keep the best by this metric; none: no best one")
+    parser.add_argument("--lasting", action="store_true", help="give up those kept for good, too")
+    parser.add_argument("--bad", action="store_true", help="remove .bad directories, too (replace the disk first)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would go")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.keep < 1:
+        raise SetupError(f"--keep {args.keep}: at least 1 checkpoint stays")
+    common.look(args.dir)  # refuses what is no store before a lock is made in it
+    if args.dry_run:
+        return _prune(args, None)
+    store = Store(args.dir)
+    store.open()
+    try:
+        return _prune(args, store)
+    finally:
+        store.close()
+
+
+def _prune(args: argparse.Namespace, store: Store | None) -> int:
+    """Decide, then do it."""
+    stock, going = _decide(args)
+    slots = _with_suffix(args.dir, names.PARTIAL)
+    bad = _with_suffix(args.dir, names.BAD) if args.bad else []
+    rows = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in
+            [*going, *((path, "waiting slot") for path in slots), *((path, "bad") for path in bad)]]  # fmt: skip
+    if store is not None:
+        store.discard([path for path, _ in going])
+        for path in bad:
+            remove_tree(path)
+    if args.json:
+        common.print_json({"removed": rows, "dry_run": args.dry_run, "verified": stock.verified})
+    else:
+        _print(rows, args.dry_run)
+    return common.OK
+
+
+def _decide(args: argparse.Namespace) -> tuple[Stock, list[tuple[str, str]]]:
+    """What goes, and why. Without the lock a trainer may take back what is being read: then look again."""
+    for _ in range(common.LOOKS - 1):
+        stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
+        try:
+            return stock, stock.excess()
+        except NoCheckpoint:
+            continue
+    stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
+    return stock, stock.excess()
+
+
+class Stock:
+    """The checkpoints of a store as retention sees them, each with its path."""
+
+    def __init__(self, directory: str, keep: int, best: str | None, lasting: bool):
+        self._keep, self._root = keep, os.path.abspath(directory)
+        self.verified = 0
+        found = [each for each in common.look(directory) if self._is_ours(each)]
+        records = [each.record for each in found if isinstance(each, Candidate)]
+        policy = _policy(keep, best, records)
+        self._parents = {record.generation: record.parent for record in records}
+        self._standings: dict[str, Standing] = {}
+        for each in found:
+            if isinstance(each, Corrupt):
+                self._standings[common.path_of(each)] = Standing(-1, None, BAD)
+                continue
+            record = each.record
+            self._standings[common.path_of(each)] = Standing(record.generation, record.parent, UNKNOWN,
+                                                       record.lasting is not None and not lasting,
+                                                       policy.score(record.metrics))  # fmt: skip
+
+    def _is_ours(self, each: Candidate | Corrupt) -> bool:
+        """Named saves, and what another store wrote, are not ours to give up."""
+        if os.path.dirname(common.path_of(each)) != self._root:
+            return False
+        own = names.read_store_id(self._root)
+        return isinstance(each, Corrupt) or own in (None, each.record.store_id)
+
+    def excess(self) -> list[tuple[str, str]]:
+        """(path, why) of what goes. Raises Corrupt if nothing verifies: then nothing is given up."""
+        newest = self._newest_good()
+        if newest is None:
+            if self._standings:
+                raise Corrupt(self._root, "no checkpoint verifies, so none is removed")
+            return []
+        lineage = ancestors(self._parents, newest)
+        there = list(self._standings.values())
+        gone = excess(there, self._keep, lineage, newest, self._examine)
+        damaged = {id(known): path for path, known in self._standings.items()}  # these share the generation -1
+        whole = {known.generation: path for path, known in self._standings.items()}
+        return [(damaged[id(each)] if each.generation < 0 else whole[each.generation], self._why(each, lineage))
+                for each in gone]
+
+    def _newest_good(self) -> int | None:
+        """The generation of the newest one that verifies; what is found on the way is noted."""
+        for path, known in sorted(self._standings.items(), key=lambda item: item[1].generation, reverse=True):
+            if known.trust != BAD:
+                trust = self._examine(known)
+                self._standings[path] = Standing(known.generation, known.parent, trust, known.lasting, known.score)
+                if trust == GOOD:
+                    return known.generation
+        return None
+
+    def _examine(self, known: Standing) -> str:
+        """Read it."""
+        path = next(path for path, each in self._standings.items() if each.generation == known.generation)
+        self.verified += 1
+        try:
+            reader = Reader(path)
+            with common.Progress(os.path.basename(path), sum(file.nbytes for file in reader.record.files)) as progress:
+                reader.verify(progress.advance)
+        except Corrupt:
+            return BAD
+        return GOOD
+
+    @staticmethod
+    def _why(each: Standing, lineage: set[int]) -> str:
+        return "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
+
+
+def _policy(keep: int, best: str | None, records: Sequence[Any]) -> Policy:
+    """By the option, else by what the newest record says its run kept the best by."""
+    if best == "none":
+        return Policy(keep)
+    if best is not None:
+        metric, _, direction = best.partition(":")
+        return Policy.make(keep, None, None, (metric, direction or MIN))
+    return Policy(keep, best=next((record.best_by for record in records), None))
+
+
+def _with_suffix(directory: str, suffix: str) -> list[str]:
+    return [os.path.join(os.path.abspath(directory), name) for name in names.subdirectories(directory)
+            if name.endswith(suffix) and names.slot_number(name) is not None]  # fmt: skip
+
+
+def _size(path: str) -> int:
+    """Bytes of the files in a directory."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file(follow_symlinks=False))
+    except FileNotFoundError:
+        return 0
+
+
+def _print(rows: list[dict], dry_run: bool) -> None:
+    for row in rows:
+        print(f"{'would remove' if dry_run else 'removed'} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
+    total = common.human(sum(row["nbytes"] for row in rows))
+    print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
+

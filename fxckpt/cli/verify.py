@@ -1,0 +1,60 @@
+"""Read every byte of checkpoints and compare it with the record: all of a store's, or one. Exit status 3 if any is damaged.
+
+Safe while a trainer writes: a checkpoint that it takes back meanwhile is reported as gone, not as damaged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from fxckpt.cli import common
+from fxckpt.errors import Corrupt, NoCheckpoint
+from fxckpt.store.reader import Reader
+
+HELP = "read every byte and check it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_store(parser)
+    parser.add_argument("which", nargs="?", metavar="WHICH", help="one of them, as for inspect; default: all")
+
+
+def run(args: argparse.Namespace) -> int:
+    results = list(map(_verify, _chosen(args)))
+    if args.json:
+        common.print_json({"checkpoints": results})
+    else:
+        for each in results:
+            print(f"{each['verdict']:8} {each['path']}" + (f": {each['detail']}" if each["detail"] else ""))
+        if not results:
+            print("no checkpoints")
+    return common.CORRUPT if any(each["verdict"] == "damaged" for each in results) else common.OK
+
+
+def _chosen(args: argparse.Namespace) -> list[str | Corrupt]:
+    """Paths to verify, oldest first, or what is wrong with a record already."""
+    if args.which is not None or common.is_checkpoint(args.dir):
+        return [str(common.open_checkpoint(args.dir, args.which).path)]
+    return [each if isinstance(each, Corrupt) else str(each.path) for each in reversed(common.look(args.dir))]
+
+
+def _verify(chosen: str | Corrupt) -> dict:
+    """The verdict on one checkpoint: good, damaged, or gone."""
+    if isinstance(chosen, Corrupt):
+        return _result(os.path.dirname(chosen.path), chosen)
+    try:
+        reader = Reader(chosen)
+        with common.Progress(os.path.basename(chosen), sum(file.nbytes for file in reader.record.files)) as progress:
+            reader.verify(progress.advance)
+        return _result(chosen, None)
+    except (Corrupt, NoCheckpoint) as error:
+        return _result(chosen, error)
+
+
+def _result(path: str, error: Exception | None) -> dict:
+    verdict = "good" if error is None else "damaged" if isinstance(error, Corrupt) else "gone"
+    found = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
+    if isinstance(error, Corrupt):
+        found |= {"file": os.path.basename(error.path), "layer": error.layer, "offset": error.offset, "reason": error.reason}
+    return found
