@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.t
 ENGINE := fxckpt/engine/_engine.abi3.so
 SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
 
-.PHONY: demo test crash kills faults soak bench lint clean distclean
+.PHONY: demo test crash kills fuzz faults soak bench lint clean distclean
 .SUFFIXES:
 
 # On cores that are shared, OpenMP threads that spin at a barrier keep the thread they wait for from running: steps
@@ -41,6 +41,11 @@ kills: $(ENGINE)
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)
+
+# An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
+fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600
+fuzz: $(ENGINE)
+	@$(PY) -m pytest -s tests/test_fuzz.py $(ARGS)
 
 lint: $(VENV)/.packages
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) "ruff>=0.9"

@@ -7,6 +7,7 @@ bytes are read a second time, straight into the live tensors, each chunk verifie
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from fxckpt.handle import the_run
 from fxckpt.inventory import DTYPES, TORCH_DTYPES, Inventory, storable, take
 from fxckpt.plan import MODEL, OPTIMIZER, source_items, state_key
 from fxckpt.run import Run
+from fxckpt.saved import check_decoded, check_encoded
+from fxckpt.store import names
 from fxckpt.store.reader import Candidate, Reader, candidates
 from fxckpt.store.record import Record, TensorRecord, decode_state
 
@@ -179,7 +182,8 @@ def _is_about(error: Corrupt, step: int | None, name: str | None) -> bool:
 def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> Restored:
     """Check, verify, then apply one checkpoint."""
     reader = Reader(found.path)
-    record = reader.record
+    record, path = reader.record, str(reader.path / names.COMMIT)
+    check_encoded(record, path)
     mapped = _map(record, target)
     _check(mapped, record, target, strict)
     once = strict and target.run is not None and target.run.attempts == 0  # nothing trained is at stake yet
@@ -189,6 +193,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     optimizers = decode_state(record.optimizers, raw)
     early = decode_state(record.state["early"], raw)
     late = decode_state(record.state["late"], raw)
+    check_decoded(optimizers, early, late, _optimizer_places(record), state_key, path)
     states = _make_states(record, optimizers, mapped, target)
     writable = {key: storable(t) for key, t in mapped.tensors.items()}
     _read_tensors(reader, writable, target.run if once else None)
@@ -314,12 +319,17 @@ def _optimizer_problems(record: Record, target: Target) -> list[str]:
 
 # -- applying -------------------------------------------------------------------------------------------------------
 
+def _optimizer_places(record: Record) -> dict[str, TensorRecord]:
+    """The tensors of optimizer state, by their keys in the file."""
+    return {t.key: t for layer in record.layers for t in layer.tensors if t.file == OPTIMIZER}
+
+
 def _make_states(record: Record, saved: Sequence[dict], mapped: Mapped, target: Target) -> list[dict[int, dict[str, Any]]]:
     """Make every optimizer's state as the record describes it, empty, and add its tensors to what is read.
 
     A live tensor of the same shape, type and strides is kept, so that no second copy exists during a rollback.
     """
-    places = {t.key: t for layer in record.layers for t in layer.tensors if t.file == OPTIMIZER}
+    places = _optimizer_places(record)
     out = []
     for index, (old, opt) in enumerate(zip(saved, target.optimizers)):
         states: dict[int, dict[str, Any]] = {}
@@ -359,11 +369,18 @@ def _state_tensor(place: TensorRecord, strides, live: Any, is_complex: bool, dev
     if is_complex:
         shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
     like = torch.empty(shape, dtype=dtype, device="meta")
-    strides = tuple(strides) if strides is not None else like.stride()
+    strides = tuple(strides) if strides is not None and _is_dense(shape, strides) else like.stride()
     if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == (
             shape, dtype, strides, device):
         return live
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides take no more memory than the elements: states of torch's optimizers have no others."""
+    if len(shape) != len(strides):
+        return False
+    return sum((size - 1) * stride for size, stride in zip(shape, strides)) < max(math.prod(shape), 1)
 
 
 def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Mapped, target: Target) -> None:
@@ -373,7 +390,8 @@ def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Map
         opt.state.clear()
         for group, live in zip(old["groups"], opt.param_groups):
             for key, value in group["settings"].items():
-                if isinstance(value, torch.Tensor) and isinstance(live.get(key), torch.Tensor):
+                old_value = live.get(key)
+                if isinstance(value, torch.Tensor) and isinstance(old_value, torch.Tensor) and value.shape == old_value.shape:
                     live[key].copy_(value)
                 else:
                     live[key] = value

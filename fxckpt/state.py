@@ -66,6 +66,17 @@ def _unpacked(state: Mapping[str, Any]) -> tuple:
     return state["version"], tuple(int(word) for word in state["words"]), state["gauss"]
 
 
+def is_random_state(value: Mapping[str, Any]) -> bool:
+    """Whether new generators take these states."""
+    try:
+        torch.Generator().set_state(value["torch"])
+        np.random.RandomState().set_state(value["numpy"])
+        random.Random().setstate(_unpacked(value["python"]))
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError):
+        return False
+    return True
+
+
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put the global generators back."""
     torch.set_rng_state(state["torch"])
