@@ -505,8 +505,16 @@ static bool issue_next(struct fx_engine *engine) {
 
 /* ---- threads ---- */
 
+/* Another thread may be capturing a graph. By default the driver then refuses calls like ours in every thread, or ends
+ * that capture; ours have nothing to do with it. */
+static void ignore_captures(struct fx_engine *engine) {
+    int mode = CU_CAPTURE_RELAXED;
+    engine->cuda->driver.ThreadExchangeStreamCaptureMode(&mode);
+}
+
 static void *copier_main(void *argument) {
     struct fx_engine *engine = argument;
+    ignore_captures(engine);
     fx_lock(engine);
     while (!engine->cuda->stopping)
         if (!issue_next(engine)) pthread_cond_wait(&engine->cuda->work, &engine->lock);
@@ -547,6 +555,7 @@ static void reap(struct device *device) {
 static void *reaper_main(void *argument) {
     struct device *device = argument;
     struct fx_engine *engine = device->engine;
+    ignore_captures(engine);
     enter(device);
     fx_lock(engine);
     while (device->oldest || !engine->cuda->stopping) {

@@ -40,6 +40,7 @@ static const struct entry entries[] = {
     ENTRY(MemcpyDtoHAsync, 3020),
     ENTRY(MemHostRegister, 6050),
     ENTRY(MemHostUnregister, 4000),
+    ENTRY(ThreadExchangeStreamCaptureMode, 10010),
     {"cuMemcpyBatchAsync", 12080, offsetof(struct fx_driver, MemcpyBatchAsync), 1},
 };
 

@@ -28,6 +28,7 @@ enum {
     CU_EVENT_QUIET = 1 | 2,    /* a host wait sleeps; no time stamp, which makes events cheap */
     CU_HOST_PORTABLE = 1,      /* pinned for every context */
     CU_SOURCE_IN_STREAM_ORDER = 1,
+    CU_CAPTURE_RELAXED = 2,
     CU_ERROR_NOT_SUPPORTED = 801,
     CU_ERROR_NOT_FOUND = 500,
 };
@@ -55,6 +56,7 @@ struct fx_driver {
     CUresult (*MemcpyDtoHAsync)(void *to, CUdeviceptr from, size_t n, CUstream stream);
     CUresult (*MemHostRegister)(void *memory, size_t n, unsigned flags);
     CUresult (*MemHostUnregister)(void *memory);
+    CUresult (*ThreadExchangeStreamCaptureMode)(int *mode);
     /* NULL before CUDA 12.8 */
     CUresult (*MemcpyBatchAsync)(CUdeviceptr *to, CUdeviceptr *from, size_t *n, size_t count,
                                  struct cu_copy_attributes *attributes, size_t *starts, size_t n_attributes,

@@ -101,6 +101,8 @@ static unsigned delay_us;
 static int violations, devices = 2, pending_ops;
 static char report[512];
 static _Thread_local int stack[STACK], depth;
+static _Thread_local bool relaxed; /* calls here are allowed while another thread captures a graph */
+static bool capturing;
 
 /* ---- bookkeeping; lock held ---- */
 
@@ -408,6 +410,7 @@ CU(cu_event_record)(struct CUevent_st *event, struct CUstream_st *handle) {
 
 CU(cu_event_sync)(struct CUevent_st *event) {
     ENTER;
+    if (capturing && !relaxed) violation("a host wait breaks the capture of another thread", event);
     struct record *record = event->last;
     if (record) {
         record->refs++;
@@ -478,6 +481,13 @@ CU(cu_unregister)(void *memory) {
     return leave(0);
 }
 
+CU(cu_capture_mode)(int *mode) {
+    int before = relaxed ? 2 : 0;
+    relaxed = *mode == 2;
+    *mode = before;
+    return 0;
+}
+
 /* ---- how they are found ---- */
 
 static void put(void **to, CUresult (*function)(void)) { memcpy(to, &function, sizeof *to); }
@@ -511,6 +521,7 @@ static CUresult lookup(const char *name, void **function, int version) {
         AT("cuMemcpyDtoHAsync", 3020, cu_copy),
         AT("cuMemHostRegister", 6050, cu_register),
         AT("cuMemHostUnregister", 4000, cu_unregister),
+        AT("cuThreadExchangeStreamCaptureMode", 10010, cu_capture_mode),
         AT("cuMemcpyBatchAsync", 12080, cu_batch),
 #undef AT
     };
@@ -545,6 +556,13 @@ EXPORT void fake_fail(uint64_t nth, int error, int for_good) {
     fail_at = nth ? calls + nth : 0;
     fail_with = error;
     fail_for_good = for_good;
+    pthread_mutex_unlock(&lock);
+}
+
+/* Another thread captures a graph, as torch.cuda.graph does, in the driver's strictest mode. */
+EXPORT void fake_capture(int on) {
+    pthread_mutex_lock(&lock);
+    capturing = on;
     pthread_mutex_unlock(&lock);
 }
 

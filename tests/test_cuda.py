@@ -126,6 +126,13 @@ def test_a_step_inside_a_graph_capture_is_refused(tmp_path, device):
     assert all_good(tmp_path, training.train(1).end())[0] == 3
 
 
+def test_a_capture_in_another_thread_is_not_disturbed(tmp_path, device):
+    device.fake.library.fake_capture(1)
+    training = Training(tmp_path).train(4).end()
+    device.fake.library.fake_capture(0)
+    assert device.fake.violations() == "" and all_good(tmp_path, training) == [4, 3, 2, 1]
+
+
 def test_a_failing_driver_fails_the_checkpoint_and_not_the_training(tmp_path, device):
     training = Training(tmp_path).train(2)
     training.opt.ckpt.flush()
