@@ -191,4 +191,5 @@ def _print(disk: dict[str, Any], plan: dict[str, Any] | None) -> None:
           f"{plan['disk_busy']:.0%} busy, {common.human(plan['bytes_per_day'])} a day")
     print(f'every="auto"     at most once a minute: {common.human(plan["bytes_per_day_auto"])} a day')
     print(f"a crash          loses at most {plan['lost_at_most_steps']} steps (with every={plan['every']})")
-    print(f"load             takes {common.duration(plan['restore_seconds'])} in a run that has not stepped, elsewhere twice that")
+    seconds = common.duration(plan["restore_seconds"])
+    print(f"load             takes {seconds} in a run that has not stepped, elsewhere twice that")
