@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import Training, differences, mlp, snapshot
+from helpers import Training, differences, digest, mlp, snapshot
 from safetensors.torch import load_file
 from storing import all_verify, fast_directory, start
 
@@ -243,6 +243,55 @@ def test_an_exported_torch_file_loads_into_the_model_and_the_optimizer(capsys, t
     opt.load_state_dict(loaded["optimizer"])
     assert loaded["step"] == 2 and differences(snapshot(model, opt), training.reference[2]) == []
     assert opt.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.9**2), "the scheduler had stepped"
+
+
+class Tied(torch.nn.Module):
+    """Tied weights, buffers, a weight that is not row-major, and state of the module's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        self.norm, self.a, self.b = torch.nn.BatchNorm2d(3), torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+        self.b.weight = self.a.weight
+        self.seen = 0
+
+    def get_extra_state(self) -> int:
+        return self.seen
+
+    def set_extra_state(self, state: int) -> None:
+        self.seen = state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += 1
+        return self.b(self.a(self.norm(self.conv(x)).mean((2, 3))))
+
+
+def two_optimizers(model: Tied) -> list[torch.optim.Optimizer]:
+    first = torch.optim.SGD(model.conv.parameters(), lr=0.1, momentum=0.9)
+    rest = [p for name, p in model.named_parameters() if not name.startswith("conv.")]
+    return [first, torch.optim.Adam(rest, lr=0.01)]
+
+
+def test_an_export_has_ties_buffers_module_state_and_every_optimizer(capsys, tmp_path):
+    model = Tied()
+    optimizers = fxckpt.compile_step(two_optimizers(model), tmp_path / "d", model=model, every=1, update="native")
+    for _ in range(2):
+        model(torch.randn(4, 2, 6, 6)).square().mean().backward()
+        for opt in optimizers:
+            opt.step()
+            opt.zero_grad()
+    optimizers[0].ckpt.shutdown()
+    assert run(capsys, "export", tmp_path / "d", tmp_path / "x", "--format", "torch", "--optimizer")[0] == 0
+    loaded, again = torch.load(tmp_path / "x", weights_only=True), Tied()
+    others = two_optimizers(again)
+    again.load_state_dict(loaded["model"])
+    for opt, state in zip(others, loaded["optimizer"], strict=True):
+        opt.load_state_dict(state)
+    assert again.seen == 2 and again.b.weight is again.a.weight
+    assert digest(again) == digest(model)
+    for opt, other in zip(optimizers, others, strict=True):
+        assert digest(other.state_dict()["state"]) == digest(opt.state_dict()["state"])
+        assert other.param_groups[0]["lr"] == opt.param_groups[0]["lr"]
 
 
 def test_an_exported_model_alone_is_its_state_dict(capsys, trained, tmp_path):
