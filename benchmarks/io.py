@@ -1,7 +1,7 @@
 """How near whole checkpoints come to the disk: writing and restoring about 600 MB, checksums, syncs and commit included.
 
 The ceiling is the best of several plain O_DIRECT loops (threads, piece size) that overwrite, or read, as many bytes of
-one file. fxckpt takes named-less ``opt.ckpt.save()`` checkpoints into recycled slots, and restores with
+one file. fxckpt takes ``opt.ckpt.save()`` checkpoints into recycled slots, and restores with
 ``fxckpt.load()``, which verifies every chunk and reads in place. Peers overwrite and sync a file, and load it after it
 was dropped from the page cache. All take turns in interleaved rounds; a ratio is the median over rounds of the ceiling's
 time divided by theirs, so 1.00 is the disk's own speed.
@@ -96,6 +96,7 @@ def trained(megabytes: int, step: bool = True) -> tuple[nn.Module, torch.optim.O
         parameter.grad = torch.randn_like(parameter)
     if step:
         optimizer.step()
+    optimizer.zero_grad()
     return model, optimizer
 
 

@@ -12,6 +12,8 @@ Every byte of fxckpt's last checkpoint is verified, and its weights compared, at
 from __future__ import annotations
 
 import argparse
+import atexit
+import importlib
 import json
 import multiprocessing
 import os
@@ -76,8 +78,9 @@ class Worker:
         (folder / key).mkdir()
         self.pipe, theirs = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=work, args=(key, folder / key, size, theirs), daemon=True)
-        self.process.start()
+        self.process = context.Process(target=work, args=(key, folder / key, size, theirs))
+        self.process.start()  # not a daemon: some peers start processes of their own
+        atexit.register(self.process.kill)
         theirs.close()
         self.state_bytes = self._answer()
 
@@ -105,6 +108,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     disk = machine.Disk(folder)
     workers = []
     for key in args.only:
+        if (why := absent(ALL[key].needs)) is not None:
+            print(f"left out: {ALL[key].label}: {why}")
+            continue
         progress(f"starting {ALL[key].label}")
         workers.append(Worker(key, folder, args))
     bandwidth = []
@@ -127,6 +133,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     return {"machine": machine.describe(folder), "state_bytes": workers[0].state_bytes,
             "disk_bytes_per_second": statistics.median(bandwidth), "disk_rounds": bandwidth,
             "direct_io": disk.direct, "steps_per_round": args.steps, "results": results}
+
+
+def absent(package: str) -> str | None:
+    """Why a peer's package cannot be used; None if it can, or none is needed."""
+    try:
+        importlib.import_module(package or "torch")
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def progress(text: str) -> None:
