@@ -38,6 +38,12 @@ soak: $(ENGINE)
 kills: $(ENGINE)
 	@FXCKPT_KILLS=100 $(PY) -m pytest tests/test_kill_loop.py $(ARGS)
 
+# Every option of every optimizer, in every form and compiled in three types; then the table in docs/optimizers.md anew.
+.PHONY: optimizers
+optimizers: $(ENGINE)
+	@$(PY) tools/optimizer_table.py
+	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/test_every_optimizer.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)

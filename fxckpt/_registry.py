@@ -1,4 +1,4 @@
-"""The package's only module-level state: what the compiler has seen, and the runs that are live.
+"""The package's only module-level state: what the compiler has seen, the runs that are live, updates that were compiled.
 
 A run is held weakly: it lives as long as its optimizers do.
 """
@@ -6,7 +6,7 @@ A run is held weakly: it lives as long as its optimizers do.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxckpt.graph.joint import TraceBook
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 class Registry:
-    """Live runs, and the traces that ``fxckpt.backend`` recorded, by parameter identity."""
+    """Live runs, the traces that ``fxckpt.backend`` recorded by parameter identity, and updates that any run may use."""
 
     def __init__(self) -> None:
         self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
         self._traces: TraceBook | None = None
+        self.programs: dict[Any, list[Any]] = {}  # signature -> traced updates of torch.optim's classes, for all runs
 
     @property
     def traces(self) -> TraceBook:

@@ -5,16 +5,20 @@ Feature tests: ``tests/test_torch_private.py``.
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import functools
 import inspect
 import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
+from torch.overrides import TorchFunctionMode
 
 from fxckpt.errors import SetupError
 
@@ -109,16 +113,100 @@ def default_implementation(param: torch.Tensor) -> str:
     return "foreach" if param.device.type in _get_foreach_kernels_supported_devices() else "single"
 
 
-def trace_fake(fn: Callable, args: Sequence[torch.Tensor]) -> fx.Graph:
-    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles."""
+@dataclass(frozen=True)
+class FakeTrace:
+    """What ``trace_fake`` found: the graph, the branches taken on symbolic numbers, and who those symbols are."""
+
+    graph: fx.Graph
+    branches: list[tuple[Any, bool]]  # sympy expression, and how it was decided
+    symbols: dict[Any, fx.Node]  # sympy symbol -> the node that reads it (``item()``)
+
+
+def trace_fake(fn: Callable, args: Sequence[torch.Tensor], script: Sequence[bool] = ()) -> FakeTrace:
+    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles.
+
+    A branch on such a number cannot be decided while tracing: ``script`` says how, first branch first, and what it does
+    not say is taken as true. ``make_fx`` itself would raise GuardOnDataDependentSymNode, and knows no way to be told.
+    """
+    import sympy
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
-    mode = FakeTensorMode(shape_env=ShapeEnv(allow_scalar_outputs=True), static_shapes=True)
+    branches: dict[Any, bool] = {}
+
+    class Scripted(ShapeEnv):
+        def evaluate_expr(self, orig_expr, *args, **kwargs):
+            if orig_expr in branches:
+                return sympy.true if branches[orig_expr] else sympy.false
+            try:
+                return super().evaluate_expr(orig_expr, *args, **kwargs)
+            except GuardOnDataDependentSymNode:
+                if not isinstance(orig_expr, (sympy.core.relational.Relational, sympy.logic.boolalg.BooleanFunction)):
+                    raise
+                branches[orig_expr] = script[len(branches)] if len(branches) < len(script) else True
+                return sympy.true if branches[orig_expr] else sympy.false
+
+    mode = FakeTensorMode(shape_env=Scripted(allow_scalar_outputs=True), static_shapes=True)
     fakes = [mode.from_tensor(t.detach()) for t in args]
     with mode, torch.no_grad():
-        return make_fx(fn)(*fakes).graph
+        graph = make_fx(fn)(*fakes).graph
+    symbols = {value.node.expr: node for node in graph.nodes
+               if isinstance(value := node.meta.get("val"), (torch.SymFloat, torch.SymInt, torch.SymBool))
+               and node.op == "call_function" and isinstance(value.node.expr, sympy.Symbol)}
+    return FakeTrace(graph, list(branches.items()), symbols)
+
+
+def branch_node(graph: fx.Graph, expression: Any, symbols: dict[Any, fx.Node]) -> fx.Node:
+    """Compute a sympy ``expression`` at the end of ``graph``, in Python numbers; raises KeyError for an unknown symbol.
+
+    torch writes its own deferred asserts into graphs this way; nothing public turns such an expression into nodes.
+    """
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    output = next(n for n in reversed(graph.nodes) if n.op == "output")
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    known = {symbol: fx.Proxy(symbols[symbol], tracer) for symbol in expression.free_symbols}
+    with graph.inserting_before(output):
+        return sympy_interp(PythonReferenceAnalysis, known, expression).node
+
+
+class _NumbersIntoTensors(TorchFunctionMode):
+    """``torch.as_tensor`` of a symbol: it would ask for the symbol's value, ``scalar_tensor`` takes it as it is."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.as_tensor and isinstance(args[0], (torch.SymFloat, torch.SymInt)):
+            return torch.scalar_tensor(args[0], **{"dtype": torch.get_default_dtype(), **kwargs})
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def symbolic_numbers(opt: torch.optim.Optimizer):
+    """While this lasts, the step of ``opt``'s class can compute with symbols where Python would want their values.
+
+    ``max`` and ``min`` branch, ``torch.sym_max`` is one node of a graph; they are replaced in the class's own module, and
+    only in modules of ``torch.optim``.
+    """
+    names = unhooked_step(opt).__globals__
+    if not names["__name__"].startswith("torch.optim."):
+        yield
+        return
+    assert "max" not in names and "min" not in names
+
+    def either(symbolic, builtin):
+        def extreme(*values, **options):
+            plain = len(values) == 2 and all(isinstance(v, (int, float, torch.SymInt, torch.SymFloat)) for v in values)
+            return symbolic(*values) if plain and not options else builtin(*values, **options)
+        return extreme
+
+    names["max"], names["min"] = either(torch.sym_max, builtins.max), either(torch.sym_min, builtins.min)
+    try:
+        with _NumbersIntoTensors():
+            yield
+    finally:
+        del names["max"], names["min"]
 
 
 def symbolic_float(tensor: torch.Tensor, positive: bool | None):
@@ -436,6 +524,18 @@ def extra_state_modules(model: torch.nn.Module):
     for name, module in model.named_modules():
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
             yield name, module
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Does the tensor belong to a transform of ``torch.func``? Such a one has no memory; nothing public tells."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Is it a subclass that keeps its values in inner tensors (DTensor, torchao's quantized states)?"""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor)
 
 
 def gradient_accumulator(param: torch.Tensor):

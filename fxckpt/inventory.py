@@ -52,6 +52,12 @@ def storable(tensor: torch.Tensor) -> torch.Tensor:
 
     Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors).
     """
+    if _torch.is_transformed(tensor):
+        raise SetupError("cannot checkpoint a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
+                         "transform returns. Call compile_step outside, with the parameters themselves.")
+    if _torch.is_wrapper(tensor):
+        raise SetupError(f"cannot checkpoint a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
+                         "which this version does not take apart")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise SetupError(f"cannot checkpoint a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: "
                          "only dense tensors are supported")

@@ -83,13 +83,14 @@ class Layout:
         return [i for i in range(-(-layout.nbytes // size)) if i not in mixed]
 
     def check_unchanged(self, pending: Pending) -> None:
-        """All frozen tensors as they were at their emit? Raises Changed with the tensor's name, and remembers it:
-        from now on it is copied with the buffers. Version counters see in-place operations, not those on ``.data``."""
-        for number in self.number("frozen"):
-            names = [e.key for e in self.layers[number].entries]
-            self.compare(pending, number, names)
+        """Once all is copied: is every tensor as it was at its emit, if no fence has looked since? Raises Changed with the
+        tensor's name, and remembers it: a frozen one is copied with the buffers from now on. Version counters see in-place
+        operations, not those on ``.data``."""
+        with pending.looking:
+            for number in [*self.number("frozen"), *self.number("update")]:
+                self.compare(pending, number)
 
-    def compare(self, pending: Pending, number: int, names: Sequence[str] | None = None) -> None:
+    def compare(self, pending: Pending, number: int) -> None:
         """Raises Changed if a tensor of this layer has another version than at its emit."""
         found = pending.versions.get(number)
         if found is None:
@@ -97,7 +98,7 @@ class Layout:
         tensors, versions = found
         for i, (tensor, version) in enumerate(zip(tensors, versions)):
             if tensor._version != version:
-                key = names[i] if names else self.layers[number].entries[i].key
+                key = self.layers[number].entries[i].key
                 self.unstable.add(key)
                 raise Changed(f"{key!r} was changed in place outside opt.step() while the checkpoint of step "
                               f"{pending.step} was being copied; that checkpoint is discarded")

@@ -68,7 +68,10 @@ class Run:
         self._layout_key: Any = None
         self._unstable: set[str] = set()
         self._arranged: Any = None
-        self.stopped = self._store_checked = self._announced = False
+        self.stopped = self._store_checked = False
+        self._announced: list[int] = []  # the bindings that were described last
+        self._said: set[tuple[int, str]] = set()
+        self._callback_error: Exception | None = None  # what on_layer raised in this step
         self._hooked: dict[int, Any] = {}
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         self._watch_scalers(extra)
@@ -246,14 +249,25 @@ class Run:
             if whole:
                 self._emit_stepper(stepper, pending)
             else:
-                stepper.run(self.number if pending is not None or self.engine.pending() else None)
+                fenced = pending is not None or self.engine.pending()
+                if not fenced:
+                    self._look_for_changes(None)  # all is copied, and no fence will look
+                stepper.run(self.number if fenced else None)
             if pending is not None:
                 self._emit_rest(pending, stepper)
         if leads:
             self.attempts += 1
             found = getattr(opt, "found_inf", None)
             self.applied.add(self.devices.later(found) if scaled and self._is_remote(found) else None)
+        self._raise_callback_error()
         return loss
+
+    def _raise_callback_error(self) -> None:
+        """Raise what ``on_layer`` raised, now that all layers were updated: half a step is nothing to go on from."""
+        error, self._callback_error = self._callback_error, None
+        if error is not None:
+            self.drop_open("on_layer raised")
+            raise error
 
     def _is_remote(self, tensor: Any) -> bool:
         """Is it a tensor on a device?"""
@@ -466,20 +480,28 @@ class Run:
 
     def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Wait until every copy of this layer is done; what was changed behind our back meanwhile drops its checkpoint."""
-        newest = self.saver.newest()
-        if newest is not None and newest is not self._current and newest.layout is self._layout:
-            try:
-                newest.layout.compare(newest, layer)
-            except plan.Changed as error:
-                if newest.given_up is None:
-                    self.saver.note_failure(newest.step, error)
-                    newest.give_up(str(error))
-            newest.versions.pop(layer, None)
+        self._look_for_changes(layer)
         self._wait(layer)
 
     def fence_all(self) -> None:
-        """Wait until nothing is being copied."""
+        """Wait until nothing is being copied, and look for changes as ``fence`` does."""
+        self._look_for_changes(None)
         self._wait(-1)
+
+    def _look_for_changes(self, layer: int | None) -> None:
+        """Drop checkpoints under way of which a tensor is not as it was emitted; after this it may change. None: all layers."""
+        for pending in self.saver.under_way():
+            if pending is self._current or (layer is not None and pending.layout is not self._layout):
+                continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
+            with pending.looking:  # or the committer would take what this step changes for a change behind our back
+                for number in pending.layout.number("update") if layer is None else [layer]:
+                    try:
+                        pending.layout.compare(pending, number)
+                    except plan.Changed as error:
+                        if pending.given_up is None:
+                            self.saver.note_failure(pending.step, error)
+                            pending.give_up(str(error))
+                    pending.versions.pop(number, None)
 
     def _wait(self, layer: int) -> None:
         """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk), or from here
@@ -510,7 +532,10 @@ class Run:
             sources = self._sources(copies)
         pending.copy.emit(layer, sources, self._streams() if sources.devices else None)
         if self.config.on_layer is not None and found.kind == "update":
-            self.config.on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
+            try:
+                self.config.on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
+            except Exception as error:
+                self._callback_error = self._callback_error or error
 
     # -- what the handle needs --------------------------------------------------------------------------------------
 
@@ -536,6 +561,7 @@ class Run:
         try:
             with torch.no_grad():
                 self._emit_rest(pending, None)
+            self._raise_callback_error()
         except BaseException:
             self._abort("save() failed")
             raise
@@ -569,15 +595,17 @@ class Run:
                 self.saver.stop(timeout)
 
     def _announce(self) -> None:
-        """Say once what runs a step, and what the snapshots of buffers may take."""
-        if self._announced:
+        """Say what runs a step, once for each way it runs, and what the snapshots of buffers may take."""
+        bound = [stepper.bound for stepper in self.steppers]
+        if bound == self._announced:
             return
-        self._announced = True
-        for stepper in self.steppers:
-            log.info("fxckpt: %s", stepper.describe())
-        buffers = sum(t.nbytes for t in self.inventory.buffers.values()) * self.config.max_async
-        if buffers >> 20:
-            log.info("fxckpt: snapshots of the model's buffers take at most %d MiB more", buffers >> 20)
+        if not self._announced and (buffers := sum(t.nbytes for t in self.inventory.buffers.values())) >> 20:
+            log.info("fxckpt: snapshots of the model's buffers take at most %d MiB more", buffers * self.config.max_async >> 20)
+        self._announced = bound
+        for i, line in enumerate(stepper.describe() for stepper in self.steppers):
+            if line and (i, line) not in self._said:
+                self._said.add((i, line))
+                log.info("fxckpt: %s", line)
 
 
 def _as_float(name: str, value: Any) -> float:

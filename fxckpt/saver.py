@@ -45,6 +45,7 @@ class Pending:
     copy: Any  # engine.Checkpoint
     keep: list[Any] = field(default_factory=list)  # what must stay alive until it is copied
     versions: dict[int, tuple[Sequence, list[int]]] = field(default_factory=dict)  # layer -> its tensors, at emit
+    looking: threading.Lock = field(default_factory=threading.Lock)  # held while they are compared and forgotten
     record: dict[str, Any] = field(default_factory=dict)  # the fields of the record, set when the step closes
     tensors: dict[str, Any] = field(default_factory=dict)  # of the extra state
     closed: threading.Event = field(default_factory=threading.Event)
@@ -126,10 +127,10 @@ class Saver:
         with self._lock:
             return len(self._flying)
 
-    def newest(self) -> Pending | None:
-        """The checkpoint begun last, if it is still under way."""
+    def under_way(self) -> list[Pending]:
+        """The checkpoints begun and not ended yet, oldest first."""
         with self._lock:
-            return self._flying[-1] if self._flying else None
+            return list(self._flying)
 
     def patience(self) -> Patience:
         """For one wait. Longer than the committer's own, which ends what hangs where it can be ended."""

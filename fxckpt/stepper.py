@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from fxckpt import _torch, cuda
+from fxckpt._registry import registry
 from fxckpt.errors import SetupError
 from fxckpt.graph import hoist, inductor, rewrite, update
 from fxckpt.graph.layers import Layer
@@ -30,7 +31,7 @@ log = logging.getLogger("fxckpt")
 class Member:
     """One parameter of the optimizer, with the tensors that were bound to it."""
 
-    __slots__ = ("address", "entries", "flat", "group", "implementation", "items", "name", "param", "program", "state")
+    __slots__ = ("address", "compile", "entries", "flat", "group", "implementation", "items", "name", "param", "program", "state")
 
     def __init__(self, name: str, param: torch.Tensor, group: int, state: dict[str, Any] | None):
         self.name, self.param, self.group, self.state = name, param, group, state
@@ -40,6 +41,7 @@ class Member:
         self.items = [(key, value, value.data_ptr()) for key, value in tensors]
         self.program: hoist.Program | None = None
         self.implementation = "single"
+        self.compile = False
         self.flat = False  # its update is compiled, over its elements in the order of memory
 
     def stale(self) -> bool:
@@ -96,9 +98,9 @@ class Stepper:
         self.first_layer = 0
         self.graph: rewrite.StepGraph | None = None
         self.bound = 0  # how often tensors were bound: a plan made for another binding is void
-        self._programs: dict[update.Signature, hoist.Program | update.NotTraceable] = {}
-        self._compiled: dict[update.Signature, Callable] = {}
-        self._native: set[update.Signature] = set()
+        self._programs: dict[update.Signature, list[hoist.Program] | update.NotTraceable] = {}  # one for each way to branch
+        self._compiled: dict[Any, Callable] = {}
+        self._native: set[Any] = set()
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
@@ -110,6 +112,7 @@ class Stepper:
         self._mask: list[bool] = []
         self._done: set[int] = set()
         self._cohorts: list[Cohort] = []
+        self._branching: list[Cohort] = []  # those whose program is another one for other counts
         self._calls: list[list[Callable]] = []
         self._all_calls: list[Callable] = []
         self._versions: list[int] = []
@@ -139,7 +142,8 @@ class Stepper:
     def replaced(self) -> list[str]:
         """Names of the members whose tensors are not those that were bound."""
         state = self.opt.state
-        return [m.name for m in self.members if m.stale() or state.get(m.param) is not m.state]
+        # Whoever looks at opt.state[p] of a parameter without state makes an empty one: nothing was replaced.
+        return [m.name for m in self.members if m.stale() or (state.get(m.param) or None) is not (m.state or None)]
 
     @staticmethod
     def _shape_of(group: dict[str, Any]) -> tuple:
@@ -147,7 +151,7 @@ class Stepper:
         numbers = tuple((key, (value > 0) - (value < 0)) for key, value in update.numeric_items(group) if key[0] != "lr")
         flags = tuple((k, v) for k, v in group.items()
                       if k not in _torch.GROUP_BOOKKEEPING and (v is None or isinstance(v, (bool, str))))
-        return len(group["params"]), numbers, flags, isinstance(group.get("lr"), torch.Tensor)
+        return len(group["params"]), numbers, flags, tuple(key for key, _ in update.tensor_items(group))
 
     def bind(self) -> None:
         """Read the optimizer anew: members, their state, the program of each."""
@@ -188,39 +192,42 @@ class Stepper:
                 self.whole = str(reason)
         except update.NotTraceable as reason:
             self.whole = str(reason)
-        if member.program is not None and not native:
+        member.compile = not native
+        if member.program is not None and member.compile:
             self._compile(member)
 
     def _program(self, member: Member, group: dict[str, Any]) -> hoist.Program:
-        """The traced and hoisted update of this member's signature, made once."""
+        """The traced and hoisted update of this member's signature, for the branches it takes now; each made once."""
         state = member.state or {}
         signature = update.signature_of(self.opt, group, member.param, state, member.implementation)
-        found = self._programs.get(signature)
-        if found is None:
-            try:
-                found = hoist.hoist(update.trace(self.opt, group, member.param, state, signature), signature)
-                log.debug("traced %s (%s, %s): %d scalars, inputs %s", type(self.opt).__name__,
-                          signature.implementation, signature.dtype, found.scalars, found.inputs)
-            except update.NotTraceable as reason:
-                found = reason
-            self._programs[signature] = found
-        if isinstance(found, update.NotTraceable):
-            raise found
+        known = self._programs.setdefault(signature, registry.programs.setdefault(signature, []))
+        if isinstance(known, update.NotTraceable):
+            raise known
+        for found in known:
+            if not found.outcomes or found.asks([state[key] for key in found.counts], found.values(group)) == found.outcomes:
+                return found
+        try:
+            found = hoist.specialize(self.opt, group, member.param, state, signature)
+        except update.NotTraceable as reason:
+            self._programs[signature] = reason
+            raise
+        log.debug("traced %s (%s, %s): %d scalars, inputs %s, branches %s", type(self.opt).__name__, signature.implementation,
+                  signature.dtype, found.scalars, found.inputs, found.outcomes)
+        known.append(found)
         return found
 
     def _compile(self, member: Member) -> None:
-        """Have the member's signature compiled, if its tensors are laid out alike; what Inductor cannot take stays native."""
-        signature = member.program.signature
-        if signature not in self._compiled and signature not in self._native:
+        """Have the member's program compiled, if its tensors are laid out alike; what Inductor cannot take stays native."""
+        program = member.program
+        if program.key not in self._compiled and program.key not in self._native:
             try:
-                self._compiled[signature] = inductor.compile_body(member.program)
+                self._compiled[program.key] = inductor.compile_body(program)
             except update.NotTraceable as reason:
-                if self.mode == "inductor":
-                    raise SetupError(f'update="inductor": {reason}; use update="native" for {type(self.opt).__name__}') from None
-                log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
-                self._native.add(signature)
-        tensors = [member.bound(kind, key) for kind, key in member.program.inputs if kind != "grad"]
-        member.flat = signature in self._compiled and all(inductor.same_layout(t, member.param) for t in tensors) and (
+                if not self._native:
+                    log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
+                self._native.add(program.key)
+        tensors = [member.bound(kind, key) for kind, key in program.inputs if kind != "grad"]
+        member.flat = program.key in self._compiled and all(inductor.same_layout(t, member.param) for t in tensors) and (
             inductor.is_dense(member.param))
 
     # -- the graph --------------------------------------------------------------------------------------------------
@@ -302,32 +309,43 @@ class Stepper:
         """Which members take part, and which of them share their scalars; kept while the answer stays the same."""
         done = self._done
         mask = [m.param.grad is not None and id(m.param) not in done for m in self.members]
-        if mask == self._mask and self._versions == [t._version for t in self._count_tensors]:
+        if (mask == self._mask and self._versions == [t._version for t in self._count_tensors]
+                and all(cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching)):
             return
         self._mask = mask
         self._versions = [t._version for t in self._count_tensors]
         cohorts: dict[Any, Cohort] = {}
         of: dict[str, int] = {}
         taking_part = [m for m, present in zip(self.members, mask) if present]
+        for member in taking_part:
+            if member.program.outcomes:
+                self._follow(member)
         values = cuda.count_values([[m.state[k] for k in m.program.counts] for m in taking_part])
         for member, counts in zip(taking_part, values):
-            signature = member.program.signature
-            key = (member.group, signature, counts)
+            key = (member.group, member.program.key, counts)
             if key not in cohorts:
                 cohorts[key] = Cohort(len(cohorts), member.group, member.program)
             cohorts[key].add(member)
             of[member.name] = cohorts[key].index
         self._cohorts = list(cohorts.values())
+        self._branching = [c for c in self._cohorts if c.program.outcomes]
         self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts, self._compiled)
                        for owned in self._owned]
         self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts,
                                     self._compiled)
 
+    def _follow(self, member: Member) -> None:
+        """Give the member the program of the branches that its counts take now (RAdam rectifies from some step on)."""
+        before = member.program
+        member.program = self._program(member, self.opt.param_groups[member.group])
+        if member.program is not before and member.compile:
+            self._compile(member)
+
     def describe(self) -> str:
-        """One line: what runs a step."""
+        """One line: what runs a step; empty while no state exists yet to tell."""
         name = _torch.plain_class(self.opt).__name__
         if self.whole:
             return f"{name}: its own step, whole ({self.whole}), then every layer is handed over"
         kinds = sorted({"Inductor" if m.flat else f"native {m.implementation}"
                         for m in self.members if m.program is not None})
-        return f"{name}: {' and '.join(kinds) or 'its own step until its state exists'}, {len(self.layers)} layers"
+        return f"{name}: {' and '.join(kinds)}, {len(self.layers)} layers" if kinds else ""

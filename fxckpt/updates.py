@@ -40,10 +40,13 @@ class Cohort:
                 column.append(value)
         self.members += 1
 
+    def holds(self, group: dict[str, Any]) -> bool:
+        """Does the next step take the branches that the program was made for?"""
+        return self.program.asks(self.representative, self.program.values(group)) == self.program.outcomes
+
     def scalars(self, group: dict[str, Any]) -> tuple:
         """Advance the counts of all members; returns the scalars as doubles, and puts them where compiled code looks."""
-        hypers = [group[name] if i is None else group[name][i] for name, i in self.program.hyperparameters]
-        values = self._host(*self.representative, *hypers)
+        values = self._host(*self.representative, *self.program.values(group))
         for source, column in zip(self.representative, self.others):
             if column:
                 torch._foreach_copy_(column, [source] * len(column))
@@ -65,7 +68,7 @@ def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[C
         flat = [m for m in mine if m.flat]
         native = [m for m in mine if not m.flat]
         if flat:
-            out.append(_CompiledCall(cohort, compiled[cohort.program.signature], flat))
+            out.append(_CompiledCall(cohort, compiled[cohort.program.key], flat))
         if native:
             out += _native_calls(cohort, native)
     return out

@@ -448,6 +448,27 @@ def test_an_exception_while_layers_are_handed_over_drops_the_checkpoint(store):
     assert all_good(store, training)[0] == training.found["steps"]
 
 
+def test_an_on_layer_that_raises_leaves_a_whole_step_behind(store):
+    """Its error comes out of ``opt.step()`` once every layer was updated: the parameters are those of a step, not of half."""
+
+    def on_layer(name, step, tensors):
+        if step == 3:
+            raise RuntimeError("boom")
+
+    mine = Training(store, on_layer=on_layer).train(2)
+    with pytest.raises(RuntimeError, match="boom"):
+        mine.train()
+    third = mine.now()
+    assert mine.found["steps"] == 3
+    mine.opt.zero_grad()
+    mine.scheduler.step()
+    mine.train(2).opt.ckpt.flush()
+    assert [found.record.step for found in candidates(store)] == [5, 4, 2, 1]
+    stock = Training(None).train(3)
+    assert differences(third, stock.now()) == []
+    assert differences(mine.now(), stock.train(2).now()) == []
+
+
 def test_ctrl_c_while_a_step_waits_for_a_slow_disk_comes_through_and_training_can_go_on(store):
     training = Training(store, max_async=1, keep=20).train(1)
     training.opt.ckpt.flush()

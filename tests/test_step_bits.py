@@ -115,7 +115,7 @@ def test_a_learning_rate_of_zero_makes_no_new_signature():
         opt.param_groups[0]["lr"] = 1e-3
         train(opt, params, 1)
     assert_same(mine, ours, theirs, stock)
-    programs = [p for p in mine.ckpt._run.steppers[0]._programs.values() if not isinstance(p, Exception)]
+    programs = [p for p in mine.ckpt._run.steppers[0]._programs.values() if isinstance(p, list)]
     assert len(programs) == 1
 
 
@@ -167,7 +167,7 @@ def test_a_compiled_update_is_seen_by_autograd_as_a_change():
 
 
 def test_optimizers_that_cannot_be_split_run_their_own_step_and_say_so_once(caplog):
-    mine, ours, theirs, stock = pair(torch.optim.RAdam, {})
+    mine, ours, theirs, stock = pair(torch.optim.AdamW, {"fused": True, "betas": (torch.tensor(0.9), torch.tensor(0.9))})
     with caplog.at_level("INFO", logger="fxckpt"):
         train(mine, ours)
     train(theirs, stock)

@@ -147,3 +147,48 @@ def test_cuda_graphs_can_be_reset():
     from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
     assert callable(reset_cudagraph_trees)
+
+
+# ---- tensors -----------------------------------------------------------------------------------------------------
+
+
+def test_tensors_of_transforms_and_wrappers_are_told_from_plain_ones():
+    assert not _torch.is_transformed(torch.ones(2))
+    seen = []
+    torch.func.vmap(lambda x: seen.append(_torch.is_transformed(x)) or x)(torch.ones(2))
+    torch.func.grad(lambda x: seen.append(_torch.is_transformed(x)) or x)(torch.tensor(1.0))
+    assert seen == [True, True]
+    assert not _torch.is_wrapper(nn.Parameter(torch.ones(2)))
+    assert _torch.is_wrapper(torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged))
+
+
+# ---- tracing optimizers ------------------------------------------------------------------------------------------
+
+
+def test_a_trace_is_told_how_branches_go_and_keeps_them():
+    def fn(x, count):
+        x.mul_(2.0 if count.item() * 3 > 5 else 4.0)
+
+    for script, factor in ((), 2.0), ((False,), 4.0):
+        found = _torch.trace_fake(fn, [torch.ones(3), torch.tensor(1.0)], script)
+        assert [outcome for _, outcome in found.branches] == [bool(factor == 2.0)]
+        assert factor in [a for n in found.graph.nodes for a in n.args]
+        node = _torch.branch_node(found.graph, found.branches[0][0], found.symbols)
+        found.graph.output((node,))
+        [found.graph.erase_node(n) for n in list(found.graph.nodes) if n.op == "output" and not n.args[0]]
+        module = torch.fx.GraphModule(torch.nn.Module(), found.graph)
+        assert [module(torch.ones(3), torch.tensor(c))[0] for c in (1.0, 2.0)] == [False, True]
+
+
+def test_extremes_and_tensors_of_symbols_are_nodes_only_while_an_optimizer_is_traced():
+    opt = torch.optim.ASGD([nn.Parameter(torch.ones(2))])
+    names = _torch.unhooked_step(opt).__globals__
+
+    def fn(x, count):
+        with _torch.symbolic_numbers(opt):
+            x.copy_(torch.as_tensor(names["max"](1, count.item() - 2)))
+
+    found = _torch.trace_fake(fn, [torch.ones(()), torch.tensor(7.0)])
+    assert found.branches == []
+    assert torch.sym_max in [n.target for n in found.graph.nodes]
+    assert "max" not in names and "min" not in names

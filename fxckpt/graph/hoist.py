@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from fxckpt.graph.update import Key, NotTraceable, Role, Signature, Traced
+from fxckpt.graph.update import MakesState, NotTraceable, Role, Signature, Traced, trace
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,23 @@ class Program:
     inputs: tuple[tuple[str, Any], ...]  # ("param", None), ("grad", None), ("state", key)
     scalars: int
     dtypes: tuple[torch.dtype, ...] = ()  # of ``inputs``
+    outcomes: tuple[bool, ...] = ()  # how its branches on counts and hyperparameters went
+    branches: fx.GraphModule | None = None  # ``(*counts, *hypers) -> tuple of bools``; changes the counts it is given
 
     @property
-    def hyperparameters(self) -> tuple[Key, ...]:
-        """The hyperparameters in the order in which ``host`` takes them."""
-        return self.signature.hyperparameters
+    def key(self) -> Any:
+        """What tells programs apart."""
+        return self.signature, self.outcomes
+
+    def asks(self, counts: Sequence[torch.Tensor], hypers: Sequence[Any]) -> tuple[bool, ...]:
+        """How its branches go for these counts, which stay as they are, and hyperparameters."""
+        if self.branches is None:
+            return ()
+        return tuple(map(bool, self.branches.forward(*(c.clone() for c in counts), *hypers)))
+
+    def values(self, group: dict[str, Any]) -> list[Any]:
+        """A parameter group's hyperparameters in the order in which ``host`` takes them."""
+        return [group[name] if i is None else group[name][i] for name, i in self.signature.hyperparameters]
 
 
 def spread(value: Any, column: Sequence[torch.Tensor]) -> list[Any]:
@@ -79,13 +91,39 @@ def hoist(traced: Traced, signature: Signature) -> Program:
     for node in traced.graph.nodes:
         if node.op != "output" and is_host(node, traced.roles, host_nodes, counts):
             host_nodes.add(node)
+    if any(node not in host_nodes for node, _ in traced.branches):
+        raise NotTraceable("it branches on the values of a tensor")
+    _snapshot_counts(traced, host_nodes)
     host = _HostBuilder(traced, host_nodes, counts, signature)
     body = _BodyBuilder(traced, host_nodes, host)
     body.build()
+    branches = host.finish([host.map[node] for node, _ in traced.branches]) if traced.branches else None
     host_module, body_module = host.finish(body.scalars), body.finish()
     dtypes = tuple(node.meta["val"].dtype for node in body.columns.values())
     return Program(signature, "each" if traced.count == 1 else "columns", host_module, body_module, counts,
-                   tuple(body.inputs), len(body.scalars), dtypes)
+                   tuple(body.inputs), len(body.scalars), dtypes, tuple(outcome for _, outcome in traced.branches), branches)
+
+
+def _snapshot_counts(traced: Traced, host_nodes: set[fx.Node]) -> None:
+    """Where the body reads a count that is changed later in the trace, let it read a copy: all host work runs first."""
+    order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    root: dict[fx.Node, fx.Node] = {}
+    written: dict[fx.Node, int] = {}
+    for node in traced.graph.nodes:
+        if node in host_nodes and _mutates(node):
+            target = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+            for each in target:
+                written[root.get(each, each)] = order[node]
+            if len(target) == 1:
+                root[node] = root.get(target[0], target[0])
+    for node in [n for n in traced.graph.nodes if n not in host_nodes and n.op == "call_function"]:
+        for read in node.all_input_nodes:
+            if read in host_nodes and written.get(root.get(read, read), -1) > order[node]:
+                with traced.graph.inserting_before(node):
+                    copied = traced.graph.call_function(torch.ops.aten.clone.default, (read,))
+                copied.meta["val"] = read.meta.get("val")
+                host_nodes.add(copied)
+                node.replace_input_with(read, copied)
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -113,7 +151,8 @@ class _HostBuilder:
 
     def _copy(self, node: fx.Node) -> fx.Node:
         """This node on the representative's values; the same node if another parameter's chain already has it."""
-        args, kwargs = _fold(node.args, self.map), _fold(node.kwargs, self.map)
+        args = tuple(_fold(a, self.map) for a in node.args)  # each apart: x * x is no list of parameters
+        kwargs = _fold(node.kwargs, self.map)
         mutable = _mutates(node)
         roles = [self.roles[n] for n in node.all_input_nodes if n in self.roles]
         owners = {role.index for role in roles if role.kind == "state"}
@@ -132,14 +171,16 @@ class _HostBuilder:
         self.known[key] = copied
         return copied
 
-    def finish(self, scalars: Sequence[fx.Node]) -> fx.GraphModule:
-        """Return the scalars that the body reads."""
-        self.graph.output(tuple(scalars))
-        for node in reversed(list(self.graph.nodes)):
+    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
+        """A module of this graph that returns ``results``: the scalars that the body reads, or how branches go."""
+        graph, copies = fx.Graph(), {}
+        graph.graph_copy(self.graph, copies)
+        graph.output(tuple(copies[node] for node in results))
+        for node in reversed(list(graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users and not _mutates(node):
-                self.graph.erase_node(node)
-        self.graph.lint()
-        return fx.GraphModule(self.owner if self.owner is not None else torch.nn.Module(), self.graph, "Scalars")
+                graph.erase_node(node)
+        graph.lint()
+        return fx.GraphModule(self.owner if self.owner is not None else torch.nn.Module(), graph, "Scalars")
 
 
 def _fold(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
@@ -253,3 +294,30 @@ class _BodyBuilder:
         self.graph.lint()
         return fx.GraphModule(torch.nn.Module(), self.graph, "Update")
 
+
+def specialize(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any],
+               signature: Signature) -> Program:
+    """Trace and split the update for the branches that the step would take with the counts in ``state`` now.
+
+    Raises NotTraceable. List kernels that cannot be told apart per parameter are called with lists of one.
+    """
+    if signature.implementation == "single":
+        return _specialize(opt, group, param, state, signature, 1)
+    try:
+        return _specialize(opt, group, param, state, signature, 2)
+    except MakesState:
+        raise
+    except NotTraceable:
+        return _specialize(opt, group, param, state, signature, 1)
+
+
+def _specialize(opt, group, param, state, signature: Signature, count: int) -> Program:
+    """Guess how the branches go, look, and trace again along the right ones."""
+    script: tuple[bool, ...] = ()
+    for _ in range(16):
+        program = hoist(trace(opt, group, param, state, signature, count=count, script=script), signature)
+        truth = program.asks([state[key] for key in program.counts], program.values(group))
+        if truth == program.outcomes:
+            return program
+        script = truth  # right up to the first wrong one, and a good guess from there on
+    raise NotTraceable("its branches do not settle")

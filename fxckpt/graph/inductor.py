@@ -23,7 +23,7 @@ import torch.fx as fx
 
 from fxckpt import _torch
 from fxckpt.graph.hoist import Program
-from fxckpt.graph.update import NotTraceable, Signature
+from fxckpt.graph.update import NotTraceable
 
 log = logging.getLogger("fxckpt")
 
@@ -32,6 +32,13 @@ BLOCK = 16384
 
 aten = torch.ops.aten
 
+
+def _at_least(x: torch.Tensor, low: Any) -> torch.Tensor:
+    return torch.maximum(x, low) if isinstance(low, torch.Tensor) else x.clamp(min=low)
+
+
+def _at_most(x: torch.Tensor, high: Any) -> torch.Tensor:
+    return torch.minimum(x, high) if isinstance(high, torch.Tensor) else x.clamp(max=high)
 
 
 _TENSOR_FORMS: dict[Any, Callable[..., torch.Tensor]] = {
@@ -50,6 +57,10 @@ _TENSOR_FORMS: dict[Any, Callable[..., torch.Tensor]] = {
     aten.mul.Tensor: lambda x, y: x * y,
     aten.div_.Tensor: lambda x, y: x.div_(y),
     aten.div.Tensor: lambda x, y: x / y,
+    aten.eq.Scalar: lambda x, y: x == y,
+    aten.clamp_.default: lambda x, low, high: x.copy_(_at_most(_at_least(x, low), high)),
+    aten.index_put_.default: lambda x, mask, value: x.copy_(torch.where(mask[0], value, x)),
+    aten.pow.Tensor_Scalar: lambda x, y: x ** y,
 }
 
 
@@ -104,7 +115,7 @@ extern "C" void update_all(int64_t members, void* const* rows, const int64_t* le
 Update = Callable[[int, int, int, int], None]
 """``update_all`` of the driver: the number of members and three addresses."""
 
-_compiled: dict[Signature, Update | NotTraceable] = {}
+_compiled: dict[Any, Update | NotTraceable] = {}
 
 
 def compile_body(program: Program) -> Update:
@@ -112,13 +123,13 @@ def compile_body(program: Program) -> Update:
 
     Raises NotTraceable when a scalar reaches an operator that has no tensor form, or Inductor makes more than one kernel.
     """
-    signature = program.signature
-    if signature not in _compiled:
+    key = program.key
+    if key not in _compiled:
         try:
-            _compiled[signature] = _compile(program)
+            _compiled[key] = _compile(program)
         except NotTraceable as reason:
-            _compiled[signature] = reason
-    found = _compiled[signature]
+            _compiled[key] = reason
+    found = _compiled[key]
     if isinstance(found, NotTraceable):
         raise found
     return found
@@ -150,6 +161,10 @@ def _source(program: Program) -> str:
 
 def _generate(program: Program) -> str:
     """Ask Inductor for the kernel and put the driver around it. Raises NotTraceable."""
+    if program.signature.shape is not None:
+        raise NotTraceable("its elements are not all treated alike")
+    if program.signature.dtype.is_complex:
+        raise NotTraceable("Inductor has no complex kernels")
     body = _ScalarsAsTensors(program.body, program.scalars)
 
     def update(*flat: torch.Tensor) -> tuple:

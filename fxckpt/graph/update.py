@@ -35,12 +35,21 @@ class MakesState(NotTraceable):
     """The traced step makes optimizer state: a first step, which is the stock one's to run."""
 
 
-ELEMENTWISE = frozenset({"Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RMSprop", "Rprop", "SGD"})
+ELEMENTWISE = frozenset({"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"})
 """Classes of ``torch.optim`` whose step treats every element alike and keeps all that changes in tensors of its state.
 
-Only then is one trace, made on stand-ins of another shape, right for every parameter. Other classes may branch on a
-shape, or count steps in a Python attribute, which a trace would bake in; they run whole.
+Only then is one trace, made on stand-ins of another shape, right for every parameter.
 """
+
+BY_SHAPE = frozenset({"Adafactor", "Muon"})
+"""Classes of ``torch.optim`` that treat every parameter apart from the others but not every element alike: traced once
+for each shape, and never compiled."""
+
+COUNTS = frozenset({"step", "mu", "eta", "mu_product"})
+"""States that are 0-dimensional for every parameter, also for one that is itself 0-dimensional."""
+
+WHOLE = {"LBFGS": "its closure and line search look at all parameters at once", "SparseAdam": "its gradients are sparse"}
+"""Classes of ``torch.optim`` that run their own step, and why."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +63,13 @@ class Signature:
     state: tuple[tuple[str, bool], ...]  # key, and whether it is 0-dimensional (a step count)
     dtype: torch.dtype
     device: str  # with its number: list kernels take tensors of one device
+    tensors: tuple[tuple[Key, torch.dtype, tuple[int, ...]], ...] = ()  # hyperparameters that are tensors (lr=tensor(...))
+    shape: tuple | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
 
     @property
     def hyperparameters(self) -> tuple[Key, ...]:
-        """The numeric inputs, in the order in which a program takes them."""
-        return tuple(key for key, _ in self.numeric)
+        """The inputs that come from the parameter group, numbers first, in the order in which a program takes them."""
+        return tuple(key for key, _ in self.numeric) + tuple(key for key, _, _ in self.tensors)
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class Traced:
     graph: fx.Graph
     roles: dict[fx.Node, Role]
     count: int  # how many parameters were traced together
+    branches: tuple[tuple[fx.Node, bool], ...] = ()  # a truth value at the end of the graph, and what was assumed of it
 
 
 def is_number(value: Any) -> bool:
@@ -96,21 +108,38 @@ def numeric_items(group: dict[str, Any]) -> list[tuple[Key, float]]:
     return found
 
 
+def tensor_items(group: dict[str, Any]) -> list[tuple[Key, torch.Tensor]]:
+    """The tensors of a parameter group (``lr=torch.tensor(0.1)``), by key, tuples taken apart."""
+    found: list[tuple[Key, torch.Tensor]] = []
+    for name in sorted(k for k in group if k not in _torch.GROUP_BOOKKEEPING):
+        value = group[name]
+        if isinstance(value, torch.Tensor):
+            found.append(((name, None), value))
+        elif isinstance(value, (tuple, list)):
+            found.extend(((name, i), v) for i, v in enumerate(value) if isinstance(v, torch.Tensor))
+    return found
+
+
 def signature_of(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any],
                  implementation: str) -> Signature:
     """The signature of one parameter's update.
 
-    Raises NotTraceable for what this version runs whole: tensor hyperparameters, ``capturable``, ``differentiable``,
-    sparse or complex parameters, state that is not shaped like the parameter, and classes not in ``ELEMENTWISE``.
+    Raises NotTraceable for what runs whole: classes not listed above, ``capturable``, ``differentiable``, sparse parameters,
+    and state that is not shaped like its parameter where elements are treated alike.
     """
     cls = _torch.plain_class(opt)
-    if cls.__name__ not in ELEMENTWISE or cls is not getattr(torch.optim, cls.__name__, None):
-        raise NotTraceable(f"{cls.__module__}.{cls.__qualname__} is not known to be elementwise")
+    if cls is not getattr(torch.optim, cls.__name__, None):
+        raise NotTraceable(f"{cls.__module__}.{cls.__qualname__} is not known to treat parameters apart")
+    if cls.__name__ not in ELEMENTWISE | BY_SHAPE:
+        raise NotTraceable(WHOLE.get(cls.__name__, f"{cls.__name__} is not known to treat parameters apart"))
     for flag in ("capturable", "differentiable"):
         if group.get(flag):
             raise NotTraceable(f"{flag}=True")
-    if param.is_complex() or param.layout != torch.strided:
-        raise NotTraceable(f"a {param.layout} {param.dtype} parameter")
+    if param.layout != torch.strided:
+        raise NotTraceable(f"a {param.layout} parameter")
+    if cls.__name__ == "Rprop" and param.dim() == 0 and not param.is_complex():
+        raise NotTraceable("a mask of a 0-dimensional parameter, which Rprop makes, is read on the host")
+    by_shape = cls.__name__ in BY_SHAPE
     numeric, zeros = [], []
     for key, value in numeric_items(group):
         if key[0] == "lr":
@@ -119,18 +148,21 @@ def signature_of(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch
             numeric.append((key, value > 0))
         else:
             zeros.append(key)
-    moving = {key for key, _ in numeric}
+    if implementation == "fused" and (held := [key for key, _ in tensor_items(group) if key[0] != "lr"]):
+        raise NotTraceable(f"a fused kernel reads {held[0][0]}, a tensor, by its value")
+    tensors = [(key, value.dtype, tuple(value.shape)) for key, value in tensor_items(group)]
+    moving = {key for key, _ in numeric} | {key for key, _, _ in tensors}
     constants = tuple((name, _constant(group[name], name, moving)) for name in sorted(group)
                       if name not in _torch.GROUP_BOOKKEEPING and (name, None) not in moving)
-    shapes = tuple((key, _state_kind(key, value, param)) for key, value in sorted(state.items()) if value is not None)
-    return Signature(cls, implementation, constants, tuple(numeric), shapes, param.dtype,
-                     str(param.device))
+    kept = [(key, value) for key, value in sorted(state.items()) if value is not None]
+    kinds = tuple((key, _state_kind(key, value, param, by_shape)) for key, value in kept)
+    shape = tuple((tuple(t.shape), t.stride()) for t in (param, *(v for _, v in kept))) if by_shape else None
+    return Signature(cls, implementation, constants, tuple(numeric), kinds, param.dtype, str(param.device),
+                     tuple(tensors), shape)
 
 
 def _constant(value: Any, name: str, moving: set[Key]) -> Any:
     """The part of a group entry that is structure, hashable; moving elements of a tuple are left out of it."""
-    if isinstance(value, torch.Tensor):
-        raise NotTraceable(f"{name} is a tensor")
     if isinstance(value, (tuple, list)):
         return tuple(None if (name, i) in moving else v for i, v in enumerate(value))
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -140,40 +172,44 @@ def _constant(value: Any, name: str, moving: set[Key]) -> Any:
 
 def is_count(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:
     """Is this state a 0-dimensional count, advanced on the host, and not the state of a 0-dimensional parameter?"""
-    return value.dim() == 0 and (param.dim() > 0 or key == "step" or value.dtype != param.dtype)
+    return value.dim() == 0 and (param.dim() > 0 or key in COUNTS or value.dtype != param.dtype)
 
 
-def _state_kind(key: str, value: Any, param: torch.Tensor) -> bool:
-    """True for a 0-dimensional state (a count), False for one shaped like its parameter; anything else is refused."""
+def _state_kind(key: str, value: Any, param: torch.Tensor, by_shape: bool) -> bool:
+    """True for a 0-dimensional state (a count), False for a tensor: one shaped like its parameter unless ``by_shape``."""
     if not isinstance(value, torch.Tensor):
         raise NotTraceable(f"state {key!r} is a {type(value).__name__}")
     if is_count(key, value, param):
         return True
-    if value.shape != param.shape:
+    if value.shape != param.shape and not by_shape:
         raise NotTraceable(f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
     return False
 
 
 def trace(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any],
-          signature: Signature) -> Traced:
+          signature: Signature, *, count: int | None = None, script: Sequence[bool] = ()) -> Traced:
     """Trace ``opt.step()`` for parameters like ``param``; raises NotTraceable with the reason where FX cannot follow.
 
-    ``single`` is traced for one parameter, list kernels for two, so that what differs per parameter can be told from
-    what is common to the list.
+    ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told
+    from what is common to the list. ``script`` says how branches on step counts and hyperparameters go.
     """
-    count = 1 if signature.implementation == "single" else 2
+    if count is None:
+        count = 1 if signature.implementation == "single" else 2
+    alike = signature.shape is None
     # Two sizes that no constant would equal by chance: a shape baked into the graph then shows as a failure.
-    params = [_like(param, 7 + 4 * i) for i in range(count)]
-    states = [{key: _like(value, 7 + 4 * i) if not scalar else torch.empty((), dtype=value.dtype)
+    params = [_like(param, 7 + 4 * i if alike else None) for i in range(count)]
+    states = [{key: torch.empty((), dtype=value.dtype) if scalar else _like(value, 7 + 4 * i if alike else None)
                for (key, scalar) in signature.state for value in (state[key],)} for i in range(count)]
     if signature.implementation == "fused":
         return _trace_with_sentinels(opt, group, params, states, signature)
-    return _trace_with_symbols(opt, group, params, states, signature)
+    return _trace_with_symbols(opt, group, params, states, signature, script)
 
 
-def _like(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """A one-dimensional stand-in of the same type; elementwise updates do not see the shape."""
-    return torch.empty(size, dtype=tensor.dtype)
+def _like(tensor: torch.Tensor, size: int | None) -> torch.Tensor:
+    """A stand-in of the same type: one-dimensional where the shape is not seen, else of the same shape and strides."""
+    if size is not None:
+        return torch.empty(size, dtype=tensor.dtype)
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)
 
 
 def _settings(group: dict[str, Any], values: dict[Key, Any], signature: Signature) -> dict[str, Any]:
@@ -205,68 +241,87 @@ def _run_clone(opt, step, params, grads, states, settings) -> None:
             raise MakesState(f"its step makes state {sorted(after ^ set(before))}")
 
 
-def _flat_names(states: Sequence[dict[str, Any]], signature: Signature, with_hyper: bool) -> list[Role]:
-    """Roles of the placeholders in the order in which make_fx flattens ``(params, grads, states, hypers)``."""
+def _flat_names(states: Sequence[dict[str, Any]], signature: Signature) -> list[Role]:
+    """Roles of the placeholders in the order of ``_stand_ins``."""
     count = len(states)
     roles = [Role("param", i) for i in range(count)] + [Role("grad", i) for i in range(count)]
     roles += [Role("state", i, key) for i, s in enumerate(states) for key in s]
-    return roles + [Role("hyper", 0, key) for key in signature.hyperparameters if with_hyper]
+    return roles + [Role("hyper", 0, key) for key, _, _ in signature.tensors]
 
 
-def _make_fx(fn, args, roles: list[Role]) -> tuple[fx.Graph, dict[fx.Node, Role]]:
+def _make_fx(fn, args, roles: list[Role], script: Sequence[bool] = ()) -> tuple[_torch.FakeTrace, dict[fx.Node, Role]]:
     """Trace ``fn(*args)`` on fake tensors and name each placeholder for its role."""
     try:
-        graph = _torch.trace_fake(fn, args)
+        found = _torch.trace_fake(fn, args, script)
     except NotTraceable:
         raise
     except Exception as error:  # whatever the optimizer's own code does with a symbol
         raise NotTraceable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}") from error
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    placeholders = [n for n in found.graph.nodes if n.op == "placeholder"]
     if len(placeholders) != len(roles):
         raise NotTraceable(f"{len(placeholders)} traced inputs for {len(roles)} given ones")
-    return graph, dict(zip(placeholders, roles))
+    return found, dict(zip(placeholders, roles))
 
 
-def _trace_with_symbols(opt, group, params, states, signature: Signature) -> Traced:
+def _stand_ins(params, states, signature: Signature) -> list[torch.Tensor]:
+    """The tensors to trace with: parameters, gradients, states, tensor hyperparameters."""
+    held = [torch.empty(shape, dtype=dtype) for _, dtype, shape in signature.tensors]
+    return [*params, *(torch.empty_like(p) for p in params), *(t for s in states for t in s.values()), *held]
+
+
+def _trace_with_symbols(opt, group, params, states, signature: Signature, script: Sequence[bool]) -> Traced:
     """Hyperparameters as symbolic doubles: ``t.item()`` of a fake 0-dim tensor."""
     step = _torch.unhooked_step(opt)
 
     def fn(*flat):
         ps, gs, rest = flat[:count], flat[count:2 * count], list(flat[2 * count:])
         states_in = [{key: rest.pop(0) for key in s} for s in states]
-        values = {}
+        values = {key: rest.pop(0) for key, _, _ in signature.tensors}
         for (key, positive), tensor in zip(signature.numeric, rest):
             values[key] = _torch.symbolic_float(tensor, positive)
-        _run_clone(opt, step, list(ps), gs, states_in, _settings(group, values, signature))
+        with _torch.symbolic_numbers(opt):
+            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, values, signature))
 
     count = len(params)
     hypers = [torch.empty((), dtype=torch.float64) for _ in signature.numeric]
-    args = [*params, *(torch.empty_like(p) for p in params), *(t for s in states for t in s.values()), *hypers]
-    graph, roles = _make_fx(fn, args, _flat_names(states, signature, with_hyper=True))
-    _hypers_as_floats(graph, roles)
-    return Traced(graph, roles, count)
+    roles = _flat_names(states, signature)
+    roles += [Role("hyper", 0, key) for key, _ in signature.numeric]
+    found, named = _make_fx(fn, [*_stand_ins(params, states, signature), *hypers], roles, script)
+    _hypers_as_floats(found, named, {key for key, _ in signature.numeric})
+    try:
+        branches = tuple((_torch.branch_node(found.graph, expression, found.symbols), outcome)
+                         for expression, outcome in found.branches)
+    except KeyError:  # a number that only the branch used
+        raise NotTraceable("it branches on the value of a tensor") from None
+    return Traced(found.graph, named, count, branches)
 
 
-def _hypers_as_floats(graph: fx.Graph, roles: dict[fx.Node, Role]) -> None:
+def _hypers_as_floats(found: _torch.FakeTrace, roles: dict[fx.Node, Role], numeric: set[Key]) -> None:
     """Each hyperparameter is read by ``item()`` once; let its placeholder be that float."""
-    for node in [n for n, role in roles.items() if role.kind == "hyper"]:
+    for node in [n for n, role in roles.items() if role.kind == "hyper" and role.key in numeric]:
         for read in list(node.users):
+            for symbol, reader in found.symbols.items():
+                if reader is read:
+                    found.symbols[symbol] = node
             read.replace_all_uses_with(node)
-            graph.erase_node(read)
+            found.graph.erase_node(read)
 
 
 def _trace_with_sentinels(opt, group, params, states, signature: Signature) -> Traced:
     """Hyperparameters as two sets of made-up values; where the two traces differ, a hyperparameter stands."""
-    step, keys = _torch.unhooked_step(opt), signature.hyperparameters
+    step, keys = _torch.unhooked_step(opt), [key for key, _ in signature.numeric]
 
     def traced(values):
         def fn(*flat):
             ps, gs, rest = flat[:count], flat[count:2 * count], list(flat[2 * count:])
             states_in = [{key: rest.pop(0) for key in s} for s in states]
-            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, values, signature))
+            held = {key: rest.pop(0) for key, _, _ in signature.tensors}
+            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, {**values, **held}, signature))
 
-        args = [*params, *(torch.empty_like(p) for p in params), *(t for s in states for t in s.values())]
-        return _make_fx(fn, args, _flat_names(states, signature, with_hyper=False))
+        found, roles = _make_fx(fn, _stand_ins(params, states, signature), _flat_names(states, signature))
+        if found.branches:
+            raise NotTraceable("a fused step branches on a step count")
+        return found.graph, roles
 
     count = len(params)
     signs = [-1.0 if positive is False else 1.0 for _, positive in signature.numeric]

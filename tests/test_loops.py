@@ -1,0 +1,323 @@
+"""Training loops as people write them: through ``compile_step`` they have the bits that they have without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import eager
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+
+import fxckpt
+from fxckpt.graph import inductor
+
+
+@pytest.fixture(autouse=True)
+def no_old_graphs():
+    torch._dynamo.reset()
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.05)
+
+
+def data(step: int, size: int = 6) -> torch.Tensor:
+    return torch.randn(5, size, generator=torch.Generator().manual_seed(step))
+
+
+def both(loop: Callable, make: Callable = net, optimizer: Callable = adamw, **how) -> list:
+    """Run ``loop(model, forward, optimizer)`` with fxckpt and without, and compare all bits; returns the stepped optimizers."""
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = make()
+        opt, forward = optimizer(model), model
+        if ours:
+            fxckpt.compile_step(opt, writer="mock", **{"every": 1, "update": "native", "model": model, **how})
+            forward = eager(model)
+        loop(model, forward, opt)
+        opts = opt if isinstance(opt, list) else [opt]
+        found.append((model, opts))
+    (model, opts), (stock, theirs) = found
+    for (name, a), b in zip(model.state_dict().items(), stock.state_dict().values()):
+        assert torch.equal(a, b), name
+    for mine, other in zip(opts, theirs):
+        for p, q in zip(mine.state.values(), other.state.values()):
+            assert all(torch.equal(p[k], q[k]) for k in q if isinstance(q[k], torch.Tensor))
+    statistics = opts[-1].ckpt.statistics()
+    assert statistics["checkpoints_failed"] == 0
+    assert statistics["checkpoints_started"] > 0
+    return opts
+
+
+def plain(model, forward, opt, steps=6):
+    for step in range(steps):
+        forward(data(step)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def test_autocast():
+    def loop(model, forward, opt):
+        for step in range(6):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = forward(data(step)).float().square().mean()
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+
+    both(loop)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_in_bfloat16(fused):
+    def loop(model, forward, opt):
+        for step in range(6):
+            forward(data(step).bfloat16()).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    both(loop, lambda: net().bfloat16(), lambda m: torch.optim.AdamW(m.parameters(), lr=0.05, fused=fused))
+
+
+def test_accumulation_with_gradients_clipped_by_value_and_kept_as_zeros():
+    def loop(model, forward, opt):
+        for step in range(12):
+            (forward(data(step)).square().mean() / 2).backward()
+            if step % 2:
+                nn.utils.clip_grad_value_(model.parameters(), 0.01)
+                opt.step()
+                opt.zero_grad(set_to_none=False)
+
+    both(loop)
+
+
+def test_a_model_called_several_times_in_one_step():
+    def loop(model, forward, opt):
+        for step in range(6):
+            (forward(data(step)) - forward(data(step + 100))).square().mean().backward()
+            forward(data(step + 200)).sum().mul(0.1).backward()
+            opt.step()
+            opt.zero_grad()
+
+    both(loop)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_evaluation_between_backward_and_step_and_after_it(grad_mode):
+    def evaluate(model, forward):
+        model.eval()
+        with grad_mode():
+            forward(data(999))
+        model.train()
+
+    def loop(model, forward, opt):
+        for step in range(6):
+            forward(data(step)).square().mean().backward()
+            evaluate(model, forward)
+            opt.step()
+            evaluate(model, forward)
+            opt.zero_grad()
+
+    both(loop)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.blocks = nn.Linear(6, 6), nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = checkpoint(lambda v, block=block: torch.tanh(block(v)), x, use_reentrant=reentrant)
+            return x
+
+    opt = both(plain, Blocks)[0]
+    assert len(opt.ckpt.graph.order) == 8
+
+
+class Experts(nn.Module):
+    """Each step goes to two of six experts; the others have no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(6))
+
+    def forward(self, x, chosen):
+        return sum(self.experts[i](x) for i in chosen)
+
+
+def routed(model, forward, opt, steps=range(12)):
+    for step in steps:
+        model(data(step), (step % 6, (step * step + 1) % 6)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def test_a_mixture_of_experts_with_another_subset_at_each_step():
+    opt = both(routed, Experts)[0]
+    programs = [p for p in opt.ckpt._run.steppers[0]._programs.values() if isinstance(p, list)]
+    assert [len(p) for p in programs] == [1]
+
+
+def test_another_subset_of_experts_compiles_nothing(inductor_cache):
+    torch.manual_seed(0)
+    model = Experts()
+    opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    fxckpt.compile_step(opt, writer="mock", every=1, update="inductor", model=model)
+    routed(model, model, opt, range(3))
+    before = set(inductor._compiled)
+    routed(model, model, opt, range(3, 15))
+    assert set(inductor._compiled) == before
+
+
+def test_layers_frozen_and_unfrozen_in_the_middle():
+    def loop(model, forward, opt):
+        for step in range(9):
+            if step in (3, 6):
+                model[0].requires_grad_(step == 6)
+            plain(model, model, opt, 1)
+
+    both(loop)
+
+
+def test_weights_swapped_for_their_average_and_back():
+    def loop(model, forward, opt):
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        for step in range(6):
+            forward(data(step)).square().mean().backward()
+            opt.step()
+            average.update_parameters(model)
+            for _ in range(2):
+                for p, e in zip(model.parameters(), average.module.parameters()):
+                    p.data, e.data = e.data, p.data
+                with torch.no_grad():
+                    model(data(step))
+            opt.zero_grad()
+
+    both(loop)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("copied", ["before the next step", "after it begins"])
+def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_named(every, copied, tmp_path):
+    """Also when the copies end before the next step looks, and when that step takes a checkpoint itself."""
+    from fxckpt.engine import io
+
+    torch.manual_seed(0)
+    model = net()
+    opt = fxckpt.compile_step(adamw(model), tmp_path / "d", model=model, every=every, update="native", staging_mb=0, threads=1)
+    plain(model, model, opt, 3)
+    opt.ckpt.flush()
+    plain(model, model, opt, 2)
+    io.delay("copy", 100_000)
+    plain(model, model, opt, 1)
+    opt.ckpt.end_step()
+    with torch.no_grad():
+        model[3].weight.lerp_(torch.zeros(3, 8), 0.5)
+    if copied == "before the next step":
+        with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
+            opt.ckpt.flush()
+    io.delay("copy", 0)
+    plain(model, model, opt, 1)
+    if copied == "after it begins":
+        with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
+            opt.ckpt.flush()
+    opt.ckpt.shutdown()
+    assert 6 not in [found.step for found in fxckpt.checkpoints(tmp_path / "d")]
+
+
+def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    others = [p for p in model.parameters() if p.dim() != 2]
+    return [torch.optim.Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=0.05, fused=True)]
+
+
+def test_muon_and_adamw_on_one_model():
+    def loop(model, forward, opts):
+        for step in range(6):
+            forward(data(step)).square().mean().backward()
+            for opt in opts:
+                opt.step()
+            model.zero_grad()
+
+    opts = both(loop, optimizer=muon_and_adamw)
+    steppers = opts[0].ckpt._run.steppers
+    assert [s.whole for s in steppers] == [None, None]
+    assert sorted(n for s in steppers for n in s.graph.order) == sorted(n for n, _ in net().named_parameters())
+
+
+def test_two_runs_in_one_process_share_compiled_updates_and_nothing_else(tmp_path, inductor_cache):
+    made = []
+    for name in ("a", "b"):
+        torch.manual_seed(0)
+        model = net()
+        opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        fxckpt.compile_step(opt, tmp_path / name, model=model, every=1, update="inductor")
+        made.append((model, opt))
+    (a, first), (b, second) = made
+    plain(a, a, first, 3)
+    bodies = set(inductor._compiled)
+    plain(b, b, second, 3)
+    assert set(inductor._compiled) == bodies
+    for step in range(3, 6):  # in turns
+        for model, opt in made:
+            model(data(step)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    for _, opt in made:
+        opt.ckpt.shutdown()
+    assert fxckpt.load(tmp_path / "a", model=net()).step == fxckpt.load(tmp_path / "b", model=net()).step == 6
+
+
+def test_tensors_inside_a_transform_of_torch_func_are_refused_by_name():
+    def inside(x):
+        opt = torch.optim.SGD([x], lr=0.1)
+        with pytest.raises(fxckpt.SetupError, match=r"torch\.func"):
+            fxckpt.compile_step(opt, writer="mock")
+        return x
+
+    torch.func.vmap(inside)(torch.ones(2, 3))
+
+
+def test_functional_calls_of_the_model_train_the_same():
+    """``functional_call`` and ``grad`` read the parameters; the gradients come to the optimizer by hand."""
+    def loop(model, forward, opt):
+        def loss(params, x):
+            return torch.func.functional_call(model, params, (x,)).square().mean()
+
+        for step in range(6):
+            params = {name: p.detach() for name, p in model.named_parameters()}
+            for name, grad in torch.func.grad(loss)(params, data(step)).items():
+                model.get_parameter(name).grad = grad
+            opt.step()
+            opt.zero_grad()
+
+    both(loop, lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)))
+
+
+def test_a_closure_that_runs_the_model_several_times():
+    def loop(model, forward, opt):
+        for step in range(4):
+            def closure(step=step):
+                opt.zero_grad()
+                loss = F.mse_loss(forward(data(step)), torch.zeros(5, 3))
+                loss.backward()
+                return loss
+
+            opt.step(closure)
+
+    both(loop, lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
+         lambda m: torch.optim.LBFGS(m.parameters(), lr=0.5, max_iter=4))
