@@ -25,6 +25,7 @@ class Cohort:
         self.representative: list[torch.Tensor] = []
         self.others: list[list[torch.Tensor]] = [[] for _ in program.counts]
         self.members = 0
+        self.compiled = False
         dtype = _NUMPY[inductor.scalar_dtype(program.signature.dtype)]
         self.values = np.zeros(max(1, program.scalars), dtype)  # what compiled code reads
         self.addresses = _addresses(self.values.ctypes.data + i * self.values.itemsize for i in range(program.scalars))
@@ -50,7 +51,8 @@ class Cohort:
         for source, column in zip(self.representative, self.others):
             if column:
                 torch._foreach_copy_(column, [source] * len(column))
-        self.values[:len(values)] = values
+        if self.compiled:  # a native update's may be tensors, on a device too
+            self.values[:len(values)] = values
         return values
 
 
@@ -68,6 +70,7 @@ def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[C
         flat = [m for m in mine if m.flat]
         native = [m for m in mine if not m.flat]
         if flat:
+            cohort.compiled = True
             out.append(_CompiledCall(cohort, compiled[cohort.program.key], flat))
         if native:
             out += _native_calls(cohort, native)
