@@ -61,7 +61,7 @@ static void free_buffers(struct fx_engine *engine) {
 static void destroy(struct fx_engine *engine) {
     fx_fork_remove(engine);
     fx_cuda_free(engine);
-    fx_relay_destroy(engine);
+    fx_relay_end(engine);
     free_buffers(engine);
     free(engine->staging.free);
     free(engine->writers);
@@ -154,13 +154,13 @@ void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out) {
     fx_lock(engine);
     out->staging_bytes = engine->staging.used_bytes;
     out->staging_peak_bytes = engine->staging.peak_bytes;
-    fx_unlock(engine);
     out->bytes_written = engine->bytes_written;
     out->copy_ns = engine->copy_ns;
     out->write_ns = engine->write_ns;
     out->stall_ns = engine->stall_ns;
     out->buffered_files = engine->buffered_files;
     fx_relay_statistics(engine, out);
+    fx_unlock(engine);
 }
 
 /* _Atomic int64_t has the representation of int64_t on every platform with lock-free 64-bit atomics; engine.h

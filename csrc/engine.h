@@ -208,7 +208,8 @@ int fx_cuda_device(struct fx_engine *engine, uint32_t ordinal, struct fx_error *
  *
  * Shared memory of `slots` chunks. The trainer's engine (mock = 1, staging_bytes = slots * chunk) fills slots and posts
  * them; for it a checkpoint is durable when all of it was posted, and bytes_written counts what the monitor wrote. The
- * monitor's engine writes what fx_ring_next finds. Descriptors are duplicated, the ring must outlive the engine.
+ * monitor's engine writes what fx_ring_next finds. Descriptors are duplicated; the ring must live until fx_engine_close
+ * returned 1.
  */
 
 struct fx_ring;
@@ -220,9 +221,11 @@ struct fx_posted {
     uint32_t same; /* the disk holds these bytes already */
 };
 
-/* -EINVAL, -ENOMEM (also: not as much shared memory), or what memfd_create says. *fd is the caller's. */
-int fx_ring_new(uint32_t slots, uint64_t slot_bytes, int *fd, struct fx_ring **out, struct fx_error *error);
+/* -EINVAL, -ENOMEM (also: not as much shared memory), or what memfd_create says. A ring owns its descriptor, also the
+ * one that fx_ring_open was given. */
+int fx_ring_new(uint32_t slots, uint64_t slot_bytes, struct fx_ring **out, struct fx_error *error);
 int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
+int fx_ring_fd(const struct fx_ring *ring);
 void fx_ring_free(struct fx_ring *ring);
 uint32_t fx_ring_slots(const struct fx_ring *ring);
 /* The next posted slot from number *from on, which is moved behind it: 1, or 0 if there is none. */
@@ -232,6 +235,8 @@ void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed); /* of the m
  * posted in full fails with EPIPE, and none can begin. */
 int fx_relay_trainer(struct fx_engine *engine, struct fx_ring *ring, int posted, int freed, int peer,
                      struct fx_error *error);
+/* Another monitor took over after the one that ended. -EBUSY: it has not ended, as far as the engine knows. */
+int fx_relay_revive(struct fx_engine *engine, int peer, struct fx_error *error);
 int fx_relay_monitor(struct fx_engine *engine, struct fx_ring *ring, int freed, struct fx_error *error);
 uint64_t fx_id(const struct fx_checkpoint *ck); /* unique in its engine, ascending */
 /* Gives a posted slot to the monitor's checkpoint of it, whose plan has one layer for each chunk. The slot goes back when

@@ -234,10 +234,9 @@ bool fx_relay_gone(const struct fx_engine *engine);        /* the monitor is dea
 void fx_relay_post(struct fx_engine *engine, const struct fx_checkpoint *ck, uint32_t chunk, void *buffer);
 bool fx_relay_returns(struct fx_engine *engine, void *buffer); /* it was a slot of the other process, and went back */
 void fx_relay_wrote(struct fx_engine *engine, uint64_t nbytes, uint64_t ns);             /* no lock */
-void fx_relay_statistics(const struct fx_engine *engine, struct fx_statistics *out);     /* no lock */
+void fx_relay_statistics(const struct fx_engine *engine, struct fx_statistics *out);
 void fx_relay_close_in_child(const struct fx_engine *engine);
-void fx_relay_end(struct fx_engine *engine);     /* no lock, all writer threads ended */
-void fx_relay_destroy(struct fx_engine *engine); /* likewise */
+void fx_relay_end(struct fx_engine *engine); /* no lock, all writer threads ended */
 
 /* ---- trace.c ---- */
 

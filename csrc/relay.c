@@ -103,17 +103,17 @@ static void lose_monitor(struct fx_engine *engine) {
 static void *collector_main(void *argument) {
     struct fx_engine *engine = argument;
     struct relay *relay = engine->relay;
-    struct pollfd fds[] = {{relay->stop, POLLIN, 0}, {relay->freed, POLLIN, 0}, {relay->peer, POLLIN, 0}};
+    struct pollfd fds[] = {{relay->stop, POLLIN, 0}, {relay->freed, POLLIN, 0}, {-1, POLLIN, 0}};
     for (;;) {
+        fx_lock(engine);
+        fds[2].fd = relay->gone ? -1 : relay->peer;
+        fx_unlock(engine);
         if (poll(fds, 3, -1) < 0) continue; /* EINTR */
         if (fds[0].revents) return NULL;
         fx_lock(engine);
         if (fds[1].revents) clear_event(relay->freed);
         collect(engine, false);
-        if (fds[2].revents) {
-            lose_monitor(engine);
-            fds[2].fd = -1; /* once */
-        }
+        if (fds[2].revents) lose_monitor(engine);
         fx_wake(engine);
         fx_wake_writers(engine);
         fx_unlock(engine);
@@ -179,32 +179,39 @@ void fx_relay_statistics(const struct fx_engine *engine, struct fx_statistics *o
     out->write_ns = engine->relay->ring->head->write_ns;
 }
 
-/* Straight to the kernel, in a forked child. */
-void fx_relay_close_in_child(const struct fx_engine *engine) {
-    const struct relay *relay = engine->relay;
-    if (!relay) return;
+static void close_all(const struct relay *relay) {
     int fds[] = {relay->posted, relay->freed, relay->peer, relay->stop};
     for (int i = 0; i < 4; i++)
         if (fds[i] >= 0) close(fds[i]);
 }
 
-/* Lock not held, no writer thread alive: the slots are not the engine's to free. */
+/* Straight to the kernel, in a forked child. */
+void fx_relay_close_in_child(const struct fx_engine *engine) {
+    const struct relay *relay = engine->relay;
+    if (!relay) return;
+    close_all(relay);
+    if (relay->ring->fd >= 0) close(relay->ring->fd);
+}
+
+/* Lock not held, no writer thread alive. Afterwards nothing of the engine refers to the ring; its slots are not the
+ * engine's to free. */
 void fx_relay_end(struct fx_engine *engine) {
     struct relay *relay = engine->relay;
     if (!relay) return;
     if (relay->collecting) {
         signal_event(relay->stop);
         pthread_join(relay->collector, NULL);
-        relay->collecting = false;
     }
-    if (relay->stop >= 0) engine->staging.n_free = engine->staging.n_made = engine->staging.limit = 0;
-}
-
-void fx_relay_destroy(struct fx_engine *engine) {
-    if (!engine->relay) return;
-    fx_relay_end(engine);
-    fx_relay_close_in_child(engine);
-    free(engine->relay);
+    fx_lock(engine);
+    if (relay->stop >= 0) {
+        engine->staging.n_free = engine->staging.n_made = engine->staging.limit = 0;
+        engine->bytes_written = relay->ring->head->bytes_written;
+        engine->write_ns = relay->ring->head->write_ns;
+    }
+    engine->relay = NULL;
+    fx_unlock(engine);
+    close_all(relay);
+    free(relay);
 }
 
 static struct relay *make(struct fx_ring *ring, int posted, int freed, int peer, int stop) {
@@ -260,4 +267,19 @@ int fx_relay_trainer(struct fx_engine *engine, struct fx_ring *ring, int posted,
     int r = start_collector(engine);
     fx_unlock(engine);
     return r ? fx_error_set(error, "start of the collector thread", "", -1, r) : 0;
+}
+
+int fx_relay_revive(struct fx_engine *engine, int peer, struct fx_error *error) {
+    struct relay *relay = engine->relay;
+    fx_lock(engine);
+    bool gone = fx_relay_gone(engine);
+    int fd = gone ? fcntl(peer, F_DUPFD_CLOEXEC, 0) : -1, err = gone ? errno : EBUSY;
+    if (fd >= 0) {
+        close(relay->peer);
+        relay->peer = fd;
+        relay->gone = false;
+        signal_event(relay->freed); /* the collector looks at the new one */
+    }
+    fx_unlock(engine);
+    return fd >= 0 ? 0 : fx_error_set(error, "relay: revival", "", -1, err);
 }

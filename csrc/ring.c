@@ -26,6 +26,7 @@ static int map(int fd, uint64_t nbytes, struct fx_ring **out, struct fx_error *e
         return fx_error_set(error, "mmap of shared memory", "", (int64_t)nbytes, errno);
     }
     madvise(memory, nbytes, MADV_DONTFORK);
+    ring->fd = fd;
     ring->head = memory;
     ring->nbytes = nbytes;
     *out = ring;
@@ -46,17 +47,16 @@ static int reserve(int fd, uint64_t nbytes, struct fx_error *error) {
     return 0;
 }
 
-int fx_ring_new(uint32_t slots, uint64_t slot_bytes, int *fd, struct fx_ring **out, struct fx_error *error) {
+int fx_ring_new(uint32_t slots, uint64_t slot_bytes, struct fx_ring **out, struct fx_error *error) {
     if (slots < 2 || !slot_bytes || slot_bytes % FX_BLOCK)
         return fx_error_set(error, "shared memory: it takes two slots of whole blocks", "", -1, EINVAL);
     uint64_t nbytes = head_bytes(slots) + slots * slot_bytes;
-    *fd = memfd_create("fxckpt-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
-    if (*fd < 0) return fx_error_set(error, "memfd_create", "", -1, errno);
-    int r = reserve(*fd, nbytes, error);
-    if (!r) r = map(*fd, nbytes, out, error);
+    int fd = memfd_create("fxckpt-ring", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    if (fd < 0) return fx_error_set(error, "memfd_create", "", -1, errno);
+    int r = reserve(fd, nbytes, error);
+    if (!r) r = map(fd, nbytes, out, error);
     if (r) {
-        close(*fd);
-        *fd = -1;
+        close(fd);
         return r;
     }
     struct ring_head *head = (*out)->head; /* all else is zeros: every slot is OWNED */
@@ -78,6 +78,7 @@ int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error) {
     bool good = head->magic == MAGIC && head->data_at == head_bytes(head->slots) &&
                 nbytes == head->data_at + head->slots * head->slot_bytes;
     if (good) return 0;
+    (*out)->fd = -1; /* still the caller's */
     fx_ring_free(*out);
     return fx_error_set(error, "shared memory: not of this version", "", -1, EINVAL);
 }
@@ -85,8 +86,11 @@ int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error) {
 void fx_ring_free(struct fx_ring *ring) {
     if (!ring) return;
     munmap(ring->head, ring->nbytes);
+    if (ring->fd >= 0) close(ring->fd);
     free(ring);
 }
+
+int fx_ring_fd(const struct fx_ring *ring) { return ring->fd; }
 
 uint32_t fx_ring_slots(const struct fx_ring *ring) { return ring->head->slots; }
 

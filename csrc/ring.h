@@ -32,6 +32,7 @@ struct ring_head {
 };
 
 struct fx_ring {
+    int fd;
     struct ring_head *head;
     uint64_t nbytes;
 };

@@ -38,7 +38,10 @@ class NotAStore(StoreError):
 
 
 class StoreLocked(StoreError):
-    """Another process writes to this store."""
+    """Another process writes to this store. ``monitor``: ``"monitor"`` if that is a monitor process, ``"finishing"`` if its
+    trainer is gone, so that it ends by itself; else empty."""
+
+    monitor = ""
 
 
 class StoreNotLoaded(StoreError):
@@ -68,6 +71,7 @@ class SaveFailed(FxckptError):
     def __init__(self, operation: str, path: str | os.PathLike, offset: int | None = None, errno: int | None = None,
                  detail: str = ""):
         self.operation, self.path, self.offset, self.errno = operation, os.fspath(path), offset, errno
+        self.detail = detail
         at = f" at offset {offset}" if offset is not None else ""
         why = f": [errno {errno}] {os.strerror(errno)}" if errno else ""
         super().__init__(f"{operation} {self.path}{at}{why}{': ' + detail if detail else ''}")

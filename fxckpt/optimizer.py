@@ -23,6 +23,7 @@ from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.handle import Handle
 from fxckpt.inventory import storable
 from fxckpt.run import Run
+from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
 
 log = logging.getLogger("fxckpt")
@@ -49,7 +50,8 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
             many steps, or of so many minutes of the clock (UTC).
         keep_best: keep the best checkpoint by a metric given with ``opt.ckpt.note``: ``"loss"`` (the lowest), or
             ``("accuracy", "max")``.
-        writer: ``"thread"``, or ``"mock"``, which does all but the write.
+        writer: ``"thread"`` writes from this process; ``"monitor"`` from a separate one, which finishes what it was given
+            even if this one is killed (docs/monitor.md); ``"mock"`` does all but the write.
         extra: objects with ``state_dict``/``load_state_dict``, and random generators, by name.
         layer: ``"module"``, ``"block"``, or a function from a parameter's name to its layer's.
         on_layer: called as ``on_layer(layer_name, step, tensors)`` for each layer of each checkpoint, with copies (by
@@ -109,32 +111,41 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
 
 
 def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]):
-    """The engine and the store, or the error that says why not."""
+    """The engine and the store, or the error that says why not. With a monitor, the engine writes nothing itself."""
     from fxckpt.engine import Engine
 
     chunk, staging = config.chunk_mb << 20, config.staging_bytes
     if ordinals:
         staging = max(cuda.STAGING if config.staging_mb is None else staging, cuda.LEAST_CHUNKS * chunk)
-    engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer == "mock")
+    engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer != "thread")
+    store = _store(directory, config, engine)
     try:
+        if store is not None:
+            wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
         for ordinal in sorted(ordinals):
             engine.open_device(ordinal, devices.driver)
-    except BaseException:
-        engine.close()
-        raise
-    if config.writer == "mock":
-        return engine, None
-    store = Store(directory, keep=config.keep, max_async=config.max_async, fresh=config.fresh,
-                  keep_every=config.keep_every, keep_minutes=config.keep_minutes, keep_best=config.keep_best)
-    try:
-        store.open()
     except BaseException as error:
         engine.close()
+        if store is not None:
+            store.close()
         if isinstance(error, StoreLocked) and _torch.world_size() > 1:
             raise SetupError(f"{error}\nThis is rank {_torch.rank()} of {_torch.world_size()}: give every rank a directory "
                              "of its own (for example f'checkpoints/rank{rank}').") from error
         raise
     return engine, store
+
+
+def _store(directory: str, config: Config, engine):
+    """What writes to the directory; None for the mock."""
+    if config.writer == "mock":
+        return None
+    options = {"keep": config.keep, "max_async": config.max_async, "fresh": config.fresh, "keep_every": config.keep_every,
+               "keep_minutes": config.keep_minutes, "keep_best": config.keep_best}
+    if config.writer == "monitor":
+        from fxckpt.monitor.client import MonitorStore
+
+        return MonitorStore(directory, engine, threads=config.threads, **options)
+    return Store(directory, **options)
 
 
 def _say(run: Run) -> None:
@@ -149,6 +160,9 @@ def _say(run: Run) -> None:
              config.every, config.keep, config.writer, size, config.threads, config.chunk_mb, run.engine.staging_bytes >> 20)
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
+    if config.writer == "monitor":
+        log.info("fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
+                 "cannot survive the end of its container or a kill of its whole cgroup", run.store.pid)
     if config.writer == "mock":
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')
 

@@ -20,8 +20,8 @@ from typing import Any
 from fxckpt import trace
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.plan import Layout
-from fxckpt.store.files import DAMAGE
 from fxckpt.store.record import FileRecord
+from fxckpt.store.slot import retires_slot
 
 log = logging.getLogger("fxckpt")
 
@@ -30,10 +30,6 @@ SLICE = 0.2
 
 SETTLE = 10.0
 """Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
-
-SYNCS = frozenset({"fsync", "fdatasync"})
-"""After one of these failed, the kernel may have dropped what it could not write while reading still shows it."""
-
 
 @dataclass(eq=False)
 class Pending:
@@ -100,6 +96,7 @@ class Saver:
 
     def __init__(self, engine, store, *, max_async: int, stuck_after: float = 300.0):
         self.engine, self.store, self.max_async, self.stuck_after = engine, store, max_async, stuck_after
+        self.remote = getattr(store, "hands_over", False)  # a monitor writes and commits
         self._pid = os.getpid()
         self.started = self.committed = self.skipped = self.failed = 0
         self.last_handed_over: int | None = None
@@ -192,9 +189,11 @@ class Saver:
             on_disk = slot.recall(layout.frozen_token) if slot is not None and layout.frozen_token is not None else {}
             copy = self.engine.begin(layout.plan, slot.path if slot is not None else "", layout.names,
                                      [on_disk.get(name, {}) for name in layout.names])
+            if self.remote:
+                self.store.begin(slot, copy, layout.files)
         except BaseException as error:
             if slot is not None:
-                self.store.abandon(slot, bad=_retires_slot(error))
+                self.store.abandon(slot, bad=retires_slot(error))
             raise
         pending = Pending(step, layout, slot, copy)
         if self.tracer is not None:
@@ -240,6 +239,8 @@ class Saver:
         if self.store is None:
             return None
         slot, self._ready = self._ready, None
+        if self.remote and slot is not None and slot.error is not None:
+            slot = None  # it went with its monitor
         if slot is not None and name is None:
             return slot
         if slot is not None:
@@ -352,9 +353,10 @@ class Saver:
         self._wait(pending, lambda: pending.copy.copied(SLICE))
         pending.layout.check_unchanged(pending)
         pending.keep.clear()
-        self.last_handed_over = pending.step
+        if not self.remote:
+            self.last_handed_over = pending.step
         pending.phase = f"being written to {pending.slot.path if pending.slot is not None else 'nowhere'}"
-        self._wait(pending, lambda: pending.copy.durable(SLICE))
+        self._wait(pending, lambda: pending.copy.durable(SLICE))  # with a monitor: in the shared memory, or written
         if self.store is None:
             return
         layout = pending.layout
@@ -366,7 +368,12 @@ class Saver:
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         started, tracer = time.monotonic_ns(), self.tracer
         pending.phase = f"being committed in {pending.slot.path}"
-        self.store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
+        if self.remote:
+            self.store.hand_over(pending.slot, files=files, state_tensors=tensors, **fields)
+            self.last_handed_over = pending.step
+            self._wait(pending, lambda: pending.slot.ended(SLICE))
+        else:
+            self.store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
         if tracer is not None:
             tracer.add(f"commit of step {pending.step}", trace.COMMITS, started, step=pending.step)
         self.last_committed = pending.step
@@ -375,6 +382,9 @@ class Saver:
         """Wait in slices; a disk that writes nothing for ``stuck_after`` seconds costs this checkpoint, not training."""
         written, since = -1, time.monotonic()
         while not ready():
+            if self.remote and pending.slot.error is not None:
+                pending.give_up("the monitor could not write it")
+                raise pending.slot.error
             if not limit:
                 continue
             now = self.engine.statistics()["bytes_written"]
@@ -391,7 +401,7 @@ class Saver:
             pending.phase = f"being given up in {pending.slot.path}"
             # A write that hangs in the disk may still land: until it has, nobody else may have the slot's files.
             settled = pending.copy.settled(SETTLE)
-            self.store.abandon(pending.slot, bad=not settled or (not dropped and _retires_slot(error)))
+            self.store.abandon(pending.slot, bad=not settled or (not dropped and retires_slot(error)))
         pending.error = error
         with self._lock:
             self._flying.remove(pending)
@@ -421,9 +431,3 @@ class Saver:
                 self._ready = self.store.acquire()
             except (OSError, FxckptError) as error:
                 log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
-
-
-def _retires_slot(error: BaseException) -> bool:
-    """Is the slot's content in doubt after this error? Not after a full disk, one that was read-only for a while, too many
-    open files or missing permissions: what comes next rewrites all of it."""
-    return getattr(error, "operation", None) in SYNCS or getattr(error, "errno", None) in DAMAGE

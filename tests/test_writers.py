@@ -63,6 +63,14 @@ def test_native_steps_with_and_without_checkpoints_are_those_of_plain_pytorch(mo
         assert found == plain, f"every={every}: differs from step {first_difference(found, plain)} on"
 
 
+@pytest.mark.parametrize(("model", "optimizer"), [("mlp", "AdamW"), ("conv", "Adam foreach")])
+def test_the_monitor_leaves_the_same_bits(model, optimizer, tmp_path):
+    """The smallest ring there can be: every step waits for slots."""
+    plain = train(model, optimizer, None)
+    found = train(model, optimizer, tmp_path / "d", update="native", every=1, writer="monitor", chunk_mb=1, staging_mb=2)
+    assert found == plain
+
+
 def test_the_mock_leaves_the_same_bits(tmp_path):
     plain = train("mlp", "AdamW", None)
     for every in (NEVER, 1, 7):
@@ -102,7 +110,7 @@ def test_the_mock_hands_over_but_never_commits(tmp_path):
     assert found["checkpoints_started"] == 1 and found["checkpoints_committed"] == 0
 
 
-@pytest.mark.parametrize("writer", ["disk", "monitor", "", None])
+@pytest.mark.parametrize("writer", ["disk", "", None])
 def test_a_writer_that_cannot_start_raises_and_nothing_else_takes_its_place(writer, tmp_path):
     opt = torch.optim.SGD(mlp().parameters(), lr=0.1)
     with pytest.raises(fxckpt.SetupError, match="writer"):

@@ -110,7 +110,9 @@ struct fx_posted {
     uint32_t slot;
     uint32_t same;
 };
-int fx_ring_new(uint32_t slots, uint64_t slot_bytes, int *fd, struct fx_ring **out, struct fx_error *error);
+int fx_ring_new(uint32_t slots, uint64_t slot_bytes, struct fx_ring **out, struct fx_error *error);
+int fx_ring_fd(const struct fx_ring *ring);
+int fx_relay_revive(struct fx_engine *engine, int peer, struct fx_error *error);
 int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
 void fx_ring_free(struct fx_ring *ring);
 uint32_t fx_ring_slots(const struct fx_ring *ring);

@@ -13,6 +13,8 @@ import logging
 import os
 import struct
 import threading
+import time
+from collections.abc import Callable
 
 from fxckpt.engine import io
 from fxckpt.errors import StoreLocked
@@ -26,6 +28,9 @@ _held: dict[tuple[int, int], int] = {}
 process and cannot tell a process about its own, so the note has to be as wide as the process."""
 
 _guard = threading.Lock()
+
+_NOTICE = 2.0  # seconds within which a monitor notes that its trainer is gone
+_PROGRESS = 5.0  # seconds between lines of progress
 
 
 class DirectoryLock:
@@ -42,8 +47,17 @@ class DirectoryLock:
                 io.close(self._fd)  # ours was not granted, so there is none to lose by this
                 raise
             found = os.fstat(self._fd)
+            if found.st_size:
+                io.ftruncate(self._fd, 0)  # what an earlier holder noted is not true of us
             self._key, self._pid = (found.st_dev, found.st_ino), os.getpid()
             _held[self._key] = self._pid
+
+    def note(self, text: str) -> None:
+        """Say what kind of process holds it, to whoever is refused."""
+        with _guard:
+            if self._fd >= 0:
+                io.ftruncate(self._fd, 0)
+                io.pwrite(self._fd, text.encode(), 0)
 
     def release(self) -> None:
         """Give it back. Idempotent; in a forked child nothing is released, as nothing is held."""
@@ -96,8 +110,10 @@ def _take(fd: int, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        raise StoreLocked(f"{os.path.dirname(path)} is being written to by another process (pid {_holder(fd)}): "
-                          "stop it, wait for it, or use another directory") from error
+        refused = StoreLocked(f"{os.path.dirname(path)} is being written to by another process (pid {_holder(fd)}): "
+                              "stop it, wait for it, or use another directory")
+        refused.monitor = io.pread(fd, 64, 0).decode(errors="replace")
+        raise refused from error
 
 
 def _holder(fd: int) -> int | str:
@@ -111,3 +127,20 @@ def _ask(fd: int) -> tuple[int, int]:
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
     return kind, pid
+
+
+def wait_for_monitor(take: Callable[[], None]) -> None:
+    """Call ``take``, again as long as it is refused by a monitor that finishes the work of a trainer that is gone."""
+    began = said = time.monotonic()
+    while True:
+        try:
+            return take()
+        except StoreLocked as error:
+            # A trainer that was killed just now: its monitor may not have noted it yet.
+            soon = error.monitor == "monitor" and time.monotonic() - began < _NOTICE
+            if error.monitor != "finishing" and not soon:
+                raise
+        if time.monotonic() >= said:
+            log.warning("waiting for the monitor of an earlier run to finish its last checkpoints (%.0f s)", said - began)
+            said += _PROGRESS
+        time.sleep(0.05)

@@ -17,6 +17,12 @@ log = logging.getLogger("fxckpt")
 _SYNCS = frozenset({"fsync", "fdatasync"})
 
 
+def retires_slot(error: BaseException) -> bool:
+    """Is the slot's content in doubt after this error? Not after a full disk, one that was read-only for a while, too many
+    open files or missing permissions: what comes next rewrites all of it."""
+    return getattr(error, "operation", None) in _SYNCS or getattr(error, "errno", None) in DAMAGE
+
+
 class Slot:
     """A directory over its whole life in this process; made and owned by a ``Store``.
 

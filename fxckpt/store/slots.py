@@ -162,6 +162,11 @@ class Store:
         if self._lock is None:
             raise StoreError(f"the store {self.root} is not open")
 
+    def note_lock(self, text: str) -> None:
+        """Note in the lock file what kind of process this is; see ``StoreLocked.monitor``."""
+        if self._lock is not None:
+            self._lock.note(text)
+
     # ---- lineage ----
 
     def require_loaded(self) -> None:

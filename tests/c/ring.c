@@ -25,7 +25,7 @@ static struct fx_plan *chunks; /* what the monitor knows of the model: a layer f
 static struct pair pairs[PAIRS];
 static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER; /* of the test: stands for the messages of the real thing */
 static uint64_t newest;
-static int posted, freed, alive[2];
+static int posted, freed, alive[2], reborn[2];
 static atomic_bool over;
 
 static struct fx_checkpoint *received_of(uint64_t id) {
@@ -127,7 +127,8 @@ static void train(uint64_t *random, int64_t until, uint64_t counts[2]) {
     for (int i = 0; i < PAIRS - 1; i++) counts[finish(&pairs[i], true)]++;
 }
 
-/* The last pair is under way, or is begun now; the monitor takes nothing any more, then its process is gone. */
+/* The last pair is under way, or is begun now; the monitor takes nothing any more, then its process is gone, and another
+ * one takes over. */
 static void die(pthread_t thread) {
     struct pair *pair = &pairs[PAIRS - 1];
     struct fx_error error;
@@ -150,6 +151,15 @@ static void die(pthread_t thread) {
     end(&pair->sent);
     fx_cancel(pair->received);
     end(&pair->received);
+    CHECK(pipe(reborn) == 0);
+    CHECK(fx_relay_revive(trainer, reborn[0], &error) == 0);
+    CHECK(fx_relay_revive(trainer, reborn[0], &error) == -EBUSY);
+    start(pair, 0);
+    fx_cancel(pair->sent);
+    end(&pair->sent);
+    fx_cancel(pair->received);
+    end(&pair->received);
+    close(reborn[0]), close(reborn[1]);
 }
 
 static void make_chunks(uint64_t chunk) {
@@ -169,11 +179,9 @@ static void round_of(uint64_t *random, int64_t until, uint64_t counts[2]) {
     uint64_t chunk = FX_BLOCK << between(random, 0, 3);
     uint32_t slots = (uint32_t)between(random, 2, 40);
     struct fx_error error;
-    int fd;
     make_model(&model, random, (uint32_t)between(random, 1, 24), 3 * chunk, chunk);
     make_chunks(chunk);
-    CHECK(fx_ring_new(slots, chunk, &fd, &ring, &error) == 0, "%s", error.operation);
-    close(fd);
+    CHECK(fx_ring_new(slots, chunk, &ring, &error) == 0, "%s", error.operation);
     posted = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     freed = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     CHECK(pipe(alive) == 0);

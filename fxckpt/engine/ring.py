@@ -1,0 +1,115 @@
+"""The memory that a trainer shares with its monitor (``csrc/ring.h``), and the two engines on it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from fxckpt.engine._lib import load
+from fxckpt.engine.engine import Checkpoint, Engine, failure
+
+
+class Ring:
+    """``slots`` chunks of shared memory, and two eventfds: the trainer posted a slot, the monitor gave one back.
+
+    The memory is a memfd: it has no name, is no part of ``/dev/shm`` (whose size does not limit it), and is gone with the
+    last process that has it mapped. Raises :class:`SaveFailed` when there is not as much.
+    """
+
+    def __init__(self, pointer: Any, posted: int, freed: int):
+        ffi, lib = load()
+        self.fd, self.posted, self.freed = lib.fx_ring_fd(pointer), posted, freed
+        self._pointer = ffi.gc(pointer, lib.fx_ring_free)
+        self.slots = lib.fx_ring_slots(pointer)
+        self._finalizer = weakref.finalize(self, _close, posted, freed)
+        _rings.add(self)
+
+    @classmethod
+    def make(cls, slots: int, slot_bytes: int) -> Ring:
+        """New memory, all of it reserved now. ``fd``, ``posted`` and ``freed`` are to be passed on."""
+        ffi, lib = load()
+        out, error = ffi.new("struct fx_ring **"), ffi.new("struct fx_error *")
+        if lib.fx_ring_new(slots, slot_bytes, out, error):
+            raise failure(ffi, error)
+        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
+        return cls(out[0], os.eventfd(0, flags), os.eventfd(0, flags))
+
+    @classmethod
+    def inherit(cls, fd: int, posted: int, freed: int) -> Ring:
+        """The memory and descriptors that the trainer passed on."""
+        ffi, lib = load()
+        out, error = ffi.new("struct fx_ring **"), ffi.new("struct fx_error *")
+        if lib.fx_ring_open(fd, out, error):
+            raise failure(ffi, error)
+        return cls(out[0], posted, freed)
+
+    def next_posted(self) -> Iterator[Any]:
+        """Every slot that is posted now: ``checkpoint`` (the trainer's ``Checkpoint.id``), ``chunk``, ``slot``."""
+        ffi, lib = load()
+        at, found = ffi.new("uint32_t *"), ffi.new("struct fx_posted *")
+        while lib.fx_ring_next(self._pointer, at, found):
+            yield found
+
+    def give_back(self, posted: Any) -> None:
+        """The monitor does not want what is in this slot."""
+        load()[1].fx_ring_return(self._pointer, posted.slot, self.freed)
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+_rings: weakref.WeakSet[Ring] = weakref.WeakSet()
+"""Of this process: a forked child closes the eventfds. What an engine has of a ring is closed in C (``csrc/fork.c``)."""
+
+
+def _in_child() -> None:
+    for ring in list(_rings):
+        ring._finalizer()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def post_into(engine: Engine, ring: Ring, monitor: int) -> None:
+    """The trainer's engine (``mock=True``, ``staging_bytes`` the ring's) fills slots and posts them.
+
+    ``monitor`` is the monitor's pidfd: when it ends, checkpoints that were not posted in full fail with EPIPE.
+    """
+    ffi, lib = load()
+    error = ffi.new("struct fx_error *")
+    if lib.fx_relay_trainer(engine._pointer, ring._pointer, ring.posted, ring.freed, monitor, error):
+        raise failure(ffi, error)
+    engine._ring = ring  # it must live until the engine is closed
+
+
+def release(engine: Engine) -> None:
+    """Let go of the memory of an engine that was closed."""
+    if load()[1].fx_engine_close(engine._pointer, 0) == 1:
+        engine._ring = None
+
+
+def revive(engine: Engine, monitor: int) -> None:
+    """Another monitor took over after the one that ended; ``monitor`` is its pidfd."""
+    ffi, lib = load()
+    error = ffi.new("struct fx_error *")
+    if lib.fx_relay_revive(engine._pointer, monitor, error):
+        raise failure(ffi, error)
+
+
+def write_from(engine: Engine, ring: Ring) -> None:
+    """The monitor's engine writes what :func:`emit_posted` gives it, and gives the slots back."""
+    ffi, lib = load()
+    error = ffi.new("struct fx_error *")
+    if lib.fx_relay_monitor(engine._pointer, ring._pointer, ring.freed, error):
+        raise failure(ffi, error)
+    engine._ring = ring
+
+
+def emit_posted(checkpoint: Checkpoint, posted: Any) -> bool:
+    """Give a posted slot to the monitor's checkpoint; False if it is of no use (the slot is still the caller's)."""
+    checkpoint._check()
+    return load()[1].fx_emit_posted(checkpoint._pointer, posted) == 0

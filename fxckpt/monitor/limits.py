@@ -1,0 +1,82 @@
+"""What ends the monitor together with the trainer, as far as that can be seen from inside."""
+
+from __future__ import annotations
+
+import os
+
+INITS = frozenset({"systemd", "init", "launchd", "runit", "openrc-init", "s6-svscan"})
+"""Names of a process 1 that outlives what it started."""
+
+
+def found() -> list[str]:
+    """One sentence for each thing seen here that would take the monitor along."""
+    return [text for text in (_first_process(), _service(), _batch_step(), _group_oom()) if text]
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _first_process() -> str:
+    """In a container everything ends with process 1."""
+    if os.getpid() == 1:
+        return "this process is number 1 of its container: when it ends, the container ends, and the monitor with it"
+    first = _read("/proc/1/comm")
+    contained = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "container" in os.environ
+    if contained and first not in INITS:
+        return (f"this container ends when its process 1 ({first or 'unknown'}) ends, and the monitor with it: "
+                "start the trainer from a process that stays")
+    return ""
+
+
+def _service() -> str:
+    if os.environ.get("INVOCATION_ID") and ".service" in _read("/proc/self/cgroup"):
+        return "systemd ends every process of a service when its main process ends, unless KillMode=process is set"
+    return ""
+
+
+def _batch_step() -> str:
+    if os.environ.get("SLURM_STEP_ID"):
+        return "slurm ends every process of a step when the step is cancelled or runs out of time"
+    return ""
+
+
+def _group_oom() -> str:
+    for line in _read("/proc/self/cgroup").splitlines():
+        if line.startswith("0::") and _read(f"/sys/fs/cgroup{line[3:]}/memory.oom.group") == "1":
+            return "memory.oom.group is set: when memory runs out, the kernel ends every process of this cgroup"
+    return ""
+
+
+def memory_available() -> int:
+    """Bytes that this process can still have, as the system and its control groups tell: shared memory is taken at once,
+    and taking more than there is would not fail but wake the kernel's killer."""
+    left = [_number(line.split()[1]) * 1024 for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            left += _room("/sys/fs/cgroup", path, "memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            left += _room("/sys/fs/cgroup/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
+    return min(left, default=1 << 62)
+
+
+def _room(root: str, path: str, limit: str, usage: str) -> list[int]:
+    """What is left under the limit of a control group and of each one above it, as far as they can be read. What the group
+    holds of the page cache counts as used: this errs on the careful side."""
+    out = []
+    while True:
+        most, used = _read(f"{root}{path}/{limit}"), _read(f"{root}{path}/{usage}")
+        if most.isdigit() and used.isdigit():
+            out.append(max(int(most) - int(used), 0))
+        if path in ("", "/"):
+            return out
+        path = path.rpartition("/")[0]
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdigit() else 0
