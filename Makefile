@@ -10,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.t
 ENGINE := fxckpt/engine/_engine.abi3.so
 SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
 
-.PHONY: demo test crash kills fuzz faults soak bench lint clean distclean
+.PHONY: demo test crash kills fuzz faults model soak bench lint clean distclean
 .SUFFIXES:
 
 # On cores that are shared, OpenMP threads that spin at a barrier keep the thread they wait for from running: steps
@@ -30,6 +30,10 @@ crash: $(ENGINE)
 # Every error at every call of a training; and lives that are killed and disturbed at random, one after the other.
 faults: $(ENGINE)
 	@FXCKPT_FAULTS=full $(PY) -m pytest tests/test_faults.py -k whichever $(ARGS)
+
+# Larger settings of the model of chunks and fences, every interleaving of each.
+model: $(ENGINE)
+	@FXCKPT_MODEL=full $(PY) -m pytest tests/test_chunk_model.py $(ARGS)
 
 soak: export FXCKPT_SOAK ?= 1000
 soak: $(ENGINE)

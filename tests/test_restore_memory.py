@@ -1,0 +1,89 @@
+"""Restoring peaks at no more than what is restored plus 64 MiB: no second copy of the model, whatever is restored into.
+
+The kernel's own high-water mark of a process of its own, read from outside.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers import until
+
+MIB = 1 << 20
+MODEL = 64 * MIB  # the model; AdamW's state is twice that
+
+SCRIPT = """
+from helpers import *
+import os, time
+
+m = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(16)])
+opt = torch.optim.AdamW(m.parameters(), fused=True)
+
+def step():
+    m(torch.randn(2, 1024)).square().mean().backward()
+    opt.step()
+    opt.zero_grad()
+
+def ask():
+    open("ready", "w").close()
+    while not os.path.exists("go"):
+        time.sleep(0.005)
+    os.unlink("go")
+
+def run():
+    fxckpt.compile_step(opt, "d", model=m, every=1, keep=1, max_async=1, update="native")
+
+what = os.environ["WHAT"]
+if what == "save":
+    run()
+    step()
+    opt.ckpt.shutdown()
+else:
+    if what != "weights":
+        run()
+    if what == "rollback":
+        fxckpt.load()
+        step()
+        opt.ckpt.flush()
+    for p in m.parameters():
+        p.grad = None
+    ask()
+    restored = fxckpt.load("d", model=m) if what == "weights" else fxckpt.load()
+    assert restored.step > 0
+    ask()
+"""
+
+
+def kilobytes(pid: int, field: str) -> int:
+    """A line of the process's status, in bytes."""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)[1]) * 1024
+
+
+@pytest.mark.parametrize(("what", "new"), [("weights", 0), ("fresh", 2 * MODEL), ("rollback", 0)])
+def test_restoring_peaks_at_the_state_plus_64_mib(what, new, nursery, tmp_path):
+    """``new``: bytes of optimizer state that did not exist before."""
+    script, directory = tmp_path / "train.py", tmp_path / "life"
+    script.write_text(SCRIPT)
+    saved = nursery.start(script, directory, WHAT="save")
+    saved.wait()
+    assert saved.returncode == 0, saved.output
+    life = nursery.start(script, directory, WHAT=what)
+
+    def answered() -> bool:
+        assert life.alive(), life.output
+        return (directory / "ready").exists()
+
+    until(answered)
+    Path(f"/proc/{life.pid}/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = kilobytes(life.pid, "VmRSS")
+    (directory / "ready").unlink()
+    (directory / "go").touch()
+    until(answered)
+    peak, after = kilobytes(life.pid, "VmHWM"), kilobytes(life.pid, "VmRSS")
+    (directory / "go").touch()
+    assert life.wait() is not None and life.returncode == 0, life.output
+    assert peak >= before and after >= before + new * 0.9, "nothing was measured"
+    assert peak - before <= new + 64 * MIB, f"{(peak - before) / MIB:.0f} MiB more at the peak, {new / MIB:.0f} of state"
+    print(f"{what}: {(peak - before - new) / MIB:.1f} MiB beyond the state")
