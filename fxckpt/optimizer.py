@@ -67,7 +67,8 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
 
     Raises:
         SetupError: wrong arguments. StoreLocked: another trainer writes there. NotAStore: the directory holds something
-        else. EngineMissing: the C engine is not built. Nothing falls back silently.
+        else. EngineMissing: the C engine is not built. Nothing falls back silently. At the first checkpoint, NoSpace: the
+        disk has no room for ``keep + max_async`` of them.
     """
     config = Config.make(preset, every=every, keep=keep, keep_every=keep_every, keep_minutes=keep_minutes,
                          keep_best=keep_best, writer=writer, layer=layer, on_layer=on_layer, update=update,

@@ -152,7 +152,7 @@ class Saver:
         return f", in {frame.f_code.co_name.lstrip('_')}" if frame is not None else ""
 
     def _hangs(self, waited: Patience) -> bool:
-        """Whether to stop waiting; a second wait on what hangs is not made."""
+        """Whether training is to stop waiting; it does not wait a second time on what hung before and has not moved."""
         if self._hung == (signs := self._signs()) or waited.over():
             self._hung = signs
             return True
@@ -254,7 +254,7 @@ class Saver:
         with self._lock:
             while self._flying:
                 late = timeout is not None and time.monotonic() - began >= timeout
-                if late or (timeout is None and self._hangs(waited)):
+                if late or (timeout is None and waited.over()):
                     steps = ", ".join(str(p.step) for p in self._flying)
                     raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
                                        f"durable yet: {self._what_is_stuck()}")
@@ -265,7 +265,7 @@ class Saver:
         """Until this one is committed or has failed. Raises TimeoutError as ``flush`` does."""
         waited = self.patience()
         while not pending.done.wait(SLICE):
-            if self._hangs(waited):
+            if waited.over():
                 raise TimeoutError(f"the checkpoint of step {pending.step} is not durable yet: {self._what_is_stuck()}")
 
     def raise_unreported(self) -> None:

@@ -18,9 +18,11 @@ import time
 import pytest
 import torch
 from helpers import Training, all_good, differences, mlp, snapshot, until
+from storing import fast_directory
 
 import fxckpt
 from fxckpt.engine import io
+from fxckpt.store import pool
 from fxckpt.store.reader import Reader, candidates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,18 +159,42 @@ def test_a_directory_that_is_removed_underneath_costs_what_was_in_it_and_the_nex
     assert not list(store.glob("*.bad"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_directory_without_write_permission_fails_saves_until_it_has_it_again(store):
-    training = Training(store, keep=2).train(3)
-    training.opt.ckpt.flush()
-    store.chmod(0o555)
+def test_a_directory_without_write_permission_fails_saves_until_it_has_it_again(nursery, tmp_path):
+    """In a process that is not root, who may write everywhere."""
+    script = tmp_path / "train.py"
+    script.write_text("""
+from helpers import *
+from helpers import Training, all_good
+from pathlib import Path
+import os, pytest
+if os.geteuid() == 0:
+    os.setegid(65534)
+    os.seteuid(65534)
+store = Path(os.environ["STORE"])
+training = Training(store, keep=2).train(3)
+training.opt.ckpt.flush()
+for mode in (0o555, 0o000):
+    store.chmod(mode)
+    failed = training.found["checkpoints_failed"]
     training.train(6)
-    with pytest.raises((fxckpt.SaveFailed, OSError, fxckpt.StoreError)):
+    with pytest.raises((fxckpt.SaveFailed, OSError, fxckpt.StoreError), match="Permission denied"):
         training.opt.ckpt.flush()
+    assert training.found["checkpoints_failed"] >= failed + 4
     store.chmod(0o755)
     training.train(2)
     training.opt.ckpt.flush()
     assert all_good(store, training)[0] == training.found["steps"]
+assert not list(store.glob("*.bad"))
+training.opt.ckpt.shutdown()
+""")
+    with fast_directory(tmp_path / "fast") as directory:
+        directory.mkdir(exist_ok=True)
+        directory.chmod(0o777)
+        if not str(directory).startswith("/dev/shm"):
+            pytest.skip("only root's directories are here")
+        life = nursery.start(script, tmp_path / "life", STORE=str(directory / "d"))
+        output = life.wait()
+        assert life.returncode == 0, output
 
 
 # ---- what hangs ----
@@ -199,6 +225,30 @@ def test_a_commit_that_hangs_bounds_flush_save_shutdown_and_training_and_is_name
     until(lambda: not saver._thread.is_alive())
     saver.store.close()
     assert fxckpt.latest(store).step in (2, 3)
+
+
+def test_a_named_save_while_a_commit_hangs_ends_in_bounded_time_too(store, monkeypatch):
+    training = Training(store, max_async=2, keep=2).train(2)
+    training.opt.ckpt.flush()
+    saver = training.opt.ckpt._run.saver
+    until(lambda: saver._ready is not None)
+    saver.stuck_after = 0.3
+    monkeypatch.setattr(pool, "PATIENCE", 0.3)
+    io.delay("fsync", 60_000_000)
+    training.train(1)
+    training.opt.ckpt.end_step()
+    until(lambda: io.calls("fsync") and saver._flying and "committed" in saver._flying[0].phase)
+    with pytest.raises((TimeoutError, fxckpt.SaveFailed, fxckpt.StoreError), match=r"disk hangs|in fsync"):
+        training.opt.ckpt.save("best")
+    training.train(2)
+    io.delay("fsync", 0)
+    monkeypatch.setattr(pool, "PATIENCE", 60)
+    saver.stuck_after = 60
+    for _ in range(3):
+        training.train(1)
+        with contextlib.suppress(fxckpt.SaveFailed, fxckpt.StoreError):
+            training.opt.ckpt.flush()
+    assert all_good(store, training)[0] == training.found["steps"]
 
 
 @pytest.mark.parametrize(("op", "name"), [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"),

@@ -336,9 +336,15 @@ class Store:
         show what is not on the disk, so the directory is renamed ``.bad`` and never used again.
         """
         self._check_owner()
-        with self._pool.moves:
-            if not self._pool.release(slot):
-                return
+        try:
+            with self._pool.holding():
+                self._abandon(slot, bad)
+        except StoreError as error:  # it stays as it is, a .partial that this process does not use again
+            log.error("%s is not given back: %s", slot.path, error)
+
+    def _abandon(self, slot: Slot, bad: bool) -> None:
+        """``moves`` is held."""
+        if self._pool.release(slot):
             slot.forget()
             if slot.target is not None and not os.path.lexists(slot.path):
                 slot.path = slot.target  # interrupted just behind the rename
@@ -351,10 +357,13 @@ class Store:
                 self._pool.recycle(slot)
 
     def close(self) -> None:
-        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child."""
+        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child.
+
+        Raises ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename.
+        """
         if os.getpid() != self._pid or self._lock is None:
             return
-        with self._pool.moves:
+        with self._pool.holding():
             self._lock.release()
             self._finalizer.detach()
             self._lock = None
