@@ -30,6 +30,12 @@ def test_every_checkpoint_is_its_step_however_late_the_copies_run(tmp_path, devi
     assert [device.fake.retained(d) for d in (0, 1)] == [0, 0]
 
 
+def test_a_monitor_writes_what_devices_copied_into_its_memory(tmp_path, device):
+    training = Training(tmp_path, optimizer=lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True), writer="monitor").train(6)
+    assert all_good(tmp_path, training.end()) == [6, 5, 4, 3, 2, 1]
+    assert training.found["checkpoints_failed"] == 0 and device.fake.violations() == ""
+
+
 def test_a_fence_on_another_stream_than_the_one_that_trains_would_be_seen(tmp_path, device):
     """What the test above rests on: the stream matters."""
     device.fake.late(3000)
@@ -65,9 +71,11 @@ def test_a_run_goes_on_from_a_device_checkpoint_with_the_same_bits(tmp_path, dev
     assert differences(whole.now(), again.now()) == [] and whole.losses[5:] == again.losses
 
 
-def test_buffers_and_tensors_in_another_order_are_copied_in_order_on_the_training_stream(tmp_path, device):
+def test_buffers_and_tensors_in_another_order_are_copied_in_order_on_the_training_stream(tmp_path, device, caplog):
     """BatchNorm's statistics change in the next forward; channels_last weights are not in the file's order."""
+    caplog.set_level("INFO", "fxckpt")
     training = Training(tmp_path, make=conv, loader=Loader.of(3, 8, 8)).train(6).end()
+    assert "copied on their device first" in caplog.text
     assert all_good(tmp_path, training) == [6, 5, 4, 3, 2, 1]
 
 
