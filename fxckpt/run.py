@@ -608,8 +608,8 @@ class Run:
                 log.info("fxckpt: %s", line)
         moved = sum(t.nbytes for stepper in self.steppers for tensors in stepper.layer_tensors() for t in tensors
                     if self._is_remote(t) and not t.is_contiguous()) * self.config.max_async
-        if moved and (-1, moved) not in self._said:
-            self._said.add((-1, moved))
+        if moved and (-1, str(moved)) not in self._said:
+            self._said.add((-1, str(moved)))
             log.info("fxckpt: tensors that are not in row-major order are copied on their device first, which takes at most "
                      "%.1f MiB there", moved / 2**20)
 
