@@ -41,6 +41,7 @@ soak: $(ENGINE)
 
 kills: $(ENGINE)
 	@FXCKPT_KILLS=100 $(PY) -m pytest tests/test_kill_loop.py $(ARGS)
+	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 $(PY) -m pytest -s tests/test_monitor.py -k every_step $(ARGS)
 
 # Every option of every optimizer, in every form and compiled in three types; then the table in docs/optimizers.md anew.
 .PHONY: optimizers

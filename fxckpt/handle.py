@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from fxckpt._registry import registry
 from fxckpt.errors import SetupError
 from fxckpt.graph.rewrite import StepGraph
 from fxckpt.run import Run
+from fxckpt.signals import Finisher
 from fxckpt.trace import Tracing
 
 
@@ -42,6 +44,15 @@ class Handle:
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
         self._run.close_step()
+
+    def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
+        """When this signal comes, finish the checkpoint of the current step, or take one of the next, and then do what would
+        have been done: call the handler that was installed before, or end the process. A second signal does not wait.
+
+        Call it in the main thread, after installing a handler of your own; SetupError elsewhere. For schedulers that announce
+        a preemption with SIGTERM, half a minute before SIGKILL.
+        """
+        Finisher(self._run, number)
 
     def note(self, **metrics: float) -> None:
         """Attach metrics to the record of the checkpoint whose step closes next; ``keep_best`` looks at them.

@@ -58,6 +58,7 @@ class Run:
         self.loops = False  # fxckpt.steps was used: it counts iterations
         self.spoiled: str | None = None  # why the live tensors are a mixture that must not be trained
         self.in_turn = False  # inside a turn of fxckpt.steps: only its end closes a step
+        self.ending: Any = None  # a signals.Finisher whose signal came: the next checkpoint that is complete is the last
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._current: Pending | None = None  # being emitted, inside opt.step()
@@ -284,10 +285,10 @@ class Run:
 
     def _begin_if_due(self) -> Pending | None:
         """Begin the checkpoint of the step that is about to run."""
-        if not self.active or not self.schedule.due(self.attempts + 1, self.stall_seconds()):
+        if not self.active or not (self.ending or self.schedule.due(self.attempts + 1, self.stall_seconds())):
             return None
         self._check_store()
-        if not self.schedule.waits and self.saver.flying() >= self.config.max_async:
+        if not self.schedule.waits and not self.ending and self.saver.flying() >= self.config.max_async:
             self.saver.skipped += 1
             return None
         try:
@@ -419,6 +420,8 @@ class Run:
                 pending.give_up("its state could not be captured")
                 raise
             pending.close(record, tensors)
+        if self.ending is not None:
+            self.ending.step_closed()
 
     def _check(self, pending: Pending) -> None:
         """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
