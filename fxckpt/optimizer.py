@@ -56,7 +56,8 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
         layer: ``"module"``, ``"block"``, or a function from a parameter's name to its layer's.
         on_layer: called as ``on_layer(layer_name, step, tensors)`` for each layer of each checkpoint, with copies (by
             key: ``"h.0.weight"``, ``"exp_avg/h.0.weight"``) that it may keep.
-        update: ``None`` keeps the kernels that flags ask for and compiles the rest; ``"native"`` or ``"inductor"``.
+        update: ``None`` keeps the kernels that flags ask for and compiles the rest; ``"native"`` or ``"inductor"``
+            (what Inductor cannot take stays native, said once).
         threads, chunk_mb, staging_mb, max_async: writer threads, MiB per chunk, MiB for what a fence copies itself
             (default 32), checkpoints in flight. ``preset``: ``"throughput"``, ``"latency"`` or ``"memory"`` sets all four.
         on_error: ``"warn"`` logs a failed checkpoint and trains on; ``"raise"`` raises it at the next step.

@@ -81,6 +81,23 @@ CASES = {
         compiled="eager(m)", model="frozen()",
         optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)"),
     "without a compiled model": Case(),
+    "RAdam, which rectifies from its sixth step on, warmed up and restarted": Case(
+        optimizer="torch.optim.RAdam(m.parameters(), lr=1e-2)",
+        scheduler="torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5), "
+                  "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)], [5])"),
+    "Muon, with a learning rate that falls when the loss does not": Case(
+        optimizer="torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=1e-2)",
+        scheduler='torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.7, 1)', body="""
+        x, y = next(loader)
+        moment()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        moment()
+        opt.step()
+        moment()
+        model.zero_grad()
+        s.step(loss.item())
+    """),
     "without model": Case(
         compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
