@@ -49,6 +49,11 @@ optimizers: $(ENGINE)
 	@$(PY) tools/optimizer_table.py
 	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/test_every_optimizer.py $(ARGS)
 
+# Every model of tests/zoo.py through Inductor itself, with and without us, then killed and resumed: half an hour.
+.PHONY: models
+models: $(ENGINE)
+	@FXCKPT_MODELS=full $(PY) -m pytest tests/test_models.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)
@@ -69,7 +74,7 @@ $(VENV)/.packages: constraints.txt pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and the packages that build and test fxckpt into $(VENV) (once; torch is large)"
 	@$(PIP) "$$(grep '^torch==' constraints.txt)"
-	@$(PIP) "setuptools>=77" wheel "cffi>=1.16" numpy "pytest>=8" pytest-xdist expecttest hypothesis safetensors
+	@$(PIP) "setuptools>=77" wheel "cffi>=1.16" numpy "pytest>=8" pytest-xdist expecttest hypothesis safetensors "transformers>=5"
 	@touch $@
 
 $(ENGINE): $(VENV)/.packages $(SOURCES)

@@ -364,6 +364,16 @@ def compiling_scope() -> dict[str, dict[str, Any]] | None:
     return None if tx is None else {"L": tx.output.local_scope, "G": tx.output.global_scope}
 
 
+def compiled_module() -> weakref.ref | None:
+    """The module whose method Dynamo compiles right now: the ``self`` of that frame. None where there is none.
+
+    With ``block.compile()`` this is the block; the outermost module being called is the whole model.
+    """
+    scope = compiling_scope()
+    owner = None if scope is None else scope["L"].get("self")
+    return weakref.ref(unwrap_model(owner)) if isinstance(owner, torch.nn.Module) else None
+
+
 def first_module(source: Any, scope: dict[str, dict[str, Any]] | None) -> torch.nn.Module | None:
     """The outermost module on the path ``source``, followed in ``scope``; None where it cannot be followed."""
     steps = []
@@ -511,9 +521,29 @@ def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def every_module(module: torch.nn.Module, name: str = ""):
+    """``(name, module)`` of every place where a module stands, under several names if it stands there several times.
+
+    Wrappers inside the model (``torch.compile(block)`` in a list of blocks) take no part in names, so that a checkpoint does
+    not depend on what was compiled. ``named_children`` would leave out what stands twice in one parent.
+    """
+    module = unwrap_model(module)
+    yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from every_module(child, f"{name}.{key}" if name else key)
+
+
+def named_parameters(model: torch.nn.Module):
+    """``(name, parameter)`` of every parameter, ties included, by the names of ``every_module``."""
+    for prefix, module in every_module(model):
+        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield f"{prefix}.{name}" if prefix else name, param
+
+
 def named_buffers(model: torch.nn.Module):
-    """``(name, buffer, persistent)`` of every buffer, ties included."""
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    """``(name, buffer, persistent)`` of every buffer, ties included, by the names of ``every_module``."""
+    for prefix, module in every_module(model):
         for persistent in (True, False):
             for name, buffer in own_buffers(module, persistent):
                 yield f"{prefix}.{name}" if prefix else name, buffer, persistent
@@ -521,7 +551,7 @@ def named_buffers(model: torch.nn.Module):
 
 def extra_state_modules(model: torch.nn.Module):
     """``(name, module)`` of modules that keep more than tensors in their state dict (``get_extra_state``)."""
-    for name, module in model.named_modules():
+    for name, module in every_module(model):
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
             yield name, module
 

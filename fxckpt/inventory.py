@@ -92,7 +92,7 @@ def _trained_ids(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
 def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) -> dict[int, str]:
     """Names from the model; ties go to the first name. Returns the names of the trained parameters by identity."""
     first: dict[int, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
+    for name, param in _torch.named_parameters(model):
         if id(param) in first:
             found.ties[name] = first[id(param)]
             continue

@@ -27,6 +27,7 @@ from fxckpt import _torch, cuda, ops, plan, state, trace
 from fxckpt._registry import registry
 from fxckpt.config import Config, Schedule
 from fxckpt.errors import FxckptError, SaveFailed, SetupError, StoreError
+from fxckpt.graph.arrivals import FirstBackward
 from fxckpt.graph.layers import gradient_order, group_layers, layer_edges
 from fxckpt.inventory import Inventory, storable, take
 from fxckpt.saver import SLICE, Pending, Saver
@@ -78,6 +79,7 @@ class Run:
         self._watch_scalers(extra)
         self.tracing: trace.Tracing | None = None
         trace.from_environment(self)
+        self._first_backward = None if engine is None else FirstBackward(self.optimizers)
         registry.runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
@@ -88,6 +90,8 @@ class Run:
 
     def refresh(self) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed."""
+        if self._first_backward is not None:
+            self._learn_arrivals()
         stale = [s for s in self.steppers if s.stale()]
         key = self._arrangement()
         if not stale and key == self._arranged:
@@ -100,6 +104,14 @@ class Run:
         self._arrange()
         self._hook_gradients()
         self._arranged = self._arrangement()
+
+    def _learn_arrivals(self) -> None:
+        """Tell the book in which order gradients arrived, once they have."""
+        seen = self._first_backward.order()
+        if seen:
+            self._first_backward.stop()
+            self._first_backward = None
+            registry.traces.arrived(seen, self.model)
 
     def _arrangement(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""

@@ -68,6 +68,7 @@ class JointTrace:
     roots: tuple[weakref.ref, ...]
     uses: tuple[Use, ...]
     outputs: tuple[int, ...]
+    owner: weakref.ref | None = None
 
     def __str__(self) -> str:
         rows = sorted((trace for _, trace in self.params), key=lambda t: (-t.first_use, t.grad_final))
@@ -158,6 +159,7 @@ def read_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace
         roots=tuple(weakref.ref(root) for root in roots),
         uses=tuple(Use(tuple(place[p] for p in u.params if p in place), u.inputs) for u in forward.uses),
         outputs=forward.outputs,
+        owner=_torch.compiled_module(),
     )
 
 
@@ -166,6 +168,15 @@ def _live_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int,
     nodes = gm.graph.find_nodes(op="placeholder")
     pairs = enumerate(_torch.graph_input(node, example) for node, example in zip(nodes, example_inputs))
     return {i: (t, source) for i, (t, source) in pairs if isinstance(t, Tensor) and source is not None}
+
+
+def _of_the_same_class(trace: JointTrace, roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """The other modules of the class whose code was compiled, each once."""
+    owner = None if trace.owner is None else trace.owner()
+    if owner is None:
+        return []
+    found = {id(m): m for root in roots for _, m in names.named_modules(root) if type(m) is type(owner) and m is not owner}
+    return list(found.values())
 
 
 def _of_a_module(tensor: Tensor, source: Any) -> bool:
@@ -202,6 +213,7 @@ class TraceBook:
         self._regions: dict[int, JointTrace] = {}
         self._next = 0
         self._params: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {region: ParamTrace}
+        self._arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> when its gradient arrived, an ordinal
         self._roots: list[weakref.ref] = []
         self._loose: dict[str, list[tuple[TensorWeakRef, str]]] = defaultdict(list)
         self._warned = False
@@ -218,6 +230,7 @@ class TraceBook:
             if trace.params:
                 trace = self._place(trace)
             self.version += 1
+        log.debug("traced a graph with %s", trace)
         self._tell(trace)
         return trace
 
@@ -227,6 +240,8 @@ class TraceBook:
         region = self._recompiled(trace)
         if region is None:
             region, self._next = self._next, self._next + 1
+        else:
+            log.debug("region %d was recompiled: the new graph takes the place of the old one", region)
         params = tuple((ref, replace(param, region=region)) for ref, param in trace.params)
         trace = replace(trace, region=region, params=params)
         self._regions[region] = trace
@@ -280,16 +295,79 @@ class TraceBook:
                 if (tensor := ref()) is not None:
                     self._params.setdefault(tensor, {})[trace.region] = param
             self._regions[trace.region] = replace(trace, params=tuple(params))
+        log.debug("region %d: the joint graph gave exact positions of %d of %d parameters", trace.region, len(reads),
+                  len(trace.params))
 
     def lookup(self, param: Tensor) -> ParamTrace | None:
         """What is known of ``param``, from the first region that uses it: there its gradient becomes final.
         """
         found = self._params.get(param)
-        return found[min(found)] if found else None
+        if not found:
+            return None
+        return found[next(iter(found)) if len(found) == 1 else max(found, key=self.places().__getitem__)]
 
     def traces(self) -> tuple[JointTrace, ...]:
         """The training graphs, in the order in which their forwards run."""
-        return tuple(self._regions[region] for region in sorted(self._regions))
+        places = self.places()
+        return tuple(self._regions[region] for region in sorted(self._regions, key=places.__getitem__, reverse=True))
+
+    def arrival(self, param: Tensor) -> int | None:
+        """The place of ``param`` in the order in which gradients arrived, or None."""
+        return self._arrivals.get(param)
+
+    def places(self) -> dict[int, tuple[int, int]]:
+        """A sort key for each region: the order in which their backwards ran.
+
+        That is when a region's last gradient arrived, as far as arrivals are known; a region without any comes right after
+        the region that follows it in the forward.
+        """
+        places, time = {}, -1
+        for region in sorted(self._params_regions(), reverse=True):
+            trace = self._regions.get(region)
+            live = [p for ref, _ in (trace.params if trace else ()) if (p := ref()) is not None and p in self._arrivals]
+            alone = [p for p in live if len(self._params[p]) == 1]  # one that others share is final in only one of them
+            time = max((self._arrivals[p] for p in alone or live), default=time)
+            places[region] = (time, -region)
+        return places
+
+    def _params_regions(self) -> set[int]:
+        """All regions that a parameter may name, those whose models died since included."""
+        return set(self._regions).union(*self._params.values())
+
+    def arrived(self, params: Sequence[Tensor], model: nn.Module | None = None) -> None:
+        """Take in the order in which the gradients of ``params`` arrived in a backward.
+
+        It places what no graph shows: parameters of modules that are not compiled, and regions among each other. Blocks of
+        one class that are compiled one by one (``block.compile()``) share the first one's code, so the compiler never shows
+        the others: each gets a copy of the first one's trace. ``model`` is searched for them as the known models are.
+        """
+        with self._lock:
+            start = 1 + max(self._arrivals.values(), default=-1)
+            self._arrivals.update({p: start + at for at, p in enumerate(params)})
+            roots = [root for ref in self._roots if (root := ref()) is not None]
+            for trace in list(self._regions.values()):
+                for block in _of_the_same_class(trace, [*roots, *([] if model is None else [model])]):
+                    self._reuse(trace, block)
+            self.version += 1
+
+    def _reuse(self, trace: JointTrace, block: nn.Module) -> None:
+        """Record that the code of ``trace`` also ran for ``block``, if its gradients arrived together and unexplained."""
+        theirs = {id(p): name for name, p in names.named_parameters(trace.owner())}
+        mine = dict(names.named_parameters(block))
+        pairs = [(p, mine.get(theirs.get(id(p)), p), param) for ref, param in trace.params if (p := ref()) is not None]
+        new = [p for _, p, _ in pairs if p not in self._params]
+        times = sorted(self._arrivals.get(p, -1) for p in new)
+        together = bool(new) and times[0] >= 0 and times[-1] - times[0] == len(new) - 1
+        if not together or any(p.shape != old.shape for old, p, _ in pairs):
+            return
+        region, self._next = self._next, self._next + 1
+        params = tuple((TensorWeakRef(p), replace(param, region=region, name=self.name_of(p) or param.name))
+                       for _, p, param in pairs)
+        self._regions[region] = replace(trace, region=region, params=params, owner=weakref.ref(block))
+        for ref, param in params:
+            self._params.setdefault(ref(), {})[region] = param
+        log.debug("region %d: the code of region %d, compiled once, also serves %d parameters like %s", region, trace.region,
+                  len(params), params[0][1].name)
 
     def names(self) -> list[tuple[str, nn.Parameter]]:
         """Each parameter of the models that were seen, with its FQN; with two models, a name may be there

@@ -29,21 +29,25 @@ class Layer:
 
 
 def gradient_order(named: Sequence[tuple[str, Tensor]], book: TraceBook) -> tuple[str, ...]:
-    """The names, ordered by when their gradients become final; those never seen last, in reverse registration
-    order.
+    """The names, ordered by when their gradients become final; those of which nothing is known last, in reverse
+    registration order.
 
-    Later regions of the forward come first in the backward; within one, the later a parameter is used first,
-    the earlier its gradient is final. Ties (weight and bias of one op) are in reverse registration order. A
-    tensor that ``named`` holds twice counts once, under its first name.
+    Regions come in the order of their backwards: as gradients arrived, else the later in the forward the earlier. Within a
+    region, whose gradients arrive all at once, the later a parameter is used first, the earlier its gradient is final.
+    Parameters outside all regions come as their gradients arrived. Ties (weight and bias of one op) are in reverse
+    registration order. A tensor that ``named`` holds twice counts once, under its first name.
     """
     first: dict[int, tuple[int, str, Tensor]] = {}
     for at, (name, tensor) in enumerate(named):
         first.setdefault(id(tensor), (at, name, tensor))
+    places = book.places()
 
-    def key(entry: tuple[int, str, Tensor]) -> tuple[bool, int, int, int]:
+    def key(entry: tuple[int, str, Tensor]) -> tuple[bool, tuple[int, int], int, int]:
         at, _, tensor = entry
-        trace = book.lookup(tensor)
-        return (True, 0, 0, -at) if trace is None else (False, -trace.region, -trace.first_use, -at)
+        trace, arrival = book.lookup(tensor), book.arrival(tensor)
+        if trace is not None:
+            return False, places[trace.region], -trace.first_use, -at
+        return (True, (0, 0), 0, -at) if arrival is None else (False, (arrival, 0), 0, -at)
 
     return tuple(name for _, name, _ in sorted(first.values(), key=key))
 
