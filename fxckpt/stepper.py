@@ -14,6 +14,7 @@ import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -162,6 +163,9 @@ class Stepper:
                 member = Member(self.name_of(param), param, index, opt.state.get(param))
                 self._choose(member, group)
                 self.members.append(member)
+        programs = {m.program.signature for m in self.members if m.program is not None}
+        log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
+                  type(opt).__name__, len(programs), len(self._compiled))
         self._state, self._states = opt.state, list(opt.state.values())
         self._structure = [self._shape_of(g) for g in opt.param_groups]
         self._mask = []
@@ -209,6 +213,7 @@ class Stepper:
         try:
             found = hoist.specialize(self.opt, group, member.param, state, signature)
         except update.NotTraceable as reason:
+            log.debug("%s (%s, %s) is not traced: %s", type(self.opt).__name__, signature.implementation, signature.dtype, reason)
             self._programs[signature] = reason
             raise
         log.debug("traced %s (%s, %s): %d scalars, inputs %s, branches %s", type(self.opt).__name__, signature.implementation,
@@ -229,6 +234,8 @@ class Stepper:
         tensors = [member.bound(kind, key) for kind, key in program.inputs if kind != "grad"]
         member.flat = program.key in self._compiled and all(inductor.same_layout(t, member.param) for t in tensors) and (
             inductor.is_dense(member.param))
+        if signature in self._compiled and not member.flat:
+            log.debug("%s keeps PyTorch's kernels: its tensors are not dense in one order", member.name)
 
     # -- the graph --------------------------------------------------------------------------------------------------
 
@@ -238,11 +245,13 @@ class Stepper:
         by_name = {m.name: m for m in self.members}
         self._owned = [[by_name[n] for n in layer.params] for layer in self.layers]
         counts = [t for m in self.members for _, t in m.counts()]
+        clocks = self._clocks = tuple(rewrite.Clock() for _ in self.layers)
         module = rewrite.build(self.layers, first, self._layer_update, self._scalars, bool(counts))
         bare = rewrite.build_bare(self._bare_update, self._scalars)
         sizes = {layer.name: sum(t.nbytes for m in owned for _, t in m.tensors())
                  for layer, owned in zip(self.layers, self._owned)}
-        self.graph = rewrite.StepGraph(self.layers, self.edges, module, bare, sizes)
+        self.graph = rewrite.StepGraph(self.layers, self.edges, module, bare, sizes, clocks)
+        log.debug("wrote the StepGraph: %d layers in the order %s", len(self.layers), [layer.name for layer in self.layers])
         self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
         self._count_tensors = counts
         self._mask = []
@@ -258,9 +267,16 @@ class Stepper:
     def _layer_update(self, index: int) -> Callable:
         """The callable of one update node. It changes ``tensors``, to which the calls behind it are bound already; the
         calls are others when other parameters have gradients."""
+        clock = self._clocks[index]
+
         def run(tensors: list[torch.Tensor], values: list) -> None:
-            for call in self._calls[index]:
+            calls = self._calls[index]
+            if not calls:
+                return  # no gradient, or the stock step made this one
+            start = perf_counter()
+            for call in calls:
                 call(values)
+            clock.add(perf_counter() - start)
 
         return run
 
@@ -284,6 +300,9 @@ class Stepper:
 
     def run_stock(self, members: Iterable[Member]) -> None:
         """The stock step on these parameters alone; they are left out of this step's graph. Fence them first."""
+        members = list(members)
+        log.debug("the stock step updates %d parameters, which have no state yet or no dense gradient: %s ...", len(members),
+                  members[0].name)
         chosen = {id(m.param) for m in members}
         groups = self.opt.param_groups
         saved = [g["params"] for g in groups]
@@ -333,6 +352,8 @@ class Stepper:
                        for owned in self._owned]
         self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts,
                                     self._compiled)
+        log.debug("bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without", len(of),
+                  len(self._cohorts), sum(map(len, self._calls)), len(self._all_calls))
 
     def _follow(self, member: Member) -> None:
         """Give the member the program of the branches that its counts take now (RAdam rectifies from some step on)."""

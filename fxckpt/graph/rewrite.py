@@ -44,13 +44,29 @@ class Impure(torch.nn.Module):
         return self.function(*args)
 
 
+class Clock:
+    """How long the calls of one update node took on the host: their number, and the shortest in seconds, which is least
+    disturbed by whatever else ran. For a CUDA device: to launch, not to run."""
+
+    __slots__ = ("calls", "shortest")
+
+    def __init__(self) -> None:
+        self.calls, self.shortest = 0, float("inf")
+
+    def add(self, seconds: float) -> None:
+        """One more call."""
+        self.calls += 1
+        if seconds < self.shortest:
+            self.shortest = seconds
+
+
 @dataclass(frozen=True)
 class StepGraph:
     """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``).
 
     ``layers`` in update order; ``order`` the parameter names in the order in which their gradients become final;
     ``edges`` pairs of layer names, from producer to consumer in the forward pass; ``sizes`` bytes of each layer's
-    tensors, parameters and optimizer state.
+    tensors, parameters and optimizer state; ``clocks`` one for each layer.
     """
 
     layers: tuple[Layer, ...]
@@ -58,6 +74,13 @@ class StepGraph:
     module: fx.GraphModule
     bare: fx.GraphModule
     sizes: dict[str, int] = field(default_factory=dict)
+    clocks: tuple[Clock, ...] = ()
+
+    @property
+    def times(self) -> dict[str, float]:
+        """The shortest time that each layer's update took, in seconds, of the steps that ran with checkpoint ops (two clock
+        readings a layer: too cheap to switch off). Bare steps update all layers at once and tell nothing of one layer."""
+        return {layer.name: clock.shortest for layer, clock in zip(self.layers, self.clocks) if clock.calls}
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -73,14 +96,20 @@ class StepGraph:
         """The layer dependency graph in Graphviz's language."""
         from fxckpt.graph import draw
 
-        return draw.to_dot(self.layers, self.edges, self.sizes)
+        return draw.to_dot(self.layers, self.edges, self.sizes, self.times)
+
+    def table(self) -> str:
+        """One line a layer, in update order: size, update time, number of parameters, what its output reaches."""
+        from fxckpt.graph import draw
+
+        return draw.to_text(self.layers, self.edges, self.sizes, self.times)
 
     def draw(self, path: str) -> None:
         """Write the layer dependency graph to ``path`` as SVG."""
         from fxckpt.graph import draw
 
         with open(path, "w", encoding="utf-8") as file:
-            file.write(draw.to_svg(self.layers, self.edges, self.sizes))
+            file.write(draw.to_svg(self.layers, self.edges, self.sizes, self.times))
 
     def __str__(self) -> str:
         return readable(self.module)
