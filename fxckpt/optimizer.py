@@ -99,6 +99,10 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
         if not isinstance(each, torch.optim.Optimizer):
             raise SetupError(f"compile_step takes torch.optim.Optimizer objects; this is a {type(each).__name__}. "
                              "If it wraps an optimizer, pass the inner one.")
+        if (inner := _wrapped(each)) is not None:
+            raise SetupError(f"this {type(each).__name__} (of {type(each).__module__}) only wraps the "
+                             f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
+                             "wrapped or with wrapper.optimizer, and train with the wrapper as before.")
         if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run.stopped:
             raise SetupError(f"this {type(each).__name__} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
     if model is not None and not isinstance(model, torch.nn.Module):
@@ -110,6 +114,15 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
         seen.add(id(param))
         if not disabled():
             storable(param)
+
+
+def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """The optimizer that ``opt`` hands its steps to, as Accelerate's, Lightning's and Fabric's wrappers do; else None."""
+    for attribute in ("optimizer", "_optimizer", "optim"):
+        inner = getattr(opt, attribute, None)
+        if isinstance(inner, torch.optim.Optimizer) and inner is not opt:
+            return inner
+    return None
 
 
 def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]):

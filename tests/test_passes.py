@@ -1,0 +1,219 @@
+"""The passes of fxckpt.graph, each alone on graphs built by hand."""
+
+from __future__ import annotations
+
+import operator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxckpt.graph import hoist, inductor, rewrite, update
+from fxckpt.graph.forward import EARLIER, Use, walk
+from fxckpt.graph.joint import JointRead, read_joint
+from fxckpt.graph.layers import Layer
+
+aten = torch.ops.aten
+
+
+# ---- walk: a forward graph ---------------------------------------------------------------------------------------------
+
+
+def graph_module(graph: fx.Graph, **attributes) -> fx.GraphModule:
+    root = nn.Module()
+    for name, value in attributes.items():
+        root.add_module(name, value)
+    return fx.GraphModule(root, graph)
+
+
+def placed(graph: fx.Graph, name: str, grad: bool) -> fx.Node:
+    node = graph.placeholder(name)
+    node.meta["example_value"] = torch.zeros(2, 2, requires_grad=grad)
+    return node
+
+
+def test_walk_positions_are_first_and_last_readers():
+    graph = fx.Graph()
+    x, w, v = placed(graph, "x", False), placed(graph, "w", True), placed(graph, "v", True)
+    a = graph.call_function(torch.mm, (x, w))
+    b = graph.call_function(torch.mm, (a, v))
+    c = graph.call_function(torch.mm, (b, w))
+    graph.output((c,))
+    found = walk(graph_module(graph), [1, 2])
+    assert found.length == 3
+    assert found.reads == {1: (0, 2), 2: (1, 1)}
+    assert found.first_use == {1: 0, 2: 1}
+    assert found.uses == (Use((1,), ()), Use((2,), (0,)), Use((1,), (1,)))
+    assert found.outputs == (2,)
+
+
+def test_walk_gives_no_use_to_dead_code_and_to_what_is_detached():
+    graph = fx.Graph()
+    x, w, dead, cut = placed(graph, "x", False), *(placed(graph, n, True) for n in ("w", "dead", "cut"))
+    graph.call_function(torch.mm, (x, dead))
+    detached = graph.call_function(torch.Tensor.detach, (cut,))
+    detached.meta["example_value"] = torch.zeros(2, 2)
+    y = graph.call_function(torch.mm, (x, w))
+    graph.output((graph.call_function(torch.add, (y, detached)),))
+    assert walk(graph_module(graph), [1, 2, 3]).first_use == {1: 2}
+
+
+def test_walk_takes_what_is_made_of_parameters_alone_for_those_parameters():
+    graph = fx.Graph()
+    x, w, v = placed(graph, "x", False), placed(graph, "w", True), placed(graph, "v", True)
+    tied = graph.call_function(torch.add, (graph.call_function(torch.t, (w,)), v))
+    graph.output((graph.call_function(torch.mm, (x, tied)),))
+    found = walk(graph_module(graph), [1, 2])
+    assert found.uses == (Use((1, 2), ()),)
+    assert found.first_use == {1: 0, 2: 1}
+
+
+def test_walk_knows_activations_of_earlier_regions():
+    graph = fx.Graph()
+    h, w = placed(graph, "h", True), placed(graph, "w", True)
+    graph.output((graph.call_function(torch.mm, (h, w)),))
+    assert walk(graph_module(graph), [1]).uses == (Use((1,), (EARLIER,)),)
+
+
+def test_walk_lays_bodies_out_flat_and_picks_their_outputs():
+    body = fx.Graph()
+    x, w, v = body.placeholder("x"), body.placeholder("w"), body.placeholder("v")
+    body.output((body.call_function(torch.mm, (x, w)), body.call_function(torch.mm, (x, v))))
+
+    def wrap(*args):
+        raise AssertionError("never run")
+
+    graph = fx.Graph()
+    x, w, v, u = placed(graph, "x", False), *(placed(graph, n, True) for n in "wvu")
+    called = graph.call_function(wrap, (graph.get_attr("body"), x, w, v))
+    second = graph.call_function(operator.getitem, (called, 1))
+    graph.output((graph.call_function(torch.mm, (second, u)),))
+    found = walk(graph_module(graph, body=graph_module(body)), [1, 2, 3])
+    assert found.first_use == {2: 1, 3: 2}  # of the two in the body only the second reaches the output
+    assert found.uses[-1] == Use((3,), (1,))
+
+
+def test_walk_sees_a_change_in_place():
+    graph = fx.Graph()
+    x, w, v = placed(graph, "x", False), placed(graph, "w", True), placed(graph, "v", True)
+    total = graph.call_function(torch.zeros_like, (x,))
+    graph.call_method("add_", (total, graph.call_function(torch.mm, (x, w))))
+    graph.output((graph.call_function(torch.mm, (total, v)),))
+    assert walk(graph_module(graph), [1, 2]).uses == (Use((1,), ()), Use((2,), (0,)))
+
+
+# ---- read_joint: a joint graph -----------------------------------------------------------------------------------------
+
+
+class PlainAOTInput(SimpleNamespace):
+    """Stands for AOTAutograd's descriptor, which is told by its class's name."""
+
+
+class GradAOTOutput(SimpleNamespace):
+    """As above."""
+
+
+def test_read_joint_positions_views_included():
+    graph = fx.Graph()
+    w, tangent = graph.placeholder("w"), graph.placeholder("tangent")
+    w.meta["desc"], tangent.meta["desc"] = PlainAOTInput(idx=3), None
+    t = graph.call_function(aten.t.default, (w,))
+    forward = graph.call_function(aten.mm.default, (tangent, t))
+    both = graph.call_function(aten.split.Tensor, (forward, 1))
+    gradient = graph.call_function(operator.getitem, (both, 0))
+    out = graph.output(((forward, gradient),))
+    out.meta["desc"] = (None, GradAOTOutput(grad_of=PlainAOTInput(idx=3)))
+    order = list(graph.nodes)
+    assert read_joint(graph) == {3: JointRead(order.index(t), order.index(forward), order.index(both))}
+
+
+def test_read_joint_says_nothing_of_a_graph_without_gradients():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["desc"] = PlainAOTInput(idx=0)
+    out = graph.output((graph.call_function(aten.relu.default, (x,)),))
+    out.meta["desc"] = (None,)
+    assert read_joint(graph) == {}
+
+
+# ---- hoist: a traced update ---------------------------------------------------------------------------------------------
+
+
+def hoisted(build):
+    """Hoist a graph over (param, grad, step, lr); ``build(graph, p, g, step, lr)`` adds the update."""
+    graph, roles = fx.Graph(), {}
+    kinds = (("param", None), ("grad", None), ("state", "step"), ("hyper", ("lr", None)))
+    values = (torch.zeros(4), torch.zeros(4), torch.zeros(()), 0.1)
+    nodes = []
+    for (kind, key), value in zip(kinds, values):
+        node = graph.placeholder(kind)
+        node.meta["val"] = value
+        roles[node] = update.Role(kind, 0, key)
+        nodes.append(node)
+    build(graph, *nodes)
+    graph.output(())
+    signature = SimpleNamespace(state=(("step", True),), hyperparameters=(("lr", None),))
+    return hoist.hoist(SimpleNamespace(graph=graph, roles=roles, count=1), signature)
+
+
+def call(graph, target, *args, val):
+    node = graph.call_function(target, args)
+    node.meta["val"] = val
+    return node
+
+
+def test_hoist_moves_the_counts_and_what_is_computed_of_them_to_the_host():
+    def build(graph, p, g, step, lr):
+        advanced = call(graph, aten.add_.Tensor, step, 1, val=torch.zeros(()))
+        rate = call(graph, aten.div.Tensor, advanced, lr, val=torch.zeros(()))
+        item = call(graph, aten._local_scalar_dense.default, rate, val=1.0)
+        call(graph, aten.sub_.Tensor, p, call(graph, aten.mul.Tensor, g, item, val=torch.zeros(4)), val=torch.zeros(4))
+
+    program = hoisted(build)
+    assert program.counts == ("step",)
+    assert program.inputs == (("param", None), ("grad", None))
+    assert program.scalars == 1
+    step, param = torch.tensor(3.0), torch.ones(4)
+    (scalar,) = program.host(step, 0.5)
+    assert (step.item(), scalar) == (4.0, 8.0)
+    program.body(param, torch.full((4,), 0.25), scalar)
+    assert param.tolist() == [-1.0] * 4
+    assert {n.target for n in program.body.graph.nodes if n.op == "call_function"} == {aten.mul.Tensor, aten.sub_.Tensor}
+
+
+def test_hoist_keeps_a_write_to_a_count_that_nobody_reads():
+    program = hoisted(lambda graph, p, g, step, lr: (call(graph, aten.add_.Tensor, step, 1, val=torch.zeros(())),
+                                                     call(graph, aten.sub_.Tensor, p, g, val=torch.zeros(4))))
+    step = torch.tensor(3.0)
+    assert program.host(step, 0.5) == ()
+    assert step.item() == 4.0
+
+
+# ---- rewrite, and layouts -----------------------------------------------------------------------------------------------
+
+
+def test_build_calls_every_update_once_in_order_with_the_tensors_and_scalars_it_is_shown():
+    seen = []
+    layers = [Layer("b", ("b.w",)), Layer("a", ("a.w",))]
+    bare = rewrite.build_bare(lambda values: seen.append(("all", values)), lambda: ["s"])
+    bare()
+    assert seen == [("all", ["s"])]
+    module = rewrite.build(layers, 1, lambda i: lambda tensors, values: seen.append((i, tensors, values)),
+                           lambda counts: ["s", *counts], True)
+    for node in [n for n in module.graph.nodes if n.op == "call_function"]:
+        module.graph.erase_node(node)  # no run stands behind the ops
+    module.recompile()
+    seen.clear()
+    module(7, ["count"], ["tensor b"], ["tensor a"])
+    assert seen == [(0, ["tensor b"], ["s", "count"]), (1, ["tensor a"], ["s", "count"])]
+
+
+@pytest.mark.parametrize("tensor, other, same", [
+    (torch.zeros(2, 3), torch.zeros(2, 3), True),
+    (torch.zeros(2, 3), torch.zeros(3, 2).t(), False),
+    (torch.zeros(4, 1, 1, 1), torch.zeros(4, 1, 1, 1).to(memory_format=torch.channels_last), True),
+    (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), False),
+])
+def test_layouts_are_compared_by_the_strides_that_mean_something(tensor, other, same):
+    assert inductor.same_layout(tensor, other) is same
