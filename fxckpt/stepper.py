@@ -163,7 +163,7 @@ class Stepper:
                 member = Member(self.name_of(param), param, index, opt.state.get(param))
                 self._choose(member, group)
                 self.members.append(member)
-        programs = {m.program.signature for m in self.members if m.program is not None}
+        programs = {id(m.program) for m in self.members if m.program is not None}
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
                   type(opt).__name__, len(programs), len(self._compiled))
         self._state, self._states = opt.state, list(opt.state.values())
@@ -226,7 +226,9 @@ class Stepper:
         program = member.program
         if program.key not in self._compiled and program.key not in self._native:
             try:
+                start = perf_counter()
                 self._compiled[program.key] = inductor.compile_body(program)
+                log.debug("compiled the update of %s tensors in %.1f s", program.signature.dtype, perf_counter() - start)
             except update.NotTraceable as reason:
                 if not self._native:
                     log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
@@ -234,7 +236,7 @@ class Stepper:
         tensors = [member.bound(kind, key) for kind, key in program.inputs if kind != "grad"]
         member.flat = program.key in self._compiled and all(inductor.same_layout(t, member.param) for t in tensors) and (
             inductor.is_dense(member.param))
-        if signature in self._compiled and not member.flat:
+        if program.key in self._compiled and not member.flat:
             log.debug("%s keeps PyTorch's kernels: its tensors are not dense in one order", member.name)
 
     # -- the graph --------------------------------------------------------------------------------------------------

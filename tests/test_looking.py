@@ -17,6 +17,7 @@ from torch import nn
 from zoo import Gpt, language
 
 import fxckpt
+from fxckpt._registry import registry
 from fxckpt.graph.layers import block_of
 from fxckpt.graph.rewrite import Clock
 
@@ -111,7 +112,8 @@ def test_the_drawing_in_the_docs_is_what_its_script_draws(book, tmp_path):
     assert {block_of(f"{layer.name}.") for layer in graph.layers} == {"wte", "wpe", "ln_f", *(f"h.{i}" for i in range(4))}
 
 
-def test_what_the_passes_did_is_logged(book, caplog):
+def test_what_the_passes_did_is_logged(book, caplog, monkeypatch):
+    monkeypatch.setattr(registry, "programs", {})  # whatever other tests traced
     model, batch = Gpt(depth=3), language()
     for block in model.h:
         block.compile(backend=fxckpt.backend, options={"inner": "eager"})
@@ -129,17 +131,20 @@ def test_what_the_passes_did_is_logged(book, caplog):
 
 
 def test_why_something_fell_back_is_logged(caplog):
+    class Foreign(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
     model = nn.Linear(4, 4)
     with caplog.at_level(logging.DEBUG, logger="fxckpt"):
-        opt = fxckpt.compile_step(torch.optim.Rprop(model.parameters()), writer="mock", every=1, model=model)
+        opt = fxckpt.compile_step(Foreign(model.parameters(), lr=0.1), writer="mock", every=1, model=model)
         for _ in range(2):
             model(torch.ones(2, 4)).sum().backward()
             opt.step()
-    graph = opt.ckpt.graph
-    text = "\n".join(record.getMessage() for record in caplog.records)
     whole = opt.ckpt._run.steppers[0].whole
-    assert whole is None or whole in text, text
-    assert [layer.name for layer in graph.layers]
+    assert whole
+    assert any(whole in record.getMessage() for record in caplog.records)
+    assert [layer.name for layer in opt.ckpt.graph.layers] == ["(root)"]
 
 
 def test_torch_logs_shows_it():

@@ -154,7 +154,7 @@ def hoisted(build):
     build(graph, *nodes)
     graph.output(())
     signature = SimpleNamespace(state=(("step", True),), hyperparameters=(("lr", None),))
-    return hoist.hoist(SimpleNamespace(graph=graph, roles=roles, count=1), signature)
+    return hoist.hoist(update.Traced(graph, roles, 1), signature)
 
 
 def call(graph, target, *args, val):
