@@ -248,8 +248,9 @@ def test_a_note_that_is_no_number_is_refused(value, tmp_path):
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_the_options_of_compile_step_keep_the_best_and_every_third_and_all_load(tmp_path):
-    training = Training(tmp_path / "d", keep=1, max_async=1, keep_every=3, keep_best="loss")
+@pytest.mark.parametrize("writer", ["thread", "monitor"])
+def test_the_options_of_compile_step_keep_the_best_and_every_third_and_all_load(writer, tmp_path):
+    training = Training(tmp_path / "d", keep=1, max_async=1, keep_every=3, keep_best="loss", writer=writer)
     for step in range(1, 9):
         training.train(1)
         training.opt.ckpt.note(loss=abs(step - 5))
