@@ -35,7 +35,7 @@ faults: $(ENGINE)
 model: $(ENGINE)
 	@FXCKPT_MODEL=full $(PY) -m pytest tests/test_chunk_model.py $(ARGS)
 
-soak: export FXCKPT_SOAK ?= 1000
+soak: export FXCKPT_SOAK ?= 500
 soak: $(ENGINE)
 	@$(PY) -m pytest -s tests/test_soak.py $(ARGS)
 
