@@ -118,11 +118,11 @@ def good(directory: Path, at_least: int) -> int:
     return found
 
 
-def live_and_be_killed(life: Life, directory: Path, chance: random.Random, most: int = 30) -> None:
-    """Let it come past its first step (mostly) and at most that many, then kill it at a random instant."""
+def live_and_be_killed(life: Life, directory: Path, chance: random.Random) -> None:
+    """Let it come past its first step (mostly), then kill it at a random instant."""
     lines = len(told(directory)[1])
     if chance.random() < 0.9:
-        until(lambda: len(told(directory)[1]) > lines + chance.randrange(1, most) or not life.alive(), why=lambda: life.output)
+        until(lambda: len(told(directory)[1]) > lines + chance.randrange(1, 30) or not life.alive(), why=lambda: life.output)
     time.sleep(chance.uniform(0, 0.15))
     life.kill()
     assert life.returncode == -signal.SIGKILL, life.output
