@@ -89,6 +89,7 @@ class Layout:
         with pending.looking:
             for number in [*self.number("frozen"), *self.number("update")]:
                 self.compare(pending, number)
+            pending.versions.clear()  # what changes from here on, no copy sees
 
     def compare(self, pending: Pending, number: int) -> None:
         """Raises Changed if a tensor of this layer has another version than at its emit."""
