@@ -205,7 +205,7 @@ def test_a_scaler_that_finds_an_inf_counts_an_attempt_and_changes_nothing(fused)
 
 
 def test_one_optimizer_belongs_to_one_run_at_a_time():
-    model, opt, _ = make()
+    _, opt, _ = make()
     with pytest.raises(fxckpt.SetupError, match="already belongs"):
         fxckpt.compile_step(opt, writer="mock")
     opt.ckpt.shutdown()

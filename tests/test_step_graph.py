@@ -98,7 +98,7 @@ def test_ops_survive_dead_code_elimination():
 
 def test_every_fence_stands_before_its_update_and_every_emit_after():
     layers = [Layer(f"h.{i}", (f"h.{i}.w",)) for i in range(3)]
-    module = rewrite.build(layers, 1, lambda i: (lambda *_: None), lambda: [], True)
+    module = rewrite.build(layers, 1, lambda i: (lambda *_: None), list, True)
     targets = [n.target for n in module.graph.nodes if n.op in ("call_function", "call_module")]
     assert targets[:3] == [ops.ckpt_fence, "scalars", ops.ckpt_emit]
     for i, layer in enumerate(layers):
@@ -108,7 +108,7 @@ def test_every_fence_stands_before_its_update_and_every_emit_after():
 
 def test_layers_whose_names_become_one_identifier_stay_apart():
     layers = [Layer("a.b", ("a.b.w",)), Layer("a_b", ("a_b.w",)), Layer("class", ("class.w",)), Layer("", ("w",))]
-    module = rewrite.build(layers, 0, lambda i: (lambda *_: None), lambda: [], False)
+    module = rewrite.build(layers, 0, lambda i: (lambda *_: None), list, False)
     assert len([n for n in module.graph.nodes if n.op == "placeholder"]) == 5
 
 
@@ -120,7 +120,7 @@ def test_order_holds_every_parameter_once_and_layers_their_sizes():
 
 
 def test_a_kept_graph_of_a_dead_run_says_so():
-    graph = rewrite.build([Layer("a", ("a",))], 0, lambda i: (lambda *_: None), lambda: [], False)
+    graph = rewrite.build([Layer("a", ("a",))], 0, lambda i: (lambda *_: None), list, False)
     try:
         graph(987654, [torch.ones(1)])
     except RuntimeError as error:
