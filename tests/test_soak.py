@@ -137,4 +137,5 @@ def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer,
             f"life {number} (seed {SEED}): step {floor} was reported, the newest is {newest}"
         assert not Path(f"/proc/{life.pid}").exists(), "the trainer is left"
     counted("steps reported durable in the soak", len((directory / "report").read_text().splitlines()))
-    assert set(os.listdir("/dev/shm")) <= shared, "shared memory is left"
+    left = {name for name in os.listdir("/dev/shm") if not name.startswith("fxckpt-test-")}  # folders of tests beside us
+    assert left <= shared, "shared memory is left"

@@ -72,7 +72,7 @@ def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequen
                  targets: Sequence[Target], threads: int, progress: Callable[[int], None] | None) -> None:
     ffi, lib = load()
     keep: list[Any] = []
-    chunk_bytes = min(chunk_bytes, -(-nbytes // lib.FX_BLOCK) * lib.FX_BLOCK)  # the size of each thread's buffer
+    chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # the size of each thread's buffer
     array, count = _make_targets(ffi, targets, nbytes, keep)
     table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
     at_once = max(SLICE_BYTES // chunk_bytes, 1)
