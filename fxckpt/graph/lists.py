@@ -43,6 +43,16 @@ _FORMS: dict[Any, dict[str, Callable]] = {
 }
 
 
+_IN_PLACE = {aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
+             aten.div.Tensor: aten.div_.Tensor}
+_NEW = frozenset({*_IN_PLACE, aten.sqrt.default, aten.neg.default, aten.abs.default})  # their result is nobody else's memory
+
+
+def _is_spent(value: fx.Node, reader: fx.Node) -> bool:
+    """Is this a temporary that nobody but ``reader`` reads?"""
+    return value.target in _NEW and set(value.users) == {reader} and reader.all_input_nodes.count(value) == 1
+
+
 def over_lists(program: Program) -> Program | None:
     """The same program with list kernels, or None if an operator of it has none. For CPU tensors only."""
     if program.style != "each":
@@ -72,6 +82,8 @@ def _form(node: fx.Node, tensors: set[fx.Node]) -> Callable | None:
         return None
     if "" in forms:
         return forms[""]
+    if (in_place := _IN_PLACE.get(node.target)) is not None and _is_spent(node.args[0], node):
+        forms = _FORMS[in_place]  # a new tensor costs its page faults; the bits are the same
     second = _LIST if node.args[1] in tensors else _SCALAR
     if second == _SCALAR and "alpha" in node.kwargs:
         return None
