@@ -199,7 +199,7 @@ def test_example_killed_and_started_again_ends_with_the_bits_of_an_uninterrupted
     assert whole.returncode == 0, whole.stderr
     with subprocess.Popen(command("killed"), env={**os.environ, **cache}, cwd=ROOT, text=True,
                           stdout=subprocess.PIPE) as process:
-        seen = next((line for line in process.stdout if re.search(r"^step [5-8]/.*committed \d", line)), None)
+        seen = next((line for line in process.stdout if re.search(r"^step [5-8]/.*committed [4-8]", line)), None)
         process.kill()
     assert seen is not None, "it ended before it could be killed"
     again = run(*command("killed"), **cache)
