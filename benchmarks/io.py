@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import mmap
 import os
 import shutil
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,43 +29,7 @@ from torch import nn
 
 import fxckpt
 
-MIB = 1 << 20
-LOOPS = [(threads, piece * MIB) for threads in (1, 2, 4) for piece in (1, 4, 8)]
-
-
-class Raw:
-    """A plain loop over one file with O_DIRECT (buffered where that is refused): the ceiling."""
-
-    def __init__(self, path: Path, size: int, threads: int, piece: int):
-        self.path, self.size, self.threads, self.piece = path, size, threads, piece
-        self.buffers = [mmap.mmap(-1, piece) for _ in range(threads)]  # page-aligned, as O_DIRECT asks
-        for buffer in self.buffers:
-            buffer.write(os.urandom(MIB) * (piece // MIB))
-
-    def run(self, write: bool) -> None:
-        """Write or read every byte once; what is written is durable on return."""
-        flags = os.O_RDWR | os.O_CREAT
-        try:
-            fd = os.open(self.path, flags | os.O_DIRECT, 0o644)
-        except OSError:
-            fd = os.open(self.path, flags, 0o644)
-        try:
-            workers = [threading.Thread(target=self._part, args=(fd, n, write)) for n in range(self.threads)]
-            for worker in workers:
-                worker.start()
-            for worker in workers:
-                worker.join()
-            if write:
-                os.fdatasync(fd)
-        finally:
-            os.close(fd)
-
-    def _part(self, fd: int, first: int, write: bool) -> None:
-        for offset in range(first * self.piece, self.size, self.threads * self.piece):
-            if write:
-                os.pwrite(fd, self.buffers[first], offset)
-            else:
-                os.preadv(fd, [self.buffers[first]], offset)
+LOOPS = [(threads, piece * machine.MIB) for threads in (1, 2, 4) for piece in (1, 4, 8)]
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -78,13 +40,10 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def best_raw(folder: Path, size: int, write: bool) -> Raw:
+def best_raw(folder: Path, size: int, write: bool) -> machine.Disk:
     """The fastest of the loops, by the best of three turns each."""
-    loops = [Raw(folder / "raw", size, threads, piece) for threads, piece in LOOPS]
-    if write:
-        loops[0].run(True)  # blocks are allocated once
-    times = [min(seconds(lambda loop=loop: loop.run(write)) for _ in range(3)) for loop in loops]
-    return loops[times.index(min(times))]
+    loops = [machine.Disk(folder, size, piece, threads) for threads, piece in LOOPS]
+    return max(loops, key=lambda loop: max(loop.measure(write) for _ in range(3)))
 
 
 def trained(megabytes: int, step: bool = True) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -121,27 +80,26 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
 
     model, optimizer = trained(args.megabytes)
     state = tensors(model, optimizer)
-    size = sum(t.nbytes for t in state.values()) // (8 * MIB) * (8 * MIB)
+    size = sum(t.nbytes for t in state.values()) // (8 * machine.MIB) * (8 * machine.MIB)
     fxckpt.compile_step(optimizer, folder / "store", model=model, every=10**9, on_error="raise",
                         threads=args.threads, chunk_mb=args.chunk_mb)
     for _ in range(4):  # every slot is written once
         optimizer.ckpt.save()
     torch_file, plain_file = folder / "torch.pt", folder / "plain.safetensors"
+    raw_writer = best_raw(folder, size, True)
     writers = {
-        "raw": best_raw(folder, size, True),
+        "raw": raw_writer.measure,
         "fxckpt": optimizer.ckpt.save,
         "safetensors": lambda: replace_durably(plain_file, lambda new: save_file(state, new)),
         "torch.save": lambda: replace_durably(torch_file, lambda new: torch.save(state, new)),
     }
-    raw_writer = writers["raw"]
-    writers["raw"] = lambda: raw_writer.run(True)
     times: dict[str, list[float]] = {}
     rounds(writers, args.rounds, times, "write ")
     optimizer.ckpt.shutdown()
     raw_reader = best_raw(folder, size, False)
     fresh = Fresh(folder / "store", args)
     readers = {
-        "raw": lambda: raw_reader.run(False),
+        "raw": lambda: raw_reader.measure(False),
         "fxckpt": fresh.load,
         "safetensors": lambda: copy_in(load_file(cold(plain_file)), state),
         "torch.load": lambda: copy_in(torch.load(cold(torch_file)), state),
@@ -154,8 +112,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         ratios = [a / b for a, b in zip(ceiling, mine)]
         results[name] = {"seconds": statistics.median(mine), "rounds": mine, "ratio": statistics.median(ratios), "ratios": ratios}
     return {"machine": machine.describe(folder), "bytes": size, "threads": args.threads, "chunk_mb": args.chunk_mb,
-            "raw_write": [raw_writer.threads, raw_writer.piece // MIB], "raw_read": [raw_reader.threads, raw_reader.piece // MIB],
-            "results": results}
+            "raw_write": [raw_writer.threads, raw_writer.piece // machine.MIB],
+            "raw_read": [raw_reader.threads, raw_reader.piece // machine.MIB], "results": results}
 
 
 class Fresh:

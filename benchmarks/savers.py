@@ -113,50 +113,55 @@ class Safetensors(Nothing):
         replace_durably(self.folder / "checkpoint.safetensors", lambda new: save_file(self.tensors(), new))
 
 
-class DCP(Nothing):
-    """``torch.distributed.checkpoint.async_save``, which syncs its files; the last two are kept."""
+class Asynchronous(Nothing):
+    """Saves beside training, one checkpoint after the other; the last two are kept."""
 
-    future = None
+    syncs = False  # the library syncs its files itself
+    wait: Callable | None = None
+
+    def start(self, where: Path) -> Callable:
+        """Begin to save to ``where``; the result waits until the files are written."""
+        raise NotImplementedError
 
     def saved(self, step: int) -> None:
+        self.flush()
+        self.where = self.folder / str(step)
+        self.wait = self.start(self.where)
+        shutil.rmtree(self.folder / str(step - 2), ignore_errors=True)
+
+    def flush(self) -> None:
+        if self.wait is not None:
+            self.wait()
+            if not self.syncs:
+                sync_tree(self.where)
+            self.wait = None
+
+
+class DCP(Asynchronous):
+    """``torch.distributed.checkpoint.async_save``."""
+
+    syncs = True
+
+    def start(self, where: Path) -> Callable:
         import torch.distributed.checkpoint as dcp
 
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        self.flush()
         state = {"model": self.model.state_dict(), "optimizer": self.tensors()}
-        self.future = dcp.async_save(state, checkpoint_id=self.folder / str(step), no_dist=True)
-        shutil.rmtree(self.folder / str(step - 2), ignore_errors=True)
-
-    def flush(self) -> None:
-        if self.future is not None:
-            self.future.result()
+        return dcp.async_save(state, checkpoint_id=where, no_dist=True).result
 
 
-class TorchSnapshot(Nothing):
-    """``torchsnapshot.Snapshot.async_take``; it does not sync its files, so they are synced here. The last two are kept."""
+class TorchSnapshot(Asynchronous):
+    """``torchsnapshot.Snapshot.async_take``."""
 
-    pending = None
-
-    def saved(self, step: int) -> None:
+    def start(self, where: Path) -> Callable:
         import torchsnapshot
 
-        self.flush()
-        where = self.folder / str(step)
         state = torchsnapshot.StateDict(model=self.model.state_dict(), optimizer=self.tensors())
-        self.pending, self.where = torchsnapshot.Snapshot.async_take(str(where), {"state": state}), where
-        shutil.rmtree(self.folder / str(step - 2), ignore_errors=True)
-
-    def flush(self) -> None:
-        if self.pending is not None:
-            self.pending.wait()
-            sync_tree(self.where)
-            self.pending = None
+        return torchsnapshot.Snapshot.async_take(str(where), {"state": state}).wait
 
 
-class TorchCheckpointing(Nothing):
+class TorchCheckpointing(Asynchronous):
     """``torch_checkpointing`` with its asynchronous saver, as its guide says: the step holds the manager's lock."""
-
-    future = None
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
         from torch_checkpointing import CheckpointManager
@@ -170,17 +175,8 @@ class TorchCheckpointing(Nothing):
         optimizer.step = locked
         return super().prepare(model, optimizer, folder)
 
-    def saved(self, step: int) -> None:
-        self.flush()
-        self.where = self.folder / str(step)
-        self.future = self.manager.save(str(self.where), {"model": self.model.state_dict(), "optimizer": self.tensors()})
-        shutil.rmtree(self.folder / str(step - 2), ignore_errors=True)
-
-    def flush(self) -> None:
-        if self.future is not None:
-            self.future.result()
-            sync_tree(self.where)
-            self.future = None
+    def start(self, where: Path) -> Callable:
+        return self.manager.save(str(where), {"model": self.model.state_dict(), "optimizer": self.tensors()}).result
 
     def check(self, step: int) -> dict:
         self.manager.close()

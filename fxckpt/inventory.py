@@ -133,7 +133,7 @@ def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: 
                 seen.add(id(param))
                 name = next((n for n in (names.get(id(param)), given[k]) if n and n not in used), None)
                 if name is None:
-                    compiled = {id(p): n for n, p in book.names()} if compiled is None else compiled
+                    compiled = book.names_by_id() if compiled is None else compiled
                     name = compiled.get(id(param))
                     name = None if name in used else name
                 if name is None:

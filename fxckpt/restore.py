@@ -1,7 +1,7 @@
 """``load``: put a checkpoint back into the live objects of a run, or weights into a model for inference.
 
-Nothing live is touched before the record and the layout were checked and every chunk of every file was verified. Then the
-bytes are read a second time, straight into the live tensors, each chunk verified again before it is copied.
+Nothing live is touched before the record and the layout were checked, and no byte before its chunk was verified. What has
+something to lose is touched only after a first pass has verified every chunk of every file; see ``load``.
 """
 
 from __future__ import annotations

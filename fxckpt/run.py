@@ -339,8 +339,7 @@ class Run:
 
     def _open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
         """Make the engine ready for every device that the run's tensors lie on now."""
-        for ordinal in self.devices.all_of(tensors) - self.ordinals:
-            self.ordinals.add(ordinal)
+        self.ordinals |= self.devices.all_of(tensors)
         for ordinal in sorted(self.ordinals):
             self.engine.open_device(ordinal, self.devices.driver)
 

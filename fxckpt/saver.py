@@ -31,6 +31,7 @@ SLICE = 0.2
 SETTLE = 10.0
 """Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
 
+
 @dataclass(eq=False)
 class Pending:
     """One checkpoint under way."""
@@ -380,17 +381,12 @@ class Saver:
 
     def _wait(self, pending: Pending, ready: Callable[[], bool], limit: bool = True) -> None:
         """Wait in slices; a disk that writes nothing for ``stuck_after`` seconds costs this checkpoint, not training."""
-        written, since = -1, time.monotonic()
+        waited = Patience(self.stuck_after, lambda: self.engine.statistics()["bytes_written"])
         while not ready():
             if self.remote and pending.slot.error is not None:
                 pending.give_up("the monitor could not write it")
                 raise pending.slot.error
-            if not limit:
-                continue
-            now = self.engine.statistics()["bytes_written"]
-            if now != written:
-                written, since = now, time.monotonic()
-            elif time.monotonic() - since > self.stuck_after:
+            if limit and waited.over():
                 path = pending.slot.path if pending.slot is not None else ""
                 pending.give_up("the disk hangs")
                 raise SaveFailed("write", path, detail=f"nothing was written for {self.stuck_after:g} s; gave up")

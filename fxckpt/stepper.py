@@ -100,8 +100,7 @@ class Stepper:
         self.graph: rewrite.StepGraph | None = None
         self.bound = 0  # how often tensors were bound: a plan made for another binding is void
         self._programs: dict[update.Signature, list[hoist.Program] | update.NotTraceable] = {}  # one for each way to branch
-        self._compiled: dict[Any, Callable] = {}
-        self._native: set[Any] = set()
+        self._refused = False  # Inductor could not take an update, which was said
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
@@ -163,9 +162,9 @@ class Stepper:
                 member = Member(self.name_of(param), param, index, opt.state.get(param))
                 self._choose(member, group)
                 self.members.append(member)
-        programs = {id(m.program) for m in self.members if m.program is not None}
+        programs = {id(m.program): m.flat for m in self.members if m.program is not None}
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
-                  type(opt).__name__, len(programs), len(self._compiled))
+                  type(opt).__name__, len(programs), sum(programs.values()))
         self._state, self._states = opt.state, list(opt.state.values())
         self._structure = [self._shape_of(g) for g in opt.param_groups]
         self._mask = []
@@ -223,20 +222,17 @@ class Stepper:
 
     def _compile(self, member: Member) -> None:
         """Have the member's program compiled, if its tensors are laid out alike; what Inductor cannot take stays native."""
-        program = member.program
-        if program.key not in self._compiled and program.key not in self._native:
-            try:
-                start = perf_counter()
-                self._compiled[program.key] = inductor.compile_body(program)
-                log.debug("compiled the update of %s tensors in %.1f s", program.signature.dtype, perf_counter() - start)
-            except update.NotTraceable as reason:
-                if not self._native:
-                    log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
-                self._native.add(program.key)
-        tensors = [member.bound(kind, key) for kind, key in program.inputs if kind != "grad"]
-        member.flat = program.key in self._compiled and all(inductor.same_layout(t, member.param) for t in tensors) and (
-            inductor.is_dense(member.param))
-        if program.key in self._compiled and not member.flat:
+        member.flat = False
+        try:
+            inductor.compile_body(member.program)
+        except update.NotTraceable as reason:
+            if not self._refused:
+                log.warning("fxckpt: %s is updated by PyTorch's own kernels: %s", type(self.opt).__name__, reason)
+            self._refused = True
+            return
+        tensors = [member.bound(kind, key) for kind, key in member.program.inputs if kind != "grad"]
+        member.flat = all(inductor.same_layout(t, member.param) for t in tensors) and inductor.is_dense(member.param)
+        if not member.flat:
             log.debug("%s keeps PyTorch's kernels: its tensors are not dense in one order", member.name)
 
     # -- the graph --------------------------------------------------------------------------------------------------
@@ -350,10 +346,8 @@ class Stepper:
             of[member.name] = cohorts[key].index
         self._cohorts = list(cohorts.values())
         self._branching = [c for c in self._cohorts if c.program.outcomes]
-        self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts, self._compiled)
-                       for owned in self._owned]
-        self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts,
-                                    self._compiled)
+        self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts) for owned in self._owned]
+        self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts)
         log.debug("bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without", len(of),
                   len(self._cohorts), sum(map(len, self._calls)), len(self._all_calls))
 

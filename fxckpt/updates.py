@@ -61,8 +61,7 @@ def _addresses(values: Any) -> np.ndarray:
     return np.array([*values, 0], np.int64)
 
 
-def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[Cohort],
-              compiled: dict[Any, inductor.Update]) -> list[Callable]:
+def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[Cohort]) -> list[Callable]:
     """The calls that update ``members``: for each cohort one of compiled code, or of PyTorch's kernels in groups."""
     out: list[Callable] = []
     for cohort in cohorts:
@@ -71,7 +70,7 @@ def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[C
         native = [m for m in mine if not m.flat]
         if flat:
             cohort.compiled = True
-            out.append(_CompiledCall(cohort, compiled[cohort.program.key], flat))
+            out.append(_CompiledCall(cohort, flat))
         if native:
             out += _native_calls(cohort, native)
     return out
@@ -95,8 +94,8 @@ def _native_calls(cohort: Cohort, members: Sequence[Member]) -> list[Callable]:
 class _CompiledCall:
     """All members in one call of Inductor's code."""
 
-    def __init__(self, cohort: Cohort, function: inductor.Update, members: Sequence[Member]):
-        self.function, self.params = function, [m.param for m in members]
+    def __init__(self, cohort: Cohort, members: Sequence[Member]):
+        self.function, self.params = inductor.compile_body(cohort.program), [m.param for m in members]
         inputs = cohort.program.inputs
         self.grad_at = next(i for i, (kind, _) in enumerate(inputs) if kind == "grad")
         self.keep = members, cohort  # the addresses below are of their memory

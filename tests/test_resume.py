@@ -33,6 +33,19 @@ finish(m, {finish})
 """
 
 
+BODY = """
+        x, y = next(loader)
+        moment()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        moment()
+        opt.step()
+        moment()
+        opt.zero_grad()
+        s.step()
+    """
+
+
 @dataclass(frozen=True)
 class Case:
     """A script, by the parts in which it differs from the others. Names are those that a user's script would have."""
@@ -45,17 +58,7 @@ class Case:
     setup: str = ""
     compile_step: str = 'optimizer, "d", model=m, every=1, update="native", extra={"sched": s, "data": loader}'
     steps: str = "range(start, STEPS)"
-    body: str = """
-        x, y = next(loader)
-        moment()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        moment()
-        opt.step()
-        moment()
-        opt.zero_grad()
-        s.step()
-    """
+    body: str = BODY
     finish: str = "optimizer, s, loader"
     held: str = "opt"
     store: str = "d"
@@ -87,17 +90,8 @@ CASES = {
                   "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)], [5])"),
     "Muon, with a learning rate that falls when the loss does not": Case(
         optimizer="torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=1e-2)",
-        scheduler='torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.7, 1)', body="""
-        x, y = next(loader)
-        moment()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        moment()
-        opt.step()
-        moment()
-        model.zero_grad()
-        s.step(loss.item())
-    """),
+        scheduler='torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.7, 1)',
+        body=BODY.replace("opt.zero_grad()", "model.zero_grad()").replace("s.step()", "s.step(loss.item())")),
     "without model": Case(
         compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),

@@ -345,12 +345,13 @@ class TraceBook:
             start = 1 + max(self._arrivals.values(), default=-1)
             self._arrivals.update({p: start + at for at, p in enumerate(params)})
             roots = [root for ref in self._roots if (root := ref()) is not None]
+            called = self.names_by_id()
             for trace in list(self._regions.values()):
                 for block in _of_the_same_class(trace, [*roots, *([] if model is None else [model])]):
-                    self._reuse(trace, block)
+                    self._reuse(trace, block, called)
             self.version += 1
 
-    def _reuse(self, trace: JointTrace, block: nn.Module) -> None:
+    def _reuse(self, trace: JointTrace, block: nn.Module, called: Mapping[int, str]) -> None:
         """Record that the code of ``trace`` also ran for ``block``, if its gradients arrived together and unexplained."""
         theirs = {id(p): name for name, p in names.named_parameters(trace.owner())}
         mine = dict(names.named_parameters(block))
@@ -361,7 +362,7 @@ class TraceBook:
         if not together or any(p.shape != old.shape for old, p, _ in pairs):
             return
         region, self._next = self._next, self._next + 1
-        params = tuple((TensorWeakRef(p), replace(param, region=region, name=self.name_of(p) or param.name))
+        params = tuple((TensorWeakRef(p), replace(param, region=region, name=called.get(id(p), param.name)))
                        for _, p, param in pairs)
         self._regions[region] = replace(trace, region=region, params=params, owner=weakref.ref(block))
         for ref, param in params:
@@ -377,7 +378,11 @@ class TraceBook:
 
     def name_of(self, param: Tensor) -> str | None:
         """The FQN of ``param``, also where no graph has used it (an ``nn.LSTM`` is never compiled)."""
-        return next((name for name, other in self.names() if other is param), None)
+        return self.names_by_id().get(id(param))
+
+    def names_by_id(self) -> dict[int, str]:
+        """``name_of`` for all parameters at once: finding them takes a walk through the models, however many are asked for."""
+        return {id(param): name for name, param in self.names()}
 
     def buffers(self, of: Iterable[Tensor] | None = None) -> list[tuple[str, Tensor]]:
         """The buffers ``state_dict`` would hold, as they are now; ``of``: only of models that own one of

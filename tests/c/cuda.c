@@ -15,14 +15,7 @@
 extern int fx_mutation;
 #endif
 
-#define SLOTS 3
 #define DEVICES 2
-
-struct slot {
-    struct fx_checkpoint *ck;
-    uint64_t step;
-    char path[512];
-};
 
 struct kernel {
     char *to;
@@ -149,23 +142,13 @@ static void one_step(uint64_t step, struct fx_checkpoint *ck, uint64_t *random) 
     }
 }
 
-/* Ends a slot's checkpoint; a durable one must hold what it promised. */
+/* Nothing makes a checkpoint fail but giving it up. Returns whether it was durable. */
 static bool finish(struct slot *slot, bool patiently) {
     struct fx_error error;
-    bool good = false;
-    if (!slot->ck) return false;
-    if (patiently) {
-        int r = fx_durable(slot->ck, 60 * SECOND, &error);
-        CHECK(r == 1, "a checkpoint failed or hangs: %s %s", r ? error.operation : "", r ? error.path : "");
-        check_file(&model, slot->ck, slot->path, slot->step);
-        good = true;
-    } else {
-        fx_cancel(slot->ck);
-    }
-    CHECK(fx_settled(slot->ck, 60 * SECOND) == 1);
-    fx_checkpoint_release(slot->ck);
-    slot->ck = NULL;
-    return good;
+    bool begun = slot->ck;
+    int r = end_slot(&model, slot, patiently, &error);
+    CHECK(!begun || !patiently || r == 1, "a checkpoint failed: %s %s", r < 0 ? error.operation : "", r < 0 ? error.path : "");
+    return r == 1;
 }
 
 static void train(struct slot slots[SLOTS], uint64_t *random, int64_t until, uint64_t counts[2]) {

@@ -193,4 +193,34 @@ static inline void check_file(struct model *m, struct fx_checkpoint *ck, const c
     free(expected);
 }
 
+/* ---- slots: the checkpoints of a model that are in flight ---- */
+
+#define SLOTS 3
+
+struct slot {
+    struct fx_checkpoint *ck;
+    uint64_t step;
+    char path[512];
+};
+
+/* Ends a slot's checkpoint one way or another; a durable one must hold what it promised. Returns what
+ * fx_durable said (with *error), -ECANCELED if it was given up, 0 if there was none. */
+static inline int end_slot(struct model *m, struct slot *slot, bool patiently, struct fx_error *error) {
+    int r = -ECANCELED;
+    if (!slot->ck) return 0;
+    memset(error, 0, sizeof *error);
+    error->operation = "given up";
+    if (patiently) {
+        r = fx_durable(slot->ck, 60 * SECOND, error);
+        CHECK(r, "a checkpoint hangs");
+        if (r == 1) check_file(m, slot->ck, slot->path, slot->step);
+    } else {
+        fx_cancel(slot->ck);
+    }
+    CHECK(fx_settled(slot->ck, 60 * SECOND) == 1);
+    fx_checkpoint_release(slot->ck);
+    slot->ck = NULL;
+    return r;
+}
+
 #endif

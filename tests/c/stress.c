@@ -7,14 +7,6 @@
  */
 #include "harness.h"
 
-#define SLOTS 3
-
-struct slot {
-    struct fx_checkpoint *ck;
-    uint64_t step;
-    char path[512];
-};
-
 static struct model model;
 static struct fx_engine *engine;
 static atomic_bool over;
@@ -40,24 +32,10 @@ static void disturb(uint64_t *random) {
         fx_io_fail(-1, (int64_t)between(random, 1, 60), errors[between(random, 0, 6)]);
 }
 
-/* Ends a slot's checkpoint one way or another; a durable one must hold what it promised. Returns whether it
- * was. */
+/* A disturbed checkpoint may fail. Returns whether it was durable. */
 static bool finish(struct slot *slot, bool patiently) {
     struct fx_error error;
-    bool good = false;
-    if (!slot->ck) return false;
-    if (patiently) {
-        int r = fx_durable(slot->ck, 60 * SECOND, &error);
-        CHECK(r, "a checkpoint hangs");
-        good = r == 1;
-        if (good) check_file(&model, slot->ck, slot->path, slot->step);
-    } else {
-        fx_cancel(slot->ck);
-    }
-    CHECK(fx_settled(slot->ck, 60 * SECOND) == 1);
-    fx_checkpoint_release(slot->ck);
-    slot->ck = NULL;
-    return good;
+    return end_slot(&model, slot, patiently, &error) == 1;
 }
 
 static void one_step(uint64_t step, struct slot *starting) {
