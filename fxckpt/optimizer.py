@@ -10,6 +10,7 @@ import atexit
 import copyreg
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -77,11 +78,11 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
                          on_error=on_error, fresh=fresh)
     optimizers = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     _check(optimizers, model)
-    directory = dir if dir is not None else default_directory()
+    directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(p for each in optimizers for group in each.param_groups for p in group["params"])
-    engine, store = (None, None) if disabled() else _start(str(directory), config, devices, ordinals)
-    run = Run(optimizers, str(directory), model, extra, config, engine, store, devices)
+    engine, store = (None, None) if disabled() else _start(directory, config, devices, ordinals)
+    run = Run(optimizers, directory, model, extra, config, engine, store, devices)
     handle = Handle(run)
     for each in optimizers:
         each.__class__ = stepped_class(type(each))

@@ -73,7 +73,7 @@ class Mapped:
     """Which stored tensor goes where, found before anything is touched."""
 
     tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)  # stored name of a trained parameter -> live name
+    stored: dict[str, str] = field(default_factory=dict)  # live name of a trained parameter -> its stored name, if it fits
     later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -130,7 +130,7 @@ def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None 
         raise Corrupt(directory, f"none of its checkpoints verifies:\n{why}"
                       + (_SPOILED if target.run is not None and target.run.spoiled else ""))
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
-    if target.run is not None and target.run.store is not None:
+    if target.run is not None and _is_own(target.run, directory):
         target.run.store.mark_loaded(None)
     return Restored()
 
@@ -163,20 +163,30 @@ def _choose(found: list, step: int | None, name: str | None, directory: str) -> 
     """Newest first; only those of the step or name that was asked for."""
     if step is None and name is None:
         return found
-    chosen = [c for c in found if isinstance(c, Candidate)
-              and (step is None or c.record.step == step) and (name is None or c.record.name == name)]
-    damaged = [c for c in found if isinstance(c, Corrupt) and _is_about(c, step, name)]
-    if not chosen and not damaged:
+    chosen = [c for c in found if (_is_about(c, step, name, directory) if isinstance(c, Corrupt) else
+                                   step in (None, c.record.step) and name in (None, c.record.name))]
+    if not chosen:
         there = ", ".join(str(c.record.name or c.record.step) for c in found if isinstance(c, Candidate)) or "none"
         raise NoCheckpoint(f"{directory}: no checkpoint {f'of step {step}' if name is None else f'named {name!r}'}; "
                            f"there is: {there}")
-    return (chosen or damaged)[:1]
+    newest = max(chosen, key=_generation)
+    for each in chosen:
+        if isinstance(each, Corrupt) and each is not newest:
+            log.warning("fxckpt: another checkpoint of step %s is damaged: %s", step, each)
+    return [newest]
 
 
-def _is_about(error: Corrupt, step: int | None, name: str | None) -> bool:
+def _is_about(error: Corrupt, step: int | None, name: str | None, directory: str) -> bool:
     """Does a damaged record lie in the directory of the step or name that was asked for?"""
-    parts = Path(error.path).parts
-    return (name is not None and name in parts) or any(p.startswith(f"step-{step or 0:09d}") for p in parts if step is not None)
+    at = os.path.relpath(os.path.dirname(error.path), os.path.abspath(directory))
+    return at == os.path.join(names.NAMED, name) if name is not None else step is not None and names.step_of(at) == step
+
+
+def _generation(found: Candidate | Corrupt) -> int:
+    """To find the newest of one step. Of a damaged one its directory's name tells, where it was not the first of its step."""
+    if isinstance(found, Candidate):
+        return found.record.generation
+    return names.generation_of(os.path.basename(os.path.dirname(found.path)))
 
 
 def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> Restored:
@@ -236,12 +246,11 @@ def _map(record: Record, target: Target) -> Mapped:
     out = Mapped()
     inventory = target.inventory
     live = {**inventory.trained, **inventory.frozen, **inventory.buffers}
-    if target.model is None:
-        out.names = _by_position(record, target)
+    positions = _by_position(record, target) if target.model is None else {}
     stored = {t.key: t for layer in record.layers for t in layer.tensors if t.file == MODEL}
     aliases = {**record.ties, **{v: k for k, v in record.ties.items()}}
     for key, tensor in stored.items():
-        name = out.names.get(key, key)
+        name = positions.get(key, key)
         if name not in live and aliases.get(name) in live:
             name = aliases[name]
         if name in live:
@@ -256,8 +265,10 @@ def _map(record: Record, target: Target) -> Mapped:
 
 
 def _by_position(record: Record, target: Target) -> dict[str, str]:
-    """Stored name -> live name, by the place in the optimizers' groups."""
-    out = {}
+    """Stored name -> live name, by the place in the optimizers' groups; none if the names say it themselves."""
+    out: dict[str, str] = {}
+    if set(_places(record)) == set(target.inventory.trained):
+        return out
     for saved, opt in zip(record.optimizers, target.optimizers):
         for group, live in zip(saved["groups"], opt.param_groups):
             for name, param in zip(group["params"], live["params"]):
@@ -272,6 +283,13 @@ def _match(out: Mapped, key: tuple[str, str], stored: TensorRecord, name: str, t
         out.wrong.append(f"{name}: checkpoint {stored.dtype}{list(stored.shape)}, live {DTYPES[real.dtype]}{list(real.shape)}")
         return
     out.tensors[key] = tensor
+    out.stored[name] = key[1]
+
+
+def _places(record: Record) -> dict[str, tuple[int, int]]:
+    """Optimizer and group of each stored name."""
+    return {name: (i, g) for i, saved in enumerate(record.optimizers) for g, group in enumerate(saved["groups"])
+            for name in group["params"]}
 
 
 def _check(mapped: Mapped, record: Record, target: Target, strict: bool) -> None:
@@ -281,7 +299,7 @@ def _check(mapped: Mapped, record: Record, target: Target, strict: bool) -> None
         problems += [f"  {name}: not in the checkpoint" for name in mapped.missing]
         problems += [f"  {name}: only in the checkpoint" for name in mapped.unexpected]
     if target.optimizers:
-        problems += _optimizer_problems(record, target)
+        problems += _optimizer_problems(record, target, mapped, strict)
     saved = set(_extra_names(record))
     for each in target.extras:
         if each.name not in saved:
@@ -302,8 +320,9 @@ def _extra_names(record: Record) -> Iterable[str]:
     return [*record.state["early"]["extra"], *record.state["late"]]
 
 
-def _optimizer_problems(record: Record, target: Target) -> list[str]:
-    """Optimizers, groups and their sizes must be the same, or the state cannot be given to anyone."""
+def _optimizer_problems(record: Record, target: Target, mapped: Mapped, strict: bool) -> list[str]:
+    """Optimizers and groups must be the same, or the state cannot be given to anyone; and what is in them, unless only what
+    fits is asked for and names say whose it is."""
     saved, live = record.optimizers, target.optimizers
     if len(saved) != len(live):
         return [f"  optimizers: checkpoint {len(saved)}, live {len(live)}"]
@@ -312,8 +331,20 @@ def _optimizer_problems(record: Record, target: Target) -> list[str]:
         if old["class"] != _torch.plain_class(opt).__name__:
             out.append(f"  optimizer {i}: checkpoint {old['class']}, live {_torch.plain_class(opt).__name__}")
         sizes = [len(g["params"]) for g in old["groups"]], [len(g["params"]) for g in opt.param_groups]
-        if sizes[0] != sizes[1]:
+        if sizes[0] != sizes[1] and (strict or target.model is None or len(sizes[0]) != len(sizes[1])):
             out.append(f"  optimizer {i}: parameters per group: checkpoint {sizes[0]}, live {sizes[1]}")
+    return out + (_moved(record, target, mapped) if strict else [])
+
+
+def _moved(record: Record, target: Target, mapped: Mapped) -> list[str]:
+    """Parameters that are in another optimizer or group than they were, whose settings are not theirs."""
+    before, out = _places(record), []
+    for i, opt in enumerate(target.optimizers):
+        for g, group in enumerate(opt.param_groups):
+            for name in map(target.inventory.name_of, group["params"]):
+                was = before.get(mapped.stored.get(name, ""), (i, g))
+                if was != (i, g):
+                    out.append(f"  {name}: checkpoint optimizer {was[0]}, group {was[1]}; live optimizer {i}, group {g}")
     return out
 
 
@@ -333,8 +364,9 @@ def _make_states(record: Record, saved: Sequence[dict], mapped: Mapped, target: 
     out = []
     for index, (old, opt) in enumerate(zip(saved, target.optimizers)):
         states: dict[int, dict[str, Any]] = {}
-        for group, live in zip(old["groups"], opt.param_groups):
-            for stored, param in zip(group["params"], live["params"]):
+        for live in opt.param_groups:
+            for param in live["params"]:
+                stored = mapped.stored.get(target.inventory.name_of(param))
                 if stored not in old["state"]:
                     continue
                 description, made = old["state"][stored], {}
@@ -395,10 +427,11 @@ def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Map
                     live[key].copy_(value)
                 else:
                     live[key] = value
-            for stored, param in zip(group["params"], live["params"]):
+            for param in live["params"]:
                 if id(param) in made:
                     opt.state[param] = made[id(param)]
                 # To an optimizer a gradient of zeros is not the same as none.
+                stored = mapped.stored.get(target.inventory.name_of(param))
                 param.grad = torch.zeros_like(param) if stored in present else None
 
 
@@ -428,11 +461,17 @@ def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:
     run.saver.last_handed_over = run.saver.last_committed = record.step  # durable: it was just read
     for stepper in run.steppers:
         stepper.invalidate()
-    if run.store is not None:
+    if _is_own(run, os.path.dirname(reader.path) if record.name is None else os.path.dirname(reader.path.parent)):
         run.store.mark_loaded(record.generation)
     run.unclaimed = _hold(mapped.later, reader)
     if run.unclaimed:
         run.wait_for_owners()
+
+
+def _is_own(run: Run, directory: str | os.PathLike) -> bool:
+    """Whether this is the store that the run writes to. What is loaded from another one begins a lineage here, and does not
+    stand in for what lies here and was not loaded."""
+    return run.store is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
 
 
 def _hold(later: Sequence[TensorRecord], reader: Reader) -> dict[str, torch.Tensor]:

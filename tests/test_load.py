@@ -414,3 +414,56 @@ def test_after_a_load_the_last_committed_step_is_the_loaded_one(store):
     assert again.found["checkpoints_committed"] == 0
     assert fxckpt.load(step=2).step == again.found["last_committed_step"] == 2
     again.end()
+
+
+def test_a_script_that_changes_its_working_directory_finds_its_checkpoints_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Training("d").train(3).end()
+    training = Training("d")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert fxckpt.load().step == 3
+    training.train(1).end()
+    assert [each.step for each in fxckpt.checkpoints(tmp_path / "d")] == [1, 2, 3, 4]
+
+
+def test_what_is_loaded_from_another_store_does_not_stand_in_for_what_lies_in_the_run_s_own(store, tmp_path):
+    Training(tmp_path / "other").train(5).end()
+    Training(store).train(2).end()
+    for elsewhere in ("other", "empty"):
+        training = Training(store)
+        fxckpt.load(tmp_path / elsewhere, optimizer=training.opt)
+        with pytest.raises(fxckpt.StoreNotLoaded):
+            training.train(1)
+        training.opt.ckpt.shutdown()
+    assert [each.step for each in fxckpt.checkpoints(store)] == [1, 2]
+
+
+def test_a_run_can_begin_with_a_checkpoint_of_another_store(tmp_path):
+    first = Training(tmp_path / "other").train(5).end()
+    training = Training(tmp_path / "new", seed=9)
+    assert fxckpt.load(tmp_path / "other", optimizer=training.opt).step == 5
+    assert differences(training.now(), first.reference[5]) == []
+    training.train(2).end()
+    found = [(each.step, each.generation) for each in fxckpt.checkpoints(tmp_path / "new")]
+    assert found == [(6, 1), (7, 2)], "the clock of that other store means nothing here"
+
+
+def test_a_damaged_checkpoint_that_was_asked_for_is_not_replaced_by_one_of_an_abandoned_branch(store):
+    training = Training(store).train(3)
+    training.opt.ckpt.flush()
+    fxckpt.load(step=1)
+    training.train(2).end()
+    (newer,) = store.glob("step-000000003-g*")
+    (newer / "commit.json").write_bytes(b"{}")
+    Training(store, seed=9)
+    with pytest.raises(fxckpt.Corrupt, match=newer.name):
+        fxckpt.load(step=3)
+
+
+def test_a_name_is_looked_for_in_the_store_and_not_in_the_path_that_leads_to_it(tmp_path):
+    store = tmp_path / "best" / "d"
+    Training(store).train(2).end()
+    (store / "step-000000001" / "commit.json").write_bytes(b"{}")
+    with pytest.raises(fxckpt.NoCheckpoint, match="best"):
+        fxckpt.load(store, model=mlp(), name="best")

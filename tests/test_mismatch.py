@@ -85,3 +85,92 @@ def test_extra_that_is_new_or_gone_is_an_error_unless_not_strict(store):
     restored = fxckpt.load(strict=False)
     assert "extra/new" in restored.missing and {"extra/data", "extra/s"} <= set(restored.unexpected)
     assert restored.step == 2
+
+
+class Pair(nn.Module):
+    """Two layers, made in this order; ``width`` is b's."""
+
+    def __init__(self, order: str, width: int = 4):
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(4, 4 if name == "a" else width))
+
+
+def pair(order: str, width: int = 4, *, groups: bool = False, named: bool = False, **options) -> tuple:
+    """A model and its optimizer, in a run if options of one are given."""
+    torch.manual_seed(0)
+    model = Pair(order, width)
+    params = model.named_parameters() if named else model.parameters()
+    if groups:
+        params = [{"params": getattr(model, name).parameters()} for name in order]
+    opt = torch.optim.AdamW(params)
+    if options:
+        fxckpt.compile_step(opt, every=1, update="native", **({} if named else {"model": model}), **options)
+    return model, opt
+
+
+def train_pair(model: Pair, opt, steps: int = 3) -> dict:
+    """Train it; its moments by name."""
+    for _ in range(steps):
+        x = torch.randn(3, 4)
+        (sum((i + 1) * model.get_submodule(name)(x).pow(2).sum() for i, name in enumerate("ab"))).backward()
+        opt.step()
+        opt.zero_grad()
+    return moments(model, opt)
+
+
+def moments(model: Pair, opt) -> dict:
+    return {name: opt.state[p]["exp_avg"].clone() for name, p in model.named_parameters() if p in opt.state}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["names of the model", "names of the optimizer"])
+@pytest.mark.parametrize("width", [4, 7], ids=["same shapes", "other shapes"])
+def test_optimizer_state_goes_to_the_parameter_of_that_name_in_whatever_order_they_are(width, named, store):
+    model, opt = pair("ab", width, named=named, dir=store)
+    before = train_pair(model, opt)
+    opt.ckpt.shutdown()
+    model, opt = pair("ba", width, named=named, dir=store)
+    assert fxckpt.load().step == 3
+    after = moments(model, opt)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    train_pair(model, opt, 1)
+
+
+def test_a_parameter_in_another_group_than_it_was_is_an_error_that_names_it(store):
+    model, opt = pair("ab", groups=True, dir=store)
+    train_pair(model, opt)
+    opt.ckpt.shutdown()
+    model, opt = pair("ba", groups=True, dir=store)
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"a\.weight: checkpoint optimizer 0, group 0; live optimizer 0, group 1"):
+        fxckpt.load()
+
+
+def test_without_strict_what_has_another_shape_starts_anew_and_the_rest_keeps_its_state(store):
+    model, opt = pair("ab", dir=store)
+    before = train_pair(model, opt)
+    opt.ckpt.shutdown()
+    model, opt = pair("ab", 7, dir=store)
+    restored = fxckpt.load(strict=False)
+    assert set(restored.missing) == {"b.weight", "b.bias"}
+    after = moments(model, opt)
+    assert after.keys() == {"a.weight", "a.bias"} and all(torch.equal(before[name], after[name]) for name in after)
+    train_pair(model, opt, 1)
+    opt.ckpt.flush()
+
+
+def test_without_strict_a_model_with_one_more_layer_keeps_the_state_of_the_others(store):
+    model, opt = pair("a", dir=store)
+    before = {}
+    for _ in range(2):
+        model.a(torch.ones(1, 4)).sum().backward()
+        opt.step()
+        before = moments(model, opt)
+    opt.ckpt.shutdown()
+    model, opt = pair("ba", dir=store)
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"b\.weight: not in the checkpoint"):
+        fxckpt.load()
+    restored = fxckpt.load(strict=False)
+    assert set(restored.missing) == {"b.weight", "b.bias"} and restored.step == 2
+    after = moments(model, opt)
+    assert after.keys() == {"a.weight", "a.bias"} and all(torch.equal(before[name], after[name]) for name in after)
+    train_pair(model, opt, 1)
