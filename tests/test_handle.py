@@ -67,8 +67,8 @@ def test_a_name_that_is_taken_or_no_name_raises_and_leaves_what_is_there(store):
     training.train(1)
     with pytest.raises(fxckpt.FxckptError, match="best"):
         training.opt.ckpt.save("best")
-    for bad in ("../out", "a/b", "", ".hidden", "x" * 300):
-        with pytest.raises(fxckpt.FxckptError):
+    for bad in ("../out", "a/b", "", ".hidden", "x" * 300, "step-000000007", "x.tmp", "\ud800", "\x1b[31m"):
+        with pytest.raises(fxckpt.SetupError):
             training.opt.ckpt.save(bad)
     assert fxckpt.load(store, model=mlp(), name="best").step == 1
     training.train(1)
@@ -114,6 +114,9 @@ def test_disabled_by_the_environment_is_plain_pytorch(store, monkeypatch, caplog
     assert fxckpt.load().step == 0 and "FXCKPT_DISABLE" in caplog.text
     training.opt.ckpt.flush()
     training.opt.ckpt.end_step()
+    training.opt.ckpt.save("best")
+    with training.opt.ckpt.trace(store / "trace.json"):
+        training.opt.ckpt.note(loss=1.0)
     assert list(fxckpt.steps(2)) == [0, 1]
     training.opt.ckpt.shutdown()
     assert not store.exists()

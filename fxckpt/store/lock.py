@@ -37,7 +37,7 @@ class DirectoryLock:
     """The lock of one directory, from construction to ``release``. Raises ``StoreLocked`` with the holder's pid."""
 
     def __init__(self, path: str):
-        self._path = path
+        self._path, self._note = path, ""
         with _guard:
             _refuse_own(path)
             self._fd = io.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -55,9 +55,47 @@ class DirectoryLock:
     def note(self, text: str) -> None:
         """Say what kind of process holds it, to whoever is refused."""
         with _guard:
+            self._note = text
             if self._fd >= 0:
-                io.ftruncate(self._fd, 0)
-                io.pwrite(self._fd, text.encode(), 0)
+                self._write_note(self._fd)
+
+    def _write_note(self, fd: int) -> None:
+        io.ftruncate(fd, 0)
+        if self._note:
+            io.pwrite(fd, self._note.encode(), 0)
+
+    def renew(self) -> None:
+        """See that the lock is still what others find in this directory; take it again if somebody removed the file.
+
+        Raises ``StoreLocked`` if the file was replaced: then another store was begun here, in which we have no business.
+        ``OSError`` if the directory is not there.
+        """
+        with _guard:
+            try:
+                found = os.stat(self._path)
+            except FileNotFoundError:
+                self._take_again()
+                return
+            if (found.st_dev, found.st_ino) != self._key:
+                raise StoreLocked(f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) "
+                                  "used it, and another run has begun a store there since: nothing more is written to it. "
+                                  "Give this run a directory of its own and start it again")
+
+    def _take_again(self) -> None:
+        """The file is gone, and with it the lock as others know it. ``_guard`` is held."""
+        fd = io.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            _take(fd, self._path)
+            self._write_note(fd)
+            found = os.fstat(fd)
+        except BaseException:
+            io.close(fd)
+            raise
+        log.warning("%s was removed by somebody: locked again", self._path)
+        _held.pop(self._key, None)
+        self._key, old, self._fd = (found.st_dev, found.st_ino), self._fd, fd
+        _held[self._key] = self._pid
+        io.close(old)
 
     def release(self) -> None:
         """Give it back. Idempotent; in a forked child nothing is released, as nothing is held."""

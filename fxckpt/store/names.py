@@ -50,6 +50,12 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def generation_of(name: str) -> int:
+    """The generation that a checkpoint directory's name says, or -1 if it says none."""
+    match = _STEP.fullmatch(name)
+    return int(match[2]) if match and match[2] else -1
+
+
 def slot_number(name: str) -> int | None:
     """The number in ``slot-3.partial`` or ``slot-3.bad``, or None if it is neither."""
     match = _SLOT.fullmatch(name)
@@ -58,10 +64,11 @@ def slot_number(name: str) -> int | None:
 
 def check_name(name: str) -> None:
     """Refuse a name for a named save that is not a plain directory name, or that would read as something else."""
-    plain = type(name) is str and name and not set("/\\\0\n") & set(name) and not name.startswith(".")
-    if not plain or name.endswith((PARTIAL, BAD)) or len(os.fsencode(name)) > 200:
-        raise SetupError(f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes "
-                         f"without slashes, not begin with a dot and not end in {PARTIAL} or {BAD}")
+    plain = type(name) is str and name and name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
+    if (not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or step_of(name) is not None):
+        raise SetupError(f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable "
+                         f"text without slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not "
+                         "be called as the checkpoint of a step is")
 
 
 def subdirectories(path: str) -> list[str]:

@@ -162,6 +162,13 @@ class Store:
         if self._lock is None:
             raise StoreError(f"the store {self.root} is not open")
 
+    def _check_place(self) -> None:
+        """That the directory is still the one that was opened. Raises ``StoreLocked``, ``SaveFailed``."""
+        try:
+            self._lock.renew()
+        except OSError as error:
+            raise SaveFailed("open", os.path.join(self.root, names.LOCK), None, error.errno) from error
+
     def note_lock(self, text: str) -> None:
         """Note in the lock file what kind of process this is; see ``StoreLocked.monitor``."""
         if self._lock is not None:
@@ -220,6 +227,7 @@ class Store:
         """
         self._check_open()
         self.require_loaded()
+        self._check_place()
         slot = self._pool.take() if name is None else self._take_named(name)
         try:
             with self._pool.mutex:
@@ -314,6 +322,7 @@ class Store:
             final = os.path.join(self.root, names.step_name(record.step))
             if os.path.lexists(final):  # an earlier life, or a branch that was rolled back, came past this step
                 final += f"-g{record.generation}"
+        self._check_place()  # its bytes took their time
         slot.target = final
         io.rename(slot.path, final)
         slot.path = final
