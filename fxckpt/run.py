@@ -71,6 +71,7 @@ class Run:
         self._unstable: set[str] = set()
         self._arranged: Any = None
         self.stopped = self._store_checked = False
+        self._capturable = False  # all that a checkpoint takes could be captured at least once
         self._announced: list[int] = []  # the bindings that were described last
         self._said: set[tuple[int, str]] = set()
         self._callback_error: Exception | None = None  # what on_layer raised in this step
@@ -374,7 +375,10 @@ class Run:
             self.emit(number, [e.tensor for e in pending.layout.layers[number].entries])
         self._current, self._open = None, pending
         if not self.in_turn:
-            self._capture_early(pending)
+            try:
+                self._capture_early(pending)
+            except Exception as error:
+                self._not_captured(pending, error)
 
     def _capture_early(self, pending: Pending) -> None:
         """Snapshot the buffers (they change in the next forward, where nothing can wait) and encode the early state."""
@@ -427,12 +431,24 @@ class Run:
                 self.saver.note_failure(pending.step, error)
                 pending.give_up(str(error))
                 return
+            except Exception as error:
+                self._not_captured(pending, error)
+                return
             except BaseException:
                 pending.give_up("its state could not be captured")
                 raise
             pending.close(record, tensors)
+            self._capturable = True
         if self.ending is not None:
             self.ending.step_closed()
+
+    def _not_captured(self, pending: Pending, error: Exception) -> None:
+        """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
+        raised; once it could be captured it is a failed save, of which training does not die."""
+        pending.give_up(f"its state could not be captured: {error}")
+        if not self._capturable:
+            raise error
+        self.saver.note_failure(pending.step, error)
 
     def _check(self, pending: Pending) -> None:
         """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
@@ -564,7 +580,10 @@ class Run:
             self._notes = {**self._notes, **noted}
 
     def save(self, name: str | None) -> None:
-        """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
+        """A full checkpoint of the state as it is now, waited for; raises what made it fail. Nothing if all is turned off."""
+        if self.engine is None:
+            log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is saved")
+            return
         if not self.active:
             raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
         self._refuse_mixture()

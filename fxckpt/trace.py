@@ -10,6 +10,7 @@ profile becomes part of the picture, so that each copy is seen beside the kernel
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from fxckpt.errors import SetupError
+
+log = logging.getLogger("fxckpt")
 
 SPANS = 200_000
 """Spans kept, at most: about 13 MiB. What comes later is counted, and the file says how many there were."""
@@ -113,6 +116,9 @@ class Tracing:
         self._run, self._path, self._beside = run, path, beside
 
     def __enter__(self) -> Tracing:
+        if self._run.engine is None:
+            log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is traced")
+            return self
         if not self._run.active:
             raise SetupError("this run takes no checkpoints: there is nothing to trace")
         if self._run.saver.tracer is not None:

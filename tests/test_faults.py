@@ -375,6 +375,102 @@ def test_a_second_run_in_the_same_process_gets_it_too(store):
         Training(store)
 
 
+def test_a_run_whose_directory_was_removed_and_begun_anew_by_another_one_writes_nothing_there(store, nursery, tmp_path):
+    training = Training(store, keep=2).train(3)
+    training.opt.ckpt.flush()
+    script = tmp_path / "second.py"
+    script.write_text(f"""
+from helpers import *
+from helpers import Training
+import time
+training = Training({str(store)!r}, keep=2)
+print("LOADED", fxckpt.load().step)
+training.train(2).opt.ckpt.flush()
+print("SAVED", flush=True)
+time.sleep(1000)
+""")
+    shutil.rmtree(store)
+    life = nursery.start(script, tmp_path / "second")
+    until(lambda: "SAVED" in life.output or not life.alive(), why=lambda: life.output)
+    assert "LOADED 0" in life.output
+    there = sorted(os.listdir(store))
+    training.train(4)
+    with pytest.raises(fxckpt.FxckptError):
+        training.opt.ckpt.flush()
+    assert training.found["last_committed_step"] == 3 and "another run" in training.found["last_error"]
+    assert sorted(os.listdir(store)) == there
+    life.kill()
+
+
+@pytest.mark.parametrize("writer", ["thread", "monitor"])
+def test_a_lock_file_that_somebody_removes_is_taken_again(writer, store, nursery, tmp_path):
+    training = Training(store, writer=writer).train(1)
+    training.opt.ckpt.flush()
+    (store / "lock").unlink()
+    training.train(3)
+    training.opt.ckpt.flush()
+    script = tmp_path / "second.py"
+    script.write_text(f"""
+from helpers import *
+try:
+    fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), {str(store)!r})
+except fxckpt.StoreLocked as error:
+    print("LOCKED", error)
+""")
+    assert "LOCKED" in nursery.start(script, tmp_path / "second").wait()
+    assert all_good(store, training) == [4, 3, 2, 1]
+    training.opt.ckpt.shutdown()
+    assert "LOCKED" not in nursery.start(script, tmp_path / "second").wait()
+
+
+class Box:
+    """State of any kind."""
+
+    value: object = 1
+
+    def state_dict(self):
+        if self.value is None:
+            raise RuntimeError("not now")
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+class Drawn(Box):
+    """The same, captured as a loader is."""
+
+    def __iter__(self):
+        return self
+
+
+@pytest.mark.parametrize("kind", [Box, Drawn])
+@pytest.mark.parametrize("wrong", [Box.state_dict, None], ids=["a value of no kind", "an exception"])
+def test_state_that_can_no_longer_be_captured_is_a_failed_save_and_not_the_end_of_training(wrong, kind, store):
+    box = kind()
+    training = Training(store, extra={"box": box}).train(2)
+    training.opt.ckpt.flush()
+    box.value = wrong
+    training.train(3)
+    training.opt.ckpt.end_step()
+    assert training.found["checkpoints_failed"] == 3 and training.found["steps"] == 5
+    with pytest.raises((fxckpt.StateError, RuntimeError)):
+        training.opt.ckpt.flush()
+    box.value = 2
+    training.train(1)
+    training.opt.ckpt.flush()
+    assert all_good(store, training) == [6, 2, 1]
+
+
+def test_state_that_can_no_longer_be_captured_stops_training_at_the_next_step_if_asked(store):
+    training = Training(store, extra={"box": (box := Box())}, on_error="raise").train(2)
+    training.opt.ckpt.flush()
+    box.value = None
+    training.train(1)
+    with pytest.raises(RuntimeError, match="not now"):
+        training.train(1)
+
+
 def test_a_fork_in_the_middle_trains_on_plainly_and_leaves_the_parent_alone(store, nursery, tmp_path):
     script = tmp_path / "forks.py"
     script.write_text("""

@@ -7,6 +7,7 @@ which step it is of.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -27,7 +28,7 @@ from test_kill_loop import good, live_and_be_killed, told
 import fxckpt
 from fxckpt.engine import Engine
 from fxckpt.engine.ring import Ring, post_into
-from fxckpt.monitor import limits, wire
+from fxckpt.monitor import client, limits, wire
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
 
@@ -278,6 +279,41 @@ def test_a_killed_monitor_is_noticed_said_and_replaced(tmp_path, caplog):
     opt.ckpt.shutdown()
     found = [each.step for each in fxckpt.checkpoints(tmp_path / "d")]
     assert found == [5, 4] or found == [4, 5]
+
+
+def test_a_monitor_that_stops_for_a_while_costs_checkpoints_in_bounded_time_and_is_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(client, "EXIT_PATIENCE", 5.0)
+    training = Training(tmp_path / "d", writer="monitor", staging_mb=8).train(2)
+    training.opt.ckpt.flush()
+    training.opt.ckpt._run.saver.stuck_after = 0.5
+    os.kill(training.opt.ckpt._run.store.pid, signal.SIGSTOP)
+    training.train(6)
+    with pytest.raises(fxckpt.SaveFailed):
+        training.opt.ckpt.flush()
+    with pytest.raises(fxckpt.SaveFailed, match="stopped, or the disk hangs"):
+        training.opt.ckpt.save("x")
+    os.kill(training.opt.ckpt._run.store.pid, signal.SIGCONT)
+    until(lambda: training.train(1).found["last_committed_step"] > 8)
+    with contextlib.suppress(fxckpt.SaveFailed):  # of steps before it was back
+        training.opt.ckpt.flush()
+    training.end()
+    assert all_good(tmp_path / "d", training)[-2:] == [2, 1]
+
+
+def test_a_message_that_a_stopped_monitor_does_not_read_ends_in_bounded_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(client, "EXIT_PATIENCE", 1.0)
+    training = Training(tmp_path / "d", writer="monitor", staging_mb=8).train(1)
+    training.opt.ckpt.flush()
+    link = training.opt.ckpt._run.store._link
+    os.kill(link.process.pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(fxckpt.SaveFailed, match="stopped, or the disk hangs"):
+            link.send({"op": "nothing"}, [bytes(16 << 20)])
+    finally:
+        os.kill(link.process.pid, signal.SIGCONT)
+    link.process.wait(30)  # the end of the stream is the end of its work
 
 
 def test_a_monitor_killed_with_a_checkpoint_in_flight_costs_that_one_and_raises_if_asked(tmp_path):

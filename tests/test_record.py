@@ -131,7 +131,7 @@ def test_any_state_comes_back_exactly(value):
     np.zeros((0, 3), ">c16"), torch.zeros(3, 0, dtype=torch.bfloat16), np.array(["a", "bcd"]), torch.tensor(5),
     torch.ones(3, requires_grad=True), torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), False),
     torch.complex(torch.ones(2), torch.ones(2)).conj(), torch.arange(12).reshape(3, 4).t(),
-    {10**5000: 1},
+    {10**5000: 1}, np.str_("a\0"), torch.tensor([1 + 2j]).imag, torch.tensor([[1, 2], [3, 4]]).t()[:, 1:],
 ], ids=lambda value: type(value).__name__)  # fmt: skip
 def test_state_that_plain_json_would_change_comes_back_exactly(value):
     back = through_file(value)

@@ -8,9 +8,11 @@ import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -24,6 +26,7 @@ from fxckpt.store.record import Record, raw_tensor
 log = logging.getLogger("fxckpt")
 
 SLICE = 0.2
+PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as training waits for a disk that hangs
 EXIT_PATIENCE = 60.0  # seconds that the monitor may take to end after everything in flight was waited for
 FUTILE = 3  # monitors in a row that may end without having committed anything, before no more is started
 CONFUSING = ("PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONPROFILEIMPORTTIME")  # variables meant for the trainer alone
@@ -90,9 +93,11 @@ class Link:
         self.control, self.process, self.directory = control, process, directory
         self.lost: SaveFailed | None = None
         self.closing = False
+        self._silent = False  # it has not answered in time, and said nothing since
         self.slots: dict[int, RemoteSlot] = {}
         self.newest: int | None = None  # generation that it committed last
         _links.add(self)
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1e6)))
         self._sending, self._changed = threading.Lock(), threading.Condition()
         self._numbers = itertools.count(1)
         self._answers: dict[int, Any] = {}
@@ -101,22 +106,39 @@ class Link:
         self.thread.start()
 
     def send(self, message: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
-        """Raises SaveFailed if the monitor is gone."""
+        """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""
+        if not self._sending.acquire(timeout=PATIENCE):
+            raise self._silence()
         try:
-            with self._sending:
-                wire.send(self.control, message, blobs)
+            wire.send(self.control, message, blobs)
+        except BlockingIOError as error:  # half a frame is sent, and nothing can follow it
+            self.control.shutdown(socket.SHUT_RDWR)
+            raise self._silence() from error
         except OSError as error:
             raise self.loss() from error
+        finally:
+            self._sending.release()
+
+    def _silence(self) -> SaveFailed:
+        """The error for a monitor that is stopped, or hangs in the disk."""
+        return SaveFailed("monitor", self.directory, detail=f"the monitor process {self.process.pid} has said nothing for "
+                          f"{PATIENCE:g} s: it is stopped, or the disk hangs")
 
     def ask(self, message: dict[str, Any]) -> Any:
-        """Send a question and wait for the answer; raises what the monitor raised."""
-        number = next(self._numbers)
+        """Send a question and wait for the answer; raises what the monitor raised. SaveFailed after ``PATIENCE``, and from
+        then on at once, until it says something."""
+        if self._silent and self.lost is None:
+            raise self._silence()
+        number, asked = next(self._numbers), time.monotonic()
         try:
             self.send({**message, "id": number})
             with self._changed:
                 while number not in self._answers:
                     if self.lost is not None:
                         raise self.loss()
+                    if time.monotonic() - asked > PATIENCE:
+                        self._silent = True
+                        raise self._silence()
                     self._changed.wait(SLICE)
                 found = self._answers.pop(number)
         except BaseException:
@@ -137,6 +159,7 @@ class Link:
 
     def _listen(self) -> None:
         while (frame := wire.receive(self.control)) is not None:
+            self._silent = False
             self._hear(frame[0])
         self._lose()
 

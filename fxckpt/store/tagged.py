@@ -74,7 +74,8 @@ def raw_tensor(value: Any) -> RawTensor:
     real, torch = value.detach(), sys.modules["torch"]
     if name in _COMPLEX:
         real = torch.view_as_real(real.resolve_conj())
-    flat = real.resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    dense = real.resolve_neg().contiguous().reshape(-1)  # where there is one element, with any stride
+    flat = dense.as_strided(dense.shape, (1,)).view(torch.uint8).numpy()
     return RawTensor(_COMPLEX.get(name) or _TORCH[name], tuple(real.shape), memoryview(flat))
 
 
@@ -130,7 +131,7 @@ class _Encoder:
         if known is not None:
             return known(self, value, path, depth)
         if type(value) in (np.str_, np.bytes_):  # as a str and bytes: numpy's own bytes lose trailing NULs
-            plain = value.item()
+            plain = value[:]  # not item(), which loses them too
             return {"!": "numpy.text", "v": _ENCODERS[type(plain)](self, plain, path, depth)}
         if isinstance(value, np.generic) and value.dtype.kind not in "OVUS":
             return {"!": "numpy", "dtype": value.dtype.str, "v": value.tobytes().hex()}
