@@ -6,6 +6,7 @@ import io as text_io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -339,6 +340,19 @@ def test_an_export_overwrites_nothing(capsys, trained, tmp_path):
     (tmp_path / "x").write_text("mine")
     assert run(capsys, "export", trained[0], tmp_path / "x", "--format", "torch")[0] == 2
     assert (tmp_path / "x").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["torch", "safetensors", "dcp"])
+def test_an_export_that_cannot_be_written_says_so_and_leaves_nothing(format, capsys, trained, tmp_path):
+    status, found = run(capsys, "export", trained[0], tmp_path / "no" / "x", "--format", format)
+    assert status == 2 and "not a directory" in found["error"]["message"] and list(tmp_path.iterdir()) == []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        status, found = run(capsys, "export", trained[0], tmp_path / "x", "--format", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1 and found["error"]["type"] in ("SaveFailed", "OSError") and list(tmp_path.iterdir()) == []
 
 
 # ---- prune ----

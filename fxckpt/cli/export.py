@@ -12,12 +12,12 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.engine import io
-from fxckpt.errors import SetupError
+from fxckpt.errors import FxckptError, SaveFailed, SetupError
 from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.reader import Reader
@@ -46,6 +46,9 @@ def run(args: argparse.Namespace) -> int:
         raise SetupError(f"{args.out} exists: name a place where nothing is")
     if args.optimizer and args.format == "safetensors":
         raise SetupError("a Hugging Face checkpoint has no place for optimizer state: use --format torch or dcp")
+    parent = os.path.dirname(os.path.abspath(args.out))
+    if not os.path.isdir(parent):
+        raise SetupError(f"{parent} is not a directory: make it first")
     reader = common.open_checkpoint(args.dir, args.which)
     total = sum(file.nbytes for file in reader.record.files)
     partial = f"{os.path.abspath(args.out)}.partial-{os.getpid()}"
@@ -53,10 +56,10 @@ def run(args: argparse.Namespace) -> int:
         with reader.held() as held, common.Progress("exporting", 2 * total) as progress:
             reader.verify(progress.advance)
             source = Source(reader, held, progress)
-            _FORMATS[args.format](source, partial, args)
+            _write(_FORMATS[args.format], source, partial, args)
         _sync(partial)
         os.rename(partial, args.out)
-        io.fsync_dir(os.path.dirname(os.path.abspath(args.out)))
+        io.fsync_dir(parent)
     except BaseException:
         _remove(partial)
         raise
@@ -68,6 +71,16 @@ def run(args: argparse.Namespace) -> int:
         size = common.human(found["nbytes"])
         print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
     return common.OK
+
+
+def _write(write: Callable[[Source, str, argparse.Namespace], None], source: Source, path: str, args: argparse.Namespace) -> None:
+    """Write, and turn what torch raises when it cannot (a RuntimeError; DCP's is no Exception) into SaveFailed."""
+    try:
+        write(source, path, args)
+    except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise SaveFailed("write", path, detail=str(error).strip().partition("\n")[0]) from error
 
 
 def _sync(path: str) -> None:
