@@ -52,6 +52,12 @@ def plain_class(opt: torch.optim.Optimizer) -> type:
     return next(c for c in type(opt).__mro__ if "_fxckpt_base" not in c.__dict__)
 
 
+def is_stock(opt: torch.optim.Optimizer) -> bool:
+    """Is it an optimizer of ``torch.optim`` itself, and not of a class that only has its name or derives from it?"""
+    cls = plain_class(opt)
+    return cls is getattr(torch.optim, cls.__name__, None)
+
+
 def hooked(function):
     """Wrap ``function`` as ``Optimizer.__init__`` wraps ``step``: pre and post hooks fire around it, once.
 
@@ -207,6 +213,77 @@ def symbolic_numbers(opt: torch.optim.Optimizer):
             yield
     finally:
         del names["max"], names["min"]
+
+
+@functools.cache
+def fake_mode() -> Any:
+    """The mode in which stand-ins live: tensors with type, shape, strides and device, and no memory.
+
+    ``FakeTensorMode`` is private, and the only thing that computes what an operator would return without running it.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def stand_in(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that looks like ``tensor`` and has no memory."""
+    with fake_mode():
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+
+
+def is_stand_in(value: Any) -> bool:
+    """Was it made by ``stand_in``, or by an operator from such a one?"""
+    return isinstance(value, _fake_tensor())
+
+
+@functools.cache
+def _fake_tensor() -> type:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return FakeTensor
+
+
+@functools.cache
+def _watchers() -> tuple[type, type]:
+    """The two modes of ``watched``; ``TorchDispatchMode`` has no public name."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Calls(TorchFunctionMode):
+        def __init__(self, called: Callable):
+            super().__init__()
+            self.called = called
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return self.called(func, args, kwargs or {})
+
+    class Operators(TorchDispatchMode):
+        def __init__(self, dispatched: Callable):
+            super().__init__()
+            self.dispatched = dispatched
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return self.dispatched(func, args, kwargs or {})
+
+    return Calls, Operators
+
+
+@contextlib.contextmanager
+def watched(called: Callable, dispatched: Callable):
+    """While this lasts, every call of PyTorch's Python functions goes to ``called(func, args, kwargs)``, attributes of tensors
+    among them, and every operator that runs to ``dispatched(func, args, kwargs)``; they return what the caller gets.
+
+    A function that ``torch.compile`` made raises RuntimeError meanwhile, before Dynamo sees it: it would find the modes, give
+    up, and run that function eagerly ever after. FX's own mark of a trace under way is what such functions ask.
+    """
+    calls, operators = _watchers()
+    mark = fx._symbolic_trace
+    before, mark._is_fx_tracing_flag = mark._is_fx_tracing_flag, True
+    try:
+        with calls(called), operators(dispatched):
+            yield
+    finally:
+        mark._is_fx_tracing_flag = before
 
 
 def symbolic_float(tensor: torch.Tensor, positive: bool | None):

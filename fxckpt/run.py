@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fxckpt import _torch, cuda, ops, plan, state, trace
+from fxckpt import _torch, cuda, ops, plan, rehearsal, state, trace
 from fxckpt._registry import registry
 from fxckpt.config import Config, Schedule
 from fxckpt.errors import FxckptError, SaveFailed, SetupError, StoreError
@@ -72,7 +72,7 @@ class Run:
         self._arranged: Any = None
         self.stopped = self._store_checked = False
         self._capturable = False  # all that a checkpoint takes could be captured at least once
-        self._announced: list[int] = []  # the bindings that were described last
+        self._announced: list[Any] = []  # the bindings that were described last
         self._said: set[tuple[int, str]] = set()
         self._callback_error: Exception | None = None  # what on_layer raised in this step
         self._hooked: dict[int, Any] = {}
@@ -245,13 +245,19 @@ class Run:
         self.refresh()
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
+        if closure is not None and not whole and stepper.rehearsal is not None:
+            whole = not stepper.rehearsal.takes_closure_first(stepper.members)
         if closure is not None and not whole:
             with torch.enable_grad():
                 loss = closure()
             self.refresh()
+            closure = rehearsal.evaluated(closure, loss)
+        if not whole and stepper.rehearsal is not None:
+            whole = not stepper.rehearse(closure is not None)
         if whole:
             self.fence_all()
-            loss = _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
+            with stepper.compared():
+                loss = _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
             self.refresh()
         elif first := stepper.needs_stock():
             self.fence_all()
@@ -629,7 +635,7 @@ class Run:
 
     def _announce(self) -> None:
         """Say what runs a step, once for each way it runs, and what the snapshots of buffers may take."""
-        bound = [stepper.bound for stepper in self.steppers]
+        bound = [(s.bound, s.whole, s.rehearsal is not None and s.rehearsal.proven) for s in self.steppers]
         if bound == self._announced:
             return
         if not self._announced and (buffers := sum(t.nbytes for t in self.inventory.buffers.values())) >> 20:

@@ -5,15 +5,17 @@ so a step after a restart is the same step:
 
 * no state yet, and the stock step would make some: the stock step runs, on those parameters alone;
 * state, and a traced update: the StepGraph;
-* an optimizer that cannot be split: its stock step, whole, every time.
+* an optimizer that cannot be split: its stock step, whole, every time;
+* an optimizer that is not of ``torch.optim``: see rehearsal.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -24,6 +26,7 @@ from fxckpt._registry import registry
 from fxckpt.errors import SetupError
 from fxckpt.graph import hoist, inductor, rewrite, update
 from fxckpt.graph.layers import Layer
+from fxckpt.rehearsal import Rehearsal
 from fxckpt.updates import Cohort, calls_for
 
 log = logging.getLogger("fxckpt")
@@ -65,6 +68,15 @@ class Member:
         """Does it have state that is no tensor, which may change without a new binding?"""
         return self.state is not None and len(self.items) != len(self.state)
 
+    def twin(self) -> Member:
+        """A member with copies of its tensors."""
+        with torch.no_grad():
+            param = self.param.detach().clone()
+            param.grad = None if self.param.grad is None else self.param.grad.detach().clone()
+            state = None if self.state is None else {
+                k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
+        return Member(self.name, param, self.group, state)
+
     def describe(self) -> dict[str, Any]:
         """Its state for the record: what it takes, with the files' tensors, to make it anew just as it is."""
         return {
@@ -93,6 +105,7 @@ class Stepper:
     def __init__(self, opt: torch.optim.Optimizer, update_mode: str | None, name_of: Callable[[torch.Tensor], str]):
         self.opt, self.mode, self.name_of = opt, update_mode, name_of
         self.whole: str | None = None
+        self.rehearsal = None if _torch.is_stock(opt) else Rehearsal(opt)
         self.members: list[Member] = []
         self.layers: tuple[Layer, ...] = ()
         self.edges: tuple[tuple[str, str], ...] = ()
@@ -100,6 +113,7 @@ class Stepper:
         self.graph: rewrite.StepGraph | None = None
         self.bound = 0  # how often tensors were bound: a plan made for another binding is void
         self._programs: dict[update.Signature, list[hoist.Program] | update.NotTraceable] = {}  # one for each way to branch
+        self._warned = False  # of state that belongs to no parameter
         self._refused = False  # Inductor could not take an update, which was said
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
@@ -156,12 +170,17 @@ class Stepper:
     def bind(self) -> None:
         """Read the optimizer anew: members, their state, the program of each."""
         opt = self.opt
-        self.members, self.whole = [], None
+        self.members, self.whole = [], None if self.rehearsal is None else self.rehearsal.refused
         for index, group in enumerate(opt.param_groups):
             for param in group["params"]:
                 member = Member(self.name_of(param), param, index, opt.state.get(param))
-                self._choose(member, group)
+                if self.rehearsal is None:
+                    self._choose(member, group)
                 self.members.append(member)
+        if (strange := [k for k in opt.state if not isinstance(k, torch.Tensor)]) and not self._warned:
+            self._warned = True
+            log.warning("fxckpt: %s keeps state %s that belongs to no parameter; no checkpoint holds it. Give it as extra=, or a "
+                        "resumed run starts without it", type(opt).__name__, ", ".join(map(repr, strange)))
         programs = {id(m.program): m.flat for m in self.members if m.program is not None}
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
                   type(opt).__name__, len(programs), sum(programs.values()))
@@ -293,6 +312,8 @@ class Stepper:
 
     def needs_stock(self) -> list[Member]:
         """Members whose state the stock step must make (or whose gradient is sparse), of those with a gradient."""
+        if self.rehearsal is not None:
+            return []  # such steps run whole
         return [m for m in self.members if (grad := m.param.grad) is not None
                 and (m.program is None or grad.layout != torch.strided)]
 
@@ -313,9 +334,38 @@ class Stepper:
                 group["params"] = params
         self._done = chosen
 
+    def rehearse(self, closure: bool) -> bool:
+        """Rehearse the coming step of a class that is not of ``torch.optim``; False if it must run whole."""
+        same = self._versions == [t._version for t in self._count_tensors]
+        cohorts = self.rehearsal.prepare(self.members, same, closure)
+        self.whole = self.rehearsal.refused
+        if cohorts is None:
+            self._cohorts = []
+            return False
+        if cohorts is not self._cohorts:
+            self._cohorts = cohorts
+            of = {m.name: c.index for c in cohorts for m in c.part.members}
+            self._call_for(of)
+            if self.mode == "inductor" and not self._refused:
+                self._refused = True
+                log.warning("fxckpt: %s is updated by PyTorch's own kernels: only classes of torch.optim are compiled",
+                            _torch.plain_class(self.opt).__name__)
+        return True
+
+    @contextlib.contextmanager
+    def compared(self) -> Iterator[None]:
+        """Around a whole step: compare it with its rehearsal, if there was one that is not proven yet."""
+        if self.rehearsal is None:
+            yield
+            return
+        with self.rehearsal.compared(self.members):
+            yield
+        self.whole = self.rehearsal.refused
+
     def run(self, number: int | None) -> None:
         """One step of all that has a gradient: with the ops of run ``number``, or bare when it is None."""
-        self._classify()
+        if self.rehearsal is None:
+            self._classify()
         if number is None:
             self.graph.bare()
         else:
@@ -346,6 +396,10 @@ class Stepper:
             of[member.name] = cohorts[key].index
         self._cohorts = list(cohorts.values())
         self._branching = [c for c in self._cohorts if c.program.outcomes]
+        self._call_for(of)
+
+    def _call_for(self, of: dict[str, int]) -> None:
+        """Write the calls of all layers; ``of``: the number of each member's cohort, of those that take part."""
         self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts) for owned in self._owned]
         self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts)
         log.debug("bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without", len(of),
@@ -363,6 +417,9 @@ class Stepper:
         name = _torch.plain_class(self.opt).__name__
         if self.whole:
             return f"{name}: its own step, whole ({self.whole}), then every layer is handed over"
+        if self.rehearsal is not None:
+            kind = "its own step, rehearsed on stand-ins, native" if self.rehearsal.proven else ""
+            return f"{name}: {kind}, {len(self.layers)} layers" if kind else ""
         kinds = sorted({"Inductor" if m.flat else f"native {m.implementation}"
                         for m in self.members if m.program is not None})
         return f"{name}: {' and '.join(kinds)}, {len(self.layers)} layers" if kinds else ""

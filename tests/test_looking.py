@@ -133,6 +133,7 @@ def test_what_the_passes_did_is_logged(book, caplog, monkeypatch):
 def test_why_something_fell_back_is_logged(caplog):
     class Foreign(torch.optim.SGD):
         def step(self, closure=None):
+            self.steps = getattr(self, "steps", 0) + 1
             return super().step(closure)
 
     model = nn.Linear(4, 4)

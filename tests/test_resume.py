@@ -20,6 +20,26 @@ from lives import Life, fresh_life, results
 SCRIPT = """
 from helpers import *
 
+class Counting(torch.optim.Optimizer):
+    def __init__(self, params, lr):
+        super().__init__(params, {{"lr": lr, "betas": (0.9, 0.999)}})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(seen=0, clock=torch.zeros(()), m=torch.zeros_like(p))
+                state["seen"] += 1
+                state["clock"] += 1
+                state["m"].lerp_(p.grad, 1 - group["betas"][0])
+                scale = 1 - group["betas"][0] ** (state["seen"] if group["step"] > 9 else state["clock"])
+                p.sub_(state["m"].sign() / scale, alpha=group["lr"])
+
 torch.manual_seed(0); random.seed(0); np.random.seed(0)
 torch.use_deterministic_algorithms(True)
 {setup}
@@ -92,6 +112,8 @@ CASES = {
         optimizer="torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=1e-2)",
         scheduler='torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.7, 1)',
         body=BODY.replace("opt.zero_grad()", "model.zero_grad()").replace("s.step()", "s.step(loss.item())")),
+    "an optimizer of one's own, that counts in its group and in its state": Case(
+        optimizer="Counting(m.parameters(), lr=1e-2)"),
     "without model": Case(
         compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
         compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),

@@ -192,3 +192,61 @@ def test_extremes_and_tensors_of_symbols_are_nodes_only_while_an_optimizer_is_tr
     assert found.branches == []
     assert torch.sym_max in [n.target for n in found.graph.nodes]
     assert "max" not in names and "min" not in names
+
+
+def test_stand_ins_have_looks_and_no_memory():
+    like = torch.empty_strided((2, 3), (1, 2), dtype=torch.bfloat16)
+    made = _torch.stand_in(like)
+    assert (made.shape, made.stride(), made.dtype, made.device) == (like.shape, like.stride(), like.dtype, like.device)
+    assert _torch.is_stand_in(made) and not _torch.is_stand_in(like)
+    assert _torch.is_stand_in(nn.Parameter(made))
+    with _torch.fake_mode():
+        assert _torch.is_stand_in(torch.ops.aten.mul.Tensor(made, 2.0))
+        assert _torch.is_stand_in(torch.ops.aten.mul.Tensor(made, torch.ones(())))
+
+
+def test_everything_that_is_done_with_a_stand_in_is_watched():
+    made, calls, operators = _torch.stand_in(torch.ones(2)), [], []
+
+    def called(func, args, kwargs):
+        calls.append(func)
+        return func(*args, **kwargs)
+
+    def dispatched(func, args, kwargs):
+        operators.append((func, args, kwargs))
+        with _torch.fake_mode():
+            return func(*args, **kwargs)
+
+    with _torch.watched(called, dispatched):
+        made.shape, made.dtype, made.numel(), len(made)
+        kept = made.data
+        made.add_(kept, alpha=0.5).mul_(3)
+    functions = [torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__, torch.Tensor.numel, torch.Tensor.__len__]
+    assert calls == [*functions, torch.Tensor.data.__get__, torch.Tensor.add_, torch.Tensor.mul_]
+    aten = torch.ops.aten
+    assert [(func, args[1:], kwargs) for func, args, kwargs in operators if func.namespace == "aten"] == [
+        (aten.detach.default, (), {}), (aten.add_.Tensor, (kept,), {"alpha": 0.5}), (aten.mul_.Tensor, (3,), {})]
+
+
+def test_a_stock_class_is_known_from_one_that_has_its_name():
+    class AdamW(torch.optim.AdamW):
+        pass
+
+    parameters = [nn.Parameter(torch.ones(1))]
+    assert _torch.is_stock(torch.optim.AdamW(parameters))
+    assert not _torch.is_stock(AdamW(parameters))
+
+
+def test_compiled_functions_refuse_to_be_watched_and_compile_afterwards():
+    graphs = []
+
+    @torch.compile(backend=lambda gm, inputs: graphs.append(gm) or gm.forward, fullgraph=True)
+    def twice(x):
+        return x * 2
+
+    run = lambda func, args, kwargs: func(*args, **kwargs)  # noqa: E731
+    with pytest.raises(RuntimeError, match="dynamo-optimized function"), _torch.watched(run, run):
+        twice(torch.ones(3))
+    assert not torch.fx._symbolic_trace.is_fx_symbolic_tracing()
+    assert torch.equal(twice(torch.ones(3)), torch.full((3,), 2.0))
+    assert len(graphs) == 1
