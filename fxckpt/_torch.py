@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copyreg
 import functools
 import inspect
 import operator
@@ -39,6 +40,17 @@ def unhooked_step(opt: torch.optim.Optimizer):
     while hasattr(step, "__wrapped__"):
         step = step.__wrapped__
     return step
+
+
+def settings_of(opt: torch.optim.Optimizer) -> frozenset[str]:
+    """The entries of a parameter group that a class of ``torch.optim`` can read: what it takes, and what it has as defaults.
+    Users keep more in their groups: a name, a factor for a scheduler, tables."""
+    return (_arguments_of(plain_class(opt)) | opt.defaults.keys()) - GROUP_BOOKKEEPING
+
+
+@functools.cache
+def _arguments_of(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.__init__).parameters)
 
 
 def stock_step(opt: torch.optim.Optimizer):
@@ -98,18 +110,34 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
 def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
     """Call ``skipped()`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
 
-    ``GradScaler._maybe_opt_step`` is where that is decided; the instance's own is wrapped, nothing is patched globally.
+    ``GradScaler._maybe_opt_step`` is where that is decided. The class of this one instance is swapped for a subclass, as the
+    optimizer's is; pickles and copies of it are of the plain class.
     """
-    inner = scaler._maybe_opt_step
+    scaler.__class__ = _watched_class(type(scaler))
+    scaler.__dict__.setdefault("_fxckpt_watchers", []).append((opt, skipped))
 
-    def maybe(optimizer, optimizer_state, *args, **kwargs):
-        found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if optimizer is opt else 0
-        out = inner(optimizer, optimizer_state, *args, **kwargs)
-        if found:
+
+@functools.cache
+def _watched_class(base: type) -> type:
+    """A scaler's class that tells its watchers."""
+    if "_fxckpt_base" in base.__dict__:
+        return base
+
+    def maybe(self, optimizer, optimizer_state, *args, **kwargs):
+        told = [skipped for watched, skipped in self._fxckpt_watchers if watched is optimizer]
+        found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
+        out = base._maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs)
+        for skipped in told if found else ():
             skipped()
         return out
 
-    scaler._maybe_opt_step = maybe
+    def reduce_ex(self, protocol):
+        state = {key: value for key, value in self.__getstate__().items() if key != "_fxckpt_watchers"}
+        return copyreg._reconstructor, (base, object, None), state
+
+    body = {"__doc__": base.__doc__, "__module__": base.__module__, "__qualname__": base.__qualname__, "_fxckpt_base": base,
+            "_maybe_opt_step": maybe, "__reduce_ex__": reduce_ex}
+    return type(base.__name__, (base,), body)
 
 
 def default_implementation(param: torch.Tensor) -> str:
@@ -636,6 +664,11 @@ def extra_state_modules(model: torch.nn.Module):
 def is_transformed(tensor: torch.Tensor) -> bool:
     """Does the tensor belong to a transform of ``torch.func``? Such a one has no memory; nothing public tells."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor, or another view of its memory, was changed in place. Inference tensors do not count: always 0."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:

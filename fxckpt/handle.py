@@ -72,8 +72,9 @@ class Handle:
     @property
     def graphs(self) -> list[StepGraph]:
         """The StepGraph of each optimizer of the run."""
-        self._run.refresh()
-        return [stepper.graph for stepper in self._run.steppers]
+        with self._run._stepping:
+            self._run.refresh()
+            return [stepper.graph for stepper in self._run.steppers]
 
     @property
     def directory(self) -> str:

@@ -6,7 +6,7 @@ what the compiler saw, then from positions (``optimizer0.0.3``: optimizer, group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,26 +47,53 @@ class Inventory:
         return self
 
 
-def storable(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as a file can hold it: complex numbers as pairs of reals, everything detached.
+def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
+    """The tensor as a file can hold it: complex numbers as pairs of reals, everything detached. ``name`` is for messages.
 
     Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors).
     """
+    what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
     if _torch.is_transformed(tensor):
-        raise SetupError("cannot checkpoint a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
+        raise SetupError(f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
                          "transform returns. Call compile_step outside, with the parameters themselves.")
+    if torch.nn.parameter.is_lazy(tensor):
+        raise SetupError(f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
+                         "the lazy modules make their parameters, and call compile_step then")
     if _torch.is_wrapper(tensor):
-        raise SetupError(f"cannot checkpoint a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
+        raise SetupError(f"{what}a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
                          "which this version does not take apart")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise SetupError(f"cannot checkpoint a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: "
-                         "only dense tensors are supported")
+        raise SetupError(f"{what}a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: only dense tensors with memory of "
+                         "their own are supported")
+    if tensor.is_conj() or tensor.is_neg():
+        raise SetupError(f"{what}a view that is conjugated or negated when it is read: its memory holds other values. Store what "
+                         ".resolve_conj() or .resolve_neg() makes of it in its place")
     cuda.check(tensor)
     tensor = tensor.detach()
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if tensor.dtype not in DTYPES:
-        raise SetupError(f"safetensors has no type for {tensor.dtype}")
+        raise SetupError(f"{what}a {tensor.dtype} tensor: safetensors has no such type")
     return tensor
+
+
+def shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """By ``id``, of tensors whose memory may be another one's as well, which other: ``decoder.weight.data = encoder.weight.data``
+    makes two parameters of one memory. Views that interleave count, though they have no element in common."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.numel() and not _torch.is_wrapper(tensor):
+            length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            begin = tensor.data_ptr()
+            spans.append((str(tensor.device), begin, begin + length * tensor.element_size(), name, tensor))
+    found: dict[int, str] = {}
+    furthest = None
+    for span in sorted(spans, key=lambda s: s[:3]):
+        if furthest is not None and span[0] == furthest[0] and span[1] < furthest[2]:
+            for _, _, _, _, tensor in (span, furthest):
+                found[id(tensor)] = f"{span[3]} and {furthest[3]} are parameters of one memory"
+        if furthest is None or span[0] != furthest[0] or span[2] > furthest[2]:
+            furthest = span
+    return found
 
 
 def take(model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], book: TraceBook) -> Inventory:

@@ -109,12 +109,21 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
     if model is not None and not isinstance(model, torch.nn.Module):
         raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
     seen: set[int] = set()
-    for param in (p for each in optimizers for group in each.param_groups for p in group["params"]):
+    names = {} if model is None else {id(p): name for name, p in _torch.named_parameters(model)}
+    places = ((i, j, k, p) for i, opt in enumerate(optimizers) for j, group in enumerate(opt.param_groups)
+              for k, p in enumerate(group["params"]))
+    for i, j, k, param in places:
+        name = names.get(id(param), f"parameter {k} of group {j} of optimizer {i}")
         if id(param) in seen:
-            raise SetupError("a parameter is in two optimizers of the run; its checkpoint could not say which step it is from")
+            raise SetupError(f"{name} is in two optimizers of the run; its checkpoint could not say which step it is from")
         seen.add(id(param))
         if not disabled():
-            storable(param)
+            storable(param, name)
+    for run in registry.runs:
+        if not disabled() and not run.stopped and (shared := [names[i] for i in run.trained() if i in names]):
+            log.warning("fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
+                        "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "
+                        "other run down with opt.ckpt.shutdown()", shared[0], run.directory)
 
 
 def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:

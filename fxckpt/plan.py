@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxckpt.errors import FxckptError
+from fxckpt import _torch
+from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.inventory import DTYPES, Inventory, storable
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
 from fxckpt.store.record import LayerRecord, TensorRecord
@@ -28,6 +29,19 @@ MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 class Changed(FxckptError):
     """A tensor was changed outside ``opt.step()`` while it was being copied, so the checkpoint would be torn."""
+
+
+_ADVICE = {
+    "update": "If your loop or a forward changes it every time (clamped weights, nn.Embedding with max_norm), loop with `for "
+              "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
+    "frozen": "From now on it is copied at the end of opt.step(). If your loop changes it after that (a target network), loop "
+              "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
+}
+"""What to do about a change, by the kind of layer."""
+
+
+class ChangedInTurns(Changed, Cancelled):
+    """The same in a loop of ``fxckpt.steps``: no failure, for the tensor is copied at the ends of turns from now on."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Layout:
         return [i for i in range(-(-layout.nbytes // size)) if i not in mixed]
 
     def check_unchanged(self, pending: Pending) -> None:
-        """Once all is copied: is every tensor as it was at its emit, if no fence has looked since? Raises Changed with the
+        """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
         tensor's name, and remembers it: a frozen one is copied with the buffers from now on. Version counters see in-place
         operations, not those on ``.data``."""
         with pending.looking:
@@ -92,17 +106,21 @@ class Layout:
             pending.versions.clear()  # what changes from here on, no copy sees
 
     def compare(self, pending: Pending, number: int) -> None:
-        """Raises Changed if a tensor of this layer has another version than at its emit."""
+        """Raises Changed if a tensor of this layer has another version than after its step."""
         found = pending.versions.get(number)
         if found is None:
             return
         tensors, versions = found
         for i, (tensor, version) in enumerate(zip(tensors, versions)):
-            if tensor._version != version:
-                key = self.layers[number].entries[i].key
+            if _torch.version(tensor) != version:
+                layer = self.layers[number]
+                key = layer.entries[i].key
                 self.unstable.add(key)
-                raise Changed(f"{key!r} was changed in place outside opt.step() while the checkpoint of step "
-                              f"{pending.step} was being copied; that checkpoint is discarded")
+                what = (f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
+                        "copied; that checkpoint is discarded.")
+                if pending.turn:
+                    raise ChangedInTurns(f"{what} From now on it is copied at the end of each turn")
+                raise Changed(f"{what} {_ADVICE[layer.kind]}")
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
         """The layers as the record lists them; a layer's counts are listed with the rest of it."""
@@ -160,7 +178,7 @@ def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, unstable: s
     specs: list[list[TensorSpec]] = [[], []]
     for number, layer in enumerate(layers):
         for entry in layer.entries:
-            tensor = storable(entry.tensor)
+            tensor = storable(entry.tensor, entry.key)
             specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
     files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip((MODEL, OPTIMIZER), specs)]
     placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}

@@ -210,6 +210,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     _apply_optimizers(optimizers, states, mapped, target)
     _apply_extras(early, late, target)
     if target.run is not None:
+        _freeze(early.get("frozen"), record, mapped, target)
         _continue(target.run, record, mapped, reader)
     if skipped:
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
@@ -333,6 +334,9 @@ def _optimizer_problems(record: Record, target: Target, mapped: Mapped, strict: 
         sizes = [len(g["params"]) for g in old["groups"]], [len(g["params"]) for g in opt.param_groups]
         if sizes[0] != sizes[1] and (strict or target.model is None or len(sizes[0]) != len(sizes[1])):
             out.append(f"  optimizer {i}: parameters per group: checkpoint {sizes[0]}, live {sizes[1]}")
+            if len(sizes[0]) > len(sizes[1]):
+                out.append("  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
+                           "which step will be loaded, so that the script can call add_param_group first")
     return out + (_moved(record, target, mapped) if strict else [])
 
 
@@ -445,19 +449,49 @@ def _apply_extras(early: dict, late: dict, target: Target) -> None:
         for name, module in _torch.extra_state_modules(target.model):
             if name in early["modules"]:
                 module.set_extra_state(early["modules"][name])
-        with torch.no_grad():
-            for name, buffer in target.inventory.transient.items():
-                saved = {**early["buffers"], **early.get("remote", {})}.get(name)
-                if saved is not None and saved.shape == buffer.shape:
-                    buffer.copy_(saved)
+        _apply_transient({**early["buffers"], **early.get("remote", {})}, target)
     if target.optimizers:
         state.set_random_state(early["random"])
+
+
+def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target) -> None:
+    """Set the buffers that are in no state dict. One that has another shape by now (a cache that grew) is replaced."""
+    modules = dict(_torch.every_module(target.model))
+    for name, buffer in target.inventory.transient.items():
+        value = saved.get(name)
+        if value is None:
+            continue
+        if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+            owner, _, attribute = name.rpartition(".")
+            setattr(modules[owner], attribute, value.to(buffer.device))
+            continue
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():  # inference tensors change in that mode only
+            buffer.copy_(value)
+
+
+def _freeze(frozen: Sequence[str] | None, record: Record, mapped: Mapped, target: Target) -> None:
+    """Let parameters require a gradient as they did when the checkpoint was taken: a script that unfreezes layers ``if step ==
+    1000`` does not come there again. What changes is said. ``frozen`` is None in records of earlier versions."""
+    if frozen is None:
+        return
+    changed: dict[bool, list[str]] = {True: [], False: []}
+    for name, param in {**target.inventory.trained, **target.inventory.frozen}.items():
+        stored = mapped.stored.get(name)
+        wanted = stored not in frozen
+        if stored is not None and param.requires_grad != wanted:
+            param.requires_grad_(wanted)
+            changed[wanted].append(name)
+    for wanted, found in changed.items():
+        if found:
+            log.warning("fxckpt: %s %s, as at step %d: %s%s", "these parameters are trained" if wanted else
+                        "these parameters are frozen", "again", record.step, ", ".join(found[:5]), " ..." if found[5:] else "")
 
 
 def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:
     """The run goes on from this checkpoint: its clock, its lineage, and what the compiler has yet to claim."""
     run.attempts, run.updates, run.iteration = record.step, record.updates, record.iteration
     run.schedule.started(record.step, run.stall_seconds())
+    run.settled()
     run.saver.last_handed_over = run.saver.last_committed = record.step  # durable: it was just read
     for stepper in run.steppers:
         stepper.invalidate()

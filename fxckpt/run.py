@@ -26,10 +26,10 @@ import torch
 from fxckpt import _torch, cuda, ops, plan, rehearsal, state, trace
 from fxckpt._registry import registry
 from fxckpt.config import Config, Schedule
-from fxckpt.errors import FxckptError, SaveFailed, SetupError, StoreError
+from fxckpt.errors import Cancelled, FxckptError, SaveFailed, SetupError, StoreError
 from fxckpt.graph.arrivals import FirstBackward
 from fxckpt.graph.layers import gradient_order, group_layers, layer_edges
-from fxckpt.inventory import Inventory, storable, take
+from fxckpt.inventory import Inventory, shared_memory, storable, take
 from fxckpt.saver import SLICE, Pending, Saver
 from fxckpt.stepper import Stepper
 from fxckpt.store.record import encode_state
@@ -70,7 +70,9 @@ class Run:
         self._layout_key: Any = None
         self._unstable: set[str] = set()
         self._arranged: Any = None
-        self.stopped = self._store_checked = False
+        self.stopped = self._store_checked = self._said_order = False
+        self._updating = False  # some layers may be updated and some not
+        self._stepping = threading.RLock()  # a step, or a look at the graphs from another thread
         self._capturable = False  # all that a checkpoint takes could be captured at least once
         self._announced: list[Any] = []  # the bindings that were described last
         self._said: set[tuple[int, str]] = set()
@@ -83,6 +85,10 @@ class Run:
         self._first_backward = None if engine is None else FirstBackward(self.optimizers)
         registry.runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
+
+    def trained(self) -> set[int]:
+        """The ids of the parameters of its optimizers."""
+        return {id(p) for opt in self.optimizers for group in opt.param_groups for p in group["params"]}
 
     # -- names, layers, graphs --------------------------------------------------------------------------------------
 
@@ -100,8 +106,9 @@ class Run:
         if self.engine is not None:
             self.fence_all()  # copies under way still read the old tensors
         self.inventory = take(self.model, self.optimizers, registry.traces)
+        sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
-            stepper.bind()
+            stepper.bind(sharing)
         self._arrange()
         self._hook_gradients()
         self._arranged = self._arrangement()
@@ -202,11 +209,19 @@ class Run:
             raise SetupError("opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
                              "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
                              "opt.step() outside.")
+        with self._stepping:
+            return self._step(opt, closure)
+
+    def _step(self, opt: torch.optim.Optimizer, closure: Callable | None) -> Any:
+        """One attempt, with the clock of steps around it."""
         self._refuse_mixture()
+        if self.active:
+            self._check_store()
         stepper = next(s for s in self.steppers if s.opt is opt)
         leads = stepper is self.steppers[-1]
         if leads or not self.in_turn:
             self._before_step()
+        self._check_turns(stepper, leads)
         if self._found_inf(opt):
             if leads:
                 self.attempts += 1
@@ -216,10 +231,25 @@ class Run:
             loss = self._advance(stepper, closure, leads)
         except BaseException as error:
             self._abort(f"opt.step() raised {type(error).__name__}")
+            stepper.abandon()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self.attempts}", trace.STEPS, started, step=self.attempts)
         return loss
+
+    def _check_turns(self, stepper: Stepper, leads: bool) -> None:
+        """With several optimizers: does the one that leads step after the others? Say so if not."""
+        stepper.stepped = True
+        if not leads and self._open is not None and self.in_turn:
+            self._open.give_up(f"{type(stepper.opt).__name__} stepped after it in the same turn")
+            self._open = None
+        elif not leads or all(other.stepped for other in self.steppers):
+            return
+        if not self._said_order:
+            self._said_order = True
+            log.warning("fxckpt: checkpoints are taken at the step of the last optimizer of the list, the %s; another one has "
+                        "not stepped before it. If it steps later in the same iteration, its step is not in the checkpoint: "
+                        "put the optimizer that steps last at the end of the list", type(self.optimizers[-1]).__name__)
 
     def _refuse_mixture(self) -> None:
         if self.spoiled is not None:
@@ -243,6 +273,7 @@ class Run:
         """One update, with a checkpoint if one is due."""
         opt, loss = stepper.opt, None
         self.refresh()
+        self._look_for_changes(stepper)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
         if closure is not None and not whole and stepper.rehearsal is not None:
@@ -256,11 +287,13 @@ class Run:
             whole = not stepper.rehearse(closure is not None)
         if whole:
             self.fence_all()
+            self._updating = True
             with stepper.compared():
                 loss = _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
             self.refresh()
         elif first := stepper.needs_stock():
             self.fence_all()
+            self._updating = True
             stepper.run_stock(first)
             self.refresh()
         self._announce()
@@ -270,11 +303,11 @@ class Run:
                 self._emit_stepper(stepper, pending)
             else:
                 fenced = pending is not None or self.engine.pending()
-                if not fenced:
-                    self._look_for_changes(None)  # all is copied, and no fence will look
+                self._updating = True
                 stepper.run(self.number if fenced else None)
             if pending is not None:
                 self._emit_rest(pending, stepper)
+        self._updating = False
         if leads:
             self.attempts += 1
             found = getattr(opt, "found_inf", None)
@@ -306,20 +339,17 @@ class Run:
         """Begin the checkpoint of the step that is about to run."""
         if not self.active or not (self.ending or self.schedule.due(self.attempts + 1, self.stall_seconds())):
             return None
-        self._check_store()
         if not self.schedule.waits and not self.ending and self.saver.flying() >= self.config.max_async:
             self.saver.skipped += 1
             return None
         try:
             pending = self.saver.begin(self.attempts + 1, self._current_layout(), wait=True)
         except (SaveFailed, StoreError, OSError) as error:
-            self.saver.note_failure(self.attempts + 1, error)
-            if self.config.on_error == "raise":
-                self.saver.raise_unreported()
+            self.saver.note_failure(self.attempts + 1, error)  # raised, if at all, at the next step: this one is half done
             self.schedule.started(self.attempts + 1, self.stall_seconds())
             return None
         self.schedule.started(self.attempts + 1, self.stall_seconds())
-        self._current = pending
+        pending.turn, self._current = self.in_turn, pending
         return pending
 
     def _check_store(self) -> None:
@@ -373,12 +403,11 @@ class Run:
             self.emit(stepper.first_layer - counted + offset, tensors)
 
     def _emit_rest(self, pending: Pending, stepped: Stepper | None) -> None:
-        """The other optimizers' layers, frozen parameters, and what is captured at the end of ``opt.step()``."""
+        """The other optimizers' layers, and what is captured at the end of ``opt.step()``."""
         for stepper in self.steppers:
             if stepper is not stepped:
                 self._emit_stepper(stepper, pending)
-        for number in pending.layout.number("frozen"):
-            self.emit(number, [e.tensor for e in pending.layout.layers[number].entries])
+        pending.note_versions()
         self._current, self._open = None, pending
         if not self.in_turn:
             try:
@@ -387,12 +416,18 @@ class Run:
                 self._not_captured(pending, error)
 
     def _capture_early(self, pending: Pending) -> None:
-        """Snapshot the buffers (they change in the next forward, where nothing can wait) and encode the early state."""
+        """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
+        the early state."""
         pending.captured = True
+        for number, tensors in pending.deferred:
+            self._hand_over(pending, number, tensors, copied=True)
+        for number in pending.layout.number("frozen"):
+            self._hand_over(pending, number, [e.tensor for e in pending.layout.layers[number].entries])
+        pending.note_versions()
         for number in pending.layout.number("buffers"):
             names = [e.key for e in pending.layout.layers[number].entries]
             live = {**self.inventory.buffers, **self.inventory.frozen}
-            copies = [storable(live[name]).contiguous().clone() for name in names]
+            copies = [storable(live[name], name).contiguous().clone() for name in names]
             pending.keep += copies
             pending.copy.emit(number, self._sources(copies), self._streams())
         tensors: dict[str, Any] = {}
@@ -434,8 +469,7 @@ class Run:
                 self._check(pending)
                 record, tensors = self._record(pending)
             except plan.Changed as error:
-                self.saver.note_failure(pending.step, error)
-                pending.give_up(str(error))
+                self._discard(pending, error)
                 return
             except Exception as error:
                 self._not_captured(pending, error)
@@ -471,6 +505,7 @@ class Run:
     def _record(self, pending: Pending) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
         early, tensors = self._early
+        early["frozen"] = [n for n, p in {**self.inventory.trained, **self.inventory.frozen}.items() if not p.requires_grad]
         late = {e.name: e.get() for e in self.extras if not e.early}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self.steppers))]
         fields = {
@@ -498,6 +533,10 @@ class Run:
                 "state": self._described[index][1],  # for hundreds of tensors this is worth making once
                 "gradients": [m.name for m in stepper.members if m.param.grad is not None]}
 
+    def settled(self) -> None:
+        """A load made all layers those of one step."""
+        self._updating = False
+
     def _abort(self, why: str) -> None:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""
         pending, self._current = self._current, None
@@ -515,29 +554,36 @@ class Run:
     # -- the ops' port ----------------------------------------------------------------------------------------------
 
     def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Wait until every copy of this layer is done; what was changed behind our back meanwhile drops its checkpoint."""
-        self._look_for_changes(layer)
+        """Wait until every copy of this layer is done."""
         self._wait(layer)
 
     def fence_all(self) -> None:
-        """Wait until nothing is being copied, and look for changes as ``fence`` does."""
+        """Look for changes, and wait until nothing is being copied."""
         self._look_for_changes(None)
         self._wait(-1)
 
-    def _look_for_changes(self, layer: int | None) -> None:
-        """Drop checkpoints under way of which a tensor is not as it was emitted; after this it may change. None: all layers."""
+    def _look_for_changes(self, stepper: Stepper | None) -> None:
+        """Drop checkpoints under way of which a tensor is not as its step left it; after this it may change. None: all layers.
+
+        All layers of ``stepper`` at once, before the first is updated: views of one buffer have one version counter.
+        """
         for pending in self.saver.under_way():
-            if pending is self._current or (layer is not None and pending.layout is not self._layout):
+            if pending is self._current or (stepper is not None and pending.layout is not self._layout):
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
+            numbers = pending.layout.number("update") if stepper is None else stepper.numbers()
             with pending.looking:  # or the committer would take what this step changes for a change behind our back
-                for number in pending.layout.number("update") if layer is None else [layer]:
+                for number in numbers:
                     try:
                         pending.layout.compare(pending, number)
                     except plan.Changed as error:
-                        if pending.given_up is None:
-                            self.saver.note_failure(pending.step, error)
-                            pending.give_up(str(error))
+                        self._discard(pending, error)
                     pending.versions.pop(number, None)
+
+    def _discard(self, pending: Pending, error: plan.Changed) -> None:
+        """A tensor of this checkpoint changed."""
+        if pending.given_up is None and not isinstance(error, Cancelled):
+            self.saver.note_failure(pending.step, error)
+        pending.give_up(str(error))
 
     def _wait(self, layer: int) -> None:
         """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk), or from here
@@ -552,18 +598,27 @@ class Run:
 
     def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Hand a layer to the engine, if a checkpoint is being taken."""
-        pending = self._current
-        if pending is None:
-            return
+        if self._current is not None:
+            self._hand_over(self._current, layer, tensors)
+
+    def _hand_over(self, pending: Pending, layer: int, tensors: Sequence[torch.Tensor], copied: bool = False) -> None:
+        """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``.
+
+        What was seen to change outside ``opt.step()`` is handed over at the end of the turn, ``copied``, since nothing fences
+        such changes. Without turns there is no instant at which the change is known to have been made, or not yet.
+        """
         found = pending.layout.layers[layer]
+        if found.kind == "update" and self.in_turn and not copied and any(e.key in self._unstable for e in found.entries):
+            pending.deferred.append((layer, tensors))
+            return
         if len(found.entries) != len(tensors):
             raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
-        if found.kind != "counts":
-            pending.versions[layer] = (tensors, [t._version for t in tensors])
+        if found.kind != "counts" and not copied:
+            pending.versions[layer] = (tensors, [])
         sources = found.sources
-        if sources is None:
-            # The copy is made on the device, in order on the current stream.
-            copies = [storable(t).contiguous() for t in tensors]
+        if sources is None or copied:
+            # On a device the copy is made in order on the current stream.
+            copies = [storable(t).clone(memory_format=torch.contiguous_format) for t in tensors]
             pending.keep += copies
             sources = self._sources(copies)
         pending.copy.emit(layer, sources, self._streams() if sources.devices else None)
@@ -592,11 +647,25 @@ class Run:
             return
         if not self.active:
             raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
+        with self._stepping:
+            pending = self._begin_save(name)
+        self.saver.wait_for(pending)
+        if pending.error is not None:
+            self.saver.forget(pending.error)
+            raise pending.error
+        self.schedule.started(self.attempts, self.stall_seconds())
+
+    def _begin_save(self, name: str | None) -> Pending:
+        """Hand all layers over as they are now, and close."""
         self._refuse_mixture()
+        if self._updating:
+            raise SetupError("opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
+                             "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here.")
         self.close_step()
         self._check_store()
         self.refresh()
         pending = self._current = self.saver.begin(self.attempts, self._current_layout(), wait=True, name=name)
+        pending.turn = self.in_turn
         try:
             with torch.no_grad():
                 self._emit_rest(pending, None)
@@ -605,11 +674,7 @@ class Run:
             self._abort("save() failed")
             raise
         self.close_step()
-        self.saver.wait_for(pending)
-        if pending.error is not None:
-            self.saver.forget(pending.error)
-            raise pending.error
-        self.schedule.started(self.attempts, self.stall_seconds())
+        return pending
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.

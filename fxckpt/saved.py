@@ -76,7 +76,7 @@ _DECODED = _list_of(_object(**{"class": _is_str}, groups=_list_of(_is_group), st
                             gradients=_list_of(_is_str)))  # fmt: skip
 _STATE = _object(early=_object(random=_anything, extra=_map_of(_anything), buffers=_anything, modules=_anything),
                  late=_map_of(_anything))  # fmt: skip
-_EARLY = _object({"remote": _map_of(_is_tensor)}, random=_is_random,
+_EARLY = _object({"remote": _map_of(_is_tensor), "frozen": _list_of(_is_str)}, random=_is_random,
                  extra=_map_of(_anything), buffers=_map_of(_is_tensor), modules=_map_of(_anything))  # fmt: skip
 
 

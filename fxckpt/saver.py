@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxckpt import trace
+from fxckpt import _torch, trace
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.plan import Layout
 from fxckpt.store.record import FileRecord
@@ -41,18 +41,27 @@ class Pending:
     slot: Any  # store.Slot; None when nothing is written (mock)
     copy: Any  # engine.Checkpoint
     keep: list[Any] = field(default_factory=list)  # what must stay alive until it is copied
-    versions: dict[int, tuple[Sequence, list[int]]] = field(default_factory=dict)  # layer -> its tensors, at emit
+    versions: dict[int, tuple[Sequence, list[int]]] = field(default_factory=dict)  # layer -> its tensors, after the step
     looking: threading.Lock = field(default_factory=threading.Lock)  # held while they are compared and forgotten
     record: dict[str, Any] = field(default_factory=dict)  # the fields of the record, set when the step closes
     tensors: dict[str, Any] = field(default_factory=dict)  # of the extra state
     closed: threading.Event = field(default_factory=threading.Event)
     done: threading.Event = field(default_factory=threading.Event)
+    deferred: list[tuple[int, Sequence]] = field(default_factory=list)  # layers to copy when the turn ends, and their tensors
     late: dict[str, Callable] = field(default_factory=dict)  # tensors of the extra state that a device still copies, by key
+    turn: bool = False  # begun inside a turn of fxckpt.steps
     captured: bool = False  # buffers and early state are in
     phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
     error: BaseException | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)  # between giving it up and releasing it
+
+    def note_versions(self) -> None:
+        """Remember how what was handed over looks at the end of its step. Not at its emit: tensors that are views of one
+        buffer count their changes together, and later updates of the same step are no changes behind our back."""
+        for tensors, versions in self.versions.values():
+            if not versions:
+                versions.extend(map(_torch.version, tensors))
 
     def close(self, record: dict[str, Any], tensors: dict[str, Any]) -> None:
         """The step is complete: with this the checkpoint can be committed."""

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -111,6 +111,7 @@ class Stepper:
         self.edges: tuple[tuple[str, str], ...] = ()
         self.first_layer = 0
         self.graph: rewrite.StepGraph | None = None
+        self.stepped = False  # in this process
         self.bound = 0  # how often tensors were bound: a plan made for another binding is void
         self._programs: dict[update.Signature, list[hoist.Program] | update.NotTraceable] = {}  # one for each way to branch
         self._warned = False  # of state that belongs to no parameter
@@ -118,6 +119,7 @@ class Stepper:
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
+        self._params: list[torch.Tensor] = []  # those of the groups
         self._mixed: list[Member] = []  # with state that is no tensor
         self._simple: list[dict[str, Any]] = []  # the states of the others, ...
         self._held: list[torch.Tensor] = []  # ... the tensors in them, ...
@@ -144,6 +146,7 @@ class Stepper:
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
                 or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
+                or not all(map(operator.is_, self._grouped(), self._params))
                 or self._moved())
 
     def _moved(self) -> bool:
@@ -153,9 +156,18 @@ class Stepper:
                 or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
                 or any(m.stale() for m in self._mixed))
 
+    def _grouped(self) -> Iterator[torch.Tensor]:
+        """The parameters of all groups."""
+        return itertools.chain.from_iterable(map(operator.itemgetter("params"), self.opt.param_groups))
+
     def replaced(self) -> list[str]:
         """Names of the members whose tensors are not those that were bound."""
         state = self.opt.state
+        given = list(self._grouped())
+        if len(given) != len(self.members):
+            return [self.members[-1].name if self.members else "the first parameter"]
+        if others := [m.name for m, param in zip(self.members, given) if m.param is not param]:
+            return others
         # Whoever looks at opt.state[p] of a parameter without state makes an empty one: nothing was replaced.
         return [m.name for m in self.members if m.stale() or (state.get(m.param) or None) is not (m.state or None)]
 
@@ -167,8 +179,8 @@ class Stepper:
                       if k not in _torch.GROUP_BOOKKEEPING and (v is None or isinstance(v, (bool, str))))
         return len(group["params"]), numbers, flags, tuple(key for key, _ in update.tensor_items(group))
 
-    def bind(self) -> None:
-        """Read the optimizer anew: members, their state, the program of each."""
+    def bind(self, sharing: Mapping[int, str]) -> None:
+        """Read the optimizer anew: members, their state, the program of each. ``sharing``: see inventory.shared_memory."""
         opt = self.opt
         self.members, self.whole = [], None if self.rehearsal is None else self.rehearsal.refused
         for index, group in enumerate(opt.param_groups):
@@ -181,11 +193,16 @@ class Stepper:
             self._warned = True
             log.warning("fxckpt: %s keeps state %s that belongs to no parameter; no checkpoint holds it. Give it as extra=, or a "
                         "resumed run starts without it", type(opt).__name__, ", ".join(map(repr, strange)))
+        if shared := next((sharing[id(m.param)] for m in self.members if id(m.param) in sharing), None):
+            self.whole = shared  # updated twice a step, in PyTorch's order, and nothing may copy it in between
+            if self.rehearsal is not None:
+                self.rehearsal.refused = shared
         programs = {id(m.program): m.flat for m in self.members if m.program is not None}
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
                   type(opt).__name__, len(programs), sum(programs.values()))
         self._state, self._states = opt.state, list(opt.state.values())
         self._structure = [self._shape_of(g) for g in opt.param_groups]
+        self._params = list(self._grouped())
         self._mask = []
         self._mixed = [m for m in self.members if m.plain]
         simple = [m for m in self.members if not m.plain]
@@ -272,6 +289,10 @@ class Stepper:
         self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
         self._count_tensors = counts
         self._mask = []
+
+    def numbers(self) -> range:
+        """The engine's numbers of the layers."""
+        return range(self.first_layer, self.first_layer + len(self.layers))
 
     def layer_members(self) -> list[list[Member]]:
         """The members of each layer, in layer order."""
@@ -361,6 +382,10 @@ class Stepper:
         with self.rehearsal.compared(self.members):
             yield
         self.whole = self.rehearsal.refused
+
+    def abandon(self) -> None:
+        """The step was left by an exception: the next one updates everything again."""
+        self._done = set()
 
     def run(self, number: int | None) -> None:
         """One step of all that has a gradient: with the ops of run ``number``, or bare when it is None."""

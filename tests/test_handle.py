@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from helpers import Training, all_good, committed, differences, mlp, snapshot, stored
@@ -108,6 +110,22 @@ def test_on_layer_gets_copies_that_it_may_keep(store):
         assert not any(t.requires_grad for t in tensors.values())
 
 
+def test_another_thread_that_looks_at_the_graph_waits_for_the_step(store):
+    training, seen = Training(store, on_layer=lambda *_: looked()), []
+
+    def looked() -> None:
+        if not seen:
+            seen.append(threading.Thread(target=lambda: seen.append(str(training.opt.ckpt.graph))))
+            seen[0].start()
+            seen[0].join(0.2)
+            assert seen[0].is_alive()
+
+    training.train(1)
+    seen[0].join()
+    assert "ckpt_emit" in seen[1]
+    training.end()
+
+
 def test_disabled_by_the_environment_is_plain_pytorch(store, monkeypatch, caplog):
     monkeypatch.setenv("FXCKPT_DISABLE", "1")
     training = Training(store).train(3)
@@ -140,6 +158,14 @@ def test_what_cannot_be_checkpointed_raises_at_once(store):
     sparse = nn.Parameter(torch.sparse_coo_tensor(torch.tensor([[0], [1]]), torch.ones(1), (2, 2), check_invariants=True))
     with pytest.raises(fxckpt.SetupError, match="sparse"):
         fxckpt.compile_step(torch.optim.SGD([sparse], lr=0.1), store)
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    with pytest.raises(fxckpt.SetupError, match=r"'0\.weight', a parameter without a shape yet: run one forward"):
+        fxckpt.compile_step(torch.optim.SGD(lazy.parameters(), lr=0.1), store, model=lazy)
+    with pytest.raises(fxckpt.SetupError, match=r"parameter 1 of group 0 of optimizer 0.* on meta"):
+        fxckpt.compile_step(torch.optim.SGD([nn.Parameter(torch.zeros(2, device=d)) for d in ("cpu", "meta")], lr=0.1), store)
+    turned = nn.Parameter(torch.zeros(2, dtype=torch.complex64).conj())
+    with pytest.raises(fxckpt.SetupError, match=r"parameter 0 .*conjugated.*resolve_conj"):
+        fxckpt.compile_step(torch.optim.SGD([turned], lr=0.1), store)
     for opt in ([], [mlp()], "adam"):
         with pytest.raises(fxckpt.SetupError):
             fxckpt.compile_step(opt, store)

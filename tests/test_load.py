@@ -298,6 +298,40 @@ def test_module_extra_state_and_buffers_that_are_not_persistent_come_back(store)
     assert restored.missing == restored.unexpected == () and "scratch" not in stored(restored.path)
 
 
+def test_a_buffer_that_grew_and_is_not_persistent_comes_back_as_it_was(store):
+    class Remembers(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 4)
+            self.register_buffer("history", torch.zeros(0), persistent=False)
+
+        def forward(self, x):
+            self.history = torch.cat([self.history, x.mean()[None]])
+            return super().forward(x)
+
+    first = Training(store, make=Remembers).train(3).end()
+    again = Training(store, make=Remembers)
+    fxckpt.load()
+    assert torch.equal(again.model.history, first.model.history) and len(again.model.history) == 3
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_layers_are_trained_or_frozen_as_they_were(trained, store, caplog):
+    """A script that unfreezes a layer ``if step == 1000`` does not come there again."""
+    first = Training(store)
+    first.model[0].requires_grad_(not trained)
+    first.train(1)
+    first.model[0].requires_grad_(trained)
+    first.train(1).end()
+    goes_on = first.train(1).now()
+    again = Training(store)
+    again.model[0].requires_grad_(not trained)
+    fxckpt.load()
+    assert {p.requires_grad for p in again.model[0].parameters()} == {trained}
+    assert f"these parameters are {'trained' if trained else 'frozen'} again, as at step 2: 0.weight, 0.bias" in caplog.text
+    again.train(1)
+    assert differences(again.now(), goes_on) == []
+
+
 # ---- without a run ----
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -290,6 +291,190 @@ def test_tensors_inside_a_transform_of_torch_func_are_refused_by_name():
         return x
 
     torch.func.vmap(inside)(torch.ones(2, 3))
+
+
+class TwoMatrices(nn.Module):
+    """``how`` says whose memory the two weights are."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Module(), nn.Linear(6, 6), nn.Module()
+        flat = torch.randn(72)
+        if how == "views of one buffer":  # which count their changes together
+            self.first.weight = nn.Parameter(flat[:36].view(6, 6))
+            self.last.weight = nn.Parameter(flat[36:].view(6, 6))
+        else:
+            self.first.weight, self.last.weight = nn.Parameter(flat[:36].view(6, 6)), nn.Parameter(torch.empty(6, 6))
+            self.last.weight.data = self.first.weight.data
+
+    def forward(self, x):
+        return F.linear(torch.tanh(self.middle(F.linear(x, self.first.weight))), self.last.weight)
+
+
+class NotOfTorch(torch.optim.SGD):
+    pass
+
+
+@pytest.mark.parametrize("make", [
+    lambda params: torch.optim.AdamW(params, lr=0.05), lambda params: torch.optim.AdamW(params, lr=0.05, foreach=True),
+    lambda params: NotOfTorch(params, lr=0.05, momentum=0.9)], ids=["single", "foreach", "not of torch.optim"])
+@pytest.mark.parametrize("how", ["views of one buffer", "two parameters of one memory"])
+def test_parameters_that_share_a_buffer(how, make):
+    opt = both(plain, lambda: TwoMatrices(how), lambda m: make(m.parameters()))[0]
+    whole = opt.ckpt._run.steppers[0].whole
+    assert whole is None if how == "views of one buffer" else "first.weight" in whole and "last.weight" in whole
+
+
+def test_a_parameter_that_takes_the_place_of_another_in_its_group_is_trained():
+    def loop(model, forward, opt):
+        plain(model, model, opt, 2)
+        if hasattr(opt, "ckpt"):
+            opt.ckpt.end_step()
+        model[3].weight = opt.param_groups[0]["params"][4] = nn.Parameter(torch.full((3, 8), 0.1))
+        plain(model, model, opt, 2)
+
+    both(loop, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.05))
+
+
+def test_groups_may_hold_what_no_optimizer_reads():
+    def grouped(model):
+        return torch.optim.AdamW([{"params": model[0].parameters(), "name": "a", "milestones": [[0, 1], [2, 3]]},
+                                  {"params": model[3].parameters(), "notes": {"a": 1}, "epoch": 0}], lr=0.05)
+
+    opt = both(plain, optimizer=grouped)[0]
+    assert opt.ckpt._run.steppers[0].whole is None
+
+
+def test_frozen_parameters_made_in_inference_mode():
+    def make():
+        with torch.inference_mode():
+            encoder = nn.Linear(6, 6).requires_grad_(False)
+        return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(6, 3)})
+
+    def loop(model, forward, opt):
+        for step in range(3):
+            with torch.no_grad():
+                features = model["encoder"](data(step)).clone()
+            model["head"](features).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    both(loop, make, lambda m: torch.optim.AdamW(m["head"].parameters(), lr=0.05))
+
+
+def test_layers_of_any_name():
+    names = ["a_b", "counts", "run", "scalars", "self_", "torch", "class", "0", "print", "a_b__2", "update_a_b", "\u00fcn x/y"]
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in names})
+            self.a = nn.ModuleDict({"b": nn.Linear(6, 6)})
+            for name in names[:6]:
+                setattr(self, name, nn.Linear(6, 6))
+
+        def forward(self, x):
+            for layer in (*self.layers.values(), self.a["b"], *(getattr(self, name) for name in names[:6])):
+                x = x + torch.tanh(layer(x))
+            return x
+
+    both(plain, Named)
+
+
+def test_what_an_exception_left_undone_is_no_reason_to_leave_out_parameters_in_the_next_step():
+    """The first step is PyTorch's own, which makes the state; then the layers are handed over, and that is interrupted."""
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    def loop(model, forward, opt):
+        for step in range(4):
+            forward(data(step)).square().mean().backward()
+            try:
+                opt.step()
+            except KeyboardInterrupt:
+                with pytest.raises(fxckpt.SetupError, match=r"left by an exception in its middle.*fxckpt\.load\(\)"):
+                    opt.ckpt.save("interrupted")
+            opt.zero_grad()
+
+    both(loop, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9), on_layer=interrupt)
+
+
+def test_an_optimizer_that_steps_after_the_one_that_leads_is_said_and_drops_the_checkpoint_of_the_turn(caplog):
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 3)})
+    a, b = (torch.optim.SGD(part.parameters(), lr=0.05) for part in model.values())
+    fxckpt.compile_step([b, a], writer="mock", every=1, model=model, update="native")
+    for step in fxckpt.steps(2, optimizer=a):
+        model["b"](model["a"](data(step))).square().mean().backward()
+        a.step()
+        b.step()
+    a.ckpt.flush()
+    assert a.ckpt.statistics()["checkpoints_skipped"] == 2
+    assert caplog.text.count("put the optimizer that steps last at the end of the list") == 1
+
+
+def test_a_target_network_is_stored_as_the_turn_left_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"online": nn.Linear(6, 3), "target": nn.Linear(6, 3).requires_grad_(False)})
+    opt = torch.optim.SGD(model["online"].parameters(), lr=0.05)
+    fxckpt.compile_step(opt, tmp_path / "d", every=1, model=model, update="native")
+    for step in fxckpt.steps(3, optimizer=opt):
+        plain(None, model["online"], opt, 1)
+        with torch.no_grad():
+            for t, p in zip(model["target"].parameters(), model["online"].parameters()):
+                t.lerp_(p, 0.5)
+        opt.ckpt.note(step=step)
+    opt.ckpt.shutdown()
+    assert opt.ckpt.statistics()["checkpoints_failed"] == 0
+    other = nn.ModuleDict({"online": nn.Linear(6, 3), "target": nn.Linear(6, 3)})
+    assert fxckpt.load(tmp_path / "d", model=other).step == 3
+    assert torch.equal(other["target"].weight, model["target"].weight)
+
+
+def test_weights_clamped_after_every_step_are_stored_as_the_turn_left_them(tmp_path):
+    """The first turn shows that they change, which costs its checkpoint."""
+    torch.manual_seed(0)
+    model = net()
+    opt = fxckpt.compile_step(adamw(model), tmp_path / "d", every=1, model=model, update="native")
+    for step in fxckpt.steps(4, optimizer=opt):
+        model(data(step)).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        with torch.no_grad():
+            model[3].weight.clamp_(-0.1, 0.1)
+    opt.ckpt.shutdown()
+    found = opt.ckpt.statistics()
+    assert (found["checkpoints_failed"], found["checkpoints_skipped"], found["last_committed_step"]) == (0, 1, 4)
+    other = net()
+    fxckpt.load(tmp_path / "d", model=other)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
+
+
+def test_an_embedding_that_bounds_its_rows_in_the_forward_is_stored_as_the_turn_left_it(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Linear(4, 3))
+    opt = fxckpt.compile_step(torch.optim.SGD(model.parameters(), lr=0.5), tmp_path / "d", every=1, model=model, update="native")
+    for step in fxckpt.steps(5, optimizer=opt):
+        model(torch.tensor([step, 8])).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+    opt.ckpt.shutdown()
+    assert opt.ckpt.statistics()["checkpoints_failed"] == 0
+    other = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3))
+    assert fxckpt.load(tmp_path / "d", model=other).step == 5
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
+def test_a_second_run_on_the_same_model_is_told_to_join_the_first(caplog):
+    model = net()
+    opts = [torch.optim.SGD(model[i].parameters(), lr=0.05) for i in (0, 3)]
+    fxckpt.compile_step(opts[0], "first", writer="mock", model=model)
+    assert "another run" not in caplog.text
+    fxckpt.compile_step(opts[1], "second", writer="mock", model=model)
+    assert re.search(r"'0\.weight' of this model belongs to an optimizer of another run, in '.*first'", caplog.text)
 
 
 def test_functional_calls_of_the_model_train_the_same():

@@ -56,6 +56,15 @@ def test_a_smaller_model_lists_what_is_only_in_the_checkpoint(store):
     assert torch.equal(model[0].weight, first.model[0].weight)
 
 
+def test_a_group_that_was_added_in_training_is_an_error_that_says_how_to_load(store):
+    first = Training(store)
+    first.opt.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": 0.1})
+    first.train(1).end()
+    Training(store)
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"parameters per group.*\n.*fxckpt\.latest\(dir\).*add_param_group first"):
+        fxckpt.load()
+
+
 @pytest.mark.parametrize("other", [
     lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
     lambda params, lr: torch.optim.AdamW([{"params": [p]} for p in params], lr=lr)], ids=["class", "groups"])

@@ -204,6 +204,14 @@ def test_a_scaler_that_finds_an_inf_counts_an_attempt_and_changes_nothing(fused)
     assert opt.ckpt.statistics()["checkpoints_started"] == 4
 
 
+def test_a_watched_scaler_pickles_and_copies_as_a_plain_one():
+    scaler = torch.amp.GradScaler("cpu", init_scale=3.0)
+    fxckpt.compile_step(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), writer="mock", extra={"scaler": scaler})
+    for twin in (copy.copy(scaler), copy.deepcopy(scaler), pickle.loads(pickle.dumps(scaler))):
+        assert type(twin) is torch.amp.GradScaler and twin.state_dict() == scaler.state_dict()
+    assert isinstance(scaler, torch.amp.GradScaler)
+
+
 def test_one_optimizer_belongs_to_one_run_at_a_time():
     _, opt, _ = make()
     with pytest.raises(fxckpt.SetupError, match="already belongs"):

@@ -10,6 +10,7 @@ starts.
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import re
 from collections.abc import Callable, Sequence
@@ -122,15 +123,16 @@ def identifier(name: str) -> str:
 
 
 class _Names:
-    """Identifiers for layers, each used once."""
+    """Identifiers for layers, each used once, and none that the graph's own code needs."""
 
     def __init__(self) -> None:
-        self.used: dict[str, int] = {}
+        self.used = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "run", "scalars", COUNTS}
 
     def __call__(self, name: str) -> str:
         base = identifier(name)
-        n = self.used[base] = self.used.get(base, 0) + 1
-        return base if n == 1 else f"{base}__{n}"
+        found = next(label for n in itertools.count(1) if (label := base if n == 1 else f"{base}__{n}") not in self.used)
+        self.used.add(found)
+        return found
 
 
 def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable,

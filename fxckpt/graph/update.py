@@ -153,7 +153,7 @@ def signature_of(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch
     tensors = [(key, value.dtype, tuple(value.shape)) for key, value in tensor_items(group)]
     moving = {key for key, _ in numeric} | {key for key, _, _ in tensors}
     constants = tuple((name, _constant(group[name], name, moving)) for name in sorted(group)
-                      if name not in _torch.GROUP_BOOKKEEPING and (name, None) not in moving)
+                      if name in _torch.settings_of(opt) and (name, None) not in moving)
     kept = [(key, value) for key, value in sorted(state.items()) if value is not None]
     kinds = tuple((key, _state_kind(key, value, param, by_shape)) for key, value in kept)
     shape = tuple((tuple(t.shape), t.stride()) for t in (param, *(v for _, v in kept))) if by_shape else None
