@@ -138,7 +138,7 @@ def test_a_dropped_emit_fails_the_checkpoint_loudly():
     model(torch.ones(3, 4)).sum().backward()
     opt.step()
     try:
-        opt.ckpt.end_step()
+        opt.ckpt.flush()
     except fxckpt.FxckptError as error:
         assert "2 of 3 layers were emitted" in str(error)
     else:
