@@ -1,4 +1,4 @@
-"""The contestants of overhead.py: ways to save a model and its optimizer after every step.
+"""The contestants of overhead.py and kills.py: ways to save a model and its optimizer after every step.
 
 Each saver is durable by its own means: what it says is saved is on disk after ``flush``.
 """
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,15 +50,15 @@ class Nothing:
 class Fxckpt(Nothing):
     """``fxckpt`` with a checkpoint at every step."""
 
-    def __init__(self, update: str = "native", writer: str = "thread"):
-        self.update, self.writer, self.fused = update, writer, update == "native"
+    def __init__(self, update: str = "native", writer: str = "thread", **options: Any):
+        self.update, self.writer, self.fused, self.options = update, writer, update == "native", options
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
         import fxckpt
 
         super().prepare(model, optimizer, folder)
         fxckpt.compile_step(optimizer, folder, model=model, every=1, writer=self.writer,
-                            update=None if self.fused else self.update, on_error="raise")
+                            update=None if self.fused else self.update, on_error="raise", **self.options)
         return torch.compile(model, backend=fxckpt.backend)
 
     def flush(self) -> None:
@@ -123,6 +124,14 @@ class Asynchronous(Nothing):
         """Begin to save to ``where``; the result waits until the files are written."""
         raise NotImplementedError
 
+    def load(self, where: Path) -> dict[str, dict[str, torch.Tensor]]:
+        """Read what was saved to ``where``, over the live tensors where the library does so; as :meth:`payload`."""
+        raise NotImplementedError
+
+    def payload(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What is saved."""
+        return {"model": self.model.state_dict(), "optimizer": self.tensors()}
+
     def saved(self, step: int) -> None:
         self.flush()
         self.where = self.folder / str(step)
@@ -138,7 +147,7 @@ class Asynchronous(Nothing):
 
 
 class DCP(Asynchronous):
-    """``torch.distributed.checkpoint.async_save``."""
+    """``torch.distributed.checkpoint.async_save``, by a thread."""
 
     syncs = True
 
@@ -146,8 +155,33 @@ class DCP(Asynchronous):
         import torch.distributed.checkpoint as dcp
 
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        state = {"model": self.model.state_dict(), "optimizer": self.tensors()}
-        return dcp.async_save(state, checkpoint_id=where, no_dist=True).result
+        return dcp.async_save(self.payload(), checkpoint_id=where, no_dist=True).result
+
+    def load(self, where: Path) -> dict:
+        import torch.distributed.checkpoint as dcp
+
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        state = self.payload()
+        try:
+            dcp.load(state, checkpoint_id=where, no_dist=True)
+        except dcp.api.CheckpointException as error:  # no Exception, but a BaseException
+            raise RuntimeError(str(error).strip().splitlines()[-1]) from error
+        return state
+
+
+class DCPProcess(DCP):
+    """The same by a process, which needs a process group; here one of a single rank."""
+
+    def start(self, where: Path) -> Callable:
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+        if not dist.is_initialized():
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+            dist.init_process_group("gloo", init_method=f"file://{self.folder.resolve()}/group", rank=0, world_size=1)
+        kind = AsyncCheckpointerType.PROCESS
+        return dcp.async_save(self.payload(), checkpoint_id=where, async_checkpointer_type=kind).result
 
 
 class TorchSnapshot(Asynchronous):
@@ -156,17 +190,30 @@ class TorchSnapshot(Asynchronous):
     def start(self, where: Path) -> Callable:
         import torchsnapshot
 
-        state = torchsnapshot.StateDict(model=self.model.state_dict(), optimizer=self.tensors())
+        state = torchsnapshot.StateDict(**self.payload())
         return torchsnapshot.Snapshot.async_take(str(where), {"state": state}).wait
+
+    def load(self, where: Path) -> dict:
+        import torchsnapshot
+
+        state = torchsnapshot.StateDict(**self.payload())
+        torchsnapshot.Snapshot(str(where)).restore({"state": state})
+        return dict(state)
 
 
 class TorchCheckpointing(Asynchronous):
-    """``torch_checkpointing`` with its asynchronous saver, as its guide says: the step holds the manager's lock."""
+    """``torch_checkpointing`` with its asynchronous saver, as its guide says: the step holds the manager's lock.
+
+    Without O_DIRECT, its default, for which ext4 refuses the ends of its files (EINVAL).
+    """
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
         from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
-        self.manager, step = CheckpointManager(CheckpointManager.Config.with_async_save()), optimizer.step
+        config = CheckpointManager.Config.with_async_save()
+        config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+        self.manager, step = CheckpointManager(config), optimizer.step
 
         def locked() -> None:
             with self.manager.lock():
@@ -176,7 +223,10 @@ class TorchCheckpointing(Asynchronous):
         return super().prepare(model, optimizer, folder)
 
     def start(self, where: Path) -> Callable:
-        return self.manager.save(str(where), {"model": self.model.state_dict(), "optimizer": self.tensors()}).result
+        return self.manager.save(str(where), self.payload()).result
+
+    def load(self, where: Path) -> dict:
+        return dict(self.manager.load(str(where), into=self.payload()))
 
     def check(self, step: int) -> dict:
         self.manager.close()

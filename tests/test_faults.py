@@ -51,12 +51,12 @@ HARMLESS = (errno.EINTR, 0)  # 0: half of a transfer
 WHOLE = os.environ.get("FXCKPT_FAULTS") == "full"
 
 
-def every_fault(total: int, stride: int) -> list[tuple[int, int]]:
+def every_fault(total: int, stride: int, errors: tuple[int, ...]) -> list[tuple[int, int]]:
     """(call, error): all of them, or from a random call on each ``stride``-th with one error after the other."""
     if WHOLE:
-        return list(itertools.product(range(1, total + 1), ERRORS))
+        return list(itertools.product(range(1, total + 1), errors))
     first = random.SystemRandom().randint(1, stride)
-    return list(zip(range(first, total + 1, stride), itertools.cycle(random.sample(ERRORS, len(ERRORS)))))
+    return list(zip(range(first, total + 1, stride), itertools.cycle(random.sample(errors, len(errors)))))
 
 
 def trained_through(training, steps: int) -> list[BaseException]:
@@ -83,14 +83,16 @@ def trained_through(training, steps: int) -> list[BaseException]:
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
-def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(on_error, tmp_path, caplog, counted):
+@pytest.mark.parametrize("errors", [(each,) for each in ERRORS] if WHOLE else [ERRORS],
+                         ids=[errno.errorcode.get(each, "short") for each in ERRORS] if WHOLE else ["each"])
+def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(errors, on_error, tmp_path, caplog, counted):
     """From the first call of the first checkpoint to beyond the fourth: it fails, says so, and the next one is good.
     Under "raise" it is raised at the next step, once."""
     caplog.set_level(logging.ERROR, "fxckpt")
     total = calls_of_some_checkpoints(tmp_path / "count")
     assert total > 60
     failures = 0
-    for nth, error in every_fault(total, 13):
+    for nth, error in every_fault(total, 13, errors):
         store = tmp_path / f"{nth}-{error}"
         training, what = Training(store, keep=2, on_error=on_error), f"call {nth}, {errno.errorcode.get(error, 'short')}"
         caplog.clear()
@@ -112,7 +114,7 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(o
         training.opt.ckpt.shutdown()
         counted("faults at the n-th call of a training", 1)
         shutil.rmtree(store)
-    assert failures > 2
+    assert failures > 2 or set(errors) <= set(HARMLESS)
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE])
