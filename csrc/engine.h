@@ -346,8 +346,9 @@ int fx_make_buffered(int fd);
 
 /* ---- test instruments (io_test.c): off until first used ---- */
 
-/* Appends every mutating call, with its data and in its true order, to the file at `path`. */
-int fx_io_record(const char *path);
+/* Writes every mutating call, with its data and in its true order, to the file at `path`; with `append`, behind what is
+ * there already: several processes may record to one file at a time. */
+int fx_io_record(const char *path, int append);
 int fx_io_stop_recording(void);
 /* The nth call from now (1: the next), of this kind or of any (-1), fails with err and is not carried out;
  * err 0: a pwrite or pread transfers only half. nth 0: no more faults. */

@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -72,7 +73,6 @@ void fx_io_copy_delay(void) { delay(FX_COPY); }
 /* Followed by the path, the target (rename) and the data (pwrite). Native byte order: it is read on this
  * machine. */
 struct log_entry {
-    uint64_t order;
     int64_t result, offset;
     uint64_t length, data_nbytes;
     int32_t op, flags, mode, created;
@@ -83,7 +83,6 @@ static pthread_mutex_t log_lock = PTHREAD_MUTEX_INITIALIZER;
 static atomic_bool recording;
 static FILE *log_file;
 static pid_t log_owner; /* a forked child shares the file: it must not write to it */
-static uint64_t log_order;
 
 /* The absolute path without symbolic links in its directories; the last component may not exist. */
 static void resolve(const char *path, char *out, size_t n) {
@@ -106,7 +105,6 @@ static int is_logged(int op) { return op != FX_PREAD && op != FX_CLOSE; }
 
 static void append(const struct call *c, int64_t result, int created, const char *path, const char *target) {
     struct log_entry entry = {
-        .order = log_order++,
         .result = result,
         .offset = c->offset,
         .length = c->length,
@@ -122,6 +120,7 @@ static void append(const struct call *c, int64_t result, int created, const char
     fwrite(path, 1, entry.path_nbytes, log_file);
     fwrite(target, 1, entry.target_nbytes, log_file);
     if (entry.data_nbytes) fwrite(c->data, 1, entry.data_nbytes, log_file);
+    fflush(log_file);
 }
 
 /* ---- carrying out a call ---- */
@@ -150,12 +149,14 @@ static int64_t fail_call(const struct call *c, int64_t result) {
     return result;
 }
 
-/* One at a time, so that the log has the order in which the kernel saw the calls. */
+/* One at a time, in all processes that record to this file, so that the log has the order in which the kernel saw the
+ * calls. */
 static int64_t perform_logged(const struct call *c, bool failing, int64_t result) {
     char path[PATH_MAX + 256], target[PATH_MAX + 256] = "";
     pthread_mutex_lock(&log_lock);
     int wanted = log_file && is_logged(c->op) && log_owner == getpid(), created = 0;
     if (wanted) {
+        while (flock(fileno(log_file), LOCK_EX) && errno == EINTR) continue;
         if (c->path) resolve(c->path, path, sizeof path);
         else path_of(c->fd, path, sizeof path);
         if (c->target) resolve(c->target, target, sizeof target);
@@ -163,7 +164,10 @@ static int64_t perform_logged(const struct call *c, bool failing, int64_t result
             created = faccessat(AT_FDCWD, path, F_OK, AT_SYMLINK_NOFOLLOW) != 0;
     }
     result = failing ? fail_call(c, result) : perform(c);
-    if (wanted) append(c, result, created && result >= 0, path, target);
+    if (wanted) {
+        append(c, result, created && result >= 0, path, target);
+        flock(fileno(log_file), LOCK_UN);
+    }
     pthread_mutex_unlock(&log_lock);
     return result;
 }
@@ -229,15 +233,19 @@ static const struct fx_io_ops instruments = {
 
 /* ---- switches ---- */
 
-int fx_io_record(const char *path) {
-    FILE *file = fopen(path, "wbe");
-    if (!file) return -errno;
+int fx_io_record(const char *path, int append) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC | (append ? 0 : O_TRUNC), 0644);
+    if (fd < 0) return -errno;
+    FILE *file = fdopen(fd, "ab");
+    if (!file) {
+        close(fd);
+        return -ENOMEM;
+    }
     fx_io_use(&instruments);
     pthread_mutex_lock(&log_lock);
     if (log_file) fclose(log_file);
     log_file = file;
     log_owner = getpid();
-    log_order = 0;
     atomic_store(&recording, true);
     pthread_mutex_unlock(&log_lock);
     return 0;

@@ -13,25 +13,28 @@ from pathlib import Path
 import numpy as np
 
 from fxckpt.engine import Engine, Sources, io
+from fxckpt.monitor import client
+from fxckpt.monitor.client import MonitorStore, RemoteSlot
 from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.reader import Reader, candidates, latest
 from fxckpt.store.record import FileRecord, LayerRecord, TensorRecord
 from fxckpt.store.slots import Slot, Store
 
 CHUNK = 4096  # so that each file has several
+RING = 16  # chunks of a monitor's shared memory
 FILES = ("model.safetensors", "optimizer.safetensors")
 
 
 class Trainer:
     """A training run reduced to its checkpoints: two layers whose tensors all hold the step's number."""
 
-    def __init__(self, store: Store, acks: Path | None = None, items: int = 2000):
-        self.store, self.acks = store, acks
+    def __init__(self, store: Store, engine: Engine, acks: Path | None = None, items: int = 2000):
+        self.store, self.engine, self.acks = store, engine, acks
         self.tensors = {key: np.zeros(items, np.float32) for key in ("a.weight", "b.weight")}
         self.moments = {f"exp_avg/{key}": np.zeros(items, np.float32) for key in self.tensors}
         self.layouts = [lay_out(file, [TensorSpec(key, "F32", (items,), layer) for layer, key in enumerate(tensors)])
                         for file, tensors in zip(FILES, (self.tensors, self.moments))]
-        self.engine = Engine(threads=2, chunk_bytes=CHUNK, staging_bytes=4 * CHUNK)
         self.plan = self.engine.plan(
             [(layout.nbytes, layout.header) for layout in self.layouts],
             [(placed.spec.layer, file, placed.begin, placed.nbytes, 4)
@@ -44,6 +47,7 @@ class Trainer:
         slot = self.store.acquire(name)
         try:
             checkpoint = self.engine.begin(self.plan, slot.path, FILES)
+            self._begun(slot, checkpoint)
             for layer, key in enumerate(self.tensors):
                 arrays = self.tensors[key], self.moments[f"exp_avg/{key}"]
                 checkpoint.emit(layer, Sources([(array.ctypes.data, None, None) for array in arrays]))
@@ -53,17 +57,15 @@ class Trainer:
             raise
         return slot, checkpoint
 
+    def _begun(self, slot: Slot, checkpoint: object) -> None:
+        """The engine has the slot's files open."""
+
     def finish(self, step: int, slot: Slot, checkpoint: object, **fields: object) -> Path:
         """Wait for the engine, commit (with further ``fields``), and acknowledge."""
+        name = slot.name
         try:
             assert checkpoint.durable(10)
-            files = [FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
-                     for file, layout in enumerate(self.layouts)]
-            generation, name = slot.generation, slot.name
-            path = self.store.commit(
-                slot, step=step, iteration=step, updates=step, time=float(step), files=files, layers=self._layers(step),
-                ties={}, optimizers=[{"lr": 0.1}], state={"step": step}, state_tensors={"rng": np.full(700, step)},
-                **fields)
+            generation, path = self._commit(slot, **self.record(step, checkpoint), **fields)
         except BaseException:
             checkpoint.cancel()
             assert checkpoint.settled(10)
@@ -74,6 +76,19 @@ class Trainer:
         if self.acks is not None:
             self.acknowledge(generation, name)
         return path
+
+    def record(self, step: int, checkpoint: object) -> dict[str, object]:
+        """What a commit is to say of it."""
+        files = [FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
+                 for file, layout in enumerate(self.layouts)]
+        return {"step": step, "iteration": step, "updates": step, "time": float(step), "files": files, "ties": {},
+                "layers": self._layers(step), "optimizers": [{"lr": 0.1}], "state": {"step": step},
+                "state_tensors": {"rng": np.full(700, step)}, "world_size": 1, "rank": 0}
+
+    def _commit(self, slot: Slot, **fields: object) -> tuple[int, Path]:
+        """The generation that it has from now on, and where it is."""
+        generation = slot.generation
+        return generation, self.store.commit(slot, **fields)
 
     def acknowledge(self, generation: int, name: str | None = None) -> None:
         """Put it in the log that this checkpoint was promised to somebody."""
@@ -100,14 +115,29 @@ class Trainer:
         self.store.close()
 
 
-def start(root: Path, acks: Path | None = None, *, load: bool = True, items: int = 2000, **options: object) -> Trainer:
+class MonitoredTrainer(Trainer):
+    """The same, with a monitor that writes and commits."""
+
+    def _begun(self, slot: RemoteSlot, checkpoint: object) -> None:
+        self.store.begin(slot, checkpoint, self.layouts)
+
+    def _commit(self, slot: RemoteSlot, **fields: object) -> tuple[int, Path]:
+        self.store.hand_over(slot, **fields)
+        assert slot.ended(10)
+        return slot.generation, Path(slot.path)
+
+
+def start(root: Path, acks: Path | None = None, *, load: bool = True, items: int = 2000, writer: str = "thread",
+          **options: object) -> Trainer:
     """A new life: open the store and continue its newest checkpoint that verifies, if it has one."""
-    store = Store(root, **options)
-    store.open()
+    monitored = writer == "monitor"
+    engine = Engine(threads=2, chunk_bytes=CHUNK, staging_bytes=(RING if monitored else 4) * CHUNK, mock=monitored)
+    store = MonitorStore(root, engine, threads=2, **options) if monitored else Store(root, **options)
+    wait_for_monitor(store.open)
     if load:
         newest = latest(root)
         store.mark_loaded(newest and newest.generation)
-    trainer = Trainer(store, acks, items)
+    trainer = (MonitoredTrainer if monitored else Trainer)(store, engine, acks, items)
     if load and newest and acks is not None:  # what was loaded is as good as promised
         name = f"{newest.generation}-{newest.name}" if newest.name else f"{newest.generation}"
         io.mkdir(acks / f"{name}~again-{time.monotonic_ns()}")
@@ -125,6 +155,17 @@ def fast_directory(fallback: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path)
+
+
+@contextmanager
+def recorded_monitors(log: Path) -> Iterator[None]:
+    """Monitors that are started meanwhile append their calls to this log."""
+    before, script = client.PROGRAM, Path(__file__).with_name("recorded_monitor.py")
+    client.PROGRAM = (str(script), str(log))
+    try:
+        yield
+    finally:
+        client.PROGRAM = before
 
 
 def names(root: Path) -> list[str]:

@@ -5,6 +5,10 @@ ordering edge of docs/format.md is taken away: its sync is never made, and it is
 the test is blind or the edge is not needed. And a killed life leaves unsynced names behind: the next life is recorded on
 top of the log of the first one, cut short at any call.
 
+All of it twice: ``writer="thread"``, and ``writer="monitor"``, where the operations are those of the monitor's own process
+(``recorded_monitor.py``) and a checkpoint counts as acknowledged when the trainer's process was told. The log is one, in the
+order of both. And a trainer is killed that has handed over what the monitor then finishes, and a monitor that is replaced.
+
 ``FXCKPT_CRASH=full`` (``make crash``) tries far more states, and a kill at every call.
 """
 
@@ -14,41 +18,51 @@ import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, acknowledged_by, explore, late, moved, without, write_out
-from helpers import Training
-from storing import Trainer, fast_directory, start
+from helpers import Training, until
+from storing import MonitoredTrainer, Trainer, fast_directory, recorded_monitors, start
 
 import fxckpt
 from fxckpt.engine import io
-from fxckpt.store.reader import latest
+from fxckpt.monitor import client
+from fxckpt.store import names
+from fxckpt.store.reader import candidates, latest
 
 WHOLE = os.environ.get("FXCKPT_CRASH") == "full"
 RULE = FULL if WHOLE else SHORT
 STORE = "runs/first/checkpoints"
 ITEMS = 700  # floats a tensor: each file has two chunks
+WRITERS = ("thread", "monitor")
 
 
 class Recording:
-    """The calls of a scenario, on a disk of its own."""
+    """The calls of a scenario, on a disk of its own: those of this process, and of its monitors."""
 
-    def __init__(self, tmp: Path, scenario: Callable[[Path, Path], None], keep: int):
-        self.base, self.keep, self.tmp, self.judges = tmp / "disk", keep, tmp, 0
+    def __init__(self, tmp: Path, scenario: Callable[[Path, Path, str], None] | None, keep: int, writer: str):
+        self.base, self.keep, self.tmp, self.judges, self.writer = tmp / "disk", keep, tmp, 0, writer
         self.acks = tmp / "acks"
         self.base.mkdir()
         self.acks.mkdir()
-        self.log = self.record(scenario)
+        self.log = self.record(scenario) if scenario else []
 
-    def record(self, scenario: Callable[[Path, Path], None]) -> list[io.Call]:
+    def record(self, scenario: Callable[[Path, Path, str], None]) -> list[io.Call]:
         """What one life, or several, do on the disk as it is."""
         io.record(self.tmp / "log")
         try:
-            scenario(self.base / STORE, self.acks)
+            with recorded_monitors(self.tmp / "log"):
+                scenario(self.base / STORE, self.acks, self.writer)
         finally:
             io.stop_recording()
+        behind = self.tmp / "log.behind"
+        assert not behind.exists() or behind.read_text() == "", "the monitor changed files behind the table's back"
+        assert behind.exists() == (self.writer == "monitor"), "no monitor was recorded, or one that was not asked for"
         return io.read_log(self.tmp / "log")
 
     def judge(self) -> Judge:
@@ -66,24 +80,24 @@ class Recording:
 # ---- scenarios ----
 
 
-def once(root: Path, acks: Path) -> None:
+def once(root: Path, acks: Path, writer: str) -> None:
     """The store is made, with the directories above it, and one checkpoint."""
-    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS)
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
     trainer.save(1)
     trainer.close()
 
 
-def one_slot(root: Path, acks: Path) -> None:
+def one_slot(root: Path, acks: Path, writer: str) -> None:
     """keep=1: each commit gives up the only other checkpoint, whose slot is then recycled."""
-    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS)
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
     for step in range(1, 5):
         trainer.save(step)
     trainer.close()
 
 
-def rotation(root: Path, acks: Path) -> None:
+def rotation(root: Path, acks: Path, writer: str) -> None:
     """keep=3 with two in flight at a time."""
-    trainer = start(root, acks, keep=3, items=ITEMS)
+    trainer = start(root, acks, keep=3, items=ITEMS, writer=writer)
     for step in range(1, 8, 2):
         first, second = trainer.begin(step), trainer.begin(step + 1)
         trainer.finish(step, *first)
@@ -91,9 +105,9 @@ def rotation(root: Path, acks: Path) -> None:
     trainer.close()
 
 
-def named(root: Path, acks: Path) -> None:
+def named(root: Path, acks: Path, writer: str) -> None:
     """Named saves among others; one that is interrupted just behind the rename to its final name."""
-    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS)
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
     trainer.save(1)
     trainer.save(1, name="first")
     interrupted(trainer, 2, "second")
@@ -103,7 +117,14 @@ def named(root: Path, acks: Path) -> None:
 
 
 def interrupted(trainer: Trainer, step: int, name: str) -> None:
-    """Ctrl-C between the rename and the sync of a commit."""
+    """Ctrl-C between the rename and the sync of a commit; a monitor has no Ctrl-C, there the sync's ``open`` fails."""
+    if isinstance(trainer, MonitoredTrainer):
+        marker = Path(client.PROGRAM[1] + ".interrupt")
+        marker.touch()
+        with pytest.raises(fxckpt.SaveFailed, match="Too many open files"):
+            trainer.save(step, name)
+        assert not marker.exists()
+        return
     slot, checkpoint = trainer.begin(step, name)
     real, named_directory = io.fsync_dir, os.path.dirname(slot.path)
 
@@ -119,10 +140,10 @@ def interrupted(trainer: Trainer, step: int, name: str) -> None:
     assert not os.path.lexists(slot.path) and io.fsync_dir is real
 
 
-def lives(root: Path, acks: Path) -> None:
+def lives(root: Path, acks: Path, writer: str) -> None:
     """Rotation, a named save, two in flight, one given up; then a second life; then a third of a smaller model, with
     store.json lost, that rolls back and comes past the same step again."""
-    trainer = start(root, acks, keep=2, items=ITEMS)
+    trainer = start(root, acks, keep=2, items=ITEMS, writer=writer)
     for step in range(1, 6):
         trainer.save(step)
     trainer.save(5, name="best")
@@ -132,12 +153,12 @@ def lives(root: Path, acks: Path) -> None:
     give_up(trainer, 8)
     trainer.save(9)
     trainer.close()
-    trainer = start(root, acks, keep=2, items=ITEMS)
+    trainer = start(root, acks, keep=2, items=ITEMS, writer=writer)
     trainer.save(10)
     trainer.close()
     io.unlink(root / "store.json")
-    trainer = start(root, acks, keep=2, load=False, items=300)
-    trainer.store.mark_loaded(max(trainer.store._parents) - 1)  # one behind the newest
+    trainer = start(root, acks, keep=2, load=False, items=300, writer=writer)
+    trainer.store.mark_loaded(max(each.record.generation for each in candidates(root)) - 1)  # one behind the newest
     for step in (10, 11, 12):
         trainer.save(step)
     trainer.close()
@@ -152,7 +173,7 @@ def give_up(trainer: Trainer, step: int) -> None:
     trainer.store.abandon(slot, bad=False)
 
 
-def real_run(root: Path, acks: Path) -> None:
+def real_run(root: Path, acks: Path, writer: str) -> None:
     """``compile_step`` and ``load(step=…)``: training, a named save, a rollback past the same steps, a second life."""
     def commits(training: Training, steps: int) -> None:
         for _ in range(steps):
@@ -160,51 +181,106 @@ def real_run(root: Path, acks: Path) -> None:
             training.opt.ckpt.flush()
             io.mkdir(acks / f"{latest(root).generation}")
 
-    training = Training(root, keep=2)
+    options = {"keep": 2, "writer": writer} | ({"chunk_mb": 1, "staging_mb": 4} if writer == "monitor" else {})
+    training = Training(root, **options)
     commits(training, 4)
     training.opt.ckpt.save("best")
     io.mkdir(acks / f"{latest(root).generation}-best")
     assert fxckpt.load(root, optimizer=training.opt, step=3).step == 3
     commits(training, 2)
     training.opt.ckpt.shutdown()
-    training = Training(root, keep=2)
+    training = Training(root, **options)
     assert fxckpt.load(root, optimizer=training.opt).step == 5
     commits(training, 2)
     training.opt.ckpt.shutdown()
 
 
+def trainer_killed(root: Path, acks: Path, writer: str) -> None:
+    """A trainer that is killed with two checkpoints handed over, of which not a byte is on the disk. Its monitor finishes
+    both: once that has ended, the later one is promised. Then a next life."""
+    script, log = Path(__file__).with_name("dying_trainer.py"), Path(client.PROGRAM[1])
+    with Path(f"{log}.stderr").open("w") as errors:  # no pipe: the stopped monitor would hold it open
+        done = subprocess.run([sys.executable, script, root, acks, log, str(ITEMS)], env=python_path(), timeout=60, text=True,
+                              stdout=subprocess.PIPE, stderr=errors)
+    assert done.stdout, Path(errors.name).read_text()
+    monitor = int(done.stdout)
+    os.kill(monitor, signal.SIGCONT)
+    assert done.returncode == -signal.SIGKILL, Path(errors.name).read_text()
+    until(lambda: not os.path.exists(f"/proc/{monitor}"), why=lambda: "the monitor outlives its work")
+    newest = latest(root)
+    assert newest.step == 3
+    io.mkdir(acks / f"{newest.generation}")
+    trainer = start(root, acks, keep=1, items=ITEMS, writer=writer)
+    trainer.save(4)
+    trainer.close()
+
+
+def python_path() -> dict[str, str]:
+    """The environment of a script that imports fxckpt and what is beside this file."""
+    here = Path(__file__).parent
+    return {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+
+
+def monitor_replaced(root: Path, acks: Path, writer: str) -> None:
+    """A monitor that is killed with a slot given out, and replaced at the next checkpoint."""
+    trainer = start(root, acks, keep=1, items=ITEMS, writer=writer)
+    trainer.save(1)
+    trainer.store.acquire()
+    first = trainer.store.pid
+    os.kill(first, signal.SIGKILL)
+    until(lambda: trainer.store._link.lost is not None)
+    trainer.save(2)
+    trainer.save(3)
+    assert trainer.store.pid != first
+    trainer.close()
+
+
 SCENARIOS = {"once": (once, 1), "one_slot": (one_slot, 1), "rotation": (rotation, 3), "named": (named, 1),
              "lives": (lives, 2), "real_run": (real_run, 2)}
+MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}
 
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
     """Each scenario, recorded when it is first asked for."""
-    made: dict[str, Recording] = {}
+    made: dict[tuple[str, str], Recording] = {}
     with fast_directory(tmp_path_factory.mktemp("power")) as directory:
 
-        def record(name: str) -> Recording:
-            if name not in made:
-                (directory / name).mkdir()
-                made[name] = Recording(directory / name, *SCENARIOS[name])
-            return made[name]
+        def record(name: str, writer: str) -> Recording:
+            if (name, writer) not in made:
+                own = directory / f"{name}-{writer}"
+                own.mkdir()
+                made[name, writer] = Recording(own, *{**SCENARIOS, **MONITORED}[name], writer)
+            return made[name, writer]
 
         yield record
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("scenario", SCENARIOS)
-def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(scenario, recordings, counted):
-    recording = recordings(scenario)
-    broken, states = recording.explore(recording.log)
-    counted(f"crash states of {scenario} ({len(recording.log)} calls)", states)
+@pytest.mark.parametrize(("writer", "scenario"), [("thread", name) for name in SCENARIOS]
+                         + [("monitor", name) for name in (*SCENARIOS, *MONITORED)])
+def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(writer, scenario, recordings, counted):
+    recording = recordings(scenario, writer)
+    rule = QUICK if RULE is SHORT and writer == "monitor" else RULE  # much the same calls as those of the thread
+    broken, states = recording.explore(recording.log, rule)
+    counted(f"crash states of {scenario} by {writer} ({len(recording.log)} calls)", states)
     assert broken is None
-    assert states > 5 * len(recording.log)
+    assert states > 3 * len(recording.log)
 
 
-def test_after_a_power_cut_the_next_life_loads_and_checkpoints(recordings):
+def test_all_bytes_of_what_a_killed_trainer_had_handed_over_are_written_after_its_death(recordings):
+    """Else the scenario shows nothing."""
+    log = recordings("trainer_killed", "monitor").log
+    dead = next(i for i, call in enumerate(log) if call.path.endswith("/acks/dead"))
+    published_then = [os.path.basename(call.target) for call in log[dead:] if published(call, "")]
+    assert published_then == [names.step_name(step) for step in (2, 3, 4)]
+    assert [call.path for call in log[:dead] if writes(call, "") and "/slot-0" not in call.path and call.op == "pwrite"] == []
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_after_a_power_cut_the_next_life_loads_and_checkpoints(writer, recordings):
     """On real files: a state loads, the store opens, a next checkpoint commits. One state of each set of names."""
-    recording = recordings("lives")
+    recording, every = recordings("lives", writer), 1 if WHOLE else 3 if writer == "thread" else 40
     shapes, judge = set(), recording.judge()
 
     def visit(state, acknowledged):
@@ -213,14 +289,14 @@ def test_after_a_power_cut_the_next_life_loads_and_checkpoints(recordings):
         if shape in shapes:
             return
         shapes.add(shape)
-        if len(shapes) % (1 if WHOLE else 3):
+        if len(shapes) % every:
             return
         disk = recording.tmp / f"shape-{len(shapes)}"
         write_out(state, disk)
         newest = latest(disk / STORE)
         if acknowledged:
             assert newest.generation >= max(generation for generation, _ in acknowledged)
-        trainer = start(disk / STORE, keep=2, items=300)
+        trainer = start(disk / STORE, keep=2, items=300, writer=writer)
         trainer.save(99)
         trainer.close()
         assert latest(disk / STORE).step == 99
@@ -280,15 +356,17 @@ EDGES: dict[str, list[tuple[str, Edge]]] = {
 MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number in range(len(edges)) for way in (without, late)]
 
 
+@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize(("letter", "number", "way"), MUTANTS,
                          ids=[f"{letter}{number}-{way.__name__}" for letter, number, way in MUTANTS])
-def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, recordings, counted):
+def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, writer, recordings, counted):
     scenario, edge = EDGES[letter][number]
-    recording = recordings(scenario)
+    recording = recordings(scenario, writer)
     log = way(recording.log, edge)
     assert log != recording.log, "the edge is not in the log"
     broken, states = recording.explore(log)
-    counted("mutants of ordering edges, all caught" if broken else "mutants that nothing catches", 1)
+    what = "all caught" if broken else "which nothing catches"
+    counted(f"mutants of ordering edges by {writer}, {what}", 1)
     assert broken is not None, f"edge {letter} is not needed: nothing breaks without it ({states} states)"
 
 
@@ -301,16 +379,16 @@ def test_the_document_lists_the_edges_that_are_tested():
 # ---- a kill, another life, and then a power cut ----
 
 
-def next_life(root: Path, acks: Path) -> None:
+def next_life(root: Path, acks: Path, writer: str) -> None:
     """It loads and takes two checkpoints."""
-    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS)
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
     trainer.save(20)
     trainer.save(21)
     trainer.close()
 
 
-def cut_after_a_kill(recording: Recording, first: list[io.Call], mutate=lambda log: log, rule=QUICK):
-    """What a power cut in or after the next life breaks, if the first one was killed behind these calls."""
+def life_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
+    """What the next life does, if the first one was killed behind these calls."""
     disk, acknowledged = Disk(str(recording.base)), []
     for call in first:
         disk.replay(call)
@@ -319,29 +397,38 @@ def cut_after_a_kill(recording: Recording, first: list[io.Call], mutate=lambda l
         shutil.rmtree(directory)
     write_out(disk.now(), recording.base)
     recording.acks.mkdir()
-    second = mutate(recording.record(next_life))
-    return recording.explore([*first, *second], rule, skip=len(first))
+    return recording.record(next_life)
 
 
-def kills(log: list[io.Call]) -> list[int]:
-    """Behind how many calls the first life is killed: each, or in the short version each change of a name and some."""
+def kills(log: list[io.Call], writer: str) -> list[int]:
+    """Behind how many calls the first life is killed: each, or in the short version each change of a name and some; with a
+    monitor, whose start takes time, a few."""
     if WHOLE:
         return list(range(len(log) + 1))
+    if writer == "monitor":
+        return list(range(random.Random(1).randrange(60), len(log), 60))
     at = [i + 1 for i, call in enumerate(log) if call.op in ("rename", "unlink") and "/step-" not in call.path]
     return sorted({*at[::2], *range(random.Random(1).randrange(12), len(log), 12)})
 
 
+def second_recording(directory: Path, recorded: Recording) -> tuple[Recording, list[io.Call]]:
+    """A disk to record a next life on, with nothing on it, and the log of the first life as if it had been made there."""
+    recording = Recording(directory, None, 1, recorded.writer)
+    return recording, [replace_base(call, recorded, recording) for call in recorded.log]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("scenario", ["once", "one_slot", "named"])
-def test_kill_at_any_call_then_a_life_then_a_power_cut(scenario, recordings, tmp_path, counted):
-    log = recordings(scenario).log
+def test_kill_at_any_call_then_a_life_then_a_power_cut(scenario, writer, recordings, tmp_path, counted):
     with fast_directory(tmp_path) as directory:
-        recording = Recording(directory, lambda root, acks: None, 1)
-        log = [replace_base(call, recordings(scenario), recording) for call in log]
-        for killed in kills(log):
-            broken, states = cut_after_a_kill(recording, log[:killed], rule=SHORT if WHOLE else QUICK)
+        recording, log = second_recording(directory, recordings(scenario, writer))
+        for killed in kills(log, writer):
+            first = log[:killed]
+            second = life_after(recording, first)
+            broken, states = recording.explore([*first, *second], SHORT if WHOLE else QUICK, skip=killed)
             assert broken is None, f"killed behind {killed} calls, the last: {log[killed - 1]}"
-            counted("kills followed by a life and its power cuts", 1)
-            counted("crash states after a kill and a life", states)
+            counted(f"kills followed by a life and its power cuts, {writer}", 1)
+            counted(f"crash states after a kill and a life, {writer}", states)
 
 
 def replace_base(call: io.Call, old: Recording, new: Recording) -> io.Call:
@@ -367,14 +454,15 @@ def no_sync_at_open(log: list[io.Call]) -> list[io.Call]:
     ("once", lambda call: call.op == "rename" and "/step-" in call.target),  # committed and not synced, then loaded
     ("named", lambda call: call.op == "rename" and call.target.endswith("second.partial")),  # to be removed
 ], ids=["recycled", "loaded", "removed"])
-def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last, recordings, tmp_path, counted):
+@pytest.mark.parametrize("writer", WRITERS)
+def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last, writer, recordings, tmp_path, counted):
     with fast_directory(tmp_path) as directory:
-        recording = Recording(directory, lambda root, acks: None, 1)
-        log = [replace_base(call, recordings(scenario), recording) for call in recordings(scenario).log]
+        recording, log = second_recording(directory, recordings(scenario, writer))
         first = killed_behind(log, last)
-        assert cut_after_a_kill(recording, first)[0] is None
-        assert cut_after_a_kill(recording, first, no_sync_at_open)[0] is not None
-        counted("mutants of ordering edges, all caught", 1)
+        second = life_after(recording, first)
+        assert recording.explore([*first, *second], QUICK, skip=len(first))[0] is None
+        assert recording.explore([*first, *no_sync_at_open(second)], QUICK, skip=len(first))[0] is not None
+        counted(f"mutants of ordering edges by {writer}, all caught", 1)
 
 
 def test_every_file_operation_of_a_run_goes_through_the_table(nursery, tmp_path):
@@ -400,7 +488,7 @@ seen.clear()
 from test_power_cut import real_run
 from pathlib import Path
 os.mkdir("acks")
-real_run(Path(root), Path("acks"))
+real_run(Path(root), Path("acks"), "thread")
 assert not seen, seen
 print("CLEAN")
 """)

@@ -157,7 +157,7 @@ int fx_unlink(const char *path);
 int fx_mkdir(const char *path, int mode);
 int fx_rmdir(const char *path);
 
-int fx_io_record(const char *path);
+int fx_io_record(const char *path, int append);
 int fx_io_stop_recording(void);
 void fx_io_fail(int op, int64_t nth, int err);
 void fx_io_delay(int op, int64_t ns);

@@ -131,7 +131,7 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 # ---- test instruments ----
 
-_ENTRY = struct.Struct("=QqqQQiiiiII")  # struct log_entry in csrc/io_test.c
+_ENTRY = struct.Struct("=qqQQiiiiII")  # struct log_entry in csrc/io_test.c
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Call:
     ``open`` is logged with its ``flags``, and ``created`` if the file was not there before.
     """
 
-    order: int
+    order: int  # in the log
     op: str
     path: str
     target: str  # of a rename
@@ -168,9 +168,12 @@ def _op(name: str | None) -> int:
     return _ops().index(name)
 
 
-def record(path: str | os.PathLike) -> None:
-    """Appends every mutating call, with its data, to a log until :func:`stop_recording`. Serialises calls."""
-    _check(load()[1].fx_io_record(os.fsencode(path)), path)
+def record(path: str | os.PathLike, append: bool = False) -> None:
+    """Writes every mutating call, with its data, to a log until :func:`stop_recording`. Serialises calls.
+
+    With ``append`` they go behind what the log has already; several processes may do so at a time, and are serialised.
+    """
+    _check(load()[1].fx_io_record(os.fsencode(path), append), path)
 
 
 def stop_recording() -> None:
@@ -183,12 +186,12 @@ def read_log(path: str | os.PathLike) -> list[Call]:
     with memoryview(read_file(path)) as raw:
         ops, calls, at = _ops(), [], 0
         while at < len(raw):
-            order, result, offset, length, n_data, op, *rest, n_path, n_target = _ENTRY.unpack_from(raw, at)
+            result, offset, length, n_data, op, *rest, n_path, n_target = _ENTRY.unpack_from(raw, at)
             flags, mode, created = rest
             at += _ENTRY.size
             ends = [at + n_path, at + n_path + n_target, at + n_path + n_target + n_data]
             name, target, data = (bytes(raw[begin:end]) for begin, end in zip([at, *ends], ends))
-            calls.append(Call(order, ops[op], os.fsdecode(name), os.fsdecode(target), offset, length, flags,
+            calls.append(Call(len(calls), ops[op], os.fsdecode(name), os.fsdecode(target), offset, length, flags,
                               mode, bool(created), data, result))
             at = ends[-1]
     return calls

@@ -29,6 +29,7 @@ SLICE = 0.2
 PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as training waits for a disk that hangs
 EXIT_PATIENCE = 60.0  # seconds that the monitor may take to end after everything in flight was waited for
 FUTILE = 3  # monitors in a row that may end without having committed anything, before no more is started
+PROGRAM = ("-m", "fxckpt.monitor")  # what Python is asked to run
 CONFUSING = ("PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONPROFILEIMPORTTIME")  # variables meant for the trainer alone
 
 
@@ -38,6 +39,7 @@ class RemoteSlot:
     def __init__(self, key: int, path: str, name: str | None, before: Any):
         self.key, self.path, self.name = key, path, name
         self.checkpoint = 0
+        self.generation: int | None = None  # of the checkpoint, once it is committed
         self.frozen: Any = None
         self.over = threading.Event()
         self.error: Exception | None = None
@@ -169,6 +171,7 @@ class Link:
             if message["error"] is None:
                 self.newest = max(self.newest or 0, message["generation"])
             if slot is not None:
+                slot.generation = message["generation"]
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
             return
         with self._changed:
@@ -408,5 +411,5 @@ def _spawn(fds: list[int]) -> subprocess.Popen:
     env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(each) for each in sys.path)
     env["OPENBLAS_NUM_THREADS"] = env["OMP_NUM_THREADS"] = "1"
     # From the root directory: "-m" looks for modules in the working directory first, and keeps its file system busy.
-    return subprocess.Popen([sys.executable, "-m", "fxckpt.monitor", *map(str, fds)], pass_fds=fds, env=env, cwd="/",
+    return subprocess.Popen([sys.executable, *PROGRAM, *map(str, fds)], pass_fds=fds, env=env, cwd="/",
                             start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
