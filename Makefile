@@ -29,7 +29,7 @@ crash: $(ENGINE)
 
 # Every error at every call of a training; and lives that are killed and disturbed at random, one after the other.
 faults: $(ENGINE)
-	@FXCKPT_FAULTS=full $(PY) -m pytest tests/test_faults.py -k whichever $(ARGS)
+	@FXCKPT_FAULTS=full $(PY) -m pytest -n 2 --dist worksteal tests/test_faults.py -k whichever $(ARGS)
 
 # Larger settings of the model of chunks and fences, every interleaving of each.
 model: $(ENGINE)
@@ -39,9 +39,13 @@ soak: export FXCKPT_SOAK ?= 500
 soak: $(ENGINE)
 	@$(PY) -m pytest -s tests/test_soak.py $(ARGS)
 
+# Kills with 600 MB of state also where /dev/shm is small; then the same beside the peers that are installed.
 kills: $(ENGINE)
 	@FXCKPT_KILLS=100 $(PY) -m pytest tests/test_kill_loop.py $(ARGS)
 	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 $(PY) -m pytest -s tests/test_monitor.py -k every_step $(ARGS)
+	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 sh tools/small_shm.sh $(PY) -m pytest -s tests/test_monitor.py -k "every_step and 600" $(ARGS)
+	@$(PY) benchmarks/kills.py
+	@sh tools/small_shm.sh $(PY) benchmarks/kills.py --only fxckpt-monitor
 
 # Every option of every optimizer, in every form and compiled in three types; then the table in docs/optimizers.md anew.
 .PHONY: optimizers

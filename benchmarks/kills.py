@@ -255,7 +255,11 @@ class Killer:
             found = trial.loaded()
             if found["step"] != 2:
                 raise SystemExit(f"{self.tally.label}: a complete checkpoint does not load: {found}")
-        self.tally.window_seconds = times["complete-2"] - times["returned-2"]
+        self.window(times["complete-2"] - times["returned-2"])
+
+    def window(self, seconds: float) -> None:
+        """Between the call's return and the complete checkpoint."""
+        self.tally.window_seconds = seconds
         if self.key == "fxckpt-monitor":
             self.tally.handed_over = self.tally.handed_over_lost = 0
 
@@ -318,16 +322,20 @@ class Trial:
         return json.loads(output.splitlines()[-1])
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict:
-    """All trials, contestants in turn, so that what else the machine does meets all alike."""
+def measure(args: argparse.Namespace, folder: Path, before: dict) -> dict:
+    """All trials, contestants in turn, so that what else the machine does meets all alike. The windows are those of
+    ``before``, earlier results with as much state, if it has them."""
     killers = []
     for key in args.only:
         if (why := absent(CONTESTANTS[key].needs)) is not None:
             print(f"left out: {CONTESTANTS[key].label}: {why}")
             continue
-        progress(f"measuring {CONTESTANTS[key].label}")
         killers.append(Killer(key, folder, args.megabytes, random.Random(f"{args.seed} {key}")))
-        killers[-1].calibrate()
+        if key in before:
+            killers[-1].window(before[key]["window_seconds"])
+        else:
+            progress(f"measuring {CONTESTANTS[key].label}")
+            killers[-1].calibrate()
     for number in range(args.trials):
         for killer in killers:
             progress(f"trial {number + 1} of {args.trials}: {killer.tally.label}")
@@ -336,17 +344,17 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     progress("")
     shm = os.statvfs("/dev/shm")
     return {"machine": machine.describe(folder), "dev_shm_mib": shm.f_blocks * shm.f_frsize >> 20,
-            "state_bytes": args.megabytes * 1000**2, "trials": args.trials, "seed": args.seed,
+            "state_bytes": args.megabytes * 1000**2, "seed": args.seed,
             "results": {killer.key: vars(killer.tally) for killer in killers}}
 
 
 def merged(older: dict, newer: dict) -> dict:
     """Two runs with different seeds as one, so that a long one can be made in pieces."""
-    alike = ("machine", "dev_shm_mib", "state_bytes")
+    alike = ("machine", "dev_shm_mib")
     if any(older[key] != newer[key] for key in alike):
-        raise SystemExit(f"--json names figures of another machine or state size: {[older[key] for key in alike]}")
-    out = {**newer, "trials": older["trials"] + newer["trials"], "seed": f"{older['seed']} {newer['seed']}",
-           "results": {**older["results"], **newer["results"]}}
+        raise SystemExit(f"--json names figures of another machine: {[older[key] for key in alike]}")
+    seeds = dict.fromkeys([*str(older["seed"]).split(), str(newer["seed"])])
+    out = {**newer, "seed": " ".join(seeds), "results": {**older["results"], **newer["results"]}}
     for key in older["results"].keys() & newer["results"].keys():
         mine, other = older["results"][key], newer["results"][key]
         add = {name: mine[name] + other[name] for name in ("step", "older", "nothing", "too_late", "left_behind",
@@ -391,14 +399,17 @@ def main() -> int:
     # Whatever a killed trainer leaves running becomes our child, so that we can wait for its end.
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    target = Path(args.json) if args.json else None
+    before = json.loads(target.read_text()) if args.add and target is not None and target.exists() else None
+    if before is not None and before["state_bytes"] != args.megabytes * 1000**2:
+        raise SystemExit(f"{target} has figures for {before['state_bytes']} bytes of state: --add needs as many")
     folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=args.dir))
     try:
-        numbers = measure(args, folder)
+        numbers = measure(args, folder, before["results"] if before else {})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    target = Path(args.json) if args.json else None
-    if args.add and target is not None and target.exists():
-        numbers = merged(json.loads(target.read_text()), numbers)
+    if before is not None:
+        numbers = merged(before, numbers)
     report(numbers)
     if target is not None:
         target.write_text(json.dumps(numbers, indent=1) + "\n")
