@@ -189,7 +189,7 @@ def wait_for(process: subprocess.Popen, folder: Path, what: str) -> dict[str, fl
         if process.poll() is not None or time.monotonic() - began > PATIENCE:
             process.kill()
             raise SystemExit(f"a trainer did not come to {what}:\n{(folder / 'log').read_text()[-3000:]}")
-        time.sleep(0.001)
+        time.sleep(0.001 if "complete-1" in found else 0.05)
     return found
 
 
