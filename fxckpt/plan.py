@@ -119,7 +119,9 @@ class Layout:
                 what = (f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
                         "copied; that checkpoint is discarded.")
                 if pending.turn:
-                    raise ChangedInTurns(f"{what} From now on it is copied at the end of each turn")
+                    size = sum(e.tensor.nbytes for e in layer.entries)
+                    raise ChangedInTurns(f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
+                                         f"{size / 2**20:.1f} MiB for each checkpoint in flight")
                 raise Changed(f"{what} {_ADVICE[layer.kind]}")
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:

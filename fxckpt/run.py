@@ -71,7 +71,6 @@ class Run:
         self._unstable: set[str] = set()
         self._arranged: Any = None
         self.stopped = self._store_checked = self._said_order = False
-        self._updating = False  # some layers may be updated and some not
         self._stepping = threading.RLock()  # a step, or a look at the graphs from another thread
         self._capturable = False  # all that a checkpoint takes could be captured at least once
         self._announced: list[Any] = []  # the bindings that were described last
@@ -287,13 +286,13 @@ class Run:
             whole = not stepper.rehearse(closure is not None)
         if whole:
             self.fence_all()
-            self._updating = True
+            stepper.halfway = True
             with stepper.compared():
                 loss = _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
             self.refresh()
         elif first := stepper.needs_stock():
             self.fence_all()
-            self._updating = True
+            stepper.halfway = True
             stepper.run_stock(first)
             self.refresh()
         self._announce()
@@ -303,11 +302,11 @@ class Run:
                 self._emit_stepper(stepper, pending)
             else:
                 fenced = pending is not None or self.engine.pending()
-                self._updating = True
+                stepper.halfway = True
                 stepper.run(self.number if fenced else None)
             if pending is not None:
                 self._emit_rest(pending, stepper)
-        self._updating = False
+        stepper.halfway = False
         if leads:
             self.attempts += 1
             found = getattr(opt, "found_inf", None)
@@ -535,7 +534,8 @@ class Run:
 
     def settled(self) -> None:
         """A load made all layers those of one step."""
-        self._updating = False
+        for stepper in self.steppers:
+            stepper.halfway = False
 
     def _abort(self, why: str) -> None:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""
@@ -658,7 +658,7 @@ class Run:
     def _begin_save(self, name: str | None) -> Pending:
         """Hand all layers over as they are now, and close."""
         self._refuse_mixture()
-        if self._updating:
+        if any(stepper.halfway for stepper in self.steppers):
             raise SetupError("opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
                              "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here.")
         self.close_step()

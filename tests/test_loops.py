@@ -403,6 +403,26 @@ def test_what_an_exception_left_undone_is_no_reason_to_leave_out_parameters_in_t
     both(loop, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9), on_layer=interrupt)
 
 
+def test_half_a_step_of_one_optimizer_is_not_saved_when_another_one_has_stepped(monkeypatch):
+    model = net()
+    opts = fxckpt.compile_step(muon_and_adamw(model), writer="mock", model=model, update="native")
+
+    def backward():
+        model(data(0)).square().mean().backward()
+
+    backward()
+    opts[0].step()
+    opts[1].step()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(opts[0].ckpt._run.steppers[0], "run", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+        opts[0].step()
+    opts[1].step()
+    with pytest.raises(fxckpt.SetupError, match="left by an exception in its middle"):
+        opts[0].ckpt.save()
+    opts[0].step()
+    opts[0].ckpt.save()
+
+
 def test_an_optimizer_that_steps_after_the_one_that_leads_is_said_and_drops_the_checkpoint_of_the_turn(caplog):
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 3)})
     a, b = (torch.optim.SGD(part.parameters(), lr=0.05) for part in model.values())
