@@ -70,6 +70,20 @@ def is_stock(opt: torch.optim.Optimizer) -> bool:
     return cls is getattr(torch.optim, cls.__name__, None)
 
 
+def inner_hooks(opt: torch.optim.Optimizer) -> bool:
+    """Are hooks registered, on ``opt`` or for all optimizers, that the step of one of its base classes would call too?
+
+    ``Optimizer.__init__`` marks each step that it wraps with ``hooked``; nothing public lists the hooks.
+    """
+    from torch.optim import optimizer
+
+    found = (opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or optimizer._global_optimizer_pre_hooks
+             or optimizer._global_optimizer_post_hooks)
+    cls = plain_class(opt)
+    inner = [step for c in cls.__mro__ if (step := vars(c).get("step")) is not None and step is not cls.step]
+    return bool(found) and any(getattr(step, "hooked", False) for step in inner)
+
+
 def hooked(function):
     """Wrap ``function`` as ``Optimizer.__init__`` wraps ``step``: pre and post hooks fire around it, once.
 

@@ -19,20 +19,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import enum
-import hashlib
 import logging
-import operator
-import random
-import sys
-import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxckpt import _torch, cuda
+from fxckpt import _torch, cuda, effects, values
 from fxckpt.graph import tape, update
 from fxckpt.graph.hoist import Program
 from fxckpt.graph.update import MakesState, NotTraceable
@@ -49,9 +43,6 @@ PROOFS = 2
 MOST = 64
 """Tapes that one optimizer may have. More come from a step that never does the same again, and each is compared anew."""
 
-_ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
-_FIXED = (*_ATOMS, type, types.ModuleType, types.BuiltinFunctionType, logging.Logger, enum.Enum, torch.Tensor)
-_CONTAINERS = (list, tuple, dict, set, frozenset, collections.OrderedDict, collections.defaultdict, collections.deque)
 _OURS = {"state", "param_groups", "step", "_fxckpt_handle", "grad_scale", "found_inf"}
 
 
@@ -119,6 +110,7 @@ class Rehearsal:
         self._proofs: dict[Any, int] = {}  # steps in which a tape was compared, see _situation
         self._compared: set[int] = set()  # parameters that took part in a comparison
         self._identities: set[int] = set()
+        self._reach: effects.Reach | None = None
         self._comparing = False
         self._excuse: tuple[str, list[torch.Tensor]] | None = None  # a refusal in what may be a first step, and of whom
         self._closure_first: bool | None = None
@@ -170,8 +162,8 @@ class Rehearsal:
                 self._act([(p, p.stand_in) for p in parts], closure)
             except MakesState:
                 return False  # its first step, which is its own
-            except NotTraceable as reason:
-                self._refuse_or_wait(str(reason), [m for m, on in zip(members, mask) if on])
+            except Exception as error:
+                self._refuse_or_wait(_why(error), [m for m, on in zip(members, mask) if on])
                 return False
             self._closure_first = True
         return bool(self._closure_first) and self.refused is None
@@ -202,8 +194,8 @@ class Rehearsal:
                 return None
         except MakesState:
             return None
-        except NotTraceable as reason:
-            self._refuse_or_wait(str(reason), [m for m, on in zip(members, mask) if on])
+        except Exception as error:  # NotTraceable, or what nobody thought of: training goes on, and it is said
+            self._refuse_or_wait(_why(error), [m for m, on in zip(members, mask) if on])
             return None
         self._take_over(parts, found)
         return self._cast(parts, found)
@@ -227,7 +219,8 @@ class Rehearsal:
     def _take_over(self, parts: Sequence[Part], found: Found) -> None:
         """What the step did in Python, in the optimizer's own groups and states."""
         for group, changed in zip(self.opt.param_groups, found.groups):
-            group.update(changed)
+            for key, value in changed.items():
+                values.assign(group, key, value)
         for part, role in zip(parts, found.roles):
             for key, value in role.plain.items():
                 if part.state[key] is not value:
@@ -249,7 +242,7 @@ class Rehearsal:
     def _program(self, part: Part, role: Role) -> Program:
         key = role.tape, part.first.param.dtype, part.first.param.device
         if key not in self._programs:
-            self._programs[key] = tape.program_of(role.tape, _torch.plain_class(self.opt), part.first.param)
+            self._programs[key] = tape.program_of(part.stand_in, _torch.plain_class(self.opt))
             log.debug("noted %s (%s): %d operators, %d scalars, inputs %s", _torch.plain_class(self.opt).__name__,
                       part.first.param.dtype, len(role.tape), self._programs[key].scalars, self._programs[key].inputs)
         return self._programs[key]
@@ -268,9 +261,9 @@ class Rehearsal:
         counts = cuda.count_values([[m.state[k] for k in _counts(m)] for m in members])
         parts: dict[Any, Part] = {}
         places: dict[int, int] = {}
-        for member, present, values in zip(members, mask, counts):
+        for member, present, counted in zip(members, mask, counts):
             place = places[member.group] = places.get(member.group, -1) + 1
-            key = (member.group, *self._kind(member), values) if present else (member.group,)
+            key = (member.group, *self._kind(member), counted) if present else (member.group,)
             if key not in parts:
                 parts[key] = Part(member.group, [], place, present)
             parts[key].members.append(member)
@@ -309,9 +302,11 @@ class Rehearsal:
 
     def _act(self, players: Sequence[tuple[Part, tape.StandIn]], closure: _Closure | None) -> Found:
         """Run the optimizer's own step on a copy of it that holds stand-ins. Raises NotTraceable."""
+        if self._reach is None:
+            self._reach = effects.reach(self.opt)
         clone, attributes = self._clone()
         memo: dict[int, Any] = {}
-        groups = [{k: _copy(v, memo) for k, v in g.items() if k != "params"} for g in self.opt.param_groups]
+        groups = [{k: values.copy(v, memo) for k, v in g.items() if k != "params"} for g in self.opt.param_groups]
         counts = [{key: part.first.state[key].clone() for key in _counts(part.first)} for part, _ in players]
         states = []
         for (part, stand_in), copies in zip(players, counts):
@@ -339,7 +334,8 @@ class Rehearsal:
         try:
             if closure is not None:
                 closure.recorder = recorder
-            with (_nothing_else_changes(self.opt, deep=not self.proven or self._comparing),
+            proving = not self.proven or self._comparing
+            with (effects.none_outside(self.opt, self._reach) if proving else contextlib.nullcontext(),
                   _torch.watched(recorder.called, recorder.dispatched)):
                 returned = step(clone) if closure is None else step(clone, closure)
         except NotTraceable:
@@ -358,23 +354,23 @@ class Rehearsal:
 
     def _clone(self) -> tuple[Any, dict[str, Any]]:
         """A copy of the optimizer without groups and state, and the attributes that it must have afterwards."""
+        if _torch.inner_hooks(self.opt):
+            raise NotTraceable("hooks are registered, which a step inside its step would call")
         own, memo = vars(self.opt), {}
         kept = {k: v for k, v in own.items() if k not in _OURS and not k.startswith("_optimizer_")}
         for name, value in kept.items():
-            _refuse_objects(name, value, self._identities)
+            values.refuse_objects(name, value, self._identities)
         clone = object.__new__(_torch.plain_class(self.opt))
-        vars(clone).update({k: _copy(v, memo) for k, v in kept.items()})
+        vars(clone).update({k: values.copy(v, memo) for k, v in kept.items()})
         for name in (k for k in own if k.startswith("_optimizer_")):
             vars(clone)[name] = collections.OrderedDict()
-        if self.opt._optimizer_step_pre_hooks or self.opt._optimizer_step_post_hooks:
-            clone._optimizer_step_pre_hooks[0] = _refuse_inner_hooks
         return clone, kept
 
     @staticmethod
     def _check_attributes(clone: Any, before: dict[str, Any]) -> None:
         """Only groups and states may change: a checkpoint holds no attributes. Raises NotTraceable."""
         now = {k: v for k, v in vars(clone).items() if k not in _OURS and not k.startswith("_optimizer_")}
-        if changed := [k for k in {**before, **now} if k not in before or k not in now or not _same(before[k], now[k])]:
+        if changed := [k for k in {**before, **now} if k not in before or k not in now or not values.same(before[k], now[k])]:
             raise NotTraceable(f"it changes its attribute {changed[0]!r}")
 
     def _role(self, clone: Any, part: Part, stand_in: tape.StandIn, before: dict[str, Any],
@@ -391,7 +387,7 @@ class Rehearsal:
             else:
                 plain[key] = _plain_value(key, value)
         noted = stand_in.tape()
-        if not part.present and (noted or not _same(plain, _plain(part.first))):
+        if not part.present and (noted or not values.same(plain, _plain(part.first))):
             raise NotTraceable("it changes parameters that have no gradient")
         return Role(noted, stand_in.scalars, plain, counts)
 
@@ -403,9 +399,9 @@ class Rehearsal:
             if gone := [k for k in before if k not in after]:
                 raise NotTraceable(f"it removes {gone[0]!r} from its parameter group")
             changed = {k: v for k, v in after.items()
-                       if k not in skipped and (k not in before or not _same(before[k], v))}
+                       if k not in skipped and (k not in before or not values.same(before[k], v))}
             for key, value in changed.items():
-                if not _is_plain(value):
+                if not values.is_plain(value):
                     raise NotTraceable(f"it keeps a {type(value).__name__} in its parameter group ({key!r})")
             out.append(changed)
         return out
@@ -431,12 +427,13 @@ class Rehearsal:
         if all_of_them.by_shape and not self.by_shape:
             self.by_shape = True
             raise MakesState("")  # this step runs whole; the next one is rehearsed by shape
-        if not _same(all_of_them.groups, found.groups):
+        if not values.same(all_of_them.groups, found.groups):
             raise NotTraceable("what it keeps in its parameter group depends on how many parameters there are")
         for role, other in zip(roles, all_of_them.roles):
-            if other.tape != role.tape or not _same(_numbers(other.scalars), _numbers(role.scalars)):
+            if other.tape != role.tape or not values.same(values.numbers(other.scalars), values.numbers(role.scalars)):
                 raise NotTraceable("it treats parameters differently that look alike")
-            if not _same(other.plain, role.plain) or not _same(_numbers(other.counts.values()), _numbers(role.counts.values())):
+            after, expected = ((r.plain, values.numbers(r.counts.values())) for r in (other, role))
+            if not values.same(after, expected):
                 raise NotTraceable("it counts steps differently for parameters that look alike")
 
     @contextlib.contextmanager
@@ -455,7 +452,7 @@ class Rehearsal:
             yield
             return
         yield
-        if not _same(self._observe(parts), expected):
+        if not values.same(self._observe(parts), expected):
             self.refuse("a rehearsal of it does not end with the bits that its step ends with")
             return
         self._compared |= {id(m.param) for p in parts if p.present for m in p.members}
@@ -467,7 +464,7 @@ class Rehearsal:
     def _foresee(self, parts: Sequence[Part], found: Found) -> list[Any]:
         """Digests of everything after the step, by the programs, on copies: one member at a time, for its memory."""
         casts = self._cast(parts, found)
-        values = [cast.role.scalars for cast in casts]
+        scalars = [cast.role.scalars for cast in casts]
         after: dict[int, list[Any]] = {}
         with torch.no_grad():
             for cast in casts:
@@ -478,11 +475,11 @@ class Rehearsal:
                     if twin.state is not None:
                         twin.state.update(cast.role.plain)
                     for call in calls_for([twin], {twin.name: cast.index}, casts):
-                        call(values)
+                        call(scalars)
                     after[id(member)] = _digests(twin)
         out: list[Any] = [after.get(id(m)) or _digests(m) for part in parts for m in part.members]
         self._casts = []
-        return [*out, [{k: _copy({**g, **c}[k], {}) for k in {**g, **c} if k != "params"}
+        return [*out, [{k: values.copy({**g, **c}[k], {}) for k in {**g, **c} if k != "params"}
                        for g, c in zip(self.opt.param_groups, found.groups)]]
 
     def _observe(self, parts: Sequence[Part]) -> list[Any]:
@@ -512,6 +509,11 @@ def evaluated(closure: Callable, loss: Any) -> Callable:
     return lambda: first.pop() if first else closure()
 
 
+def _why(error: Exception) -> str:
+    """A reason to run whole."""
+    return str(error) if isinstance(error, NotTraceable) else f"rehearsing it failed: {type(error).__name__}: {error}"
+
+
 # -- members --------------------------------------------------------------------------------------------------------
 
 
@@ -526,7 +528,7 @@ def _plain(member: Member) -> dict[str, Any]:
 
 
 def _plain_value(key: str, value: Any) -> Any:
-    if isinstance(value, _ATOMS) or (type(value) is tuple and all(isinstance(v, _ATOMS) for v in value)):
+    if isinstance(value, values.ATOMS) or (type(value) is tuple and all(isinstance(v, values.ATOMS) for v in value)):
         return value
     raise NotTraceable(f"its state {key!r} is a {type(value).__name__}")
 
@@ -550,154 +552,8 @@ def _stand_in(member: Member, present: bool) -> tape.StandIn:
     return tape.StandIn(member.param, grad if present else None, {k: t for k, t, _ in member.items if k not in counts})
 
 
-# -- values ---------------------------------------------------------------------------------------------------------
-
-
-def _copy(value: Any, memo: dict[int, Any]) -> Any:
-    """Copies of containers, the rest as it is; what is one object stays one object."""
-    if type(value) not in _CONTAINERS or type(value) in (tuple, frozenset):
-        return tuple(_copy(v, memo) for v in value) if type(value) is tuple else value
-    if id(value) not in memo:
-        made = memo[id(value)] = value.copy()
-        if isinstance(made, dict):
-            made.update({k: _copy(v, memo) for k, v in value.items()})
-        elif not isinstance(made, set):
-            made.clear()
-            made.extend(_copy(v, memo) for v in value)
-    return memo[id(value)]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equal in type and value, containers element by element; NaN equals NaN, tensors and objects only themselves."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple, collections.deque)):
-        return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, float):
-        return a.hex() == b.hex()
-    return isinstance(a, (*_ATOMS, set, frozenset, type(range(0)))) and a == b
-
-
-def _is_plain(value: Any) -> bool:
-    """Can a record hold it?"""
-    if isinstance(value, dict):
-        return all(isinstance(k, (str, int)) and _is_plain(v) for k, v in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
-
-
-def _refuse_objects(name: str, value: Any, parameters: set[int]) -> None:
-    """Raises NotTraceable for an attribute that a copy of the optimizer would share, and its step might change, and for one
-    that names parameters (``parameters``: their ``id``), since stand-ins have another identity."""
-    if type(value) in _CONTAINERS:
-        for each in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
-            _refuse_objects(name, each, parameters)
-        return
-    if id(value) in parameters or (type(value) is int and value in parameters):
-        raise NotTraceable(f"it knows its parameters by identity (attribute {name!r})")
-    if isinstance(value, types.FunctionType):
-        if value.__closure__ is None:
-            return
-    elif isinstance(value, _FIXED):
-        return
-    raise NotTraceable(f"it keeps a {type(value).__name__} in its attribute {name!r}, which its step might change")
-
-
-def _refuse_inner_hooks(*_: Any) -> None:
-    raise NotTraceable("its step calls another step with hooks, and hooks are registered")
-
-
-def _numbers(scalars: Any) -> list[Any]:
-    """Scalars that can be compared: tensors by type and bits."""
-    return [(str(s.dtype), _digest(s)) if isinstance(s, torch.Tensor) else s for s in scalars]
-
-
-def _digest(tensor: torch.Tensor) -> bytes:
-    """Of its exact bits, in row-major order."""
-    tensor = tensor.detach()
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(memoryview(flat.numpy()), digest_size=16).digest()
-
-
 def _digests(member: Member) -> list[Any]:
     """Parameter, gradient, and state by key: what a step leaves behind."""
     grad = member.param.grad
-    state = {k: _digest(v) if isinstance(v, torch.Tensor) else v for k, v in (member.state or {}).items()}
-    return [_digest(member.param), None if grad is None else _digest(grad), state]
-
-
-@contextlib.contextmanager
-def _nothing_else_changes(opt: torch.optim.Optimizer, deep: bool) -> Iterator[None]:
-    """Raises NotTraceable, and puts it back, if a global of the step's module, an attribute of its class or the state of a
-    random generator changes; with ``deep`` also if an element of a container there does."""
-    generators = _generators()
-    before = [(owner, dict(vars(owner))) for owner in _owners(_torch.plain_class(opt))]
-    held = [(owner, name, value, value.copy()) for owner, values in before for name, value in values.items()
-            if deep and type(value) in _CONTAINERS and hasattr(value, "clear")]
-    try:
-        yield
-    finally:
-        changed = _put_back(generators, before, held)
-    if changed:
-        raise NotTraceable(changed)
-
-
-def _put_back(generators: list[Any], before: list[tuple[Any, dict[str, Any]]], held: list[tuple]) -> str | None:
-    """Undo what changed; returns what that was."""
-    found = None
-    if not all(map(operator.eq, generators, _generators())):
-        random.setstate(generators[0])
-        torch.set_rng_state(torch.frombuffer(bytearray(generators[1]), dtype=torch.uint8))
-        if len(generators) > 2:
-            sys.modules["numpy"].random.set_state(tuple(generators[2]))
-        found = "it draws random numbers"
-    for owner, values in before:
-        now = dict(vars(owner))
-        if len(now) == len(values) and all(map(operator.is_, now.values(), values.values())):
-            continue
-        for name in [k for k in {**now, **values} if k not in now or k not in values or now[k] is not values[k]]:
-            setattr(owner, name, values[name]) if name in values else delattr(owner, name)
-            found = f"it changes {name!r} of {owner.__name__}"
-    for owner, name, value, copied in held:
-        if len(value) != len(copied) or not all(map(operator.is_, _elements(value), _elements(copied))):
-            value.clear()
-            (value.update if isinstance(value, (dict, set)) else value.extend)(copied)
-            found = f"it changes {name!r} of {owner.__name__}"
-    return found
-
-
-def _owners(cls: type) -> list[Any]:
-    """The class, its bases, and their modules, less PyTorch's."""
-    classes = [c for c in cls.__mro__ if not c.__module__.startswith(("torch.", "builtins"))]
-    modules = dict.fromkeys(c.__module__ for c in classes)
-    return [*classes, *(sys.modules[m] for m in modules if m in sys.modules)]
-
-
-def _elements(container: Any) -> Any:
-    """What a container holds; a dict its keys and values."""
-    return [*container, *container.values()] if isinstance(container, dict) else container
-
-
-def _generators() -> list[Any]:
-    """The state of the random generators on the host: Python's, PyTorch's, and numpy's if it is there."""
-    numpy = sys.modules.get("numpy")
-    found = [random.getstate(), torch.get_rng_state().numpy().tobytes()]
-    return found if numpy is None else [*found, _Legacy(numpy.random.get_state())]
-
-
-class _Legacy(tuple):
-    """numpy's state, which holds an array: compared by its bytes."""
-
-    __slots__ = ()
-
-    def __eq__(self, other: Any) -> bool:
-        return [v.tobytes() if hasattr(v, "tobytes") else v for v in self] == [
-            v.tobytes() if hasattr(v, "tobytes") else v for v in other]
-
-    __hash__ = tuple.__hash__
+    state = {k: values.digest(v) if isinstance(v, torch.Tensor) else v for k, v in (member.state or {}).items()}
+    return [values.digest(member.param), None if grad is None else values.digest(grad), state]

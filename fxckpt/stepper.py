@@ -289,7 +289,7 @@ class Stepper:
         log.debug("wrote the StepGraph: %d layers in the order %s", len(self.layers), [layer.name for layer in self.layers])
         self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
         self._count_tensors = counts
-        self._mask = []
+        self._mask, self._cohorts = [], []  # the calls are another layer's
 
     def numbers(self) -> range:
         """The engine's numbers of the layers."""

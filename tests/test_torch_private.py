@@ -12,6 +12,7 @@ import torch._inductor.config as inductor_config
 from graph_models import GPT, D, batch, book, front_end
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxckpt import _torch
 
@@ -250,3 +251,19 @@ def test_compiled_functions_refuse_to_be_watched_and_compile_afterwards():
     assert not torch.fx._symbolic_trace.is_fx_symbolic_tracing()
     assert torch.equal(twice(torch.ones(3)), torch.full((3,), 2.0))
     assert len(graphs) == 1
+
+
+def test_hooks_that_an_inner_step_would_call_are_known():
+    class Derived(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    parameters = [nn.Parameter(torch.ones(1))]
+    stock, derived = torch.optim.SGD(parameters), Derived(parameters)
+    assert not _torch.inner_hooks(derived)
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    assert _torch.inner_hooks(derived) and not _torch.inner_hooks(stock)
+    handle.remove()
+    assert not _torch.inner_hooks(derived)
+    derived.register_step_post_hook(lambda *_: None)
+    assert _torch.inner_hooks(derived)

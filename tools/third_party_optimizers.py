@@ -3,18 +3,22 @@
 Install the packages first, and what they import: ``pip install --no-deps pytorch-optimizer lion-pytorch torchao
 bitsandbytes adabelief-pytorch schedulefree prodigyopt came-pytorch sophia-opt timm``. Those that are missing are left out.
 Each class runs some steps plain and as many through ``compile_step``; then fresh objects go on from the checkpoint of the
-fourth. Names of packages as arguments: only their part of the table is made anew.
+fourth. Names of packages as arguments: only their part of the table is made anew. ``--keep FILE`` keeps results there, so
+that an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import io
+import json
 import logging
+import random
 import sys
 import tempfile
 import types
@@ -23,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +89,8 @@ def steps(opt: torch.optim.Optimizer, params: list[torch.nn.Parameter], first: i
     """Train with gradients that are made of the step's number."""
     for step in range(first, last):
         torch.manual_seed(step)
+        random.seed(step)
+        numpy.random.seed(step)
         for i, p in enumerate(params):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * step + i))
         opt.step()
@@ -93,11 +100,14 @@ def attempt(cls: type, directory: str) -> str:
     """How it runs; with a word on bits that differ from the class's own, there or after a resume."""
     import fxckpt
 
-    theirs, stock = make(cls)
+    try:
+        theirs, stock = make(cls)
+    except Exception as error:
+        return f"is not made of parameters and lr alone: {_short(error)}"
     try:
         steps(theirs, stock, 0, STEPS)
     except Exception as error:
-        return f"does not run here by itself: {_short(error)}"
+        return f"does not run here, with fxckpt or without: {_short(error)}"
     mine, ours = make(cls)
     fxckpt.compile_step(mine, directory, every=1, keep=STEPS)
     steps(mine, ours, 0, STEPS)
@@ -118,26 +128,47 @@ def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:150]}"
 
 
-def rows(package: str) -> Iterator[str]:
+class Results:
+    """What was found so far, kept in a file if there is one."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.known: dict[str, str] = json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+    def of(self, package: str, name: str, cls: type) -> str:
+        """How a class runs."""
+        key = f"{package} {name}"
+        if key not in self.known:
+            try:
+                with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+                    found = attempt(cls, directory)
+            except Exception as error:
+                found = f"refused: {_short(error)}"
+            self.known[key] = found.replace("|", "/")
+            print(f"{key}: {found}", file=sys.stderr, flush=True)
+            if self.path is not None:
+                self.path.write_text(json.dumps(self.known))
+        return self.known[key]
+
+
+def rows(package: str, results: Results) -> Iterator[str]:
     """The lines of one package, one for each way to run."""
     version, ways = importlib.metadata.version(package), {}
     for name, cls in classes(TRIED[package]).items():
-        try:
-            with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
-                found = attempt(cls, directory)
-        except TypeError as error:
-            found = f"not made of parameters and lr alone: {_short(error)}"
-        except Exception as error:
-            found = f"refused: {_short(error)}"
-        found = found.replace("|", "/").replace(f"of {cls.__module__}) ", ") ")
-        print(f"{package} {name}: {found}", file=sys.stderr, flush=True)
-        ways.setdefault(found, []).append(name)
+        ways.setdefault(results.of(package, name, cls), []).append(name)
     for way, names in sorted(ways.items(), key=lambda item: (item[0] != "split per layer", item[0])):
         yield f"| {package} {version} | {way} | {', '.join(names)} |"
 
 
 def main() -> None:
     """Replace what lies between the two marks."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("packages", nargs="*", metavar="PACKAGE")
+    parser.add_argument("--keep", type=Path, metavar="FILE")
+    given = parser.parse_args()
+    if unknown := set(given.packages) - set(TRIED):
+        parser.error(f"unknown packages {sorted(unknown)}; there are {', '.join(TRIED)}")
+    results = Results(given.keep)
     logging.getLogger("fxckpt").setLevel(logging.CRITICAL)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -148,11 +179,11 @@ def main() -> None:
         sys.exit(f"{path} has lost its marks {BEGIN} and {END}")
     lines = ["| package | runs | optimizers |", "| --- | --- | --- |"]
     for package in TRIED:
-        if len(sys.argv) > 1 and package not in sys.argv[1:]:
+        if given.packages and package not in given.packages:
             lines += [line for line in table.splitlines() if line.startswith(f"| {package} ")]
             continue
         try:
-            lines += rows(package)
+            lines += rows(package, results)
         except ImportError as error:
             print(f"{package}: {error}", file=sys.stderr)
     path.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}")

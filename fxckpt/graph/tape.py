@@ -209,6 +209,8 @@ class Recorder:
         """One operator: computed where it is the host's, noted where it is a stand-in's."""
         if func.namespace == "prim":  # asked by stand-ins themselves: their device
             return _fake(func, args, kwargs)
+        if func.namespace == "profiler":  # around every step that has hooks
+            return func(*args, **kwargs)
         if func.namespace != "aten":
             raise self.refuse(f"it calls {func}, which is not PyTorch's own")
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -346,11 +348,12 @@ def _is_or_holds_stand_in(value: Any) -> bool:
 # -- the program ----------------------------------------------------------------------------------------------------
 
 
-def program_of(tape: Tape, cls: type, param: torch.Tensor) -> Program:
-    """The tape as a body that runs on real tensors: ``body(parameter, gradient, *states, *scalars)``.
+def program_of(stand_in: StandIn, cls: type) -> Program:
+    """Its tape as a body that runs on real tensors: ``body(parameter, gradient, *states, *scalars)``.
 
     It has no host part: the scalars are what the rehearsal of the step found.
     """
+    tape, param = stand_in.tape(), stand_in.param
     graph, inputs = fx.Graph(), {}
     for name in dict.fromkeys([("param", None), ("grad", None), *_inputs(tape)]):
         inputs[name] = graph.placeholder(str(name[1] if name[0] == "state" else name[0]))
@@ -369,9 +372,10 @@ def program_of(tape: Tape, cls: type, param: torch.Tensor) -> Program:
             return [decode(v) for v in value.items]
         return value
 
-    for op in tape:
+    for op, out, _ in stand_in.noted:
         args = tuple(decode(a) for a in op.args)
         made.append(graph.call_function(op.target, args, {k: decode(v) for k, v in op.kwargs}))
+        made[-1].meta["val"] = out
     graph.output(())
     graph.lint()
     nothing = fx.Graph()
