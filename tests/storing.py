@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -184,3 +185,15 @@ def all_verify(root: Path) -> list[int]:
     for each in found:
         Reader(each.path).verify()
     return [each.record.generation for each in found]
+
+
+def overlay(monkeypatch, root: Path) -> None:
+    """From now on the directories that are in ``root`` behave as those of a lower layer of an overlay do: rename(2) refuses."""
+    lower, rename = {path.stat().st_ino for path in root.iterdir() if path.is_dir()}, io.rename
+
+    def refuse(old, new):
+        if os.stat(old).st_ino in lower:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), os.fspath(old))
+        rename(old, new)
+
+    monkeypatch.setattr(io, "rename", refuse)

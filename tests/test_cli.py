@@ -19,7 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import Training, differences, digest, mlp, snapshot
 from safetensors.torch import load_file
-from storing import all_verify, fast_directory, start
+from storing import all_verify, fast_directory, overlay, start
 
 import fxckpt
 from fxckpt.cli import COMMANDS, common, main
@@ -411,6 +411,13 @@ def test_prune_of_a_store_that_is_written_to_is_exit_status_5_and_changes_nothin
     assert main(["prune", str(root), "--keep", "1", "--dry-run"]) == 0 and tree(root) == before
     trainer.save(4)  # the lock is still ours
     trainer.close()
+
+
+def test_prune_says_what_it_could_not_remove(capsys, store, monkeypatch):
+    overlay(monkeypatch, store)
+    status, found = run(capsys, "prune", store, "--keep", "1")
+    assert status == 1 and found["left"] == [str(store / "step-000000011")] and (store / "step-000000011").exists()
+    assert all("slot-" in each["path"] for each in found["removed"])
 
 
 def test_prune_removes_bad_directories_when_asked_to(capsys, store):

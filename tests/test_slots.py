@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from storing import all_verify, fast_directory, inodes, names, start
+from storing import all_verify, fast_directory, inodes, names, overlay, start
 
 from fxckpt.errors import (
     SetupError,
@@ -355,3 +355,20 @@ def test_committing_in_one_thread_while_acquiring_in_another(root):
     assert not errors and len(names(root)) <= 4
     assert all_verify(root)[0] == max(all_verify(root))
     trainer.close()
+
+
+def test_over_a_container_s_image_checkpoints_are_taken_and_those_of_the_image_stay(root, monkeypatch):
+    trainer = start(root, keep=2)
+    for step in range(1, 6):
+        trainer.save(step)
+    trainer.close()
+    before = names(root)
+    assert any(name.startswith("slot-") for name in before)
+    overlay(monkeypatch, root)
+    trainer = start(root, keep=2)
+    for step in range(6, 14):
+        trainer.save(step)
+    trainer.close()
+    all_verify(root)
+    assert [each.step for each in checkpoints(root)] == [4, 5, 12, 13]
+    assert not [name for name in names(root) if name.endswith(".bad")]

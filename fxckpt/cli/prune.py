@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,11 +58,16 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
         store.discard([path for path, _ in going])
         for path in bad:
             remove_tree(path)
+    left = [row for row in rows if store is not None and os.path.lexists(row["path"])]
+    rows = [row for row in rows if row not in left]
     if args.json:
-        common.print_json({"removed": rows, "dry_run": args.dry_run, "verified": stock.verified})
+        common.print_json({"removed": rows, "left": [row["path"] for row in left], "dry_run": args.dry_run,
+                           "verified": stock.verified})  # fmt: skip
     else:
         _print(rows, args.dry_run)
-    return common.OK
+    for row in left:
+        print(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
+    return common.FAILED if left else common.OK
 
 
 def _decide(args: argparse.Namespace) -> tuple[Stock, list[tuple[str, str]]]:

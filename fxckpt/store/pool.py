@@ -109,7 +109,7 @@ class Pool:
             raise NoSpace(numbers)
         try:
             for _ in range(new):
-                self._free.append(self._make_slot())
+                self._free.append(self.make_slot())
             for slot in self._free:
                 slot.reserve(files)
         except OSError as error:
@@ -132,7 +132,7 @@ class Pool:
             if (slot := self._take_free()) is not None:
                 return slot
             try:
-                slot = self._make_slot()
+                slot = self.make_slot()
             except OSError as error:
                 raise SaveFailed("mkdir", os.fsdecode(error.filename), None, error.errno) from error
             return self.occupy(slot)
@@ -177,7 +177,7 @@ class Pool:
         with self.mutex:
             return any(slot.name == name for slot in self._busy)
 
-    def _make_slot(self) -> Slot:
+    def make_slot(self) -> Slot:
         """One more directory; its own name is synced by the commit that gives it its final one."""
         with self.mutex:
             number = self._new_number()
@@ -304,6 +304,9 @@ class Pool:
                 # that is not that checkpoint's.
                 io.fsync_dir(self.root)
         except OSError as error:
+            if error.errno == errno.EXDEV:
+                log.warning("%s lies in a lower layer of an overlay (a container's image): it stays where it is", slot.path)
+                return
             log.error("cannot free %s: %s", slot.path, error)
             self.condemn(slot)
             return

@@ -14,6 +14,7 @@ state a crash can leave, a directory without a suffix verifies. ``tests/test_pow
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -324,10 +325,26 @@ class Store:
                 final += f"-g{record.generation}"
         self._check_place()  # its bytes took their time
         slot.target = final
-        io.rename(slot.path, final)
+        try:
+            io.rename(slot.path, final)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            self._move_files(slot)
+            io.rename(slot.path, final)
         slot.path = final
         # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
         io.fsync_dir(os.path.dirname(final))
+
+    def _move_files(self, slot: Slot) -> None:
+        """To a new directory: one of a lower layer of an overlay (a container's image) cannot get another name."""
+        old, fresh = slot.path, self._pool.make_slot()
+        log.info("%s lies in a lower layer of an overlay: its files move to %s", old, fresh.path)
+        for entry in list(os.scandir(old)):
+            io.rename(entry.path, os.path.join(fresh.path, entry.name))
+        io.fsync_dir(fresh.path)  # edge S, for these names
+        slot.path, slot.number, fresh.path, fresh.number = fresh.path, fresh.number, old, slot.number
+        self._pool.remove(fresh)
 
     def discard(self, paths: Collection[str]) -> None:
         """Remove these checkpoints (absolute paths; named ones are left alone), and every slot that waits to be used
