@@ -22,14 +22,16 @@ class Handle:
         self._run = run
 
     def save(self, name: str | None = None) -> None:
-        """Take a full checkpoint of the state as it is now and wait until it is durable.
+        """Take a full checkpoint of the state as it is now and wait until it is durable. Called in another thread than the one
+        that trains, it waits for the end of an ``opt.step()``; buffers and random generators are as that thread finds them.
 
         With ``name`` it goes to ``named/<name>/`` and is never recycled. Raises SaveFailed if it could not be written.
         """
         self._run.save(name)
 
     def flush(self, timeout: float | None = None) -> None:
-        """Close the step, and return once every checkpoint that was started is durable.
+        """Close the step, and return once every checkpoint that was started is durable. Call it where the step is complete,
+        in the thread that trains, or a scheduler's state may be that of the step before.
 
         Raises the first failure that was not raised yet, TimeoutError after ``timeout`` seconds.
         """

@@ -80,6 +80,7 @@ class Mapped:
     wrong: list[str] = field(default_factory=list)
 
 
+@torch.inference_mode(False)  # what is made here is trained, wherever it was called
 def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None = None, optimizer: Any = None,
          extra: Mapping[str, Any] | None = None, step: int | None = None, name: str | None = None,
          strict: bool = True) -> Restored:
@@ -137,6 +138,7 @@ def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None 
 
 def _target(dir, model, optimizer, extra) -> tuple[Target, str]:
     """Find what to restore into, and from where."""
+    dir = None if dir is None else os.fsdecode(dir)
     given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
     run = next((o.ckpt._run for o in given if hasattr(o, "ckpt")), None)
     if run is None and not given and dir is None:
@@ -144,19 +146,19 @@ def _target(dir, model, optimizer, extra) -> tuple[Target, str]:
     if run is None and not given and model is None:
         matching = [r for r in registry.runs if os.path.abspath(r.directory) == os.path.abspath(dir)]
         if len(matching) != 1:
-            raise SetupError(f"load({os.fspath(dir)!r}): no run checkpoints there; pass model= (and optimizer=) to say "
+            raise SetupError(f"load({dir!r}): no run checkpoints there; pass model= (and optimizer=) to say "
                              "what to load into")
         run = matching[0]
     if run is not None:
         extras = state.extras(extra) if extra is not None else run.extras
         module = run.model if model is None else _torch.unwrap_model(model)
         inventory = take(module, run.optimizers, registry.traces)
-        return Target(inventory, run.optimizers, extras, True, run, module), os.fspath(dir if dir is not None else run.directory)
+        return Target(inventory, run.optimizers, extras, True, run, module), run.directory if dir is None else dir
     if dir is None:
         raise SetupError("say which directory to load from")
     module = None if model is None else _torch.unwrap_model(model)
     inventory = take(module, given, registry.traces)
-    return Target(inventory, given, state.extras(extra), extra is not None, None, module), os.fspath(dir)
+    return Target(inventory, given, state.extras(extra), extra is not None, None, module), dir
 
 
 def _choose(found: list, step: int | None, name: str | None, directory: str) -> list:

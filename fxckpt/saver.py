@@ -258,14 +258,15 @@ class Saver:
         return self.store.acquire(name)
 
     def flush(self, timeout: float | None) -> None:
-        """Wait until nothing is in flight. Raises the first error not yet raised; TimeoutError, which names the steps and
-        what is stuck, after ``timeout`` seconds, or without one once nothing has moved for twice ``stuck_after``."""
+        """Wait until all that is in flight now has ended. Raises the first error not yet raised; TimeoutError, which names the
+        steps and what is stuck, after ``timeout`` seconds, or without one once nothing has moved for twice ``stuck_after``."""
         began, waited = time.monotonic(), self.patience()
         with self._lock:
-            while self._flying:
+            started = set(self._flying)  # another thread may train on, and begin more
+            while left := [p for p in self._flying if p in started]:
                 late = timeout is not None and time.monotonic() - began >= timeout
                 if late or (timeout is None and waited.over()):
-                    steps = ", ".join(str(p.step) for p in self._flying)
+                    steps = ", ".join(str(p.step) for p in left)
                     raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
                                        f"durable yet: {self._what_is_stuck()}")
                 self._lock.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))

@@ -473,6 +473,30 @@ def test_state_that_can_no_longer_be_captured_stops_training_at_the_next_step_if
         training.train(1)
 
 
+def test_save_and_flush_in_another_thread_do_not_disturb_training_and_take_one_step(store):
+    training = Training(store, keep=2)
+    training.reference[0] = training.now()
+    over, saved = threading.Event(), []
+
+    def save() -> None:
+        while not over.is_set():
+            training.opt.ckpt.save(f"n{len(saved)}")
+            training.opt.ckpt.flush(60)
+            saved.append(training.found["steps"])
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        while training.found["steps"] < 40 or len(saved) < 3:
+            training.train(1)
+    finally:
+        over.set()
+        thread.join(60)
+    training.opt.ckpt.flush()
+    assert not thread.is_alive() and training.found["checkpoints_failed"] == 0
+    assert len(all_good(store, training)) == 2 + len(saved)
+
+
 def test_a_fork_in_the_middle_trains_on_plainly_and_leaves_the_parent_alone(store, nursery, tmp_path):
     script = tmp_path / "forks.py"
     script.write_text("""

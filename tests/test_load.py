@@ -501,3 +501,30 @@ def test_a_name_is_looked_for_in_the_store_and_not_in_the_path_that_leads_to_it(
     (store / "step-000000001" / "commit.json").write_bytes(b"{}")
     with pytest.raises(fxckpt.NoCheckpoint, match="best"):
         fxckpt.load(store, model=mlp(), name="best")
+
+
+def test_what_is_loaded_in_inference_mode_can_be_trained(store):
+    first = Training(store).train(3).end()
+    training = Training(store, seed=9)
+    with torch.inference_mode():
+        assert fxckpt.load().step == 3
+    assert differences(training.now(), first.reference[3]) == []
+    training.train(2).opt.ckpt.flush()
+    assert training.found["last_committed_step"] == 5
+    model = mlp()
+    with torch.inference_mode():
+        fxckpt.load(store, model=model, step=3)
+    assert torch.equal(model[0].weight, first.reference[3]["0.weight"])
+
+
+def test_a_frozen_parameter_made_in_inference_mode_is_stored_and_comes_back(store):
+    def make():
+        model = mlp()
+        with torch.inference_mode():
+            model.register_parameter("scale", nn.Parameter(torch.rand(2), requires_grad=False))
+        return model
+
+    first = Training(store, make=make).train(2).end()
+    training = Training(store, make=make, seed=9)
+    fxckpt.load()
+    assert torch.equal(training.model.scale, first.model.scale)
