@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 4      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 5      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -343,6 +343,16 @@ int fx_mkdir(const char *path, int mode);
 int fx_rmdir(const char *path);
 /* Drops O_DIRECT from an open file whose file system refused a transfer with it. */
 int fx_make_buffered(int fd);
+
+/* ---- the training thread (host.c) ---- */
+
+/* Puts the nbytes at `value` to each of n addresses. */
+void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, uint64_t n);
+
+/* How the calling thread rounds and treats denormal numbers (a fenv_t, opaque); `mode` is aligned to 16 bytes. */
+#define FX_FLOAT_MODE 64
+void fx_float_mode(char *mode);
+void fx_float_mode_use(const char *mode);
 
 /* ---- test instruments (io_test.c): off until first used ---- */
 

@@ -94,11 +94,14 @@ class Run:
     def _name_of(self, param: torch.Tensor) -> str:
         return self.inventory.name_of(param)
 
-    def refresh(self) -> None:
-        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed."""
+    def refresh(self, copies: bool = True) -> None:
+        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.
+
+        ``copies``: also where only a copy would notice (``Stepper.stale``).
+        """
         if self._first_backward is not None:
             self._learn_arrivals()
-        stale = [s for s in self.steppers if s.stale()]
+        stale = [s for s in self.steppers if s.stale(copies)]
         key = self._arrangement()
         if not stale and key == self._arranged:
             return
@@ -271,7 +274,7 @@ class Run:
     def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
         """One update, with a checkpoint if one is due."""
         opt, loss = stepper.opt, None
-        self.refresh()
+        self.refresh(self.engine.pending())
         self._look_for_changes(stepper)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
@@ -338,6 +341,7 @@ class Run:
         """Begin the checkpoint of the step that is about to run."""
         if not self.active or not (self.ending or self.schedule.due(self.attempts + 1, self.stall_seconds())):
             return None
+        self.refresh()
         if not self.schedule.waits and not self.ending and self.saver.flying() >= self.config.max_async:
             self.saver.skipped += 1
             return None

@@ -27,9 +27,11 @@ from fxckpt.errors import SetupError
 from fxckpt.graph import hoist, inductor, rewrite, update
 from fxckpt.graph.layers import Layer
 from fxckpt.rehearsal import Rehearsal
-from fxckpt.updates import Cohort, calls_for
+from fxckpt.updates import Cohort, calls_for, gradient_of, shared
 
 log = logging.getLogger("fxckpt")
+
+_layout_of, _version_of = operator.attrgetter("layout"), operator.attrgetter("_version")
 
 
 class Member:
@@ -126,6 +128,9 @@ class Stepper:
         self._held: list[torch.Tensor] = []  # ... the tensors in them, ...
         self._tensors: list[torch.Tensor] = []  # ... those and their parameters, ...
         self._addresses: list[int] = []  # ... and where they were when they were bound
+        self._fixed: list[torch.Tensor] = []  # those of them whose place matters between copies, too
+        self._fixed_addresses: list[int] = []
+        self._unready = True  # some member has no program
         self._mask: list[bool] = []
         self._done: set[int] = set()
         self._cohorts: list[Cohort] = []
@@ -141,20 +146,25 @@ class Stepper:
         """Forget the bindings: tensors were replaced, or a parameter group was added."""
         self._state = None
 
-    def stale(self) -> bool:
-        """Must ``bind`` run before the next step? (fence everything first: copies read the old tensors)"""
+    def stale(self, copies: bool = True) -> bool:
+        """Must ``bind`` run before the next step? (fence everything first: copies read the old tensors)
+
+        Where the tensors of the state lie is asked only for ``copies``, and where compiled code updates them: PyTorch's own
+        kernels find them wherever they are.
+        """
         state = self.opt.state
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
                 or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
                 or not all(map(operator.is_, self._grouped(), self._params))
-                or self._moved())
+                or self._moved(copies))
 
-    def _moved(self) -> bool:
+    def _moved(self, copies: bool) -> bool:
         """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
         held = list(itertools.chain.from_iterable(map(dict.values, self._simple)))
+        tensors, addresses = (self._tensors, self._addresses) if copies else (self._fixed, self._fixed_addresses)
         return (len(held) != len(self._held) or not all(map(operator.is_, held, self._held))
-                or list(map(torch.Tensor.data_ptr, self._tensors)) != self._addresses
+                or list(map(torch.Tensor.data_ptr, tensors)) != addresses
                 or any(m.stale() for m in self._mixed))
 
     def _grouped(self) -> Iterator[torch.Tensor]:
@@ -211,6 +221,10 @@ class Stepper:
         self._held = [value for state in self._simple for value in state.values()]
         self._tensors = [m.param for m in simple] + self._held
         self._addresses = [t.data_ptr() for t in self._tensors]
+        self._fixed = [t for m in simple for t in (m.param, *([v for _, v, _ in m.items] if m.flat else
+                                                              [v for _, v in m.counts()]))]
+        self._fixed_addresses = [t.data_ptr() for t in self._fixed]
+        self._unready = any(m.program is None for m in self.members)
         self.bound += 1
 
     def _choose(self, member: Member, group: dict[str, Any]) -> None:
@@ -327,7 +341,7 @@ class Stepper:
         """Advance the counts (the graph passes them to show what is changed) and compute every cohort's scalars."""
         groups = self.opt.param_groups
         values = [cohort.scalars(groups[cohort.group]) for cohort in self._cohorts]
-        self._versions = [t._version for t in self._count_tensors]
+        self._versions = list(map(_version_of, self._count_tensors))
         return values
 
     # -- stepping ---------------------------------------------------------------------------------------------------
@@ -336,6 +350,9 @@ class Stepper:
         """Members whose state the stock step must make (or whose gradient is sparse), of those with a gradient."""
         if self.rehearsal is not None:
             return []  # such steps run whole
+        gradients = [g for g in map(gradient_of, self._params) if g is not None]
+        if not self._unready and set(map(_layout_of, gradients)) <= {torch.strided}:
+            return []
         return [m for m in self.members if (grad := m.param.grad) is not None
                 and (m.program is None or grad.layout != torch.strided)]
 
@@ -401,12 +418,14 @@ class Stepper:
     def _classify(self) -> None:
         """Which members take part, and which of them share their scalars; kept while the answer stays the same."""
         done = self._done
-        mask = [m.param.grad is not None and id(m.param) not in done for m in self.members]
-        if (mask == self._mask and self._versions == [t._version for t in self._count_tensors]
+        mask = [g is not None for g in map(gradient_of, self._params)]
+        if done:
+            mask = [present and id(p) not in done for present, p in zip(mask, self._params)]
+        if (mask == self._mask and self._versions == list(map(_version_of, self._count_tensors))
                 and all(cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching)):
             return
         self._mask = mask
-        self._versions = [t._version for t in self._count_tensors]
+        self._versions = list(map(_version_of, self._count_tensors))
         cohorts: dict[Any, Cohort] = {}
         of: dict[str, int] = {}
         taking_part = [m for m, present in zip(self.members, mask) if present]
@@ -427,7 +446,7 @@ class Stepper:
     def _call_for(self, of: dict[str, int]) -> None:
         """Write the calls of all layers; ``of``: the number of each member's cohort, of those that take part."""
         self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts) for owned in self._owned]
-        self._all_calls = calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts)
+        self._all_calls = shared(calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts))
         log.debug("bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without", len(of),
                   len(self._cohorts), sum(map(len, self._calls)), len(self._all_calls))
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from fxckpt import _torch
+from fxckpt.engine import _lib
 from fxckpt.graph import inductor, lists
 from fxckpt.graph.hoist import Program
+from fxckpt.helper_thread import helper
 
 if TYPE_CHECKING:
     from fxckpt.stepper import Member
+
+gradient_of = operator.attrgetter("grad")
+"""``p.grad``, for ``map``: what runs for each parameter at every step runs at C speed."""
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -24,6 +31,7 @@ class Cohort:
         self.index, self.group, self.program = index, group, program
         self.representative: list[torch.Tensor] = []
         self.others: list[list[torch.Tensor]] = [[] for _ in program.counts]
+        self.spreads: list[Callable[[], None]] | None = None
         self.members = 0
         self.compiled = False
         dtype = _NUMPY[inductor.scalar_dtype(program.signature.dtype)]
@@ -48,12 +56,24 @@ class Cohort:
     def scalars(self, group: dict[str, Any]) -> tuple:
         """Advance the counts of all members; returns the scalars as doubles, and puts them where compiled code looks."""
         values = self._host(*self.representative, *self.program.values(group))
-        for source, column in zip(self.representative, self.others):
-            if column:
-                torch._foreach_copy_(column, [source] * len(column))
+        if self.spreads is None:
+            self.spreads = [_spread(source, column) for source, column in zip(self.representative, self.others) if column]
+        for spread in self.spreads:
+            spread()
         if self.compiled:  # a native update's may be tensors, on a device too
             self.values[:len(values)] = values
         return values
+
+
+def _spread(source: torch.Tensor, column: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """What gives all of ``column`` the value of ``source``, 0-dimensional as they are. Those that have their addresses
+    checked at every step (counts on the CPU) are written without PyTorch: it takes half a microsecond for each."""
+    if any(t.device.type != "cpu" or t.dtype != source.dtype for t in (source, *column)):
+        return lambda: torch._foreach_copy_(column, [source] * len(column))
+    ffi, lib = _lib.load()
+    addresses = ffi.new("uint64_t[]", [t.data_ptr() for t in column])
+    pointer = ffi.cast("void *", source.data_ptr())
+    return lambda: lib.fx_spread(pointer, source.itemsize, addresses, len(column))
 
 
 def _addresses(values: Any) -> np.ndarray:
@@ -88,7 +108,43 @@ def _native_calls(cohort: Cohort, members: Sequence[Member]) -> list[Callable]:
     if not on_cpu:
         return [_ColumnsCall(cohort, program, members)]
     tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
-    return [_ColumnsCall(cohort, listed or program, members[part]) for part in lists.groups(tensors)]
+    small = [all(t.numel() < lists.PARALLEL for t in row) for row in zip(*tensors)]
+    calls = []
+    for serial in (True, False):
+        chosen = [m for m, is_small in zip(members, small) if is_small == serial]
+        rows = [[t for t, is_small in zip(column, small) if is_small == serial] for column in tensors]
+        parts = lists.groups(rows, 2 if serial else 1)
+        calls += [_ColumnsCall(cohort, listed or program, chosen[part], serial) for part in parts]
+    return calls
+
+
+def shared(calls: Sequence[Callable]) -> list[Callable]:
+    """The same calls, with those that use one core put together into one that uses two, if they are worth it."""
+    serial = [c for c in calls if isinstance(c, _ColumnsCall) and c.serial]
+    if sum(c.kernels for c in serial) < WORTH_SHARING:
+        return list(calls)
+    return [c for c in calls if c not in serial] + [_SharedCalls(serial)]
+
+
+WORTH_SHARING = 256
+"""Kernels on one tensor each: about half a millisecond together, several times what it takes to wake a thread."""
+
+
+class _SharedCalls:
+    """Calls for two threads, where PyTorch may use two and no mode of the caller's thread has to see the operators."""
+
+    def __init__(self, calls: Sequence[_ColumnsCall]):
+        self.calls = calls
+
+    def __call__(self, values: Sequence[tuple]) -> None:
+        if torch.get_num_threads() > 1 and _torch.can_use_one_core() and not _torch.modes_active():
+            helper.run(self.calls, values)
+        else:
+            for call in self.calls:
+                call(values)
+
+
+_dtype_of = operator.attrgetter("dtype")
 
 
 class _CompiledCall:
@@ -103,11 +159,15 @@ class _CompiledCall:
         self.rows = np.array(rows, np.int64)
         self.lengths = np.array([m.param.numel() for m in members], np.int64)
         self.args = len(members), self.rows.ctypes.data, self.lengths.ctypes.data, cohort.addresses.ctypes.data
+        self.contiguous = all(p.is_contiguous() for p in self.params)
         self.changed = [m.bound(kind, key) for m in members for kind, key in inputs if kind != "grad"]
 
     def __call__(self, values: Sequence[tuple]) -> None:
-        gradients = [inductor.same_order(p.grad, p) for p in self.params]
-        self.rows[:, self.grad_at] = [g.data_ptr() for g in gradients]
+        gradients = list(map(gradient_of, self.params))
+        if not (self.contiguous and all(map(torch.Tensor.is_contiguous, gradients))
+                and set(map(_dtype_of, gradients)) == {self.params[0].dtype}):
+            gradients = list(map(inductor.same_order, gradients, self.params))
+        self.rows[:, self.grad_at] = list(map(torch.Tensor.data_ptr, gradients))
         self.function(*self.args)
         # Autograd must see the change, as it would see an operator's: a second backward through old weights is an error.
         torch.autograd.graph.increment_version(self.changed)
@@ -131,9 +191,11 @@ class _EachCall:
 
 
 class _ColumnsCall:
-    """List kernels (foreach, fused) over all of these parameters at once."""
+    """List kernels (foreach, fused) over all of these parameters at once. ``serial``: PyTorch uses one core for each."""
 
-    def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member]):
+    def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member], serial: bool = False):
+        self.serial = serial
+        self.kernels = len(members) * sum(n.op == "call_function" for n in program.body.graph.nodes)
         self.index, self.function = cohort.index, program.body.forward
         kinds = program.inputs
         self.params = [m.param for m in members]
@@ -142,5 +204,5 @@ class _ColumnsCall:
 
     def __call__(self, values: Sequence[tuple]) -> None:
         columns = self.columns.copy()
-        columns[self.grad_at] = [p.grad for p in self.params]
+        columns[self.grad_at] = list(map(gradient_of, self.params))
         self.function(*columns, *values[self.index])

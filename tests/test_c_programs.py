@@ -35,7 +35,7 @@ def sanitizer_missing(sanitizer: str, directory: Path) -> str:
     """What the compiler says if it cannot build or run an empty program with this sanitizer; else nothing."""
     source, program = directory / "empty.c", directory / f"empty-{sanitizer}"
     source.write_text("int main(void) { return 0; }\n")
-    built = run([*compiler(), f"-fsanitize={sanitizer}", "-pthread", str(source), "-o", str(program)])
+    built = run([*compiler(), f"-fsanitize={sanitizer}", "-pthread", str(source), "-lm", "-o", str(program)])
     return built.stderr if built.returncode else run([str(program)]).stderr
 
 
@@ -60,7 +60,7 @@ def build(tmp_path_factory):
         objects = sorted(str(path) for path in directory.glob("*.o"))
         source = str(ROOT / "tests/c" / f"{name}.c")
         output = str(directory / name)
-        built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", source, *objects, "-o", output, "-ldl"])
+        built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", source, *objects, "-o", output, "-ldl", "-lm"])
         assert built.returncode == 0, built.stderr
         return output
 
@@ -114,7 +114,7 @@ def mutable(tmp_path_factory):
     sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.c"))
     program = str(directory / "cuda")
     built = run([*compiler(), *FLAGS[:-2], "-DFX_MUTATIONS", "-I", str(ROOT / "csrc"), "-fno-sanitize=all",
-                 str(ROOT / "tests/c/cuda.c"), *sources, "-o", program, "-ldl"])
+                 str(ROOT / "tests/c/cuda.c"), *sources, "-o", program, "-ldl", "-lm"])
     assert built.returncode == 0, built.stderr
     return program, build_driver(directory)
 

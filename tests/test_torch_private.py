@@ -267,3 +267,14 @@ def test_hooks_that_an_inner_step_would_call_are_known():
     assert not _torch.inner_hooks(derived)
     derived.register_step_post_hook(lambda *_: None)
     assert _torch.inner_hooks(derived)
+
+
+def test_active_modes_are_seen():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    assert not _torch.modes_active()
+    with TorchDispatchMode():
+        assert _torch.modes_active()
+    with torch.device("cpu"):
+        assert _torch.modes_active()
+    assert not _torch.modes_active()

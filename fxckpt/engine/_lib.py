@@ -7,7 +7,7 @@ from typing import Any
 
 from fxckpt.errors import EngineMissing
 
-ABI = 4  # FX_ABI of the csrc/engine.h that this code was written for
+ABI = 5  # FX_ABI of the csrc/engine.h that this code was written for
 BUILD = ("Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
          "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev).")
 

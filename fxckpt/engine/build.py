@@ -24,7 +24,7 @@ def make_builder() -> FFI:
         depends=sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.h")),
         include_dirs=["csrc"],
         extra_compile_args=FLAGS,
-        extra_link_args=["-pthread"],
+        extra_link_args=["-pthread", "-lm"],
         py_limited_api=True,
     )
     return builder

@@ -157,6 +157,11 @@ int fx_unlink(const char *path);
 int fx_mkdir(const char *path, int mode);
 int fx_rmdir(const char *path);
 
+void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, uint64_t n);
+#define FX_FLOAT_MODE ...
+void fx_float_mode(char *mode);
+void fx_float_mode_use(const char *mode);
+
 int fx_io_record(const char *path, int append);
 int fx_io_stop_recording(void);
 void fx_io_fail(int op, int64_t nth, int err);

@@ -170,13 +170,22 @@ def _value_by_position(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tu
     return args, kwargs
 
 
-def groups(columns: Sequence[Sequence[torch.Tensor]]) -> list[slice]:
-    """Cut equally long columns into groups of at most ``GROUP_BYTES``, or of one member that is larger."""
+PARALLEL = 32768
+"""Elements from which on PyTorch's kernels use several cores (``at::internal::GRAIN_SIZE``)."""
+
+
+def groups(columns: Sequence[Sequence[torch.Tensor]], threads: int = 1) -> list[slice]:
+    """Cut equally long columns into groups of at most ``GROUP_BYTES``, or of one member that is larger; for several
+    threads into a multiple of their number that are about equally large, where there are so many members."""
+    sizes = [sum(t.nbytes for t in row) for row in zip(*columns)]
+    most = GROUP_BYTES
+    if threads > 1:
+        rounds = -(-sum(sizes) // (threads * GROUP_BYTES))
+        most = min(most, sum(sizes) / max(1, rounds * threads) + max(sizes, default=0) / 2)
     out, first, size = [], 0, 0
-    for index, row in enumerate(zip(*columns)):
-        nbytes = sum(t.nbytes for t in row)
-        if index > first and size + nbytes > GROUP_BYTES:
+    for index, nbytes in enumerate(sizes):
+        if index > first and size + nbytes > most:
             out.append(slice(first, index))
             first, size = index, 0
         size += nbytes
-    return [*out, slice(first, len(columns[0]))] if columns and columns[0] else out
+    return [*out, slice(first, len(sizes))] if sizes else out
