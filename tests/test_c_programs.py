@@ -130,8 +130,12 @@ def mutations() -> list[str]:
 def test_an_order_of_events_without_one_of_its_waits_is_caught(mutable, tmp_path, mutation):
     program, driver = mutable
     number = str(mutations().index(mutation))
-    done = run([program, str(tmp_path), "3", SEED, driver, number])
+    for attempt in range(1 if mutation == "NO_MUTATION" else 8):  # on a busy machine a copy may be late when it should be early
+        seed = str(int(SEED) + attempt)
+        done = run([program, str(tmp_path), "3", seed, driver, number])
+        if done.returncode != 0:
+            break
     if mutation == "NO_MUTATION":
-        assert done.returncode == 0, f"seed {SEED}\n{done.stderr}"
+        assert done.returncode == 0, f"seed {seed}\n{done.stderr}"
     else:
-        assert done.returncode != 0 and "not so" in done.stderr, f"{mutation} goes unseen with seed {SEED}\n{done.stderr}"
+        assert done.returncode != 0 and "not so" in done.stderr, f"{mutation} goes unseen up to seed {seed}\n{done.stderr}"

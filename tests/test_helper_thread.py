@@ -27,7 +27,7 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def small_parameters(count: int = 60) -> list[torch.nn.Parameter]:
+def small_parameters(count: int = 100) -> list[torch.nn.Parameter]:
     """Parameters of odd sizes below what PyTorch splits, with gradients, some of them denormal."""
     generator = torch.Generator().manual_seed(5)
     out = []

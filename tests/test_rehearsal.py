@@ -161,6 +161,9 @@ class Derived(torch.optim.AdamW):
         return loss
 
 
+torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])  # from then on AdamW.step has PyTorch's hooks, which Derived's calls
+
+
 SPLIT = [Lion, SignSGD, Stateless, IntInState, StepInGroup, TensorCount, Foreach, PerShape, TrustRatio, Derived]
 
 

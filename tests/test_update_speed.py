@@ -67,7 +67,7 @@ def test_single_tensor_kernels_run_over_lists_with_the_same_bits():
     steps(stock, plain, 5)
     assert all(torch.equal(a, b) for a, b in zip(ours, stock))
     assert {type(call).__name__ for call in calls(opt)} == {"_ColumnsCall"}
-    assert [len(call.params) for call in calls(opt)] == [2, 1, 2], "grouped by the bytes they touch"
+    assert [len(call.params) for call in calls(opt)] == [3, 1, 1], "small ones in two halves, for two threads; large ones apart"
 
 
 def test_groups_hold_what_fits_and_large_members_stand_alone():
@@ -75,6 +75,13 @@ def test_groups_hold_what_fits_and_large_members_stand_alone():
     assert lists.groups([[small] * 3 + [large] + [small]]) == [slice(0, 3), slice(3, 4), slice(4, 5)]
     assert lists.groups([[large, large]]) == [slice(0, 1), slice(1, 2)]
     assert lists.groups([]) == []
+
+
+def test_groups_for_two_threads_are_as_large_as_each_other():
+    assert lists.groups([[torch.empty(1024)] * 10], 2) == [slice(0, 5), slice(5, 10)]
+    fitting = [torch.empty(lists.GROUP_BYTES // 16)] * 10  # four to a group by bytes
+    assert lists.groups([fitting], 2) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
+    assert lists.groups([[torch.empty(8)]], 2) == [slice(0, 1)]
 
 
 def test_a_driver_refuses_arguments_it_cannot_supply():
