@@ -504,20 +504,20 @@ def test_what_cannot_be_proven_runs_its_own_step_and_says_why_once(cls, caplog):
 
     begin()
     theirs, stock = make(cls)
-    train(theirs, stock)
+    train(theirs, stock, last=6)
     left = end()
     begin()
     mine, ours = make(cls)
     with caplog.at_level("INFO", logger="fxckpt"):
         fxckpt.compile_step(mine, writer="mock", every=2, update="native")
-        train(mine, ours)
+        train(mine, ours, last=6)
     check_same(mine, ours, theirs, stock)
     assert end() == left, "a rehearsal left something behind"
     assert WHOLE[cls] in stepper_of(mine).whole
     said = [r.getMessage() for r in caplog.records if "its own step, whole" in r.getMessage()]
     assert len(said) == 1
     assert WHOLE[cls] in said[0]
-    assert mine.ckpt.statistics()["checkpoints_started"] == 4
+    assert mine.ckpt.statistics()["checkpoints_started"] == 3
 
 
 def test_what_the_optimizer_compiles_is_compiled():
@@ -669,8 +669,8 @@ def test_other_numbers_make_no_new_program():
     assert stepper_of(mine).whole is None
 
 
-@pytest.mark.parametrize(("cls", "at"), [(Lion, 5), (IntInState, 1), (IntInState, 6), (StepInGroup, 4), (StepInGroup, 8),
-                                         (TensorCount, 5), (PerShape, 7), (Derived, 5)])
+@pytest.mark.parametrize(("cls", "at"), [(Lion, 5), (IntInState, 1), (IntInState, 6), (StepInGroup, 8), (TensorCount, 5),
+                                         (PerShape, 7)])
 def test_a_resumed_run_has_the_same_bits(cls, at, tmp_path):
     theirs, stock = make(cls)
     train(theirs, stock)
