@@ -155,7 +155,7 @@ class Stepper:
         state = self.opt.state
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
-                or self._structure != [self._shape_of(g) for g in self.opt.param_groups]
+                or self._structure != self._structure_now()
                 or not all(map(operator.is_, self._grouped(), self._params))
                 or self._moved(copies))
 
@@ -181,6 +181,11 @@ class Stepper:
             return others
         # Whoever looks at opt.state[p] of a parameter without state makes an empty one: nothing was replaced.
         return [m.name for m in self.members if m.stale() or (state.get(m.param) or None) is not (m.state or None)]
+
+    def _structure_now(self) -> list[Any]:
+        """What of the groups decides a binding; a rehearsal sees all but the parameters for itself, at each step."""
+        groups = self.opt.param_groups
+        return [self._shape_of(g) for g in groups] if self.rehearsal is None else [len(g["params"]) for g in groups]
 
     @staticmethod
     def _shape_of(group: dict[str, Any]) -> tuple:
@@ -212,7 +217,7 @@ class Stepper:
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
                   type(opt).__name__, len(programs), sum(programs.values()))
         self._state, self._states = opt.state, list(opt.state.values())
-        self._structure = [self._shape_of(g) for g in opt.param_groups]
+        self._structure = self._structure_now()
         self._params = list(self._grouped())
         self._mask = []
         self._mixed = [m for m in self.members if m.plain]
