@@ -6,6 +6,8 @@ compared with like: ``native`` with the same flags in PyTorch, ``update="inducto
 ``fused`` and ``torch.compile(opt.step)``.
 
     python benchmarks/optimizer_step.py [--quick] [--json benchmarks/results/optimizer_step.json]
+
+``--only`` and ``--models`` measure a part; its rows take their place among those that the file has already.
 """
 
 from __future__ import annotations
@@ -113,13 +115,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="nine rounds instead of twenty-five")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=list(OPTIMIZERS), default=list(OPTIMIZERS))
+    parser.add_argument("--models", nargs="+", metavar="WORD", default=[""], help="those whose name has one of these in it")
     parser.add_argument("--json", help="write the numbers to this file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     numbers = {"machine": machine.describe(Path()), "results": {}}
+    if args.json and Path(args.json).exists():
+        before = json.loads(Path(args.json).read_text())
+        if before["machine"] == numbers["machine"]:
+            numbers = before
     print(machine.line(numbers["machine"]))
     print(f"\n{'':36}{'PyTorch':>12}{'fxckpt':>10}{'ratio':>8}{'min':>7}{'max':>7}")
-    for model, build in MODELS.items():
+    chosen = {model: build for model, build in MODELS.items() if any(word in model for word in args.models)}
+    for model, build in chosen.items():
         for name in args.only:
             print(f"{model}, {name}")
             rows = compare(OPTIMIZERS[name], build(), 9 if args.quick else 25)

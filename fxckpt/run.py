@@ -273,8 +273,8 @@ class Run:
 
     def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
         """One update, with a checkpoint if one is due."""
-        opt, loss = stepper.opt, None
-        self.refresh(self.engine.pending())
+        opt, loss, due = stepper.opt, None, leads and self._is_due()
+        self.refresh(due or self.engine.pending())
         self._look_for_changes(stepper)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
@@ -301,7 +301,7 @@ class Run:
             self.refresh()
         self._announce()
         with torch.no_grad():
-            pending = self._begin_if_due() if leads else None
+            pending = self._begin() if due else None
             if whole:
                 self._emit_stepper(stepper, pending)
             else:
@@ -338,11 +338,12 @@ class Run:
         found = getattr(opt, "found_inf", None)
         return found is not None and not self._is_remote(found) and bool(found.item())
 
-    def _begin_if_due(self) -> Pending | None:
+    def _is_due(self) -> bool:
+        """Does the step that is about to run begin a checkpoint? Ask once a step: the schedule counts."""
+        return self.active and bool(self.ending or self.schedule.due(self.attempts + 1, self.stall_seconds()))
+
+    def _begin(self) -> Pending | None:
         """Begin the checkpoint of the step that is about to run."""
-        if not self.active or not (self.ending or self.schedule.due(self.attempts + 1, self.stall_seconds())):
-            return None
-        self.refresh()
         if not self.schedule.waits and not self.ending and self.saver.flying() >= self.config.max_async:
             self.saver.skipped += 1
             return None
