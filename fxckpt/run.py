@@ -340,7 +340,10 @@ class Run:
 
     def _is_due(self) -> bool:
         """Does the step that is about to run begin a checkpoint? Ask once a step: the schedule counts."""
-        return self.active and bool(self.ending or self.schedule.due(self.attempts + 1, self.stall_seconds()))
+        if not self.active:
+            return False
+        stalled = 0.0 if self.schedule.waits else self.stall_seconds()  # what every=N does not ask costs a look at the engine
+        return bool(self.ending) or self.schedule.due(self.attempts + 1, stalled)
 
     def _begin(self) -> Pending | None:
         """Begin the checkpoint of the step that is about to run."""

@@ -122,6 +122,7 @@ class Stepper:
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
+        self._entries: list[tuple[str, Any]] = []  # of the groups, when they were compared last
         self._params: list[torch.Tensor] = []  # those of the groups
         self._mixed: list[Member] = []  # with state that is no tensor
         self._simple: list[dict[str, Any]] = []  # the states of the others, ...
@@ -155,9 +156,20 @@ class Stepper:
         state = self.opt.state
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
-                or self._structure != self._structure_now()
+                or self._restructured()
                 or not all(map(operator.is_, self._grouped(), self._params))
                 or self._moved(copies))
+
+    def _restructured(self) -> bool:
+        """Did anything of a group change that is structure? Most steps find the very objects of the step before."""
+        entries = list(itertools.chain.from_iterable(map(dict.items, self.opt.param_groups)))
+        if len(entries) == len(self._entries) and all(a is b and k == n for (n, a), (k, b) in zip(self._entries, entries)):
+            return False
+        changed = self._structure != self._structure_now()
+        # A list may change and stay the same object; the parameters, which are one, are compared one by one elsewhere.
+        lists = any(isinstance(value, list) for name, value in entries if name != "params")
+        self._entries = [] if changed or lists else entries
+        return changed
 
     def _moved(self, copies: bool) -> bool:
         """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
@@ -217,7 +229,7 @@ class Stepper:
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
                   type(opt).__name__, len(programs), sum(programs.values()))
         self._state, self._states = opt.state, list(opt.state.values())
-        self._structure = self._structure_now()
+        self._structure, self._entries = self._structure_now(), []
         self._params = list(self._grouped())
         self._mask = []
         self._mixed = [m for m in self.members if m.plain]
@@ -415,9 +427,9 @@ class Stepper:
         if self.rehearsal is None:
             self._classify()
         if number is None:
-            self.graph.bare()
+            self.graph.bare.forward()
         else:
-            self.graph.module(number, *self._inputs)
+            self.graph.module.forward(number, *self._inputs)
         self._done = set()
 
     def _classify(self) -> None:

@@ -17,6 +17,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,18 @@ def build(seed: int):
     return model, torch.optim.Adam(model.parameters(), lr=0.1), Extra()
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def bounded():
-    """A bound on memory, and an end to what hangs."""
+    """A bound on memory, and an end to what hangs. Lifted before pytest reports, which takes memory of its own."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    yield
-    faulthandler.cancel_dump_traceback_later()
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def campaign(strategy: st.SearchStrategy, test: Callable[[Any], None]) -> None:
@@ -106,7 +109,8 @@ def campaign(strategy: st.SearchStrategy, test: Callable[[Any], None]) -> None:
     while tried == 0 or time.monotonic() < end:
         options = settings(max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck),
                            phases=(Phase.generate, Phase.shrink))  # fmt: skip
-        options(given(strategy)(one))()
+        with bounded():
+            options(given(strategy)(one))()
         tried += EXAMPLES
     print(f"{tried} inputs in {SECONDS:.0f} s")
 
