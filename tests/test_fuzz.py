@@ -12,6 +12,7 @@ import copy
 import faulthandler
 import hashlib
 import json
+import logging
 import os
 import resource
 import shutil
@@ -85,14 +86,17 @@ def build(seed: int):
 
 @contextmanager
 def bounded():
-    """A bound on memory, and an end to what hangs. Lifted before pytest reports, which takes memory of its own."""
+    """A bound on memory, and an end to what hangs. Lifted before pytest reports, which takes memory of its own; so does what
+    is logged, which pytest keeps."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
+    logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
+        logging.disable(logging.NOTSET)
         faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
