@@ -286,7 +286,6 @@ class Run:
             self.refresh()
             closure = rehearsal.evaluated(closure, loss)
         if not whole and stepper.rehearsal is not None:
-            self.refresh()  # a checkpoint that begins now must find the tensors that are rehearsed with
             whole = not stepper.rehearse(closure is not None)
         if whole:
             self.fence_all()

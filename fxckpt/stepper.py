@@ -150,15 +150,15 @@ class Stepper:
     def stale(self, copies: bool = True) -> bool:
         """Must ``bind`` run before the next step? (fence everything first: copies read the old tensors)
 
-        Where the tensors of the state lie is asked only for ``copies``, and where compiled code updates them: PyTorch's own
-        kernels find them wherever they are.
+        Where the tensors of the state lie is asked only for ``copies``, for rehearsals, and where compiled code updates them:
+        PyTorch's own kernels find them wherever they are.
         """
         state = self.opt.state
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
                 or self._restructured()
                 or not all(map(operator.is_, self._grouped(), self._params))
-                or self._moved(copies))
+                or self._moved(copies or self.rehearsal is not None))
 
     def _restructured(self) -> bool:
         """Did anything of a group change that is structure? Most steps find the very objects of the step before."""
@@ -358,8 +358,12 @@ class Stepper:
         """Advance the counts (the graph passes them to show what is changed) and compute every cohort's scalars."""
         groups = self.opt.param_groups
         values = [cohort.scalars(groups[cohort.group]) for cohort in self._cohorts]
-        self._versions = list(map(_version_of, self._count_tensors))
+        self._versions = self._versions_now()
         return values
+
+    def _versions_now(self) -> list[int]:
+        """How often each count was changed so far, by whomever."""
+        return list(map(_version_of, self._count_tensors))
 
     # -- stepping ---------------------------------------------------------------------------------------------------
 
@@ -392,8 +396,7 @@ class Stepper:
 
     def rehearse(self, closure: bool) -> bool:
         """Rehearse the coming step of a class that is not of ``torch.optim``; False if it must run whole."""
-        same = self._versions == [t._version for t in self._count_tensors]
-        cohorts = self.rehearsal.prepare(self.members, same, closure)
+        cohorts = self.rehearsal.prepare(self.members, self._versions == self._versions_now(), closure)
         self.whole = self.rehearsal.refused
         if cohorts is None:
             self._cohorts = []
@@ -438,11 +441,11 @@ class Stepper:
         mask = [g is not None for g in map(gradient_of, self._params)]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, self._params)]
-        if (mask == self._mask and self._versions == list(map(_version_of, self._count_tensors))
+        if (mask == self._mask and self._versions == self._versions_now()
                 and all(cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching)):
             return
         self._mask = mask
-        self._versions = list(map(_version_of, self._count_tensors))
+        self._versions = self._versions_now()
         cohorts: dict[Any, Cohort] = {}
         of: dict[str, int] = {}
         taking_part = [m for m, present in zip(self.members, mask) if present]

@@ -108,7 +108,9 @@ def _native_calls(cohort: Cohort, members: Sequence[Member]) -> list[Callable]:
     if not on_cpu:
         return [_ColumnsCall(cohort, program, members)]
     tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
-    small = [all(t.numel() < lists.PARALLEL for t in row) for row in zip(*tensors)]
+    # What a rehearsal noted may be any operator, and some have other bits on one core: a product of matrices.
+    known = program.signature.implementation != "rehearsed"
+    small = [known and all(t.numel() < lists.PARALLEL for t in row) for row in zip(*tensors)]
     calls = []
     for serial in (True, False):
         chosen = [m for m, is_small in zip(members, small) if is_small == serial]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -37,15 +38,24 @@ def nursery(_nursery):
     _nursery.end_lives()
 
 
-@pytest.fixture
-def one_thread():
-    """Small models are no faster with more, and on a busy machine much slower."""
+@contextmanager
+def intraop_threads(count: int):
+    """PyTorch uses so many meanwhile."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """Small models are no faster with more, and on a busy machine much slower."""
+    with intraop_threads(1):
+        yield
 
 
 @pytest.fixture(autouse=True)

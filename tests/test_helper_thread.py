@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from conftest import intraop_threads
 
 import fxckpt
 from fxckpt import _torch
@@ -21,10 +22,8 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @pytest.fixture
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with intraop_threads(2):
+        yield
 
 
 def small_parameters(count: int = 100) -> list[torch.nn.Parameter]:
@@ -150,3 +149,27 @@ def test_a_count_that_was_given_other_memory_advances_there(tmp_path):
     last.data = last.detach().clone()
     ours.step()
     assert [ours.state[p]["step"].item() for p in parameters] == [3.0] * 4
+
+
+class Products(torch.optim.Optimizer):
+    """Not of ``torch.optim``, and split; its products of matrices may have other bits on one core than on two."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_((p.grad @ p.grad.T) @ p.grad, alpha=group["lr"])
+
+
+def test_operators_of_a_rehearsal_keep_the_threads_that_its_own_step_has(tmp_path, two_threads):
+    parameters = small_parameters()
+    ours = Products(parameters, lr=1e-3)
+    fxckpt.compile_step(ours, tmp_path, every=10**9, update="native")
+    for _ in range(5):
+        ours.step()
+    stepper = ours.ckpt._run.steppers[0]
+    assert stepper.rehearsal.proven and stepper.whole is None
+    assert stepper._all_calls and not any(isinstance(call, _SharedCalls) for call in stepper._all_calls)
