@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import copyreg
 import ctypes
 import functools
 import glob
@@ -24,6 +23,7 @@ import torch
 import torch.fx as fx
 from torch.overrides import TorchFunctionMode
 
+from fxckpt.disguise import disguised
 from fxckpt.errors import SetupError
 
 # ---- optimizers (used by graph/update.py, optimizer.py) --------------------------------------------------------
@@ -189,9 +189,6 @@ def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Cal
 @functools.cache
 def _watched_class(base: type) -> type:
     """A scaler's class that tells its watchers."""
-    if "_fxckpt_base" in base.__dict__:
-        return base
-
     def maybe(self, optimizer, optimizer_state, *args, **kwargs):
         told = [skipped for watched, skipped in self._fxckpt_watchers if watched is optimizer]
         found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
@@ -200,13 +197,7 @@ def _watched_class(base: type) -> type:
             skipped()
         return out
 
-    def reduce_ex(self, protocol):
-        state = {key: value for key, value in self.__getstate__().items() if key != "_fxckpt_watchers"}
-        return copyreg._reconstructor, (base, object, None), state
-
-    body = {"__doc__": base.__doc__, "__module__": base.__module__, "__qualname__": base.__qualname__, "_fxckpt_base": base,
-            "_maybe_opt_step": maybe, "__reduce_ex__": reduce_ex}
-    return type(base.__name__, (base,), body)
+    return disguised(base, {"_maybe_opt_step": maybe})
 
 
 def default_implementation(param: torch.Tensor) -> str:

@@ -7,7 +7,6 @@ with modules), so ``isinstance(opt, torch.optim.AdamW)`` holds and whoever keeps
 from __future__ import annotations
 
 import atexit
-import copyreg
 import functools
 import logging
 import os
@@ -20,6 +19,7 @@ import torch
 from fxckpt import _torch, cuda
 from fxckpt._registry import registry
 from fxckpt.config import Config, default_directory, disabled
+from fxckpt.disguise import disguised
 from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.handle import Handle
 from fxckpt.inventory import storable
@@ -194,21 +194,18 @@ def _say(run: Run) -> None:
 
 @functools.cache
 def stepped_class(base: type) -> type:
-    """The subclass of ``base`` whose step is ours. It looks like ``base``: pickles and copies give ``base`` back."""
-    if "_fxckpt_base" in base.__dict__:
-        return base
+    """The subclass of ``base`` whose step is ours. Pickles and copies are of ``base``: a run belongs to one process and one
+    optimizer."""
 
     @torch.compiler.disable
     def step(self, closure=None):
         return self._fxckpt_handle._run.step(self, closure)
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())
-    body = {
-        "__doc__": base.__doc__, "__module__": base.__module__, "__qualname__": base.__qualname__, "_fxckpt_base": base,
+    return disguised(base, {
         "step": _torch.hooked(step), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
-        "__reduce_ex__": _reduce_ex, "ckpt": property(lambda self: self._fxckpt_handle),
-    }
-    return type(base.__name__, (base,), body)
+        "ckpt": property(lambda self: self._fxckpt_handle),
+    })
 
 
 def _load_state_dict(self, state_dict):
@@ -223,11 +220,6 @@ def _add_param_group(self, param_group):
     if "_fxckpt_handle" in self.__dict__:
         self._fxckpt_handle._run.drop_open("add_param_group() changed the optimizer before the step closed")
     self._fxckpt_base.add_param_group(self, param_group)
-
-
-def _reduce_ex(self, protocol):
-    """Pickle and copy as the plain class: a run belongs to one process and one optimizer."""
-    return copyreg._reconstructor, (self._fxckpt_base, object, None), self.__getstate__()
 
 
 def _shutdown_all() -> None:

@@ -352,17 +352,20 @@ def test_flush_gives_up_after_its_timeout_and_names_the_steps(store):
 
 # ---- someone else ----
 
+SECOND = """
+from helpers import *
+try:
+    fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), {!r})
+except fxckpt.StoreLocked as error:
+    print("LOCKED", error)
+"""
+"""A trainer that only tries to open the store."""
+
 
 def test_a_second_trainer_on_the_same_directory_gets_a_clear_error(store, nursery, tmp_path):
     training = Training(store).train(1)
     script = tmp_path / "second.py"
-    script.write_text(f"""
-from helpers import *
-try:
-    fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), {str(store)!r})
-except fxckpt.StoreLocked as error:
-    print("LOCKED", error)
-""")
+    script.write_text(SECOND.format(str(store)))
     life = nursery.start(script, tmp_path / "second")
     output = life.wait()
     assert "LOCKED" in output and str(store) in output and str(os.getpid()) in output, output
@@ -412,13 +415,7 @@ def test_a_lock_file_that_somebody_removes_is_taken_again(writer, store, nursery
     training.train(3)
     training.opt.ckpt.flush()
     script = tmp_path / "second.py"
-    script.write_text(f"""
-from helpers import *
-try:
-    fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), {str(store)!r})
-except fxckpt.StoreLocked as error:
-    print("LOCKED", error)
-""")
+    script.write_text(SECOND.format(str(store)))
     assert "LOCKED" in nursery.start(script, tmp_path / "second").wait()
     assert all_good(store, training) == [4, 3, 2, 1]
     training.opt.ckpt.shutdown()
