@@ -30,7 +30,7 @@ from fxckpt import _torch, cuda, effects, values
 from fxckpt.graph import tape, update
 from fxckpt.graph.hoist import Program
 from fxckpt.graph.update import MakesState, NotTraceable
-from fxckpt.updates import calls_for
+from fxckpt.updates import Inputs, calls_for
 
 if TYPE_CHECKING:
     from fxckpt.stepper import Member
@@ -475,7 +475,7 @@ class Rehearsal:
                     if twin.state is not None:
                         twin.state.update(cast.role.plain)
                     for call in calls_for([twin], {twin.name: cast.index}, casts):
-                        call(scalars)
+                        call(Inputs(scalars, {twin.index: twin.param.grad}))
                     after[id(member)] = _digests(twin)
         out: list[Any] = [after.get(id(m)) or _digests(m) for part in parts for m in part.members]
         self._casts = []

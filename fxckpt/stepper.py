@@ -27,7 +27,7 @@ from fxckpt.errors import SetupError
 from fxckpt.graph import hoist, inductor, rewrite, update
 from fxckpt.graph.layers import Layer
 from fxckpt.rehearsal import Rehearsal
-from fxckpt.updates import Cohort, calls_for, gradient_of, shared
+from fxckpt.updates import Cohort, Inputs, calls_for, gradient_of, shared
 
 log = logging.getLogger("fxckpt")
 
@@ -37,10 +37,12 @@ _layout_of, _version_of = operator.attrgetter("layout"), operator.attrgetter("_v
 class Member:
     """One parameter of the optimizer, with the tensors that were bound to it."""
 
-    __slots__ = ("address", "compile", "entries", "flat", "group", "implementation", "items", "name", "param", "program", "state")
+    __slots__ = ("address", "compile", "entries", "flat", "group", "implementation", "index", "items", "name", "param", "program",
+                 "state")
 
-    def __init__(self, name: str, param: torch.Tensor, group: int, state: dict[str, Any] | None):
+    def __init__(self, name: str, param: torch.Tensor, group: int, index: int, state: dict[str, Any] | None):
         self.name, self.param, self.group, self.state = name, param, group, state
+        self.index = index  # among all of its optimizer
         self.address = param.data_ptr()
         self.entries = len(state or ())
         tensors = ((k, v) for k, v in sorted((state or {}).items()) if isinstance(v, torch.Tensor))
@@ -77,7 +79,7 @@ class Member:
             param.grad = None if self.param.grad is None else self.param.grad.detach().clone()
             state = None if self.state is None else {
                 k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
-        return Member(self.name, param, self.group, state)
+        return Member(self.name, param, self.group, self.index, state)
 
     def describe(self) -> dict[str, Any]:
         """Its state for the record: what it takes, with the files' tensors, to make it anew just as it is."""
@@ -122,8 +124,10 @@ class Stepper:
         self._state: Any = None
         self._states: list[dict[str, Any]] = []
         self._structure: list[tuple] = []
-        self._entries: list[tuple[str, Any]] = []  # of the groups, when they were compared last
+        self._names: list[str] = []  # of the entries of the groups, when they were compared last, ...
+        self._values: list[Any] = []  # ... and their values
         self._params: list[torch.Tensor] = []  # those of the groups
+        self._gradients: list[torch.Tensor | None] = []  # theirs, while a step runs
         self._mixed: list[Member] = []  # with state that is no tensor
         self._simple: list[dict[str, Any]] = []  # the states of the others, ...
         self._held: list[torch.Tensor] = []  # ... the tensors in them, ...
@@ -162,13 +166,15 @@ class Stepper:
 
     def _restructured(self) -> bool:
         """Did anything of a group change that is structure? Most steps find the very objects of the step before."""
-        entries = list(itertools.chain.from_iterable(map(dict.items, self.opt.param_groups)))
-        if len(entries) == len(self._entries) and all(a is b and k == n for (n, a), (k, b) in zip(self._entries, entries)):
+        groups = self.opt.param_groups
+        names = list(itertools.chain.from_iterable(groups))
+        values = list(itertools.chain.from_iterable(map(dict.values, groups)))
+        if names == self._names and all(map(operator.is_, values, self._values)):
             return False
         changed = self._structure != self._structure_now()
         # A list may change and stay the same object; the parameters, which are one, are compared one by one elsewhere.
-        lists = any(isinstance(value, list) for name, value in entries if name != "params")
-        self._entries = [] if changed or lists else entries
+        lists = any(isinstance(value, list) for name, value in zip(names, values) if name != "params")
+        self._names, self._values = ([], []) if changed or lists else (names, values)
         return changed
 
     def _moved(self, copies: bool) -> bool:
@@ -213,7 +219,7 @@ class Stepper:
         self.members, self.whole = [], None if self.rehearsal is None else self.rehearsal.refused
         for index, group in enumerate(opt.param_groups):
             for param in group["params"]:
-                member = Member(self.name_of(param), param, index, opt.state.get(param))
+                member = Member(self.name_of(param), param, index, len(self.members), opt.state.get(param))
                 if self.rehearsal is None:
                     self._choose(member, group)
                 self.members.append(member)
@@ -229,8 +235,8 @@ class Stepper:
         log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
                   type(opt).__name__, len(programs), sum(programs.values()))
         self._state, self._states = opt.state, list(opt.state.values())
-        self._structure, self._entries = self._structure_now(), []
-        self._params = list(self._grouped())
+        self._structure, self._names, self._values = self._structure_now(), [], []
+        self._params, self._gradients = list(self._grouped()), []
         self._mask = []
         self._mixed = [m for m in self.members if m.plain]
         simple = [m for m in self.members if not m.plain]
@@ -339,27 +345,27 @@ class Stepper:
         calls are others when other parameters have gradients."""
         clock = self._clocks[index]
 
-        def run(tensors: list[torch.Tensor], values: list) -> None:
+        def run(tensors: list[torch.Tensor], step: Inputs) -> None:
             calls = self._calls[index]
             if not calls:
                 return  # no gradient, or the stock step made this one
             start = perf_counter()
             for call in calls:
-                call(values)
+                call(step)
             clock.add(perf_counter() - start)
 
         return run
 
-    def _bare_update(self, values: list) -> None:
+    def _bare_update(self, step: Inputs) -> None:
         for call in self._all_calls:
-            call(values)
+            call(step)
 
-    def _scalars(self, counts: Sequence[torch.Tensor] = ()) -> list:
+    def _scalars(self, counts: Sequence[torch.Tensor] = ()) -> Inputs:
         """Advance the counts (the graph passes them to show what is changed) and compute every cohort's scalars."""
         groups = self.opt.param_groups
         values = [cohort.scalars(groups[cohort.group]) for cohort in self._cohorts]
         self._versions = self._versions_now()
-        return values
+        return Inputs(values, self._gradients)
 
     def _versions_now(self) -> list[int]:
         """How often each count was changed so far, by whomever."""
@@ -371,8 +377,9 @@ class Stepper:
         """Members whose state the stock step must make (or whose gradient is sparse), of those with a gradient."""
         if self.rehearsal is not None:
             return []  # such steps run whole
-        gradients = [g for g in map(gradient_of, self._params) if g is not None]
-        if not self._unready and set(map(_layout_of, gradients)) <= {torch.strided}:
+        self._gradients = list(map(gradient_of, self._params))
+        present = itertools.compress(self._gradients, [g is not None for g in self._gradients])
+        if not self._unready and set(map(_layout_of, present)) <= {torch.strided}:
             return []
         return [m for m in self.members if (grad := m.param.grad) is not None
                 and (m.program is None or grad.layout != torch.strided)]
@@ -423,22 +430,24 @@ class Stepper:
 
     def abandon(self) -> None:
         """The step was left by an exception: the next one updates everything again."""
-        self._done = set()
+        self._done, self._gradients = set(), []
 
     def run(self, number: int | None) -> None:
         """One step of all that has a gradient: with the ops of run ``number``, or bare when it is None."""
+        if not self._gradients:  # else they were read since the last binding
+            self._gradients = list(map(gradient_of, self._params))
         if self.rehearsal is None:
             self._classify()
         if number is None:
             self.graph.bare.forward()
         else:
             self.graph.module.forward(number, *self._inputs)
-        self._done = set()
+        self._done, self._gradients = set(), []  # whoever drops them has their memory back
 
     def _classify(self) -> None:
         """Which members take part, and which of them share their scalars; kept while the answer stays the same."""
         done = self._done
-        mask = [g is not None for g in map(gradient_of, self._params)]
+        mask = [g is not None for g in self._gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, self._params)]
         if (mask == self._mask and self._versions == self._versions_now()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 
 gradient_of = operator.attrgetter("grad")
 """``p.grad``, for ``map``: what runs for each parameter at every step runs at C speed."""
+
+
+class Inputs(NamedTuple):
+    """What differs from step to step: the scalars of each cohort, by its number, and the gradients by ``Member.index``."""
+
+    scalars: Sequence[tuple]
+    gradients: Sequence[torch.Tensor | None] | Mapping[int, torch.Tensor | None]
+
+    def of(self, members: Sequence[int]) -> list[torch.Tensor]:
+        """The gradients of members, by their numbers."""
+        gradients = self.gradients
+        return [gradients[i] for i in members]
+
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -97,27 +110,36 @@ def calls_for(members: Sequence[Member], of: dict[str, int], cohorts: Sequence[C
 
 
 def _native_calls(cohort: Cohort, members: Sequence[Member]) -> list[Callable]:
-    """PyTorch's own kernels: a fused one over all members, others over groups that fit the cache."""
+    """PyTorch's own kernels: over small members in groups for two threads, over large ones in groups that fit the cache, or
+    fused over all of them."""
     program = cohort.program
-    if program.signature.implementation == "fused":
-        return [_ColumnsCall(cohort, program, members)]
     on_cpu = all(m.param.device.type == "cpu" for m in members)
-    listed = lists.over_lists(program) if on_cpu and program.style == "each" else None
-    if listed is None and program.style == "each":
+    listed = lists.over_lists(program) if on_cpu or program.style == "columns" else None
+    if listed is None:
         return [_EachCall(cohort, members)]
     if not on_cpu:
-        return [_ColumnsCall(cohort, program, members)]
+        return [_ColumnsCall(cohort, listed, members)]
     tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
     # What a rehearsal noted may be any operator, and some have other bits on one core: a product of matrices.
     known = program.signature.implementation != "rehearsed"
     small = [known and all(t.numel() < lists.PARALLEL for t in row) for row in zip(*tensors)]
-    calls = []
+    fused = program.signature.implementation == "fused"  # such a kernel goes over a tensor once, whatever is in the cache
+    calls: list[Callable] = []
     for serial in (True, False):
         chosen = [m for m, is_small in zip(members, small) if is_small == serial]
         rows = [[t for t, is_small in zip(column, small) if is_small == serial] for column in tensors]
-        parts = lists.groups(rows, 2 if serial else 1)
-        calls += [_ColumnsCall(cohort, listed or program, chosen[part], serial) for part in parts]
+        if fused and not serial:
+            parts = [slice(0, len(chosen))] if chosen else []
+        else:
+            parts = lists.groups(rows, 2 if serial and len(chosen) * _kernels(listed) >= WORTH_SHARING else 1)
+        calls += [_ColumnsCall(cohort, listed, chosen[part], serial) for part in parts]
     return calls
+
+
+def _kernels(program: Program) -> int:
+    """How many kernels a parameter costs; a fused one counts as one for each tensor that it reads, and takes as long."""
+    fused = program.signature.implementation == "fused"
+    return len(program.inputs) if fused else sum(n.op == "call_function" for n in program.body.graph.nodes)
 
 
 def shared(calls: Sequence[Callable]) -> list[Callable]:
@@ -138,12 +160,12 @@ class _SharedCalls:
     def __init__(self, calls: Sequence[_ColumnsCall]):
         self.calls = calls
 
-    def __call__(self, values: Sequence[tuple]) -> None:
+    def __call__(self, step: Inputs) -> None:
         if torch.get_num_threads() > 1 and _torch.can_use_one_core() and not _torch.modes_active():
-            helper.run(self.calls, values)
+            helper.run(self.calls, step)
         else:
             for call in self.calls:
-                call(values)
+                call(step)
 
 
 _dtype_of = operator.attrgetter("dtype")
@@ -154,6 +176,7 @@ class _CompiledCall:
 
     def __init__(self, cohort: Cohort, members: Sequence[Member]):
         self.function, self.params = inductor.compile_body(cohort.program), [m.param for m in members]
+        self.indices = [m.index for m in members]
         inputs = cohort.program.inputs
         self.grad_at = next(i for i, (kind, _) in enumerate(inputs) if kind == "grad")
         self.keep = members, cohort  # the addresses below are of their memory
@@ -164,8 +187,8 @@ class _CompiledCall:
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.changed = [m.bound(kind, key) for m in members for kind, key in inputs if kind != "grad"]
 
-    def __call__(self, values: Sequence[tuple]) -> None:
-        gradients = list(map(gradient_of, self.params))
+    def __call__(self, step: Inputs) -> None:
+        gradients = step.of(self.indices)
         if not (self.contiguous and all(map(torch.Tensor.is_contiguous, gradients))
                 and set(map(_dtype_of, gradients)) == {self.params[0].dtype}):
             gradients = list(map(inductor.same_order, gradients, self.params))
@@ -182,13 +205,13 @@ class _EachCall:
         self.index, self.function = cohort.index, cohort.program.body.forward
         kinds = cohort.program.inputs
         self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
-        self.rows = [(m.param, [m.bound(kind, key) for kind, key in kinds]) for m in members]
+        self.rows = [(m.index, [m.bound(kind, key) for kind, key in kinds]) for m in members]
 
-    def __call__(self, values: Sequence[tuple]) -> None:
-        scalars, function, grad_at = values[self.index], self.function, self.grad_at
-        for param, row in self.rows:
+    def __call__(self, step: Inputs) -> None:
+        scalars, function, grad_at = step.scalars[self.index], self.function, self.grad_at
+        for index, row in self.rows:
             args = row.copy()
-            args[grad_at] = param.grad
+            args[grad_at] = step.gradients[index]
             function(*args, *scalars)
 
 
@@ -197,14 +220,15 @@ class _ColumnsCall:
 
     def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member], serial: bool = False):
         self.serial = serial
-        self.kernels = len(members) * sum(n.op == "call_function" for n in program.body.graph.nodes)
+        self.kernels = len(members) * _kernels(program)
         self.index, self.function = cohort.index, program.body.forward
         kinds = program.inputs
         self.params = [m.param for m in members]
+        self.indices = [m.index for m in members]
         self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
         self.columns = [[m.bound(kind, key) for m in members] for kind, key in kinds]
 
-    def __call__(self, values: Sequence[tuple]) -> None:
+    def __call__(self, step: Inputs) -> None:
         columns = self.columns.copy()
-        columns[self.grad_at] = list(map(gradient_of, self.params))
-        self.function(*columns, *values[self.index])
+        columns[self.grad_at] = step.of(self.indices)
+        self.function(*columns, *step.scalars[self.index])

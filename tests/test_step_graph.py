@@ -85,7 +85,7 @@ graph():
     %scalar2 : [num_users=1] = placeholder[target=scalar2]
     %scalar3 : [num_users=1] = placeholder[target=scalar3]
     %scalar4 : [num_users=1] = placeholder[target=scalar4]
-    %_fused_adamw__default : [num_users=0] = call_function[target=torch.ops.aten._fused_adamw_.default](args = (%param, %grad, %exp_avg, %exp_avg_sq, [], %step), kwargs = {lr: %scalar0, beta1: %scalar1, beta2: %scalar2, weight_decay: %scalar3, eps: %scalar4, amsgrad: False, maximize: False})
+    %_fused_adamw__default : [num_users=0] = call_function[target=torch._fused_adamw_](args = (%param, %grad, %exp_avg, %exp_avg_sq, [], %step), kwargs = {lr: %scalar0, beta1: %scalar1, beta2: %scalar2, weight_decay: %scalar3, eps: %scalar4, amsgrad: False, maximize: False})
     return ()""")
 
 

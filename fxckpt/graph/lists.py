@@ -10,6 +10,7 @@ and an operator that has no list form runs in a loop.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -75,10 +76,11 @@ def _is_spent(value: fx.Node, reader: fx.Node) -> bool:
     return fits and value.target in _NEW and set(value.users) == {reader} and reader.all_input_nodes.count(value) == 1
 
 
+@functools.lru_cache(256)
 def over_lists(program: Program) -> Program | None:
     """The same program with list kernels, or None if an operator of it has none. For CPU tensors only."""
-    if program.style != "each":
-        return None
+    if program.style == "columns":
+        return program
     rehearsed = program.signature.implementation == "rehearsed"
     graph, mapping = fx.Graph(), {}
     placeholders = [n for n in program.body.graph.nodes if n.op == "placeholder"]
