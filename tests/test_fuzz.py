@@ -156,7 +156,8 @@ def mutated(raw: bytes, steps: list) -> bytes:
 
 JUNK = st.recursive(
     st.sampled_from([None, True, False, 0, 1, -1, 2**31, 2**53, 2**63 - 1, 2**63, 10**30, 0.0, -0.5, 1e308, "", "!", "a", "..",
-                     "/etc/passwd", "model.safetensors", "\ud800", "\0", "x" * 300, "U8", "F32", "C64", "<f4", "O", "torch"])
+                     "/etc/passwd", "model.safetensors", "\ud800", "\0", "x" * 300, "U8", "F32", "C64", "<f4", "O", "torch",
+                     "U", "S", "V0", {"!": "range", "v": ["0x0", "0x7fffffffffff", "0x1"]}])
     | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["!", "v", "key", "dtype", "shape", "of", "max",
                   "a"]) | st.text(max_size=3), inner, max_size=4)

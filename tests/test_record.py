@@ -217,6 +217,21 @@ def test_malformed_state_is_corrupt_and_runs_nothing(encoded):
         decode_state({"a": encoded}, {"t": np.zeros(2, np.float32)})
 
 
+LONG_RANGE = {"!": "range", "v": ["0x0", "0xffffff", "0x1"]}
+
+
+@pytest.mark.parametrize("encoded", [
+    *({"!": kind, "v": LONG_RANGE} for kind in ("tuple", "set", "frozenset", "torch.Size", "dict", "OrderedDict", "Counter")),
+    {"!": "deque", "v": LONG_RANGE, "max": None}, {"!": "defaultdict", "of": "int", "v": LONG_RANGE},
+    {"!": "numpy.text", "v": 10_000_000}, {"!": "numpy.text", "v": LONG_RANGE},
+    *({"!": "array", "key": "empty", "dtype": dtype, "shape": [10_000_000]} for dtype in ("U", "S", "V0")),
+])  # fmt: skip
+def test_a_few_bytes_of_state_stand_for_no_more_than_they_hold(encoded):
+    """What a record of a hundred bytes says must not take a gigabyte."""
+    with pytest.raises(Corrupt):
+        decode_state({"a": encoded}, {"empty": np.zeros(0, np.float32)})
+
+
 def test_a_record_comes_back_equal_and_is_one_json_object():
     record = a_record()
     raw = record.to_bytes()

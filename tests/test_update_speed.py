@@ -60,7 +60,7 @@ def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
     assert again.ckpt._run.steppers[0].members[0].flat
 
 
-@pytest.mark.parametrize(("worth", "groups"), [(256, [4, 1]), (1, [1, 3, 1])], ids=["too few for a second thread", "in two halves"])
+@pytest.mark.parametrize(("worth", "groups"), [(256, [4, 1]), (1, [1, 3, 1])], ids=["too few for two threads", "in two halves"])
 def test_single_tensor_kernels_run_over_lists_with_the_same_bits(monkeypatch, worth, groups):
     monkeypatch.setattr(updates, "WORTH_SHARING", worth)
     ours = [torch.nn.Parameter(torch.randn(n, 7)) for n in (1, 5, 30000, 64, 64)]

@@ -283,10 +283,14 @@ class _Decoder:
 
     def _pairs(self, node: dict) -> list[tuple[Any, Any]]:
         """Keys and values; a key given twice is an error."""
-        pairs = [(self.decode(key), self.decode(item)) for key, item in node["v"]]
+        pairs = [(self.decode(key), self.decode(item)) for key, item in _list_of(node)]
         if len({key for key, _ in pairs}) != len(pairs):
             raise ValueError("a key is given twice")
         return pairs
+
+    def elements(self, node: dict) -> list[Any]:
+        """What a container holds: never what a range stands for, which a few bytes make as long as memory."""
+        return self.decode(_list_of(node))
 
     def _counter(self, node: dict) -> Counter:
         counter: Counter = Counter()
@@ -300,6 +304,8 @@ class _Decoder:
 
     def _text(self, node: dict) -> np.generic:
         plain = self.decode(node["v"])
+        if type(plain) not in (str, bytes):
+            raise TypeError(f"text is a {type(plain).__name__}")
         return np.str_(plain) if type(plain) is str else np.bytes_(plain)
 
     def _bytes_of(self, node: dict, nbytes: int) -> bytearray:
@@ -311,6 +317,8 @@ class _Decoder:
 
     def _array(self, node: dict) -> np.ndarray:
         dtype, shape = np.dtype(node["dtype"]), tuple(node["shape"])
+        if dtype.kind in "OV" or (dtype.itemsize == 0 and 0 not in shape):
+            raise ValueError(f"an array of {dtype} and shape {shape}")
         raw = self._bytes_of(node, dtype.itemsize * math.prod(shape))
         return np.frombuffer(raw, dtype).reshape(shape) if raw else np.empty(shape, dtype)
 
@@ -327,6 +335,13 @@ class _Decoder:
         if node.get("parameter"):
             return torch.nn.Parameter(tensor, requires_grad=node.get("requires_grad", False))
         return tensor.requires_grad_() if node.get("requires_grad") else tensor
+
+
+def _list_of(node: dict) -> list[Any]:
+    """The JSON list of a container."""
+    if type(node["v"]) is not list:
+        raise TypeError(f"the elements of a {node['!']} are a {type(node['v']).__name__}")
+    return node["v"]
 
 
 def _torch_module() -> Any:
@@ -358,10 +373,10 @@ _DECODERS: Mapping[str, Callable[[_Decoder, dict], Any]] = {
     "bytes": lambda self, node: base64.b64decode(node["v"], validate=True),
     "bytearray": lambda self, node: bytearray(base64.b64decode(node["v"], validate=True)),
     "range": lambda self, node: range(*(int(n, 16) for n in node["v"])),
-    "tuple": lambda self, node: tuple(self.decode(node["v"])),
-    "deque": lambda self, node: deque(self.decode(node["v"]), node["max"]),
-    "set": lambda self, node: set(self.decode(node["v"])),
-    "frozenset": lambda self, node: frozenset(self.decode(node["v"])),
+    "tuple": lambda self, node: tuple(self.elements(node)),
+    "deque": lambda self, node: deque(self.elements(node), node["max"]),
+    "set": lambda self, node: set(self.elements(node)),
+    "frozenset": lambda self, node: frozenset(self.elements(node)),
     "dict": lambda self, node: dict(self._pairs(node)),
     "OrderedDict": lambda self, node: OrderedDict(self._pairs(node)),
     "Counter": _Decoder._counter,
@@ -372,5 +387,5 @@ _DECODERS: Mapping[str, Callable[[_Decoder, dict], Any]] = {
     "torch": _Decoder._tensor,
     "torch.dtype": lambda self, node: _dtype(node["v"]),
     "torch.device": lambda self, node: _torch_module().device(node["v"]),
-    "torch.Size": lambda self, node: _torch_module().Size(node["v"]),
+    "torch.Size": lambda self, node: _torch_module().Size(_list_of(node)),
 }
