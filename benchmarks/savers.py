@@ -169,6 +169,21 @@ class DCP(Asynchronous):
         return state
 
 
+class DCPSynchronous(DCP):
+    """``torch.distributed.checkpoint.save``: the step waits until it is written."""
+
+    def start(self, where: Path) -> Callable:
+        import torch.distributed.checkpoint as dcp
+
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(self.payload(), checkpoint_id=where, no_dist=True)
+        return lambda: None
+
+    def saved(self, step: int) -> None:
+        super().saved(step)
+        self.flush()
+
+
 class DCPProcess(DCP):
     """The same by a process, which needs a process group; here one of a single rank."""
 
@@ -264,6 +279,7 @@ CONTESTANTS = (
     Contestant("safetensors", "safetensors save_file + fsync", Safetensors, waits=True),
     Contestant("torch_save", "torch.save + fsync", TorchSave, waits=True),
     Contestant("dcp", "torch DCP async_save", DCP),
+    Contestant("dcp_sync", "torch DCP save", DCPSynchronous, waits=True),
     Contestant("torchsnapshot", "TorchSnapshot async_take + fsync", TorchSnapshot, needs="torchsnapshot"),
     Contestant("torch_checkpointing", "torch_checkpointing async + fsync", TorchCheckpointing, needs="torch_checkpointing"),
 )
