@@ -64,8 +64,8 @@ def main() -> None:
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as cache:
             for kind in ("empty cache", "second process"):
-                done = subprocess.run([sys.executable, __file__, "--one", str(layers)], check=True, capture_output=True, text=True,
-                                      env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache})
+                done = subprocess.run([sys.executable, __file__, "--one", str(layers)], check=True, text=True,
+                                      capture_output=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache})
                 row = {"cache": kind, **json.loads(done.stdout)}
                 numbers["results"].append(row)
                 print("{layers:3} layers, {parameters:4} parameters, {cache:15}{compiles:3} C++ compiles{seconds:7.2f} s"

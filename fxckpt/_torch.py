@@ -451,6 +451,21 @@ def cache_folder() -> str:
     return cache_dir()
 
 
+def compiler_settings() -> tuple:
+    """All that decides what :func:`load_cpp` makes of a source, but the source: Inductor's settings for C++, the variables
+    it and compilers read, and what this processor can do, for which the code is made."""
+    from torch._inductor import config
+
+    chosen = sorted((k, repr(v)) for k, v in config.get_config_copy().items() if k.startswith("cpp"))
+    variables = [(k, os.environ.get(k)) for k in ("CXX", "CXXFLAGS", "CPATH", "ATEN_CPU_CAPABILITY")]
+    try:
+        with open("/proc/cpuinfo") as file:
+            processor = sorted({line for line in file if line.startswith(("flags", "Features", "model name"))})
+    except OSError:
+        processor = [torch.backends.cpu.get_cpu_capability()]
+    return chosen, variables, processor
+
+
 def load_cpp(source: str) -> Any:
     """Compile C++ with Inductor's flags (vector units, OpenMP, its headers) and load it; a ``ctypes.CDLL``."""
     return _cpp_cache().load(source)

@@ -63,7 +63,7 @@ def _packed(state: tuple) -> dict[str, Any]:
 
 
 def _unpacked(state: Mapping[str, Any]) -> tuple:
-    return state["version"], tuple(int(word) for word in state["words"]), state["gauss"]
+    return state["version"], tuple(state["words"].tolist()), state["gauss"]  # an array: anything else may be endless
 
 
 def is_random_state(value: Mapping[str, Any]) -> bool:

@@ -154,10 +154,12 @@ def mutated(raw: bytes, steps: list) -> bytes:
     return raw
 
 
+ENDLESS = {"!": "range", "v": ["0x0", "0x7fffffffffff", "0x1"]}
+
 JUNK = st.recursive(
     st.sampled_from([None, True, False, 0, 1, -1, 2**31, 2**53, 2**63 - 1, 2**63, 10**30, 0.0, -0.5, 1e308, "", "!", "a", "..",
                      "/etc/passwd", "model.safetensors", "\ud800", "\0", "x" * 300, "U8", "F32", "C64", "<f4", "O", "torch",
-                     "U", "S", "V0", {"!": "range", "v": ["0x0", "0x7fffffffffff", "0x1"]}])
+                     "U", "S", "V0", ENDLESS])
     | st.integers() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["!", "v", "key", "dtype", "shape", "of", "max",
                   "a"]) | st.text(max_size=3), inner, max_size=4)
@@ -268,18 +270,18 @@ def test_any_record_with_a_right_digest_parses_to_sound_values_or_is_corrupt(tra
     campaign(CHANGES, one)
 
 
-def test_a_load_of_any_record_with_a_right_digest_is_right_or_refused(trained, tmp_path):
-    """What a record says is believed once its digest is right; but the tensors are those that were saved, or it says no."""
+def loading(trained, tmp_path) -> tuple[Any, Callable[[Any], None]]:
+    """A record's body, and what loads the checkpoint with another one in its place: the tensors are those that were saved, or
+    the load says no."""
     directory = tmp_path / "d"
     shutil.copytree(trained[0], directory)
     shutil.rmtree(directory / "step-000000001")
     file = directory / "step-000000002" / "commit.json"
-    body = json.loads(file.read_bytes())
     live, before = build(1), stored(directory / "step-000000002")
     random_before = torch.get_rng_state()
 
-    def one(changes: list) -> None:
-        file.write_bytes(sealed(changed(body, changes)))
+    def one(body: Any) -> None:
+        file.write_bytes(sealed(body))
         model, opt, extra = live
         try:
             fxckpt.load(directory, model=model, optimizer=opt, extra={"e": extra})
@@ -291,7 +293,23 @@ def test_a_load_of_any_record_with_a_right_digest_is_right_or_refused(trained, t
         now = {name: tensor for name, tensor in snapshot(model).items() if name in before}
         assert differences(now, {name: before[name] for name in now}) == []
 
-    campaign(CHANGES, one)
+    return json.loads(file.read_bytes()), one
+
+
+def test_a_load_of_any_record_with_a_right_digest_is_right_or_refused(trained, tmp_path):
+    """What a record says is believed once its digest is right."""
+    body, one = loading(trained, tmp_path)
+    campaign(CHANGES, lambda changes: one(changed(body, changes)))
+
+
+def test_a_load_is_right_or_refused_with_an_endless_range_in_place_of_each_value(trained, tmp_path):
+    """Chance rarely puts the worst into the one place where nobody expects it."""
+    body, one = loading(trained, tmp_path)
+    paths = places(body)
+    assert len(paths) > 300
+    with bounded():
+        for place in range(len(paths)):
+            one(changed(body, [(place, "set", ENDLESS)]))
 
 
 def test_any_header_is_read_as_the_safetensors_package_reads_it_or_is_corrupt(trained):

@@ -60,6 +60,19 @@ def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
     assert again.ckpt._run.steppers[0].members[0].flat
 
 
+def test_code_that_was_made_for_another_processor_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
+    params, made, generate = [torch.nn.Parameter(torch.randn(6))], [], inductor._generate
+    monkeypatch.setattr(inductor, "_generate", lambda program: made.append(program) or generate(program))
+    for processor in ("this one", "this one", "another one"):
+        monkeypatch.setattr(inductor, "_compiled", {})
+        monkeypatch.setattr(inductor._torch, "compiler_settings", lambda processor=processor: processor)
+        opt = make(torch.optim.SGD, params, "inductor", momentum=0.9)
+        steps(params, opt)
+        opt.ckpt.shutdown()
+    assert len(made) == 2
+
+
 @pytest.mark.parametrize(("worth", "groups"), [(256, [4, 1]), (1, [1, 3, 1])], ids=["too few for two threads", "in two halves"])
 def test_single_tensor_kernels_run_over_lists_with_the_same_bits(monkeypatch, worth, groups):
     monkeypatch.setattr(updates, "WORTH_SHARING", worth)

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ def compile_body(program: Program) -> Update:
 
 def _compile(program: Program) -> Update:
     began = time.perf_counter()
-    library = _torch.load_cpp(_source(program))
+    library = _library(program)
     log.debug("compiled the update of %s for %s in %.1f s", program.signature.optimizer.__name__, program.signature.dtype,
               time.perf_counter() - began)
     function = library.update_all
@@ -145,18 +146,23 @@ def _compile(program: Program) -> Update:
     return function
 
 
-def _source(program: Program) -> str:
-    """The C++ of this program, from the cache of an earlier process if it is there."""
+def _library(program: Program) -> ctypes.CDLL:
+    """The code of this program, from the cache of an earlier process if it is there.
+
+    Before Inductor's own cache finds its file it compiles and runs something for each kind of vector unit, in processes of
+    their own: most of a second. So the file lies here too, by all that it depends on, the processor included.
+    """
     told = (torch.__version__, program.body.code, program.scalars, program.dtypes, program.signature.dtype, BLOCK, _DRIVER)
-    path = Path(_torch.cache_folder(), "fxckpt", hashlib.sha256(repr(told).encode()).hexdigest() + ".cpp")
+    name = hashlib.sha256(repr((*told, _torch.compiler_settings())).encode()).hexdigest()
+    path = Path(_torch.cache_folder(), "fxckpt", f"{name}.so")
     if path.exists():
-        return path.read_text()
-    source = _generate(program)
+        return ctypes.CDLL(str(path))
+    library = _torch.load_cpp(_generate(program))
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f".{os.getpid()}")
-    new.write_text(source)
+    shutil.copyfile(library._name, new)
     new.replace(path)  # whole or not at all
-    return source
+    return library
 
 
 def _generate(program: Program) -> str:
