@@ -1,7 +1,8 @@
 """How long compiling the update takes: GPTs of growing depth, AdamW with ``update="inductor"``.
 
 Each model is stepped in a new process with an empty cache, and then in another one with the cache of the first. The time
-is that of the first two steps, of which one compiles; a C++ file that Inductor's cache has after it and had not before is one compile.
+is that of the first two steps, of which one compiles; a C++ file that Inductor's cache has after them and had not before
+is one compile.
 
     python benchmarks/compile_time.py [--json benchmarks/results/compile_time.json]
 """
