@@ -49,6 +49,7 @@ class Run:
         self.saver = Saver(engine, store, max_async=config.max_async)
         self.schedule = Schedule(config.every)
         self.steppers = [Stepper(opt, config.update, self._name_of) for opt in self.optimizers]
+        self._stepper_of = {id(stepper.opt): stepper for stepper in self.steppers}
         self.number = ops.register_port(self)
         self.devices = devices or cuda.Devices()
         self.ordinals = self.devices.all_of(p for opt in optimizers for g in opt.param_groups for p in g["params"])
@@ -125,8 +126,7 @@ class Run:
 
     def _arrangement(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
-        known = self.saver.started > 0 and not self.inventory.positional
-        return tuple(sum(len(g["params"]) for g in o.param_groups) for o in self.optimizers), known or registry.traces.version
+        return (self.saver.started > 0 and not self.inventory.positional) or registry.traces.version
 
     def _arrange(self) -> None:
         """Number the layers of all optimizers in the engine's order (see plan.engine_layers) and write their graphs."""
@@ -215,15 +215,19 @@ class Run:
             return self._step(opt, closure)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable | None) -> Any:
-        """One attempt, with the clock of steps around it."""
-        self._refuse_mixture()
-        if self.active:
+        """One attempt, with the clock of steps around it. What it does when nothing is to be done costs each step: little, and
+        as few calls as can be, for after a backward pass all of this code is cold."""
+        if self.spoiled is not None:
+            self._refuse_mixture()
+        if not (self._store_checked or self.stopped):
             self._check_store()
-        stepper = next(s for s in self.steppers if s.opt is opt)
+        stepper = self._stepper_of[id(opt)]
         leads = stepper is self.steppers[-1]
         if leads or not self.in_turn:
             self._before_step()
-        self._check_turns(stepper, leads)
+        stepper.stepped = True
+        if len(self.steppers) > 1:
+            self._check_turns(stepper, leads)
         if self._found_inf(opt):
             if leads:
                 self.attempts += 1
@@ -241,7 +245,6 @@ class Run:
 
     def _check_turns(self, stepper: Stepper, leads: bool) -> None:
         """With several optimizers: does the one that leads step after the others? Say so if not."""
-        stepper.stepped = True
         if not leads and self._open is not None and self.in_turn:
             self._open.give_up(f"{type(stepper.opt).__name__} stepped after it in the same turn")
             self._open = None
@@ -254,9 +257,8 @@ class Run:
                         "put the optimizer that steps last at the end of the list", type(self.optimizers[-1]).__name__)
 
     def _refuse_mixture(self) -> None:
-        if self.spoiled is not None:
-            raise SetupError(f"the model holds parts of a corrupt checkpoint: {self.spoiled}. Build the model, the optimizer and "
-                             "the run anew.")
+        raise SetupError(f"the model holds parts of a corrupt checkpoint: {self.spoiled}. Build the model, the optimizer and the "
+                         "run anew.")
 
     def _before_step(self) -> None:
         """Close the step before this one, and raise what went wrong since, if the user asked for that."""
@@ -339,7 +341,7 @@ class Run:
 
     def _is_due(self) -> bool:
         """Does the step that is about to run begin a checkpoint? Ask once a step: the schedule counts."""
-        if not self.active:
+        if self.stopped:
             return False
         stalled = 0.0 if self.schedule.waits else self.stall_seconds()  # what every=N does not ask costs a look at the engine
         return bool(self.ending) or self.schedule.due(self.attempts + 1, stalled)
@@ -361,10 +363,9 @@ class Run:
 
     def _check_store(self) -> None:
         """Raises StoreNotLoaded before the first checkpoint would join others that were never looked at."""
-        if not self._store_checked:
-            if self.store is not None:
-                self.store.require_loaded()
-            self._store_checked = True
+        if self.store is not None:
+            self.store.require_loaded()
+        self._store_checked = True
 
     def _current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
@@ -665,12 +666,14 @@ class Run:
 
     def _begin_save(self, name: str | None) -> Pending:
         """Hand all layers over as they are now, and close."""
-        self._refuse_mixture()
+        if self.spoiled is not None:
+            self._refuse_mixture()
         if any(stepper.halfway for stepper in self.steppers):
             raise SetupError("opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
                              "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here.")
         self.close_step()
-        self._check_store()
+        if not self._store_checked:
+            self._check_store()
         self.refresh()
         pending = self._current = self.saver.begin(self.attempts, self._current_layout(), wait=True, name=name)
         pending.turn = self.in_turn

@@ -135,7 +135,9 @@ class Saver:
             return len(self._flying)
 
     def under_way(self) -> list[Pending]:
-        """The checkpoints begun and not ended yet, oldest first."""
+        """The checkpoints begun and not ended yet, oldest first. Only the training thread begins one."""
+        if not self._flying:
+            return []
         with self._lock:
             return list(self._flying)
 

@@ -161,7 +161,7 @@ class Stepper:
         return (self._state is not state or len(state) != len(self._states)
                 or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
                 or self._restructured()
-                or not all(map(operator.is_, self._grouped(), self._params))
+                or self._regrouped()
                 or self._moved(copies or self.rehearsal is not None))
 
     def _restructured(self) -> bool:
@@ -176,6 +176,11 @@ class Stepper:
         lists = any(isinstance(value, list) for name, value in zip(names, values) if name != "params")
         self._names, self._values = ([], []) if changed or lists else (names, values)
         return changed
+
+    def _regrouped(self) -> bool:
+        """Are the parameters of the groups other ones, or more or fewer?"""
+        given = list(self._grouped())
+        return len(given) != len(self._params) or not all(map(operator.is_, given, self._params))
 
     def _moved(self, copies: bool) -> bool:
         """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
@@ -319,10 +324,9 @@ class Stepper:
         counts = [t for m in self.members for _, t in m.counts()]
         clocks = self._clocks = tuple(rewrite.Clock() for _ in self.layers)
         module = rewrite.build(self.layers, first, self._layer_update, self._scalars, bool(counts))
-        bare = rewrite.build_bare(self._bare_update, self._scalars)
         sizes = {layer.name: sum(t.nbytes for m in owned for _, t in m.tensors())
                  for layer, owned in zip(self.layers, self._owned)}
-        self.graph = rewrite.StepGraph(self.layers, self.edges, module, bare, sizes, clocks)
+        self.graph = rewrite.StepGraph(self.layers, self.edges, module, sizes, clocks)
         log.debug("wrote the StepGraph: %d layers in the order %s", len(self.layers), [layer.name for layer in self.layers])
         self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
         self._count_tensors = counts
@@ -355,10 +359,6 @@ class Stepper:
             clock.add(perf_counter() - start)
 
         return run
-
-    def _bare_update(self, step: Inputs) -> None:
-        for call in self._all_calls:
-            call(step)
 
     def _scalars(self, counts: Sequence[torch.Tensor] = ()) -> Inputs:
         """Advance the counts (the graph passes them to show what is changed) and compute every cohort's scalars."""
@@ -433,13 +433,16 @@ class Stepper:
         self._done, self._gradients = set(), []
 
     def run(self, number: int | None) -> None:
-        """One step of all that has a gradient: with the ops of run ``number``, or bare when it is None."""
+        """One step of all that has a gradient: through the graph, with the ops of run ``number``; or, when it is None, in as
+        few calls as update all layers at once."""
         if not self._gradients:  # else they were read since the last binding
             self._gradients = list(map(gradient_of, self._params))
         if self.rehearsal is None:
             self._classify()
         if number is None:
-            self.graph.bare.forward()
+            step = self._scalars()
+            for call in self._all_calls:
+                call(step)
         else:
             self.graph.module.forward(number, *self._inputs)
         self._done, self._gradients = set(), []  # whoever drops them has their memory back

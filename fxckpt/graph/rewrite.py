@@ -3,9 +3,8 @@
     scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
 
 The graph is what runs. Its inputs are the run's number and, for each layer, the list of tensors the layer owns
-(parameters, then optimizer state), so the data flow between the nodes is explicit. Two variants come from here:
-``build`` with checkpoint ops, and ``build_bare``, one update for all, for steps on which nothing is pending and nothing
-starts.
+(parameters, then optimizer state), so the data flow between the nodes is explicit. On a step on which nothing is pending
+and nothing starts, the same updates run over all layers at once, without a graph (stepper.py).
 """
 
 from __future__ import annotations
@@ -73,7 +72,6 @@ class StepGraph:
     layers: tuple[Layer, ...]
     edges: tuple[tuple[str, str], ...]
     module: fx.GraphModule
-    bare: fx.GraphModule
     sizes: dict[str, int] = field(default_factory=dict)
     clocks: tuple[Clock, ...] = ()
 
@@ -158,13 +156,6 @@ def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable]
         _call(graph, root, f"update_{label}", update(i), (tensors, values))
         graph.call_function(ops.ckpt_emit, (tensors, run, first + i, layer.name))
     return _finish(graph, root, "StepGraph")
-
-
-def build_bare(update: Callable, scalars: Callable) -> fx.GraphModule:
-    """The variant without checkpoint ops: ``() -> None``."""
-    graph, root = fx.Graph(), torch.nn.Module()
-    _call(graph, root, "update", update, (_call(graph, root, "scalars", scalars, ()),))
-    return _finish(graph, root, "BareStepGraph")
 
 
 def _call(graph: fx.Graph, root: torch.nn.Module, name: str, function: Callable, args: tuple) -> fx.Node:

@@ -14,6 +14,7 @@ Two ways in, because two kinds of kernels exist:
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class Signature:
     tensors: tuple[tuple[Key, torch.dtype, tuple[int, ...]], ...] = ()  # hyperparameters that are tensors (lr=tensor(...))
     shape: tuple | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
 
-    @property
+    @functools.cached_property
     def hyperparameters(self) -> tuple[Key, ...]:
         """The inputs that come from the parameter group, numbers first, in the order in which a program takes them."""
         return tuple(key for key, _ in self.numeric) + tuple(key for key, _, _ in self.tensors)
