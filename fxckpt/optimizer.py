@@ -197,13 +197,12 @@ def stepped_class(base: type) -> type:
     """The subclass of ``base`` whose step is ours. Pickles and copies are of ``base``: a run belongs to one process and one
     optimizer."""
 
-    @torch.compiler.disable
     def step(self, closure=None):
         return self._fxckpt_handle._run.step(self, closure)
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())
     return disguised(base, {
-        "step": _torch.hooked(step), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
+        "step": _torch.hooked(_torch.untraced(step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
         "ckpt": property(lambda self: self._fxckpt_handle),
     })
 

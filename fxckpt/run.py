@@ -143,6 +143,7 @@ class Run:
         """Have autograd tell when a gradient of the next backward arrives; see _torch.gradient_accumulator."""
         this = weakref.ref(self)
 
+        @_torch.untraced
         def arrived(*_: Any) -> None:
             run = this()
             if run is not None and run._open is not None and not run.in_turn:

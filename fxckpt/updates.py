@@ -28,11 +28,6 @@ class Inputs(NamedTuple):
     scalars: Sequence[tuple]
     gradients: Sequence[torch.Tensor | None] | Mapping[int, torch.Tensor | None]
 
-    def of(self, members: Sequence[int]) -> list[torch.Tensor]:
-        """The gradients of members, by their numbers."""
-        gradients = self.gradients
-        return [gradients[i] for i in members]
-
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
@@ -116,24 +111,34 @@ def _native_calls(cohort: Cohort, members: Sequence[Member]) -> list[Callable]:
     on_cpu = all(m.param.device.type == "cpu" for m in members)
     listed = lists.over_lists(program) if on_cpu or program.style == "columns" else None
     if listed is None:
-        return [_EachCall(cohort, members)]
+        return [_EachCall(cohort, program, members)]
     if not on_cpu:
-        return [_ColumnsCall(cohort, listed, members)]
+        return [_ColumnsCall(cohort, listed, [members])]
     tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
     # What a rehearsal noted may be any operator, and some have other bits on one core: a product of matrices.
     known = program.signature.implementation != "rehearsed"
     small = [known and all(t.numel() < lists.PARALLEL for t in row) for row in zip(*tensors)]
-    fused = program.signature.implementation == "fused"  # such a kernel goes over a tensor once, whatever is in the cache
     calls: list[Callable] = []
     for serial in (True, False):
         chosen = [m for m, is_small in zip(members, small) if is_small == serial]
         rows = [[t for t, is_small in zip(column, small) if is_small == serial] for column in tensors]
-        if fused and not serial:
-            parts = [slice(0, len(chosen))] if chosen else []
-        else:
-            parts = lists.groups(rows, 2 if serial and len(chosen) * _kernels(listed) >= WORTH_SHARING else 1)
-        calls += [_ColumnsCall(cohort, listed, chosen[part], serial) for part in parts]
+        if serial:
+            parts = lists.groups(rows, 2 if len(chosen) * _kernels(listed) >= WORTH_SHARING else 1)
+            calls += [_ColumnsCall(cohort, listed, [chosen[part]], True) for part in parts]
+        elif chosen:
+            calls += _large_calls(cohort, listed, chosen, rows)
     return calls
+
+
+def _large_calls(cohort: Cohort, listed: Program, members: Sequence[Member], rows: Sequence[Sequence]) -> list[Callable]:
+    """Calls on tensors of which PyTorch gives each to all cores; ``rows`` the members' tensors, by column."""
+    if listed.signature.implementation == "fused":  # such a kernel goes over a tensor once, whatever is in the cache
+        return [_ColumnsCall(cohort, listed, [members])]
+    groups = [members[part] for part in lists.groups(rows)]
+    alone = [m for group in groups for m in group if len(group) == 1] if cohort.program.style == "each" else []
+    together = [group for group in groups if group[0] not in alone]
+    calls: list[Callable] = [_EachCall(cohort, lists.by_methods(cohort.program), alone)] if alone else []
+    return [*calls, _ColumnsCall(cohort, listed, together)] if together else calls
 
 
 def _kernels(program: Program) -> int:
@@ -188,7 +193,7 @@ class _CompiledCall:
         self.changed = [m.bound(kind, key) for m in members for kind, key in inputs if kind != "grad"]
 
     def __call__(self, step: Inputs) -> None:
-        gradients = step.of(self.indices)
+        gradients = list(map(step.gradients.__getitem__, self.indices))
         if not (self.contiguous and all(map(torch.Tensor.is_contiguous, gradients))
                 and set(map(_dtype_of, gradients)) == {self.params[0].dtype}):
             gradients = list(map(inductor.same_order, gradients, self.params))
@@ -201,9 +206,9 @@ class _CompiledCall:
 class _EachCall:
     """Single-tensor kernels, one parameter after the other."""
 
-    def __init__(self, cohort: Cohort, members: Sequence[Member]):
-        self.index, self.function = cohort.index, cohort.program.body.forward
-        kinds = cohort.program.inputs
+    def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member]):
+        self.index, self.function = cohort.index, program.body.forward
+        kinds = program.inputs
         self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
         self.rows = [(m.index, [m.bound(kind, key) for kind, key in kinds]) for m in members]
 
@@ -216,19 +221,20 @@ class _EachCall:
 
 
 class _ColumnsCall:
-    """List kernels (foreach, fused) over all of these parameters at once. ``serial``: PyTorch uses one core for each."""
+    """List kernels (foreach, fused) over groups of parameters. ``serial``: PyTorch uses one core for each."""
 
-    def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member], serial: bool = False):
+    def __init__(self, cohort: Cohort, program: Program, groups: Sequence[Sequence[Member]], serial: bool = False):
         self.serial = serial
-        self.kernels = len(members) * _kernels(program)
+        self.kernels = sum(map(len, groups)) * _kernels(program)
         self.index, self.function = cohort.index, program.body.forward
         kinds = program.inputs
-        self.params = [m.param for m in members]
-        self.indices = [m.index for m in members]
         self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
-        self.columns = [[m.bound(kind, key) for m in members] for kind, key in kinds]
+        self.groups = [([m.index for m in members], [[m.bound(kind, key) for m in members] for kind, key in kinds])
+                       for members in groups]
 
     def __call__(self, step: Inputs) -> None:
-        columns = self.columns.copy()
-        columns[self.grad_at] = step.of(self.indices)
-        self.function(*columns, *step.scalars[self.index])
+        scalars, gradient, function, grad_at = step.scalars[self.index], step.gradients.__getitem__, self.function, self.grad_at
+        for indices, columns in self.groups:
+            args = columns.copy()
+            args[grad_at] = list(map(gradient, indices))
+            function(*args, *scalars)

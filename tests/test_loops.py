@@ -526,3 +526,37 @@ def test_a_closure_that_runs_the_model_several_times():
 
     both(loop, lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
          lambda m: torch.optim.LBFGS(m.parameters(), lr=0.5, max_iter=4))
+
+
+def test_a_loop_that_is_compiled_with_its_step_breaks_there_and_none_of_our_code_is_traced(tmp_path):
+    """Stepping inside what the user compiles: one graph break, ``torch.compiler.disable``'s, and the bits of eager."""
+    from torch._dynamo.utils import counters
+
+    def train(model, opt, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        opt.step()
+        return loss.detach() * 2
+
+    def trained(run, where):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+        fxckpt.compile_step(opt, where, model=model, every=2, update="native")
+        for _ in range(4):
+            run(model, opt, torch.ones(2, 4))
+            opt.zero_grad()
+        opt.ckpt.flush()
+        done = opt.ckpt.statistics()["checkpoints_committed"]
+        opt.ckpt.shutdown()
+        return done, [p.detach().clone() for p in model.parameters()]
+
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = []
+    compiled = torch.compile(train, backend=lambda module, _: graphs.append(module) or module.forward)
+    (committed, weights), (_, eager) = trained(compiled, tmp_path / "compiled"), trained(train, tmp_path / "eager")
+    assert committed == 2 and all(torch.equal(a, b) for a, b in zip(weights, eager))
+    breaks = [text.split("\n")[0] for text in counters["graph_break"]]
+    assert sorted(breaks) == ["Skip calling `torch.compiler.disable()`d function", "Unsupported Tensor.backward() call"]
+    assert len([g for g in graphs if any(n.op.startswith("call") for n in g.graph.nodes)]) == 2

@@ -103,6 +103,26 @@ def over_lists(program: Program) -> Program | None:
     return replace(program, style="columns", body=fx.GraphModule(torch.nn.Module(), graph, "ListUpdate"))
 
 
+@functools.lru_cache(256)
+def by_methods(program: Program) -> Program:
+    """The same program with methods of ``torch.Tensor``, as PyTorch's own step calls them: for one tensor at a time they take
+    less than operators or lists of one."""
+    graph, mapping = fx.Graph(), {}
+    graph.output(graph.graph_copy(program.body.graph, mapping))
+    for node in program.body.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and node.target in _FORMS:
+            target = _over_its_temporary(node) or node.target
+            mapping[node].target = getattr(torch.Tensor, target._schema.name.removeprefix("aten::"))
+    graph.lint()
+    return replace(program, body=fx.GraphModule(program.body, graph, "TensorUpdate"))
+
+
+def _over_its_temporary(node: fx.Node) -> Any:
+    """The operator that writes its result over its first operand, if nobody else wants that; else None."""
+    in_place = _IN_PLACE.get(node.target)
+    return in_place if in_place is not None and _is_spent(node.args[0], node) else None
+
+
 def _widened(node: fx.Node, tensors: set[fx.Node], graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """An operator without a list form, over lists: a list kernel on one tensor, its result, or any other one in a loop. None
     where a tensor stands inside an argument."""
@@ -157,7 +177,7 @@ def _form(node: fx.Node, tensors: set[fx.Node]) -> Callable | None:
         return None
     if "" in forms:
         return forms[""]
-    if (in_place := _IN_PLACE.get(node.target)) is not None and _is_spent(node.args[0], node):
+    if (in_place := _over_its_temporary(node)) is not None:
         forms = _FORMS[in_place]  # a new tensor costs its page faults; the bits are the same
     second = _LIST if node.args[1] in tensors else _SCALAR
     if second == _SCALAR and "alpha" in node.kwargs:
