@@ -558,5 +558,5 @@ def test_a_loop_that_is_compiled_with_its_step_breaks_there_and_none_of_our_code
     (committed, weights), (_, eager) = trained(compiled, tmp_path / "compiled"), trained(train, tmp_path / "eager")
     assert committed == 2 and all(torch.equal(a, b) for a, b in zip(weights, eager))
     breaks = [text.split("\n")[0] for text in counters["graph_break"]]
-    assert sorted(breaks) == ["Skip calling `torch.compiler.disable()`d function", "Unsupported Tensor.backward() call"]
+    assert {text for text in breaks if "torch.compiler.disable" not in text} == {"Unsupported Tensor.backward() call"}
     assert len([g for g in graphs if any(n.op.startswith("call") for n in g.graph.nodes)]) == 2
