@@ -159,7 +159,8 @@ def untraced(function: Callable) -> Callable:
     """
     disabled = torch.compiler.disable(function)
     try:
-        from torch._C._dynamo.eval_frame import get_eval_frame_callback, skip_code
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+        from torch._dynamo.eval_frame import skip_code
     except ImportError:
         return disabled
 

@@ -278,3 +278,14 @@ def test_active_modes_are_seen():
     with torch.device("cpu"):
         assert _torch.modes_active()
     assert not _torch.modes_active()
+
+
+def test_dynamo_is_asked_before_it_is_turned_off_with_this_torch():
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    seen = []
+    function = _torch.untraced(lambda: seen.append(get_eval_frame_callback()))
+    assert not hasattr(function, "_torchdynamo_orig_callable"), "it is torch.compiler.disable itself"
+    function()
+    torch.compile(lambda x: (torch._dynamo.graph_break(), function(), x + 1)[2], backend="eager")(torch.ones(1))
+    assert seen == [None, None]

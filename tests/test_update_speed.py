@@ -60,6 +60,20 @@ def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
     assert again.ckpt._run.steppers[0].members[0].flat
 
 
+def test_code_that_is_not_whole_is_made_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
+    params = [torch.nn.Parameter(torch.randn(6))]
+    for _ in range(2):
+        monkeypatch.setattr(inductor, "_compiled", {})
+        opt = make(torch.optim.SGD, params, "inductor", momentum=0.9)
+        steps(params, opt)
+        opt.ckpt.shutdown()
+        (library,) = (tmp_path / "fxckpt").iterdir()
+        assert library.stat().st_size > 1000
+        library.unlink()  # before another one gets its name: this process has it mapped
+        library.write_bytes(b"")
+
+
 def test_code_that_was_made_for_another_processor_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
     params, made, generate = [torch.nn.Parameter(torch.randn(6))], [], inductor._generate

@@ -8,6 +8,7 @@ Scalars come in by address; a Python float would be baked in.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import logging
@@ -155,13 +156,16 @@ def _library(program: Program) -> ctypes.CDLL:
     told = (torch.__version__, program.body.code, program.scalars, program.dtypes, program.signature.dtype, BLOCK, _DRIVER)
     name = hashlib.sha256(repr((*told, _torch.compiler_settings())).encode()).hexdigest()
     path = Path(_torch.cache_folder(), "fxckpt", f"{name}.so")
-    if path.exists():
+    with contextlib.suppress(OSError):  # not there, or not whole
         return ctypes.CDLL(str(path))
     library = _torch.load_cpp(_generate(program))
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f".{os.getpid()}")
-    shutil.copyfile(library._name, new)
-    new.replace(path)  # whole or not at all
+    with open(library._name, "rb") as source, open(new, "wb") as copy:
+        shutil.copyfileobj(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())  # after a power cut it is whole or not there
+    new.replace(path)
     return library
 
 
