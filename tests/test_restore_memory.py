@@ -1,4 +1,5 @@
-"""Restoring peaks at no more than what is restored plus 64 MiB: no second copy of the model, whatever is restored into.
+"""Restoring peaks at no more than what is restored plus 64 MiB: no second copy of the model, whatever is restored into. And
+a run that saves peaks at no more above one that does not write than what it printed when it started.
 
 The kernel's own high-water mark of a process of its own, read from outside.
 """
@@ -40,6 +41,13 @@ if what == "save":
     run()
     step()
     opt.ckpt.shutdown()
+elif what in ("thread", "mock"):
+    fxckpt.compile_step(opt, "d", model=m, every=1, writer=what, update="native")
+    for _ in range(20):
+        step()
+    opt.ckpt.flush()
+    assert opt.ckpt.statistics()["checkpoints_failed"] == 0
+    ask()
 else:
     if what != "weights":
         run()
@@ -87,3 +95,20 @@ def test_restoring_peaks_at_the_state_plus_64_mib(what, new, nursery, tmp_path):
     assert peak >= before and after >= before + new * 0.9, "nothing was measured"
     assert peak - before <= new + 64 * MIB, f"{(peak - before) / MIB:.0f} MiB more at the peak, {new / MIB:.0f} of state"
     print(f"{what}: {(peak - before - new) / MIB:.1f} MiB beyond the state")
+
+
+def test_a_run_peaks_at_no_more_above_the_mock_than_what_it_printed_at_start(nursery, tmp_path):
+    script, peaks = tmp_path / "train.py", {}
+    script.write_text("import logging\nlogging.basicConfig(level=logging.INFO)\n" + SCRIPT)
+    for writer in ("mock", "thread"):
+        life = nursery.start(script, tmp_path / writer, WHAT=writer)
+        ready = tmp_path / writer / "ready"
+        until(lambda life=life, ready=ready: ready.exists() or not life.alive(), why=lambda life=life: life.output)
+        assert life.alive(), life.output
+        peaks[writer] = kilobytes(life.pid, "VmHWM")
+        (tmp_path / writer / "go").touch()
+        assert life.wait() is not None and life.returncode == 0, life.output
+    printed = int(re.search(r"memory at most (\d+) MiB", life.output)[1]) * MIB
+    more = peaks["thread"] - peaks["mock"]
+    assert more <= printed, f"{more / MIB:.0f} MiB above the mock, {printed / MIB:.0f} MiB printed"
+    print(f"{more / MIB:.1f} MiB above the mock, {printed / MIB:.0f} MiB printed")
