@@ -185,9 +185,9 @@ def _say(run: Run) -> None:
     config = run.config
     beside = BESIDE + RECORD * sum(len(group["params"]) for opt in run.optimizers for group in opt.param_groups)
     log.info("fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; memory at most %d MiB (%d threads x %d MiB + %d MiB "
-             "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=", run.directory,
-             config.every, config.keep, config.writer, run.engine.memory_bytes + beside >> 20, config.threads, config.chunk_mb,
-             run.engine.staging_bytes >> 20, beside >> 20)
+             "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=",
+             run.directory, config.every, config.keep, config.writer, run.engine.memory_bytes + beside >> 20, config.threads,
+             config.chunk_mb, run.engine.staging_bytes >> 20, beside >> 20)
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
     if config.writer == "monitor":
