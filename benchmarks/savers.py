@@ -146,22 +146,24 @@ class Asynchronous(Nothing):
             self.wait = None
 
 
+def dcp_alone() -> Any:
+    """``torch.distributed.checkpoint``, without its warning that there is no process group."""
+    import torch.distributed.checkpoint as dcp
+
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    return dcp
+
+
 class DCP(Asynchronous):
     """``torch.distributed.checkpoint.async_save``, by a thread."""
 
     syncs = True
 
     def start(self, where: Path) -> Callable:
-        import torch.distributed.checkpoint as dcp
-
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        return dcp.async_save(self.payload(), checkpoint_id=where, no_dist=True).result
+        return dcp_alone().async_save(self.payload(), checkpoint_id=where, no_dist=True).result
 
     def load(self, where: Path) -> dict:
-        import torch.distributed.checkpoint as dcp
-
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        state = self.payload()
+        dcp, state = dcp_alone(), self.payload()
         try:
             dcp.load(state, checkpoint_id=where, no_dist=True)
         except dcp.api.CheckpointException as error:  # no Exception, but a BaseException
@@ -173,15 +175,8 @@ class DCPSynchronous(DCP):
     """``torch.distributed.checkpoint.save``: the step waits until it is written."""
 
     def start(self, where: Path) -> Callable:
-        import torch.distributed.checkpoint as dcp
-
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(self.payload(), checkpoint_id=where, no_dist=True)
+        dcp_alone().save(self.payload(), checkpoint_id=where, no_dist=True)
         return lambda: None
-
-    def saved(self, step: int) -> None:
-        super().saved(step)
-        self.flush()
 
 
 class DCPProcess(DCP):

@@ -183,7 +183,7 @@ def _say(run: Run) -> None:
         log.warning("fxckpt is off (FXCKPT_DISABLE=1): no checkpoints")
         return
     config = run.config
-    beside = BESIDE + RECORD * sum(len(group["params"]) for opt in run.optimizers for group in opt.param_groups)
+    beside = BESIDE + RECORD * len(run.trained())
     log.info("fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; memory at most %d MiB (%d threads x %d MiB + %d MiB "
              "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=",
              run.directory, config.every, config.keep, config.writer, run.engine.memory_bytes + beside >> 20, config.threads,

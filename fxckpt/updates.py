@@ -134,9 +134,9 @@ def _large_calls(cohort: Cohort, listed: Program, members: Sequence[Member], row
     """Calls on tensors of which PyTorch gives each to all cores; ``rows`` the members' tensors, by column."""
     if listed.signature.implementation == "fused":  # such a kernel goes over a tensor once, whatever is in the cache
         return [_ColumnsCall(cohort, listed, [members])]
-    groups = [members[part] for part in lists.groups(rows)]
-    alone = [m for group in groups for m in group if len(group) == 1] if cohort.program.style == "each" else []
-    together = [group for group in groups if group[0] not in alone]
+    groups, each = [members[part] for part in lists.groups(rows)], cohort.program.style == "each"
+    alone = [group[0] for group in groups if each and len(group) == 1]
+    together = [group for group in groups if not (each and len(group) == 1)]
     calls: list[Callable] = [_EachCall(cohort, lists.by_methods(cohort.program), alone)] if alone else []
     return [*calls, _ColumnsCall(cohort, listed, together)] if together else calls
 

@@ -288,7 +288,7 @@ class _Decoder:
             raise ValueError("a key is given twice")
         return pairs
 
-    def elements(self, node: dict) -> list[Any]:
+    def _elements(self, node: dict) -> list[Any]:
         """What a container holds: never what a range stands for, which a few bytes make as long as memory."""
         return self.decode(_list_of(node))
 
@@ -373,10 +373,10 @@ _DECODERS: Mapping[str, Callable[[_Decoder, dict], Any]] = {
     "bytes": lambda self, node: base64.b64decode(node["v"], validate=True),
     "bytearray": lambda self, node: bytearray(base64.b64decode(node["v"], validate=True)),
     "range": lambda self, node: range(*(int(n, 16) for n in node["v"])),
-    "tuple": lambda self, node: tuple(self.elements(node)),
-    "deque": lambda self, node: deque(self.elements(node), node["max"]),
-    "set": lambda self, node: set(self.elements(node)),
-    "frozenset": lambda self, node: frozenset(self.elements(node)),
+    "tuple": lambda self, node: tuple(self._elements(node)),
+    "deque": lambda self, node: deque(self._elements(node), node["max"]),
+    "set": lambda self, node: set(self._elements(node)),
+    "frozenset": lambda self, node: frozenset(self._elements(node)),
     "dict": lambda self, node: dict(self._pairs(node)),
     "OrderedDict": lambda self, node: OrderedDict(self._pairs(node)),
     "Counter": _Decoder._counter,
