@@ -41,7 +41,7 @@ if what == "save":
     run()
     step()
     opt.ckpt.shutdown()
-elif what in ("thread", "mock"):
+elif what in ("thread", "monitor", "mock"):
     fxckpt.compile_step(opt, "d", model=m, every=1, writer=what, update="native")
     for _ in range(20):
         step()
@@ -97,10 +97,12 @@ def test_restoring_peaks_at_the_state_plus_64_mib(what, new, nursery, tmp_path):
     print(f"{what}: {(peak - before - new) / MIB:.1f} MiB beyond the state")
 
 
-def test_a_run_peaks_at_no_more_above_the_mock_than_what_it_printed_at_start(nursery, tmp_path):
+@pytest.mark.parametrize("writes", ["thread", "monitor"])
+def test_a_run_peaks_at_no_more_above_the_mock_than_what_it_printed_at_start(nursery, tmp_path, writes):
+    """With the monitor: the training process, the memory that it shares with the monitor included."""
     script, peaks = tmp_path / "train.py", {}
     script.write_text("import logging\nlogging.basicConfig(level=logging.INFO)\n" + SCRIPT)
-    for writer in ("mock", "thread"):
+    for writer in ("mock", writes):
         life = nursery.start(script, tmp_path / writer, WHAT=writer)
         ready = tmp_path / writer / "ready"
         until(lambda life=life, ready=ready: ready.exists() or not life.alive(), why=lambda life=life: life.output)
@@ -109,6 +111,6 @@ def test_a_run_peaks_at_no_more_above_the_mock_than_what_it_printed_at_start(nur
         (tmp_path / writer / "go").touch()
         assert life.wait() is not None and life.returncode == 0, life.output
     printed = int(re.search(r"memory at most (\d+) MiB", life.output)[1]) * MIB
-    more = peaks["thread"] - peaks["mock"]
+    more = peaks[writes] - peaks["mock"]
     assert more <= printed, f"{more / MIB:.0f} MiB above the mock, {printed / MIB:.0f} MiB printed"
     print(f"{more / MIB:.1f} MiB above the mock, {printed / MIB:.0f} MiB printed")
