@@ -365,6 +365,8 @@ class Saver:
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
         pending.layout.check_unchanged(pending)
+        if pending.given_up is not None:  # a later step looked first: what is on disk already, cancel() does not undo
+            raise Cancelled(pending.given_up)
         pending.keep.clear()
         if not self.remote:
             self.last_handed_over = pending.step

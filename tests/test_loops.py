@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fxckpt
 from fxckpt.graph import inductor
+from fxckpt.plan import Layout
+from fxckpt.saver import Pending
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +240,35 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
             opt.ckpt.flush()
     opt.ckpt.shutdown()
     assert 6 not in [found.step for found in fxckpt.checkpoints(tmp_path / "d")]
+
+
+def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durable_by_then(tmp_path, monkeypatch):
+    """The thread that commits is held where it has seen all copies end and has not looked for changes yet."""
+    check, durable, looked = Layout.check_unchanged, threading.Event(), threading.Event()
+
+    def late(layout: Layout, pending: Pending) -> None:
+        assert pending.copy.durable(60)
+        durable.set()
+        assert looked.wait(60)
+        check(layout, pending)
+
+    torch.manual_seed(0)
+    model = net()
+    opt = fxckpt.compile_step(adamw(model), tmp_path / "d", model=model, every=1, update="native")
+    plain(model, model, opt, 3)
+    opt.ckpt.flush()
+    monkeypatch.setattr(Layout, "check_unchanged", late)
+    plain(model, model, opt, 1)
+    opt.ckpt.end_step()
+    assert durable.wait(60)
+    with torch.no_grad():
+        model[3].weight.mul_(0.5)
+    plain(model, model, opt, 1)
+    looked.set()
+    with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 4"):
+        opt.ckpt.flush()
+    opt.ckpt.shutdown()
+    assert 4 not in [found.step for found in fxckpt.checkpoints(tmp_path / "d")]
 
 
 def muon_and_adamw(model: nn.Module) -> list[torch.optim.Optimizer]:
