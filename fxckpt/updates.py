@@ -68,8 +68,8 @@ class Cohort:
             self.spreads = [_spread(source, column) for source, column in zip(self.representative, self.others) if column]
         for spread in self.spreads:
             spread()
-        if self.compiled:  # a native update's may be tensors, on a device too
-            self.values[:len(values)] = values
+        if self.compiled:  # a native update's may be tensors on a device; some of these are tensors too, of any dtype
+            self.values[:len(values)] = list(map(float, values))
         return values
 
 
