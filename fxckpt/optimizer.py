@@ -207,7 +207,7 @@ def stepped_class(base: type) -> type:
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())
     return disguised(base, {
-        "step": _torch.hooked(_torch.untraced(step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
+        "step": _torch.untraced(_torch.hooked(step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
         "ckpt": property(lambda self: self._fxckpt_handle),
     })
 

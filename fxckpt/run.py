@@ -74,6 +74,7 @@ class Run:
         self.stopped = self._store_checked = self._said_order = False
         self._stepping = threading.RLock()  # a step, or a look at the graphs from another thread
         self._capturable = False  # all that a checkpoint takes could be captured at least once
+        self._unsaid = True  # tensors were bound since a step was described
         self._announced: list[Any] = []  # the bindings that were described last
         self._said: set[tuple[int, str]] = set()
         self._callback_error: Exception | None = None  # what on_layer raised in this step
@@ -112,6 +113,7 @@ class Run:
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
             stepper.bind(sharing)
+        self._unsaid = True
         self._arrange()
         self._hook_gradients()
         self._arranged = self._arrangement()
@@ -276,8 +278,8 @@ class Run:
 
     def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
         """One update, with a checkpoint if one is due."""
-        opt, loss, due = stepper.opt, None, leads and self._is_due()
-        self.refresh(due or self.engine.pending())
+        opt, loss, due, copying = stepper.opt, None, leads and self._is_due(), self.engine.pending()
+        self.refresh(due or copying)
         self._look_for_changes(stepper)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
@@ -301,23 +303,28 @@ class Run:
             stepper.halfway = True
             stepper.run_stock(first)
             self.refresh()
-        self._announce()
-        with torch.no_grad():
+        if self._unsaid or stepper.rehearsal is not None:
+            self._announce()
+        enabled = torch.is_grad_enabled()
+        _torch.set_grad_mode(False)
+        try:
             pending = self._begin() if due else None
             if whole:
                 self._emit_stepper(stepper, pending)
             else:
-                fenced = pending is not None or self.engine.pending()
                 stepper.halfway = True
-                stepper.run(self.number if fenced else None)
+                stepper.run(self.number if copying or pending is not None else None)
             if pending is not None:
                 self._emit_rest(pending, stepper)
+        finally:
+            _torch.set_grad_mode(enabled)
         stepper.halfway = False
         if leads:
             self.attempts += 1
             found = getattr(opt, "found_inf", None)
             self.applied.add(self.devices.later(found) if scaled and self._is_remote(found) else None)
-        self._raise_callback_error()
+        if self._callback_error is not None:
+            self._raise_callback_error()
         return loss
 
     def _raise_callback_error(self) -> None:
@@ -713,6 +720,7 @@ class Run:
     def _announce(self) -> None:
         """Say what runs a step, once for each way it runs, and what the snapshots of buffers may take."""
         bound = [(s.bound, s.whole, s.rehearsal is not None and s.rehearsal.proven) for s in self.steppers]
+        self._unsaid = False
         if bound == self._announced:
             return
         if not self._announced and (buffers := sum(t.nbytes for t in self.inventory.buffers.values())) >> 20:

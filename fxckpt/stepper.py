@@ -31,7 +31,7 @@ from fxckpt.updates import Cohort, Inputs, calls_for, gradient_of, shared
 
 log = logging.getLogger("fxckpt")
 
-_layout_of, _version_of = operator.attrgetter("layout"), operator.attrgetter("_version")
+_version_of, _params_of = operator.attrgetter("_version"), operator.itemgetter("params")
 
 
 class Member:
@@ -179,20 +179,20 @@ class Stepper:
 
     def _regrouped(self) -> bool:
         """Are the parameters of the groups other ones, or more or fewer?"""
-        given = list(self._grouped())
-        return len(given) != len(self._params) or not all(map(operator.is_, given, self._params))
+        count = sum(map(len, map(_params_of, self.opt.param_groups)))
+        return count != len(self._params) or not all(map(operator.is_, self._grouped(), self._params))
 
     def _moved(self, copies: bool) -> bool:
         """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
-        held = list(itertools.chain.from_iterable(map(dict.values, self._simple)))
+        held = itertools.chain.from_iterable(map(dict.values, self._simple))
         tensors, addresses = (self._tensors, self._addresses) if copies else (self._fixed, self._fixed_addresses)
-        return (len(held) != len(self._held) or not all(map(operator.is_, held, self._held))
+        return (sum(map(len, self._simple)) != len(self._held) or not all(map(operator.is_, held, self._held))
                 or list(map(torch.Tensor.data_ptr, tensors)) != addresses
-                or any(m.stale() for m in self._mixed))
+                or (bool(self._mixed) and any(m.stale() for m in self._mixed)))
 
     def _grouped(self) -> Iterator[torch.Tensor]:
         """The parameters of all groups."""
-        return itertools.chain.from_iterable(map(operator.itemgetter("params"), self.opt.param_groups))
+        return itertools.chain.from_iterable(map(_params_of, self.opt.param_groups))
 
     def replaced(self) -> list[str]:
         """Names of the members whose tensors are not those that were bound."""
@@ -378,8 +378,8 @@ class Stepper:
         if self.rehearsal is not None:
             return []  # such steps run whole
         self._gradients = list(map(gradient_of, self._params))
-        present = itertools.compress(self._gradients, [g is not None for g in self._gradients])
-        if not self._unready and set(map(_layout_of, present)) <= {torch.strided}:
+        layouts = map(getattr, self._gradients, itertools.repeat("layout"), itertools.repeat(torch.strided))  # None has none
+        if not self._unready and set(layouts) == {torch.strided}:
             return []
         return [m for m in self.members if (grad := m.param.grad) is not None
                 and (m.program is None or grad.layout != torch.strided)]
@@ -453,8 +453,8 @@ class Stepper:
         mask = [g is not None for g in self._gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, self._params)]
-        if (mask == self._mask and self._versions == self._versions_now()
-                and all(cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching)):
+        if (mask == self._mask and self._versions == self._versions_now() and not (self._branching and any(
+                not cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching))):
             return
         self._mask = mask
         self._versions = self._versions_now()

@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.profiler import ProfilerActivity, profile
 
 import fxckpt
 
@@ -81,6 +83,32 @@ def test_hooks_fire_once_on_every_path_also_after_load_state_dict(cls):
         backward(model)
         opt.step(closure) if step == 3 else opt.step()
     assert fired == ["pre", "post"] * 4
+
+
+@pytest.mark.parametrize("threads", ["this thread", "all threads"])
+def test_a_profiler_shows_the_step_as_pytorchs_own(threads):
+    model, opt, _ = make()
+    backward(model)
+    opt.step()
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=threads == "all threads")
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=config) as seen:
+        opt.step()
+    opt.step()
+    assert [e.name for e in seen.events() if e.name.startswith("Optimizer.step#")] == ["Optimizer.step#AdamW.step"]
+
+
+def test_hooks_for_all_optimizers_fire_once():
+    model, opt, _ = make()
+    fired = []
+    handles = [register_optimizer_step_pre_hook(lambda *_: fired.append("pre")),
+               register_optimizer_step_post_hook(lambda *_: fired.append("post"))]
+    backward(model)
+    opt.step()
+    opt.step()
+    for handle in handles:
+        handle.remove()
+    opt.step()
+    assert fired == ["pre", "post"] * 2
 
 
 def test_a_closure_is_evaluated_once_with_gradients_and_its_loss_returned():

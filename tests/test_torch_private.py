@@ -269,6 +269,20 @@ def test_hooks_that_an_inner_step_would_call_are_known():
     assert _torch.inner_hooks(derived)
 
 
+def test_a_profiler_sets_its_flag():
+    assert torch.autograd.profiler._is_profiler_enabled is False
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert torch.autograd.profiler._is_profiler_enabled is True
+    assert torch.autograd.profiler._is_profiler_enabled is False
+
+
+def test_gradients_are_turned_off_as_no_grad_does_it():
+    _torch.set_grad_mode(False)
+    assert not torch.is_grad_enabled()
+    _torch.set_grad_mode(True)
+    assert torch.is_grad_enabled()
+
+
 def test_active_modes_are_seen():
     from torch.utils._python_dispatch import TorchDispatchMode
 

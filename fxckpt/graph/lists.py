@@ -11,6 +11,7 @@ and an operator that has no list form runs in a loop.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -200,14 +201,17 @@ def groups(columns: Sequence[Sequence[torch.Tensor]], threads: int = 1) -> list[
     """Cut equally long columns into groups of at most ``GROUP_BYTES``, or of one member that is larger; for several
     threads into a multiple of their number that are about equally large, where there are so many members."""
     sizes = [sum(t.nbytes for t in row) for row in zip(*columns)]
-    most = GROUP_BYTES
+    if not sizes:
+        return []
     if threads > 1:
-        rounds = -(-sum(sizes) // (threads * GROUP_BYTES))
-        most = min(most, sum(sizes) / max(1, rounds * threads) + max(sizes, default=0) / 2)
-    out, first, size = [], 0, 0
-    for index, nbytes in enumerate(sizes):
-        if index > first and size + nbytes > most:
-            out.append(slice(first, index))
-            first, size = index, 0
-        size += nbytes
-    return [*out, slice(first, len(sizes))] if sizes else out
+        total, parts = sum(sizes) or 1, threads * max(1, -(-sum(sizes) // (threads * GROUP_BYTES)))
+        middles = [end - size / 2 for end, size in zip(itertools.accumulate(sizes), sizes)]
+        cuts = [i for i in range(1, len(sizes)) if middles[i] * parts // total != middles[i - 1] * parts // total]
+    else:
+        cuts, filled = [], 0
+        for index, size in enumerate(sizes):
+            if index and filled + size > GROUP_BYTES:
+                cuts.append(index)
+                filled = 0
+            filled += size
+    return [slice(first, end) for first, end in zip([0, *cuts], [*cuts, len(sizes)])]
