@@ -182,8 +182,7 @@ class _CompiledCall:
     def __init__(self, cohort: Cohort, members: Sequence[Member]):
         self.function, self.params = inductor.compile_body(cohort.program), [m.param for m in members]
         self.indices = [m.index for m in members]
-        inputs = cohort.program.inputs
-        self.grad_at = next(i for i, (kind, _) in enumerate(inputs) if kind == "grad")
+        inputs, self.grad_at = cohort.program.inputs, cohort.program.grad_at
         self.keep = members, cohort  # the addresses below are of their memory
         rows = [[0 if kind == "grad" else m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
         self.rows = np.array(rows, np.int64)
@@ -207,10 +206,8 @@ class _EachCall:
     """Single-tensor kernels, one parameter after the other."""
 
     def __init__(self, cohort: Cohort, program: Program, members: Sequence[Member]):
-        self.index, self.function = cohort.index, program.body.forward
-        kinds = program.inputs
-        self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
-        self.rows = [(m.index, [m.bound(kind, key) for kind, key in kinds]) for m in members]
+        self.index, self.function, self.grad_at = cohort.index, program.body.forward, program.grad_at
+        self.rows = [(m.index, [m.bound(kind, key) for kind, key in program.inputs]) for m in members]
 
     def __call__(self, step: Inputs) -> None:
         scalars, function, grad_at = step.scalars[self.index], self.function, self.grad_at
@@ -226,10 +223,8 @@ class _ColumnsCall:
     def __init__(self, cohort: Cohort, program: Program, groups: Sequence[Sequence[Member]], serial: bool = False):
         self.serial = serial
         self.kernels = sum(map(len, groups)) * _kernels(program)
-        self.index, self.function = cohort.index, program.body.forward
-        kinds = program.inputs
-        self.grad_at = next(i for i, (kind, _) in enumerate(kinds) if kind == "grad")
-        self.groups = [([m.index for m in members], [[m.bound(kind, key) for m in members] for kind, key in kinds])
+        self.index, self.function, self.grad_at = cohort.index, program.body.forward, program.grad_at
+        self.groups = [([m.index for m in members], [[m.bound(kind, key) for m in members] for kind, key in program.inputs])
                        for members in groups]
 
     def __call__(self, step: Inputs) -> None:

@@ -49,6 +49,11 @@ class Program:
         """What tells programs apart."""
         return self.signature, self.outcomes
 
+    @property
+    def grad_at(self) -> int:
+        """Which of ``inputs`` is the gradient, the one that is another tensor at every step."""
+        return [kind for kind, _ in self.inputs].index("grad")
+
     def asks(self, counts: Sequence[torch.Tensor], hypers: Sequence[Any]) -> tuple[bool, ...]:
         """How its branches go for these counts, which stay as they are, and hyperparameters."""
         if self.branches is None:
