@@ -151,17 +151,22 @@ def hooked(function: Callable) -> Callable:
 
     With no hook and no profiler none of that is to be done, and PyTorch's wrapper would take a fifth of a millisecond for it
     after a backward pass, when its code is cold. (An ``ExecutionTraceObserver`` without a profiler cannot be seen: its trace
-    lacks the region.) Private: ``Optimizer.profile_hook_step``, the flag of profilers, and the mark ``hooked``, without which
-    ``__setstate__`` wraps a second time and hooks fire twice (seen after ``load_state_dict``).
+    lacks the region.) Private: ``Optimizer.profile_hook_step``, the flags of profilers (one is a thread's own, one the legacy
+    profiler does not set), and the mark ``hooked``, without which ``__setstate__`` wraps a second time and hooks fire twice
+    (seen after ``load_state_dict``).
     """
     full, profiler = torch.optim.Optimizer.profile_hook_step(function), torch.autograd.profiler
     by_daemon = "KINETO_USE_DAEMON" in os.environ  # profiles begin from outside then, and set no flag
 
     @functools.wraps(function)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if getattr(profiler, "_is_profiler_enabled", True) or by_daemon or _has_hooks(self):
+        if profiler._is_profiler_enabled or torch.autograd._profiler_enabled() or by_daemon or _has_hooks(self):
             return full(self, *args, **kwargs)
-        return function(self, *args, **kwargs)
+        out = function(self, *args, **kwargs)
+        if _has_hooks(self):  # registered meanwhile, by a closure
+            for hook in (*self._optimizer_step_post_hooks.values(), *optimizer._global_optimizer_post_hooks.values()):
+                hook(self, args, kwargs)
+        return out
 
     wrapper.hooked = True
     return wrapper
@@ -800,7 +805,7 @@ def gradient_accumulator(param: torch.Tensor):
 
     A hook on the tensor itself is visible to Dynamo; one on this node is not. It lives only while somebody holds it.
     """
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         return param.view_as(param).grad_fn.next_functions[0][0]
 
 

@@ -23,7 +23,8 @@ class Handle:
 
     def save(self, name: str | None = None) -> None:
         """Take a full checkpoint of the state as it is now and wait until it is durable. Called in another thread than the one
-        that trains, it waits for the end of an ``opt.step()``; buffers and random generators are as that thread finds them.
+        that trains, it waits for the end of an ``opt.step()``; buffers and random generators are as that thread finds them,
+        which gradients exist is as when a step closed last, and of several optimizers each may have made another step.
 
         With ``name`` it goes to ``named/<name>/`` and is never recycled. Raises SaveFailed if it could not be written.
         """
@@ -31,13 +32,13 @@ class Handle:
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and return once every checkpoint that was started is durable. Call it where the step is complete,
-        in the thread that trains, or a scheduler's state may be that of the step before.
+        in the thread that trains, or a scheduler's state may be that of the step before; another thread waits for the end
+        of an ``opt.step()``.
 
         Raises the first failure that was not raised yet, TimeoutError after ``timeout`` seconds.
         """
         if self._run.active:
-            self._run.close_step()
-            self._run.saver.flush(timeout)
+            self._run.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """``flush``, then stop; training goes on without checkpoints. Also runs at exit. Idempotent."""
@@ -45,7 +46,7 @@ class Handle:
 
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
-        self._run.close_step()
+        self._run.end_step()
 
     def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
         """When this signal comes, finish the checkpoint of the current step, or take one of the next, and then do what would

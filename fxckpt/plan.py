@@ -99,11 +99,10 @@ class Layout:
     def check_unchanged(self, pending: Pending) -> None:
         """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
         tensor's name, and remembers it: a frozen one is copied with the buffers from now on. Version counters see in-place
-        operations, not those on ``.data``."""
+        operations, when they end, and not those on ``.data``."""
         with pending.looking:
             for number in [*self.number("frozen"), *self.number("update")]:
                 self.compare(pending, number)
-            pending.versions.clear()  # what changes from here on, no copy sees
 
     def compare(self, pending: Pending, number: int) -> None:
         """Raises Changed if a tensor of this layer has another version than after its step."""

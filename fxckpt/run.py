@@ -72,7 +72,8 @@ class Run:
         self._unstable: set[str] = set()
         self._arranged: Any = None
         self.stopped = self._store_checked = self._said_order = False
-        self._stepping = threading.RLock()  # a step, or a look at the graphs from another thread
+        self._stepping = threading.RLock()  # a step, or what another thread may do only between two
+        self._present: list[list[str]] = [[] for _ in self.optimizers]  # parameters that had gradients when a step closed
         self._capturable = False  # all that a checkpoint takes could be captured at least once
         self._unsaid = True  # tensors were bound since a step was described
         self._announced: list[Any] = []  # the bindings that were described last
@@ -148,8 +149,11 @@ class Run:
         @_torch.untraced
         def arrived(*_: Any) -> None:
             run = this()
-            if run is not None and run._open is not None and not run.in_turn:
-                run.close_step()
+            if run is None:
+                return
+            run.saver.beats += 1
+            if run._open is not None and not run.in_turn:
+                run.close_step(in_backward=True)
 
         for stepper in self.steppers:
             for param in (m.param for m in stepper.members):
@@ -215,6 +219,8 @@ class Run:
                              "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
                              "opt.step() outside.")
         with self._stepping:
+            self.saver.trainer = threading.get_ident()
+            self.saver.beats += 1
             return self._step(opt, closure)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable | None) -> Any:
@@ -240,6 +246,7 @@ class Run:
             loss = self._advance(stepper, closure, leads)
         except BaseException as error:
             self._abort(f"opt.step() raised {type(error).__name__}")
+            self._watch_again()
             stepper.abandon()
             raise
         if tracer is not None:
@@ -280,7 +287,6 @@ class Run:
         """One update, with a checkpoint if one is due."""
         opt, loss, due, copying = stepper.opt, None, leads and self._is_due(), self.engine.pending()
         self.refresh(due or copying)
-        self._look_for_changes(stepper)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
         if closure is not None and not whole and stepper.rehearsal is not None:
@@ -290,6 +296,7 @@ class Run:
                 loss = closure()
             self.refresh()
             closure = rehearsal.evaluated(closure, loss)
+        self._look_for_changes(stepper)  # after the closure, whose forward may change what is being copied
         if not whole and stepper.rehearsal is not None:
             whole = not stepper.rehearse(closure is not None)
         if whole:
@@ -309,20 +316,20 @@ class Run:
         _torch.set_grad_mode(False)
         try:
             pending = self._begin() if due else None
-            if whole:
-                self._emit_stepper(stepper, pending)
-            else:
+            if not whole:
                 stepper.halfway = True
                 stepper.run(self.number if copying or pending is not None else None)
+            stepper.halfway = False
+            if leads:
+                self.attempts += 1
+                found = getattr(opt, "found_inf", None)
+                self.applied.add(self.devices.later(found) if scaled and self._is_remote(found) else None)
             if pending is not None:
+                if whole:
+                    self._emit_stepper(stepper, pending)
                 self._emit_rest(pending, stepper)
         finally:
             _torch.set_grad_mode(enabled)
-        stepper.halfway = False
-        if leads:
-            self.attempts += 1
-            found = getattr(opt, "found_inf", None)
-            self.applied.add(self.devices.later(found) if scaled and self._is_remote(found) else None)
         if self._callback_error is not None:
             self._raise_callback_error()
         return loss
@@ -410,10 +417,8 @@ class Run:
         """The stream that each device trains on now."""
         return self.devices.streams(self.ordinals) if self.ordinals else {}
 
-    def _emit_stepper(self, stepper: Stepper, pending: Pending | None) -> None:
+    def _emit_stepper(self, stepper: Stepper, pending: Pending) -> None:
         """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
-        if pending is None:
-            return
         counted = len(stepper.layer_tensors()) - len(stepper.layers)
         for offset, tensors in enumerate(stepper.layer_tensors()):
             self.emit(stepper.first_layer - counted + offset, tensors)
@@ -424,17 +429,17 @@ class Run:
             if stepper is not stepped:
                 self._emit_stepper(stepper, pending)
         pending.note_versions()
-        self._current, self._open = None, pending
-        if not self.in_turn:
-            try:
-                self._capture_early(pending)
-            except Exception as error:
-                self._not_captured(pending, error)
+        with self._lock:  # a backward that goes on in another thread closes it only when all is captured
+            if not self.in_turn:
+                try:
+                    self._capture_early(pending)
+                except Exception as error:
+                    self._not_captured(pending, error)
+            self._current, self._open = None, pending
 
     def _capture_early(self, pending: Pending) -> None:
         """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
         the early state."""
-        pending.captured = True
         for number, tensors in pending.deferred:
             self._hand_over(pending, number, tensors, copied=True)
         for number in pending.layout.number("frozen"):
@@ -445,14 +450,14 @@ class Run:
             live = {**self.inventory.buffers, **self.inventory.frozen}
             copies = [storable(live[name], name).contiguous().clone() for name in names]
             pending.keep += copies
-            pending.copy.emit(number, self._sources(copies), self._streams())
+            pending.emit(number, self._sources(copies), self._streams())
         tensors: dict[str, Any] = {}
         early = {"random": state.random_state(), "extra": {e.name: e.get() for e in self.extras if e.early},
                  "buffers": {n: t for n, t in self.inventory.transient.items() if not self._is_remote(t)},
                  "modules": self._module_states()}
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
-        self._early = (encoded, tensors)
+        self._early, pending.captured = (encoded, tensors), True
 
     def _encode_remote(self, pending: Pending, tensors: dict[str, Any]) -> Any:
         """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
@@ -473,8 +478,12 @@ class Run:
 
     # -- closing ----------------------------------------------------------------------------------------------------
 
-    def close_step(self) -> None:
-        """The state after the last optimizer step is complete: capture what changes after it, and hand it over."""
+    def close_step(self, in_backward: bool = False) -> None:
+        """The state after the last optimizer step is complete: capture what changes after it, and hand it over.
+
+        Whether a gradient exists is asked in the thread that trains, or by autograd itself (``in_backward``), for elsewhere a
+        backward may be setting it at this moment. Another thread takes what was found there last.
+        """
         with self._lock:
             pending, self._open = self._open, None
             if pending is None or pending.given_up is not None or not self.active:
@@ -483,12 +492,15 @@ class Run:
                 if not pending.captured:
                     self._capture_early(pending)
                 self._check(pending)
+                if in_backward or self._may_ask_gradients():
+                    self._present = [[m.name for m in s.members if m.param.grad is not None] for s in self.steppers]
                 record, tensors = self._record(pending)
             except plan.Changed as error:
                 self._discard(pending, error)
                 return
             except Exception as error:
-                self._not_captured(pending, error)
+                if pending.given_up is None:  # else it ended meanwhile, for a reason of its own
+                    self._not_captured(pending, error)
                 return
             except BaseException:
                 pending.give_up("its state could not be captured")
@@ -497,6 +509,10 @@ class Run:
             self._capturable = True
         if self.ending is not None:
             self.ending.step_closed()
+
+    def _may_ask_gradients(self) -> bool:
+        """Is this the thread that trains, or has that one ended?"""
+        return threading.get_ident() == self.saver.trainer or all(t.ident != self.saver.trainer for t in threading.enumerate())
 
     def _not_captured(self, pending: Pending, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
@@ -547,7 +563,7 @@ class Run:
         return {"class": _torch.plain_class(stepper.opt).__name__,
                 "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
                 "state": self._described[index][1],  # for hundreds of tensors this is worth making once
-                "gradients": [m.name for m in stepper.members if m.param.grad is not None]}
+                "gradients": self._present[index]}
 
     def settled(self) -> None:
         """A load made all layers those of one step."""
@@ -594,11 +610,18 @@ class Run:
                         pending.layout.compare(pending, number)
                     except plan.Changed as error:
                         self._discard(pending, error)
-                    pending.versions.pop(number, None)
+                    pending.unwatch(number)
+
+    def _watch_again(self) -> None:
+        """A step was left in its middle: what it has not waited for is being copied still, and must not change unseen."""
+        for pending in self.saver.under_way():
+            with pending.looking:
+                pending.note_versions()
 
     def _discard(self, pending: Pending, error: plan.Changed) -> None:
         """A tensor of this checkpoint changed."""
         if pending.given_up is None and not isinstance(error, Cancelled):
+            pending.failure = error
             self.saver.note_failure(pending.step, error)
         pending.give_up(str(error))
 
@@ -638,7 +661,7 @@ class Run:
             copies = [storable(t).clone(memory_format=torch.contiguous_format) for t in tensors]
             pending.keep += copies
             sources = self._sources(copies)
-        pending.copy.emit(layer, sources, self._streams() if sources.devices else None)
+        pending.emit(layer, sources, self._streams() if sources.devices else None)
         if self.config.on_layer is not None and found.kind == "update":
             try:
                 self.config.on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
@@ -695,6 +718,24 @@ class Run:
         self.close_step()
         return pending
 
+    def end_step(self, timeout: float | None = None) -> None:
+        """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds
+        or, without one, after those for which training itself waits."""
+        patience = 2 * self.saver.stuck_after if timeout is None else timeout
+        if not self._stepping.acquire(timeout=patience):
+            raise TimeoutError(f"opt.step() has not ended after {patience:.3g} s")
+        try:
+            self.close_step()
+        finally:
+            self._stepping.release()
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Close the step, and wait for the checkpoints in flight; from inside ``opt.step()`` (a signal's handler, a hook) for
+        those of steps before it."""
+        self.end_step(timeout)
+        inside = self._current is not None and threading.get_ident() == self.saver.trainer
+        self.saver.flush(timeout, unclosed=not inside)
+
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
 
@@ -706,7 +747,7 @@ class Run:
         try:
             if unfinished:
                 self.drop_open("the script ended with an exception before the step closed")
-            self.close_step()
+            self.end_step(timeout)
         finally:
             self.stopped = True
             try:

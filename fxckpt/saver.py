@@ -7,13 +7,14 @@ thread, the committer, waits for them and commits in order. All waits happen in 
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,9 @@ log = logging.getLogger("fxckpt")
 
 SLICE = 0.2
 """Seconds that one wait inside the engine lasts before Python looks whether it should stop."""
+
+LONGEST = 0.5
+"""Seconds that an operation on one tensor lasts at most, where nothing says that it has ended."""
 
 SETTLE = 10.0
 """Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
@@ -54,7 +58,8 @@ class Pending:
     phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
     error: BaseException | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)  # between giving it up and releasing it
+    failure: Exception | None = None  # why it was given up, if that was counted and logged as a failure already
+    lock: threading.Lock = field(default_factory=threading.Lock)  # between emits, giving it up and releasing it
 
     def note_versions(self) -> None:
         """Remember how what was handed over looks at the end of its step. Not at its emit: tensors that are views of one
@@ -62,6 +67,17 @@ class Pending:
         for tensors, versions in self.versions.values():
             if not versions:
                 versions.extend(map(_torch.version, tensors))
+
+    def unwatch(self, layer: int) -> None:
+        """A step that waits for this layer's copies may change it now; ``note_versions`` takes that back."""
+        if (found := self.versions.get(layer)) is not None:
+            found[1].clear()
+
+    def emit(self, layer: int, sources: Any, streams: Any) -> None:
+        """Hand a layer to the engine; nothing once it has ended, which it may in the middle of a step (its monitor died)."""
+        with self.lock:
+            if not self.done.is_set():
+                self.copy.emit(layer, sources, streams)
 
     def close(self, record: dict[str, Any], tensors: dict[str, Any]) -> None:
         """The step is complete: with this the checkpoint can be committed."""
@@ -115,6 +131,9 @@ class Saver:
         self.unreported: BaseException | None = None
         self.wait_seconds = 0.0
         self.tracer: Any = None  # trace.Tracer while somebody records
+        self.trainer = threading.get_ident()  # the thread of the last step, ...
+        self.beats = 0  # ... how often it came by, between two operations, ...
+        self._inside = 0  # ... and whether it waits in here
         self._lock = threading.Condition()
         # Held while the store is asked for a slot and until that slot is in _flying: the store counts what it hands out,
         # and refuses more than max_async.
@@ -234,7 +253,7 @@ class Saver:
     def _room(self, wait: bool) -> bool:
         """Wait for one of the checkpoints in flight to end, if there are too many. Raises SaveFailed if none moves."""
         started, waited = time.perf_counter(), None
-        with self._lock:
+        with self._waiting(), self._lock:
             try:
                 while len(self._flying) >= self.max_async and wait:
                     waited = waited or self.patience()
@@ -259,12 +278,25 @@ class Saver:
             self.store.abandon(slot, bad=False)
         return self.store.acquire(name)
 
-    def flush(self, timeout: float | None) -> None:
-        """Wait until all that is in flight now has ended. Raises the first error not yet raised; TimeoutError, which names the
-        steps and what is stuck, after ``timeout`` seconds, or without one once nothing has moved for twice ``stuck_after``."""
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Around a wait of whatever thread."""
+        trains = threading.get_ident() == self.trainer
+        self._inside += trains
+        try:
+            yield
+        finally:
+            self._inside -= trains
+
+    def flush(self, timeout: float | None, unclosed: bool = True) -> None:
+        """Wait until all that is in flight now has ended; without ``unclosed``, all whose step has closed.
+
+        Raises the first error not yet raised; TimeoutError, which names the steps and what is stuck, after ``timeout`` seconds,
+        or without one once nothing has moved for twice ``stuck_after``.
+        """
         began, waited = time.monotonic(), self.patience()
-        with self._lock:
-            started = set(self._flying)  # another thread may train on, and begin more
+        with self._waiting(), self._lock:
+            started = {p for p in self._flying if unclosed or p.closed.is_set()}  # another thread may train on, and begin more
             while left := [p for p in self._flying if p in started]:
                 late = timeout is not None and time.monotonic() - began >= timeout
                 if late or (timeout is None and waited.over()):
@@ -277,9 +309,10 @@ class Saver:
     def wait_for(self, pending: Pending) -> None:
         """Until this one is committed or has failed. Raises TimeoutError as ``flush`` does."""
         waited = self.patience()
-        while not pending.done.wait(SLICE):
-            if waited.over():
-                raise TimeoutError(f"the checkpoint of step {pending.step} is not durable yet: {self._what_is_stuck()}")
+        with self._waiting():
+            while not pending.done.wait(SLICE):
+                if waited.over():
+                    raise TimeoutError(f"the checkpoint of step {pending.step} is not durable yet: {self._what_is_stuck()}")
 
     def raise_unreported(self) -> None:
         """Raise the first failure that nobody has been told of."""
@@ -352,7 +385,7 @@ class Saver:
         try:
             self._commit(pending)
         except Cancelled as error:
-            self._ended(pending, error, dropped=True)
+            self._ended(pending, pending.failure or error, dropped=True)
         except Exception as error:
             self._ended(pending, error, dropped=False)
         else:
@@ -364,14 +397,20 @@ class Saver:
             raise Cancelled(pending.given_up)
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
+        copied, beats = time.monotonic(), self.beats
         pending.layout.check_unchanged(pending)
-        if pending.given_up is not None:  # a later step looked first: what is on disk already, cancel() does not undo
-            raise Cancelled(pending.given_up)
         pending.keep.clear()
         if not self.remote:
             self.last_handed_over = pending.step
         pending.phase = f"being written to {pending.slot.path if pending.slot is not None else 'nowhere'}"
         self._wait(pending, lambda: pending.copy.durable(SLICE))  # with a monitor: in the shared memory, or written
+        while self.beats == beats and not self._inside and time.monotonic() < copied + LONGEST:
+            time.sleep(0.001)  # an operation in place counts itself when it ends: one that began before may be under way
+        pending.layout.check_unchanged(pending)
+        with pending.looking:
+            pending.versions.clear()  # what changes from here on, no copy saw
+        if pending.given_up is not None:  # a later step looked first: what is on disk already, cancel() does not undo
+            raise Cancelled(pending.given_up)
         if self.store is None:
             return
         layout = pending.layout
@@ -418,7 +457,7 @@ class Saver:
             if error is None:
                 self.committed += self.store is not None
             elif dropped:
-                self.skipped += 1
+                self.skipped += pending.failure is None
                 log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
             else:
                 self.note_failure(pending.step, error)

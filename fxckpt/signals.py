@@ -50,7 +50,7 @@ class Finisher:
         closed, self._waiting, self._closed, run.ending = self._closed, False, False, None
         if closed:
             try:
-                run.saver.flush(None)
+                run.saver.flush(None, unclosed=False)  # this thread may be inside a step of its own
             except (FxckptError, TimeoutError, OSError) as error:
                 log.error("fxckpt: the last checkpoint before the end failed: %s", error)
         self._go_on(number, frame)

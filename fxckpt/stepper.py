@@ -34,6 +34,11 @@ log = logging.getLogger("fxckpt")
 _version_of, _params_of = operator.attrgetter("_version"), operator.itemgetter("params")
 
 
+def _is_dense(value: Any) -> bool:
+    """Is it a tensor with memory of its own? Sparse gradients make sparse momentum."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
 class Member:
     """One parameter of the optimizer, with the tensors that were bound to it."""
 
@@ -45,7 +50,7 @@ class Member:
         self.index = index  # among all of its optimizer
         self.address = param.data_ptr()
         self.entries = len(state or ())
-        tensors = ((k, v) for k, v in sorted((state or {}).items()) if isinstance(v, torch.Tensor))
+        tensors = ((k, v) for k, v in sorted((state or {}).items()) if _is_dense(v))
         self.items = [(key, value, value.data_ptr()) for key, value in tensors]
         self.program: hoist.Program | None = None
         self.implementation = "single"
@@ -69,7 +74,7 @@ class Member:
 
     @property
     def plain(self) -> bool:
-        """Does it have state that is no tensor, which may change without a new binding?"""
+        """Does it have state that is no tensor, or a sparse one, which may change without a new binding?"""
         return self.state is not None and len(self.items) != len(self.state)
 
     def twin(self) -> Member:
@@ -87,7 +92,7 @@ class Member:
             "keys": list(self.state),
             "strides": {k: tuple(t.stride()) for k, t, _ in self.items if not t.is_contiguous()},
             "complex": [k for k, t, _ in self.items if t.is_complex()],
-            "plain": {k: v for k, v in self.state.items() if not isinstance(v, torch.Tensor)},
+            "plain": {k: v for k, v in self.state.items() if not _is_dense(v)},
             "host": [k for k, t, _ in self.items if t.device.type == "cpu" and self.param.device.type != "cpu"],
         }
 
@@ -128,7 +133,7 @@ class Stepper:
         self._values: list[Any] = []  # ... and their values
         self._params: list[torch.Tensor] = []  # those of the groups
         self._gradients: list[torch.Tensor | None] = []  # theirs, while a step runs
-        self._mixed: list[Member] = []  # with state that is no tensor
+        self._mixed: list[Member] = []  # with state that is no tensor, or a sparse one
         self._simple: list[dict[str, Any]] = []  # the states of the others, ...
         self._held: list[torch.Tensor] = []  # ... the tensors in them, ...
         self._tensors: list[torch.Tensor] = []  # ... those and their parameters, ...
@@ -256,7 +261,9 @@ class Stepper:
         self.bound += 1
 
     def _choose(self, member: Member, group: dict[str, Any]) -> None:
-        """Find the member's program; none yet if the stock step has to make its state first."""
+        """Find the member's program; none if the stock step has to make its state first, or made a sparse one."""
+        if any(isinstance(v, torch.Tensor) and not _is_dense(v) for v in (member.state or {}).values()):
+            return
         flag = "fused" if group.get("fused") else "foreach" if group.get("foreach") else None
         explicit = flag is not None or group.get("foreach") is False or group.get("fused") is False
         on_host = member.param.device.type == "cpu"

@@ -152,6 +152,8 @@ def decode(value, tensors: dict) -> object:
     if kind in ("array", "torch"):
         dtype, _, data = tensors[value["key"]]
         return (value["dtype"], value["shape"], dtype, data)
+    if kind == "torch.sparse":
+        return tuple(decode(value[part], tensors) for part in ("indices", "values"))
     need(kind in ("numpy", "numpy.text", "torch.dtype", "torch.device", "torch.Size"), f"an unknown kind {kind!r}")
     return (kind, value.get("dtype"), v)
 

@@ -111,6 +111,38 @@ def test_hooks_for_all_optimizers_fire_once():
     assert fired == ["pre", "post"] * 2
 
 
+def test_a_post_hook_that_a_closure_registers_fires_in_that_step():
+    model, opt, _ = make()
+    fired = []
+
+    def closure():
+        opt.register_step_post_hook(lambda *_: fired.append("post"))
+        backward(model)
+
+    opt.step(closure)
+    assert fired == ["post"]
+
+
+def test_momentum_of_sparse_gradients_is_trained_and_stored(tmp_path):
+    def train(directory, steps):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        if directory is not None:
+            fxckpt.compile_step(opt, directory, model=model, every=1, update="native")
+            fxckpt.load()
+        for step in range(0 if directory is None else opt.ckpt.statistics()["steps"], steps):
+            opt.zero_grad()
+            model(torch.tensor([step % 3, 5])).square().sum().backward()
+            opt.step()
+        if directory is not None:
+            opt.ckpt.shutdown()
+        return [*model.parameters(), opt.state[model[0].weight]["momentum_buffer"].to_dense()]
+
+    train(tmp_path, 3)
+    assert all(map(torch.equal, train(tmp_path, 6), train(None, 6)))
+
+
 def test_a_closure_is_evaluated_once_with_gradients_and_its_loss_returned():
     model, opt, _ = make()
     twin_model = copy.deepcopy(model)

@@ -174,8 +174,17 @@ class Sub(dict):
     pass
 
 
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_a_sparse_tensor_comes_back_with_the_order_of_its_elements(coalesced):
+    made = torch.sparse_coo_tensor(torch.tensor([[3, 1, 3]]), torch.arange(6.0).reshape(3, 2), (5, 2), check_invariants=True)
+    made = made.coalesce() if coalesced else made
+    back = through_file({"momentum": made})["momentum"]
+    assert (back.shape, back.dtype, back.is_coalesced()) == (made.shape, made.dtype, coalesced)
+    assert torch.equal(back._indices(), made._indices()) and torch.equal(back._values(), made._values())
+
+
 @pytest.mark.parametrize("value", [
-    Color.RED, Point(1, 2), Sub(), object(), lambda: 0, defaultdict(lambda: 0), torch.ones(2).to_sparse(), range,
+    Color.RED, Point(1, 2), Sub(), object(), lambda: 0, defaultdict(lambda: 0), torch.eye(2).to_sparse_csr(), range,
     float,
     torch.empty(2, device="meta"), np.array([object()], dtype=object), np.zeros(1, dtype=[("a", "i4")]),
     np.zeros(1, dtype=[("a", "i4")])[0],

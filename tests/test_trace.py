@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 
 import pytest
 import torch
 from helpers import Training
 from standin import device, library
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 from fxckpt import trace
 from fxckpt.errors import SetupError
@@ -127,17 +128,53 @@ def test_a_profile_that_is_none_is_refused(tmp_path):
         pass
 
 
-def test_perfetto_reads_it(tmp_path):
-    """With Perfetto's own trace processor, where it is installed (it is fetched from the network at first use)."""
+@pytest.fixture
+def processed():
+    """What Perfetto's own trace processor makes of a file. The Python package fetches that program from the network, unless
+    ``TRACE_PROCESSOR`` is the path of one."""
     perfetto = pytest.importorskip("perfetto.trace_processor")
-    training = Training(tmp_path / "store")
-    with training.opt.ckpt.trace(tmp_path / "t.json"):
-        training.train(2)
+    running = []
+
+    def load(path):
+        config = perfetto.TraceProcessorConfig(bin_path=os.environ.get("TRACE_PROCESSOR"))
+        try:
+            running.append(perfetto.TraceProcessor(trace=str(path), config=config))
+        except Exception as error:
+            if config.bin_path is not None:
+                raise
+            pytest.skip(f"the trace processor cannot be fetched here: {error}")
+        return running[-1]
+
+    yield load
+    for processor in running:
+        processor.close()
+
+
+def test_perfetto_shows_each_layers_copy_beside_pytorchs_next_iteration(tmp_path, device, processed):
+    training = Training(tmp_path / "store", optimizer=lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True)).train(2)
+    training.opt.ckpt.flush()
+    with training.opt.ckpt.trace(tmp_path / "both.json", beside=tmp_path / "torch.json"):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            device.fake.hold(True)  # copies end in the next backward
+            training.train(1)
+            handle = training.model[0].weight.register_hook(lambda _: (device.fake.hold(False), training.opt.ckpt.flush())[0])
+            training.train(1)
+            handle.remove()
+        profiler.export_chrome_trace(str(tmp_path / "torch.json"))
         training.opt.ckpt.flush()
-    try:
-        processor = perfetto.TraceProcessor(trace=str(tmp_path / "t.json"))
-    except Exception as error:
-        pytest.skip(f"the trace processor cannot be fetched here: {error}")
-    rows = processor.query("select s.name, t.name as track from slice s join thread_track tt on s.track_id = tt.id "
-                           "join thread t using (utid) where s.category = 'fxckpt'")
-    assert {row.track for row in rows if row.name.startswith("commit")} == {"commits"}
+    processor = processed(tmp_path / "both.json")
+    assert [(row.name, row.value) for row in processor.query("select name, value from stats where severity = 'error' "
+                                                             "and value > 0")] == []
+    slices = list(processor.query(
+        "select s.name, s.ts, s.ts + s.dur as end, s.category, t.name as track, "
+        "extract_arg(s.arg_set_id, 'args.layer') as layer, extract_arg(s.arg_set_id, 'args.step') as step "
+        "from slice s join thread_track tt on s.track_id = tt.id join thread t using (utid)"))
+    ours = [row for row in slices if row.category == "fxckpt"]
+    assert {"steps", "commits", "copies issued", "copies from cuda:0"} <= {row.track for row in ours}
+    (before,) = (row for row in ours if row.track == "steps" and row.step == 3)
+    (after,) = (row for row in ours if row.track == "steps" and row.step == 4)
+    forward = [row for row in slices if row.name == "aten::addmm" and before.end <= row.ts and row.end <= after.ts]
+    copies = [row for row in ours if row.track == "copies from cuda:0" and row.step == 3]
+    assert {row.layer for row in copies} == {"0", "3"} and forward
+    assert all(copy.ts < row.ts and row.end < copy.end <= after.ts for copy in copies[:1] for row in forward)
+    assert all(row.end <= commit.ts for row in copies for commit in ours if commit.track == "commits" and commit.step == 3)

@@ -155,11 +155,13 @@ class _Encoder:
         raise _unknown(value, path)
 
     def _tensor(self, torch: Any, value: Any, path: str) -> Any:
-        """A dense torch tensor; its copy on the CPU goes to ``tensors``."""
+        """A torch tensor; its copy on the CPU goes to ``tensors``."""
+        if value.layout is torch.sparse_coo and value.device.type != "meta":
+            return self._sparse(torch, value.detach(), path)
         name = str(value.dtype).removeprefix("torch.")
         if value.layout is not torch.strided or value.device.type == "meta" or name not in {**_TORCH, **_COMPLEX}:
             what = f"{value.layout}, {value.dtype}, on {value.device}"
-            raise StateError(f"{path}: only dense tensors of plain number types can be stored, not one that is {what}")
+            raise StateError(f"{path}: only dense and COO tensors of plain number types can be stored, not one that is {what}")
         copy = value.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
         node = {"!": "torch", "key": self._store(copy, path), "dtype": name, "shape": list(value.shape)}
         if value.device.type != "cpu":
@@ -169,6 +171,12 @@ class _Encoder:
         if value.is_leaf and value.requires_grad:
             node["requires_grad"] = True
         return node
+
+    def _sparse(self, torch: Any, value: Any, path: str) -> Any:
+        """A sparse tensor in coordinates, such as the momentum of a sparse embedding: its two dense ones."""
+        parts = {name: self._tensor(torch, part, _join(path, name))
+                 for name, part in (("indices", value._indices()), ("values", value._values()))}  # fmt: skip
+        return {"!": "torch.sparse", **parts, "shape": list(value.shape), "coalesced": value.is_coalesced()}
 
     def _array(self, value: np.ndarray, path: str) -> Any:
         """A numpy array of numbers, dates or text; its copy goes to ``tensors``."""
@@ -336,6 +344,12 @@ class _Decoder:
             return torch.nn.Parameter(tensor, requires_grad=node.get("requires_grad", False))
         return tensor.requires_grad_() if node.get("requires_grad") else tensor
 
+    def _sparse(self, node: dict) -> Any:
+        """A sparse tensor; RuntimeError for coordinates outside of it."""
+        indices, values = self.decode(node["indices"]), self.decode(node["values"])
+        return _torch_module().sparse_coo_tensor(indices, values, tuple(node["shape"]), check_invariants=True,
+                                                 is_coalesced=bool(node["coalesced"]))  # fmt: skip
+
 
 def _list_of(node: dict) -> list[Any]:
     """The JSON list of a container."""
@@ -385,6 +399,7 @@ _DECODERS: Mapping[str, Callable[[_Decoder, dict], Any]] = {
     "numpy.text": _Decoder._text,
     "array": _Decoder._array,
     "torch": _Decoder._tensor,
+    "torch.sparse": _Decoder._sparse,
     "torch.dtype": lambda self, node: _dtype(node["v"]),
     "torch.device": lambda self, node: _torch_module().device(node["v"]),
     "torch.Size": lambda self, node: _torch_module().Size(_list_of(node)),
