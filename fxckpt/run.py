@@ -218,6 +218,9 @@ class Run:
             raise SetupError("opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
                              "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
                              "opt.step() outside.")
+        if torch.is_inference_mode_enabled():  # state made in it could be changed nowhere else, and has no version counter
+            with torch.inference_mode(False):
+                return self.step(opt, closure)
         with self._stepping:
             self.saver.trainer = threading.get_ident()
             self.saver.beats += 1

@@ -39,6 +39,13 @@ def _is_dense(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
+def _fixed(value: Any) -> Any:
+    """Of an entry of a group what is part of the traced update: an integer, a flag; of anything else its type."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_fixed, value))
+    return value if value is None or isinstance(value, (bool, int, str)) else type(value)
+
+
 class Member:
     """One parameter of the optimizer, with the tensors that were bound to it."""
 
@@ -215,13 +222,14 @@ class Stepper:
         groups = self.opt.param_groups
         return [self._shape_of(g) for g in groups] if self.rehearsal is None else [len(g["params"]) for g in groups]
 
-    @staticmethod
-    def _shape_of(group: dict[str, Any]) -> tuple:
-        """What of a parameter group is structure: its parameters and flags, and which numbers are zero or negative."""
+    def _shape_of(self, group: dict[str, Any]) -> tuple:
+        """What of a parameter group is structure: how many parameters, its flags and integers, which of its other numbers are
+        zero or negative, and the types and shapes of its tensors."""
         numbers = tuple((key, (value > 0) - (value < 0)) for key, value in update.numeric_items(group) if key[0] != "lr")
-        flags = tuple((k, v) for k, v in group.items()
-                      if k not in _torch.GROUP_BOOKKEEPING and (v is None or isinstance(v, (bool, str))))
-        return len(group["params"]), numbers, flags, tuple(key for key, _ in update.tensor_items(group))
+        read = _torch.settings_of(self.opt) - {"lr"}
+        fixed = tuple((name, _fixed(value)) for name, value in group.items() if name in read)
+        tensors = tuple((key, value.dtype, tuple(value.shape)) for key, value in update.tensor_items(group))
+        return len(group["params"]), numbers, fixed, tensors
 
     def bind(self, sharing: Mapping[int, str]) -> None:
         """Read the optimizer anew: members, their state, the program of each. ``sharing``: see inventory.shared_memory."""

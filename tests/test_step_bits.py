@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import fxckpt
 from fxckpt.graph import inductor
@@ -90,6 +91,57 @@ def test_other_types_have_the_bits_of_the_stock_step(dtype):
         train(mine, ours)
         train(theirs, stock)
         assert_same(mine, ours, theirs, stock)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("cls", "options"), [
+    (torch.optim.SGD, {"momentum": 0.9}), (torch.optim.AdamW, {"betas": (0.9, 0.95)}), (torch.optim.RMSprop, {}),
+    (torch.optim.Adadelta, {}), (torch.optim.NAdam, {}), (torch.optim.RAdam, {"betas": (0.7, 0.9)})])  # fmt: skip
+@pytest.mark.parametrize("elements", [50, 40_000])
+def test_reduced_types_are_multiplied_by_numbers_that_are_not_rounded(cls, options, dtype, elements):
+    pairs = [[nn.Parameter(torch.linspace(-1, 1, elements).to(dtype)) for _ in range(2)] for _ in range(2)]
+    opts = [cls(params, lr=1e-2, foreach=False, **options) for params in pairs]
+    fxckpt.compile_step(opts[1], writer="mock", every=2, update="native")
+    for step in range(8):
+        for params, opt in zip(pairs, opts):
+            for i, p in enumerate(params):
+                p.grad = torch.randn(elements, generator=torch.Generator().manual_seed(10 * step + i)).to(dtype)
+            opt.step()
+    assert opts[1].ckpt._run.steppers[0].whole is None
+    assert_same(opts[1], pairs[1], opts[0], pairs[0])
+
+
+@pytest.mark.parametrize(("cls", "key", "values", "options"), [
+    (torch.optim.SGD, "weight_decay", (0, 1, 2), {}), (torch.optim.SGD, "dampening", (0, 1), {"momentum": 0.9}),
+    (torch.optim.SGD, "momentum", (1, 2), {}), (torch.optim.AdamW, "weight_decay", (1, 2), {}),
+    (torch.optim.Adam, "weight_decay", (0, 1), {}), (torch.optim.Adagrad, "lr_decay", (0, 1), {}),
+    (torch.optim.RMSprop, "eps", (1, 3), {}), (torch.optim.Muon, "ns_steps", (5, 2), {}),
+    (torch.optim.Rprop, "etas", ((0.5, 2), (0.5, 3)), {}), (torch.optim.NAdam, "momentum_decay", (0, 1), {})])  # fmt: skip
+def test_whole_numbers_among_the_hyperparameters_may_change(cls, key, values, options):
+    pairs = [[nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))] for _ in range(2)]
+    opts = [cls(params, lr=0.1, **{key: values[0], **options}) for params in pairs]
+    fxckpt.compile_step(opts[1], writer="mock", every=1, update="native")
+    for value in values:
+        for (p,), opt in zip(pairs, opts):
+            opt.param_groups[0][key] = value
+            for _ in range(3):
+                p.grad = torch.full_like(p, 0.1) + p.detach() * 0.3
+                opt.step()
+    assert_same(opts[1], pairs[1], opts[0], pairs[0])
+
+
+@pytest.mark.parametrize("cls", [torch.optim.RAdam, torch.optim.ASGD, torch.optim.AdamW])
+def test_a_tensor_among_the_hyperparameters_may_get_another_shape(cls):
+    pairs = [[nn.Parameter(torch.linspace(-1, 1, 6))] for _ in range(2)]
+    opts = [cls(params, lr=torch.tensor(0.1), foreach=False) for params in pairs]
+    fxckpt.compile_step(opts[1], writer="mock", every=1, update="native")
+    for lr in (torch.tensor(0.1), torch.tensor([0.2])):
+        for (p,), opt in zip(pairs, opts):
+            opt.param_groups[0]["lr"] = lr.clone()
+            for _ in range(3):
+                p.grad = torch.full_like(p, 0.1) + p.detach() * 0.3
+                opt.step()
+    assert_same(opts[1], pairs[1], opts[0], pairs[0])
 
 
 def test_groups_with_their_own_hyperparameters_and_counts_have_the_bits_of_the_stock_step():

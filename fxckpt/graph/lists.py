@@ -65,6 +65,15 @@ _FORMS: dict[Any, dict[str, Callable]] = {
 }
 
 
+_REDUCED = (torch.bfloat16, torch.float16)
+
+
+def _multiply_(tensors: Sequence[torch.Tensor], number: Any) -> Sequence[torch.Tensor]:
+    """``t.mul_(number)`` over a list of tensors of a reduced type: it multiplies by the number as float32, as it does by a tensor
+    of one element, where ``torch._foreach_mul_(tensors, number)`` rounds the number to the type first."""
+    return torch._foreach_mul_(tensors, torch.as_tensor(number, dtype=torch.float64))
+
+
 _IN_PLACE = {aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
              aten.div.Tensor: aten.div_.Tensor}
 _NEW = frozenset({*_IN_PLACE, aten.sqrt.default, aten.neg.default, aten.abs.default})  # their result is nobody else's memory
@@ -88,7 +97,7 @@ def over_lists(program: Program) -> Program | None:
     tensors = set(placeholders[:len(program.inputs)])
     for node in program.body.graph.nodes:
         if node.op == "call_function":
-            form = _form(node, tensors)
+            form = _form(node, tensors, (program.signature.dtype, *program.dtypes))
             if form is not None:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
                 args, kwargs = _value_by_position(node, args, dict(kwargs))
@@ -171,8 +180,8 @@ def _loop(target: Callable, places: Sequence[int], names: Sequence[str]) -> Call
     return loop
 
 
-def _form(node: fx.Node, tensors: set[fx.Node]) -> Callable | None:
-    """The list form of one operator; None if there is none that does just the same."""
+def _form(node: fx.Node, tensors: set[fx.Node], dtypes: Sequence[torch.dtype]) -> Callable | None:
+    """The list form of one operator; None if there is none that does just the same. ``dtypes``: those of its program."""
     forms = _FORMS.get(node.target)
     if forms is None or not node.args or node.args[0] not in tensors:
         return None
@@ -183,6 +192,10 @@ def _form(node: fx.Node, tensors: set[fx.Node]) -> Callable | None:
     second = _LIST if node.args[1] in tensors else _SCALAR
     if second == _SCALAR and "alpha" in node.kwargs:
         return None
+    if second == _SCALAR and forms is _FORMS[aten.mul_.Tensor]:
+        held = node.args[0].meta.get("val")
+        reduced = any(dtype in _REDUCED for dtype in (*dtypes, getattr(held, "dtype", None)))
+        return _multiply_ if reduced else forms[second]
     return forms.get(second)
 
 
