@@ -339,7 +339,12 @@ def symbolic_numbers(opt: torch.optim.Optimizer):
     def either(symbolic, builtin):
         def extreme(*values, **options):
             plain = len(values) == 2 and all(isinstance(v, (int, float, torch.SymInt, torch.SymFloat)) for v in values)
-            return symbolic(*values) if plain and not options else builtin(*values, **options)
+            if not plain or options:
+                return builtin(*values, **options)
+            first, second = values
+            if isinstance(first, float) and isinstance(second, torch.SymFloat):
+                first = torch.SymFloat(second.node.wrap_float(first))  # or they change places, and max(1.0, nan) is 1.0
+            return symbolic(first, second)
         return extreme
 
     names["max"], names["min"] = either(torch.sym_max, builtins.max), either(torch.sym_min, builtins.min)

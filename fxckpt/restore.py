@@ -75,6 +75,7 @@ class Mapped:
     tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)  # live name of a trained parameter -> its stored name, if it fits
     later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
+    filled: dict[str, torch.Tensor] = field(default_factory=dict)  # buffers that are None still
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -209,6 +210,8 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     states = _make_states(record, optimizers, mapped, target)
     writable = {key: storable(t) for key, t in mapped.tensors.items()}
     _read_tensors(reader, writable, target.run if once else None)
+    for name, made in mapped.filled.items():
+        setattr(*_empty_buffer(target.model, name), made)
     _apply_optimizers(optimizers, states, mapped, target)
     _apply_extras(early, late, target)
     if target.run is not None:
@@ -260,11 +263,23 @@ def _map(record: Record, target: Target) -> Mapped:
             _match(out, (MODEL, key), tensor, name, live.pop(name))
         elif target.model is None and target.run is not None:
             out.later.append(tensor)
+        elif _empty_buffer(target.model, name) is not None and tensor.dtype in TORCH_DTYPES:
+            device = next((t.device for t in inventory.trained.values()), None)
+            made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=device)
+            out.filled[name] = out.tensors[MODEL, key] = made
         else:
             out.unexpected.append(key)
     shared = {alias for alias, name in inventory.ties.items() if name not in live}
     out.missing += [name for name in live if name not in shared]
     return out
+
+
+def _empty_buffer(model: torch.nn.Module | None, name: str) -> tuple[torch.nn.Module, str] | None:
+    """The module, and the attribute, of a buffer that was registered as None and has not been set by a forward yet."""
+    owner, _, attribute = name.rpartition(".")
+    module = None if model is None else dict(_torch.every_module(model)).get(owner)
+    empty = module is not None and attribute in module._buffers and module._buffers[attribute] is None
+    return (module, attribute) if empty else None
 
 
 def _by_position(record: Record, target: Target) -> dict[str, str]:
@@ -457,13 +472,17 @@ def _apply_extras(early: dict, late: dict, target: Target) -> None:
 
 
 def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target) -> None:
-    """Set the buffers that are in no state dict. One that has another shape by now (a cache that grew) is replaced."""
+    """Set the buffers that are in no state dict. One that is not set yet, or has another shape by now (a cache that grew), is
+    replaced; so is one whose elements share memory (it was expanded)."""
     modules = dict(_torch.every_module(target.model))
-    for name, buffer in target.inventory.transient.items():
-        value = saved.get(name)
-        if value is None:
+    for name, value in saved.items():
+        buffer = target.inventory.transient.get(name)
+        if buffer is None:
+            if (empty := _empty_buffer(target.model, name)) is not None:
+                setattr(*empty, value)
             continue
-        if (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+        shared = any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride()))
+        if shared or (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
             owner, _, attribute = name.rpartition(".")
             setattr(modules[owner], attribute, value.to(buffer.device))
             continue

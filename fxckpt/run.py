@@ -388,6 +388,10 @@ class Run:
     def _current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
         self.inventory = take(self.model, self.optimizers, registry.traces)
+        if self.model is not None and any(m.name != self._name_of(m.param) for s in self.steppers for m in s.members):
+            for stepper in self.steppers:
+                stepper.invalidate()  # a parameter moved in its model: torch.nn.utils.prune renames it
+            self.refresh()
         fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
         key = (tuple(s.bound for s in self.steppers), fixed, moving, frozenset(self._unstable))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import GPT, Loader, Training, committed, conv, differences, digest, eager, mlp, snapshot, stored
 from torch import nn
+from torch.nn.utils import prune
 
 import fxckpt
 
@@ -312,6 +313,59 @@ def test_a_buffer_that_grew_and_is_not_persistent_comes_back_as_it_was(store):
     again = Training(store, make=Remembers)
     fxckpt.load()
     assert torch.equal(again.model.history, first.model.history) and len(again.model.history) == 3
+
+
+class Carried(nn.Module):
+    """A recurrent cell that carries its state from batch to batch in a buffer, which the first forward sets."""
+
+    def __init__(self, persistent):
+        super().__init__()
+        self.cell = nn.GRUCell(3, 3)
+        self.register_buffer("carried", None, persistent=persistent)
+        self.register_buffer("mask", torch.ones(3).expand(2, 3), persistent=False)
+
+    def forward(self, x):
+        y = self.cell(x, self.carried) * self.mask
+        self.carried = y.detach()
+        return y
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_that_a_forward_sets_first_and_buffers_that_were_expanded_come_back(persistent, store):
+    def train(directory, steps):
+        torch.manual_seed(0)
+        model = Carried(persistent)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        if directory is not None:
+            fxckpt.compile_step(opt, directory, model=model, every=1, update="native")
+            fxckpt.load()
+        for step in range(0 if directory is None else opt.ckpt.statistics()["steps"], steps):
+            model(torch.full((2, 3), step + 1.0)).square().sum().backward()
+            opt.step()
+            opt.zero_grad()
+        if directory is not None:
+            opt.ckpt.shutdown()
+        return [*model.parameters(), model.carried, model.mask]
+
+    train(store, 3)
+    assert all(map(torch.equal, train(store, 6), train(None, 6)))
+
+
+def test_a_parameter_that_is_renamed_in_training_is_stored_under_its_new_name(store):
+    """``torch.nn.utils.prune`` makes ``weight`` a buffer and calls the same parameter ``weight_orig``."""
+    training = Training(store).train(2)
+    prune.l1_unstructured(training.model[0], "weight", 0.3)
+    training.train(2).opt.ckpt.flush()
+    found = fxckpt.latest(store)
+    assert found.step == 4 and set(stored(found.path)) >= {"0.weight_orig", "0.weight_mask", "exp_avg/0.weight_orig"}
+    assert "0.weight" not in stored(found.path)
+    training.train(1)
+    assert fxckpt.load(step=4).step == 4
+    training.end()
+    again = Training(store, seed=9)
+    prune.l1_unstructured(again.model[0], "weight", 0.3)
+    assert fxckpt.load(step=4).missing == ()
+    assert differences(again.now(), training.reference[4]) == []
 
 
 @pytest.mark.parametrize("trained", [True, False])

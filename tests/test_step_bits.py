@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import optimizer_cases as cases
 import pytest
 import torch
 from torch import nn
@@ -109,6 +110,23 @@ def test_reduced_types_are_multiplied_by_numbers_that_are_not_rounded(cls, optio
             opt.step()
     assert opts[1].ckpt._run.steppers[0].whole is None
     assert_same(opts[1], pairs[1], opts[0], pairs[0])
+
+
+@pytest.mark.parametrize("name", sorted(cases.CASES.keys() - {"LBFGS", "SparseAdam"}))
+def test_nan_and_infinity_in_a_gradient_spread_as_in_the_stock_step(name):
+    for form in cases.forms(name):
+        theirs, stock = cases.make(name, {}, form)
+        mine, ours = cases.make(name, {}, form)
+        fxckpt.compile_step(mine, writer="mock", every=2, update="native")
+        for step in range(5):
+            for opt, params in ((theirs, stock), (mine, ours)):
+                for i, p in enumerate(params):
+                    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+                    if p.dim() and step in (2, 3):
+                        p.grad.view(-1)[step - 2] = float("nan" if step == 2 else "inf")
+                opt.step()
+        for mine_p, stock_p in zip(ours, stock):
+            torch.testing.assert_close(mine_p, stock_p, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(("cls", "key", "values", "options"), [
