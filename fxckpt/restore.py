@@ -437,9 +437,9 @@ def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Mapped, target: Target) -> None:
-    """Give every optimizer its groups' settings, its state and its gradients' presence."""
+    """Give every optimizer its groups' settings, its state, its gradients' presence, and those that waited for a step."""
     for old, made, opt in zip(saved, states, target.optimizers):
-        present = set(old["gradients"])
+        present, waiting = set(old["gradients"]), old.get("accumulated", {})
         opt.state.clear()
         for group, live in zip(old["groups"], opt.param_groups):
             for key, value in group["settings"].items():
@@ -451,9 +451,11 @@ def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Map
             for param in live["params"]:
                 if id(param) in made:
                     opt.state[param] = made[id(param)]
-                # To an optimizer a gradient of zeros is not the same as none.
                 stored = mapped.stored.get(target.inventory.name_of(param))
-                param.grad = torch.zeros_like(param) if stored in present else None
+                if (held := waiting.get(stored)) is not None and held.shape == param.shape:
+                    param.grad = held.to(param.device, param.dtype)
+                else:  # to an optimizer a gradient of zeros is not the same as none
+                    param.grad = torch.zeros_like(param) if stored in present else None
 
 
 def _apply_extras(early: dict, late: dict, target: Target) -> None:

@@ -73,7 +73,8 @@ class Run:
         self._arranged: Any = None
         self.stopped = self._store_checked = self._said_order = False
         self._stepping = threading.RLock()  # a step, or what another thread may do only between two
-        self._present: list[list[str]] = [[] for _ in self.optimizers]  # parameters that had gradients when a step closed
+        # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
+        self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in self.optimizers]
         self._capturable = False  # all that a checkpoint takes could be captured at least once
         self._unsaid = True  # tensors were bound since a step was described
         self._announced: list[Any] = []  # the bindings that were described last
@@ -146,16 +147,21 @@ class Run:
         """Have autograd tell when a gradient of the next backward arrives; see _torch.gradient_accumulator."""
         this = weakref.ref(self)
 
-        @_torch.untraced
-        def arrived(*_: Any) -> None:
-            run = this()
-            if run is None:
-                return
-            run.saver.beats += 1
-            if run._open is not None and not run.in_turn:
-                run.close_step(in_backward=True)
+        def hook(index: int) -> Callable:
+            @_torch.untraced
+            def arrived(*_: Any) -> None:
+                run = this()
+                if run is None:
+                    return
+                run.saver.beats += 1
+                if run._open is not None and not run.in_turn:
+                    run.close_step(in_backward=True)
+                run.steppers[index].accumulated = True
 
-        for stepper in self.steppers:
+            return arrived
+
+        for index, stepper in enumerate(self.steppers):
+            arrived = hook(index)
             for param in (m.param for m in stepper.members):
                 if not param.requires_grad:
                     continue
@@ -322,7 +328,7 @@ class Run:
             if not whole:
                 stepper.halfway = True
                 stepper.run(self.number if copying or pending is not None else None)
-            stepper.halfway = False
+            stepper.halfway = stepper.accumulated = False
             if leads:
                 self.attempts += 1
                 found = getattr(opt, "found_inf", None)
@@ -500,8 +506,10 @@ class Run:
                     self._capture_early(pending)
                 self._check(pending)
                 if in_backward or self._may_ask_gradients():
-                    self._present = [[m.name for m in s.members if m.param.grad is not None] for s in self.steppers]
+                    self._present = [{m.name: grad if s.accumulated else None for m in s.members
+                                      if (grad := m.param.grad) is not None} for s in self.steppers]
                 record, tensors = self._record(pending)
+                self._present = [dict.fromkeys(each) for each in self._present]
             except plan.Changed as error:
                 self._discard(pending, error)
                 return
@@ -558,7 +566,8 @@ class Run:
         return fields, tensors
 
     def _optimizer_record(self, index: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        """What of an optimizer is not in a file of tensors, encoded: its groups, plain state values, which gradients exist."""
+        """What of an optimizer is not in a file of tensors, encoded: its groups, plain state values, which gradients exist, and
+        those that wait for a later step of it: it steps at every fourth iteration, and another optimizer leads."""
         stepper = self.steppers[index]
         members = iter(stepper.members)
         groups = [{"params": [next(members).name for _ in group["params"]],
@@ -567,10 +576,13 @@ class Run:
         if stepper.bound != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.members):
             states = {m.name: m.describe() for m in stepper.members if m.state}
             self._described[index] = (stepper.bound, encode_state(states, tensors, f"optimizers/{index}/state"))
-        return {"class": _torch.plain_class(stepper.opt).__name__,
-                "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
-                "state": self._described[index][1],  # for hundreds of tensors this is worth making once
-                "gradients": self._present[index]}
+        record = {"class": _torch.plain_class(stepper.opt).__name__,
+                  "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
+                  "state": self._described[index][1],  # for hundreds of tensors this is worth making once
+                  "gradients": list(self._present[index])}
+        if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
+            record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
+        return record
 
     def settled(self) -> None:
         """A load made all layers those of one step."""

@@ -72,8 +72,8 @@ _is_described = _object({"host": _list_of(_is_str)}, keys=_list_of(_is_str), str
                         complex=_list_of(_is_str), plain=_map_of(_anything))  # fmt: skip
 
 _ENCODED = _list_of(_object(**{"class": _is_str}, groups=_list_of(_is_encoded_group), state=_anything, gradients=_anything))
-_DECODED = _list_of(_object(**{"class": _is_str}, groups=_list_of(_is_group), state=_map_of(_is_described),
-                            gradients=_list_of(_is_str)))  # fmt: skip
+_DECODED = _list_of(_object({"accumulated": _map_of(_is_tensor)}, **{"class": _is_str}, groups=_list_of(_is_group),
+                            state=_map_of(_is_described), gradients=_list_of(_is_str)))  # fmt: skip
 _STATE = _object(early=_object(random=_anything, extra=_map_of(_anything), buffers=_anything, modules=_anything),
                  late=_map_of(_anything))  # fmt: skip
 _EARLY = _object({"remote": _map_of(_is_tensor), "frozen": _list_of(_is_str)}, random=_is_random,

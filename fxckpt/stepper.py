@@ -128,6 +128,7 @@ class Stepper:
         self.first_layer = 0
         self.graph: rewrite.StepGraph | None = None
         self.stepped = False  # in this process
+        self.accumulated = True  # gradients may have arrived since its last step
         self.halfway = False  # a step is under way, or was left by an exception: some layers may be updated and some not
         self.bound = 0  # how often tensors were bound: a plan made for another binding is void
         self._programs: dict[update.Signature, list[hoist.Program] | update.NotTraceable] = {}  # one for each way to branch

@@ -368,6 +368,75 @@ def test_a_parameter_that_is_renamed_in_training_is_stored_under_its_new_name(st
     assert differences(again.now(), training.reference[4]) == []
 
 
+def slow_and_fast(directory, until, turns=False, start=0):
+    """Two optimizers: one steps at every iteration, the other at every fourth, with what the backwards between have added up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    slow, fast = (torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9) for layer in model)
+    if directory is not None:
+        fxckpt.compile_step([slow, fast], directory, model=model, every=1, update="native")
+        start = fxckpt.load().iteration if turns else fxckpt.load().step
+    for i in fxckpt.steps(until, optimizer=fast) if turns and directory is not None else range(start, until):
+        model(torch.randn(8, 4, generator=torch.Generator().manual_seed(i))).square().mean().backward()
+        if i % 4 == 3:
+            slow.step()
+            slow.zero_grad()
+        fast.step()
+        fast.zero_grad()
+    if directory is not None:
+        fast.ckpt.flush()
+        fast.ckpt.shutdown()
+    return snapshot(model, slow, fast)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+@pytest.mark.parametrize("ended", [1, 2, 6])
+def test_gradients_that_wait_for_a_later_step_of_their_optimizer_come_back(turns, ended, store):
+    slow_and_fast(store, ended, turns)
+    assert differences(slow_and_fast(store, 10, turns), slow_and_fast(None, 10)) == []
+
+
+def test_a_checkpoint_saved_in_the_middle_of_an_accumulation_has_its_gradients(store):
+    def train(directory, steps, until=None):
+        torch.manual_seed(0)
+        model = mlp()
+        opt = torch.optim.AdamW(model.parameters(), lr=0.1)
+        micro = {"batch": 0}
+        if directory is not None:
+            counter = Counted(micro)
+            fxckpt.compile_step(opt, directory, model=model, every=100, update="native", extra={"batch": counter})
+            fxckpt.load()
+        while micro["batch"] < steps:
+            model(torch.randn(8, 8, generator=torch.Generator().manual_seed(micro["batch"]))).square().mean().backward()
+            micro["batch"] += 1
+            if micro["batch"] % 4 == 0:
+                opt.step()
+                opt.zero_grad()
+            if micro["batch"] == until:
+                opt.ckpt.save()
+                opt.ckpt.shutdown()
+                return None
+        if directory is not None:
+            opt.ckpt.shutdown()
+        return snapshot(model, opt)
+
+    train(store, 12, until=6)
+    assert differences(train(store, 12), train(None, 12)) == []
+
+
+class Counted:
+    """A counter as ``extra=`` takes it."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def state_dict(self):
+        return dict(self.value)
+
+    def load_state_dict(self, state):
+        self.value.update(state)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_layers_are_trained_or_frozen_as_they_were(trained, store, caplog):
     """A script that unfreezes a layer ``if step == 1000`` does not come there again."""
