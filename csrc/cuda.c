@@ -534,13 +534,13 @@ static void reap(struct device *device) {
     bool lost = failure.result && !drain(device, &gone);
     int64_t end = fx_now(), begin = flight->issued_ns;
     if (begin < device->last_end_ns) begin = device->last_end_ns; /* it waited for the copy before it */
-    device->last_end_ns = end;
     if (failure.result) explain(device, failure, &error);
     else engine->copy_ns += (uint64_t)(end - begin);
     const struct piece *piece = &flight->ck->plan->pieces[flight->piece];
     fx_span_add(engine, FX_SPAN_DEVICE, device->ordinal, begin,
                 (struct fx_span){.checkpoint = flight->ck->id, .layer = piece->layer, .chunk = piece->chunk,
                                  .nbytes = flight->nbytes});
+    device->last_end_ns = fx_now(); /* not before the span's end: spans of a track must not overlap */
 
     fx_lock(engine);
     device->oldest = flight->next;

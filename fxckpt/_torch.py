@@ -165,7 +165,7 @@ def hooked(function: Callable) -> Callable:
         out = function(self, *args, **kwargs)
         if _has_hooks(self):  # registered meanwhile, by a closure
             for hook in (*self._optimizer_step_post_hooks.values(), *optimizer._global_optimizer_post_hooks.values()):
-                hook(self, args, kwargs)
+                hook(self, (self, *args), kwargs)
         return out
 
     wrapper.hooked = True

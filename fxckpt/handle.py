@@ -24,7 +24,8 @@ class Handle:
     def save(self, name: str | None = None) -> None:
         """Take a full checkpoint of the state as it is now and wait until it is durable. Called in another thread than the one
         that trains, it waits for the end of an ``opt.step()``; buffers and random generators are as that thread finds them,
-        which gradients exist is as when a step closed last, and of several optimizers each may have made another step.
+        which gradients exist is as when a step closed last, what they have accumulated is not stored, and of several
+        optimizers each may have made another step.
 
         With ``name`` it goes to ``named/<name>/`` and is never recycled. Raises SaveFailed if it could not be written.
         """

@@ -82,6 +82,10 @@ class Layout:
         """The engine's numbers of the layers of one kind."""
         return [i for i, layer in enumerate(self.layers) if layer.kind == kind]
 
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max((e.tensor.nbytes for layer in self.layers for e in layer.entries), default=0)
+
     def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
         """``{file: {chunk: crc}}`` of the chunks that hold nothing but frozen parameters."""
         return {MODEL: {i: crcs[0][i] for i in self._frozen_only()}}
@@ -103,6 +107,7 @@ class Layout:
         with pending.looking:
             for number in [*self.number("frozen"), *self.number("update")]:
                 self.compare(pending, number)
+            pending.versions.clear()  # what changes from here on, no copy sees
 
     def compare(self, pending: Pending, number: int) -> None:
         """Raises Changed if a tensor of this layer has another version than after its step."""

@@ -264,7 +264,7 @@ def _map(record: Record, target: Target) -> Mapped:
         elif target.model is None and target.run is not None:
             out.later.append(tensor)
         elif _empty_buffer(target.model, name) is not None and tensor.dtype in TORCH_DTYPES:
-            device = next((t.device for t in inventory.trained.values()), None)
+            device = next((t.device for t in target.model.parameters()), None)
             made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=device)
             out.filled[name] = out.tensors[MODEL, key] = made
         else:
@@ -453,7 +453,7 @@ def _apply_optimizers(saved: Sequence[dict], states: Sequence[dict], mapped: Map
                     opt.state[param] = made[id(param)]
                 stored = mapped.stored.get(target.inventory.name_of(param))
                 if (held := waiting.get(stored)) is not None and held.shape == param.shape:
-                    param.grad = held.to(param.device, param.dtype)
+                    param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
                 else:  # to an optimizer a gradient of zeros is not the same as none
                     param.grad = torch.zeros_like(param) if stored in present else None
 

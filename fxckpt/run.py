@@ -120,6 +120,15 @@ class Run:
         self._hook_gradients()
         self._arranged = self._arrangement()
 
+    def _look_for_names(self) -> None:
+        """Before a checkpoint: bind anew if a parameter moved in its model (``torch.nn.utils.prune`` renames it)."""
+        if self.model is None:
+            return
+        self.inventory = take(self.model, self.optimizers, registry.traces)
+        if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.members):
+            for stepper in self.steppers:
+                stepper.invalidate()
+
     def _learn_arrivals(self) -> None:
         """Tell the book in which order gradients arrived, once they have."""
         seen = self._first_backward.order()
@@ -228,7 +237,7 @@ class Run:
             with torch.inference_mode(False):
                 return self.step(opt, closure)
         with self._stepping:
-            self.saver.trainer = threading.get_ident()
+            self.saver.trainer = threading.current_thread()
             self.saver.beats += 1
             return self._step(opt, closure)
 
@@ -295,6 +304,8 @@ class Run:
     def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
         """One update, with a checkpoint if one is due."""
         opt, loss, due, copying = stepper.opt, None, leads and self._is_due(), self.engine.pending()
+        if due:
+            self._look_for_names()
         self.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
         whole = stepper.whole is not None or scaled
@@ -394,10 +405,6 @@ class Run:
     def _current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
         self.inventory = take(self.model, self.optimizers, registry.traces)
-        if self.model is not None and any(m.name != self._name_of(m.param) for s in self.steppers for m in s.members):
-            for stepper in self.steppers:
-                stepper.invalidate()  # a parameter moved in its model: torch.nn.utils.prune renames it
-            self.refresh()
         fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
         key = (tuple(s.bound for s in self.steppers), fixed, moving, frozenset(self._unstable))
@@ -507,7 +514,8 @@ class Run:
                 self._check(pending)
                 if in_backward or self._may_ask_gradients():
                     self._present = [{m.name: grad if s.accumulated else None for m in s.members
-                                      if (grad := m.param.grad) is not None} for s in self.steppers]
+                                      if (grad := m.param.grad) is not None and (s.accumulated or not grad.is_sparse)}
+                                     for s in self.steppers]  # a sparse one that was used is as good as none
                 record, tensors = self._record(pending)
                 self._present = [dict.fromkeys(each) for each in self._present]
             except plan.Changed as error:
@@ -527,7 +535,7 @@ class Run:
 
     def _may_ask_gradients(self) -> bool:
         """Is this the thread that trains, or has that one ended?"""
-        return threading.get_ident() == self.saver.trainer or all(t.ident != self.saver.trainer for t in threading.enumerate())
+        return threading.current_thread() is self.saver.trainer or not self.saver.trainer.is_alive()
 
     def _not_captured(self, pending: Pending, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
@@ -587,13 +595,14 @@ class Run:
     def settled(self) -> None:
         """A load made all layers those of one step."""
         for stepper in self.steppers:
-            stepper.halfway = False
+            stepper.halfway, stepper.accumulated = False, True  # its gradients may wait for a step
 
     def _abort(self, why: str) -> None:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""
-        pending, self._current = self._current, None
-        if pending is not None:
-            pending.give_up(why)
+        self._current = None
+        for pending in self.saver.under_way():  # Ctrl-C may come before the one that was begun is known here
+            if pending is not self._open and not pending.closed.is_set():
+                pending.give_up(why)
 
     def drop_open(self, why: str) -> None:
         """Tensors are about to be replaced: wait for copies, and drop a checkpoint whose step has not closed."""
@@ -639,8 +648,7 @@ class Run:
 
     def _discard(self, pending: Pending, error: plan.Changed) -> None:
         """A tensor of this checkpoint changed."""
-        if pending.given_up is None and not isinstance(error, Cancelled):
-            pending.failure = error
+        if pending.given_up is None and not isinstance(error, Cancelled) and pending.fail(error):
             self.saver.note_failure(pending.step, error)
         pending.give_up(str(error))
 
@@ -724,10 +732,11 @@ class Run:
         self.close_step()
         if not self._store_checked:
             self._check_store()
+        self._look_for_names()
         self.refresh()
-        pending = self._current = self.saver.begin(self.attempts, self._current_layout(), wait=True, name=name)
-        pending.turn = self.in_turn
         try:
+            pending = self._current = self.saver.begin(self.attempts, self._current_layout(), wait=True, name=name)
+            pending.turn = self.in_turn
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._raise_callback_error()
@@ -740,7 +749,7 @@ class Run:
     def end_step(self, timeout: float | None = None) -> None:
         """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds
         or, without one, after those for which training itself waits."""
-        patience = 2 * self.saver.stuck_after if timeout is None else timeout
+        patience = 2 * self.saver.stuck_after if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
         if not self._stepping.acquire(timeout=patience):
             raise TimeoutError(f"opt.step() has not ended after {patience:.3g} s")
         try:
@@ -752,8 +761,11 @@ class Run:
         """Close the step, and wait for the checkpoints in flight; from inside ``opt.step()`` (a signal's handler, a hook) for
         those of steps before it."""
         self.end_step(timeout)
-        inside = self._current is not None and threading.get_ident() == self.saver.trainer
-        self.saver.flush(timeout, unclosed=not inside)
+        self.saver.flush(timeout, unclosed=not self._inside_a_step())
+
+    def _inside_a_step(self) -> bool:
+        """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
+        return self._current is not None and threading.current_thread() is self.saver.trainer
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
@@ -771,11 +783,11 @@ class Run:
             self.stopped = True
             try:
                 if self.tracing is not None:
-                    self.saver.flush(timeout)
+                    self.saver.flush(timeout, unclosed=not self._inside_a_step())
             finally:
                 if self.tracing is not None:
                     self.tracing.__exit__()
-                self.saver.stop(timeout)
+                self.saver.stop(timeout, unclosed=not self._inside_a_step())
 
     def _announce(self) -> None:
         """Say what runs a step, once for each way it runs, and what the snapshots of buffers may take."""

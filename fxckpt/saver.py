@@ -29,8 +29,9 @@ log = logging.getLogger("fxckpt")
 SLICE = 0.2
 """Seconds that one wait inside the engine lasts before Python looks whether it should stop."""
 
-LONGEST = 0.5
-"""Seconds that an operation on one tensor lasts at most, where nothing says that it has ended."""
+LONGEST, SLOWEST = 0.02, 1e9
+"""An operation on a tensor has ended after so many seconds, and one more for each ``SLOWEST`` bytes, where nothing says that
+it has."""
 
 SETTLE = 10.0
 """Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
@@ -58,8 +59,8 @@ class Pending:
     phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
     error: BaseException | None = None
-    failure: Exception | None = None  # why it was given up, if that was counted and logged as a failure already
-    lock: threading.Lock = field(default_factory=threading.Lock)  # between emits, giving it up and releasing it
+    failure: Exception | None = None  # what it failed of, counted and logged
+    lock: Any = field(default_factory=threading.RLock)  # between emits, giving it up and releasing it; handlers of signals, too
 
     def note_versions(self) -> None:
         """Remember how what was handed over looks at the end of its step. Not at its emit: tensors that are views of one
@@ -83,6 +84,13 @@ class Pending:
         """The step is complete: with this the checkpoint can be committed."""
         self.record, self.tensors = record, tensors
         self.closed.set()
+
+    def fail(self, error: Exception) -> bool:
+        """Note what it failed of; False if that was known, and counted, already."""
+        with self.lock:
+            first = self.failure is None
+            self.failure = self.failure or error
+        return first
 
     def give_up(self, why: str) -> None:
         """Drop it: fences are released at once, the committer returns its slot."""
@@ -131,7 +139,7 @@ class Saver:
         self.unreported: BaseException | None = None
         self.wait_seconds = 0.0
         self.tracer: Any = None  # trace.Tracer while somebody records
-        self.trainer = threading.get_ident()  # the thread of the last step, ...
+        self.trainer = threading.current_thread()  # the thread of the last step, ...
         self.beats = 0  # ... how often it came by, between two operations, ...
         self._inside = 0  # ... and whether it waits in here
         self._lock = threading.Condition()
@@ -281,7 +289,7 @@ class Saver:
     @contextlib.contextmanager
     def _waiting(self) -> Iterator[None]:
         """Around a wait of whatever thread."""
-        trains = threading.get_ident() == self.trainer
+        trains = threading.current_thread() is self.trainer
         self._inside += trains
         try:
             yield
@@ -345,13 +353,13 @@ class Saver:
         except (FxckptError, TimeoutError) as error:
             log.error("fxckpt: %s", error)
 
-    def stop(self, timeout: float | None) -> None:
+    def stop(self, timeout: float | None, unclosed: bool = True) -> None:
         """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up.
 
         A committer that is stuck in a system call is left behind, and keeps the store's lock: it may still rename.
         """
         try:
-            self.flush(timeout)
+            self.flush(timeout, unclosed)
         finally:
             self.drop_all("shutdown")
             with self._lock:
@@ -387,7 +395,8 @@ class Saver:
         except Cancelled as error:
             self._ended(pending, pending.failure or error, dropped=True)
         except Exception as error:
-            self._ended(pending, error, dropped=False)
+            first = pending.fail(error)
+            self._ended(pending, pending.failure, dropped=not first)
         else:
             self._ended(pending, None, dropped=False)
 
@@ -397,20 +406,17 @@ class Saver:
             raise Cancelled(pending.given_up)
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
-        copied, beats = time.monotonic(), self.beats
+        ended, beats = time.monotonic() + LONGEST + pending.layout.largest() / SLOWEST, self.beats
+        while self.beats == beats and not self._inside and time.monotonic() < ended:
+            time.sleep(0.001)  # an operation in place counts itself when it ends: one that began before may be under way
         pending.layout.check_unchanged(pending)
+        if pending.given_up is not None:  # a later step looked first: what is on disk already, cancel() does not undo
+            raise Cancelled(pending.given_up)
         pending.keep.clear()
         if not self.remote:
             self.last_handed_over = pending.step
         pending.phase = f"being written to {pending.slot.path if pending.slot is not None else 'nowhere'}"
         self._wait(pending, lambda: pending.copy.durable(SLICE))  # with a monitor: in the shared memory, or written
-        while self.beats == beats and not self._inside and time.monotonic() < copied + LONGEST:
-            time.sleep(0.001)  # an operation in place counts itself when it ends: one that began before may be under way
-        pending.layout.check_unchanged(pending)
-        with pending.looking:
-            pending.versions.clear()  # what changes from here on, no copy saw
-        if pending.given_up is not None:  # a later step looked first: what is on disk already, cancel() does not undo
-            raise Cancelled(pending.given_up)
         if self.store is None:
             return
         layout = pending.layout

@@ -63,11 +63,13 @@ class Tracer:
         """
         spans, dropped = self._engine.take_spans()
         self._engine.trace(0)
-        whole = {"traceEvents": [], "displayTimeUnit": "ms", "baseTimeNanoseconds": 0} if beside is None else _profile(beside)
-        base = whole.get("baseTimeNanoseconds", 0)
         with self._lock:
             found = [*self._spans, *(self._named(span) for span in spans)]
-            whole["fxckpt"] = {"dropped": dropped + self._dropped}
+        # Times are microseconds as doubles: since 1970 they would be exact to a quarter of one, and spans in a row overlap.
+        first = min((begin for _, _, begin, _, _ in found), default=0) + self._offset
+        whole = {"traceEvents": [], "displayTimeUnit": "ms", "baseTimeNanoseconds": first} if beside is None else _profile(beside)
+        base = whole.get("baseTimeNanoseconds", 0)
+        whole["fxckpt"] = {"dropped": dropped + self._dropped}
         pid = os.getpid() + (1 << 24)  # a process of its own beside the profiler's
         for name, track, begin, end, arguments in found:
             whole["traceEvents"].append({"ph": "X", "cat": "fxckpt", "name": name, "pid": pid, "tid": track, "args": arguments,

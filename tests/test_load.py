@@ -424,6 +424,45 @@ def test_a_checkpoint_saved_in_the_middle_of_an_accumulation_has_its_gradients(s
     assert differences(train(store, 12), train(None, 12)) == []
 
 
+def test_gradients_that_wait_keep_their_order_in_memory_and_survive_a_second_save(store):
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    opt = torch.optim.Adam(model.parameters(), fused=True)
+    fxckpt.compile_step(opt, store, model=model, every=100)
+    for step in range(3):
+        model(torch.ones(1, 3, 5, 5)).square().sum().backward()
+        if step == 0:
+            opt.step()
+            opt.zero_grad()
+    waiting = [p.grad.clone() for p in model.parameters()]
+    opt.ckpt.save("first")
+    opt.zero_grad()
+    fxckpt.load(name="first")
+    opt.ckpt.save("second")
+    opt.zero_grad()
+    fxckpt.load(name="second")
+    assert all(torch.equal(p.grad, found) for p, found in zip(model.parameters(), waiting))
+    assert [p.grad.stride() for p in model.parameters()] == [p.stride() for p in model.parameters()]
+    opt.ckpt.shutdown()
+
+
+def test_a_rehearsed_optimizer_trains_on_when_a_parameter_is_renamed(store):
+    class Plain(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.grad is not None:
+                        p.add_(p.grad, alpha=-group["lr"])
+
+    training = Training(store, optimizer=lambda params, lr: Plain(params)).train(4)
+    prune.l1_unstructured(training.model[0], "weight", 0.3)
+    training.train(4).end()
+    assert set(stored(fxckpt.latest(store).path)) >= {"0.weight_orig", "0.weight_mask"}
+
+
 class Counted:
     """A counter as ``extra=`` takes it."""
 

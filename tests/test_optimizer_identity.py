@@ -116,14 +116,15 @@ def test_a_post_hook_that_a_closure_registers_fires_in_that_step():
     fired = []
 
     def closure():
-        opt.register_step_post_hook(lambda *_: fired.append("post"))
+        opt.register_step_post_hook(lambda *args: fired.append(args))
         backward(model)
 
     opt.step(closure)
-    assert fired == ["post"]
+    assert fired == [(opt, (opt, closure), {})]
 
 
-def test_momentum_of_sparse_gradients_is_trained_and_stored(tmp_path):
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_momentum_of_sparse_gradients_is_trained_and_stored(set_to_none, tmp_path):
     def train(directory, steps):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 2))
@@ -132,7 +133,7 @@ def test_momentum_of_sparse_gradients_is_trained_and_stored(tmp_path):
             fxckpt.compile_step(opt, directory, model=model, every=1, update="native")
             fxckpt.load()
         for step in range(0 if directory is None else opt.ckpt.statistics()["steps"], steps):
-            opt.zero_grad()
+            opt.zero_grad(set_to_none=set_to_none)
             model(torch.tensor([step % 3, 5])).square().sum().backward()
             opt.step()
         if directory is not None:

@@ -8,10 +8,12 @@ import threading
 
 import pytest
 import torch
+from helpers import until
 from safetensors.torch import load_file
 from torch import nn
 
 import fxckpt
+from fxckpt import saver
 from fxckpt.engine import io
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import decode_state
@@ -103,22 +105,32 @@ def test_weights_that_a_closure_changes_while_they_are_copied_drop_that_checkpoi
         assert torch.equal(load_file(each.path / "model.safetensors")["0.weight"], seen[each.step]), each.step
 
 
-def test_an_operation_in_place_that_outlasts_the_copy_drops_the_checkpoint(tmp_path, monkeypatch):
-    """Operations count themselves when they end: one that runs while the last copy ends has not been counted by then."""
+@pytest.mark.parametrize("ends", ["after the copy", "much later"])
+def test_an_operation_in_place_that_outlasts_the_copy_drops_the_checkpoint(ends, tmp_path, monkeypatch):
+    """Operations count themselves when they end: one that runs while the last copy ends has not been counted by then. One that
+    begins later is of no interest, whether or not the checkpoint is on the disk yet."""
+    monkeypatch.setattr(saver, "LONGEST", 30.0 if ends == "after the copy" else 0.0)
     training = Training(tmp_path)
     training.train(2)
     training.opt.ckpt.flush()
+    io.delay("pwrite", 300_000)
     training.train(1)
     training.opt.ckpt.end_step()
-    pending = training.opt.ckpt._run.saver.under_way()
-    assert not pending or pending[0].copy.copied(60)
+    (pending,) = training.opt.ckpt._run.saver.under_way()
+    if ends == "after the copy":
+        assert pending.copy.copied(60)
+    else:
+        until(lambda: not pending.versions)
     with torch.no_grad():
-        training.model[0].weight.mul_(0.5)  # at the latest half a second after the copy
-    if pending and not pending[0].done.is_set():
+        training.model[0].weight.mul_(0.5)
+    io.delay("pwrite", 0)
+    if ends == "after the copy":
         with pytest.raises(fxckpt.FxckptError, match="changed in place"):
             training.opt.ckpt.flush()
     training.opt.ckpt.shutdown()
-    assert set(training.stored()) == ({1, 2} if training.opt.ckpt.statistics()["checkpoints_failed"] else {1, 2, 3})
+    found = training.opt.ckpt.statistics()
+    assert found["checkpoints_started"] == found["checkpoints_committed"] + found["checkpoints_failed"] == 3
+    assert set(training.stored()) == ({1, 2} if ends == "after the copy" else {1, 2, 3})
 
 
 def test_saves_in_another_thread_hold_one_step_whatever_the_training_thread_is_at(tmp_path):
@@ -173,6 +185,41 @@ def test_a_flush_inside_a_step_waits_for_the_steps_before_it(tmp_path):
     training.train(3)
     training.opt.ckpt.shutdown()
     assert training.stored() == {1: 1, 2: 2, 3: 3}
+
+
+def test_a_shutdown_inside_a_step_ends(tmp_path):
+    """As a handler of a signal would call it."""
+    training = Training(tmp_path, on_layer=lambda name, step, tensors: training.opt.ckpt.shutdown(60) if step == 3 else None)
+    training.train(4)
+    assert training.stored() == {1: 1, 2: 2}
+
+
+def test_timeouts_of_any_size_are_taken(tmp_path):
+    training = Training(tmp_path)
+    training.train(1)
+    training.opt.ckpt.flush(float("inf"))
+    training.opt.ckpt.flush(1e10)
+    training.opt.ckpt.flush(-1)
+    training.opt.ckpt.shutdown(1e10)
+
+
+def test_ctrl_c_while_a_checkpoint_is_begun_leaves_none_that_nobody_closes(tmp_path, monkeypatch):
+    training = Training(tmp_path)
+    training.train(2)
+    begin = saver.Saver.begin
+
+    def interrupted(*args, **options):
+        begin(*args, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saver.Saver, "begin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.train(1)
+    monkeypatch.undo()
+    training.loader.batches -= 1
+    training.train(2)
+    training.opt.ckpt.shutdown(60)
+    assert training.stored() == {1: 1, 2: 2, 3: 3, 4: 4}
 
 
 def test_ctrl_c_while_a_step_captures_state_drops_its_checkpoint_and_counts_the_step(tmp_path):
