@@ -31,6 +31,9 @@ from fxckpt.updates import Cohort, Inputs, calls_for, gradient_of, shared
 
 log = logging.getLogger("fxckpt")
 
+_END = object()
+"""Behind the last tensor, so that one more or one less is another sequence."""
+
 _version_of, _params_of = operator.attrgetter("_version"), operator.itemgetter("params")
 
 
@@ -141,9 +144,11 @@ class Stepper:
         self._values: list[Any] = []  # ... and their values
         self._params: list[torch.Tensor] = []  # those of the groups
         self._gradients: list[torch.Tensor | None] = []  # theirs, while a step runs
+        self._complete = False  # none of those is missing, as far as is known
+        self._everyone: list[bool] = []  # the mask of such a step
         self._mixed: list[Member] = []  # with state that is no tensor, or a sparse one
         self._simple: list[dict[str, Any]] = []  # the states of the others, ...
-        self._held: list[torch.Tensor] = []  # ... the tensors in them, ...
+        self._held: list[Any] = []  # ... the tensors in them, and _END, ...
         self._tensors: list[torch.Tensor] = []  # ... those and their parameters, ...
         self._addresses: list[int] = []  # ... and where they were when they were bound
         self._fixed: list[torch.Tensor] = []  # those of them whose place matters between copies, too
@@ -197,9 +202,9 @@ class Stepper:
 
     def _moved(self, copies: bool) -> bool:
         """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
-        held = itertools.chain.from_iterable(map(dict.values, self._simple))
+        held = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._simple)), (_END,))
         tensors, addresses = (self._tensors, self._addresses) if copies else (self._fixed, self._fixed_addresses)
-        return (sum(map(len, self._simple)) != len(self._held) or not all(map(operator.is_, held, self._held))
+        return (not all(map(operator.is_, held, self._held))
                 or list(map(torch.Tensor.data_ptr, tensors)) != addresses
                 or (bool(self._mixed) and any(m.stale() for m in self._mixed)))
 
@@ -256,12 +261,13 @@ class Stepper:
         self._state, self._states = opt.state, list(opt.state.values())
         self._structure, self._names, self._values = self._structure_now(), [], []
         self._params, self._gradients = list(self._grouped()), []
+        self._everyone = [True] * len(self._params)
         self._mask = []
         self._mixed = [m for m in self.members if m.plain]
         simple = [m for m in self.members if not m.plain]
         self._simple = [m.state for m in simple if m.state is not None]
-        self._held = [value for state in self._simple for value in state.values()]
-        self._tensors = [m.param for m in simple] + self._held
+        held = [value for state in self._simple for value in state.values()]
+        self._held, self._tensors = [*held, _END], [m.param for m in simple] + held
         self._addresses = [t.data_ptr() for t in self._tensors]
         self._fixed = [t for m in simple for t in (m.param, *([v for _, v, _ in m.items] if m.flat else
                                                               [v for _, v in m.counts()]))]
@@ -394,8 +400,9 @@ class Stepper:
         if self.rehearsal is not None:
             return []  # such steps run whole
         self._gradients = list(map(gradient_of, self._params))
-        layouts = map(getattr, self._gradients, itertools.repeat("layout"), itertools.repeat(torch.strided))  # None has none
-        if not self._unready and set(layouts) == {torch.strided}:
+        layouts = set(map(getattr, self._gradients, itertools.repeat("layout"), itertools.repeat(None)))
+        self._complete = None not in layouts
+        if not self._unready and layouts <= {torch.strided, None}:
             return []
         return [m for m in self.members if (grad := m.param.grad) is not None
                 and (m.program is None or grad.layout != torch.strided)]
@@ -452,7 +459,7 @@ class Stepper:
         """One step of all that has a gradient: through the graph, with the ops of run ``number``; or, when it is None, in as
         few calls as update all layers at once."""
         if not self._gradients:  # else they were read since the last binding
-            self._gradients = list(map(gradient_of, self._params))
+            self._gradients, self._complete = list(map(gradient_of, self._params)), False
         if self.rehearsal is None:
             self._classify()
         if number is None:
@@ -466,7 +473,7 @@ class Stepper:
     def _classify(self) -> None:
         """Which members take part, and which of them share their scalars; kept while the answer stays the same."""
         done = self._done
-        mask = [g is not None for g in self._gradients]
+        mask = self._everyone if self._complete else [g is not None for g in self._gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, self._params)]
         if (mask == self._mask and self._versions == self._versions_now() and not (self._branching and any(

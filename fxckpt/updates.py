@@ -217,6 +217,14 @@ class _EachCall:
             function(*args, *scalars)
 
 
+def _picker(members: Sequence[Member], program: Program) -> Callable[[Any], list[torch.Tensor]]:
+    """What takes the members' gradients out of those of a step: a slice of the list where they stand side by side."""
+    indices = [m.index for m in members]
+    if program.signature.implementation != "rehearsed" and indices == list(range(indices[0], indices[-1] + 1)):
+        return operator.itemgetter(slice(indices[0], indices[-1] + 1))
+    return lambda gradients: list(map(gradients.__getitem__, indices))
+
+
 class _ColumnsCall:
     """List kernels (foreach, fused) over groups of parameters. ``serial``: PyTorch uses one core for each."""
 
@@ -224,12 +232,12 @@ class _ColumnsCall:
         self.serial = serial
         self.kernels = sum(map(len, groups)) * _kernels(program)
         self.index, self.function, self.grad_at = cohort.index, program.body.forward, program.grad_at
-        self.groups = [([m.index for m in members], [[m.bound(kind, key) for m in members] for kind, key in program.inputs])
+        self.groups = [(_picker(members, program), [[m.bound(kind, key) for m in members] for kind, key in program.inputs])
                        for members in groups]
 
     def __call__(self, step: Inputs) -> None:
-        scalars, gradient, function, grad_at = step.scalars[self.index], step.gradients.__getitem__, self.function, self.grad_at
-        for indices, columns in self.groups:
+        scalars, function, grad_at = step.scalars[self.index], self.function, self.grad_at
+        for pick, columns in self.groups:
             args = columns.copy()
-            args[grad_at] = list(map(gradient, indices))
+            args[grad_at] = pick(step.gradients)
             function(*args, *scalars)

@@ -98,7 +98,7 @@ def test_single_tensor_kernels_run_over_lists_with_the_same_bits(monkeypatch, wo
     assert all(torch.equal(a, b) for a, b in zip(ours, stock))
     found = [part for call in calls(opt) for part in getattr(call, "calls", [call])]
     columns, each = ([c for c in found if type(c).__name__ == name] for name in ("_ColumnsCall", "_EachCall"))
-    assert sorted(len(members) for call in columns for members, _ in call.groups) == groups
+    assert sorted(len(rows[0]) for call in columns for _, rows in call.groups) == groups
     assert [len(call.rows) for call in each] == [1], "large ones apart"
 
 
