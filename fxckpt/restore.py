@@ -75,7 +75,7 @@ class Mapped:
     tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     stored: dict[str, str] = field(default_factory=dict)  # live name of a trained parameter -> its stored name, if it fits
     later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
-    filled: dict[str, torch.Tensor] = field(default_factory=dict)  # buffers that are None still
+    filled: list[tuple[torch.nn.Module, str, torch.Tensor]] = field(default_factory=list)  # buffers that are None still
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -210,8 +210,8 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     states = _make_states(record, optimizers, mapped, target)
     writable = {key: storable(t) for key, t in mapped.tensors.items()}
     _read_tensors(reader, writable, target.run if once else None)
-    for name, made in mapped.filled.items():
-        setattr(*_empty_buffer(target.model, name), made)
+    for module, attribute, made in mapped.filled:
+        setattr(module, attribute, made)
     _apply_optimizers(optimizers, states, mapped, target)
     _apply_extras(early, late, target)
     if target.run is not None:
@@ -254,6 +254,7 @@ def _map(record: Record, target: Target) -> Mapped:
     live = {**inventory.trained, **inventory.frozen, **inventory.buffers}
     positions = _by_position(record, target) if target.model is None else {}
     stored = {t.key: t for layer in record.layers for t in layer.tensors if t.file == MODEL}
+    modules = {} if target.model is None else dict(_torch.every_module(target.model))
     aliases = {**record.ties, **{v: k for k, v in record.ties.items()}}
     for key, tensor in stored.items():
         name = positions.get(key, key)
@@ -263,10 +264,11 @@ def _map(record: Record, target: Target) -> Mapped:
             _match(out, (MODEL, key), tensor, name, live.pop(name))
         elif target.model is None and target.run is not None:
             out.later.append(tensor)
-        elif _empty_buffer(target.model, name) is not None and tensor.dtype in TORCH_DTYPES:
+        elif (empty := _empty_buffer(modules, name)) is not None and tensor.dtype in TORCH_DTYPES:
             device = next((t.device for t in target.model.parameters()), None)
             made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=device)
-            out.filled[name] = out.tensors[MODEL, key] = made
+            out.tensors[MODEL, key] = made
+            out.filled.append((*empty, made))
         else:
             out.unexpected.append(key)
     shared = {alias for alias, name in inventory.ties.items() if name not in live}
@@ -274,10 +276,10 @@ def _map(record: Record, target: Target) -> Mapped:
     return out
 
 
-def _empty_buffer(model: torch.nn.Module | None, name: str) -> tuple[torch.nn.Module, str] | None:
+def _empty_buffer(modules: Mapping[str, torch.nn.Module], name: str) -> tuple[torch.nn.Module, str] | None:
     """The module, and the attribute, of a buffer that was registered as None and has not been set by a forward yet."""
     owner, _, attribute = name.rpartition(".")
-    module = None if model is None else dict(_torch.every_module(model)).get(owner)
+    module = modules.get(owner)
     empty = module is not None and attribute in module._buffers and module._buffers[attribute] is None
     return (module, attribute) if empty else None
 
@@ -480,7 +482,7 @@ def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target) -> None:
     for name, value in saved.items():
         buffer = target.inventory.transient.get(name)
         if buffer is None:
-            if (empty := _empty_buffer(target.model, name)) is not None:
+            if (empty := _empty_buffer(modules, name)) is not None:
                 setattr(*empty, value)
             continue
         shared = any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride()))

@@ -201,6 +201,7 @@ def test_timeouts_of_any_size_are_taken(tmp_path):
     training.opt.ckpt.flush(1e10)
     training.opt.ckpt.flush(-1)
     training.opt.ckpt.shutdown(1e10)
+    assert training.stored() == {1: 1}
 
 
 def test_ctrl_c_while_a_checkpoint_is_begun_leaves_none_that_nobody_closes(tmp_path, monkeypatch):
