@@ -47,8 +47,12 @@ def step(layers: int) -> dict:
         optimizer.step()
         seconds = time.perf_counter() - began
         optimizer.ckpt.shutdown()
-    return {"layers": layers, "parameters": len(parameters), "seconds": seconds,
-            "compiles": len(sources(os.environ["TORCHINDUCTOR_CACHE_DIR"]) - before)}
+    return {
+        "layers": layers,
+        "parameters": len(parameters),
+        "seconds": seconds,
+        "compiles": len(sources(os.environ["TORCHINDUCTOR_CACHE_DIR"]) - before),
+    }
 
 
 def main() -> None:
@@ -65,12 +69,17 @@ def main() -> None:
     for layers in args.layers:
         with tempfile.TemporaryDirectory() as cache:
             for kind in ("empty cache", "second process"):
-                done = subprocess.run([sys.executable, __file__, "--one", str(layers)], check=True, text=True,
-                                      capture_output=True, env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache})
+                done = subprocess.run(
+                    [sys.executable, __file__, "--one", str(layers)],
+                    check=True,
+                    text=True,
+                    capture_output=True,
+                    env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache},
+                )
                 row = {"cache": kind, **json.loads(done.stdout)}
                 numbers["results"].append(row)
-                print("{layers:3} layers, {parameters:4} parameters, {cache:15}{compiles:3} C++ compiles{seconds:7.2f} s"
-                      .format_map(row), flush=True)
+                line = "{layers:3} layers, {parameters:4} parameters, {cache:15}{compiles:3} C++ compiles{seconds:7.2f} s"
+                print(line.format_map(row), flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
 

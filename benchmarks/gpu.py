@@ -137,8 +137,12 @@ def describe_device(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"name": "CPU (a rehearsal: no figure means anything)"}
     found = torch.cuda.get_device_properties(device)
-    return {"name": found.name, "memory_gib": round(found.total_memory / 2**30), "cuda": torch.version.cuda,
-            "driver": _driver_version()}
+    return {
+        "name": found.name,
+        "memory_gib": round(found.total_memory / 2**30),
+        "cuda": torch.version.cuda,
+        "driver": _driver_version(),
+    }
 
 
 def _driver_version() -> str:
@@ -182,8 +186,9 @@ class Training:
         return sum(t.nbytes for t in tensors)
 
 
-def measure(training: Training, seconds: float, saved: Callable[[int], None] = lambda step: None,
-            least: int = 12) -> dict[str, Any]:
+def measure(
+    training: Training, seconds: float, saved: Callable[[int], None] = lambda step: None, least: int = 12
+) -> dict[str, Any]:
     """Steps for about so many seconds; times in seconds."""
     device = training.device
     for step in range(1, 3):  # slots are made, allocations settle
@@ -205,14 +210,29 @@ def measure(training: Training, seconds: float, saved: Callable[[int], None] = l
     times = marks.seconds()
     whole = time.perf_counter() - began
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    return {"steps": len(times), "median": statistics.median(times), "mean": whole / len(times),
-            "p99": sorted(times)[min(len(times) - 1, int(len(times) * 0.99))], "device_peak_bytes": memory}
+    return {
+        "steps": len(times),
+        "median": statistics.median(times),
+        "mean": whole / len(times),
+        "p99": sorted(times)[min(len(times) - 1, int(len(times) * 0.99))],
+        "device_peak_bytes": memory,
+    }
 
 
 def with_fxckpt(training: Training, folder: Path, seconds: float, every: int | str, writer: str) -> dict[str, Any]:
     big = training.state_bytes() > 8 << 30  # two slots of 16 GB are enough for a disk of 64
-    fxckpt.compile_step(training.opt, folder, model=training.model, every=every, writer=writer, threads=4, fresh=True,
-                        keep=1 if big else 2, max_async=1 if big else 2, on_error="raise")
+    fxckpt.compile_step(
+        training.opt,
+        folder,
+        model=training.model,
+        every=every,
+        writer=writer,
+        threads=4,
+        fresh=True,
+        keep=1 if big else 2,
+        max_async=1 if big else 2,
+        on_error="raise",
+    )
     before = training.opt.ckpt.statistics()
     found = measure(training, seconds)
     stats = training.opt.ckpt.statistics()
@@ -239,8 +259,12 @@ def with_dcp(training: Training, folder: Path, seconds: float, every: int) -> di
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    options = StagingOptions(use_pinned_memory=training.device.type == "cuda", use_shared_memory=False,
-                             use_async_staging=False, use_non_blocking_copy=training.device.type == "cuda")
+    options = StagingOptions(
+        use_pinned_memory=training.device.type == "cuda",
+        use_shared_memory=False,
+        use_async_staging=False,
+        use_non_blocking_copy=training.device.type == "cuda",
+    )
     stager, last = DefaultStager(options), []
 
     def saved(step: int) -> None:
@@ -265,8 +289,9 @@ def rates(training: Training, folder: Path) -> dict[str, float]:
     out = {"pinned_copy": pinned_copy_rate(training.device), "plain_writer": machine.Disk(folder, 1 << 30, threads=4).measure()}
     for writer in ("mock", "thread"):
         store = folder / f"rates-{writer}"
-        fxckpt.compile_step(training.opt, store, model=training.model, every=10**9, writer=writer, threads=8, fresh=True, keep=1,
-                            max_async=1)
+        fxckpt.compile_step(
+            training.opt, store, model=training.model, every=10**9, writer=writer, threads=8, fresh=True, keep=1, max_async=1
+        )
         training.step()
         training.opt.ckpt.save()  # files are made, buffers touched
         synchronize(training.device)
@@ -400,8 +425,11 @@ def run_model(name: str, device: torch.device, folder: Path, deadline: float) ->
         shutil.rmtree(store, ignore_errors=True)
         say(f"{name:5} {case:32} " + line_of(found[case]))
     compare(found)
-    return {"parameters": sum(p.numel() for p in training.model.parameters()), "state_bytes": training.state_bytes(),
-            "cases": found}
+    return {
+        "parameters": sum(p.numel() for p in training.model.parameters()),
+        "state_bytes": training.state_bytes(),
+        "cases": found,
+    }
 
 
 def compare(found: dict[str, dict[str, Any]]) -> None:
@@ -421,8 +449,10 @@ def compare(found: dict[str, dict[str, Any]]) -> None:
 def line_of(case: dict[str, Any]) -> str:
     if "median" not in case:
         return str(case)
-    return (f"{case['median'] * 1e3:8.1f} ms median {case['p99'] * 1e3:8.1f} p99 {case['mean'] * 1e3:8.1f} mean "
-            f"{case.get('stall_per_step', 0) * 1e3:7.1f} stall, {case.get('checkpoints_committed', '-')} committed")
+    return (
+        f"{case['median'] * 1e3:8.1f} ms median {case['p99'] * 1e3:8.1f} p99 {case['mean'] * 1e3:8.1f} mean "
+        f"{case.get('stall_per_step', 0) * 1e3:7.1f} stall, {case.get('checkpoints_committed', '-')} committed"
+    )
 
 
 def say(text: str) -> None:

@@ -81,8 +81,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     model, optimizer = trained(args.megabytes)
     state = tensors(model, optimizer)
     size = sum(t.nbytes for t in state.values()) // (8 * machine.MIB) * (8 * machine.MIB)
-    fxckpt.compile_step(optimizer, folder / "store", model=model, every=10**9, on_error="raise",
-                        threads=args.threads, chunk_mb=args.chunk_mb)
+    fxckpt.compile_step(
+        optimizer, folder / "store", model=model, every=10**9, on_error="raise", threads=args.threads, chunk_mb=args.chunk_mb
+    )
     for _ in range(4):  # every slot is written once
         optimizer.ckpt.save()
     torch_file, plain_file = folder / "torch.pt", folder / "plain.safetensors"
@@ -111,9 +112,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         ceiling = times[name.split(" ")[0] + " raw"]
         ratios = [a / b for a, b in zip(ceiling, mine)]
         results[name] = {"seconds": statistics.median(mine), "rounds": mine, "ratio": statistics.median(ratios), "ratios": ratios}
-    return {"machine": machine.describe(folder), "bytes": size, "threads": args.threads, "chunk_mb": args.chunk_mb,
-            "raw_write": [raw_writer.threads, raw_writer.piece // machine.MIB],
-            "raw_read": [raw_reader.threads, raw_reader.piece // machine.MIB], "results": results}
+    return {
+        "machine": machine.describe(folder),
+        "bytes": size,
+        "threads": args.threads,
+        "chunk_mb": args.chunk_mb,
+        "raw_write": [raw_writer.threads, raw_writer.piece // machine.MIB],
+        "raw_read": [raw_reader.threads, raw_reader.piece // machine.MIB],
+        "results": results,
+    }
 
 
 class Fresh:
@@ -143,8 +150,13 @@ def copy_in(loaded: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> 
         tensor.copy_(loaded[name])
 
 
-def rounds(contestants: dict[str, Callable], count: int, times: dict[str, list[float]], prefix: str,
-           prepare: Callable[[], None] = lambda: None) -> None:
+def rounds(
+    contestants: dict[str, Callable],
+    count: int,
+    times: dict[str, list[float]],
+    prefix: str,
+    prepare: Callable[[], None] = lambda: None,
+) -> None:
     """Everyone once a round, another one first each time; ``prepare`` before each, untimed."""
     everyone = list(contestants.items())
     for name, run in everyone:
@@ -176,11 +188,15 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(machine.line(numbers["machine"]))
-    print(f"{numbers['bytes'] / 1e6:.0f} MB; best plain loops: write {numbers['raw_write']}, read {numbers['raw_read']} "
-          f"(threads, MiB)\n\n{'':22}{'time':>9}{'rate':>12}{'of raw':>9}{'min':>7}{'max':>7}")
+    print(
+        f"{numbers['bytes'] / 1e6:.0f} MB; best plain loops: write {numbers['raw_write']}, read {numbers['raw_read']} "
+        f"(threads, MiB)\n\n{'':22}{'time':>9}{'rate':>12}{'of raw':>9}{'min':>7}{'max':>7}"
+    )
     for name, found in numbers["results"].items():
-        print(f"{name:22}{found['seconds'] * 1e3:6.0f} ms{numbers['bytes'] / found['seconds'] / 1e9:8.2f} GB/s"
-              f"{found['ratio']:9.2f}{min(found['ratios']):7.2f}{max(found['ratios']):7.2f}")
+        print(
+            f"{name:22}{found['seconds'] * 1e3:6.0f} ms{numbers['bytes'] / found['seconds'] / 1e9:8.2f} GB/s"
+            f"{found['ratio']:9.2f}{min(found['ratios']):7.2f}{max(found['ratios']):7.2f}"
+        )
     if args.json:
         Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
 

@@ -58,13 +58,13 @@ class Contestant:
 
 
 CONTESTANTS = {
-    "fxckpt-monitor": Contestant('fxckpt, writer="monitor", staging ≥ state',
-                                 lambda mib: OneCall(writer="monitor", staging_mb=mib + 16)),
+    "fxckpt-monitor": Contestant(
+        'fxckpt, writer="monitor", staging ≥ state', lambda mib: OneCall(writer="monitor", staging_mb=mib + 16)
+    ),
     "fxckpt": Contestant("fxckpt, its thread", lambda _: OneCall()),
     "dcp": Contestant("torch DCP async_save, thread", lambda _: savers.DCP()),
     "dcp-process": Contestant("torch DCP async_save, process", lambda _: savers.DCPProcess()),
-    "torch_checkpointing": Contestant("torch_checkpointing async", lambda _: savers.TorchCheckpointing(),
-                                      "torch_checkpointing"),
+    "torch_checkpointing": Contestant("torch_checkpointing async", lambda _: savers.TorchCheckpointing(), "torch_checkpointing"),
     "torchsnapshot": Contestant("TorchSnapshot async_take", lambda _: savers.TorchSnapshot(), "torchsnapshot"),
 }
 
@@ -166,8 +166,10 @@ def right(found: dict, step: int) -> bool:
     """Whether every element is as after ``step``."""
     values = {"model": step * (step + 1) / 2, "optimizer": -step}
     tensors = {name: tensor for name, tensor in found["optimizer"].items() if name.startswith("momentum_buffer/")}
-    both = [*((each, values["optimizer"]) for each in tensors.values()),
-            *((each, values["model"]) for each in found["model"].values())]
+    both = [
+        *((each, values["optimizer"]) for each in tensors.values()),
+        *((each, values["model"]) for each in found["model"].values()),
+    ]
     return len(tensors) == len(found["model"]) > 0 and all(bool((each == value).all()) for each, value in both)
 
 
@@ -177,9 +179,12 @@ def right(found: dict, step: int) -> bool:
 def begun(role: str, key: str, folder: Path, megabytes: int, **options: Any) -> subprocess.Popen:
     """A process of a trial; what it says goes to a file."""
     with (folder / "log").open("ab") as log:
-        return subprocess.Popen([sys.executable, __file__, "--role", role, "--only", key, "--dir", str(folder),
-                                 "--megabytes", str(megabytes)], stderr=log, stdin=subprocess.DEVNULL,
-                                **{"stdout": log, **options})
+        return subprocess.Popen(
+            [sys.executable, __file__, "--role", role, "--only", key, "--dir", str(folder), "--megabytes", str(megabytes)],
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            **{"stdout": log, **options},
+        )
 
 
 def wait_for(process: subprocess.Popen, folder: Path, what: str) -> dict[str, float]:
@@ -343,9 +348,13 @@ def measure(args: argparse.Namespace, folder: Path, before: dict) -> dict:
                 killer.trial()
     progress("")
     shm = os.statvfs("/dev/shm")
-    return {"machine": machine.describe(folder), "dev_shm_mib": shm.f_blocks * shm.f_frsize >> 20,
-            "state_bytes": args.megabytes * 1000**2, "seed": args.seed,
-            "results": {killer.key: vars(killer.tally) for killer in killers}}
+    return {
+        "machine": machine.describe(folder),
+        "dev_shm_mib": shm.f_blocks * shm.f_frsize >> 20,
+        "state_bytes": args.megabytes * 1000**2,
+        "seed": args.seed,
+        "results": {killer.key: vars(killer.tally) for killer in killers},
+    }
 
 
 def merged(older: dict, newer: dict) -> dict:
@@ -357,9 +366,20 @@ def merged(older: dict, newer: dict) -> dict:
     out = {**newer, "seed": " ".join(seeds), "results": {**older["results"], **newer["results"]}}
     for key in older["results"].keys() & newer["results"].keys():
         mine, other = older["results"][key], newer["results"][key]
-        add = {name: mine[name] + other[name] for name in ("step", "older", "nothing", "too_late", "left_behind",
-                                                           "kills_seconds", "handed_over", "handed_over_lost")
-               if mine[name] is not None}
+        add = {
+            name: mine[name] + other[name]
+            for name in (
+                "step",
+                "older",
+                "nothing",
+                "too_late",
+                "left_behind",
+                "kills_seconds",
+                "handed_over",
+                "handed_over_lost",
+            )
+            if mine[name] is not None
+        }
         most = {name: max(mine[name], other[name]) for name in ("window_seconds", "settle_seconds")}
         out["results"][key] = {**other, **add, **most, "errors": list(dict.fromkeys(mine["errors"] + other["errors"]))}
     return out
@@ -367,14 +387,18 @@ def merged(older: dict, newer: dict) -> dict:
 
 def report(numbers: dict) -> None:
     print(machine.line(numbers["machine"]) + f", /dev/shm {numbers['dev_shm_mib']} MiB")
-    print(f"state {numbers['state_bytes'] / 1e6:.0f} MB; SIGKILL between the return of the call for step 2 and its completion; "
-          f"seed {numbers['seed']}\n")
+    print(
+        f"state {numbers['state_bytes'] / 1e6:.0f} MB; SIGKILL between the return of the call for step 2 and its completion; "
+        f"seed {numbers['seed']}\n"
+    )
     print(f"{'':44}{'window':>9}{'trials':>8}{'step 2':>8}{'older':>7}{'nothing':>9}{'handed over':>13}")
     for row in numbers["results"].values():
         handed = "" if row["handed_over"] is None else f"{row['handed_over'] - row['handed_over_lost']} of {row['handed_over']}"
         trials = row["step"] + row["older"] + row["nothing"]
-        print(f"{row['label']:44}{row['window_seconds']:7.2f} s{trials:8}{row['step']:8}{row['older']:7}{row['nothing']:9}"
-              f"{handed:>13}")
+        print(
+            f"{row['label']:44}{row['window_seconds']:7.2f} s{trials:8}{row['step']:8}{row['older']:7}{row['nothing']:9}"
+            f"{handed:>13}"
+        )
 
 
 def arguments() -> argparse.Namespace:

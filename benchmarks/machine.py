@@ -17,8 +17,7 @@ def describe(folder: Path) -> dict[str, str | int]:
     import torch
 
     cpuinfo = _text("/proc/cpuinfo")
-    model = next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if "model name" in line),
-                 platform.machine())
+    model = next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if "model name" in line), platform.machine())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": model + (" (virtual machine)" if " hypervisor" in cpuinfo else ""),
@@ -34,7 +33,8 @@ def describe(folder: Path) -> dict[str, str | int]:
 def line(machine: dict[str, str | int]) -> str:
     """The description as one line of text."""
     return "{cores} × {processor}, {memory_gib} GiB, {file_system}, ".format_map(machine) + (
-        "Linux {kernel}, Python {python}, torch {torch}".format_map(machine))
+        "Linux {kernel}, Python {python}, torch {torch}".format_map(machine)
+    )
 
 
 def _text(path: str) -> str:

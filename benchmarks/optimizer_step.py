@@ -107,8 +107,14 @@ def compare(make: Callable, model: nn.Module, rounds: int) -> list[dict]:
 
 def row(times: dict[str, list[float]], ours: str, theirs: str) -> dict:
     ratios = [a / b for a, b in zip(times[ours], times[theirs])]
-    return {"ours": ours, "theirs": theirs, "ratio": statistics.median(ratios), "ratios": ratios,
-            "seconds": statistics.median(times[ours]), "plain_seconds": statistics.median(times[theirs])}
+    return {
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "seconds": statistics.median(times[ours]),
+        "plain_seconds": statistics.median(times[theirs]),
+    }
 
 
 def main() -> None:
@@ -134,8 +140,11 @@ def main() -> None:
             rows = compare(OPTIMIZERS[name], build(), 9 if args.quick else 25)
             numbers["results"][f"{model}, {name}"] = rows
             for r in rows:
-                print(f"  {r['ours']:18}/ {r['theirs']:14}{r['plain_seconds'] * 1e3:9.2f} ms{r['seconds'] * 1e3:7.2f} ms"
-                      f"{r['ratio']:8.2f}{min(r['ratios']):7.2f}{max(r['ratios']):7.2f}", flush=True)
+                print(
+                    f"  {r['ours']:18}/ {r['theirs']:14}{r['plain_seconds'] * 1e3:9.2f} ms{r['seconds'] * 1e3:7.2f} ms"
+                    f"{r['ratio']:8.2f}{min(r['ratios']):7.2f}{max(r['ratios']):7.2f}",
+                    flush=True,
+                )
             torch.compiler.reset()
     if args.json:
         Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")

@@ -126,13 +126,23 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     for worker in workers:
         ratios = [mine / plain for mine, plain in zip(worker.rounds, base)]
         results[worker.key] = {
-            "label": ALL[worker.key].label, "step_seconds": statistics.median(worker.rounds),
-            "ratio": statistics.median(ratios), "ratios": ratios, "rounds": worker.rounds, **worker.finish(),
+            "label": ALL[worker.key].label,
+            "step_seconds": statistics.median(worker.rounds),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "rounds": worker.rounds,
+            **worker.finish(),
         }
     progress("")
-    return {"machine": machine.describe(folder), "state_bytes": workers[0].state_bytes,
-            "disk_bytes_per_second": statistics.median(bandwidth), "disk_rounds": bandwidth,
-            "direct_io": disk.direct, "steps_per_round": args.steps, "results": results}
+    return {
+        "machine": machine.describe(folder),
+        "state_bytes": workers[0].state_bytes,
+        "disk_bytes_per_second": statistics.median(bandwidth),
+        "disk_rounds": bandwidth,
+        "direct_io": disk.direct,
+        "steps_per_round": args.steps,
+        "results": results,
+    }
 
 
 def absent(package: str) -> str | None:
@@ -156,14 +166,15 @@ def report(numbers: dict) -> None:
     print(machine.line(numbers["machine"]))
     kind = "O_DIRECT" if numbers["direct_io"] else "buffered, O_DIRECT refused"
     print(f"disk: {disk / 1e9:.2f} GB/s (overwriting, {kind}, median of {len(numbers['disk_rounds'])})")
-    print(f"state: {state / 1e6:.0f} MB a checkpoint, a checkpoint at every step; "
-          f"the disk alone needs {state / disk * 1e3:.0f} ms for it\n")
+    print(
+        f"state: {state / 1e6:.0f} MB a checkpoint, a checkpoint at every step; "
+        f"the disk alone needs {state / disk * 1e3:.0f} ms for it\n"
+    )
     print(f"{'':42}{'step':>9}{'ratio':>8}{'min':>7}{'max':>7}{'state/step':>13}")
     for key, row in results.items():
         seconds, ratios = row["step_seconds"], row["ratios"]
         rate = f"{state / seconds / 1e9:8.2f} GB/s" if key not in ("none", "mock") else ""
-        print(f"{row['label']:42}{seconds * 1e3:6.0f} ms{row['ratio']:8.2f}"
-              f"{min(ratios):7.2f}{max(ratios):7.2f}{rate}")
+        print(f"{row['label']:42}{seconds * 1e3:6.0f} ms{row['ratio']:8.2f}{min(ratios):7.2f}{max(ratios):7.2f}{rate}")
     print()
     for other in ("mock", "none"):
         if "fxckpt" in results and other in results:

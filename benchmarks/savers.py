@@ -57,8 +57,16 @@ class Fxckpt(Nothing):
         import fxckpt
 
         super().prepare(model, optimizer, folder)
-        fxckpt.compile_step(optimizer, folder, model=model, every=1, writer=self.writer,
-                            update=None if self.fused else self.update, on_error="raise", **self.options)
+        fxckpt.compile_step(
+            optimizer,
+            folder,
+            model=model,
+            every=1,
+            writer=self.writer,
+            update=None if self.fused else self.update,
+            on_error="raise",
+            **self.options,
+        )
         return torch.compile(model, backend=fxckpt.backend)
 
     def flush(self) -> None:
@@ -269,8 +277,8 @@ class Contestant:
 CONTESTANTS = (
     Contestant("none", "no checkpoints (AdamW fused)", Nothing),
     Contestant("fxckpt", "fxckpt, fused=True (native update)", Fxckpt),
-    Contestant("inductor", "fxckpt, update=\"inductor\"", lambda: Fxckpt(update="inductor")),
-    Contestant("mock", "fxckpt, writer=\"mock\" (writes nothing)", lambda: Fxckpt(writer="mock")),
+    Contestant("inductor", 'fxckpt, update="inductor"', lambda: Fxckpt(update="inductor")),
+    Contestant("mock", 'fxckpt, writer="mock" (writes nothing)', lambda: Fxckpt(writer="mock")),
     Contestant("safetensors", "safetensors save_file + fsync", Safetensors, waits=True),
     Contestant("torch_save", "torch.save + fsync", TorchSave, waits=True),
     Contestant("dcp", "torch DCP async_save", DCP),

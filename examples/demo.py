@@ -69,12 +69,22 @@ def progress(label: str, line: str) -> None:
         print(f"\r\033[K{label}  {line}", end="", flush=True)
 
 
-def run(label: str, arguments: list[str], environment: dict[str, str],
-        stop_at: Callable[[Outcome], float | None] = lambda outcome: None) -> Outcome:
+def run(
+    label: str,
+    arguments: list[str],
+    environment: dict[str, str],
+    stop_at: Callable[[Outcome], float | None] = lambda outcome: None,
+) -> Outcome:
     """Run the training script to its end, or until ``stop_at`` names a delay (s) after which it is killed."""
     outcome, began = Outcome(), None
-    process = subprocess.Popen([sys.executable, "-u", str(SCRIPT), *arguments], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPT), *arguments],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     other = []
     progress(label, "starting: import, load, compile")
     try:
@@ -94,8 +104,7 @@ def run(label: str, arguments: list[str], environment: dict[str, str],
     finally:
         end(process)
     if outcome.status not in (0, -signal.SIGKILL):
-        raise SystemExit(f"\n{''.join(other[-40:])}{label.strip()}: the training script failed "
-                         f"with status {outcome.status}")
+        raise SystemExit(f"\n{''.join(other[-40:])}{label.strip()}: the training script failed with status {outcome.status}")
     return outcome
 
 
@@ -137,13 +146,16 @@ def report(plain: Outcome, killed: Outcome, resumed: Outcome) -> bool:
     lost = killed.last - (resumed.first - 1)
     print(f"{'steps done, lost':<26}{f'{plain.last}, 0':<22}{resumed.last}, {max(0, lost)}")
     slower = resumed.step_time / plain.step_time - 1
-    print(f"{'time of a step (median)':<26}{f'{plain.step_time:.1f} ms':<22}"
-          f"{resumed.step_time:.1f} ms ({slower:+.1%})")
+    print(f"{'time of a step (median)':<26}{f'{plain.step_time:.1f} ms':<22}{resumed.step_time:.1f} ms ({slower:+.1%})")
     print(f"{'checkpoints':<26}{'none':<22}one every step; {resumed.checkpoints} committed since the restart")
-    print(f"{'written since the restart':<26}{'-':<22}{resumed.written / 1e9:.2f} GB, "
-          f"{resumed.written / 1e9 / resumed.seconds:.2f} GB/s over the whole run, all of it on disk")
-    print("\nThe runs came one after the other, so other work on the machine shows in their step times;\n"
-          "benchmarks/overhead.py lets them take turns.")
+    print(
+        f"{'written since the restart':<26}{'-':<22}{resumed.written / 1e9:.2f} GB, "
+        f"{resumed.written / 1e9 / resumed.seconds:.2f} GB/s over the whole run, all of it on disk"
+    )
+    print(
+        "\nThe runs came one after the other, so other work on the machine shows in their step times;\n"
+        "benchmarks/overhead.py lets them take turns."
+    )
     return equal
 
 

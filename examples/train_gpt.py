@@ -116,8 +116,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every tensor of the optimizer's state, by parameter name and key."""
-    return {f"{name}/{key}": value for name, parameter in model.named_parameters()
-            for key, value in optimizer.state[parameter].items() if torch.is_tensor(value)}
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+        if torch.is_tensor(value)
+    }
 
 
 def show(line: str) -> None:
@@ -158,8 +162,9 @@ def train(args: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimizer]:
         forward, start = torch.compile(model), 0
     else:
         forward = torch.compile(model, backend=fxckpt.backend)
-        optimizer = fxckpt.compile_step(optimizer, args.dir, model=model, every=args.every,
-                                        extra={"scheduler": scheduler, "batches": batches})
+        optimizer = fxckpt.compile_step(
+            optimizer, args.dir, model=model, every=args.every, extra={"scheduler": scheduler, "batches": batches}
+        )
         start = fxckpt.load().step
 
     for step in range(start, args.steps):
@@ -189,8 +194,10 @@ def main() -> None:
     if not args.no_checkpoint:
         optimizer.ckpt.flush()
         done = optimizer.ckpt.statistics()
-        print(f"checkpoints committed {done['checkpoints_committed']}  bytes {done['bytes_written']}  "
-              f"stalled {done['stall_seconds']:.2f} s")
+        print(
+            f"checkpoints committed {done['checkpoints_committed']}  bytes {done['bytes_written']}  "
+            f"stalled {done['stall_seconds']:.2f} s"
+        )
     print("parameters sha256", digest(dict(model.named_parameters())))
     print("optimizer  sha256", digest(optimizer_tensors(model, optimizer)))
 

@@ -21,9 +21,15 @@ import fxckpt
 
 # 5 × 7 pixels a digit, one row a number, the leftmost pixel in the highest of its five bits.
 GLYPHS = {
-    0: (14, 17, 19, 21, 25, 17, 14), 1: (4, 12, 4, 4, 4, 4, 14), 2: (14, 17, 1, 2, 4, 8, 31),
-    3: (31, 2, 4, 2, 1, 17, 14), 4: (2, 6, 10, 18, 31, 2, 2), 5: (31, 16, 30, 1, 1, 17, 14),
-    6: (6, 8, 16, 30, 17, 17, 14), 7: (31, 1, 2, 4, 8, 8, 8), 8: (14, 17, 17, 14, 17, 17, 14),
+    0: (14, 17, 19, 21, 25, 17, 14),
+    1: (4, 12, 4, 4, 4, 4, 14),
+    2: (14, 17, 1, 2, 4, 8, 31),
+    3: (31, 2, 4, 2, 1, 17, 14),
+    4: (2, 6, 10, 18, 31, 2, 2),
+    5: (31, 16, 30, 1, 1, 17, 14),
+    6: (6, 8, 16, 30, 17, 17, 14),
+    7: (31, 1, 2, 4, 8, 8, 8),
+    8: (14, 17, 17, 14, 17, 17, 14),
     9: (14, 17, 17, 15, 1, 2, 12),
 }
 
@@ -61,9 +67,16 @@ class Residual(nn.Module):
 
 def resnet(width: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-        Residual(width, width), Residual(width, 2 * width, 2), Residual(2 * width, 4 * width, 2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4 * width, 10),
+        nn.Conv2d(1, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        Residual(width, width),
+        Residual(width, 2 * width, 2),
+        Residual(2 * width, 4 * width, 2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(4 * width, 10),
     )
 
 
@@ -109,8 +122,9 @@ def train(args: argparse.Namespace) -> nn.Module:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps + 1)
 
     forward = torch.compile(model, backend=fxckpt.backend)
-    optimizer = fxckpt.compile_step(optimizer, args.dir, model=model, every=args.every,
-                                    extra={"scheduler": scheduler, "batches": batches})
+    optimizer = fxckpt.compile_step(
+        optimizer, args.dir, model=model, every=args.every, extra={"scheduler": scheduler, "batches": batches}
+    )
     fxckpt.load()
     for step in fxckpt.steps(args.steps):
         began = time.perf_counter()
@@ -120,9 +134,11 @@ def train(args: argparse.Namespace) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-        show(f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  "
-             f"{(time.perf_counter() - began) * 1e3:.1f} ms  "
-             f"committed {optimizer.ckpt.statistics()['last_committed_step']}")
+        show(
+            f"step {step + 1}/{args.steps}  loss {loss.item():.4f}  "
+            f"{(time.perf_counter() - began) * 1e3:.1f} ms  "
+            f"committed {optimizer.ckpt.statistics()['last_committed_step']}"
+        )
     optimizer.ckpt.flush()
     return model
 

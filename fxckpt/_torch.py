@@ -29,8 +29,9 @@ from fxckpt.errors import SetupError
 
 # ---- optimizers (used by graph/update.py, optimizer.py) --------------------------------------------------------
 
-GROUP_BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum",
-                               "max_lr", "min_lr"})
+GROUP_BOOKKEEPING = frozenset(
+    {"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
+)
 """Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
 
 
@@ -142,8 +143,12 @@ def inner_hooks(opt: torch.optim.Optimizer) -> bool:
 
 def _has_hooks(opt: torch.optim.Optimizer) -> bool:
     """Are hooks of ``step`` registered, on ``opt`` or for all optimizers? Nothing public lists them."""
-    return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks
-                or optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks)
+    return bool(
+        opt._optimizer_step_pre_hooks
+        or opt._optimizer_step_post_hooks
+        or optimizer._global_optimizer_pre_hooks
+        or optimizer._global_optimizer_post_hooks
+    )
 
 
 def hooked(function: Callable) -> Callable:
@@ -208,8 +213,10 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
     if current is None:
         return False
     if not getattr(current, "_wrapped_by_lr_sched", False):
-        raise SetupError(f"opt.step of this {type(opt).__name__} was replaced by {current!r}; fxckpt cannot see the "
-                         "steps through it. Call compile_step before that wrapper is installed.")
+        raise SetupError(
+            f"opt.step of this {type(opt).__name__} was replaced by {current!r}; fxckpt cannot see the "
+            "steps through it. Call compile_step before that wrapper is installed."
+        )
     owner = weakref.ref(opt)
 
     @functools.wraps(type(opt).step)
@@ -236,6 +243,7 @@ def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Cal
 @functools.cache
 def _watched_class(base: type) -> type:
     """A scaler's class that tells its watchers."""
+
     def maybe(self, optimizer, optimizer_state, *args, **kwargs):
         told = [skipped for watched, skipped in self._fxckpt_watchers if watched is optimizer]
         found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
@@ -292,9 +300,13 @@ def trace_fake(fn: Callable, args: Sequence[torch.Tensor], script: Sequence[bool
     fakes = [mode.from_tensor(t.detach()) for t in args]
     with mode, torch.no_grad():
         graph = make_fx(fn)(*fakes).graph
-    symbols = {value.node.expr: node for node in graph.nodes
-               if isinstance(value := node.meta.get("val"), (torch.SymFloat, torch.SymInt, torch.SymBool))
-               and node.op == "call_function" and isinstance(value.node.expr, sympy.Symbol)}
+    symbols = {
+        value.node.expr: node
+        for node in graph.nodes
+        if isinstance(value := node.meta.get("val"), (torch.SymFloat, torch.SymInt, torch.SymBool))
+        and node.op == "call_function"
+        and isinstance(value.node.expr, sympy.Symbol)
+    }
     return FakeTrace(graph, list(branches.items()), symbols)
 
 
@@ -345,6 +357,7 @@ def symbolic_numbers(opt: torch.optim.Optimizer):
             if isinstance(first, float) and isinstance(second, torch.SymFloat):
                 first = torch.SymFloat(second.node.wrap_float(first))  # or they change places, and max(1.0, nan) is 1.0
             return symbolic(first, second)
+
         return extreme
 
     names["max"], names["min"] = either(torch.sym_max, builtins.max), either(torch.sym_min, builtins.min)
@@ -529,10 +542,8 @@ _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
-     "_fsdp_wrapped_module"),
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper",
-     "_checkpoint_wrapped_module"),
+    ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper", "_checkpoint_wrapped_module"),
 )
 
 
@@ -699,8 +710,13 @@ def joint_pass(read: Callable[[fx.Graph], None], users: Any) -> Any:
     return JointPass()
 
 
-def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict,
-             read: Callable[[fx.Graph], None] | None = None) -> Callable[..., Any]:
+def inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: dict,
+    read: Callable[[fx.Graph], None] | None = None,
+) -> Callable[..., Any]:
     """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does.
 
     ``_TorchCompileInductorWrapper`` is what that call makes: it checks the options and turns them and the
@@ -716,9 +732,14 @@ def inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None
     return wrapper(gm, example_inputs)
 
 
-def other_compiler(compiler: str | Callable, gm: fx.GraphModule, example_inputs: Sequence[Any],
-                   mode: str | None, options: dict,
-                   read: Callable[[fx.Graph], None] | None = None) -> Callable[..., Any]:
+def other_compiler(
+    compiler: str | Callable,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: dict,
+    read: Callable[[fx.Graph], None] | None = None,
+) -> Callable[..., Any]:
     """Compile with another backend, as ``torch.compile(backend=compiler)`` does.
 
     ``lookup_backend`` is what turns a name into a backend. The joint pass is set around the call, for
@@ -745,6 +766,7 @@ def reset_cudagraphs() -> None:
 
 
 # ---- modules (used by inventory.py, run.py) ---------------------------------------------------------------------
+
 
 def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
     """The user's module inside all wrappers, found by type and not by cutting text from names."""

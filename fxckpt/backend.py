@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from fxckpt.graph.joint import JointTrace
 
 
-def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
-            options: dict[str, Any] | None = None) -> Callable[..., Any]:
+def backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """Compile ``gm`` with Inductor and record its trace in the registry's book.
 
     ``mode`` and ``options`` mean what they mean to ``torch.compile``. ``options={"inner": compiler}`` has

@@ -76,8 +76,10 @@ class Config:
         _one_of("on_error", self.on_error, ("warn", "raise"))
         _one_of("writer", self.writer, ("thread", "monitor", "mock"))
         if self.writer == "monitor" and self.staging_bytes < 2 * (self.chunk_mb << 20):
-            raise SetupError(f'writer="monitor" shares staging_mb with the monitor process, two chunks of {self.chunk_mb} MiB '
-                             f"at least: staging_mb is {self.staging_bytes >> 20}")
+            raise SetupError(
+                f'writer="monitor" shares staging_mb with the monitor process, two chunks of {self.chunk_mb} MiB '
+                f"at least: staging_mb is {self.staging_bytes >> 20}"
+            )
         if not callable(self.layer):
             _one_of("layer", self.layer, ("module", "block"))
 

@@ -67,8 +67,10 @@ def check(tensor: torch.Tensor) -> None:
     if kind == "cpu" or (kind == "cuda" and torch.version.hip is None):
         return
     name = "ROCm" if kind == "cuda" else kind
-    raise SetupError(f"fxckpt checkpoints tensors on the CPU and on CUDA devices; found one on {tensor.device} ({name}). "
-                     "Set FXCKPT_DISABLE=1 to run without checkpoints.")
+    raise SetupError(
+        f"fxckpt checkpoints tensors on the CPU and on CUDA devices; found one on {tensor.device} ({name}). "
+        "Set FXCKPT_DISABLE=1 to run without checkpoints."
+    )
 
 
 class Applied:

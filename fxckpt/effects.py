@@ -89,8 +89,7 @@ def _look_at(name: str, value: Any, found: Reach) -> None:
     numpy = sys.modules.get("numpy")
     kinds = (random.Random,) if numpy is None else (random.Random, numpy.random.Generator, numpy.random.RandomState)
     owner = getattr(value, "__self__", None)
-    if isinstance(value, kinds) or isinstance(owner, kinds) or value is random or (
-            numpy is not None and value is numpy.random):
+    if isinstance(value, kinds) or isinstance(owner, kinds) or value is random or (numpy is not None and value is numpy.random):
         raise NotTraceable(f"it may draw random numbers: it names {name!r}")
     if type(value) in values.CONTAINERS and hasattr(value, "clear"):
         found.containers.append((name, value))
@@ -118,8 +117,7 @@ def none_outside(opt: torch.optim.Optimizer, found: Reach) -> Iterator[None]:
     changes meanwhile."""
     before = [(cls, dict(vars(cls))) for cls in found.classes]
     named = [*found.containers, *((k, v) for _, attributes in before for k, v in attributes.items())]
-    held = [(name, value, value.copy()) for name, value in named
-            if type(value) in values.CONTAINERS and hasattr(value, "clear")]
+    held = [(name, value, value.copy()) for name, value in named if type(value) in values.CONTAINERS and hasattr(value, "clear")]
     try:
         yield
     finally:

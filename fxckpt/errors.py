@@ -68,8 +68,9 @@ class Corrupt(StoreError):
 class SaveFailed(FxckptError):
     """A checkpoint could not be written. Attributes: ``operation``, ``path``, ``offset`` (bytes or None), ``errno``."""
 
-    def __init__(self, operation: str, path: str | os.PathLike, offset: int | None = None, errno: int | None = None,
-                 detail: str = ""):
+    def __init__(
+        self, operation: str, path: str | os.PathLike, offset: int | None = None, errno: int | None = None, detail: str = ""
+    ):
         self.operation, self.path, self.offset, self.errno = operation, os.fspath(path), offset, errno
         self.detail = detail
         at = f" at offset {offset}" if offset is not None else ""

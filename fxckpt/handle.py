@@ -94,12 +94,17 @@ class Handle:
         run, saver = self._run, self._run.saver
         engine = run.engine.statistics() if run.engine is not None else {}
         return {
-            "steps": run.attempts, "checkpoints_started": saver.started, "checkpoints_committed": saver.committed,
-            "checkpoints_skipped": saver.skipped, "checkpoints_failed": saver.failed,
-            "last_handed_over_step": saver.last_handed_over, "last_committed_step": saver.last_committed,
+            "steps": run.attempts,
+            "checkpoints_started": saver.started,
+            "checkpoints_committed": saver.committed,
+            "checkpoints_skipped": saver.skipped,
+            "checkpoints_failed": saver.failed,
+            "last_handed_over_step": saver.last_handed_over,
+            "last_committed_step": saver.last_committed,
             "bytes_written": int(engine.get("bytes_written", 0)),
             "stall_seconds": saver.wait_seconds + engine.get("stall_seconds", 0.0),
-            "copy_seconds": engine.get("copy_seconds", 0.0), "write_seconds": engine.get("write_seconds", 0.0),
+            "copy_seconds": engine.get("copy_seconds", 0.0),
+            "write_seconds": engine.get("write_seconds", 0.0),
             "staging_bytes": int(engine.get("staging_bytes", 0)),
             "layers": sum(len(stepper.layers) for stepper in run.steppers),
             "last_error": None if saver.last_error is None else str(saver.last_error),
@@ -114,8 +119,10 @@ class Handle:
 
     def __repr__(self) -> str:
         found = self.statistics()
-        return (f"<fxckpt run in {self._run.directory!r}: step {found['steps']}, last committed "
-                f"{found['last_committed_step']}, {found['checkpoints_failed']} failed>")
+        return (
+            f"<fxckpt run in {self._run.directory!r}: step {found['steps']}, last committed "
+            f"{found['last_committed_step']}, {found['checkpoints_failed']} failed>"
+        )
 
 
 def the_run() -> Run:

@@ -16,9 +16,20 @@ from fxckpt.errors import SetupError
 from fxckpt.graph.joint import TraceBook
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
 """safetensors' names of the types it can hold."""
@@ -54,20 +65,30 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
     """
     what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
     if _torch.is_transformed(tensor):
-        raise SetupError(f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
-                         "transform returns. Call compile_step outside, with the parameters themselves.")
+        raise SetupError(
+            f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
+            "transform returns. Call compile_step outside, with the parameters themselves."
+        )
     if torch.nn.parameter.is_lazy(tensor):
-        raise SetupError(f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
-                         "the lazy modules make their parameters, and call compile_step then")
+        raise SetupError(
+            f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
+            "the lazy modules make their parameters, and call compile_step then"
+        )
     if _torch.is_wrapper(tensor):
-        raise SetupError(f"{what}a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
-                         "which this version does not take apart")
+        raise SetupError(
+            f"{what}a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
+            "which this version does not take apart"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise SetupError(f"{what}a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: only dense tensors with memory of "
-                         "their own are supported")
+        raise SetupError(
+            f"{what}a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: only dense tensors with memory of "
+            "their own are supported"
+        )
     if tensor.is_conj() or tensor.is_neg():
-        raise SetupError(f"{what}a view that is conjugated or negated when it is read: its memory holds other values. Store what "
-                         ".resolve_conj() or .resolve_neg() makes of it in its place")
+        raise SetupError(
+            f"{what}a view that is conjugated or negated when it is read: its memory holds other values. Store what "
+            ".resolve_conj() or .resolve_neg() makes of it in its place"
+        )
     cuda.check(tensor)
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -51,8 +51,10 @@ def register_port(port: Port) -> int:
 def _port(run: int, op: str, name: str) -> Port:
     port = _PORTS.get(run)
     if port is None:
-        raise RuntimeError(f"{op}({name!r}) of run {run}: that run is gone. A StepGraph works only while the optimizer "
-                           "that compile_step returned is alive; run opt.step() instead of a kept graph.")
+        raise RuntimeError(
+            f"{op}({name!r}) of run {run}: that run is gone. A StepGraph works only while the optimizer "
+            "that compile_step returned is alive; run opt.step() instead of a kept graph."
+        )
     return port
 
 

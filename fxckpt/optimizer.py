@@ -34,13 +34,29 @@ BESIDE, RECORD = 24 << 20, 16 << 10
 parameter what stands of it and its state in the records in flight."""
 
 
-def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | None = None, every: int | str = "auto",
-                 keep: int = 2, keep_every: int | None = None, keep_minutes: float | None = None,
-                 keep_best: str | tuple[str, str] | None = None, writer: str = "thread",
-                 extra: Mapping[str, Any] | None = None, layer: str | Callable[[str], str] = "module",
-                 on_layer: Callable | None = None, update: str | None = None, threads: int = 2, chunk_mb: int = 4,
-                 staging_mb: int | None = None, max_async: int = 2, preset: str | None = None,
-                 on_error: str = "warn", fresh: bool = False) -> Any:
+def compile_step(
+    opt: Any,
+    dir: str | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    every: int | str = "auto",
+    keep: int = 2,
+    keep_every: int | None = None,
+    keep_minutes: float | None = None,
+    keep_best: str | tuple[str, str] | None = None,
+    writer: str = "thread",
+    extra: Mapping[str, Any] | None = None,
+    layer: str | Callable[[str], str] = "module",
+    on_layer: Callable | None = None,
+    update: str | None = None,
+    threads: int = 2,
+    chunk_mb: int = 4,
+    staging_mb: int | None = None,
+    max_async: int = 2,
+    preset: str | None = None,
+    on_error: str = "warn",
+    fresh: bool = False,
+) -> Any:
     """Checkpoint training layer by layer inside ``opt.step()``.
 
     Args:
@@ -76,10 +92,24 @@ def compile_step(opt: Any, dir: str | None = None, *, model: torch.nn.Module | N
         else. EngineMissing: the C engine is not built. Nothing falls back silently. At the first checkpoint, NoSpace: the
         disk has no room for ``keep + max_async`` of them.
     """
-    config = Config.make(preset, every=every, keep=keep, keep_every=keep_every, keep_minutes=keep_minutes,
-                         keep_best=keep_best, writer=writer, layer=layer, on_layer=on_layer, update=update,
-                         threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
-                         on_error=on_error, fresh=fresh)
+    config = Config.make(
+        preset,
+        every=every,
+        keep=keep,
+        keep_every=keep_every,
+        keep_minutes=keep_minutes,
+        keep_best=keep_best,
+        writer=writer,
+        layer=layer,
+        on_layer=on_layer,
+        update=update,
+        threads=threads,
+        chunk_mb=chunk_mb,
+        staging_mb=staging_mb,
+        max_async=max_async,
+        on_error=on_error,
+        fresh=fresh,
+    )
     optimizers = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     _check(optimizers, model)
     directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
@@ -102,20 +132,28 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
     for each in optimizers:
         if not isinstance(each, torch.optim.Optimizer):
-            raise SetupError(f"compile_step takes torch.optim.Optimizer objects; this is a {type(each).__name__}. "
-                             "If it wraps an optimizer, pass the inner one.")
+            raise SetupError(
+                f"compile_step takes torch.optim.Optimizer objects; this is a {type(each).__name__}. "
+                "If it wraps an optimizer, pass the inner one."
+            )
         if (inner := _wrapped(each)) is not None:
-            raise SetupError(f"this {type(each).__name__} (of {type(each).__module__}) only wraps the "
-                             f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
-                             "wrapped or with wrapper.optimizer, and train with the wrapper as before.")
+            raise SetupError(
+                f"this {type(each).__name__} (of {type(each).__module__}) only wraps the "
+                f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
+                "wrapped or with wrapper.optimizer, and train with the wrapper as before."
+            )
         if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run.stopped:
             raise SetupError(f"this {type(each).__name__} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
     seen: set[int] = set()
     names = {} if model is None else {id(p): name for name, p in _torch.named_parameters(model)}
-    places = ((i, j, k, p) for i, opt in enumerate(optimizers) for j, group in enumerate(opt.param_groups)
-              for k, p in enumerate(group["params"]))
+    places = (
+        (i, j, k, p)
+        for i, opt in enumerate(optimizers)
+        for j, group in enumerate(opt.param_groups)
+        for k, p in enumerate(group["params"])
+    )
     for i, j, k, param in places:
         name = names.get(id(param), f"parameter {k} of group {j} of optimizer {i}")
         if id(param) in seen:
@@ -125,9 +163,13 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
             storable(param, name)
     for run in registry.runs:
         if not disabled() and not run.stopped and (shared := [names[i] for i in run.trained() if i in names]):
-            log.warning("fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
-                        "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "
-                        "other run down with opt.ckpt.shutdown()", shared[0], run.directory)
+            log.warning(
+                "fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
+                "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "
+                "other run down with opt.ckpt.shutdown()",
+                shared[0],
+                run.directory,
+            )
 
 
 def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
@@ -158,8 +200,10 @@ def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[
         if store is not None:
             store.close()
         if isinstance(error, StoreLocked) and _torch.world_size() > 1:
-            raise SetupError(f"{error}\nThis is rank {_torch.rank()} of {_torch.world_size()}: give every rank a directory "
-                             "of its own (for example f'checkpoints/rank{rank}').") from error
+            raise SetupError(
+                f"{error}\nThis is rank {_torch.rank()} of {_torch.world_size()}: give every rank a directory "
+                "of its own (for example f'checkpoints/rank{rank}')."
+            ) from error
         raise
     return engine, store
 
@@ -168,8 +212,14 @@ def _store(directory: str, config: Config, engine):
     """What writes to the directory; None for the mock."""
     if config.writer == "mock":
         return None
-    options = {"keep": config.keep, "max_async": config.max_async, "fresh": config.fresh, "keep_every": config.keep_every,
-               "keep_minutes": config.keep_minutes, "keep_best": config.keep_best}
+    options = {
+        "keep": config.keep,
+        "max_async": config.max_async,
+        "fresh": config.fresh,
+        "keep_every": config.keep_every,
+        "keep_minutes": config.keep_minutes,
+        "keep_best": config.keep_best,
+    }
     if config.writer == "monitor":
         from fxckpt.monitor.client import MonitorStore
 
@@ -184,15 +234,27 @@ def _say(run: Run) -> None:
         return
     config = run.config
     beside = BESIDE + RECORD * len(run.trained())
-    log.info("fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; memory at most %d MiB (%d threads x %d MiB + %d MiB "
-             "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=",
-             run.directory, config.every, config.keep, config.writer, run.engine.memory_bytes + beside >> 20, config.threads,
-             config.chunk_mb, run.engine.staging_bytes >> 20, beside >> 20)
+    log.info(
+        "fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; memory at most %d MiB (%d threads x %d MiB + %d MiB "
+        "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=",
+        run.directory,
+        config.every,
+        config.keep,
+        config.writer,
+        run.engine.memory_bytes + beside >> 20,
+        config.threads,
+        config.chunk_mb,
+        run.engine.staging_bytes >> 20,
+        beside >> 20,
+    )
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
     if config.writer == "monitor":
-        log.info("fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
-                 "cannot survive the end of its container or a kill of its whole cgroup", run.store.pid)
+        log.info(
+            "fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
+            "cannot survive the end of its container or a kill of its whole cgroup",
+            run.store.pid,
+        )
     if config.writer == "mock":
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')
 
@@ -206,10 +268,15 @@ def stepped_class(base: type) -> type:
         return self._fxckpt_handle._run.step(self, closure)
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())
-    return disguised(base, {
-        "step": _torch.untraced(_torch.hooked(step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group,
-        "ckpt": property(lambda self: self._fxckpt_handle),
-    })
+    return disguised(
+        base,
+        {
+            "step": _torch.untraced(_torch.hooked(step)),
+            "load_state_dict": _load_state_dict,
+            "add_param_group": _add_param_group,
+            "ckpt": property(lambda self: self._fxckpt_handle),
+        },
+    )
 
 
 def _load_state_dict(self, state_dict):

@@ -33,9 +33,9 @@ class Changed(FxckptError):
 
 _ADVICE = {
     "update": "If your loop or a forward changes it every time (clamped weights, nn.Embedding with max_norm), loop with `for "
-              "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
+    "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
     "frozen": "From now on it is copied at the end of opt.step(). If your loop changes it after that (a target network), loop "
-              "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
+    "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
 }
 """What to do about a change, by the kind of layer."""
 
@@ -120,12 +120,16 @@ class Layout:
                 layer = self.layers[number]
                 key = layer.entries[i].key
                 self.unstable.add(key)
-                what = (f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
-                        "copied; that checkpoint is discarded.")
+                what = (
+                    f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
+                    "copied; that checkpoint is discarded."
+                )
                 if pending.turn:
                     size = sum(e.tensor.nbytes for e in layer.entries)
-                    raise ChangedInTurns(f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
-                                         f"{size / 2**20:.1f} MiB for each checkpoint in flight")
+                    raise ChangedInTurns(
+                        f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
+                        f"{size / 2**20:.1f} MiB for each checkpoint in flight"
+                    )
                 raise Changed(f"{what} {_ADVICE[layer.kind]}")
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
@@ -138,10 +142,16 @@ class Layout:
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
             owners = [e.owner for e in layer.entries if e.file == 0]
             entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
-            tensors = tuple(TensorRecord(self.names[e.file], e.key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype)
-                            for e in entries for p in (placed[e.file, e.key],))
-            out.append(LayerRecord(len(out), layer.name, layer.kind, step, now, layer.parameters,
-                                   sum(t.nbytes for t in tensors), tensors))
+            tensors = tuple(
+                TensorRecord(self.names[e.file], e.key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype)
+                for e in entries
+                for p in (placed[e.file, e.key],)
+            )
+            out.append(
+                LayerRecord(
+                    len(out), layer.name, layer.kind, step, now, layer.parameters, sum(t.nbytes for t in tensors), tensors
+                )
+            )
         return tuple(out)
 
 
@@ -158,13 +168,15 @@ def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, unstable: s
         if counts:
             out.append(EngineLayer("counts", "counts", counts))
         for layer, members in zip(stepper.layers, stepper.layer_members()):
-            entries = [Entry(0 if key == "" else 1, m.name if key == "" else state_key(index, key, m.name), t, m.name)
-                       for m in members for key, t in m.tensors()]
+            entries = [
+                Entry(0 if key == "" else 1, m.name if key == "" else state_key(index, key, m.name), t, m.name)
+                for m in members
+                for key, t in m.tensors()
+            ]
             out.append(EngineLayer(layer.name, "update", entries, sum(m.param.numel() for m in members)))
     moving = {n: t for n, t in inventory.frozen.items() if n in unstable}
     for owner, tensors in _by_owner({n: t for n, t in inventory.frozen.items() if n not in unstable}).items():
-        out.append(EngineLayer(owner, "frozen", [Entry(0, n, t) for n, t in tensors],
-                               sum(t.numel() for _, t in tensors)))
+        out.append(EngineLayer(owner, "frozen", [Entry(0, n, t) for n, t in tensors], sum(t.numel() for _, t in tensors)))
     buffers = [Entry(0, n, t) for n, t in {**inventory.buffers, **moving}.items()]
     if buffers:
         out.append(EngineLayer("buffers", "buffers", buffers))
@@ -197,8 +209,9 @@ def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, unstable: s
             layer.memory = [storable(e.tensor) for e in layer.entries]
             layer.sources = make_sources(layer.memory)
     plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
-    frozen = tuple((e.key, e.tensor.data_ptr(), tuple(e.tensor.shape)) for layer in layers if layer.kind == "frozen"
-                   for e in layer.entries)
+    frozen = tuple(
+        (e.key, e.tensor.data_ptr(), tuple(e.tensor.shape)) for layer in layers if layer.kind == "frozen" for e in layer.entries
+    )
     token = (frozen, tuple(f.header for f in files)) if frozen else None
     return Layout(layers, files, plan, chunk_bytes, frozen_token=token, unstable=unstable)
 

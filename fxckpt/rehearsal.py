@@ -243,16 +243,26 @@ class Rehearsal:
         key = role.tape, part.first.param.dtype, part.first.param.device
         if key not in self._programs:
             self._programs[key] = tape.program_of(part.stand_in, _torch.plain_class(self.opt))
-            log.debug("noted %s (%s): %d operators, %d scalars, inputs %s", _torch.plain_class(self.opt).__name__,
-                      part.first.param.dtype, len(role.tape), self._programs[key].scalars, self._programs[key].inputs)
+            log.debug(
+                "noted %s (%s): %d operators, %d scalars, inputs %s",
+                _torch.plain_class(self.opt).__name__,
+                part.first.param.dtype,
+                len(role.tape),
+                self._programs[key].scalars,
+                self._programs[key].inputs,
+            )
         return self._programs[key]
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
     def _partition(self, members: Sequence[Member], mask: list[Any], same: bool) -> list[Part]:
         """Put alike members together; kept while nothing that decides it has changed. ``mask``: None without a gradient."""
-        if same and members is self._members and mask == self._mask and all(
-                m.state[key] is value for p in self._parts for key, value in p.state.items() for m in p.members):
+        if (
+            same
+            and members is self._members
+            and mask == self._mask
+            and all(m.state[key] is value for p in self._parts for key, value in p.state.items() for m in p.members)
+        ):
             return self._parts
         if extra := [k for k in self.opt.state if not isinstance(k, torch.Tensor)]:
             raise NotTraceable(f"it keeps state {extra[0]!r} that belongs to no parameter")
@@ -294,8 +304,11 @@ class Rehearsal:
 
     def _shape(self, member: Member, present: bool) -> tuple:
         """All that a stand-in is made of."""
-        tensors = [member.param, *([member.param.grad] if present and member.param.grad is not None else []),
-                   *(t for _, t, _ in member.items)]
+        tensors = [
+            member.param,
+            *([member.param.grad] if present and member.param.grad is not None else []),
+            *(t for _, t, _ in member.items),
+        ]
         return (*_types(member), present, *((tuple(t.shape), t.stride()) for t in tensors))
 
     # -- rehearsing -------------------------------------------------------------------------------------------------
@@ -326,8 +339,11 @@ class Rehearsal:
                 recorder.add_count(tensor, stand_in)
         self._run(clone, recorder, closure)
         self._check_attributes(clone, attributes)
-        return Found([self._role(clone, part, s, state, copies) for (part, s), state, copies in zip(players, states, counts)],
-                     self._changed(groups), recorder.peeked or recorder.sized)
+        return Found(
+            [self._role(clone, part, s, state, copies) for (part, s), state, copies in zip(players, states, counts)],
+            self._changed(groups),
+            recorder.peeked or recorder.sized,
+        )
 
     def _run(self, clone: Any, recorder: tape.Recorder, closure: _Closure | None) -> None:
         step = _torch.stock_step(self.opt)
@@ -335,8 +351,10 @@ class Rehearsal:
             if closure is not None:
                 closure.recorder = recorder
             proving = not self.proven or self._comparing
-            with (effects.none_outside(self.opt, self._reach) if proving else contextlib.nullcontext(),
-                  _torch.watched(recorder.called, recorder.dispatched)):
+            with (
+                effects.none_outside(self.opt, self._reach) if proving else contextlib.nullcontext(),
+                _torch.watched(recorder.called, recorder.dispatched),
+            ):
                 returned = step(clone) if closure is None else step(clone, closure)
         except NotTraceable:
             raise
@@ -373,8 +391,9 @@ class Rehearsal:
         if changed := [k for k in {**before, **now} if k not in before or k not in now or not values.same(before[k], now[k])]:
             raise NotTraceable(f"it changes its attribute {changed[0]!r}")
 
-    def _role(self, clone: Any, part: Part, stand_in: tape.StandIn, before: dict[str, Any],
-              counts: dict[str, torch.Tensor]) -> Role:
+    def _role(
+        self, clone: Any, part: Part, stand_in: tape.StandIn, before: dict[str, Any], counts: dict[str, torch.Tensor]
+    ) -> Role:
         """What one stand-in did. Raises MakesState or NotTraceable where its state is not what it was made of."""
         after = dict(clone.state.get(stand_in.param, {}))
         if list(after) != list(before):
@@ -398,8 +417,7 @@ class Rehearsal:
             skipped = {"params", "param_names"}
             if gone := [k for k in before if k not in after]:
                 raise NotTraceable(f"it removes {gone[0]!r} from its parameter group")
-            changed = {k: v for k, v in after.items()
-                       if k not in skipped and (k not in before or not values.same(before[k], v))}
+            changed = {k: v for k, v in after.items() if k not in skipped and (k not in before or not values.same(before[k], v))}
             for key, value in changed.items():
                 if not values.is_plain(value):
                     raise NotTraceable(f"it keeps a {type(value).__name__} in its parameter group ({key!r})")
@@ -458,8 +476,13 @@ class Rehearsal:
         self._compared |= {id(m.param) for p in parts if p.present for m in p.members}
         for each in situation:
             self._proofs[each] = self._proofs.get(each, 0) + 1
-        log.debug("rehearsed %s: %d parts, %d of %d comparisons with its own step done", name, len(parts),
-                  min(self._proofs[each] for each in situation), PROOFS)
+        log.debug(
+            "rehearsed %s: %d parts, %d of %d comparisons with its own step done",
+            name,
+            len(parts),
+            min(self._proofs[each] for each in situation),
+            PROOFS,
+        )
 
     def _foresee(self, parts: Sequence[Part], found: Found) -> list[Any]:
         """Digests of everything after the step, by the programs, on copies: one member at a time, for its memory."""
@@ -479,8 +502,13 @@ class Rehearsal:
                     after[id(member)] = _digests(twin)
         out: list[Any] = [after.get(id(m)) or _digests(m) for part in parts for m in part.members]
         self._casts = []
-        return [*out, [{k: values.copy({**g, **c}[k], {}) for k in {**g, **c} if k != "params"}
-                       for g, c in zip(self.opt.param_groups, found.groups)]]
+        return [
+            *out,
+            [
+                {k: values.copy({**g, **c}[k], {}) for k in {**g, **c} if k != "params"}
+                for g, c in zip(self.opt.param_groups, found.groups)
+            ],
+        ]
 
     def _observe(self, parts: Sequence[Part]) -> list[Any]:
         out: list[Any] = [_digests(m) for part in parts for m in part.members]
@@ -536,10 +564,18 @@ def _plain_value(key: str, value: Any) -> Any:
 def _types(member: Member) -> tuple:
     """All that the step's code can see of a member but shapes and values."""
     grad, param = member.param.grad, member.param
-    states = tuple((k, t.dtype, str(t.device), t.requires_grad, update.is_count(k, t, param), t.dim() == 0)
-                   for k, t, _ in member.items)
-    return (param.dtype, str(param.device), param.requires_grad, param.dim() == 0, None if grad is None else grad.dtype,
-            None if member.state is None else tuple(member.state), states)
+    states = tuple(
+        (k, t.dtype, str(t.device), t.requires_grad, update.is_count(k, t, param), t.dim() == 0) for k, t, _ in member.items
+    )
+    return (
+        param.dtype,
+        str(param.device),
+        param.requires_grad,
+        param.dim() == 0,
+        None if grad is None else grad.dtype,
+        None if member.state is None else tuple(member.state),
+        states,
+    )
 
 
 def _stand_in(member: Member, present: bool) -> tape.StandIn:

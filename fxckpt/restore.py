@@ -64,8 +64,10 @@ class Target:
     model: torch.nn.Module | None
 
 
-_SPOILED = ("\nThe model now holds parts of a corrupt checkpoint and this run takes no step with it: build the model, the "
-            "optimizer and the run anew to start over.")
+_SPOILED = (
+    "\nThe model now holds parts of a corrupt checkpoint and this run takes no step with it: build the model, the "
+    "optimizer and the run anew to start over."
+)
 
 
 @dataclass
@@ -82,9 +84,16 @@ class Mapped:
 
 
 @torch.inference_mode(False)  # what is made here is trained, wherever it was called
-def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None = None, optimizer: Any = None,
-         extra: Mapping[str, Any] | None = None, step: int | None = None, name: str | None = None,
-         strict: bool = True) -> Restored:
+def load(
+    dir: str | os.PathLike | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    optimizer: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    step: int | None = None,
+    name: str | None = None,
+    strict: bool = True,
+) -> Restored:
     """Restore the newest verified checkpoint, in place.
 
     Without arguments: of the run that ``compile_step`` registered, into its model, optimizers and extras; before the first
@@ -129,8 +138,10 @@ def load(dir: str | os.PathLike | None = None, *, model: torch.nn.Module | None 
             break
     if skipped:
         why = "\n".join(f"  {path}: {reason}" for path, reason in skipped)
-        raise Corrupt(directory, f"none of its checkpoints verifies:\n{why}"
-                      + (_SPOILED if target.run is not None and target.run.spoiled else ""))
+        raise Corrupt(
+            directory,
+            f"none of its checkpoints verifies:\n{why}" + (_SPOILED if target.run is not None and target.run.spoiled else ""),
+        )
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
     if target.run is not None and _is_own(target.run, directory):
         target.run.store.mark_loaded(None)
@@ -147,8 +158,7 @@ def _target(dir, model, optimizer, extra) -> tuple[Target, str]:
     if run is None and not given and model is None:
         matching = [r for r in registry.runs if os.path.abspath(r.directory) == os.path.abspath(dir)]
         if len(matching) != 1:
-            raise SetupError(f"load({dir!r}): no run checkpoints there; pass model= (and optimizer=) to say "
-                             "what to load into")
+            raise SetupError(f"load({dir!r}): no run checkpoints there; pass model= (and optimizer=) to say what to load into")
         run = matching[0]
     if run is not None:
         extras = state.extras(extra) if extra is not None else run.extras
@@ -166,12 +176,20 @@ def _choose(found: list, step: int | None, name: str | None, directory: str) -> 
     """Newest first; only those of the step or name that was asked for."""
     if step is None and name is None:
         return found
-    chosen = [c for c in found if (_is_about(c, step, name, directory) if isinstance(c, Corrupt) else
-                                   step in (None, c.record.step) and name in (None, c.record.name))]
+    chosen = [
+        c
+        for c in found
+        if (
+            _is_about(c, step, name, directory)
+            if isinstance(c, Corrupt)
+            else step in (None, c.record.step) and name in (None, c.record.name)
+        )
+    ]
     if not chosen:
         there = ", ".join(str(c.record.name or c.record.step) for c in found if isinstance(c, Candidate)) or "none"
-        raise NoCheckpoint(f"{directory}: no checkpoint {f'of step {step}' if name is None else f'named {name!r}'}; "
-                           f"there is: {there}")
+        raise NoCheckpoint(
+            f"{directory}: no checkpoint {f'of step {step}' if name is None else f'named {name!r}'}; there is: {there}"
+        )
     newest = max(chosen, key=_generation)
     for each in chosen:
         if isinstance(each, Corrupt) and each is not newest:
@@ -221,8 +239,16 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
     layers = tuple(layer.name for layer in record.layers)
     log.info("fxckpt: restored step %d from %s", record.step, found.path)
-    return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(mapped.missing),
-                    tuple(mapped.unexpected), tuple(skipped))
+    return Restored(
+        record.step,
+        record.iteration,
+        record.updates,
+        found.path,
+        layers,
+        tuple(mapped.missing),
+        tuple(mapped.unexpected),
+        tuple(skipped),
+    )
 
 
 def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor], fresh: Run | None) -> None:
@@ -246,6 +272,7 @@ def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor], 
 
 
 # -- what goes where ------------------------------------------------------------------------------------------------
+
 
 def _map(record: Record, target: Target) -> Mapped:
     """Match stored model tensors with live ones: by name, or for optimizers without a model by position."""
@@ -308,8 +335,12 @@ def _match(out: Mapped, key: tuple[str, str], stored: TensorRecord, name: str, t
 
 def _places(record: Record) -> dict[str, tuple[int, int]]:
     """Optimizer and group of each stored name."""
-    return {name: (i, g) for i, saved in enumerate(record.optimizers) for g, group in enumerate(saved["groups"])
-            for name in group["params"]}
+    return {
+        name: (i, g)
+        for i, saved in enumerate(record.optimizers)
+        for g, group in enumerate(saved["groups"])
+        for name in group["params"]
+    }
 
 
 def _check(mapped: Mapped, record: Record, target: Target, strict: bool) -> None:
@@ -354,8 +385,10 @@ def _optimizer_problems(record: Record, target: Target, mapped: Mapped, strict: 
         if sizes[0] != sizes[1] and (strict or target.model is None or len(sizes[0]) != len(sizes[1])):
             out.append(f"  optimizer {i}: parameters per group: checkpoint {sizes[0]}, live {sizes[1]}")
             if len(sizes[0]) > len(sizes[1]):
-                out.append("  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
-                           "which step will be loaded, so that the script can call add_param_group first")
+                out.append(
+                    "  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
+                    "which step will be loaded, so that the script can call add_param_group first"
+                )
     return out + (_moved(record, target, mapped) if strict else [])
 
 
@@ -372,6 +405,7 @@ def _moved(record: Record, target: Target, mapped: Mapped) -> list[str]:
 
 
 # -- applying -------------------------------------------------------------------------------------------------------
+
 
 def _optimizer_places(record: Record) -> dict[str, TensorRecord]:
     """The tensors of optimizer state, by their keys in the file."""
@@ -399,16 +433,22 @@ def _make_states(record: Record, saved: Sequence[dict], mapped: Mapped, target: 
                         made[key] = description["plain"][key]
                         continue
                     device = _device_of_state(key, place, description, param, live)
-                    made[key] = _state_tensor(place, description["strides"].get(key), opt.state.get(param, {}).get(key),
-                                              key in description["complex"], device)
+                    made[key] = _state_tensor(
+                        place,
+                        description["strides"].get(key),
+                        opt.state.get(param, {}).get(key),
+                        key in description["complex"],
+                        device,
+                    )
                     mapped.tensors[OPTIMIZER, place.key] = made[key]
                 states[id(param)] = made
         out.append(states)
     return out
 
 
-def _device_of_state(key: str, place: TensorRecord, description: Mapping[str, Any], param: torch.Tensor,
-                     group: Mapping[str, Any]) -> torch.device:
+def _device_of_state(
+    key: str, place: TensorRecord, description: Mapping[str, Any], param: torch.Tensor, group: Mapping[str, Any]
+) -> torch.device:
     """Where a state belongs: with its parameter, unless it was kept on the host. Step counts follow torch's own rule
     (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
     if key == "step" and not place.shape:
@@ -426,7 +466,11 @@ def _state_tensor(place: TensorRecord, strides, live: Any, is_complex: bool, dev
     like = torch.empty(shape, dtype=dtype, device="meta")
     strides = tuple(strides) if strides is not None and _is_dense(shape, strides) else like.stride()
     if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == (
-            shape, dtype, strides, device):
+        shape,
+        dtype,
+        strides,
+        device,
+    ):
         return live
     return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
@@ -508,8 +552,14 @@ def _freeze(frozen: Sequence[str] | None, record: Record, mapped: Mapped, target
             changed[wanted].append(name)
     for wanted, found in changed.items():
         if found:
-            log.warning("fxckpt: %s %s, as at step %d: %s%s", "these parameters are trained" if wanted else
-                        "these parameters are frozen", "again", record.step, ", ".join(found[:5]), " ..." if found[5:] else "")
+            log.warning(
+                "fxckpt: %s %s, as at step %d: %s%s",
+                "these parameters are trained" if wanted else "these parameters are frozen",
+                "again",
+                record.step,
+                ", ".join(found[:5]),
+                " ..." if found[5:] else "",
+            )
 
 
 def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:

@@ -40,8 +40,17 @@ log = logging.getLogger("fxckpt")
 class Run:
     """What one ``compile_step`` call registers. The user's handle on it is ``opt.ckpt``."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], directory: str, model: torch.nn.Module | None,
-                 extra: Mapping[str, Any] | None, config: Config, engine, store, devices: cuda.Devices | None = None):
+    def __init__(
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        directory: str,
+        model: torch.nn.Module | None,
+        extra: Mapping[str, Any] | None,
+        config: Config,
+        engine,
+        store,
+        devices: cuda.Devices | None = None,
+    ):
         self.optimizers, self.directory, self.config = list(optimizers), directory, config
         self.model = None if model is None else _torch.unwrap_model(model)
         self.extras = state.extras(extra)
@@ -230,9 +239,11 @@ class Run:
         if os.getpid() != self._pid or self.engine is None:
             return _torch.stock_step(opt)(opt) if closure is None else _torch.stock_step(opt)(opt, closure)
         if self.ordinals and self.devices.capturing():
-            raise SetupError("opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
-                             "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
-                             "opt.step() outside.")
+            raise SetupError(
+                "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
+                "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
+                "opt.step() outside."
+            )
         if torch.is_inference_mode_enabled():  # state made in it could be changed nowhere else, and has no version counter
             with torch.inference_mode(False):
                 return self.step(opt, closure)
@@ -280,13 +291,17 @@ class Run:
             return
         if not self._said_order:
             self._said_order = True
-            log.warning("fxckpt: checkpoints are taken at the step of the last optimizer of the list, the %s; another one has "
-                        "not stepped before it. If it steps later in the same iteration, its step is not in the checkpoint: "
-                        "put the optimizer that steps last at the end of the list", type(self.optimizers[-1]).__name__)
+            log.warning(
+                "fxckpt: checkpoints are taken at the step of the last optimizer of the list, the %s; another one has "
+                "not stepped before it. If it steps later in the same iteration, its step is not in the checkpoint: "
+                "put the optimizer that steps last at the end of the list",
+                type(self.optimizers[-1]).__name__,
+            )
 
     def _refuse_mixture(self) -> None:
-        raise SetupError(f"the model holds parts of a corrupt checkpoint: {self.spoiled}. Build the model, the optimizer and the "
-                         "run anew.")
+        raise SetupError(
+            f"the model holds parts of a corrupt checkpoint: {self.spoiled}. Build the model, the optimizer and the run anew."
+        )
 
     def _before_step(self) -> None:
         """Close the step before this one, and raise what went wrong since, if the user asked for that."""
@@ -472,9 +487,12 @@ class Run:
             pending.keep += copies
             pending.emit(number, self._sources(copies), self._streams())
         tensors: dict[str, Any] = {}
-        early = {"random": state.random_state(), "extra": {e.name: e.get() for e in self.extras if e.early},
-                 "buffers": {n: t for n, t in self.inventory.transient.items() if not self._is_remote(t)},
-                 "modules": self._module_states()}
+        early = {
+            "random": state.random_state(),
+            "extra": {e.name: e.get() for e in self.extras if e.early},
+            "buffers": {n: t for n, t in self.inventory.transient.items() if not self._is_remote(t)},
+            "modules": self._module_states(),
+        }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
         self._early, pending.captured = (encoded, tensors), True
@@ -513,9 +531,14 @@ class Run:
                     self._capture_early(pending)
                 self._check(pending)
                 if in_backward or self._may_ask_gradients():
-                    self._present = [{m.name: grad if s.accumulated else None for m in s.members
-                                      if (grad := m.param.grad) is not None and (s.accumulated or not grad.is_sparse)}
-                                     for s in self.steppers]  # a sparse one that was used is as good as none
+                    self._present = [
+                        {
+                            m.name: grad if s.accumulated else None
+                            for m in s.members
+                            if (grad := m.param.grad) is not None and (s.accumulated or not grad.is_sparse)
+                        }
+                        for s in self.steppers
+                    ]  # a sparse one that was used is as good as none
                 record, tensors = self._record(pending)
                 self._present = [dict.fromkeys(each) for each in self._present]
             except plan.Changed as error:
@@ -549,13 +572,17 @@ class Run:
         """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
         layout = pending.layout
         if pending.copy.emitted() != len(layout.layers):
-            raise FxckptError(f"step {pending.step}: {pending.copy.emitted()} of {len(layout.layers)} layers were emitted; "
-                              "was dead code elimination run on the StepGraph?")
+            raise FxckptError(
+                f"step {pending.step}: {pending.copy.emitted()} of {len(layout.layers)} layers were emitted; "
+                "was dead code elimination run on the StepGraph?"
+            )
         for number in layout.number("update"):
             layout.compare(pending, number)
         if replaced := [name for stepper in self.steppers for name in stepper.replaced()]:
-            raise plan.Changed(f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
-                               f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)")
+            raise plan.Changed(
+                f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
+                f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)"
+            )
 
     def _record(self, pending: Pending) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
@@ -564,9 +591,14 @@ class Run:
         late = {e.name: e.get() for e in self.extras if not e.early}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self.steppers))]
         fields = {
-            "step": pending.step, "iteration": self.iteration + self.in_turn if self.loops else pending.step,
-            "updates": self.applied.promise(), "time": time.time(), "world_size": _torch.world_size(), "rank": _torch.rank(),
-            "layers": pending.layout.records(pending.step), "ties": dict(self.inventory.ties),
+            "step": pending.step,
+            "iteration": self.iteration + self.in_turn if self.loops else pending.step,
+            "updates": self.applied.promise(),
+            "time": time.time(),
+            "world_size": _torch.world_size(),
+            "rank": _torch.rank(),
+            "layers": pending.layout.records(pending.step),
+            "ties": dict(self.inventory.ties),
             "optimizers": optimizers,
             "state": {"early": early, "late": encode_state(late, tensors, "late")},
         }
@@ -578,16 +610,22 @@ class Run:
         those that wait for a later step of it: it steps at every fourth iteration, and another optimizer leads."""
         stepper = self.steppers[index]
         members = iter(stepper.members)
-        groups = [{"params": [next(members).name for _ in group["params"]],
-                   "settings": {k: v for k, v in group.items() if k not in ("params", "param_names")}}
-                  for group in stepper.opt.param_groups]
+        groups = [
+            {
+                "params": [next(members).name for _ in group["params"]],
+                "settings": {k: v for k, v in group.items() if k not in ("params", "param_names")},
+            }
+            for group in stepper.opt.param_groups
+        ]
         if stepper.bound != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.members):
             states = {m.name: m.describe() for m in stepper.members if m.state}
             self._described[index] = (stepper.bound, encode_state(states, tensors, f"optimizers/{index}/state"))
-        record = {"class": _torch.plain_class(stepper.opt).__name__,
-                  "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
-                  "state": self._described[index][1],  # for hundreds of tensors this is worth making once
-                  "gradients": list(self._present[index])}
+        record = {
+            "class": _torch.plain_class(stepper.opt).__name__,
+            "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
+            "state": self._described[index][1],  # for hundreds of tensors this is worth making once
+            "gradients": list(self._present[index]),
+        }
         if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
             record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
         return record
@@ -727,8 +765,10 @@ class Run:
         if self.spoiled is not None:
             self._refuse_mixture()
         if any(stepper.halfway for stepper in self.steppers):
-            raise SetupError("opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
-                             "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here.")
+            raise SetupError(
+                "opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
+                "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
+            )
         self.close_step()
         if not self._store_checked:
             self._check_store()
@@ -802,12 +842,23 @@ class Run:
             if line and (i, line) not in self._said:
                 self._said.add((i, line))
                 log.info("fxckpt: %s", line)
-        moved = sum(t.nbytes for stepper in self.steppers for tensors in stepper.layer_tensors() for t in tensors
-                    if self._is_remote(t) and not t.is_contiguous()) * self.config.max_async
+        moved = (
+            sum(
+                t.nbytes
+                for stepper in self.steppers
+                for tensors in stepper.layer_tensors()
+                for t in tensors
+                if self._is_remote(t) and not t.is_contiguous()
+            )
+            * self.config.max_async
+        )
         if moved and (-1, str(moved)) not in self._said:
             self._said.add((-1, str(moved)))
-            log.info("fxckpt: tensors that are not in row-major order are copied on their device first, which takes at most "
-                     "%.1f MiB there", moved / 2**20)
+            log.info(
+                "fxckpt: tensors that are not in row-major order are copied on their device first, which takes at most "
+                "%.1f MiB there",
+                moved / 2**20,
+            )
 
 
 def _as_float(name: str, value: Any) -> float:

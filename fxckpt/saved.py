@@ -87,8 +87,9 @@ def check_encoded(record: Record, path: str) -> None:
             raise Corrupt(path, f"its {what} are not as a run of fxckpt writes them: another program wrote this record")
 
 
-def check_decoded(optimizers: Any, early: Any, late: Any, places: Mapping[str, TensorRecord], key_of: Callable[..., str],
-                  path: str) -> None:
+def check_decoded(
+    optimizers: Any, early: Any, late: Any, places: Mapping[str, TensorRecord], key_of: Callable[..., str], path: str
+) -> None:
     """What is about to be applied. ``places``: tensors of the optimizer's file; ``key_of(index, state, name)``: their keys.
 
     Raises Corrupt.

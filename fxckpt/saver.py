@@ -226,8 +226,9 @@ class Saver:
         slot = self._slot(name)
         try:
             on_disk = slot.recall(layout.frozen_token) if slot is not None and layout.frozen_token is not None else {}
-            copy = self.engine.begin(layout.plan, slot.path if slot is not None else "", layout.names,
-                                     [on_disk.get(name, {}) for name in layout.names])
+            copy = self.engine.begin(
+                layout.plan, slot.path if slot is not None else "", layout.names, [on_disk.get(name, {}) for name in layout.names]
+            )
             if self.remote:
                 self.store.begin(slot, copy, layout.files)
         except BaseException as error:
@@ -266,8 +267,11 @@ class Saver:
                 while len(self._flying) >= self.max_async and wait:
                     waited = waited or self.patience()
                     if self._hangs(waited):
-                        raise SaveFailed("wait", self._flying[0].slot.path if self._flying[0].slot else "",
-                                         detail=f"the disk hangs: {self._what_is_stuck()}")
+                        raise SaveFailed(
+                            "wait",
+                            self._flying[0].slot.path if self._flying[0].slot else "",
+                            detail=f"the disk hangs: {self._what_is_stuck()}",
+                        )
                     self._lock.wait(SLICE)
             finally:
                 self.wait_seconds += time.perf_counter() - started
@@ -309,8 +313,10 @@ class Saver:
                 late = timeout is not None and time.monotonic() - began >= timeout
                 if late or (timeout is None and waited.over()):
                     steps = ", ".join(str(p.step) for p in left)
-                    raise TimeoutError(f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
-                                       f"durable yet: {self._what_is_stuck()}")
+                    raise TimeoutError(
+                        f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
+                        f"durable yet: {self._what_is_stuck()}"
+                    )
                 self._lock.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))
         self.raise_unreported()
 
@@ -369,8 +375,10 @@ class Saver:
                 self._thread.join(timeout=min(SETTLE, 2 * self.stuck_after))
             self.engine.close()
             if self._thread is not None and self._thread.is_alive():
-                log.error("fxckpt: the thread that commits is left behind%s; the store stays locked until this process ends",
-                          self._operation())
+                log.error(
+                    "fxckpt: the thread that commits is left behind%s; the store stays locked until this process ends",
+                    self._operation(),
+                )
             elif self.store is not None:
                 self.store.close()
 

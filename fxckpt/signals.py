@@ -44,8 +44,10 @@ class Finisher:
             return
         if not self._waiting:
             self._waiting, run.ending = True, self
-            log.warning("fxckpt: %s: the checkpoint of the next step is taken and finished first; a second signal does not wait",
-                        signal.Signals(number).name)
+            log.warning(
+                "fxckpt: %s: the checkpoint of the next step is taken and finished first; a second signal does not wait",
+                signal.Signals(number).name,
+            )
             return
         closed, self._waiting, self._closed, run.ending = self._closed, False, False, None
         if closed:

@@ -52,8 +52,20 @@ def _fixed(value: Any) -> Any:
 class Member:
     """One parameter of the optimizer, with the tensors that were bound to it."""
 
-    __slots__ = ("address", "compile", "entries", "flat", "group", "implementation", "index", "items", "name", "param", "program",
-                 "state")
+    __slots__ = (
+        "address",
+        "compile",
+        "entries",
+        "flat",
+        "group",
+        "implementation",
+        "index",
+        "items",
+        "name",
+        "param",
+        "program",
+        "state",
+    )
 
     def __init__(self, name: str, param: torch.Tensor, group: int, index: int, state: dict[str, Any] | None):
         self.name, self.param, self.group, self.state = name, param, group, state
@@ -92,8 +104,11 @@ class Member:
         with torch.no_grad():
             param = self.param.detach().clone()
             param.grad = None if self.param.grad is None else self.param.grad.detach().clone()
-            state = None if self.state is None else {
-                k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
+            state = (
+                None
+                if self.state is None
+                else {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in self.state.items()}
+            )
         return Member(self.name, param, self.group, self.index, state)
 
     def describe(self) -> dict[str, Any]:
@@ -176,11 +191,14 @@ class Stepper:
         PyTorch's own kernels find them wherever they are.
         """
         state = self.opt.state
-        return (self._state is not state or len(state) != len(self._states)
-                or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
-                or self._restructured()
-                or self._regrouped()
-                or self._moved(copies or self.rehearsal is not None))
+        return (
+            self._state is not state
+            or len(state) != len(self._states)
+            or not all(map(operator.is_, state.values(), self._states))  # C speed: this runs at every step
+            or self._restructured()
+            or self._regrouped()
+            or self._moved(copies or self.rehearsal is not None)
+        )
 
     def _restructured(self) -> bool:
         """Did anything of a group change that is structure? Most steps find the very objects of the step before."""
@@ -204,9 +222,11 @@ class Stepper:
         """Was a tensor of a member replaced or given other memory? ``Member.stale`` for all of them, at C speed."""
         held = itertools.chain(itertools.chain.from_iterable(map(dict.values, self._simple)), (_END,))
         tensors, addresses = (self._tensors, self._addresses) if copies else (self._fixed, self._fixed_addresses)
-        return (not all(map(operator.is_, held, self._held))
-                or list(map(torch.Tensor.data_ptr, tensors)) != addresses
-                or (bool(self._mixed) and any(m.stale() for m in self._mixed)))
+        return (
+            not all(map(operator.is_, held, self._held))
+            or list(map(torch.Tensor.data_ptr, tensors)) != addresses
+            or (bool(self._mixed) and any(m.stale() for m in self._mixed))
+        )
 
     def _grouped(self) -> Iterator[torch.Tensor]:
         """The parameters of all groups."""
@@ -249,15 +269,24 @@ class Stepper:
                 self.members.append(member)
         if (strange := [k for k in opt.state if not isinstance(k, torch.Tensor)]) and not self._warned:
             self._warned = True
-            log.warning("fxckpt: %s keeps state %s that belongs to no parameter; no checkpoint holds it. Give it as extra=, or a "
-                        "resumed run starts without it", type(opt).__name__, ", ".join(map(repr, strange)))
+            log.warning(
+                "fxckpt: %s keeps state %s that belongs to no parameter; no checkpoint holds it. Give it as extra=, or a "
+                "resumed run starts without it",
+                type(opt).__name__,
+                ", ".join(map(repr, strange)),
+            )
         if shared := next((sharing[id(m.param)] for m in self.members if id(m.param) in sharing), None):
             self.whole = shared  # updated twice a step, in PyTorch's order, and nothing may copy it in between
             if self.rehearsal is not None:
                 self.rehearsal.refused = shared
         programs = {id(m.program): m.flat for m in self.members if m.program is not None}
-        log.debug("bound %d parameters of %s; they share %d traced updates (%d compiled)", len(self.members),
-                  type(opt).__name__, len(programs), sum(programs.values()))
+        log.debug(
+            "bound %d parameters of %s; they share %d traced updates (%d compiled)",
+            len(self.members),
+            type(opt).__name__,
+            len(programs),
+            sum(programs.values()),
+        )
         self._state, self._states = opt.state, list(opt.state.values())
         self._structure, self._names, self._values = self._structure_now(), [], []
         self._params, self._gradients = list(self._grouped()), []
@@ -269,8 +298,9 @@ class Stepper:
         held = [value for state in self._simple for value in state.values()]
         self._held, self._tensors = [*held, _END], [m.param for m in simple] + held
         self._addresses = [t.data_ptr() for t in self._tensors]
-        self._fixed = [t for m in simple for t in (m.param, *([v for _, v, _ in m.items] if m.flat else
-                                                              [v for _, v in m.counts()]))]
+        self._fixed = [
+            t for m in simple for t in (m.param, *([v for _, v, _ in m.items] if m.flat else [v for _, v in m.counts()]))
+        ]
         self._fixed_addresses = [t.data_ptr() for t in self._fixed]
         self._unready = any(m.program is None for m in self.members)
         self.bound += 1
@@ -283,8 +313,10 @@ class Stepper:
         explicit = flag is not None or group.get("foreach") is False or group.get("fused") is False
         on_host = member.param.device.type == "cpu"
         if self.mode == "inductor" and not on_host:
-            raise SetupError(f'update="inductor" compiles updates on the CPU; {member.name} is on {member.param.device}: use '
-                             'update="native", or leave it out')
+            raise SetupError(
+                f'update="inductor" compiles updates on the CPU; {member.name} is on {member.param.device}: use '
+                'update="native", or leave it out'
+            )
         native = self.mode == "native" or (self.mode is None and (explicit or not on_host))
         member.implementation = flag or (_torch.default_implementation(member.param) if native and not explicit else "single")
         if not native:
@@ -316,8 +348,15 @@ class Stepper:
             log.debug("%s (%s, %s) is not traced: %s", type(self.opt).__name__, signature.implementation, signature.dtype, reason)
             self._programs[signature] = reason
             raise
-        log.debug("traced %s (%s, %s): %d scalars, inputs %s, branches %s", type(self.opt).__name__, signature.implementation,
-                  signature.dtype, found.scalars, found.inputs, found.outcomes)
+        log.debug(
+            "traced %s (%s, %s): %d scalars, inputs %s, branches %s",
+            type(self.opt).__name__,
+            signature.implementation,
+            signature.dtype,
+            found.scalars,
+            found.inputs,
+            found.outcomes,
+        )
         known.append(found)
         return found
 
@@ -346,8 +385,9 @@ class Stepper:
         counts = [t for m in self.members for _, t in m.counts()]
         clocks = self._clocks = tuple(rewrite.Clock() for _ in self.layers)
         module = rewrite.build(self.layers, first, self._layer_update, self._scalars, bool(counts))
-        sizes = {layer.name: sum(t.nbytes for m in owned for _, t in m.tensors())
-                 for layer, owned in zip(self.layers, self._owned)}
+        sizes = {
+            layer.name: sum(t.nbytes for m in owned for _, t in m.tensors()) for layer, owned in zip(self.layers, self._owned)
+        }
         self.graph = rewrite.StepGraph(self.layers, self.edges, module, sizes, clocks)
         log.debug("wrote the StepGraph: %d layers in the order %s", len(self.layers), [layer.name for layer in self.layers])
         self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
@@ -404,14 +444,18 @@ class Stepper:
         self._complete = None not in layouts
         if not self._unready and layouts <= {torch.strided, None}:
             return []
-        return [m for m in self.members if (grad := m.param.grad) is not None
-                and (m.program is None or grad.layout != torch.strided)]
+        return [
+            m for m in self.members if (grad := m.param.grad) is not None and (m.program is None or grad.layout != torch.strided)
+        ]
 
     def run_stock(self, members: Iterable[Member]) -> None:
         """The stock step on these parameters alone; they are left out of this step's graph. Fence them first."""
         members = list(members)
-        log.debug("the stock step updates %d parameters, which have no state yet or no dense gradient: %s ...", len(members),
-                  members[0].name)
+        log.debug(
+            "the stock step updates %d parameters, which have no state yet or no dense gradient: %s ...",
+            len(members),
+            members[0].name,
+        )
         chosen = {id(m.param) for m in members}
         groups = self.opt.param_groups
         saved = [g["params"] for g in groups]
@@ -437,8 +481,10 @@ class Stepper:
             self._call_for(of)
             if self.mode == "inductor" and not self._refused:
                 self._refused = True
-                log.warning("fxckpt: %s is updated by PyTorch's own kernels: only classes of torch.optim are compiled",
-                            _torch.plain_class(self.opt).__name__)
+                log.warning(
+                    "fxckpt: %s is updated by PyTorch's own kernels: only classes of torch.optim are compiled",
+                    _torch.plain_class(self.opt).__name__,
+                )
         return True
 
     @contextlib.contextmanager
@@ -476,8 +522,11 @@ class Stepper:
         mask = self._everyone if self._complete else [g is not None for g in self._gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, self._params)]
-        if (mask == self._mask and self._versions == self._versions_now() and not (self._branching and any(
-                not cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching))):
+        if (
+            mask == self._mask
+            and self._versions == self._versions_now()
+            and not (self._branching and any(not cohort.holds(self.opt.param_groups[cohort.group]) for cohort in self._branching))
+        ):
             return
         self._mask = mask
         self._versions = self._versions_now()
@@ -502,8 +551,13 @@ class Stepper:
         """Write the calls of all layers; ``of``: the number of each member's cohort, of those that take part."""
         self._calls = [calls_for([m for m in owned if m.name in of], of, self._cohorts) for owned in self._owned]
         self._all_calls = shared(calls_for([m for owned in self._owned for m in owned if m.name in of], of, self._cohorts))
-        log.debug("bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without", len(of),
-                  len(self._cohorts), sum(map(len, self._calls)), len(self._all_calls))
+        log.debug(
+            "bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without",
+            len(of),
+            len(self._cohorts),
+            sum(map(len, self._calls)),
+            len(self._all_calls),
+        )
 
     def _follow(self, member: Member) -> None:
         """Give the member the program of the branches that its counts take now (RAdam rectifies from some step on)."""
@@ -520,6 +574,5 @@ class Stepper:
         if self.rehearsal is not None:
             kind = "its own step, rehearsed on stand-ins, native" if self.rehearsal.proven else ""
             return f"{name}: {kind}, {len(self.layers)} layers" if kind else ""
-        kinds = sorted({"Inductor" if m.flat else f"native {m.implementation}"
-                        for m in self.members if m.program is not None})
+        kinds = sorted({"Inductor" if m.flat else f"native {m.implementation}" for m in self.members if m.program is not None})
         return f"{name}: {' and '.join(kinds)}, {len(self.layers)} layers" if kinds else ""

@@ -72,8 +72,18 @@ class Tracer:
         whole["fxckpt"] = {"dropped": dropped + self._dropped}
         pid = os.getpid() + (1 << 24)  # a process of its own beside the profiler's
         for name, track, begin, end, arguments in found:
-            whole["traceEvents"].append({"ph": "X", "cat": "fxckpt", "name": name, "pid": pid, "tid": track, "args": arguments,
-                                         "ts": (begin + self._offset - base) / 1e3, "dur": (end - begin) / 1e3})
+            whole["traceEvents"].append(
+                {
+                    "ph": "X",
+                    "cat": "fxckpt",
+                    "name": name,
+                    "pid": pid,
+                    "tid": track,
+                    "args": arguments,
+                    "ts": (begin + self._offset - base) / 1e3,
+                    "dur": (end - begin) / 1e3,
+                }
+            )
         whole["traceEvents"] += _track_names(pid, sorted({track for _, track, *_ in found}))
         Path(path).write_text(json.dumps(whole))
 

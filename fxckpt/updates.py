@@ -69,7 +69,7 @@ class Cohort:
         for spread in self.spreads:
             spread()
         if self.compiled:  # a native update's may be tensors on a device; some of these are tensors too, of any dtype
-            self.values[:len(values)] = list(map(float, values))
+            self.values[: len(values)] = list(map(float, values))
         return values
 
 
@@ -193,8 +193,11 @@ class _CompiledCall:
 
     def __call__(self, step: Inputs) -> None:
         gradients = list(map(step.gradients.__getitem__, self.indices))
-        if not (self.contiguous and all(map(torch.Tensor.is_contiguous, gradients))
-                and set(map(_dtype_of, gradients)) == {self.params[0].dtype}):
+        if not (
+            self.contiguous
+            and all(map(torch.Tensor.is_contiguous, gradients))
+            and set(map(_dtype_of, gradients)) == {self.params[0].dtype}
+        ):
             gradients = list(map(inductor.same_order, gradients, self.params))
         self.rows[:, self.grad_at] = list(map(torch.Tensor.data_ptr, gradients))
         self.function(*self.args)
@@ -232,8 +235,10 @@ class _ColumnsCall:
         self.serial = serial
         self.kernels = sum(map(len, groups)) * _kernels(program)
         self.index, self.function, self.grad_at = cohort.index, program.body.forward, program.grad_at
-        self.groups = [(_picker(members, program), [[m.bound(kind, key) for m in members] for kind, key in program.inputs])
-                       for members in groups]
+        self.groups = [
+            (_picker(members, program), [[m.bound(kind, key) for m in members] for kind, key in program.inputs])
+            for members in groups
+        ]
 
     def __call__(self, step: Inputs) -> None:
         scalars, function, grad_at = step.scalars[self.index], self.function, self.grad_at

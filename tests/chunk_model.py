@@ -176,8 +176,12 @@ class World:
     def room_will_come(self) -> bool:
         if self.setting.without == "a fence ends who is starved":
             return True
-        return any(ck.staged[c] and (ck.helpers[c] or not ck.layers_left[c])
-                   for ck in self.checkpoints if not ck.settled for c in range(len(self.setting.chunks)))
+        return any(
+            ck.staged[c] and (ck.helpers[c] or not ck.layers_left[c])
+            for ck in self.checkpoints
+            if not ck.settled
+            for c in range(len(self.setting.chunks))
+        )
 
     def fence(self, layer: int) -> None:
         """One look, and what follows from it."""
@@ -270,8 +274,9 @@ class World:
             for piece in mine:
                 self.finish_piece(ck, piece)
             self.wake()
-            here = tuple(ck.copied[p] if ck.pieces[p] == DONE else None
-                         for p, (_, c) in enumerate(self.setting.pieces()) if c == chunk)
+            here = tuple(
+                ck.copied[p] if ck.pieces[p] == DONE else None for p, (_, c) in enumerate(self.setting.pieces()) if c == chunk
+            )
             self.writers = put(self.writers, w, ("write", i, chunk, here, ck.state == ACTIVE))
             return
         if what == "write":
@@ -378,8 +383,9 @@ def check(world: World, n_steps: int, stuck: bool) -> None:
         return
     if world.trainer[0] < n_steps or any(doing not in (("wait",), ("idle",)) for doing in world.writers):
         raise Broken(f"nobody can go on: trainer {world.trainer}, writers {world.writers}")
-    if world.used or any(world.checkpoints[i].staged[c] for i in range(len(world.checkpoints))
-                         for c in range(len(world.setting.chunks))):
+    if world.used or any(
+        world.checkpoints[i].staged[c] for i in range(len(world.checkpoints)) for c in range(len(world.setting.chunks))
+    ):
         raise Broken("a staging buffer is left at the end")
 
 

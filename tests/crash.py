@@ -181,20 +181,26 @@ class Disk:
 
     def now(self) -> Content:
         """What a process sees: everything that was done."""
+
         def build(directory: Directory) -> Content:
-            return {name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, node.pending)
-                    for name, node in directory.now.items()}
+            return {
+                name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, node.pending)
+                for name, node in directory.now.items()
+            }
 
         return build(self.root)
 
     def _state(self, kept_names: dict[Directory, list], kept: Callable[[File], list]) -> Content:
         """The state in which these of the pending operations are on the disk."""
+
         def build(directory: Directory) -> Content:
             entries = dict(directory.durable)
             for names in kept_names.get(directory, ()):
                 apply_names(entries, names)
-            return {name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, kept(node))
-                    for name, node in entries.items()}
+            return {
+                name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, kept(node))
+                for name, node in entries.items()
+            }
 
         return build(self.root)
 
@@ -335,8 +341,16 @@ def acknowledged_by(call: io.Call, acknowledged: list[tuple[int, str | None]]) -
         acknowledged.append((int(match[1]), match[2]))
 
 
-def explore(log: list[io.Call], base: str, judge: Judge, rule: Rule, *, seed: int = 0, skip: int = 0,
-            visit: Callable[[Content, list], None] = lambda state, acknowledged: None) -> Violation | None:
+def explore(
+    log: list[io.Call],
+    base: str,
+    judge: Judge,
+    rule: Rule,
+    *,
+    seed: int = 0,
+    skip: int = 0,
+    visit: Callable[[Content, list], None] = lambda state, acknowledged: None,
+) -> Violation | None:
     """The first broken promise over all prefixes of ``log`` of at least ``skip`` calls and the legal states after each.
 
     ``visit`` sees every state, with what was acknowledged by then (``Trainer.acknowledge``).
@@ -401,4 +415,4 @@ def late(log: list[io.Call], edge: Edge) -> list[io.Call]:
 def moved(call: io.Call, old: str, new: str) -> io.Call:
     """The call on a path below ``old`` as it is when that was renamed to ``new``."""
     inside = call.path == old or call.path.startswith(old + "/")
-    return replace(call, path=new + call.path[len(old):]) if inside else call
+    return replace(call, path=new + call.path[len(old) :]) if inside else call

@@ -65,8 +65,12 @@ class Model:
         return [f"file-{i}" for i in range(len(self.files))]
 
     def sources(self, layer: int) -> Sources:
-        return Sources([(array.ctypes.data, None, None) if array.flags.c_contiguous
-                        else (array.ctypes.data, array.shape, array.strides) for array in self.layers[layer]])
+        return Sources(
+            [
+                (array.ctypes.data, None, None) if array.flags.c_contiguous else (array.ctypes.data, array.shape, array.strides)
+                for array in self.layers[layer]
+            ]
+        )
 
     def plan(self, engine: Engine):
         return engine.plan(self.files, self.tensors, len(self.layers))
@@ -76,7 +80,7 @@ class Model:
         files = [bytearray(header.ljust(nbytes, b"\0")) for nbytes, header in self.files]
         arrays = iter([array for arrays in self.layers for array in arrays])
         for (_, file, offset, nbytes, _), array in zip(self.tensors, arrays):
-            files[file][offset:offset + nbytes] = array.tobytes()
+            files[file][offset : offset + nbytes] = array.tobytes()
         return [bytes(file) for file in files]
 
     def update(self, layer: int, step: int) -> None:
@@ -109,7 +113,7 @@ def read_all(model: Model, directory: Path) -> list[bytes]:
 
 
 def parts(data: bytes, nbytes: int) -> list[bytes]:
-    return [data[at:at + nbytes] for at in range(0, len(data), nbytes)]
+    return [data[at : at + nbytes] for at in range(0, len(data), nbytes)]
 
 
 def crcs_of(data: bytes, chunk: int) -> list[int]:

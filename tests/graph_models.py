@@ -135,8 +135,15 @@ def nested():
     return GPT(call=call)
 
 
-MODELS = {"mlp": MLP, "conv": ConvNet, "gpt": GPT, "shared": Shared, "cond": Branch,
-          "checkpointed": checkpointed, "nested": nested}
+MODELS = {
+    "mlp": MLP,
+    "conv": ConvNet,
+    "gpt": GPT,
+    "shared": Shared,
+    "cond": Branch,
+    "checkpointed": checkpointed,
+    "nested": nested,
+}
 
 
 def batch():
@@ -146,8 +153,22 @@ def batch():
 class Program(nn.Module):
     """A random forward: weights shared, used early as a view, under ``no_grad``, detached, in dead code, in bodies."""
 
-    OPS = ("mm", "linear", "addmm", "detach", "early", "bias", "ln", "residual", "gate", "checkpoint", "cat",
-           "norm", "cast", "no_grad")
+    OPS = (
+        "mm",
+        "linear",
+        "addmm",
+        "detach",
+        "early",
+        "bias",
+        "ln",
+        "residual",
+        "gate",
+        "checkpoint",
+        "cat",
+        "norm",
+        "cast",
+        "no_grad",
+    )
 
     def __init__(self, steps, seed):
         super().__init__()

@@ -43,8 +43,16 @@ def eager(model: nn.Module) -> nn.Module:
 
 def conv() -> nn.Sequential:
     """With BatchNorm: its running statistics change in the forward; weights in channels_last order."""
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 8, 3, 2),
-                          nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 4))
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Conv2d(8, 8, 3, 2),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(32, 4),
+    )
     return model.to(memory_format=torch.channels_last)
 
 
@@ -169,8 +177,17 @@ class Training:
     Without a directory: plain PyTorch.
     """
 
-    def __init__(self, directory: Path | None, *, make: Callable = mlp, loader: Loader | None = None, forward: Any = None,
-                 optimizer: Callable = torch.optim.AdamW, seed: int = 0, **options: Any):
+    def __init__(
+        self,
+        directory: Path | None,
+        *,
+        make: Callable = mlp,
+        loader: Loader | None = None,
+        forward: Any = None,
+        optimizer: Callable = torch.optim.AdamW,
+        seed: int = 0,
+        **options: Any,
+    ):
         torch.manual_seed(seed)
         self.model, self.loader = make(), loader or Loader.of(8)
         self.forward = self.model if forward is None else forward(self.model)

@@ -74,16 +74,27 @@ def environment(cache: Path) -> dict[str, str]:
     """For lives: one thread, no compile workers, one cache of compiled code for the whole session."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("FXCKPT_")}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), kept.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    return {**kept, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "OMP_NUM_THREADS": "1"}
+    return {
+        **kept,
+        "PYTHONPATH": path,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def fresh_life(script: Path, cwd: Path, cache: Path, **variables: str) -> Life:
     """``python script.py``, as a user runs it."""
     log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, str(script)], cwd=cwd, env={**environment(cache), **variables},
-                                   stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            cwd=cwd,
+            env={**environment(cache), **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+        )
     return Life(process.pid, log, process.poll)
 
 
@@ -92,8 +103,13 @@ class Nursery:
 
     def __init__(self, cache: Path):
         self._lives: list[Life] = []
-        self._process = subprocess.Popen([sys.executable, str(Path(__file__).resolve())], env=environment(cache), text=True,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            env=environment(cache),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def _ask(self, **request: Any) -> Any:
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -22,28 +22,85 @@ TENSOR = "a 0-dim tensor"  # stands for a fresh tensor of the value LR, or of ea
 CASES: dict[str, list[dict[str, Any]]] = {
     "ASGD": [{}, {"t0": 2.0}, {"lambd": 1e-2, "alpha": 0.5, "weight_decay": 0.1}, {"maximize": True}, {"lr": TENSOR}],
     "Adadelta": [{}, {"rho": 0.8, "eps": 1e-5, "weight_decay": 0.1}, {"maximize": True}, {"lr": TENSOR}],
-    "Adafactor": [{}, {"beta2_decay": -0.5, "eps": (1e-6, 1e-2), "d": 2.0, "weight_decay": 0.1}, {"maximize": True},
-                  {"lr": TENSOR}],
-    "Adagrad": [{}, {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-6},
-                {"maximize": True}, {"lr": TENSOR}],
-    "Adam": [{}, {"amsgrad": True}, {"weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 1e-5}, {"maximize": True},
-             {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"lr": TENSOR}, {"lr": TENSOR, "betas": TENSOR}],
-    "AdamW": [{}, {"amsgrad": True}, {"weight_decay": 0.0, "betas": (0.7, 0.9), "eps": 1e-5}, {"maximize": True},
-              {"lr": TENSOR}, {"lr": TENSOR, "betas": TENSOR}],
+    "Adafactor": [
+        {},
+        {"beta2_decay": -0.5, "eps": (1e-6, 1e-2), "d": 2.0, "weight_decay": 0.1},
+        {"maximize": True},
+        {"lr": TENSOR},
+    ],
+    "Adagrad": [
+        {},
+        {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.5, "eps": 1e-6},
+        {"maximize": True},
+        {"lr": TENSOR},
+    ],
+    "Adam": [
+        {},
+        {"amsgrad": True},
+        {"weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 1e-5},
+        {"maximize": True},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"lr": TENSOR},
+        {"lr": TENSOR, "betas": TENSOR},
+    ],
+    "AdamW": [
+        {},
+        {"amsgrad": True},
+        {"weight_decay": 0.0, "betas": (0.7, 0.9), "eps": 1e-5},
+        {"maximize": True},
+        {"lr": TENSOR},
+        {"lr": TENSOR, "betas": TENSOR},
+    ],
     "Adamax": [{}, {"weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 1e-5}, {"maximize": True}, {"lr": TENSOR}],
-    "LBFGS": [{}, {"line_search_fn": "strong_wolfe", "history_size": 3, "max_iter": 4, "max_eval": 5,
-                   "tolerance_grad": 1e-6, "tolerance_change": 1e-8}, {"lr": TENSOR}],
-    "Muon": [{}, {"nesterov": False, "momentum": 0.8, "weight_decay": 0.0}, {"adjust_lr_fn": "match_rms_adamw"},
-             {"ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0), "eps": 1e-6}, {"lr": TENSOR}],
-    "NAdam": [{}, {"weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 1e-5, "momentum_decay": 1e-2},
-              {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"maximize": True}, {"lr": TENSOR}],
-    "RAdam": [{"betas": (0.7, 0.99)}, {"weight_decay": 0.1, "eps": 1e-5},
-              {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"maximize": True}, {"lr": TENSOR}],
-    "RMSprop": [{}, {"momentum": 0.9}, {"centered": True, "alpha": 0.9, "eps": 1e-5, "weight_decay": 0.1},
-                {"maximize": True, "momentum": 0.5, "centered": True}, {"lr": TENSOR}],
+    "LBFGS": [
+        {},
+        {
+            "line_search_fn": "strong_wolfe",
+            "history_size": 3,
+            "max_iter": 4,
+            "max_eval": 5,
+            "tolerance_grad": 1e-6,
+            "tolerance_change": 1e-8,
+        },
+        {"lr": TENSOR},
+    ],
+    "Muon": [
+        {},
+        {"nesterov": False, "momentum": 0.8, "weight_decay": 0.0},
+        {"adjust_lr_fn": "match_rms_adamw"},
+        {"ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0), "eps": 1e-6},
+        {"lr": TENSOR},
+    ],
+    "NAdam": [
+        {},
+        {"weight_decay": 0.1, "betas": (0.7, 0.9), "eps": 1e-5, "momentum_decay": 1e-2},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"maximize": True},
+        {"lr": TENSOR},
+    ],
+    "RAdam": [
+        {"betas": (0.7, 0.99)},
+        {"weight_decay": 0.1, "eps": 1e-5},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        {"maximize": True},
+        {"lr": TENSOR},
+    ],
+    "RMSprop": [
+        {},
+        {"momentum": 0.9},
+        {"centered": True, "alpha": 0.9, "eps": 1e-5, "weight_decay": 0.1},
+        {"maximize": True, "momentum": 0.5, "centered": True},
+        {"lr": TENSOR},
+    ],
     "Rprop": [{}, {"etas": (0.4, 1.3), "step_sizes": (1e-5, 1.0)}, {"maximize": True}, {"lr": TENSOR}],
-    "SGD": [{"momentum": 0.9}, {}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-            {"momentum": 0.9, "dampening": 0.3}, {"maximize": True, "momentum": 0.9}, {"lr": TENSOR, "momentum": 0.9}],
+    "SGD": [
+        {"momentum": 0.9},
+        {},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.9, "dampening": 0.3},
+        {"maximize": True, "momentum": 0.9},
+        {"lr": TENSOR, "momentum": 0.9},
+    ],
     "SparseAdam": [{}, {"betas": (0.7, 0.9), "eps": 1e-5}, {"maximize": True}],
 }
 """The first of each is the one that ``make test`` compiles; all of them run native there."""
@@ -51,8 +108,19 @@ CASES: dict[str, list[dict[str, Any]]] = {
 NEVER_ON_CPU = {"capturable": "PyTorch takes it on accelerators only", "differentiable": "parameters must not be leaves"}
 """Options that no CPU training can use: PyTorch raises at the first step."""
 
-BOUNDS = {"ASGD": 4, "Adadelta": 4, "Adagrad": 4, "Adam": 4, "AdamW": 4, "Adamax": 4, "NAdam": 4, "RAdam": 4, "RMSprop": 32,
-          "Rprop": 32, "SGD": 4}
+BOUNDS = {
+    "ASGD": 4,
+    "Adadelta": 4,
+    "Adagrad": 4,
+    "Adam": 4,
+    "AdamW": 4,
+    "Adamax": 4,
+    "NAdam": 4,
+    "RAdam": 4,
+    "RMSprop": 32,
+    "Rprop": 32,
+    "SGD": 4,
+}
 """k of ``update="inductor"``: every parameter is within ``k * eps * (|p| + lr)`` of PyTorch's after six steps. Steps of two
 classes are many times as large as lr: RMSprop divides by sqrt((1 - alpha) * grad**2) at first, which makes ten of it, and
 momentum adds them up; those of Rprop grow by etas from lr on."""
@@ -64,8 +132,11 @@ FORMS = ("single", "foreach", "fused")
 
 def classes() -> dict[str, type]:
     """The optimizers that this version of torch has."""
-    found = {name: value for name, value in vars(torch.optim).items()
-             if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer}
+    found = {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
     return dict(sorted(found.items(), key=lambda item: item[0].lower()))
 
 
@@ -173,8 +244,13 @@ def outcome(name: str, options: dict[str, Any], form: str | None, update: str, d
     same = all(torch.equal(a, b) and _same_state(mine.state[a], theirs.state[b]) for a, b in zip(ours, stock))
     eps = torch.finfo(dtype).eps
     worst = max(float(((a - b).abs().double() / (eps * (b.abs().double() + LR))).max().detach()) for a, b in zip(ours, stock))
-    found = Outcome(same, worst, stepper.whole, any(m.flat for m in stepper.members),
-                    sum(len(p) for p in stepper._programs.values() if isinstance(p, list)))
+    found = Outcome(
+        same,
+        worst,
+        stepper.whole,
+        any(m.flat for m in stepper.members),
+        sum(len(p) for p in stepper._programs.values() if isinstance(p, list)),
+    )
     assert mine.ckpt.statistics()["checkpoints_failed"] == 0
     assert mine.ckpt.statistics()["checkpoints_started"] == STEPS // 2
     mine.ckpt.shutdown()

@@ -1,6 +1,6 @@
 """A reader of checkpoint stores written from docs/format.md alone: standard library only, not a line of fxckpt.
 
-    python -I plain_reader.py STORE      prints the newest checkpoint that verifies, as JSON
+python -I plain_reader.py STORE      prints the newest checkpoint that verifies, as JSON
 """
 
 from __future__ import annotations
@@ -102,8 +102,12 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, dict[str, tuple[str, lis
     for file in record["files"]:
         data = read_file(path, file)
         found = tensors_of(data)
-        recorded = {t["key"]: (t["dtype"], t["shape"], t["begin"], t["begin"] + t["nbytes"])
-                    for layer in record["layers"] for t in layer["tensors"] if t["file"] == file["name"]}
+        recorded = {
+            t["key"]: (t["dtype"], t["shape"], t["begin"], t["begin"] + t["nbytes"])
+            for layer in record["layers"]
+            for t in layer["tensors"]
+            if t["file"] == file["name"]
+        }
         need(file["name"] == "state.safetensors" or found == recorded, f"the header of {file['name']}")
         files[file["name"]] = {name: (dtype, shape, data[begin:end]) for name, (dtype, shape, begin, end) in found.items()}
     return record, files
@@ -160,13 +164,26 @@ def decode(value, tensors: dict) -> object:
 
 def main(store: str) -> None:
     path, record, files = newest(store)
-    tensors = {file: {name: [dtype, shape, hashlib.sha256(data).hexdigest()] for name, (dtype, shape, data) in each.items()}
-               for file, each in files.items()}
+    tensors = {
+        file: {name: [dtype, shape, hashlib.sha256(data).hexdigest()] for name, (dtype, shape, data) in each.items()}
+        for file, each in files.items()
+    }
     state = {part: decode(record[part], files["state.safetensors"]) for part in ("state", "optimizers")}
-    print(json.dumps({"path": path, "members": sorted(record), "step": record["step"], "generation": record["generation"],
-                      "ties": record["ties"], "tensors": tensors, "extra": sorted(state["state"]["late"]),
-                      "lr": state["optimizers"][0]["groups"][0]["settings"]["lr"],
-                      "ours": sorted(name for name in sys.modules if name.split(".")[0] in ("fxckpt", "torch", "numpy"))}))
+    print(
+        json.dumps(
+            {
+                "path": path,
+                "members": sorted(record),
+                "step": record["step"],
+                "generation": record["generation"],
+                "ties": record["ties"],
+                "tensors": tensors,
+                "extra": sorted(state["state"]["late"]),
+                "lr": state["optimizers"][0]["groups"][0]["settings"]["lr"],
+                "ours": sorted(name for name in sys.modules if name.split(".")[0] in ("fxckpt", "torch", "numpy")),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

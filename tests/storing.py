@@ -34,12 +34,19 @@ class Trainer:
         self.store, self.engine, self.acks = store, engine, acks
         self.tensors = {key: np.zeros(items, np.float32) for key in ("a.weight", "b.weight")}
         self.moments = {f"exp_avg/{key}": np.zeros(items, np.float32) for key in self.tensors}
-        self.layouts = [lay_out(file, [TensorSpec(key, "F32", (items,), layer) for layer, key in enumerate(tensors)])
-                        for file, tensors in zip(FILES, (self.tensors, self.moments))]
+        self.layouts = [
+            lay_out(file, [TensorSpec(key, "F32", (items,), layer) for layer, key in enumerate(tensors)])
+            for file, tensors in zip(FILES, (self.tensors, self.moments))
+        ]
         self.plan = self.engine.plan(
             [(layout.nbytes, layout.header) for layout in self.layouts],
-            [(placed.spec.layer, file, placed.begin, placed.nbytes, 4)
-             for file, layout in enumerate(self.layouts) for placed in layout.tensors], 2)
+            [
+                (placed.spec.layer, file, placed.begin, placed.nbytes, 4)
+                for file, layout in enumerate(self.layouts)
+                for placed in layout.tensors
+            ],
+            2,
+        )
 
     def begin(self, step: int, name: str | None = None) -> tuple[Slot, object]:
         """Acquire a slot and hand everything over to the engine."""
@@ -80,11 +87,24 @@ class Trainer:
 
     def record(self, step: int, checkpoint: object) -> dict[str, object]:
         """What a commit is to say of it."""
-        files = [FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
-                 for file, layout in enumerate(self.layouts)]
-        return {"step": step, "iteration": step, "updates": step, "time": float(step), "files": files, "ties": {},
-                "layers": self._layers(step), "optimizers": [{"lr": 0.1}], "state": {"step": step},
-                "state_tensors": {"rng": np.full(700, step)}, "world_size": 1, "rank": 0}
+        files = [
+            FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
+            for file, layout in enumerate(self.layouts)
+        ]
+        return {
+            "step": step,
+            "iteration": step,
+            "updates": step,
+            "time": float(step),
+            "files": files,
+            "ties": {},
+            "layers": self._layers(step),
+            "optimizers": [{"lr": 0.1}],
+            "state": {"step": step},
+            "state_tensors": {"rng": np.full(700, step)},
+            "world_size": 1,
+            "rank": 0,
+        }
 
     def _commit(self, slot: Slot, **fields: object) -> tuple[int, Path]:
         """The generation that it has from now on, and where it is."""
@@ -105,7 +125,10 @@ class Trainer:
         for layer, key in enumerate(self.tensors):
             tensors = tuple(
                 TensorRecord(layout.name, placed.spec.key, placed.begin, placed.nbytes, placed.spec.shape, "F32")
-                for layout in self.layouts for placed in layout.tensors if placed.spec.layer == layer)
+                for layout in self.layouts
+                for placed in layout.tensors
+                if placed.spec.layer == layer
+            )
             count = self.tensors[key].size
             found.append(LayerRecord(layer, key[0], "update", step, float(step), count, 8 * count, tensors))
         return found
@@ -128,8 +151,9 @@ class MonitoredTrainer(Trainer):
         return slot.generation, Path(slot.path)
 
 
-def start(root: Path, acks: Path | None = None, *, load: bool = True, items: int = 2000, writer: str = "thread",
-          **options: object) -> Trainer:
+def start(
+    root: Path, acks: Path | None = None, *, load: bool = True, items: int = 2000, writer: str = "thread", **options: object
+) -> Trainer:
     """A new life: open the store and continue its newest checkpoint that verifies, if it has one."""
     monitored = writer == "monitor"
     engine = Engine(threads=2, chunk_bytes=CHUNK, staging_bytes=(RING if monitored else 4) * CHUNK, mock=monitored)

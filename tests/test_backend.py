@@ -84,8 +84,7 @@ def processes(tmp_path_factory):
     """The same training step with plain Inductor and, in two processes, with ours; each cold and then warm."""
     cache = tmp_path_factory.mktemp("ours")
     plain_cold, plain_warm = run("plain", tmp_path_factory.mktemp("plain"))
-    return {"plain cold": plain_cold, "plain warm": plain_warm,
-            "cold": run("ours", cache)[0], "warm": run("ours", cache)[0]}
+    return {"plain cold": plain_cold, "plain warm": plain_warm, "cold": run("ours", cache)[0], "warm": run("ours", cache)[0]}
 
 
 def test_numerics_are_inductors(processes):

@@ -12,8 +12,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SANITIZERS = {"memory": "address,undefined", "races": "thread"}
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fno-sanitize-recover=all",
-         "-pthread", "-I", str(ROOT / "csrc")]
+FLAGS = [
+    "-std=c11",
+    "-D_GNU_SOURCE",
+    "-g",
+    "-O1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-fno-sanitize-recover=all",
+    "-pthread",
+    "-I",
+    str(ROOT / "csrc"),
+]
 SECONDS = "2"
 SEED = os.environ.get("FXCKPT_TEST_SEED", "1")
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
@@ -67,12 +78,18 @@ def build(tmp_path_factory):
     return program
 
 
-@pytest.mark.parametrize("name, sanitizer", [
-    ("stress", "memory"), ("stress", "races"),
-    ("faults", "memory"), ("faults", "races"),
-    ("geometry", "memory"),
-    ("ring", "memory"), ("ring", "races"),
-])
+@pytest.mark.parametrize(
+    "name, sanitizer",
+    [
+        ("stress", "memory"),
+        ("stress", "races"),
+        ("faults", "memory"),
+        ("faults", "races"),
+        ("geometry", "memory"),
+        ("ring", "memory"),
+        ("ring", "races"),
+    ],
+)
 def test_c_program_is_clean(build, tmp_path, name, sanitizer):
     """``tests/c/<name>.c`` says at its top what it does; what a sanitizer finds ends it with a report."""
     program = build(name, SANITIZERS[sanitizer])
@@ -86,18 +103,23 @@ def test_c_program_is_clean(build, tmp_path, name, sanitizer):
 def build_driver(directory: Path, *flags: str) -> str:
     """The fake driver (``tests/fake_cuda.c``) as a shared library; returns its path."""
     output = str(directory / "libfakecuda.so")
-    built = run([*compiler(), *FLAGS, *flags, "-fPIC", "-shared", "-fvisibility=hidden",
-                 str(ROOT / "tests/fake_cuda.c"), "-o", output])
+    built = run(
+        [*compiler(), *FLAGS, *flags, "-fPIC", "-shared", "-fvisibility=hidden", str(ROOT / "tests/fake_cuda.c"), "-o", output]
+    )
     assert built.returncode == 0, built.stderr
     return output
 
 
-@pytest.mark.parametrize("sanitizer, settings", [
-    ("memory", {}),
-    ("races", {}),
-    ("memory", {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),  # one hardware queue: a wait for what comes later would hang
-    ("memory", {"FAKE_CUDA_OLD": "1"}),  # a driver without batches of copies
-], ids=["memory", "races", "one-queue", "old-driver"])
+@pytest.mark.parametrize(
+    "sanitizer, settings",
+    [
+        ("memory", {}),
+        ("races", {}),
+        ("memory", {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}),  # one hardware queue: a wait for what comes later would hang
+        ("memory", {"FAKE_CUDA_OLD": "1"}),  # a driver without batches of copies
+    ],
+    ids=["memory", "races", "one-queue", "old-driver"],
+)
 def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, tmp_path, sanitizer, settings):
     """``tests/c/cuda.c``: also each call of the driver fails once, and the device is lost at each call once."""
     program = build("cuda", SANITIZERS[sanitizer])
@@ -113,8 +135,22 @@ def mutable(tmp_path_factory):
     directory = tmp_path_factory.mktemp("mutations")
     sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.c"))
     program = str(directory / "cuda")
-    built = run([*compiler(), *FLAGS[:-2], "-DFX_MUTATIONS", "-I", str(ROOT / "csrc"), "-fno-sanitize=all",
-                 str(ROOT / "tests/c/cuda.c"), *sources, "-o", program, "-ldl", "-lm"])
+    built = run(
+        [
+            *compiler(),
+            *FLAGS[:-2],
+            "-DFX_MUTATIONS",
+            "-I",
+            str(ROOT / "csrc"),
+            "-fno-sanitize=all",
+            str(ROOT / "tests/c/cuda.c"),
+            *sources,
+            "-o",
+            program,
+            "-ldl",
+            "-lm",
+        ]
+    )
     assert built.returncode == 0, built.stderr
     return program, build_driver(directory)
 
@@ -122,7 +158,7 @@ def mutable(tmp_path_factory):
 def mutations() -> list[str]:
     """The names in csrc/cuda.h, in order; the first one is none."""
     text = (ROOT / "csrc/cuda.h").read_text()
-    body = text[text.index("enum fx_mutation {"):text.index("    MUTATIONS\n")]
+    body = text[text.index("enum fx_mutation {") : text.index("    MUTATIONS\n")]
     return [line.strip().split(",")[0] for line in body.splitlines()[1:] if line.strip()]
 
 

@@ -62,8 +62,10 @@ def test_the_model_notices_a_line_that_is_left_out(line):
 
 def test_the_model_has_the_states_of_the_engine():
     header = (Path(__file__).parents[1] / "csrc" / "internal.h").read_text()
-    for name, states in (("state", (model.ACTIVE, model.DURABLE, model.FAILED, model.CANCELLED)),
-                         ("sync_state", (model.UNSYNCED, model.SYNC_TAKEN, model.SYNCED))):
+    for name, states in (
+        ("state", (model.ACTIVE, model.DURABLE, model.FAILED, model.CANCELLED)),
+        ("sync_state", (model.UNSYNCED, model.SYNC_TAKEN, model.SYNCED)),
+    ):
         assert re.search(rf"enum {name} {{ ?([A-Z_, ]+?) ?}}", header)[1].split(", ") == list(states)
     pieces = re.search(r"enum piece_state {(.*?)}", header, re.DOTALL)[1]
     assert {model.IDLE, model.TAKEN, model.DONE} <= set(re.findall(r"[A-Z]+", pieces))

@@ -92,7 +92,11 @@ def test_ls_lists_every_checkpoint_with_why_it_is_kept_and_what_was_noted(capsys
     status, found = run(capsys, "ls", store)
     assert status == 0
     assert [(row["step"], row["kept"], row["name"], row["best"]) for row in found["checkpoints"]] == [
-        (10, "steps", None, False), (11, None, None, False), (12, None, None, True), (12, "named", "mine", False)]
+        (10, "steps", None, False),
+        (11, None, None, False),
+        (12, None, None, True),
+        (12, "named", "mine", False),
+    ]
     assert found["checkpoints"][1]["metrics"] == {"loss": 9.0}
     status, shown = text(capsys, "ls", store)
     assert status == 0 and len(shown.splitlines()) == 5 and "loss=9" in shown and "step-000000012" in shown
@@ -164,7 +168,11 @@ def test_verify_names_the_file_the_layer_and_the_offset(capsys, store):
     status, found = run(capsys, "verify", store)
     assert status == 3
     assert {Path(each["path"]).name: each["verdict"] for each in found["checkpoints"]} == {
-        "step-000000010": "good", "step-000000011": "damaged", "step-000000012": "damaged", "mine": "good"}
+        "step-000000010": "good",
+        "step-000000011": "damaged",
+        "step-000000012": "damaged",
+        "mine": "good",
+    }
     bad = next(each for each in found["checkpoints"] if each["path"].endswith("11"))
     assert (bad["file"], bad["offset"], bad["layer"]) == ("optimizer.safetensors", 8192, "a, b")
     assert [main(["verify", str(store), which]) for which in ("10", "mine", "11", "12")] == [0, 0, 3, 3]
@@ -184,7 +192,11 @@ def test_diff_says_which_layers_changed_and_by_how_much(capsys, store):
     status, shown = text(capsys, "diff", store, "12", "mine")
     assert status == 0 and "no difference" in shown
     assert {row["name"] for row in run(capsys, "diff", store, "10", "12", "--tensors")[1]["rows"]} == {
-        "a.weight", "b.weight", "exp_avg/a.weight", "exp_avg/b.weight"}
+        "a.weight",
+        "b.weight",
+        "exp_avg/a.weight",
+        "exp_avg/b.weight",
+    }
 
 
 def test_diff_finds_the_one_layer_that_changed(capsys, tmp_path):
@@ -390,7 +402,10 @@ def test_prune_relies_only_on_what_it_has_verified(capsys, root):
     status, done = run(capsys, "prune", root, "--keep", "2")
     assert status == 0 and [each.step for each in checkpoints(root)] == [2, 4]
     assert {(Path(row["path"]).name, row["why"]) for row in done["removed"] if row["why"] != "waiting slot"} == {
-        ("step-000000005", "damaged"), ("step-000000003", "damaged"), ("step-000000001", "older")}
+        ("step-000000005", "damaged"),
+        ("step-000000003", "damaged"),
+        ("step-000000001", "older"),
+    }
 
 
 def test_prune_removes_nothing_when_nothing_verifies(capsys, store):
@@ -514,7 +529,10 @@ def test_every_command_is_safe_while_a_trainer_writes(root, tmp_path, capsys):
     capsys.readouterr()
     assert failed == [] and first is trainer.store
     assert {(name, status) for name, status in statuses if name in ("ls", "verify", "doctor")} == {
-        ("ls", 0), ("verify", 0), ("doctor", 0)}
+        ("ls", 0),
+        ("verify", 0),
+        ("doctor", 0),
+    }
     assert {status for _, status in statuses} <= {0, common.NOTHING}, "at worst it was taken back before it was read"
     exported = [load_file(path) for path in tmp_path.glob("*/model-*.safetensors")]
     assert exported

@@ -87,8 +87,13 @@ class Trainer:
         self.opt = optimizer(trained) if optimizer else torch.optim.AdamW(trained, lr=1e-2)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.opt, 1, 0.9)
         if directory is not None:
-            fxckpt.compile_step(self.opt, directory, model=self.model, extra={"tally": self.tally, "s": self.scheduler},
-                                **{"update": "native", "every": 1, "chunk_mb": 1, **options})
+            fxckpt.compile_step(
+                self.opt,
+                directory,
+                model=self.model,
+                extra={"tally": self.tally, "s": self.scheduler},
+                **{"update": "native", "every": 1, "chunk_mb": 1, **options},
+            )
         self.reference, self.extra, self.checked, self.steps = {}, {}, set(), 0
 
     def step(self) -> None:
@@ -100,8 +105,12 @@ class Trainer:
         self.opt.zero_grad()
         self.scheduler.step()
         self.tally.count(self.steps)
-        self.extra[self.steps] = {"lr": self.scheduler.get_last_lr(), "tensor": self.tally.tensor.clone(),
-                                  "seen": Counter(self.tally.seen), "hidden": self.model.hidden.clone()}
+        self.extra[self.steps] = {
+            "lr": self.scheduler.get_last_lr(),
+            "tensor": self.tally.tensor.clone(),
+            "seen": Counter(self.tally.seen),
+            "hidden": self.model.hidden.clone(),
+        }
 
     def train(self, steps: int, look: int = 1) -> None:
         """``look``: compare after every so many steps. What is on its way has time to arrive meanwhile."""
@@ -147,9 +156,17 @@ SLOW = {
 }
 
 
-@pytest.mark.parametrize(("slow", "staging_mb", "max_async", "threads"), [
-    ("slow writes", 0, 1, 1), ("slow writes", 1, 2, 2), ("slow copies", 0, 1, 2), ("slow copies", 1, 3, 1),
-    ("slow syncs", 0, 3, 2), ("slow everything", 32, 2, 3)])
+@pytest.mark.parametrize(
+    ("slow", "staging_mb", "max_async", "threads"),
+    [
+        ("slow writes", 0, 1, 1),
+        ("slow writes", 1, 2, 2),
+        ("slow copies", 0, 1, 2),
+        ("slow copies", 1, 3, 1),
+        ("slow syncs", 0, 3, 2),
+        ("slow everything", 32, 2, 3),
+    ],
+)
 def test_with_slow_writers_every_checkpoint_is_exactly_its_step(slow, staging_mb, max_async, threads, tmp_path):
     trainer = Trainer(tmp_path / "d", staging_mb=staging_mb, max_async=max_async, threads=threads)
     for op, delay in SLOW[slow].items():
@@ -169,12 +186,16 @@ def test_every_checkpoint_is_kept_and_each_is_exactly_its_step(tmp_path):
     assert len(trainer.checked) == 10
 
 
-@pytest.mark.parametrize("make", [
-    lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
-    lambda params: torch.optim.Adam(params, lr=1e-2, fused=True, amsgrad=True),
-    lambda params: torch.optim.RAdam(params, lr=1e-2),
-    lambda params: torch.optim.Adafactor(params, lr=torch.tensor(1e-2))],
-    ids=["SGD", "Adam fused", "RAdam, branching", "Adafactor, whole"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+        lambda params: torch.optim.Adam(params, lr=1e-2, fused=True, amsgrad=True),
+        lambda params: torch.optim.RAdam(params, lr=1e-2),
+        lambda params: torch.optim.Adafactor(params, lr=torch.tensor(1e-2)),
+    ],
+    ids=["SGD", "Adam fused", "RAdam, branching", "Adafactor, whole"],
+)
 def test_every_optimizer_path_is_fenced(make, tmp_path):
     trainer = Trainer(tmp_path / "d", optimizer=make, staging_mb=0, max_async=2, keep=20)
     io.delay("copy", 4 * MS)
@@ -363,8 +384,9 @@ def test_a_group_added_in_the_middle_is_in_the_next_checkpoint(tmp_path):
 
 def test_a_parameter_that_gets_its_first_gradient_late_is_in_every_checkpoint(tmp_path):
     """Its first step is PyTorch's own, outside the StepGraph, and must wait for the copy of its value as well."""
-    trainer = Trainer(tmp_path / "d", keep=20, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
-                      staging_mb=0, threads=1)
+    trainer = Trainer(
+        tmp_path / "d", keep=20, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), staging_mb=0, threads=1
+    )
     trainer.model.outer.requires_grad_(False)
     trainer.train(2)
     io.delay("copy", 10 * MS)

@@ -92,7 +92,7 @@ def falls_back_from_what_is_there(store: Path, trained) -> str:
     restored, held, counted = load_into_new(store)
     assert restored.step == counted == 3 and restored.path.name == OLDER
     assert differences(held, trained[1][3]) == []
-    (path, reason), = restored.skipped
+    ((path, reason),) = restored.skipped
     assert NEWEST in path, restored.skipped
     return reason
 
@@ -113,8 +113,15 @@ def positions(store: Path, file: str, count: int) -> list[int]:
     """The first and the last byte, bytes of the header, and random ones, which differ from run to run."""
     size = (store / NEWEST / file).stat().st_size
     chance = random.SystemRandom()
-    return [0, 7, 8, 9, size - 1, *(chance.randrange(min(size, 400)) for _ in range(3)),
-            *(chance.randrange(size) for _ in range(count))]
+    return [
+        0,
+        7,
+        8,
+        9,
+        size - 1,
+        *(chance.randrange(min(size, 400)) for _ in range(3)),
+        *(chance.randrange(size) for _ in range(count)),
+    ]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -36,15 +36,20 @@ SIZES = {"wte": 3 << 20, "h.0.ln": 512, "h.0.up": 150_000, "head": 5 << 30}
 class Golden(expecttest.TestCase):
     def test_text(self):
         layers, edges = deep(1, ("ln", "up"))
-        self.assertExpectedInline(to_text(layers, edges, SIZES, {"head": 0.00125}), """\
+        self.assertExpectedInline(
+            to_text(layers, edges, SIZES, {"head": 0.00125}),
+            """\
    1  head      5.0 GiB, 1.25 ms    1 tensors
    2  h.0.up             146 KiB    1 tensors  -> head
    3  h.0.ln               512 B    1 tensors  -> h.0.up
-   4  wte                3.0 MiB    1 tensors  -> h.0.ln""")
+   4  wte                3.0 MiB    1 tensors  -> h.0.ln""",
+        )
 
     def test_dot(self):
         layers, edges = deep(1, ("ln", "up"))
-        self.assertExpectedInline(to_dot(layers, edges, SIZES), """\
+        self.assertExpectedInline(
+            to_dot(layers, edges, SIZES),
+            """\
 digraph layers {
   node [shape=box, style="rounded,filled", fillcolor="#dbeafe", fontname=monospace];
   "wte" [label="wte\\nupdate 4, 3.0 MiB"];
@@ -57,7 +62,8 @@ digraph layers {
   "wte" -> "h.0.ln";
   "h.0.ln" -> "h.0.up";
   "h.0.up" -> "head";
-}""")
+}""",
+        )
 
 
 @pytest.mark.parametrize("blocks", [1, 12, 48])
@@ -68,7 +74,7 @@ def test_boxes_do_not_overlap_and_every_edge_is_drawn(blocks):
     assert len(root.findall(f"{SVG}path")) == len(edges)
     all_boxes = list(found.values())
     for at, (left, top, right, bottom) in enumerate(all_boxes):
-        for other in all_boxes[at + 1:]:
+        for other in all_boxes[at + 1 :]:
             assert right <= other[0] or other[2] <= left or bottom <= other[1] or other[3] <= top
 
 

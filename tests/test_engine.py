@@ -49,9 +49,14 @@ def arrays(draw) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(layers=st.lists(st.lists(arrays(), max_size=4), max_size=8), n_files=st.integers(1, 3),
-       header=st.binary(max_size=9000), gap=st.integers(0, 9), chunk=st.sampled_from([4, 8, 64]),
-       dice=st.randoms(use_true_random=False))
+@given(
+    layers=st.lists(st.lists(arrays(), max_size=4), max_size=8),
+    n_files=st.integers(1, 3),
+    header=st.binary(max_size=9000),
+    gap=st.integers(0, 9),
+    chunk=st.sampled_from([4, 8, 64]),
+    dice=st.randoms(use_true_random=False),
+)
 def test_files_hold_the_sources(tmp_path, layers, n_files, header, gap, chunk, dice):
     model = Model(layers).place(n_files, header, gap)
     engine = Engine(chunk_bytes=chunk * KB, staging_bytes=64 * KB, threads=dice.randint(1, 3))
@@ -125,6 +130,7 @@ def test_mock_does_all_but_the_disk(tmp_path, make_engine):
 
 
 # ---- fences ----
+
 
 @pytest.mark.parametrize("staging", [0, 16 * KB, 1 << 20])
 @pytest.mark.parametrize("slow", [{"copy": 300}, {"pwrite": 1500}, {"copy": 200, "pwrite": 500}])

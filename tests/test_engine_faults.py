@@ -31,6 +31,7 @@ def make_engine():
 
 # ---- what goes wrong ----
 
+
 def save(engine: Engine, model: Model, directory: Path) -> bool:
     """A whole checkpoint, with nothing of it left to do when this returns or raises."""
     checkpoint = begin_all(engine, model, directory)
@@ -212,6 +213,7 @@ def test_wrong_arguments_are_named(tmp_path, make_engine):
 
 # ---- processes ----
 
+
 def in_child(work) -> int:
     """Runs ``work`` in a forked child; its exit status, 0 if it returned True, 99 if it hangs."""
     pid = os.fork()
@@ -247,11 +249,16 @@ def test_fork_while_writing_disturbs_neither_side(tmp_path, make_engine):
     def child() -> bool:
         open_files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
         checkpoint.cancel(), checkpoint.release(), engine.close()
-        return (engine.fence(-1, 1) and not engine.pending() and checkpoint.settled(1)
-                and refuses(checkpoint.emit, 0, model.sources(0)) and refuses(checkpoint.durable, 1)
-                and refuses(engine.begin, model.plan(engine), str(tmp_path), model.names)
-                and not any(name.startswith(str(tmp_path)) for name in open_files)
-                and engine.statistics()["bytes_written"] == 0)
+        return (
+            engine.fence(-1, 1)
+            and not engine.pending()
+            and checkpoint.settled(1)
+            and refuses(checkpoint.emit, 0, model.sources(0))
+            and refuses(checkpoint.durable, 1)
+            and refuses(engine.begin, model.plan(engine), str(tmp_path), model.names)
+            and not any(name.startswith(str(tmp_path)) for name in open_files)
+            and engine.statistics()["bytes_written"] == 0
+        )
 
     assert [in_child(child) for _ in range(10)] == [0] * 10
     io.delay("pwrite", 0)
@@ -261,8 +268,9 @@ def test_fork_while_writing_disturbs_neither_side(tmp_path, make_engine):
 
 def run_script(script: str) -> tuple[int, str]:
     """Exit status and error output of a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent.parent, timeout=60,
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent.parent, timeout=60, capture_output=True, text=True, check=False
+    )
     return done.returncode, done.stderr
 
 

@@ -29,6 +29,7 @@ def quiet_disk():
 
 # ---- checksums and reading ----
 
+
 def crc_reference(data: bytes, crc: int = 0) -> int:
     """CRC-32C bit by bit."""
     crc ^= 0xFFFFFFFF
@@ -47,7 +48,7 @@ def test_checksum_of_every_length_and_alignment():
     assert crc32c(b"123456789") == crc32c_portable(b"123456789") == 0xE3069283
     for length in (*range(70), *stretches):
         for skew in (0, 1, 7):
-            part = data[skew:skew + length]
+            part = data[skew : skew + length]
             assert crc32c(part) == crc32c_portable(part), (length, skew)
         if length < 2000:
             expected = crc_reference(data[:length], 77)
@@ -68,10 +69,13 @@ def test_reading_fills_targets_of_any_shape(tmp_path, nbytes, threads):
     data, record = make_file(tmp_path / "file", nbytes)
     flat = np.zeros(max(nbytes - 1, 0), np.uint8)
     pairs = np.zeros((2, nbytes // 2), np.uint8).T  # row by row, into memory that lies column by column
-    targets = [(min(1, nbytes), flat.nbytes, flat.ctypes.data, None, None),
-               (0, pairs.nbytes, pairs.ctypes.data, pairs.shape, pairs.strides), (0, 0, 0, (0, 3), (3, 1))]
+    targets = [
+        (min(1, nbytes), flat.nbytes, flat.ctypes.data, None, None),
+        (0, pairs.nbytes, pairs.ctypes.data, pairs.shape, pairs.strides),
+        (0, 0, 0, (0, 3), (3, 1)),
+    ]
     read_verified(tmp_path / "file", **record, targets=targets, threads=threads)
-    assert flat.tobytes() == data[1:] and pairs.tobytes() == data[:pairs.nbytes]
+    assert flat.tobytes() == data[1:] and pairs.tobytes() == data[: pairs.nbytes]
 
 
 def test_any_flipped_bit_is_found_and_nothing_of_its_chunk_delivered(tmp_path):
@@ -88,7 +92,7 @@ def test_any_flipped_bit_is_found_and_nothing_of_its_chunk_delivered(tmp_path):
             read_verified(path, **record, targets=targets)
         begin = at // 8192 * 8192
         assert failure.value.offset == begin and failure.value.path == str(path)
-        assert not target[begin:begin + 8192].any()
+        assert not target[begin : begin + 8192].any()
 
 
 def test_wrong_size_missing_file_and_wrong_record_are_corruption(tmp_path):
@@ -120,6 +124,7 @@ def test_reading_survives_faults_or_says_which(tmp_path):
 
 # ---- the table of file operations ----
 
+
 def test_operations_raise_with_name_and_offset(tmp_path):
     with pytest.raises(FileNotFoundError) as failure:
         io.open(tmp_path / "no/file", os.O_RDONLY)
@@ -128,8 +133,7 @@ def test_operations_raise_with_name_and_offset(tmp_path):
     io.fail(1, errno.ENOSPC, "pwrite")
     with pytest.raises(OSError) as failure:
         io.pwrite(fd, b"abc", 100)
-    assert (failure.value.errno, failure.value.filename, failure.value.offset) == (
-        errno.ENOSPC, str(tmp_path / "file"), 100)
+    assert (failure.value.errno, failure.value.filename, failure.value.offset) == (errno.ENOSPC, str(tmp_path / "file"), 100)
     io.close(fd)
     for operation in (io.unlink, io.rmdir, io.fsync_dir, io.read_file):
         with pytest.raises(FileNotFoundError):
@@ -158,11 +162,11 @@ def test_log_replays_to_the_same_files(tmp_path, make_engine):
         if call.op == "open" and call.created:
             files[call.path] = bytearray()
         elif call.op == "ftruncate":
-            files[call.path] = files[call.path][:call.length].ljust(call.length, b"\0")
+            files[call.path] = files[call.path][: call.length].ljust(call.length, b"\0")
         elif call.op == "pwrite":
             size = max(len(files[call.path]), call.offset + call.result)
             files[call.path] = files[call.path].ljust(size, b"\0")
-            files[call.path][call.offset:call.offset + call.result] = call.data
+            files[call.path][call.offset : call.offset + call.result] = call.data
         elif call.op == "rename":
             files = {path.replace(call.path, call.target): data for path, data in files.items()}
     assert files == {str(path): path.read_bytes() for path in (tmp_path / "b").iterdir()}

@@ -17,8 +17,12 @@ from fxckpt.graph import update
 
 DOCS = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
 FULL = os.environ.get("FXCKPT_OPTIMIZERS") == "full"
-COMPILED = [(name, i, dtype) for name in cases.BOUNDS for i in range(len(cases.CASES[name]) if FULL else 1)
-            for dtype in ([torch.float32, torch.float64, torch.bfloat16] if FULL else [torch.float32])]
+COMPILED = [
+    (name, i, dtype)
+    for name in cases.BOUNDS
+    for i in range(len(cases.CASES[name]) if FULL else 1)
+    for dtype in ([torch.float32, torch.float64, torch.bfloat16] if FULL else [torch.float32])
+]
 COMPILED += [] if FULL else [("Rprop", 0, torch.bfloat16)]  # whose scalars are tensors of that type
 
 

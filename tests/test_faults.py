@@ -83,8 +83,11 @@ def trained_through(training, steps: int) -> list[BaseException]:
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
-@pytest.mark.parametrize("errors", [(each,) for each in ERRORS] if WHOLE else [ERRORS],
-                         ids=[errno.errorcode.get(each, "short") for each in ERRORS] if WHOLE else ["each"])
+@pytest.mark.parametrize(
+    "errors",
+    [(each,) for each in ERRORS] if WHOLE else [ERRORS],
+    ids=[errno.errorcode.get(each, "short") for each in ERRORS] if WHOLE else ["each"],
+)
 def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(errors, on_error, tmp_path, caplog, counted):
     """From the first call of the first checkpoint to beyond the fourth: it fails, says so, and the next one is good.
     Under "raise" it is raised at the next step, once."""
@@ -253,8 +256,10 @@ def test_a_named_save_while_a_commit_hangs_ends_in_bounded_time_too(store, monke
     assert all_good(store, training)[0] == training.found["steps"]
 
 
-@pytest.mark.parametrize(("op", "name"), [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"),
-                                          ("ftruncate", "ftruncate"), ("open", "open")])
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"), ("ftruncate", "ftruncate"), ("open", "open")],
+)
 def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, store, caplog):
     training = Training(store).train(3)
     training.opt.ckpt.flush()

@@ -50,10 +50,12 @@ def test_a_reader_written_from_the_document_loads_the_tensors_and_state_of_a_rea
     assert (found["step"], found["path"]) == (3, str(root / "step-000000003"))
     assert found["ties"] == {"head.weight": "tokens.weight"}
     assert found["lr"] == training.opt.param_groups[0]["lr"] and found["extra"] == ["plain"]
-    stored = {name: each[2] for file in ("model.safetensors", "optimizer.safetensors")
-              for name, each in found["tensors"][file].items()}
-    live = {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
-            for name, tensor in training.reference[3].items()}
+    stored = {
+        name: each[2] for file in ("model.safetensors", "optimizer.safetensors") for name, each in found["tensors"][file].items()
+    }
+    live = {
+        name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest() for name, tensor in training.reference[3].items()
+    }
     assert stored == live
     assert found["tensors"]["model.safetensors"]["positions"][:2] == ["F32", [6, 16]]
     late = plain_reader.newest(str(root))

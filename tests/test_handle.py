@@ -141,10 +141,21 @@ def test_disabled_by_the_environment_is_plain_pytorch(store, monkeypatch, caplog
     assert differences(training.now(), Training(None).train(3).now()) == []
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"every": 0}, "every"), ({"every": "often"}, "every"), ({"keep": 0}, "keep"), ({"max_async": 0}, "max_async"),
-    ({"update": "jit"}, "update"), ({"on_error": "ignore"}, "on_error"), ({"preset": "fast"}, "preset"),
-    ({"layer": "row"}, "layer"), ({"staging_mb": -1}, "staging_mb"), ({"extra": {"x": 3}}, r"extra\['x'\]")])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"every": 0}, "every"),
+        ({"every": "often"}, "every"),
+        ({"keep": 0}, "keep"),
+        ({"max_async": 0}, "max_async"),
+        ({"update": "jit"}, "update"),
+        ({"on_error": "ignore"}, "on_error"),
+        ({"preset": "fast"}, "preset"),
+        ({"layer": "row"}, "layer"),
+        ({"staging_mb": -1}, "staging_mb"),
+        ({"extra": {"x": 3}}, r"extra\['x'\]"),
+    ],
+)
 def test_wrong_options_raise_at_once_and_leave_the_optimizer_and_the_disk_alone(options, says, store):
     opt = torch.optim.SGD(mlp().parameters(), lr=0.1)
     with pytest.raises(fxckpt.SetupError, match=says):

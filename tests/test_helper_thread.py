@@ -96,12 +96,19 @@ def test_one_core_is_one_thread_inside_and_what_it_was_outside(two_threads):
 
 
 @pytest.mark.parametrize("flush", [False, True])
-@pytest.mark.parametrize("make", [
-    lambda p: torch.optim.AdamW(p, lr=1e-2), lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
-    lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, foreach=True), lambda p: torch.optim.RMSprop(p, lr=1e-2, foreach=False),
-    lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True), lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
-    lambda p: torch.optim.Adagrad(p, lr=1e-2, fused=True),
-], ids=["AdamW", "AdamW foreach", "SGD foreach", "RMSprop single", "AdamW fused", "SGD fused", "Adagrad fused"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.AdamW(p, lr=1e-2),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, foreach=True),
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, foreach=True),
+        lambda p: torch.optim.RMSprop(p, lr=1e-2, foreach=False),
+        lambda p: torch.optim.AdamW(p, lr=1e-2, fused=True),
+        lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, fused=True),
+        lambda p: torch.optim.Adagrad(p, lr=1e-2, fused=True),
+    ],
+    ids=["AdamW", "AdamW foreach", "SGD foreach", "RMSprop single", "AdamW fused", "SGD fused", "Adagrad fused"],
+)
 def test_two_threads_give_the_bits_of_one(tmp_path, two_threads, make, flush):
     ours, stock = make(small_parameters()), make(small_parameters())
     fxckpt.compile_step(ours, tmp_path, every=10**9, update="native")

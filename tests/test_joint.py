@@ -64,23 +64,29 @@ class Golden(expecttest.TestCase):
         model = TwoLayers()
         compiled(model, inner="eager")(torch.randn(2, D)).backward()
         (trace,) = registry.traces.traces()
-        self.assertExpectedInline(str(trace), """\
+        self.assertExpectedInline(
+            str(trace),
+            """\
 region 0: 4 parameters, 0 buffers
   first use  first read  last read  gradient final  from    parameter
           2           2          5               5  dynamo  second.weight
           2           2          5               5  dynamo  second.bias
           0           0          7               7  dynamo  first.weight
-          0           0          7               7  dynamo  first.bias""")
+          0           0          7               7  dynamo  first.bias""",
+        )
         torch._dynamo.reset()
         compiled(model)(torch.randn(2, D)).backward()
         (trace,) = registry.traces.traces()
-        self.assertExpectedInline(str(trace), """\
+        self.assertExpectedInline(
+            str(trace),
+            """\
 region 0: 4 parameters, 0 buffers
   first use  first read  last read  gradient final  from    parameter
           2          11         11              20  joint   second.bias
           2          10         15              21  joint   second.weight
           0           7          7              30  joint   first.bias
-          0           6          7              31  joint   first.weight""")
+          0           6          7              31  joint   first.weight""",
+        )
 
 
 # ---- merging ----------------------------------------------------------------------------------------------------

@@ -79,8 +79,11 @@ def expected(name: str, step: int) -> int:
 
 def off(tensors: dict[str, torch.Tensor], step: int) -> list[str]:
     """What is not as after ``step``; empty if all is."""
-    return [f"{name} is {each.unique().tolist()[:4]}, not {expected(name, step)}"
-            for name, each in tensors.items() if not bool((each == expected(name, step)).all())]
+    return [
+        f"{name} is {each.unique().tolist()[:4]}, not {expected(name, step)}"
+        for name, each in tensors.items()
+        if not bool((each == expected(name, step)).all())
+    ]
 
 
 def wrong(step: int, m: Sums, opt: torch.optim.Optimizer, tally: Tally) -> list[str]:

@@ -107,8 +107,9 @@ def test_a_layer_comes_when_its_last_gradient_is_final():
     assert [layer.name for layer in group_layers(("a.w", "b.w", "b.b", "a.b"))] == ["b", "a"]
 
 
-@pytest.mark.parametrize("build", [GPT, checkpointed, nested, lambda: GPT(breaks=True)],
-                         ids=["plain", "checkpointed", "nested", "graph breaks"])
+@pytest.mark.parametrize(
+    "build", [GPT, checkpointed, nested, lambda: GPT(breaks=True)], ids=["plain", "checkpointed", "nested", "graph breaks"]
+)
 def test_edges_of_a_transformer_are_its_data_flow(book, build):
     model = build()
     compiled(model, inner="eager" if build is not nested else front_end)(batch()).backward()
@@ -154,4 +155,9 @@ def test_branches_meet(book):
     compiled(model, inner="eager")(torch.randn(2, D)).backward()
     layers = group_layers(gradient_order(list(model.named_parameters()), book), lambda n: n.split(".")[0])
     assert set(layer_edges(layers, book)) == {
-        ("stem", "left"), ("stem", "right"), ("right", "block"), ("left", "out"), ("block", "out")}
+        ("stem", "left"),
+        ("stem", "right"),
+        ("right", "block"),
+        ("left", "out"),
+        ("block", "out"),
+    }

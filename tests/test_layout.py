@@ -33,7 +33,7 @@ def content(layout, seed=0):
 @settings(max_examples=150, deadline=None)
 @given(SPECS)
 @example([])
-@example([TensorSpec("", "F32", (), 0), TensorSpec("\0\"\\\n\u2028🔥", "BF16", (0, 3), 0)])
+@example([TensorSpec("", "F32", (), 0), TensorSpec('\0"\\\n\u2028🔥', "BF16", (0, 3), 0)])
 def test_any_layout_is_a_file_that_safetensors_opens_with_the_same_bytes(specs):
     layout = lay_out("model.safetensors", specs)
     raw = content(layout)

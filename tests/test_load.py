@@ -47,8 +47,11 @@ def test_the_newest_is_loaded_in_place_before_the_first_forward(store):
     assert digest(again.loader) == digest(first.loader)
 
 
-@pytest.mark.parametrize(("make", "loader"), [(mlp, lambda: Loader.of(8)), (conv, lambda: Loader.of(3, 8, 8)),
-                                              (GPT, Loader.of_tokens)], ids=["mlp", "conv", "gpt"])
+@pytest.mark.parametrize(
+    ("make", "loader"),
+    [(mlp, lambda: Loader.of(8)), (conv, lambda: Loader.of(3, 8, 8)), (GPT, Loader.of_tokens)],
+    ids=["mlp", "conv", "gpt"],
+)
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Rprop])
 def test_loaded_state_is_the_same_bits_and_goes_on_to_the_same_bits(make, loader, optimizer, store):
     first = Training(store, make=make, loader=loader(), optimizer=optimizer).train(3)
@@ -213,9 +216,14 @@ def test_every_type_of_parameter_comes_back(dtype, store):
 def test_param_groups_come_back_with_all_their_settings(store):
     def make(lr, beta):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-        opt = torch.optim.Adam([
-            {"params": model[0].parameters(), "lr": torch.tensor(lr), "note": "first", "schedule": (1, 2)},
-            {"params": model[1].parameters(), "betas": (beta, 0.99), "weight_decay": lr}], lr=lr, foreach=False)
+        opt = torch.optim.Adam(
+            [
+                {"params": model[0].parameters(), "lr": torch.tensor(lr), "note": "first", "schedule": (1, 2)},
+                {"params": model[1].parameters(), "betas": (beta, 0.99), "weight_decay": lr},
+            ],
+            lr=lr,
+            foreach=False,
+        )
         fxckpt.compile_step(opt, store, model=model, every=1, update="native")
         return model, opt
 
@@ -244,9 +252,19 @@ def test_extra_state_comes_back_with_its_types(store):
         def load_state_dict(self, state):
             self.value = state["value"]
 
-    value = {"counter": Counter({3: 1, 9: 2}), 5: (1, [2.5, float("nan")], None), "deque": deque([1, 2], maxlen=4),
-             "ordered": OrderedDict(b=1, a=2), "set": {1, 2}, "bytes": b"\x00\xff", "big": 2**80,
-             "tensor": torch.arange(4).to(torch.bfloat16), "minus": -0.0, "size": torch.Size([1, 2]), "dtype": torch.float16}
+    value = {
+        "counter": Counter({3: 1, 9: 2}),
+        5: (1, [2.5, float("nan")], None),
+        "deque": deque([1, 2], maxlen=4),
+        "ordered": OrderedDict(b=1, a=2),
+        "set": {1, 2},
+        "bytes": b"\x00\xff",
+        "big": 2**80,
+        "tensor": torch.arange(4).to(torch.bfloat16),
+        "minus": -0.0,
+        "size": torch.Size([1, 2]),
+        "dtype": torch.float16,
+    }
     held = Anything(value)
     first = Training(store, extra={"anything": held}).train(1)
     first.end()

@@ -30,8 +30,9 @@ def two_layers(every=1, **options):
     torch.manual_seed(0)
     model = nn.Sequential()
     model.fc1, model.fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
-    opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters(), fused=True), writer="mock", every=every, model=model,
-                              **options)
+    opt = fxckpt.compile_step(
+        torch.optim.AdamW(model.parameters(), fused=True), writer="mock", every=every, model=model, **options
+    )
     for _ in range(3):
         model(torch.ones(3, 4)).sum().backward()
         opt.step()
@@ -74,16 +75,20 @@ def test_a_clock_keeps_the_shortest_call():
 
 def test_layers_by_module_by_block_and_by_a_function(book, tmp_path):
     torch.manual_seed(0)
-    for layer, expected in (("module", ["head", "ln_f", "h.1.down"]), ("block", ["head", "ln_f", "h.1", "h.0", "wpe", "wte"]),
-                            (lambda name: "all", ["all"])):
+    for layer, expected in (
+        ("module", ["head", "ln_f", "h.1.down"]),
+        ("block", ["head", "ln_f", "h.1", "h.0", "wpe", "wte"]),
+        (lambda name: "all", ["all"]),
+    ):
         model, batch = Gpt(depth=2), language()
         compiled = torch.compile(model, backend=fxckpt.backend, options={"inner": "eager"})
-        opt = fxckpt.compile_step(torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), writer="mock", every=1, model=model,
-                                  layer=layer)
+        opt = fxckpt.compile_step(
+            torch.optim.SGD(model.parameters(), lr=0.1, foreach=True), writer="mock", every=1, model=model, layer=layer
+        )
         compiled(**batch).backward()
         opt.step()
         graph = opt.ckpt.graph
-        assert [one.name for one in graph.layers][:len(expected)] == expected
+        assert [one.name for one in graph.layers][: len(expected)] == expected
         assert sorted(graph.order) == sorted(name for name, _ in model.named_parameters())
         opt.ckpt.graph.draw(str(tmp_path / "graph.svg"))
         titles = [t.text for t in ET.parse(tmp_path / "graph.svg").iter("{http://www.w3.org/2000/svg}title")]
@@ -123,10 +128,16 @@ def test_what_the_passes_did_is_logged(book, caplog, monkeypatch):
             model(**batch).backward()
             opt.step()
     text = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("fxckpt"))
-    for told in ("traced a graph with region 0: 12 parameters", "also serves 12 parameters like h.2.ln_1.weight",
-                 "traced AdamW (fused", "scalars, inputs", "bound 41 parameters of AdamW; they share 1 traced",
-                 "wrote the StepGraph: 22 layers in the order ['head', 'ln_f', 'h.2.down'",
-                 "bucketed 41 parameters (1 sets of scalars)", "the stock step updates 41 parameters"):
+    for told in (
+        "traced a graph with region 0: 12 parameters",
+        "also serves 12 parameters like h.2.ln_1.weight",
+        "traced AdamW (fused",
+        "scalars, inputs",
+        "bound 41 parameters of AdamW; they share 1 traced",
+        "wrote the StepGraph: 22 layers in the order ['head', 'ln_f', 'h.2.down'",
+        "bucketed 41 parameters (1 sets of scalars)",
+        "the stock step updates 41 parameters",
+    ):
         assert told in text, text
 
 
@@ -150,9 +161,11 @@ def test_why_something_fell_back_is_logged(caplog):
 
 def test_torch_logs_shows_it():
     """TORCH_LOGS takes the name of any logger, and sets its level before the package is imported."""
-    code = ("import torch, fxckpt\nm = torch.nn.Linear(2, 2)\n"
-            "o = fxckpt.compile_step(torch.optim.SGD(m.parameters(), lr=0.1, foreach=True), model=m, writer='mock', every=1)\n"
-            "m(torch.ones(1, 2)).sum().backward(); o.step()")
+    code = (
+        "import torch, fxckpt\nm = torch.nn.Linear(2, 2)\n"
+        "o = fxckpt.compile_step(torch.optim.SGD(m.parameters(), lr=0.1, foreach=True), model=m, writer='mock', every=1)\n"
+        "m(torch.ones(1, 2)).sum().backward(); o.step()"
+    )
     env = {**os.environ, "TORCH_LOGS": "+fxckpt", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -347,9 +347,15 @@ class NotOfTorch(torch.optim.SGD):
     pass
 
 
-@pytest.mark.parametrize("make", [
-    lambda params: torch.optim.AdamW(params, lr=0.05), lambda params: torch.optim.AdamW(params, lr=0.05, foreach=True),
-    lambda params: NotOfTorch(params, lr=0.05, momentum=0.9)], ids=["single", "foreach", "not of torch.optim"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.AdamW(params, lr=0.05),
+        lambda params: torch.optim.AdamW(params, lr=0.05, foreach=True),
+        lambda params: NotOfTorch(params, lr=0.05, momentum=0.9),
+    ],
+    ids=["single", "foreach", "not of torch.optim"],
+)
 @pytest.mark.parametrize("how", ["views of one buffer", "two parameters of one memory"])
 def test_parameters_that_share_a_buffer(how, make):
     opt = both(plain, lambda: TwoMatrices(how), lambda m: make(m.parameters()))[0]
@@ -370,8 +376,13 @@ def test_a_parameter_that_takes_the_place_of_another_in_its_group_is_trained():
 
 def test_groups_may_hold_what_no_optimizer_reads():
     def grouped(model):
-        return torch.optim.AdamW([{"params": model[0].parameters(), "name": "a", "milestones": [[0, 1], [2, 3]]},
-                                  {"params": model[3].parameters(), "notes": {"a": 1}, "epoch": 0}], lr=0.05)
+        return torch.optim.AdamW(
+            [
+                {"params": model[0].parameters(), "name": "a", "milestones": [[0, 1], [2, 3]]},
+                {"params": model[3].parameters(), "notes": {"a": 1}, "epoch": 0},
+            ],
+            lr=0.05,
+        )
 
     opt = both(plain, optimizer=grouped)[0]
     assert opt.ckpt._run.steppers[0].whole is None
@@ -531,6 +542,7 @@ def test_a_second_run_on_the_same_model_is_told_to_join_the_first(caplog):
 
 def test_functional_calls_of_the_model_train_the_same():
     """``functional_call`` and ``grad`` read the parameters; the gradients come to the optimizer by hand."""
+
     def loop(model, forward, opt):
         def loss(params, x):
             return torch.func.functional_call(model, params, (x,)).square().mean()
@@ -548,6 +560,7 @@ def test_functional_calls_of_the_model_train_the_same():
 def test_a_closure_that_runs_the_model_several_times():
     def loop(model, forward, opt):
         for step in range(4):
+
             def closure(step=step):
                 opt.zero_grad()
                 loss = F.mse_loss(forward(data(step)), torch.zeros(5, 3))
@@ -556,8 +569,11 @@ def test_a_closure_that_runs_the_model_several_times():
 
             opt.step(closure)
 
-    both(loop, lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
-         lambda m: torch.optim.LBFGS(m.parameters(), lr=0.5, max_iter=4))
+    both(
+        loop,
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
+        lambda m: torch.optim.LBFGS(m.parameters(), lr=0.5, max_iter=4),
+    )
 
 
 def test_a_loop_that_is_compiled_with_its_step_breaks_there_and_none_of_our_code_is_traced(tmp_path):

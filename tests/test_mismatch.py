@@ -65,9 +65,14 @@ def test_a_group_that_was_added_in_training_is_an_error_that_says_how_to_load(st
         fxckpt.load()
 
 
-@pytest.mark.parametrize("other", [
-    lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
-    lambda params, lr: torch.optim.AdamW([{"params": [p]} for p in params], lr=lr)], ids=["class", "groups"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9),
+        lambda params, lr: torch.optim.AdamW([{"params": [p]} for p in params], lr=lr),
+    ],
+    ids=["class", "groups"],
+)
 def test_another_optimizer_is_an_error(other, store):
     Training(store).train(1).end()
     training = Training(store, optimizer=other)

@@ -51,8 +51,10 @@ def finals(model: nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, tupl
     found: dict[str, tuple[int, frozenset]] = {}
     value = loss()
     feeders = _feeders(value.grad_fn)
-    handles = [p.register_post_accumulate_grad_hook(lambda p, n=n: found.update({n: (len(found), feeders[id(p)])}))
-               for n, p in model.named_parameters()]
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p, n=n: found.update({n: (len(found), feeders[id(p)])}))
+        for n, p in model.named_parameters()
+    ]
     value.backward()
     for handle in handles:
         handle.remove()
@@ -79,6 +81,7 @@ def _feeders(root) -> dict[int, frozenset]:
 def contradictions(layers, when: dict[str, tuple[int, frozenset]]) -> list[tuple[str, str]]:
     """Pairs of layers in the wrong order. A layer is final when its last gradient is. Layers whose last gradients come out
     of one autograd node are final at once: between them any order is right. A layer without any gradient comes last."""
+
     def final(layer):
         return max((when[p] for p in layer.params if p in when), key=lambda w: w[0], default=(len(when), frozenset()))
 
@@ -120,15 +123,21 @@ def test_layers_are_in_the_order_in_which_gradients_become_final_in_eager(book, 
 def by_eager(model, **options):
     """The least that can compile, with us or (``ours=False``) without."""
     ours = options.pop("ours")
-    return torch.compile(model, backend=backend, options={"inner": "eager"}, **options) if ours \
+    return (
+        torch.compile(model, backend=backend, options={"inner": "eager"}, **options)
+        if ours
         else torch.compile(model, backend="eager", **options)
+    )
 
 
 def by_front_end(model, **options):
     """Inductor up to its code generation."""
     ours = options.pop("ours")
-    return torch.compile(model, backend=backend, options={"inner": front_end}, **options) if ours \
+    return (
+        torch.compile(model, backend=backend, options={"inner": front_end}, **options)
+        if ours
         else torch.compile(model, backend=front_end, **options)
+    )
 
 
 def by_inductor(model, **options):
@@ -187,9 +196,15 @@ def training(name: str) -> Case:
     """A script that trains a model of the zoo; its batches come from torch's generator, which is restored."""
     compiled = "torch.compile(m, backend=fxckpt.backend)" if FULL else "eager(m)"
     return Case(
-        model=f"zoo.ZOO[{name!r}]()", compiled=compiled, optimizer="torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)",
-        scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)", loader="None", length=10,
-        compile_step='optimizer, "d", model=m, every=1, extra={"sched": s}', finish="optimizer, s", body=f"""
+        model=f"zoo.ZOO[{name!r}]()",
+        compiled=compiled,
+        optimizer="torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)",
+        scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)",
+        loader="None",
+        length=10,
+        compile_step='optimizer, "d", model=m, every=1, extra={"sched": s}',
+        finish="optimizer, s",
+        body=f"""
         loss = model(**zoo.ZOO[{name!r}].batch())
         moment()
         loss.backward()
@@ -197,7 +212,8 @@ def training(name: str) -> Case:
         moment()
         opt.zero_grad()
         s.step()
-    """)
+    """,
+    )
 
 
 @pytest.mark.parametrize("name", ZOO if FULL else ["odd", "llama"])

@@ -135,8 +135,11 @@ def handing_over(life: Life, directory: Path, steps: int = 3) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("larger", "staging"), [(1, 2), (1, 8), (-(-STATE_MB // 3), STATE_MB + 8)],
-                         ids=["small ring", "ring of more than the state", f"{STATE_MB} MB of state and a ring to match"])
+@pytest.mark.parametrize(
+    ("larger", "staging"),
+    [(1, 2), (1, 8), (-(-STATE_MB // 3), STATE_MB + 8)],
+    ids=["small ring", "ring of more than the state", f"{STATE_MB} MB of state and a ring to match"],
+)
 def test_every_step_reported_as_handed_over_is_committed_after_a_kill_at_any_instant(nursery, tmp_path, larger, staging):
     directory = tmp_path / "d"
     seed = random.SystemRandom().randrange(2**32)
@@ -234,8 +237,11 @@ def test_the_monitor_has_no_torch_and_is_small(nursery, tmp_path):
 def training(directory, **options):
     m = mlp()
     opt = torch.optim.AdamW(m.parameters(), lr=1e-2)
-    fxckpt.compile_step(opt, directory, **{"model": m, "every": 1, "update": "native", "writer": "monitor", "chunk_mb": 1,
-                                           "staging_mb": 4, **options})
+    fxckpt.compile_step(
+        opt,
+        directory,
+        **{"model": m, "every": 1, "update": "native", "writer": "monitor", "chunk_mb": 1, "staging_mb": 4, **options},
+    )
 
     def step() -> None:
         m(torch.zeros(2, 8)).sum().backward()
@@ -385,8 +391,9 @@ def test_frozen_parameters_are_not_written_again(tmp_path):
     m = torch.nn.Sequential(torch.nn.Linear(512, 1024), torch.nn.Linear(1024, 4))
     m[0].requires_grad_(False)
     opt = torch.optim.SGD(m[1].parameters(), lr=0.1)
-    fxckpt.compile_step(opt, tmp_path / "d", model=m, every=1, keep=1, max_async=1, update="native", writer="monitor",
-                        chunk_mb=1, staging_mb=4)
+    fxckpt.compile_step(
+        opt, tmp_path / "d", model=m, every=1, keep=1, max_async=1, update="native", writer="monitor", chunk_mb=1, staging_mb=4
+    )
     written = []
     for _ in range(8):
         m(torch.zeros(2, 512)).sum().backward()
@@ -449,9 +456,16 @@ def test_a_named_save_and_a_rollback_go_through_the_monitor(tmp_path):
     assert any("-g" in name for name in committed(tmp_path / "d"))
 
 
-@pytest.mark.parametrize("error", [
-    fxckpt.SaveFailed("pwrite", "/a/b", 4096, 28), fxckpt.SetupError("no"), OSError(5, "Input/output error", "/a"),
-    fxckpt.StoreLocked("taken"), fxckpt.Cancelled("given up")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        fxckpt.SaveFailed("pwrite", "/a/b", 4096, 28),
+        fxckpt.SetupError("no"),
+        OSError(5, "Input/output error", "/a"),
+        fxckpt.StoreLocked("taken"),
+        fxckpt.Cancelled("given up"),
+    ],
+)
 def test_an_error_crosses_the_wire_as_itself(error):
     found = wire.unpack_error(wire.pack_error(error))
     assert type(found) is type(error) and str(found) == str(error)

@@ -36,8 +36,9 @@ class Run:
 
     @staticmethod
     def mlp() -> nn.Module:
-        return nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 512), nn.LayerNorm(512),
-                             nn.Linear(512, 8))
+        return nn.Sequential(
+            nn.Linear(64, 512), nn.GELU(), nn.Dropout(0.1), nn.Linear(512, 512), nn.LayerNorm(512), nn.Linear(512, 8)
+        )
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         g = torch.Generator().manual_seed(self.step_number)
@@ -122,8 +123,9 @@ def test_slow_steps_and_slow_copies_keep_their_order(tmp_path):
 
 
 def conv() -> nn.Module:
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.Flatten(),
-                          nn.Linear(16 * 36, 8))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2), nn.Flatten(), nn.Linear(16 * 36, 8)
+    )
     return model.to(memory_format=torch.channels_last)
 
 
@@ -220,13 +222,19 @@ def test_a_device_that_is_not_there_is_named_by_the_driver():
     engine.close()
 
 
-@pytest.mark.parametrize("settings", [
-    {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-    {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
-    {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-], ids=["one-connection", "expandable", "uncached"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
+        {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    ],
+    ids=["one-connection", "expandable", "uncached"],
+)
 def test_settings_of_the_driver_and_of_the_allocator(tmp_path, settings):
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n" \
-             f"from test_on_gpu import Run; Run(Path({str(tmp_path / 'store')!r})).train(8).check(least=8)"
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path\n"
+        f"from test_on_gpu import Run; Run(Path({str(tmp_path / 'store')!r})).train(8).check(least=8)"
+    )
     done = subprocess.run([sys.executable, "-c", script], env=os.environ | settings, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr

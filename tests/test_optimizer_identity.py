@@ -100,8 +100,10 @@ def test_a_profiler_shows_the_step_as_pytorchs_own(threads):
 def test_hooks_for_all_optimizers_fire_once():
     model, opt, _ = make()
     fired = []
-    handles = [register_optimizer_step_pre_hook(lambda *_: fired.append("pre")),
-               register_optimizer_step_post_hook(lambda *_: fired.append("post"))]
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: fired.append("pre")),
+        register_optimizer_step_post_hook(lambda *_: fired.append("post")),
+    ]
     backward(model)
     opt.step()
     opt.step()

@@ -183,8 +183,12 @@ def test_hoist_moves_the_counts_and_what_is_computed_of_them_to_the_host():
 
 
 def test_hoist_keeps_a_write_to_a_count_that_nobody_reads():
-    program = hoisted(lambda graph, p, g, step, lr: (call(graph, aten.add_.Tensor, step, 1, val=torch.zeros(())),
-                                                     call(graph, aten.sub_.Tensor, p, g, val=torch.zeros(4))))
+    program = hoisted(
+        lambda graph, p, g, step, lr: (
+            call(graph, aten.add_.Tensor, step, 1, val=torch.zeros(())),
+            call(graph, aten.sub_.Tensor, p, g, val=torch.zeros(4)),
+        )
+    )
     step = torch.tensor(3.0)
     assert program.host(step, 0.5) == ()
     assert step.item() == 4.0
@@ -196,8 +200,9 @@ def test_hoist_keeps_a_write_to_a_count_that_nobody_reads():
 def test_build_calls_every_update_once_in_order_with_the_tensors_and_scalars_it_is_shown():
     seen = []
     layers = [Layer("b", ("b.w",)), Layer("a", ("a.w",))]
-    module = rewrite.build(layers, 1, lambda i: lambda tensors, values: seen.append((i, tensors, values)),
-                           lambda counts: ["s", *counts], True)
+    module = rewrite.build(
+        layers, 1, lambda i: lambda tensors, values: seen.append((i, tensors, values)), lambda counts: ["s", *counts], True
+    )
     for node in [n for n in module.graph.nodes if n.op == "call_function"]:
         module.graph.erase_node(node)  # no run stands behind the ops
     module.recompile()
@@ -205,11 +210,14 @@ def test_build_calls_every_update_once_in_order_with_the_tensors_and_scalars_it_
     assert seen == [(0, ["tensor b"], ["s", "count"]), (1, ["tensor a"], ["s", "count"])]
 
 
-@pytest.mark.parametrize("tensor, other, same", [
-    (torch.zeros(2, 3), torch.zeros(2, 3), True),
-    (torch.zeros(2, 3), torch.zeros(3, 2).t(), False),
-    (torch.zeros(4, 1, 1, 1), torch.zeros(4, 1, 1, 1).to(memory_format=torch.channels_last), True),
-    (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), False),
-])
+@pytest.mark.parametrize(
+    "tensor, other, same",
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 3), True),
+        (torch.zeros(2, 3), torch.zeros(3, 2).t(), False),
+        (torch.zeros(4, 1, 1, 1), torch.zeros(4, 1, 1, 1).to(memory_format=torch.channels_last), True),
+        (torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last), False),
+    ],
+)
 def test_layouts_are_compared_by_the_strides_that_mean_something(tensor, other, same):
     assert inductor.same_layout(tensor, other) is same

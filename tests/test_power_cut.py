@@ -175,6 +175,7 @@ def give_up(trainer: Trainer, step: int) -> None:
 
 def real_run(root: Path, acks: Path, writer: str) -> None:
     """``compile_step`` and ``load(step=…)``: training, a named save, a rollback past the same steps, a second life."""
+
     def commits(training: Training, steps: int) -> None:
         for _ in range(steps):
             training.train()
@@ -200,8 +201,14 @@ def trainer_killed(root: Path, acks: Path, writer: str) -> None:
     both: once that has ended, the later one is promised. Then a next life."""
     script, log = Path(__file__).with_name("dying_trainer.py"), Path(client.PROGRAM[1])
     with Path(f"{log}.stderr").open("w") as errors:  # no pipe: the stopped monitor would hold it open
-        done = subprocess.run([sys.executable, script, root, acks, log, str(ITEMS)], env=python_path(), timeout=60, text=True,
-                              stdout=subprocess.PIPE, stderr=errors)
+        done = subprocess.run(
+            [sys.executable, script, root, acks, log, str(ITEMS)],
+            env=python_path(),
+            timeout=60,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
     assert done.stdout, Path(errors.name).read_text()
     monitor = int(done.stdout)
     os.kill(monitor, signal.SIGCONT)
@@ -235,8 +242,14 @@ def monitor_replaced(root: Path, acks: Path, writer: str) -> None:
     trainer.close()
 
 
-SCENARIOS = {"once": (once, 1), "one_slot": (one_slot, 1), "rotation": (rotation, 3), "named": (named, 1),
-             "lives": (lives, 2), "real_run": (real_run, 2)}
+SCENARIOS = {
+    "once": (once, 1),
+    "one_slot": (one_slot, 1),
+    "rotation": (rotation, 3),
+    "named": (named, 1),
+    "lives": (lives, 2),
+    "real_run": (real_run, 2),
+}
 MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}
 
 
@@ -257,8 +270,9 @@ def recordings(tmp_path_factory):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(("writer", "scenario"), [("thread", name) for name in SCENARIOS]
-                         + [("monitor", name) for name in (*SCENARIOS, *MONITORED)])
+@pytest.mark.parametrize(
+    ("writer", "scenario"), [("thread", name) for name in SCENARIOS] + [("monitor", name) for name in (*SCENARIOS, *MONITORED)]
+)
 def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(writer, scenario, recordings, counted):
     recording = recordings(scenario, writer)
     rule = QUICK if RULE is SHORT and writer == "monitor" else RULE  # much the same calls as those of the thread
@@ -357,8 +371,9 @@ MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number i
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize(("letter", "number", "way"), MUTANTS,
-                         ids=[f"{letter}{number}-{way.__name__}" for letter, number, way in MUTANTS])
+@pytest.mark.parametrize(
+    ("letter", "number", "way"), MUTANTS, ids=[f"{letter}{number}-{way.__name__}" for letter, number, way in MUTANTS]
+)
 def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, writer, recordings, counted):
     scenario, edge = EDGES[letter][number]
     recording = recordings(scenario, writer)
@@ -449,11 +464,15 @@ def no_sync_at_open(log: list[io.Call]) -> list[io.Call]:
     return [call for i, call in enumerate(log) if i >= at or not syncs(call, "/checkpoints", "/named")]
 
 
-@pytest.mark.parametrize(("scenario", "last"), [
-    ("one_slot", lambda call: call.op == "rename" and call.target.endswith(".partial")),  # given up, and not synced
-    ("once", lambda call: call.op == "rename" and "/step-" in call.target),  # committed and not synced, then loaded
-    ("named", lambda call: call.op == "rename" and call.target.endswith("second.partial")),  # to be removed
-], ids=["recycled", "loaded", "removed"])
+@pytest.mark.parametrize(
+    ("scenario", "last"),
+    [
+        ("one_slot", lambda call: call.op == "rename" and call.target.endswith(".partial")),  # given up, and not synced
+        ("once", lambda call: call.op == "rename" and "/step-" in call.target),  # committed and not synced, then loaded
+        ("named", lambda call: call.op == "rename" and call.target.endswith("second.partial")),  # to be removed
+    ],
+    ids=["recycled", "loaded", "removed"],
+)
 @pytest.mark.parametrize("writer", WRITERS)
 def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last, writer, recordings, tmp_path, counted):
     with fast_directory(tmp_path) as directory:

@@ -18,8 +18,9 @@ TEXT = {".py", ".c", ".h", ".md", ".toml", ".txt", ".sh", ".in", ".json", ".yml"
 
 def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
     """Run a command to its end, with changes to the environment; returns its status and what it printed."""
-    return subprocess.run([str(word) for word in command], env={**os.environ, **environment}, cwd=cwd,
-                          text=True, capture_output=True, timeout=240)
+    return subprocess.run(
+        [str(word) for word in command], env={**os.environ, **environment}, cwd=cwd, text=True, capture_output=True, timeout=240
+    )
 
 
 def python(code: str) -> str:
@@ -74,8 +75,12 @@ print(callable(point.load()), callable(fxckpt.backend), "fxckpt" in torch._dynam
 def test_no_machine_paths_and_no_notes_to_self_in_tracked_files():
     folders = "|".join(("work", "farm", "root", "home/[a-z]+", "Users"))
     wrong = re.compile(rf"(?<![\w.])/({folders})/|\b({'|'.join(('TO' + 'DO', 'FIX' + 'ME'))})\b")
-    found = [f"{path.relative_to(ROOT)}: {match[0]}" for path in project_files() if path.suffix in TEXT
-             for match in wrong.finditer(path.read_text(encoding="utf-8", errors="replace"))]
+    found = [
+        f"{path.relative_to(ROOT)}: {match[0]}"
+        for path in project_files()
+        if path.suffix in TEXT
+        for match in wrong.finditer(path.read_text(encoding="utf-8", errors="replace"))
+    ]
     assert found == []
 
 
@@ -128,17 +133,19 @@ def test_toolchain_check_says_what_to_install_for_a_missing_compiler(tmp_path):
 def pretend_python(folder: Path, question: str, answer: str) -> Path:
     """An interpreter that answers ``answer`` (shell) where the script it is given contains ``question``."""
     pretender = folder / "python"
-    pretender.write_text(f"#!/bin/sh\ncase \"$2\" in *'{question}'*) {answer};; esac\n"
-                         f'exec "{sys.executable}" "$@"\n')
+    pretender.write_text(f'#!/bin/sh\ncase "$2" in *\'{question}\'*) {answer};; esac\nexec "{sys.executable}" "$@"\n')
     pretender.chmod(0o755)
     return pretender
 
 
-@pytest.mark.parametrize(("question", "answer", "words"), [
-    ('["include"]', "echo /nowhere; exit 0", ["Python.h", "-dev"]),
-    ("ensurepip", "exit 1", ["venv module", "-venv"]),
-    ("(3, 10)", "exit 1", ["Python 3.10 or newer", "make PYTHON="]),
-])
+@pytest.mark.parametrize(
+    ("question", "answer", "words"),
+    [
+        ('["include"]', "echo /nowhere; exit 0", ["Python.h", "-dev"]),
+        ("ensurepip", "exit 1", ["venv module", "-venv"]),
+        ("(3, 10)", "exit 1", ["Python 3.10 or newer", "make PYTHON="]),
+    ],
+)
 def test_toolchain_check_says_what_else_is_missing(tmp_path, question, answer, words):
     status, message = toolchain(pretend_python(tmp_path, question, answer))
     assert status == 1
@@ -197,8 +204,7 @@ def test_example_killed_and_started_again_ends_with_the_bits_of_an_uninterrupted
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "ATEN_CPU_CAPABILITY": "default"}  # compiles faster
     whole = run(*command("whole"), **cache)
     assert whole.returncode == 0, whole.stderr
-    with subprocess.Popen(command("killed"), env={**os.environ, **cache}, cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command("killed"), env={**os.environ, **cache}, cwd=ROOT, text=True, stdout=subprocess.PIPE) as process:
         seen = next((line for line in process.stdout if re.search(r"^step [5-8]/.*committed [4-8]", line)), None)
         process.kill()
     assert seen is not None, "it ended before it could be killed"

@@ -94,7 +94,12 @@ def test_candidates_are_newest_first_with_damaged_ones_where_their_step_puts_the
         (root / f"step-00000000{step}" / "commit.json").write_bytes(b"{}")
     found = candidates(root)
     assert [each.path if isinstance(each, Corrupt) else each.record.step for each in found] == [
-        str(root / "step-000000004" / "commit.json"), 3, 3, str(root / "step-000000002" / "commit.json"), 1]
+        str(root / "step-000000004" / "commit.json"),
+        3,
+        3,
+        str(root / "step-000000002" / "commit.json"),
+        1,
+    ]
     assert found[1].record.name == "best" and [each.step for each in checkpoints(root)] == [1, 3, 3]
 
 
@@ -216,8 +221,15 @@ def test_any_damage_to_a_file_is_found_and_the_file_is_named(two, file, damage):
     if damage == "a directory":
         path.mkdir()
     elif damage != "missing":
-        path.write_bytes({"cut": good[:-1], "grown": good + b"\0", "empty": b"", "swapped": good[4096:] + good[:4096],
-                          "zeroed": good[:-4096] + bytes(4096)}[damage])
+        path.write_bytes(
+            {
+                "cut": good[:-1],
+                "grown": good + b"\0",
+                "empty": b"",
+                "swapped": good[4096:] + good[:4096],
+                "zeroed": good[:-4096] + bytes(4096),
+            }[damage]
+        )
     with pytest.raises(Corrupt) as caught:
         Reader(two / NEWEST).verify()
     assert file in str(caught.value)
@@ -231,8 +243,19 @@ def test_a_file_of_the_right_checksums_but_another_layout_is_found(root):
     file = write_tensors(os.path.join(slot.path, "model.safetensors"), {"w": np.zeros(4, np.float32)})
     wrong = TensorRecord("model.safetensors", "w", 4096 - 16, 16, (2, 2), "F32")
     layer = LayerRecord(0, "w", "update", 1, 1.0, 4, 16, (wrong,))
-    path = trainer.store.commit(slot, step=1, iteration=1, updates=1, time=1.0, files=[file], layers=[layer], ties={},
-                                optimizers=None, state=None, state_tensors={})
+    path = trainer.store.commit(
+        slot,
+        step=1,
+        iteration=1,
+        updates=1,
+        time=1.0,
+        files=[file],
+        layers=[layer],
+        ties={},
+        optimizers=None,
+        state=None,
+        state_tensors={},
+    )
     with pytest.raises(Corrupt, match="in the header and"):
         Reader(path).verify()
     trainer.close()
@@ -264,18 +287,24 @@ def test_trouble_of_the_reader_is_not_damage(two):
 def test_tensors_are_read_to_where_they_belong(two):
     reader = Reader(two / NEWEST)
     a, b = torch.zeros(2000), torch.zeros(2000, 3)[:, 1]
-    reader.read_into({
-        ("model.safetensors", "a.weight"): (a.data_ptr(), None, None),
-        ("optimizer.safetensors", "exp_avg/b.weight"): (b.data_ptr(), tuple(b.shape), (12,)),
-    })
+    reader.read_into(
+        {
+            ("model.safetensors", "a.weight"): (a.data_ptr(), None, None),
+            ("optimizer.safetensors", "exp_avg/b.weight"): (b.data_ptr(), tuple(b.shape), (12,)),
+        }
+    )
     assert (a == 2).all() and (b == 2).all()
 
 
 def test_a_target_that_is_not_in_the_record_is_an_error_before_anything_is_read(two):
     a = torch.zeros(2000)
     with pytest.raises(KeyError):
-        Reader(two / NEWEST).read_into({("model.safetensors", "a.weight"): (a.data_ptr(), None, None),
-                                        ("model.safetensors", "nope"): (a.data_ptr(), None, None)})
+        Reader(two / NEWEST).read_into(
+            {
+                ("model.safetensors", "a.weight"): (a.data_ptr(), None, None),
+                ("model.safetensors", "nope"): (a.data_ptr(), None, None),
+            }
+        )
     assert (a == 0).all()
 
 
@@ -303,8 +332,19 @@ def test_state_tensors_come_back_from_the_file_exactly(root):
     encoded = encode_state(STATE, tensors, "extra")
     trainer = start(root)
     slot = trainer.store.acquire()
-    path = trainer.store.commit(slot, step=1, iteration=1, updates=1, time=1.0, files=[], layers=[], ties={},
-                                optimizers=None, state=encoded, state_tensors=tensors)
+    path = trainer.store.commit(
+        slot,
+        step=1,
+        iteration=1,
+        updates=1,
+        time=1.0,
+        files=[],
+        layers=[],
+        ties={},
+        optimizers=None,
+        state=encoded,
+        state_tensors=tensors,
+    )
     trainer.close()
     reader = Reader(path)
     reader.verify()

@@ -70,8 +70,7 @@ def through_file(value):
 def a_record(**changes):
     """A record with something in every field."""
     tensor = TensorRecord("model.safetensors", "h.0.weight", 4096 - 24, 24, (2, 3), "F32")
-    layers = (LayerRecord(0, "h.0", "update", 7, 1.5, 6, 24, (tensor,)),
-    LayerRecord(1, "bn", "buffers", 7, 1.5, 0, 0, ()))
+    layers = (LayerRecord(0, "h.0", "update", 7, 1.5, 6, 24, (tensor,)), LayerRecord(1, "bn", "buffers", 7, 1.5, 0, 0, ()))
     record = Record("id", 12, 11, 7, 9, 6, 1234.5678, 1, 0, (FileRecord("model.safetensors", 4096, 4096, (7,)),),
     layers,
                     {"head.weight": "h.0.weight"}, [{"lr": 0.1}], {"a": [1, None]}, None)  # fmt: skip
@@ -307,8 +306,19 @@ def test_a_signed_but_malformed_record_is_corrupt(path, value):
         Record.from_bytes(signed(changed(path, value)), "commit.json")
 
 
-@pytest.mark.parametrize("body", ['{"a":' + "[" * 1_000_000, '{"format":1}', "{}", "{1}", '{"format":1,"format":1}',
-                                  '{"state":' + "9" * 10_000 + "}", '{"a":NaN}'], ids=lambda body: body[:20])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"a":' + "[" * 1_000_000,
+        '{"format":1}',
+        "{}",
+        "{1}",
+        '{"format":1,"format":1}',
+        '{"state":' + "9" * 10_000 + "}",
+        '{"a":NaN}',
+    ],
+    ids=lambda body: body[:20],
+)
 def test_signed_garbage_is_corrupt_and_no_recursion_error(body):
     with pytest.raises(Corrupt):
         Record.from_bytes(signed(body), "commit.json")
@@ -321,8 +331,11 @@ def test_a_state_at_the_depth_limit_fits_a_record():
     assert through_file(value) == value
 
 
-@pytest.mark.parametrize("text", [b'"' + b"a" * 10_000_000 + b'"', b'"' + b"\\\\" * 5_000_000 + b'"',
-                                  b'["' + b'\\"[' * 3_000_000 + b'"]'], ids=["plain", "escapes", "quotes"])
+@pytest.mark.parametrize(
+    "text",
+    [b'"' + b"a" * 10_000_000 + b'"', b'"' + b"\\\\" * 5_000_000 + b'"', b'["' + b'\\"[' * 3_000_000 + b'"]'],
+    ids=["plain", "escapes", "quotes"],
+)
 def test_a_long_string_costs_no_more_than_a_few_times_its_size(text):
     tracemalloc.start()
     try:

@@ -77,8 +77,13 @@ def test_one_compile_serves_all_blocks_and_each_has_its_data_flow(book, compile_
     edges = set(graph.edges)
     for at in range(4):
         inside = {(a, b) for a, b in edges if a.startswith(f"h.{at}.") and b.startswith(f"h.{at}.")}
-        assert {(a[4:], b[4:]) for a, b in inside} == {("ln_1", "attn"), ("attn", "proj"), ("proj", "ln_2"), ("ln_2", "up"),
-                                                       ("up", "down")}
+        assert {(a[4:], b[4:]) for a, b in inside} == {
+            ("ln_1", "attn"),
+            ("attn", "proj"),
+            ("proj", "ln_2"),
+            ("ln_2", "up"),
+            ("up", "down"),
+        }
         assert at == 0 or (f"h.{at - 1}.down", f"h.{at}.ln_1") in edges
 
 
@@ -91,7 +96,15 @@ def test_the_order_does_not_depend_on_the_model_being_given(book):
     model(**batch).backward()
     opt.step()
     assert [layer.name for layer in opt.ckpt.graph.layers][:8] == [
-        "head", "ln_f", "h.3.down", "h.3.up", "h.3.ln_2", "h.3.proj", "h.3.attn", "h.3.ln_1"]
+        "head",
+        "ln_f",
+        "h.3.down",
+        "h.3.up",
+        "h.3.ln_2",
+        "h.3.proj",
+        "h.3.attn",
+        "h.3.ln_1",
+    ]
 
 
 def test_the_backend_adds_no_graph_and_no_break_to_regional_compilation(book):
@@ -126,8 +139,7 @@ def test_listening_ends_with_the_first_step_and_leaves_no_hook(book):
 
 def recorded(book, owner, params, first_uses):
     entries = tuple((TensorWeakRef(p), ParamTrace("?", -1, at, at, at, at)) for p, at in zip(params, first_uses))
-    return book.record(JointTrace(-1, (None, None), entries, tuple(range(len(entries))), (), (), (), (), (),
-                                  weakref.ref(owner)))
+    return book.record(JointTrace(-1, (None, None), entries, tuple(range(len(entries))), (), (), (), (), (), weakref.ref(owner)))
 
 
 def linears(count):

@@ -401,13 +401,32 @@ class ReturnsNumber(Own):
 
 
 WHOLE = {
-    GlobalNorm: "another one", StackedNorms: "another one", Noise: "random", PythonNoise: "random",
-    ImportedNoise: "random", Global: "GLOBAL_STEPS", ClassAttribute: "'steps'",
-    Branch: "branches on the values", OwnAttribute: "attribute 'steps'", NestedAttribute: "attribute 'seen'",
-    ForeignObject: "Helper in its attribute", OwnTensor: "no parameter's", ModuleGlobal: "MODULE_STEPS",
-    CountsParameters: "how many", ByNumber: "alike", First: "alike", ByIdentity: "identity", ByHiddenIdentity: "bits",
-    SharedState: "same memory", ValueIntoCount: "depends on the values", ReplacesState: "replaces its state",
-    ListInState: "is a list", OtherData: "other data", Compiled: "torch.compile", ReturnsNumber: "returns something else"}
+    GlobalNorm: "another one",
+    StackedNorms: "another one",
+    Noise: "random",
+    PythonNoise: "random",
+    ImportedNoise: "random",
+    Global: "GLOBAL_STEPS",
+    ClassAttribute: "'steps'",
+    Branch: "branches on the values",
+    OwnAttribute: "attribute 'steps'",
+    NestedAttribute: "attribute 'seen'",
+    ForeignObject: "Helper in its attribute",
+    OwnTensor: "no parameter's",
+    ModuleGlobal: "MODULE_STEPS",
+    CountsParameters: "how many",
+    ByNumber: "alike",
+    First: "alike",
+    ByIdentity: "identity",
+    ByHiddenIdentity: "bits",
+    SharedState: "same memory",
+    ValueIntoCount: "depends on the values",
+    ReplacesState: "replaces its state",
+    ListInState: "is a list",
+    OtherData: "other data",
+    Compiled: "torch.compile",
+    ReturnsNumber: "returns something else",
+}
 
 
 # ---- beside the stock class ----
@@ -557,12 +576,14 @@ def test_a_closure_is_called_once_and_its_loss_returned(cls):
         wrap(opt)
         losses, calls = [], []
         for step in range(6):
+
             def closure(step=step):
                 calls.append(torch.is_grad_enabled())
                 opt.zero_grad()
                 loss = sum(((p - step) ** 2).sum() for p in params)
                 loss.backward()
                 return loss
+
             losses.append(opt.step(closure).item())
         return opt, params, losses, calls
 
@@ -669,8 +690,9 @@ def test_other_numbers_make_no_new_program():
     assert stepper_of(mine).whole is None
 
 
-@pytest.mark.parametrize(("cls", "at"), [(Lion, 5), (IntInState, 1), (IntInState, 6), (StepInGroup, 8), (TensorCount, 5),
-                                         (PerShape, 7)])
+@pytest.mark.parametrize(
+    ("cls", "at"), [(Lion, 5), (IntInState, 1), (IntInState, 6), (StepInGroup, 8), (TensorCount, 5), (PerShape, 7)]
+)
 def test_a_resumed_run_has_the_same_bits(cls, at, tmp_path):
     theirs, stock = make(cls)
     train(theirs, stock)
@@ -695,7 +717,8 @@ def test_every_checkpoint_holds_the_state_of_its_step(tmp_path):
         model(torch.full((2, 4), 1.0 + step)).square().sum().backward()
         opt.step()
         after[step + 1] = {n: p.detach().clone() for n, p in model.named_parameters()} | {
-            f"{k}/{n}": t.clone() for n, p in model.named_parameters() for k, t in opt.state[p].items()}
+            f"{k}/{n}": t.clone() for n, p in model.named_parameters() for k, t in opt.state[p].items()
+        }
         opt.zero_grad()
     opt.ckpt.shutdown()
     found = candidates(tmp_path)

@@ -85,11 +85,24 @@ class Case:
     length: int = 24
 
     def script(self) -> str:
-        setup = [f"STEPS = {self.length}", f"m = {self.model}", f"model = {self.compiled}", f"optimizer = {self.optimizer}",
-                 f"s = {self.scheduler}", f"loader = {self.loader}", textwrap.dedent(self.setup)]
+        setup = [
+            f"STEPS = {self.length}",
+            f"m = {self.model}",
+            f"model = {self.compiled}",
+            f"optimizer = {self.optimizer}",
+            f"s = {self.scheduler}",
+            f"loader = {self.loader}",
+            textwrap.dedent(self.setup),
+        ]
         body = textwrap.indent(textwrap.dedent(self.body).strip("\n"), "    ")
-        return SCRIPT.format(setup="\n".join(setup), compile_step=self.compile_step, steps=self.steps, body=body,
-                             finish=self.finish, held=self.held)
+        return SCRIPT.format(
+            setup="\n".join(setup),
+            compile_step=self.compile_step,
+            steps=self.steps,
+            body=body,
+            finish=self.finish,
+            held=self.held,
+        )
 
 
 EVERYTHING = '"d", model=m, every=1, update="native"'
@@ -97,33 +110,49 @@ EVERYTHING = '"d", model=m, every=1, update="native"'
 CASES = {
     "mlp with dropout": Case(compiled="eager(m)"),
     "conv net with BatchNorm": Case(
-        compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
-        optimizer="torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True)"),
+        compiled="eager(m)",
+        model="conv()",
+        loader="Loader.of(3, 8, 8)",
+        optimizer="torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9, nesterov=True)",
+    ),
     "gpt with tied embeddings": Case(compiled="eager(m)", model="GPT()", loader="Loader.of_tokens()"),
     "frozen parameters": Case(
-        compiled="eager(m)", model="frozen()",
-        optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)"),
+        compiled="eager(m)",
+        model="frozen()",
+        optimizer="torch.optim.Adam([p for p in m.parameters() if p.requires_grad], lr=1e-2)",
+    ),
     "without a compiled model": Case(),
     "RAdam, which rectifies from its sixth step on, warmed up and restarted": Case(
         optimizer="torch.optim.RAdam(m.parameters(), lr=1e-2)",
         scheduler="torch.optim.lr_scheduler.SequentialLR(optimizer, [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 5), "
-                  "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)], [5])"),
+        "torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7)], [5])",
+    ),
     "Muon, with a learning rate that falls when the loss does not": Case(
         optimizer="torch.optim.Muon([p for p in m.parameters() if p.dim() == 2], lr=1e-2)",
         scheduler='torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", 0.7, 1)',
-        body=BODY.replace("opt.zero_grad()", "model.zero_grad()").replace("s.step()", "s.step(loss.item())")),
-    "an optimizer of one's own, that counts in its group and in its state": Case(
-        optimizer="Counting(m.parameters(), lr=1e-2)"),
+        body=BODY.replace("opt.zero_grad()", "model.zero_grad()").replace("s.step()", "s.step(loss.item())"),
+    ),
+    "an optimizer of one's own, that counts in its group and in its state": Case(optimizer="Counting(m.parameters(), lr=1e-2)"),
     "without model": Case(
-        compiled="eager(m)", model="conv()", loader="Loader.of(3, 8, 8)",
-        compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
+        compiled="eager(m)",
+        model="conv()",
+        loader="Loader.of(3, 8, 8)",
+        compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}',
+    ),
     "without model, frozen parameters, SGD": Case(
-        compiled="eager(m)", model="frozen()",
+        compiled="eager(m)",
+        model="frozen()",
         optimizer="torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1, momentum=0.9)",
-        compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}'),
+        compile_step='optimizer, "d", every=1, update="native", extra={"sched": s, "data": loader}',
+    ),
     "compile_step(optimizer) alone": Case(
-        compiled="eager(m)", optimizer="torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)", scheduler="None",
-        compile_step="optimizer", store="checkpoints", finish="optimizer", body="""
+        compiled="eager(m)",
+        optimizer="torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)",
+        scheduler="None",
+        compile_step="optimizer",
+        store="checkpoints",
+        finish="optimizer",
+        body="""
         if step % 4 == 2:
             opt.ckpt.save()  # every="auto" takes none in the first minute
         x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
@@ -133,10 +162,14 @@ CASES = {
         opt.step()
         opt.zero_grad()
         moment()
-    """),
+    """,
+    ),
     "the loop of fxckpt.steps": Case(compiled="eager(m)", steps="fxckpt.steps(STEPS)"),
     "the loop of fxckpt.steps, accumulating": Case(
-        compiled="eager(m)", steps="fxckpt.steps(STEPS)", length=30, body="""
+        compiled="eager(m)",
+        steps="fxckpt.steps(STEPS)",
+        length=30,
+        body="""
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y) / 2
         loss.backward()
@@ -146,8 +179,10 @@ CASES = {
             moment()
             opt.zero_grad()
             s.step()
-    """),
-    "accumulation in the body": Case(body="""
+    """,
+    ),
+    "accumulation in the body": Case(
+        body="""
         for half in range(2):
             x, y = next(loader)
             loss = F.cross_entropy(model(x), y) / 2
@@ -158,10 +193,12 @@ CASES = {
         moment()
         opt.zero_grad(set_to_none=False)
         s.step()
-    """),
+    """
+    ),
     "zero_grad before, a Counter of milestones, groups with learning rates of their own": Case(
         optimizer='torch.optim.Adam([{"params": m[0].parameters(), "lr": 0.05}, {"params": m[3].parameters()}], lr=1e-3)',
-        scheduler="torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 9, 9, 14])", body="""
+        scheduler="torch.optim.lr_scheduler.MultiStepLR(optimizer, [4, 9, 9, 14])",
+        body="""
         opt.zero_grad()
         x, y = next(loader)
         moment()
@@ -170,10 +207,12 @@ CASES = {
         opt.step()
         moment()
         s.step()
-    """),
+    """,
+    ),
     "random numbers of numpy, Python and torch": Case(
         setup="own = np.random.default_rng(5); torch_own = torch.Generator().manual_seed(6)",
-        compile_step=EVERYTHING.join(["optimizer, ", ', extra={"sched": s, "own": own, "t": torch_own}']), body="""
+        compile_step=EVERYTHING.join(["optimizer, ", ', extra={"sched": s, "own": own, "t": torch_own}']),
+        body="""
         x = torch.randn(8, 8) * random.random() + np.random.randn() + own.normal() + torch.randn(1, generator=torch_own)
         y = torch.randint(0, 4, (8,))
         moment()
@@ -183,11 +222,14 @@ CASES = {
         moment()
         opt.zero_grad()
         s.step()
-    """, finish="optimizer, s, own.bit_generator.state, torch_own.get_state()"),
+    """,
+        finish="optimizer, s, own.bit_generator.state, torch_own.get_state()",
+    ),
     "several optimizers": Case(
         optimizer="torch.optim.SGD(m[0].parameters(), lr=0.05, momentum=0.9)",
         setup="second = torch.optim.AdamW(m[3].parameters(), lr=1e-2, amsgrad=True); both = [optimizer, second]",
-        compile_step='both, "d", model=m, every=1, update="native", extra={"sched": s, "data": loader}', body="""
+        compile_step='both, "d", model=m, every=1, update="native", extra={"sched": s, "data": loader}',
+        body="""
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -198,9 +240,13 @@ CASES = {
         moment()
         optimizer.zero_grad(); second.zero_grad()
         s.step()
-    """, finish="optimizer, second, s, loader", held="second"),
+    """,
+        finish="optimizer, second, s, loader",
+        held="second",
+    ),
     "worker processes of a DataLoader, which outlive the kill": Case(
-        setup="data = [(loader.inputs[i % 50], loader.targets[i % 50]) for i in range(8 * STEPS)]", body="""
+        setup="data = [(loader.inputs[i % 50], loader.targets[i % 50]) for i in range(8 * STEPS)]",
+        body="""
         if step == start:
             batches = iter(torch.utils.data.DataLoader(data, 8, sampler=range(8 * start, len(data)), num_workers=2,
                                                        generator=torch.Generator()))
@@ -211,11 +257,15 @@ CASES = {
         opt.step()
         opt.zero_grad()
         s.step()
-    """, finish="optimizer, s"),
+    """,
+        finish="optimizer, s",
+    ),
     "LBFGS, whole": Case(
         model="nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4))",
-        optimizer="torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3, history_size=4)", scheduler="loader = Loader.of(8)",
-        compile_step='optimizer, "d", model=m, every=1, extra={"data": loader}', body="""
+        optimizer="torch.optim.LBFGS(m.parameters(), lr=0.1, max_iter=3, history_size=4)",
+        scheduler="loader = Loader.of(8)",
+        compile_step='optimizer, "d", model=m, every=1, extra={"data": loader}',
+        body="""
         x, y = next(loader)
 
         def closure():
@@ -226,10 +276,13 @@ CASES = {
 
         loss = opt.step(closure)
         moment()
-    """, finish="optimizer, loader"),
+    """,
+        finish="optimizer, loader",
+    ),
     "Adagrad, Adam's closure, state made at construction": Case(
         optimizer="torch.optim.Adagrad(m.parameters(), lr=0.05)",
-        scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)", body="""
+        scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)",
+        body="""
         x, y = next(loader)
 
         def closure():
@@ -241,9 +294,11 @@ CASES = {
         loss = opt.step(closure)
         moment()
         s.step()
-    """),
+    """,
+    ),
     "a part is frozen, then trained": Case(
-        setup="for p in m[0].parameters(): p.requires_grad_(False)", body="""
+        setup="for p in m[0].parameters(): p.requires_grad_(False)",
+        body="""
         if step >= 8:
             m[0].requires_grad_(True)
         x, y = next(loader)
@@ -253,14 +308,16 @@ CASES = {
         moment()
         opt.zero_grad()
         s.step()
-    """),
+    """,
+    ),
     "a learning rate in a tensor": Case(
         optimizer="torch.optim.Adam(m.parameters(), lr=torch.tensor(1e-2), foreach=False)",
-        scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)"),
+        scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)",
+    ),
     "an average of the weights": Case(
-        setup="average = torch.optim.swa_utils.AveragedModel(m, "
-              "multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8))",
-        compile_step=EVERYTHING.join(["optimizer, ", ', extra={"sched": s, "data": loader, "average": average}']), body="""
+        setup="average = torch.optim.swa_utils.AveragedModel(m, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.8))",
+        compile_step=EVERYTHING.join(["optimizer, ", ', extra={"sched": s, "data": loader, "average": average}']),
+        body="""
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -269,7 +326,9 @@ CASES = {
         moment()
         average.update_parameters(m)
         s.step()
-    """, finish="optimizer, s, loader, average"),
+    """,
+        finish="optimizer, s, loader, average",
+    ),
 }
 
 SCALED = """
@@ -285,15 +344,21 @@ SCALED = """
         s.step()
 """
 for name, form, unscale in (
-        ("GradScaler that skips the step", "lr=1e-2", "pass"),
-        ("GradScaler with fused Adam", "lr=1e-2, fused=True", "pass"),
-        ("GradScaler with fused Adam and clipping", "lr=1e-2, fused=True",
-         "scaler.unscale_(opt); nn.utils.clip_grad_norm_(m.parameters(), 0.1)")):
+    ("GradScaler that skips the step", "lr=1e-2", "pass"),
+    ("GradScaler with fused Adam", "lr=1e-2, fused=True", "pass"),
+    (
+        "GradScaler with fused Adam and clipping",
+        "lr=1e-2, fused=True",
+        "scaler.unscale_(opt); nn.utils.clip_grad_norm_(m.parameters(), 0.1)",
+    ),
+):
     CASES[name] = Case(
         optimizer=f"torch.optim.Adam(m.parameters(), {form})",
         setup='scaler = torch.amp.GradScaler("cpu", init_scale=1000.0, growth_interval=3)',
         compile_step=EVERYTHING.join(["optimizer, ", ', extra={"sched": s, "data": loader, "scaler": scaler}']),
-        body=SCALED.format(unscale=unscale), finish="optimizer, s, loader, scaler")
+        body=SCALED.format(unscale=unscale),
+        finish="optimizer, s, loader, scaler",
+    )
 
 
 def kill_after_next_commit(life: Life, store: Path, upto: float = 0.12) -> None:
@@ -328,7 +393,8 @@ def test_killed_and_run_again_ends_with_the_same_bits(name, nursery, tmp_path):
 COMPILED = Case(
     model="nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 4))",
     compiled="torch.compile(m, backend=fxckpt.backend)",
-    compile_step='optimizer, "d", model=m, every=1, extra={"sched": s, "data": loader}')
+    compile_step='optimizer, "d", model=m, every=1, extra={"sched": s, "data": loader}',
+)
 
 
 @pytest.mark.slow

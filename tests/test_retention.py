@@ -217,7 +217,8 @@ def test_metrics_come_back_to_the_bit(root):
     path = trainer.finish(1, *trainer.begin(1), metrics=noted)
     trainer.close()
     assert {name: value.hex() for name, value in Reader(path).record.metrics.items()} == {
-        name: value.hex() for name, value in noted.items()}
+        name: value.hex() for name, value in noted.items()
+    }
 
 
 # ---- through compile_step ----

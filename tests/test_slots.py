@@ -99,7 +99,11 @@ def test_files_of_an_earlier_plan_are_removed(root):
     (slot,) = root.glob("slot-*.partial")
     (slot / "old.safetensors").write_bytes(b"x" * 5000)
     assert {path.name for path in trainer.save(3).iterdir()} == {
-        "model.safetensors", "optimizer.safetensors", "state.safetensors", "commit.json"}
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.safetensors",
+        "commit.json",
+    }
     trainer.close()
 
 
@@ -206,8 +210,19 @@ def test_a_slot_taken_before_a_rollback_continues_what_was_loaded(root):
         trainer.save(step)
     slot = trainer.store.acquire()  # ahead of time, as a trainer that does not want to wait for it does
     trainer.store.mark_loaded(1)
-    trainer.store.commit(slot, step=2, iteration=2, updates=2, time=2.0, files=[], layers=[], ties={}, optimizers=None,
-                         state=None, state_tensors={})
+    trainer.store.commit(
+        slot,
+        step=2,
+        iteration=2,
+        updates=2,
+        time=2.0,
+        files=[],
+        layers=[],
+        ties={},
+        optimizers=None,
+        state=None,
+        state_tensors={},
+    )
     assert candidates(root)[0].record.parent == 1
     assert [each.generation for each in checkpoints(root)] == [1, 3], "the abandoned one went, not the new one"
     trainer.close()

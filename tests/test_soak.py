@@ -133,8 +133,9 @@ def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer,
         until(lambda: not users_of(directory / "d"), why=lambda: f"processes {users_of(directory / 'd')} are left")
         floor, back = floor_of(directory / "report")
         newest = good(directory, 0)
-        assert newest >= floor or (back is not None and newest > back), \
+        assert newest >= floor or (back is not None and newest > back), (
             f"life {number} (seed {SEED}): step {floor} was reported, the newest is {newest}"
+        )
         assert not Path(f"/proc/{life.pid}").exists(), "the trainer is left"
     counted("steps reported durable in the soak", len((directory / "report").read_text().splitlines()))
     left = {name for name in os.listdir("/dev/shm") if not name.startswith("fxckpt-test-")}  # folders of tests beside us

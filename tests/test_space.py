@@ -82,8 +82,10 @@ def test_a_run_that_cannot_fit_is_told_so_at_its_first_checkpoint_with_the_numbe
     with pytest.raises(fxckpt.SetupError) as raised:
         training.train(2)
     text = str(raised.value).replace(",", "")
-    size, need, free = (int(re.search(pattern, text)[1]) for pattern in
-                        (r"checkpoints of (\d+) bytes", r"need (\d+) bytes more", r"which has (\d+) bytes free"))
+    size, need, free = (
+        int(re.search(pattern, text)[1])
+        for pattern in (r"checkpoints of (\d+) bytes", r"need (\d+) bytes more", r"which has (\d+) bytes free")
+    )
     assert need > 11 * size > 0 and free < need and "keep=9" in str(raised.value) and str(small_disk / "d") in text
     assert names(small_disk / "d") == [], "what was made for it is gone"
 

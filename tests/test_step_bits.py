@@ -14,8 +14,15 @@ from fxckpt.graph import inductor
 
 FORMS = {"default": {}, "single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 CLASSES = {
-    "SGD": (torch.optim.SGD, [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-                              {"momentum": 0.9, "dampening": 0.3, "maximize": True}, {}]),
+    "SGD": (
+        torch.optim.SGD,
+        [
+            {"momentum": 0.9},
+            {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+            {"momentum": 0.9, "dampening": 0.3, "maximize": True},
+            {},
+        ],
+    ),
     "Adam": (torch.optim.Adam, [{}, {"weight_decay": 0.1, "amsgrad": True}, {"maximize": True, "betas": (0.7, 0.9)}]),
     "AdamW": (torch.optim.AdamW, [{}, {"amsgrad": True, "eps": 1e-5}, {"weight_decay": 0.0}]),
 }
@@ -227,9 +234,9 @@ def test_a_compiled_update_is_seen_by_autograd_as_a_change():
     opt = torch.optim.SGD([weight], lr=1.0, momentum=0.9)
     fxckpt.compile_step(opt, writer="mock", every=10**6, update="inductor")
     for _ in range(2):
-        (weight ** 2).sum().backward()
+        (weight**2).sum().backward()
         opt.step()
-    loss = (weight ** 2).sum()
+    loss = (weight**2).sum()
     loss.backward(retain_graph=True)
     opt.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):

@@ -38,7 +38,9 @@ def traced(cls=torch.optim.AdamW, implementation="single", **options):
 
 class Printed(TestCase):
     def test_step_graph_of_a_two_layer_model(self):
-        self.assertExpectedInline(str(stepped(fused=True)[1].ckpt.graph), """\
+        self.assertExpectedInline(
+            str(stepped(fused=True)[1].ckpt.graph),
+            """\
 def forward(self, run : int, counts, fc2, fc1):
     torch.ops.fxckpt.ckpt_fence(counts, run, 0, 'counts')
     scalars = self.scalars(counts)
@@ -49,17 +51,23 @@ def forward(self, run : int, counts, fc2, fc1):
     torch.ops.fxckpt.ckpt_fence(fc1, run, 2, 'fc1')
     update_fc1 = self.update_fc1(fc1, scalars)
     torch.ops.fxckpt.ckpt_emit(fc1, run, 2, 'fc1')
-    return None""")
+    return None""",
+        )
 
     def test_hoisted_scalars_and_body_of_sgd_with_momentum(self):
         program = hoist.hoist(*traced(torch.optim.SGD, momentum=0.9))
-        self.assertExpectedInline(str(program.host.graph).strip(), """\
+        self.assertExpectedInline(
+            str(program.host.graph).strip(),
+            """\
 graph():
     %lr : [num_users=1] = placeholder[target=lr]
     %momentum : [num_users=1] = placeholder[target=momentum]
     %neg : [num_users=1] = call_function[target=operator.neg](args = (%lr,), kwargs = {})
-    return (momentum, neg)""")
-        self.assertExpectedInline(str(program.body.graph).strip(), """\
+    return (momentum, neg)""",
+        )
+        self.assertExpectedInline(
+            str(program.body.graph).strip(),
+            """\
 graph():
     %param : [num_users=1] = placeholder[target=param]
     %grad : [num_users=1] = placeholder[target=grad]
@@ -69,11 +77,14 @@ graph():
     %mul__tensor : [num_users=1] = call_function[target=torch.ops.aten.mul_.Tensor](args = (%momentum_buffer, %scalar0), kwargs = {})
     %add__tensor : [num_users=1] = call_function[target=torch.ops.aten.add_.Tensor](args = (%mul__tensor, %grad), kwargs = {})
     %add__tensor_1 : [num_users=0] = call_function[target=torch.ops.aten.add_.Tensor](args = (%param, %add__tensor), kwargs = {alpha: %scalar1})
-    return ()""")
+    return ()""",
+        )
 
     def test_fused_kernel_is_kept_with_hyperparameters_as_inputs(self):
         program = hoist.hoist(*traced(implementation="fused", fused=True))
-        self.assertExpectedInline(str(program.body.graph).strip(), """\
+        self.assertExpectedInline(
+            str(program.body.graph).strip(),
+            """\
 graph():
     %param : [num_users=1] = placeholder[target=param]
     %grad : [num_users=1] = placeholder[target=grad]
@@ -86,7 +97,8 @@ graph():
     %scalar3 : [num_users=1] = placeholder[target=scalar3]
     %scalar4 : [num_users=1] = placeholder[target=scalar4]
     %_fused_adamw__default : [num_users=0] = call_function[target=torch._fused_adamw_](args = (%param, %grad, %exp_avg, %exp_avg_sq, [], %step), kwargs = {lr: %scalar0, beta1: %scalar1, beta2: %scalar2, weight_decay: %scalar3, eps: %scalar4, amsgrad: False, maximize: False})
-    return ()""")
+    return ()""",
+        )
 
 
 def test_ops_survive_dead_code_elimination():
@@ -98,17 +110,17 @@ def test_ops_survive_dead_code_elimination():
 
 def test_every_fence_stands_before_its_update_and_every_emit_after():
     layers = [Layer(f"h.{i}", (f"h.{i}.w",)) for i in range(3)]
-    module = rewrite.build(layers, 1, lambda i: (lambda *_: None), list, True)
+    module = rewrite.build(layers, 1, lambda i: lambda *_: None, list, True)
     targets = [n.target for n in module.graph.nodes if n.op in ("call_function", "call_module")]
     assert targets[:3] == [ops.ckpt_fence, "scalars", ops.ckpt_emit]
     for i, layer in enumerate(layers):
         name = f"update_{rewrite.identifier(layer.name)}"
-        assert targets[3 + 3 * i:6 + 3 * i] == [ops.ckpt_fence, name, ops.ckpt_emit]
+        assert targets[3 + 3 * i : 6 + 3 * i] == [ops.ckpt_fence, name, ops.ckpt_emit]
 
 
 def test_layers_whose_names_become_one_identifier_stay_apart():
     layers = [Layer("a.b", ("a.b.w",)), Layer("a_b", ("a_b.w",)), Layer("class", ("class.w",)), Layer("", ("w",))]
-    module = rewrite.build(layers, 0, lambda i: (lambda *_: None), list, False)
+    module = rewrite.build(layers, 0, lambda i: lambda *_: None, list, False)
     assert len([n for n in module.graph.nodes if n.op == "placeholder"]) == 5
 
 
@@ -120,7 +132,7 @@ def test_order_holds_every_parameter_once_and_layers_their_sizes():
 
 
 def test_a_kept_graph_of_a_dead_run_says_so():
-    graph = rewrite.build([Layer("a", ("a",))], 0, lambda i: (lambda *_: None), list, False)
+    graph = rewrite.build([Layer("a", ("a",))], 0, lambda i: lambda *_: None, list, False)
     try:
         graph(987654, [torch.ones(1)])
     except RuntimeError as error:

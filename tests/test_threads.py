@@ -47,8 +47,14 @@ class Training:
         self.model, self.loader, self.directory = nn.Sequential(nn.Linear(size, size), nn.Linear(size, size)), loader, directory
         self.loader = loader or Loader()
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
-        fxckpt.compile_step(self.opt, directory, model=self.model, update="native", keep=1000,
-                            **{"every": 1, "extra": {"loader": self.loader}, **options})
+        fxckpt.compile_step(
+            self.opt,
+            directory,
+            model=self.model,
+            update="native",
+            keep=1000,
+            **{"every": 1, "extra": {"loader": self.loader}, **options},
+        )
         self.size = size
 
     def train(self, steps=1):
@@ -236,6 +242,7 @@ def test_ctrl_c_while_a_step_captures_state_drops_its_checkpoint_and_counts_the_
 
 def test_a_checkpoint_that_ends_in_the_middle_of_a_step_costs_only_itself(tmp_path):
     """As when the monitor dies: the thread that commits ends the checkpoint while layers are still handed over."""
+
     def on_layer(name, step, tensors):
         if step == 3:
             for pending in training.opt.ckpt._run.saver.under_way():  # at the second layer it is there no more

@@ -226,7 +226,10 @@ def test_everything_that_is_done_with_a_stand_in_is_watched():
     assert calls == [*functions, torch.Tensor.data.__get__, torch.Tensor.add_, torch.Tensor.mul_]
     aten = torch.ops.aten
     assert [(func, args[1:], kwargs) for func, args, kwargs in operators if func.namespace == "aten"] == [
-        (aten.detach.default, (), {}), (aten.add_.Tensor, (kept,), {"alpha": 0.5}), (aten.mul_.Tensor, (3,), {})]
+        (aten.detach.default, (), {}),
+        (aten.add_.Tensor, (kept,), {"alpha": 0.5}),
+        (aten.mul_.Tensor, (3,), {}),
+    ]
 
 
 def test_a_stock_class_is_known_from_one_that_has_its_name():

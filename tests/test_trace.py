@@ -163,12 +163,16 @@ def test_perfetto_shows_each_layers_copy_beside_pytorchs_next_iteration(tmp_path
         profiler.export_chrome_trace(str(tmp_path / "torch.json"))
         training.opt.ckpt.flush()
     processor = processed(tmp_path / "both.json")
-    assert [(row.name, row.value) for row in processor.query("select name, value from stats where severity = 'error' "
-                                                             "and value > 0")] == []
-    slices = list(processor.query(
-        "select s.name, s.ts, s.ts + s.dur as end, s.category, t.name as track, "
-        "extract_arg(s.arg_set_id, 'args.layer') as layer, extract_arg(s.arg_set_id, 'args.step') as step "
-        "from slice s join thread_track tt on s.track_id = tt.id join thread t using (utid)"))
+    assert [
+        (row.name, row.value) for row in processor.query("select name, value from stats where severity = 'error' and value > 0")
+    ] == []
+    slices = list(
+        processor.query(
+            "select s.name, s.ts, s.ts + s.dur as end, s.category, t.name as track, "
+            "extract_arg(s.arg_set_id, 'args.layer') as layer, extract_arg(s.arg_set_id, 'args.step') as step "
+            "from slice s join thread_track tt on s.track_id = tt.id join thread t using (utid)"
+        )
+    )
     ours = [row for row in slices if row.category == "fxckpt"]
     assert {"steps", "commits", "copies issued", "copies from cuda:0"} <= {row.track for row in ours}
     (before,) = (row for row in ours if row.track == "steps" and row.step == 3)

@@ -54,8 +54,10 @@ def train(model: str, optimizer: str, directory, *, steps: int = 15, compiled=No
     return out
 
 
-@pytest.mark.parametrize(("model", "optimizer"), [
-    ("mlp", "SGD nesterov"), ("mlp", "Adafactor"), ("conv", "AdamW"), ("conv", "Adam foreach"), ("gpt", "AdamW fused")])
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [("mlp", "SGD nesterov"), ("mlp", "Adafactor"), ("conv", "AdamW"), ("conv", "Adam foreach"), ("gpt", "AdamW fused")],
+)
 def test_native_steps_with_and_without_checkpoints_are_those_of_plain_pytorch(model, optimizer, tmp_path):
     plain = train(model, optimizer, None)
     for every, compiled in ((NEVER, None), (1, eager if model == "gpt" else None), (7, None)):
@@ -79,8 +81,10 @@ def test_the_mock_leaves_the_same_bits(tmp_path):
 
 @pytest.mark.slow
 def test_compiled_steps_are_the_same_bits_with_and_without_checkpoints(tmp_path, inductor_cache):
-    runs = {(every, writer): train("mlp", "AdamW", tmp_path / f"{every}{writer}", every=every, writer=writer)
-            for every, writer in ((NEVER, "mock"), (1, "thread"), (7, "thread"))}
+    runs = {
+        (every, writer): train("mlp", "AdamW", tmp_path / f"{every}{writer}", every=every, writer=writer)
+        for every, writer in ((NEVER, "mock"), (1, "thread"), (7, "thread"))
+    }
     reference = runs[NEVER, "mock"]
     for how, found in runs.items():
         assert found == reference, f"{how}: differs from step {first_difference(found, reference)} on"

@@ -23,6 +23,7 @@ def tokens() -> torch.Tensor:
 
 def transformer(config: str, model: str, batch: Callable[[], Batch], **options: Any) -> Callable[[], Pretrained]:
     """A model of ``transformers`` by its classes' names, imported when it is built."""
+
     def build() -> nn.Module:
         import transformers
 
@@ -57,18 +58,46 @@ def picture() -> Batch:
     return {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.randint(0, 3, (3,))}
 
 
-LLAMA = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2,
-         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "use_cache": False}
+LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "use_cache": False,
+}
 BERT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
-    "gpt2": transformer("GPT2Config", "GPT2LMHeadModel", language, vocab_size=VOCABULARY, n_positions=32, n_embd=WIDTH,
-                        n_layer=2, n_head=2, use_cache=False),
+    "gpt2": transformer(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        language,
+        vocab_size=VOCABULARY,
+        n_positions=32,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        use_cache=False,
+    ),
     "bert": transformer("BertConfig", "BertForMaskedLM", language, vocab_size=VOCABULARY, **BERT),
     "llama": transformer("LlamaConfig", "LlamaForCausalLM", language, **LLAMA),
     "vit": transformer("ViTConfig", "ViTForImageClassification", picture, image_size=16, patch_size=8, num_labels=3, **BERT),
-    "t5": transformer("T5Config", "T5ForConditionalGeneration", translation, vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8,
-                      d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, use_cache=False),
+    "t5": transformer(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        translation,
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        use_cache=False,
+    ),
     "mixtral": transformer("MixtralConfig", "MixtralForCausalLM", language, num_local_experts=3, num_experts_per_tok=1, **LLAMA),
 }
 
@@ -179,6 +208,10 @@ def written(build: Callable[[], nn.Module], batch: Callable[[], Batch]) -> Calla
     return make
 
 
-HERE = {"convnet": written(ConvNet, picture), "odd": written(Odd, language), "gpt": written(Gpt, language),
-        "gpt with graph breaks": written(lambda: Gpt(breaks=True), language)}
+HERE = {
+    "convnet": written(ConvNet, picture),
+    "odd": written(Odd, language),
+    "gpt": written(Gpt, language),
+    "gpt with graph breaks": written(lambda: Gpt(breaks=True), language),
+}
 ZOO |= HERE

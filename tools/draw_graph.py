@@ -1,6 +1,6 @@
 """Draw the layer graph of a small GPT as docs/graph.svg, with the sizes and times of twenty steps on this machine.
 
-    python tools/draw_graph.py [FILE]
+python tools/draw_graph.py [FILE]
 """
 
 from __future__ import annotations

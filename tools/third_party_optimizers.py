@@ -37,10 +37,18 @@ LR = 1e-2
 STEPS = 12
 AT = 4  # the step that is loaded
 
-TRIED = {"pytorch-optimizer": "pytorch_optimizer", "timm": "timm.optim", "lion-pytorch": "lion_pytorch",
-         "adabelief-pytorch": "adabelief_pytorch", "schedulefree": "schedulefree", "prodigyopt": "prodigyopt",
-         "came-pytorch": "came_pytorch", "sophia-opt": "sophia_opt", "torchao": "torchao.optim",
-         "bitsandbytes": "bitsandbytes.optim"}
+TRIED = {
+    "pytorch-optimizer": "pytorch_optimizer",
+    "timm": "timm.optim",
+    "lion-pytorch": "lion_pytorch",
+    "adabelief-pytorch": "adabelief_pytorch",
+    "schedulefree": "schedulefree",
+    "prodigyopt": "prodigyopt",
+    "came-pytorch": "came_pytorch",
+    "sophia-opt": "sophia_opt",
+    "torchao": "torchao.optim",
+    "bitsandbytes": "bitsandbytes.optim",
+}
 OPTIONS: dict[str, dict[str, Any]] = {"SGD8bit": {"momentum": 0.9}, "SGD": {"momentum": 0.9}}
 """Beside ``lr``, for classes that cannot do without."""
 

@@ -32,14 +32,19 @@ COMMITS = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="a directory on the disk, for instance that of the store")
-    parser.add_argument("--size", type=common.amount, default=256 << 20, metavar="SIZE",
-                        help="bytes to write each time (default: 256MiB)")
+    parser.add_argument(
+        "--size", type=common.amount, default=256 << 20, metavar="SIZE", help="bytes to write each time (default: 256MiB)"
+    )
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to overwrite (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="writer threads (default: 2)")
     parser.add_argument("--chunk", type=common.amount, default=4 << 20, metavar="SIZE", help="(default: 4MiB)")
     parser.add_argument("--state", type=common.amount, metavar="SIZE", help="size of a checkpoint, for the interval")
-    parser.add_argument("--parameters", type=common.amount, metavar="N",
-                        help="or the number of parameters (7B), of 12 bytes each: float32 and two moments")
+    parser.add_argument(
+        "--parameters",
+        type=common.amount,
+        metavar="N",
+        help="or the number of parameters (7B), of 12 bytes each: float32 and two moments",
+    )
     parser.add_argument("--step", type=float, metavar="SECONDS", help="time of a training step, for the interval")
 
 
@@ -87,8 +92,10 @@ def measure(directory: str, nbytes: int, seconds: float, threads: int, chunk: in
     """Write, overwrite and read one file of ``nbytes``. Raises SetupError if the disk is too full, SaveFailed."""
     free = os.statvfs(directory)
     if free.f_bavail * free.f_frsize < nbytes + (64 << 20):
-        raise SetupError(f"{directory} has {common.human(free.f_bavail * free.f_frsize)} left; {common.human(nbytes)} and "
-                         "64 MB more are needed: use a smaller --size")
+        raise SetupError(
+            f"{directory} has {common.human(free.f_bavail * free.f_frsize)} left; {common.human(nbytes)} and "
+            "64 MB more are needed: use a smaller --size"
+        )
     folder = tempfile.mkdtemp(prefix=".fxckpt-bench-", dir=directory)
     try:
         return _measure(folder, nbytes, seconds, threads, chunk)
@@ -187,8 +194,10 @@ def _print(disk: dict[str, Any], plan: dict[str, Any] | None) -> None:
         return
     print(f"\n{common.human(plan['state_bytes'])} of state, {common.duration(plan['step_seconds'])} a step:")
     print(f"a checkpoint     takes {common.duration(plan['write_seconds'])} to write")
-    print(f"every={plan['every']:<10} is as often as this disk can: each {common.duration(plan['every_seconds'])}, the disk "
-          f"{plan['disk_busy']:.0%} busy, {common.human(plan['bytes_per_day'])} a day")
+    print(
+        f"every={plan['every']:<10} is as often as this disk can: each {common.duration(plan['every_seconds'])}, the disk "
+        f"{plan['disk_busy']:.0%} busy, {common.human(plan['bytes_per_day'])} a day"
+    )
     print(f'every="auto"     at most once a minute: {common.human(plan["bytes_per_day_auto"])} a day')
     print(f"a crash          loses at most {plan['lost_at_most_steps']} steps (with every={plan['every']})")
     seconds = common.duration(plan["restore_seconds"])

@@ -88,8 +88,9 @@ def run(args: argparse.Namespace) -> int:
     return common.OK
 
 
-def compare(first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool,
-            progress: common.Progress) -> Iterator[Row]:
+def compare(
+    first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool, progress: common.Progress
+) -> Iterator[Row]:
     """The layers (or tensors) of the first, then those that only the second has."""
     others = {(tensor.file, tensor.key): tensor for layer in second.record.layers for tensor in layer.tensors}
     for layer in first.record.layers:

@@ -37,8 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=sorted(_FORMATS), required=True, help="what to write")
     parser.add_argument("--which", metavar="WHICH", help=common.WHICH)
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state too (torch, dcp)")
-    parser.add_argument("--shard", type=common.amount, default=5 * 10**9, metavar="SIZE",
-                        help="safetensors: begin a new file after so many bytes (default: 5GB)")
+    parser.add_argument(
+        "--shard",
+        type=common.amount,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="safetensors: begin a new file after so many bytes (default: 5GB)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -121,8 +121,7 @@ class Stock:
         gone = excess(there, self._keep, lineage, newest, self._examine)
         damaged = {id(known): path for path, known in self._standings.items()}  # these share the generation -1
         whole = {known.generation: path for path, known in self._standings.items()}
-        return [(damaged[id(each)] if each.generation < 0 else whole[each.generation], self._why(each, lineage))
-                for each in gone]
+        return [(damaged[id(each)] if each.generation < 0 else whole[each.generation], self._why(each, lineage)) for each in gone]
 
     def _newest_good(self) -> int | None:
         """The generation of the newest one that verifies; what is found on the way is noted."""
@@ -179,4 +178,3 @@ def _print(rows: list[dict], dry_run: bool) -> None:
         print(f"{'would remove' if dry_run else 'removed'} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
     total = common.human(sum(row["nbytes"] for row in rows))
     print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
-

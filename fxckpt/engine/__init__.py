@@ -1,11 +1,11 @@
 """The C engine as Python sees it. Importing this package loads nothing: the extension is loaded at first use.
 
-    engine.py     Engine, Plan, Sources, Checkpoint: copy tensors out of live memory and write them
-    reading.py    read_verified: read them back, checked
-    checksum.py   crc32c
-    io.py         the table of file operations, and the test instruments in it
-    _lib.py       finds the extension, or says how to build it
-    cdef.h        what is declared to cffi; csrc/engine.h is the manual
+engine.py     Engine, Plan, Sources, Checkpoint: copy tensors out of live memory and write them
+reading.py    read_verified: read them back, checked
+checksum.py   crc32c
+io.py         the table of file operations, and the test instruments in it
+_lib.py       finds the extension, or says how to build it
+cdef.h        what is declared to cffi; csrc/engine.h is the manual
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ if TYPE_CHECKING:
     from fxckpt.engine.reading import read_verified
 
 _HOME = {
-    "Engine": "engine", "Plan": "engine", "Sources": "engine", "Checkpoint": "engine",
-    "read_verified": "reading", "crc32c": "checksum", "crc32c_portable": "checksum",
+    "Engine": "engine",
+    "Plan": "engine",
+    "Sources": "engine",
+    "Checkpoint": "engine",
+    "read_verified": "reading",
+    "crc32c": "checksum",
+    "crc32c_portable": "checksum",
 }
 
 __all__ = ["Checkpoint", "Engine", "Plan", "Sources", "crc32c", "crc32c_portable", "io", "read_verified"]

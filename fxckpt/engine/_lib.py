@@ -8,8 +8,10 @@ from typing import Any
 from fxckpt.errors import EngineMissing
 
 ABI = 5  # FX_ABI of the csrc/engine.h that this code was written for
-BUILD = ("Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
-         "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev).")
+BUILD = (
+    "Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
+    "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev)."
+)
 
 
 @functools.cache

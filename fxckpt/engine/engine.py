@@ -103,12 +103,20 @@ class Engine:
     Raises :class:`SetupError` for sizes that cannot work, :class:`SaveFailed` if threads cannot start.
     """
 
-    def __init__(self, *, threads: int = 2, chunk_bytes: int = 4 << 20, staging_bytes: int = 32 << 20,
-                 mock: bool = False, direct: bool = True):
+    def __init__(
+        self,
+        *,
+        threads: int = 2,
+        chunk_bytes: int = 4 << 20,
+        staging_bytes: int = 32 << 20,
+        mock: bool = False,
+        direct: bool = True,
+    ):
         ffi, lib = load()
         if not 1 <= threads <= 256 or not 0 < chunk_bytes <= 1 << 30 or chunk_bytes % lib.FX_BLOCK:
-            raise SetupError(f"threads={threads} must be 1 to 256, chunk_bytes={chunk_bytes} a multiple of "
-                             f"{lib.FX_BLOCK} up to 1 GiB")
+            raise SetupError(
+                f"threads={threads} must be 1 to 256, chunk_bytes={chunk_bytes} a multiple of {lib.FX_BLOCK} up to 1 GiB"
+            )
         if staging_bytes < 0:
             raise SetupError(f"staging_bytes={staging_bytes} must not be negative")
         self._ffi, self._lib, self._pid = ffi, lib, os.getpid()
@@ -127,8 +135,7 @@ class Engine:
     def _is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
 
-    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[tuple[int, int, int, int, int]],
-             layers: int) -> Plan:
+    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[tuple[int, int, int, int, int]], layers: int) -> Plan:
         """Geometry of a checkpoint's files.
 
         ``files``: (bytes, a multiple of 4096; header that lies at offset 0). ``tensors``: (layer, file,
@@ -148,8 +155,9 @@ class Engine:
             raise SetupError(ffi.string(error.operation).decode() + at)
         return Plan(ffi.gc(out[0], lib.fx_plan_free), lib, ffi, len(files), layers)
 
-    def begin(self, plan: Plan, directory: str | os.PathLike, names: Sequence[str],
-              known: Sequence[Mapping[int, int]] | None = None) -> Checkpoint:
+    def begin(
+        self, plan: Plan, directory: str | os.PathLike, names: Sequence[str], known: Sequence[Mapping[int, int]] | None = None
+    ) -> Checkpoint:
         """Opens or creates the plan's files under ``directory`` and starts a checkpoint into them.
 
         ``known[file]`` maps chunk indices to the CRC of what the disk holds there already: an equal chunk is
@@ -181,8 +189,10 @@ class Engine:
     def _say_buffered(self) -> None:
         if not self._said_buffered and self._statistics().buffered_files:
             self._said_buffered = True
-            log.warning("This file system refuses O_DIRECT: checkpoints go through the page cache, which is "
-                        "slower and costs memory bandwidth. Nothing else changes.")
+            log.warning(
+                "This file system refuses O_DIRECT: checkpoints go through the page cache, which is "
+                "slower and costs memory bandwidth. Nothing else changes."
+            )
 
     @property
     def buffered(self) -> bool:
@@ -223,8 +233,10 @@ class Engine:
         path = ffi.NULL if driver is None else ffi.new("char[]", os.fsencode(driver))
         if lib.fx_cuda_open(self._pointer, path, error) or lib.fx_cuda_device(self._pointer, ordinal, error):
             operation, what = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
-            raise SetupError(f"CUDA device {ordinal} cannot be checkpointed: {operation}: {what or os.strerror(error.err)}. "
-                             "Set FXCKPT_DISABLE=1 to run without checkpoints.")
+            raise SetupError(
+                f"CUDA device {ordinal} cannot be checkpointed: {operation}: {what or os.strerror(error.err)}. "
+                "Set FXCKPT_DISABLE=1 to run without checkpoints."
+            )
         self._devices.add(ordinal)
 
     def _statistics(self) -> Any:
@@ -300,9 +312,11 @@ class Checkpoint:
         else:
             result = self._lib.fx_emit(self._pointer, layer, sources._pointer)
         if result:
-            raise SetupError(f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, "
-                             "with the tensors (number and sizes) that the plan has for it, contiguous and with a stream "
-                             "where they lie on a device")
+            raise SetupError(
+                f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, "
+                "with the tensors (number and sizes) that the plan has for it, contiguous and with a stream "
+                "where they lie on a device"
+            )
 
     @property
     def id(self) -> int:

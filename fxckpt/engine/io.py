@@ -65,7 +65,7 @@ def pread(fd: int, n: int, offset: int) -> bytes:
     data, done = bytearray(n), ffi.new("size_t *")
     result = lib.fx_pread(fd, ffi.from_buffer(data), n, offset, done)
     _check(result, fd, offset + done[0])
-    return bytes(memoryview(data)[:done[0]])
+    return bytes(memoryview(data)[: done[0]])
 
 
 def ftruncate(fd: int, nbytes: int) -> None:
@@ -191,8 +191,21 @@ def read_log(path: str | os.PathLike) -> list[Call]:
             at += _ENTRY.size
             ends = [at + n_path, at + n_path + n_target, at + n_path + n_target + n_data]
             name, target, data = (bytes(raw[begin:end]) for begin, end in zip([at, *ends], ends))
-            calls.append(Call(len(calls), ops[op], os.fsdecode(name), os.fsdecode(target), offset, length, flags,
-                              mode, bool(created), data, result))
+            calls.append(
+                Call(
+                    len(calls),
+                    ops[op],
+                    os.fsdecode(name),
+                    os.fsdecode(target),
+                    offset,
+                    length,
+                    flags,
+                    mode,
+                    bool(created),
+                    data,
+                    result,
+                )
+            )
             at = ends[-1]
     return calls
 

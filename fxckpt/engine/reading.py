@@ -18,9 +18,17 @@ SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
 Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
 
 
-def read_verified(path: str | os.PathLike, *, nbytes: int, chunk_bytes: int, crcs: Sequence[int],
-                  targets: Sequence[Target], threads: int = 2, held: int | None = None,
-                  progress: Callable[[int], None] | None = None) -> None:
+def read_verified(
+    path: str | os.PathLike,
+    *,
+    nbytes: int,
+    chunk_bytes: int,
+    crcs: Sequence[int],
+    targets: Sequence[Target],
+    threads: int = 2,
+    held: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Reads a file chunk by chunk, checks each chunk's CRC-32C, and only then copies it into the targets.
 
     ``targets``: (absolute offset, nbytes, address, sizes, strides in bytes); None for the last two: dense.
@@ -36,8 +44,7 @@ def read_verified(path: str | os.PathLike, *, nbytes: int, chunk_bytes: int, crc
     try:
         size = os.fstat(fd).st_size
         if size != nbytes:
-            raise Corrupt(path, f"the file has {size} bytes, the record says {nbytes}",
-                          offset=min(size, nbytes))
+            raise Corrupt(path, f"the file has {size} bytes, the record says {nbytes}", offset=min(size, nbytes))
         _read_chunks(fd, path, nbytes, chunk_bytes, crcs, targets, threads, progress)
     finally:
         io.close(fd)
@@ -68,8 +75,16 @@ def _make_targets(ffi: Any, targets: Sequence[Target], nbytes: int, keep: list[A
     return array, len(wanted)
 
 
-def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequence[int],
-                 targets: Sequence[Target], threads: int, progress: Callable[[int], None] | None) -> None:
+def _read_chunks(
+    fd: int,
+    path: str,
+    nbytes: int,
+    chunk_bytes: int,
+    crcs: Sequence[int],
+    targets: Sequence[Target],
+    threads: int,
+    progress: Callable[[int], None] | None,
+) -> None:
     ffi, lib = load()
     keep: list[Any] = []
     chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # the size of each thread's buffer
@@ -77,8 +92,19 @@ def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequen
     table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
     at_once = max(SLICE_BYTES // chunk_bytes, 1)
     for first in range(0, len(crcs), at_once):
-        result = lib.fx_read_verified(fd, os.fsencode(path), nbytes, chunk_bytes, table, first,
-                                      min(at_once, len(crcs) - first), array, count, max(threads, 1), error)
+        result = lib.fx_read_verified(
+            fd,
+            os.fsencode(path),
+            nbytes,
+            chunk_bytes,
+            table,
+            first,
+            min(at_once, len(crcs) - first),
+            array,
+            count,
+            max(threads, 1),
+            error,
+        )
         if result:
             raise _failure(path, result, error, chunk_bytes)
         if progress is not None:
@@ -88,8 +114,11 @@ def _read_chunks(fd: int, path: str, nbytes: int, chunk_bytes: int, crcs: Sequen
 def _failure(path: str, result: int, error: Any, chunk_bytes: int) -> Exception:
     _, lib = load()
     if result == lib.FX_MISMATCH:
-        return Corrupt(path, f"chunk {error.offset // chunk_bytes} has CRC-32C {error.found:08x}, the record "
-                             f"says {error.expected:08x}", offset=error.offset)
+        return Corrupt(
+            path,
+            f"chunk {error.offset // chunk_bytes} has CRC-32C {error.found:08x}, the record says {error.expected:08x}",
+            offset=error.offset,
+        )
     if result == lib.FX_TRUNCATED:
         return Corrupt(path, "the file ends early", offset=error.offset)
     return io.os_error(-result, path, error.offset)

@@ -22,8 +22,9 @@ _INK, _FAINT, _EDGE, _BORDER = "#0f172a", "#475569", "#64748b", "#94a3b8"
 _TINTS = ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#e0f2fe")
 
 
-def to_text(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None,
-            times: Mapping[str, float] | None = None) -> str:
+def to_text(
+    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None, times: Mapping[str, float] | None = None
+) -> str:
     """One line per layer in update order: size, time, parameters, and the layers that its output reaches.
 
     ``sizes`` are bytes, ``times`` seconds, both by layer name.
@@ -33,16 +34,18 @@ def to_text(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | No
     for at, layer in enumerate(layers, 1):
         reaches = ", ".join(b for a, b in edges if a == layer.name)
         note = _note(layer.name, sizes, times)
-        lines.append(f"{at:4d}  {layer.name:{width}s}  {note:>18s}  {len(layer.params):3d} tensors"
-                     + (f"  -> {reaches}" if reaches else ""))
+        lines.append(
+            f"{at:4d}  {layer.name:{width}s}  {note:>18s}  {len(layer.params):3d} tensors"
+            + (f"  -> {reaches}" if reaches else "")
+        )
     return "\n".join(lines)
 
 
-def to_dot(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None,
-           times: Mapping[str, float] | None = None) -> str:
+def to_dot(
+    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None, times: Mapping[str, float] | None = None
+) -> str:
     """A graphviz digraph; layers of one block share a cluster."""
-    lines = ["digraph layers {",
-             '  node [shape=box, style="rounded,filled", fillcolor="#dbeafe", fontname=monospace];']
+    lines = ["digraph layers {", '  node [shape=box, style="rounded,filled", fillcolor="#dbeafe", fontname=monospace];']
     for number, (block, members) in enumerate(_blocks(layers).items()):
         inside = len(members) > 1
         if inside:
@@ -56,18 +59,21 @@ def to_dot(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | Non
     return "\n".join([*lines, "}"])
 
 
-def to_svg(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None,
-           times: Mapping[str, float] | None = None) -> str:
+def to_svg(
+    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None, times: Mapping[str, float] | None = None
+) -> str:
     """A self-contained SVG document."""
     boxes = _layout(layers, edges, sizes, times)
     width = max((box.x + box.width for box in boxes.values()), default=0) + _PAD
     height = max((box.y + _BOX for box in boxes.values()), default=0) + _PAD
     size = f'width="{width:.0f}" height="{height:.0f}"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" {size} '
-             'font-family="monospace" font-size="11">',
-             f'<rect {size} fill="white"/>',
-             '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
-             f'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{_EDGE}"/></marker></defs>']
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" {size} '
+        'font-family="monospace" font-size="11">',
+        f'<rect {size} fill="white"/>',
+        '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        f'orient="auto"><path d="M0,0 L8,4 L0,8 z" fill="{_EDGE}"/></marker></defs>',
+    ]
     parts += [_arrow(boxes[a], boxes[b]) for a, b in edges if a in boxes and b in boxes]
     parts += [_drawn(name, box) for name, box in boxes.items()]
     return "\n".join([*parts, "</svg>"]) + "\n"
@@ -84,11 +90,15 @@ class _Box:
     lines: tuple[str, ...]
 
 
-def _layout(layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None,
-            times: Mapping[str, float] | None) -> dict[str, _Box]:
+def _layout(
+    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None, times: Mapping[str, float] | None
+) -> dict[str, _Box]:
     labels = {layer.name: _label(at, layer.name, sizes, times) for at, layer in enumerate(layers, 1)}
-    tint = {layer.name: _TINTS[number % len(_TINTS)]
-            for number, members in enumerate(_blocks(layers).values()) for _, layer in members}
+    tint = {
+        layer.name: _TINTS[number % len(_TINTS)]
+        for number, members in enumerate(_blocks(layers).values())
+        for _, layer in members
+    }
     boxes: dict[str, _Box] = {}
     x = float(_PAD)
     for column, rows in enumerate(_fold(_rows(layers, edges))):
@@ -150,24 +160,29 @@ def _arrow(a: _Box, b: _Box) -> str:
     elif a.column == b.column:  # past the rows between, on the right
         far = b.x + b.width
         side = max(right, far) + 2 * _GAP
-        path = (f"M{right:.0f},{from_y:.0f} C{side:.0f},{from_y:.0f} {side:.0f},{to_y:.0f} "
-                f"{far:.0f},{to_y:.0f}")
+        path = f"M{right:.0f},{from_y:.0f} C{side:.0f},{from_y:.0f} {side:.0f},{to_y:.0f} {far:.0f},{to_y:.0f}"
     else:  # through the gap in front of the later column
         gap = left - 2 * _GAP
         turn = 6 if to_y > from_y else -6
-        path = (f"M{right:.0f},{from_y:.0f} H{gap - 6:.0f} "
-                f"Q{gap:.0f},{from_y:.0f} {gap:.0f},{from_y + turn:.0f} "
-                f"V{to_y - turn:.0f} Q{gap:.0f},{to_y:.0f} {gap + 6:.0f},{to_y:.0f} H{left:.0f}")
+        path = (
+            f"M{right:.0f},{from_y:.0f} H{gap - 6:.0f} "
+            f"Q{gap:.0f},{from_y:.0f} {gap:.0f},{from_y + turn:.0f} "
+            f"V{to_y - turn:.0f} Q{gap:.0f},{to_y:.0f} {gap + 6:.0f},{to_y:.0f} H{left:.0f}"
+        )
     return f'<path d="{path}" fill="none" stroke="{_EDGE}" marker-end="url(#arrow)"/>'
 
 
 def _drawn(name: str, box: _Box) -> str:
     left = box.x + _GAP
     top = box.y + 14  # the first line's baseline
-    text = "".join(f'<text x="{left:.0f}" y="{top + at * _LINE:.0f}" fill="{color}">{escape(line)}</text>'
-                   for at, (line, color) in enumerate(zip(box.lines, (_INK, _FAINT))))
-    return (f'<g><title>{escape(name)}</title><rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}" '
-            f'height="{_BOX}" rx="5" fill="{box.tint}" stroke="{_BORDER}"/>{text}</g>')
+    text = "".join(
+        f'<text x="{left:.0f}" y="{top + at * _LINE:.0f}" fill="{color}">{escape(line)}</text>'
+        for at, (line, color) in enumerate(zip(box.lines, (_INK, _FAINT)))
+    )
+    return (
+        f'<g><title>{escape(name)}</title><rect x="{box.x:.0f}" y="{box.y:.0f}" width="{box.width:.0f}" '
+        f'height="{_BOX}" rx="5" fill="{box.tint}" stroke="{_BORDER}"/>{text}</g>'
+    )
 
 
 def _blocks(layers: Sequence[Layer]) -> dict[str, list[tuple[int, Layer]]]:
@@ -182,8 +197,7 @@ def _block(layer: str) -> str:
     return block_of(layer + ".")  # block_of takes the name of a parameter
 
 
-def _label(at: int, name: str, sizes: Mapping[str, int] | None,
-           times: Mapping[str, float] | None) -> tuple[str, ...]:
+def _label(at: int, name: str, sizes: Mapping[str, int] | None, times: Mapping[str, float] | None) -> tuple[str, ...]:
     note = _note(name, sizes, times)
     return (name, f"update {at}" + (f", {note}" if note else ""))
 

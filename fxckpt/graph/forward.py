@@ -95,8 +95,12 @@ def _flatten(gm: fx.GraphModule) -> _Flat:
     ops: list[_Op] = []
     env = _lay_out(gm, [frozenset({i}) for i in range(len(nodes))], ops)
     results = gm.graph.find_nodes(op="output")[0].all_input_nodes
-    return _Flat(activations, ops, _union(_ids(env, n) for n in results),
-                 _union(_ids(env, n) for n in results if _requires_grad(n, default=True)))
+    return _Flat(
+        activations,
+        ops,
+        _union(_ids(env, n) for n in results),
+        _union(_ids(env, n) for n in results if _requires_grad(n, default=True)),
+    )
 
 
 def _lay_out(gm: fx.GraphModule, inputs: Sequence[_Ids], ops: list[_Op]) -> dict[fx.Node, list[_Ids]]:
@@ -117,12 +121,13 @@ def _lay_out(gm: fx.GraphModule, inputs: Sequence[_Ids], ops: list[_Op]) -> dict
     return env
 
 
-def _call_bodies(node: fx.Node, bodies: Sequence[fx.GraphModule], env: Mapping[fx.Node, list[_Ids]],
-                 ops: list[_Op]) -> list[_Ids]:
+def _call_bodies(
+    node: fx.Node, bodies: Sequence[fx.GraphModule], env: Mapping[fx.Node, list[_Ids]], ops: list[_Op]
+) -> list[_Ids]:
     operands = tree_leaves(node.args)
     results = []
     for body in bodies:
-        inside = _lay_out(body, [_ids(env, arg) for arg in operands[-_inputs(body):]], ops)
+        inside = _lay_out(body, [_ids(env, arg) for arg in operands[-_inputs(body) :]], ops)
         results.append([_ids(inside, arg) for arg in tree_leaves(body.graph.find_nodes(op="output")[0].args)])
     return [_union(several) for several in zip(*results)]
 

@@ -105,8 +105,18 @@ def hoist(traced: Traced, signature: Signature) -> Program:
     branches = host.finish([host.map[node] for node, _ in traced.branches]) if traced.branches else None
     host_module, body_module = host.finish(body.scalars), body.finish()
     dtypes = tuple(node.meta["val"].dtype for node in body.columns.values())
-    return Program(signature, "each" if traced.count == 1 else "columns", host_module, body_module, counts,
-                   tuple(body.inputs), len(body.scalars), dtypes, tuple(outcome for _, outcome in traced.branches), branches)
+    return Program(
+        signature,
+        "each" if traced.count == 1 else "columns",
+        host_module,
+        body_module,
+        counts,
+        tuple(body.inputs),
+        len(body.scalars),
+        dtypes,
+        tuple(outcome for _, outcome in traced.branches),
+        branches,
+    )
 
 
 def _snapshot_counts(traced: Traced, host_nodes: set[fx.Node]) -> None:
@@ -147,8 +157,10 @@ class _HostBuilder:
         self.known: dict[Any, fx.Node] = {}
         self.writes = 0  # in-place changes so far: what is read before and after one differs
         inputs = {("state", key): self.graph.placeholder(key) for key in counts}
-        inputs |= {("hyper", key): self.graph.placeholder("_".join(str(k) for k in key if k is not None))
-                   for key in signature.hyperparameters}
+        inputs |= {
+            ("hyper", key): self.graph.placeholder("_".join(str(k) for k in key if k is not None))
+            for key in signature.hyperparameters
+        }
         for node in traced.graph.nodes:
             if node in nodes:
                 role = self.roles.get(node)
@@ -316,8 +328,9 @@ class _BodyBuilder:
         return fx.GraphModule(torch.nn.Module(), self.graph, "Update")
 
 
-def specialize(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any],
-               signature: Signature) -> Program:
+def specialize(
+    opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any], signature: Signature
+) -> Program:
     """Trace and split the update for the branches that the step would take with the counts in ``state`` now.
 
     Raises NotTraceable. List kernels that cannot be told apart per parameter are called with lists of one.

@@ -62,7 +62,7 @@ _TENSOR_FORMS: dict[Any, Callable[..., torch.Tensor]] = {
     aten.eq.Scalar: lambda x, y: x == y,
     aten.clamp_.default: lambda x, low, high: x.copy_(_at_most(_at_least(x, low), high)),
     aten.index_put_.default: lambda x, mask, value: x.copy_(torch.where(mask[0], value, x)),
-    aten.pow.Tensor_Scalar: lambda x, y: x ** y,
+    aten.pow.Tensor_Scalar: lambda x, y: x**y,
 }
 
 
@@ -72,7 +72,7 @@ class _ScalarsAsTensors(fx.Interpreter):
     def __init__(self, body: fx.GraphModule, scalars: int):
         super().__init__(body)
         placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        self.moving = set(placeholders[len(placeholders) - scalars:])
+        self.moving = set(placeholders[len(placeholders) - scalars :])
 
     def run_node(self, n: fx.Node) -> Any:
         """Translate the operators that read a scalar, run the others as they are."""
@@ -140,8 +140,12 @@ def compile_body(program: Program) -> Update:
 def _compile(program: Program) -> Update:
     began = time.perf_counter()
     library = _library(program)
-    log.debug("compiled the update of %s for %s in %.1f s", program.signature.optimizer.__name__, program.signature.dtype,
-              time.perf_counter() - began)
+    log.debug(
+        "compiled the update of %s for %s in %.1f s",
+        program.signature.optimizer.__name__,
+        program.signature.dtype,
+        time.perf_counter() - began,
+    )
     function = library.update_all
     function.argtypes, function.restype = [ctypes.c_int64] + [ctypes.c_void_p] * 3, None
     return function
@@ -191,8 +195,9 @@ def _generate(program: Program) -> str:
     return driver(types, source, call, columns, scalars)
 
 
-def driver(types: Sequence[str], source: str, call: Sequence[Any], columns: Sequence[torch.Tensor],
-           scalars: Sequence[torch.Tensor]) -> str:
+def driver(
+    types: Sequence[str], source: str, call: Sequence[Any], columns: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor]
+) -> str:
     """The kernel with the loop around it. ``call`` says what each argument was when it ran on ``columns`` and ``scalars``.
 
     Raises NotTraceable for an argument that is neither of those nor the length: a temporary of Inductor's.

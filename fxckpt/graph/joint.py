@@ -72,8 +72,10 @@ class JointTrace:
 
     def __str__(self) -> str:
         rows = sorted((trace for _, trace in self.params), key=lambda t: (-t.first_use, t.grad_final))
-        lines = [f"region {self.region}: {len(rows)} parameters, {len(self.buffers)} buffers",
-                 "  first use  first read  last read  gradient final  from    parameter"]
+        lines = [
+            f"region {self.region}: {len(rows)} parameters, {len(self.buffers)} buffers",
+            "  first use  first read  last read  gradient final  from    parameter",
+        ]
         return "\n".join([*lines, *map(_row, rows)])
 
 
@@ -295,12 +297,12 @@ class TraceBook:
                 if (tensor := ref()) is not None:
                     self._params.setdefault(tensor, {})[trace.region] = param
             self._regions[trace.region] = replace(trace, params=tuple(params))
-        log.debug("region %d: the joint graph gave exact positions of %d of %d parameters", trace.region, len(reads),
-                  len(trace.params))
+        log.debug(
+            "region %d: the joint graph gave exact positions of %d of %d parameters", trace.region, len(reads), len(trace.params)
+        )
 
     def lookup(self, param: Tensor) -> ParamTrace | None:
-        """What is known of ``param``, from the first region that uses it: there its gradient becomes final.
-        """
+        """What is known of ``param``, from the first region that uses it: there its gradient becomes final."""
         found = self._params.get(param)
         if not found:
             return None
@@ -362,13 +364,19 @@ class TraceBook:
         if not together or any(p.shape != old.shape for old, p, _ in pairs):
             return
         region, self._next = self._next, self._next + 1
-        params = tuple((TensorWeakRef(p), replace(param, region=region, name=called.get(id(p), param.name)))
-                       for _, p, param in pairs)
+        params = tuple(
+            (TensorWeakRef(p), replace(param, region=region, name=called.get(id(p), param.name))) for _, p, param in pairs
+        )
         self._regions[region] = replace(trace, region=region, params=params, owner=weakref.ref(block))
         for ref, param in params:
             self._params.setdefault(ref(), {})[region] = param
-        log.debug("region %d: the code of region %d, compiled once, also serves %d parameters like %s", region, trace.region,
-                  len(params), params[0][1].name)
+        log.debug(
+            "region %d: the code of region %d, compiled once, also serves %d parameters like %s",
+            region,
+            trace.region,
+            len(params),
+            params[0][1].name,
+        )
 
     def names(self) -> list[tuple[str, nn.Parameter]]:
         """Each parameter of the models that were seen, with its FQN; with two models, a name may be there
@@ -414,6 +422,11 @@ class TraceBook:
         """
         level = logging.DEBUG if self._warned else logging.WARNING
         self._warned = True
-        log.log(level, "could not read %s (%s: %s). Training is not affected; parameters that were not seen "
-                "are checkpointed last.", what, type(error).__name__, error)
+        log.log(
+            level,
+            "could not read %s (%s: %s). Training is not affected; parameters that were not seen are checkpointed last.",
+            what,
+            type(error).__name__,
+            error,
+        )
         log.debug("the traceback:", exc_info=error)

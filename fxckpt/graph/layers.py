@@ -78,15 +78,16 @@ def block_of(name: str) -> str:
     parts = name.split(".")[:-1]
     for at, part in enumerate(parts):
         if part.isdigit():
-            return ".".join(parts[:at + 1])
+            return ".".join(parts[: at + 1])
     return module_of(name)
 
 
 _GROUPINGS: Mapping[str, Callable[[str], str]] = {"module": module_of, "block": block_of}
 
 
-def layer_edges(layers: Sequence[Layer], book: TraceBook,
-                named: Iterable[tuple[str, Tensor]] | None = None) -> tuple[tuple[str, str], ...]:
+def layer_edges(
+    layers: Sequence[Layer], book: TraceBook, named: Iterable[tuple[str, Tensor]] | None = None
+) -> tuple[tuple[str, str], ...]:
     """Which layer's output reaches which layer's ops in the forward, through ops that have no parameters.
 
     Only the edges that no longer path implies, from the layer that is used first to the one used later (a

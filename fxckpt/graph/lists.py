@@ -74,8 +74,12 @@ def _multiply_(tensors: Sequence[torch.Tensor], number: Any) -> Sequence[torch.T
     return torch._foreach_mul_(tensors, torch.as_tensor(number, dtype=torch.float64))
 
 
-_IN_PLACE = {aten.add.Tensor: aten.add_.Tensor, aten.sub.Tensor: aten.sub_.Tensor, aten.mul.Tensor: aten.mul_.Tensor,
-             aten.div.Tensor: aten.div_.Tensor}
+_IN_PLACE = {
+    aten.add.Tensor: aten.add_.Tensor,
+    aten.sub.Tensor: aten.sub_.Tensor,
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.div.Tensor: aten.div_.Tensor,
+}
 _NEW = frozenset({*_IN_PLACE, aten.sqrt.default, aten.neg.default, aten.abs.default})  # their result is nobody else's memory
 
 
@@ -94,7 +98,7 @@ def over_lists(program: Program) -> Program | None:
     rehearsed = program.signature.implementation == "rehearsed"
     graph, mapping = fx.Graph(), {}
     placeholders = [n for n in program.body.graph.nodes if n.op == "placeholder"]
-    tensors = set(placeholders[:len(program.inputs)])
+    tensors = set(placeholders[: len(program.inputs)])
     for node in program.body.graph.nodes:
         if node.op == "call_function":
             form = _form(node, tensors, (program.signature.dtype, *program.dtypes))

@@ -20,8 +20,7 @@ _KEYS = re.compile(r"\['?([^'\]]+)'?\]")
 
 
 def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module once, with its FQN relative to ``root``; wrappers take no part in names, wherever they are.
-    """
+    """Each module once, with its FQN relative to ``root``; wrappers take no part in names, wherever they are."""
     seen: set[int] = set()
     stack = [("", root)]
     while stack:
@@ -93,5 +92,5 @@ def name_from_source(text: str) -> str:
     ``L['self']._modules['h']._modules['0']._parameters['weight']`` gives ``h.0.weight``.
     """
     at = re.search(r"\._(modules|parameters|buffers)\[", text)
-    keys = _KEYS.findall(text[at.start():] if at else "")
+    keys = _KEYS.findall(text[at.start() :] if at else "")
     return ".".join(keys) if keys else text

@@ -133,8 +133,9 @@ class _Names:
         return found
 
 
-def build(layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable,
-          counts: bool) -> fx.GraphModule:
+def build(
+    layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable, counts: bool
+) -> fx.GraphModule:
     """The variant with checkpoint ops.
 
     ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars.

@@ -110,10 +110,10 @@ class StandIn:
 
     def _forget(self) -> None:
         """The tape goes another way from here on."""
-        for _, _, new in self.noted[self.at:]:
+        for _, _, new in self.noted[self.at :]:
             for each in new:
                 del self.names[each]
-        del self.noted[self.at:]
+        del self.noted[self.at :]
         self._tape = None
 
     def tape(self) -> Tape:
@@ -142,23 +142,57 @@ def _is_view(target: Any) -> bool:
 
 
 # Functions and attributes from which no shape can be told, although they return no tensor.
-_BLIND = {getattr(torch.Tensor, name).__get__ for name in (
-    "dtype", "device", "layout", "grad", "grad_fn", "is_leaf", "requires_grad", "is_sparse", "is_sparse_csr", "is_cuda", "is_cpu",
-    "is_mps", "is_xpu", "is_meta", "is_mkldnn", "is_quantized", "is_nested")}
-_BLIND |= {torch.Tensor.is_complex, torch.Tensor.is_floating_point, torch.is_complex, torch.is_floating_point, torch.is_tensor,
-           torch.Tensor.get_device, torch.Tensor.type}
+_BLIND = {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "dtype",
+        "device",
+        "layout",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "requires_grad",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "is_meta",
+        "is_mkldnn",
+        "is_quantized",
+        "is_nested",
+    )
+}
+_BLIND |= {
+    torch.Tensor.is_complex,
+    torch.Tensor.is_floating_point,
+    torch.is_complex,
+    torch.is_floating_point,
+    torch.is_tensor,
+    torch.Tensor.get_device,
+    torch.Tensor.type,
+}
 
 _DATA = torch.Tensor.data.__get__
 
 # What looks behind a stand-in, or gives a tensor another identity than the one that a checkpoint knows.
-_REFUSED = {torch.Tensor.data.__set__: "gives a parameter other data", torch.Tensor.grad.__set__: "replaces a gradient",
-            torch.Tensor.requires_grad.__set__: "changes requires_grad", torch.Tensor.requires_grad_: "changes requires_grad",
-            torch.Tensor.data_ptr: "reads a tensor's memory itself",
-            torch.Tensor.untyped_storage: "reads a tensor's memory itself",
-            torch.Tensor.storage: "reads a tensor's memory itself", torch.Tensor.numpy: "reads a tensor's memory itself",
-            torch.Tensor.__array__: "reads a tensor's memory itself", torch.Tensor.register_hook: "registers a hook",
-            torch.Tensor.__deepcopy__: "copies a parameter", torch.Tensor.__reduce_ex__: "pickles a tensor",
-            torch.Tensor._version.__get__: "reads a version counter", torch.Tensor.backward: "runs autograd"}
+_REFUSED = {
+    torch.Tensor.data.__set__: "gives a parameter other data",
+    torch.Tensor.grad.__set__: "replaces a gradient",
+    torch.Tensor.requires_grad.__set__: "changes requires_grad",
+    torch.Tensor.requires_grad_: "changes requires_grad",
+    torch.Tensor.data_ptr: "reads a tensor's memory itself",
+    torch.Tensor.untyped_storage: "reads a tensor's memory itself",
+    torch.Tensor.storage: "reads a tensor's memory itself",
+    torch.Tensor.numpy: "reads a tensor's memory itself",
+    torch.Tensor.__array__: "reads a tensor's memory itself",
+    torch.Tensor.register_hook: "registers a hook",
+    torch.Tensor.__deepcopy__: "copies a parameter",
+    torch.Tensor.__reduce_ex__: "pickles a tensor",
+    torch.Tensor._version.__get__: "reads a version counter",
+    torch.Tensor.backward: "runs autograd",
+}
 
 
 @functools.cache
@@ -382,8 +416,15 @@ def program_of(stand_in: StandIn, cls: type) -> Program:
     nothing.output(())
     root = torch.nn.Module()
     signature = Signature(cls, "rehearsed", (), (), (), param.dtype, str(param.device))
-    return Program(signature, "each", fx.GraphModule(root, nothing, "Scalars"), fx.GraphModule(root, graph, "Update"), (),
-                   tuple(inputs), len(holes))
+    return Program(
+        signature,
+        "each",
+        fx.GraphModule(root, nothing, "Scalars"),
+        fx.GraphModule(root, graph, "Update"),
+        (),
+        tuple(inputs),
+        len(holes),
+    )
 
 
 def _inputs(value: Any) -> list[Name]:

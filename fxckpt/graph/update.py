@@ -121,8 +121,9 @@ def tensor_items(group: dict[str, Any]) -> list[tuple[Key, torch.Tensor]]:
     return found
 
 
-def signature_of(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any],
-                 implementation: str) -> Signature:
+def signature_of(
+    opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any], implementation: str
+) -> Signature:
     """The signature of one parameter's update.
 
     Raises NotTraceable for what runs whole: classes not listed above, ``capturable``, ``differentiable``, sparse parameters,
@@ -153,13 +154,15 @@ def signature_of(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch
         raise NotTraceable(f"a fused kernel reads {held[0][0]}, a tensor, by its value")
     tensors = [(key, value.dtype, tuple(value.shape)) for key, value in tensor_items(group)]
     moving = {key for key, _ in numeric} | {key for key, _, _ in tensors}
-    constants = tuple((name, _constant(group[name], name, moving)) for name in sorted(group)
-                      if name in _torch.settings_of(opt) and (name, None) not in moving)
+    constants = tuple(
+        (name, _constant(group[name], name, moving))
+        for name in sorted(group)
+        if name in _torch.settings_of(opt) and (name, None) not in moving
+    )
     kept = [(key, value) for key, value in sorted(state.items()) if value is not None]
     kinds = tuple((key, _state_kind(key, value, param, by_shape)) for key, value in kept)
     shape = tuple((tuple(t.shape), t.stride()) for t in (param, *(v for _, v in kept))) if by_shape else None
-    return Signature(cls, implementation, constants, tuple(numeric), kinds, param.dtype, str(param.device),
-                     tuple(tensors), shape)
+    return Signature(cls, implementation, constants, tuple(numeric), kinds, param.dtype, str(param.device), tuple(tensors), shape)
 
 
 def _constant(value: Any, name: str, moving: set[Key]) -> Any:
@@ -187,8 +190,16 @@ def _state_kind(key: str, value: Any, param: torch.Tensor, by_shape: bool) -> bo
     return False
 
 
-def trace(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any],
-          signature: Signature, *, count: int | None = None, script: Sequence[bool] = ()) -> Traced:
+def trace(
+    opt: torch.optim.Optimizer,
+    group: dict[str, Any],
+    param: torch.Tensor,
+    state: dict[str, Any],
+    signature: Signature,
+    *,
+    count: int | None = None,
+    script: Sequence[bool] = (),
+) -> Traced:
     """Trace ``opt.step()`` for parameters like ``param``; raises NotTraceable with the reason where FX cannot follow.
 
     ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told
@@ -199,8 +210,14 @@ def trace(opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor
     alike = signature.shape is None
     # Two sizes that no constant would equal by chance: a shape baked into the graph then shows as a failure.
     params = [_like(param, 7 + 4 * i if alike else None) for i in range(count)]
-    states = [{key: torch.empty((), dtype=value.dtype) if scalar else _like(value, 7 + 4 * i if alike else None)
-               for (key, scalar) in signature.state for value in (state[key],)} for i in range(count)]
+    states = [
+        {
+            key: torch.empty((), dtype=value.dtype) if scalar else _like(value, 7 + 4 * i if alike else None)
+            for (key, scalar) in signature.state
+            for value in (state[key],)
+        }
+        for i in range(count)
+    ]
     if signature.implementation == "fused":
         return _trace_with_sentinels(opt, group, params, states, signature)
     return _trace_with_symbols(opt, group, params, states, signature, script)
@@ -275,7 +292,7 @@ def _trace_with_symbols(opt, group, params, states, signature: Signature, script
     step = _torch.unhooked_step(opt)
 
     def fn(*flat):
-        ps, gs, rest = flat[:count], flat[count:2 * count], list(flat[2 * count:])
+        ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
         states_in = [{key: rest.pop(0) for key in s} for s in states]
         values = {key: rest.pop(0) for key, _, _ in signature.tensors}
         for (key, positive), tensor in zip(signature.numeric, rest):
@@ -290,8 +307,9 @@ def _trace_with_symbols(opt, group, params, states, signature: Signature, script
     found, named = _make_fx(fn, [*_stand_ins(params, states, signature), *hypers], roles, script)
     _hypers_as_floats(found, named, {key for key, _ in signature.numeric})
     try:
-        branches = tuple((_torch.branch_node(found.graph, expression, found.symbols), outcome)
-                         for expression, outcome in found.branches)
+        branches = tuple(
+            (_torch.branch_node(found.graph, expression, found.symbols), outcome) for expression, outcome in found.branches
+        )
     except KeyError:  # a number that only the branch used
         raise NotTraceable("it branches on the value of a tensor") from None
     return Traced(found.graph, named, count, branches)
@@ -314,7 +332,7 @@ def _trace_with_sentinels(opt, group, params, states, signature: Signature) -> T
 
     def traced(values):
         def fn(*flat):
-            ps, gs, rest = flat[:count], flat[count:2 * count], list(flat[2 * count:])
+            ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
             states_in = [{key: rest.pop(0) for key in s} for s in states]
             held = {key: rest.pop(0) for key, _, _ in signature.tensors}
             _run_clone(opt, step, list(ps), gs, states_in, _settings(group, {**values, **held}, signature))

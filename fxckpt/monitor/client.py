@@ -123,8 +123,12 @@ class Link:
 
     def _silence(self) -> SaveFailed:
         """The error for a monitor that is stopped, or hangs in the disk."""
-        return SaveFailed("monitor", self.directory, detail=f"the monitor process {self.process.pid} has said nothing for "
-                          f"{PATIENCE:g} s: it is stopped, or the disk hangs")
+        return SaveFailed(
+            "monitor",
+            self.directory,
+            detail=f"the monitor process {self.process.pid} has said nothing for "
+            f"{PATIENCE:g} s: it is stopped, or the disk hangs",
+        )
 
     def ask(self, message: dict[str, Any]) -> Any:
         """Send a question and wait for the answer; raises what the monitor raised. SaveFailed after ``PATIENCE``, and from
@@ -231,8 +235,10 @@ class MonitorStore:
         self._starting = threading.RLock()
         self._said = -1
         if self._slots < 2:
-            raise SetupError(f'writer="monitor" shares staging_mb with the monitor process, two chunks of '
-                             f"{engine.chunk_bytes >> 20} MiB at least: staging_mb is {engine.staging_bytes >> 20}")
+            raise SetupError(
+                f'writer="monitor" shares staging_mb with the monitor process, two chunks of '
+                f"{engine.chunk_bytes >> 20} MiB at least: staging_mb is {engine.staging_bytes >> 20}"
+            )
 
     @property
     def pid(self) -> int | None:
@@ -245,8 +251,15 @@ class MonitorStore:
             self._start()
         link = self._link
         try:
-            link.ask({"op": "open", "directory": self.root, "options": self._options, "threads": self._threads,
-                      "chunk_bytes": self._engine.chunk_bytes})
+            link.ask(
+                {
+                    "op": "open",
+                    "directory": self.root,
+                    "options": self._options,
+                    "threads": self._threads,
+                    "chunk_bytes": self._engine.chunk_bytes,
+                }
+            )
         except SaveFailed as error:
             if link.lost is None:
                 raise
@@ -296,8 +309,9 @@ class MonitorStore:
         size, left = self._slots * self._engine.chunk_bytes, limits.memory_available()
         advice = "Ask for less with staging_mb, or give the container more memory (the size of /dev/shm does not matter)"
         if size > left:
-            raise SetupError(f'writer="monitor" needs {size >> 20} MiB of shared memory, of which {left >> 20} MiB are free. '
-                             + advice)
+            raise SetupError(
+                f'writer="monitor" needs {size >> 20} MiB of shared memory, of which {left >> 20} MiB are free. ' + advice
+            )
         try:
             return Ring.make(self._slots, self._engine.chunk_bytes)
         except SaveFailed as error:
@@ -346,8 +360,9 @@ class MonitorStore:
         """The engine began this checkpoint; the monitor opens its files."""
         slot.checkpoint = copy.id
         self._say(sum(file.nbytes for file in files))
-        self._check().send({"op": "begin", "key": slot.key, "checkpoint": slot.checkpoint,
-                            "files": [[file.name, file.nbytes] for file in files]})
+        self._check().send(
+            {"op": "begin", "key": slot.key, "checkpoint": slot.checkpoint, "files": [[file.name, file.nbytes] for file in files]}
+        )
 
     def _say(self, state: int) -> None:
         """What the ring's size guarantees for a state of this size; once."""
@@ -358,18 +373,28 @@ class MonitorStore:
         if ring >= state:
             what = "a step that closed is handed over as fast as memory can be copied, whatever the disk does"
         else:
-            what = (f"a step is handed over when all but {ring >> 20} MiB of it are written; with staging_mb="
-                    f"{(state >> 20) + 1} that would not wait for the disk")
-        log.info("fxckpt: the monitor's shared memory is %d MiB, %.2f of the %d MiB of state: %s. What was handed over is "
-                 "committed even if this process is killed", ring >> 20, ring / state, state >> 20, what)
+            what = (
+                f"a step is handed over when all but {ring >> 20} MiB of it are written; with staging_mb="
+                f"{(state >> 20) + 1} that would not wait for the disk"
+            )
+        log.info(
+            "fxckpt: the monitor's shared memory is %d MiB, %.2f of the %d MiB of state: %s. What was handed over is "
+            "committed even if this process is killed",
+            ring >> 20,
+            ring / state,
+            state >> 20,
+            what,
+        )
 
     def hand_over(self, slot: RemoteSlot, *, files: Sequence[Any], state_tensors: Mapping[str, Any], **fields: Any) -> None:
         """Give the record of a checkpoint whose bytes are all posted. When this returns, the trainer may die."""
         record = Record(store_id="", generation=0, parent=None, files=tuple(files), name=slot.name, **fields).to_bytes()
         raw = {key: raw_tensor(tensor) for key, tensor in state_tensors.items()}
         tensors = [[key, each.dtype, list(each.shape), each.data.nbytes] for key, each in raw.items()]
-        self._check().send({"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(record), "tensors": tensors,
-                            "frozen": slot.frozen}, [record, *(each.data for each in raw.values())])
+        self._check().send(
+            {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(record), "tensors": tensors, "frozen": slot.frozen},
+            [record, *(each.data for each in raw.values())],
+        )
 
     def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:
         """As ``Store.abandon``; nothing if the monitor ended it already or is gone."""
@@ -396,8 +421,9 @@ class MonitorStore:
         try:
             link.process.wait(EXIT_PATIENCE)
         except subprocess.TimeoutExpired:
-            log.error("fxckpt: the monitor process %d did not end within %g s: left behind to finish", link.process.pid,
-                      EXIT_PATIENCE)
+            log.error(
+                "fxckpt: the monitor process %d did not end within %g s: left behind to finish", link.process.pid, EXIT_PATIENCE
+            )
             return
         link.thread.join(10.0)
         link.control.close()
@@ -411,5 +437,12 @@ def _spawn(fds: list[int]) -> subprocess.Popen:
     env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(each) for each in sys.path)
     env["OPENBLAS_NUM_THREADS"] = env["OMP_NUM_THREADS"] = "1"
     # From the root directory: "-m" looks for modules in the working directory first, and keeps its file system busy.
-    return subprocess.Popen([sys.executable, *PROGRAM, *map(str, fds)], pass_fds=fds, env=env, cwd="/",
-                            start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, *PROGRAM, *map(str, fds)],
+        pass_fds=fds,
+        env=env,
+        cwd="/",
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )

@@ -28,8 +28,10 @@ def _first_process() -> str:
     first = _read("/proc/1/comm")
     contained = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "container" in os.environ
     if contained and first not in INITS:
-        return (f"this container ends when its process 1 ({first or 'unknown'}) ends, and the monitor with it: "
-                "start the trainer from a process that stays")
+        return (
+            f"this container ends when its process 1 ({first or 'unknown'}) ends, and the monitor with it: "
+            "start the trainer from a process that stays"
+        )
     return ""
 
 

@@ -266,10 +266,22 @@ class Monitor:
             token, chunks = flight.frozen
             flight.slot.remember(token, {name: {int(i): crc for i, crc in each.items()} for name, each in chunks.items()})
         found = flight.record
-        self.store.commit(flight.slot, step=found.step, iteration=found.iteration, updates=found.updates, time=found.time,
-                          files=found.files, layers=found.layers, ties=found.ties, optimizers=found.optimizers,
-                          state=found.state, state_tensors=flight.tensors, world_size=found.world_size, rank=found.rank,
-                          metrics=found.metrics)
+        self.store.commit(
+            flight.slot,
+            step=found.step,
+            iteration=found.iteration,
+            updates=found.updates,
+            time=found.time,
+            files=found.files,
+            layers=found.layers,
+            ties=found.ties,
+            optimizers=found.optimizers,
+            state=found.state,
+            state_tensors=flight.tensors,
+            world_size=found.world_size,
+            rank=found.rank,
+            metrics=found.metrics,
+        )
 
     def _end(self, flight: Flight) -> None:
         """Return the slot if it was no success, and tell the trainer."""
@@ -286,8 +298,13 @@ class Monitor:
             self._slots.pop(flight.key, None)
             if flight.copy is not None:
                 flight.copy.release()
-        self._tell({"ended": flight.key, "generation": flight.slot.generation,
-                    "error": None if error is None else wire.pack_error(error)})
+        self._tell(
+            {
+                "ended": flight.key,
+                "generation": flight.slot.generation,
+                "error": None if error is None else wire.pack_error(error),
+            }
+        )
 
     def _tell(self, message: dict[str, Any]) -> None:
         """To the trainer, if it is still there."""

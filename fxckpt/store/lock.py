@@ -77,9 +77,11 @@ class DirectoryLock:
                 self._take_again()
                 return
             if (found.st_dev, found.st_ino) != self._key:
-                raise StoreLocked(f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) "
-                                  "used it, and another run has begun a store there since: nothing more is written to it. "
-                                  "Give this run a directory of its own and start it again")
+                raise StoreLocked(
+                    f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) "
+                    "used it, and another run has begun a store there since: nothing more is written to it. "
+                    "Give this run a directory of its own and start it again"
+                )
 
     def _take_again(self) -> None:
         """The file is gone, and with it the lock as others know it. ``_guard`` is held."""
@@ -137,8 +139,10 @@ def _refuse_own(path: str) -> None:
     except FileNotFoundError:
         return
     if _held.get((found.st_dev, found.st_ino)) == os.getpid():
-        raise StoreLocked(f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()}): "
-                          "shut that run down first (opt.ckpt.shutdown()), or use another directory")
+        raise StoreLocked(
+            f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()}): "
+            "shut that run down first (opt.ckpt.shutdown()), or use another directory"
+        )
 
 
 def _take(fd: int, path: str) -> None:
@@ -148,8 +152,10 @@ def _take(fd: int, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        refused = StoreLocked(f"{os.path.dirname(path)} is being written to by another process (pid {_holder(fd)}): "
-                              "stop it, wait for it, or use another directory")
+        refused = StoreLocked(
+            f"{os.path.dirname(path)} is being written to by another process (pid {_holder(fd)}): "
+            "stop it, wait for it, or use another directory"
+        )
         refused.monitor = io.pread(fd, 64, 0).decode(errors="replace")
         raise refused from error
 

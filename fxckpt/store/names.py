@@ -65,10 +65,12 @@ def slot_number(name: str) -> int | None:
 def check_name(name: str) -> None:
     """Refuse a name for a named save that is not a plain directory name, or that would read as something else."""
     plain = type(name) is str and name and name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
-    if (not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or step_of(name) is not None):
-        raise SetupError(f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable "
-                         f"text without slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not "
-                         "be called as the checkpoint of a step is")
+    if not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or step_of(name) is not None:
+        raise SetupError(
+            f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable "
+            f"text without slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not "
+            "be called as the checkpoint of a step is"
+        )
 
 
 def subdirectories(path: str) -> list[str]:
@@ -120,5 +122,6 @@ def check_store(root: str) -> None:
     foreign = sorted(name for name in os.listdir(root) if not _is_ours(name))
     if foreign:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
-        raise NotAStore(f"{root} holds {some} and no {STORE}: it is not a checkpoint store. Name an empty directory, "
-                        "or one that fxckpt made")
+        raise NotAStore(
+            f"{root} holds {some} and no {STORE}: it is not a checkpoint store. Name an empty directory, or one that fxckpt made"
+        )

@@ -1,7 +1,7 @@
 """The directories of a store: which are free, being written, committed or bad, and the moves between these.
 
-    free ──take──► busy ──committed──► committed ──give up──► free
-                    └──abandon──► free, or ``.bad`` after a failing disk
+free ──take──► busy ──committed──► committed ──give up──► free
+                └──abandon──► free, or ``.bad`` after a failing disk
 """
 
 from __future__ import annotations
@@ -102,9 +102,11 @@ class Pool:
         margin = SMALL_FILES * (new + len(self._free)) if lacking else 0
         found = os.statvfs(self.root)
         free = found.f_bavail * found.f_frsize
-        numbers = (f"{self.keep + self.max_async} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
-                   f"max_async={self.max_async} being written) need {lacking + margin:,} bytes more in {self.root}, which has "
-                   f"{free:,} bytes free. Make room, lower keep or max_async, or name a directory on another disk")
+        numbers = (
+            f"{self.keep + self.max_async} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
+            f"max_async={self.max_async} being written) need {lacking + margin:,} bytes more in {self.root}, which has "
+            f"{free:,} bytes free. Make room, lower keep or max_async, or name a directory on another disk"
+        )
         if lacking + margin > free:
             raise NoSpace(numbers)
         try:
@@ -204,8 +206,10 @@ class Pool:
         If that hangs on checkpoints of an earlier life whose worth nobody knows, they are read to find out.
         """
         if self._condemned > self.keep + self.max_async:
-            raise StoreError(f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the "
-                             "disk or its connection is failing. Replace it; remove them to get their space back")
+            raise StoreError(
+                f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the "
+                "disk or its connection is failing. Replace it; remove them to get their space back"
+            )
         while not self._free and self._count() >= self.keep + self.max_async:
             if self._give_up_one():
                 continue
@@ -235,8 +239,10 @@ class Pool:
 
     def _standings(self) -> dict[Slot, Standing]:
         """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
-        return {slot: known if known.generation > self.since else dataclasses.replace(known, lasting=False, score=None)
-                for slot, known in self._committed.items()}
+        return {
+            slot: known if known.generation > self.since else dataclasses.replace(known, lasting=False, score=None)
+            for slot, known in self._committed.items()
+        }
 
     def _ordinary(self) -> list[Slot]:
         """The committed slots that are not kept beyond ``keep``; ``mutex`` is held."""
@@ -369,4 +375,3 @@ class Pool:
         with self.mutex:
             if slot.number is not None:
                 self._numbers.discard(slot.number)
-

@@ -177,17 +177,27 @@ def describe(path: Path, record: Record) -> CheckpointInfo:
     """What the listing says of a checkpoint."""
     layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
     nbytes = sum(file.nbytes for file in record.files)
-    return CheckpointInfo(record.step, record.generation, record.time, nbytes, path, record.name, layers,
-                          record.metrics, record.lasting)
+    return CheckpointInfo(
+        record.step, record.generation, record.time, nbytes, path, record.name, layers, record.metrics, record.lasting
+    )
 
 
 def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:
     """What the listing says of a layer."""
     return LayerInfo(
-        checkpoint_id=generation, name=layer.name, kind=layer.kind, step=layer.step, offset=layer.offset,
-        nbytes=layer.nbytes, parameters=layer.parameters, timestamp=layer.time,
-        keys=tuple(tensor.key for tensor in layer.tensors), files=tuple(tensor.file for tensor in layer.tensors),
-        shapes=tuple(tensor.shape for tensor in layer.tensors), dtypes=tuple(tensor.dtype for tensor in layer.tensors))
+        checkpoint_id=generation,
+        name=layer.name,
+        kind=layer.kind,
+        step=layer.step,
+        offset=layer.offset,
+        nbytes=layer.nbytes,
+        parameters=layer.parameters,
+        timestamp=layer.time,
+        keys=tuple(tensor.key for tensor in layer.tensors),
+        files=tuple(tensor.file for tensor in layer.tensors),
+        shapes=tuple(tensor.shape for tensor in layer.tensors),
+        dtypes=tuple(tensor.dtype for tensor in layer.tensors),
+    )
 
 
 class Reader:
@@ -264,12 +274,10 @@ class Reader:
         with self._stable(file):
             found = (check_regular(path) if held is None else os.fstat(held)).st_size
             if found != file.nbytes:
-                raise Corrupt(path, f"the file has {found} bytes, the record says {file.nbytes}",
-                              offset=min(found, file.nbytes))
+                raise Corrupt(path, f"the file has {found} bytes, the record says {file.nbytes}", offset=min(found, file.nbytes))
             return found
 
-    def _read(self, file: FileRecord, targets: list[tuple],
-              progress: Callable[[int], None] | None = None) -> dict[str, Placed]:
+    def _read(self, file: FileRecord, targets: list[tuple], progress: Callable[[int], None] | None = None) -> dict[str, Placed]:
         """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header."""
         path, held = str(self.path / file.name), self._held.get(file.name)
         self._size(file)
@@ -300,8 +308,12 @@ class Reader:
         """The header must have the record's tensors, where the record has them."""
         if file.name == names.STATE:
             return  # its tensors belong to no layer: the encoded state names them
-        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
-                    for layer in self.record.layers for tensor in layer.tensors if tensor.file == file.name}
+        recorded = {
+            tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
+            for layer in self.record.layers
+            for tensor in layer.tensors
+            if tensor.file == file.name
+        }
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):
@@ -344,8 +356,11 @@ class Reader:
         """The same error with the layers whose bytes share the damaged chunk; without an offset, all of the file's."""
         begin = error.offset if error.offset is not None else 0
         end = begin + file.chunk_bytes if error.offset is not None else file.nbytes
-        hit = [layer.name for layer in self.record.layers if any(
-            t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)]
+        hit = [
+            layer.name
+            for layer in self.record.layers
+            if any(t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)
+        ]
         if file.name == names.STATE:
             hit = ["extra state"]
         return Corrupt(error.path, error.reason, layer=", ".join(hit) or None, offset=error.offset)

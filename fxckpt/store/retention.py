@@ -48,8 +48,10 @@ class Policy:
         if best is not None:
             pair = isinstance(best, (tuple, list)) and len(best) == 2 and all(isinstance(each, str) for each in best)
             if not pair or not best[0] or best[1] not in (MIN, MAX):
-                raise SetupError(f'keep_best={keep_best!r}: expected the name of a metric of which less is better '
-                                 '("loss"), or a pair ("accuracy", "max")')
+                raise SetupError(
+                    f"keep_best={keep_best!r}: expected the name of a metric of which less is better "
+                    '("loss"), or a pair ("accuracy", "max")'
+                )
             best = (best[0], best[1])
         return cls(keep, keep_every, keep_minutes, best)
 
@@ -93,8 +95,7 @@ class Standing:
     score: float | None = None
 
 
-def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int],
-            pinned: int | None) -> Standing | None:
+def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> Standing | None:
     """The checkpoint to give up first, or None if none may be.
 
     Bad ones go first, then abandoned ones (of a branch that a rollback left: not in ``lineage``), then the oldest.
@@ -131,8 +132,9 @@ def beyond(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int],
     return [each for each in whole if (each.lasting or each is best) and each.generation not in enough]
 
 
-def excess(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None,
-           examine: Callable[[Standing], str]) -> list[Standing]:
+def excess(
+    checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None, examine: Callable[[Standing], str]
+) -> list[Standing]:
     """All that can be given up until ``keep`` are left beside those beyond it, in order.
 
     ``examine`` reads a checkpoint of unknown worth and returns what it is: asked, newest first, only when the decision

@@ -48,8 +48,17 @@ class Store:
     ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
     """
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 2, max_async: int = 2, fresh: bool = False,
-                 keep_every: int | None = None, keep_minutes: float | None = None, keep_best: Any = None):
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        *,
+        keep: int = 2,
+        max_async: int = 2,
+        fresh: bool = False,
+        keep_every: int | None = None,
+        keep_minutes: float | None = None,
+        keep_best: Any = None,
+    ):
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root = os.path.abspath(os.fspath(directory))
@@ -180,9 +189,11 @@ class Store:
     def require_loaded(self) -> None:
         """Raise ``StoreNotLoaded`` if an earlier life left checkpoints that were not loaded, and not ``fresh``."""
         if self._found and not self._loaded and not self.fresh:
-            raise StoreNotLoaded(f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from "
-                                 "the beginning would replace them. Call fxckpt.load() before the first step, name "
-                                 "another directory, or say fresh=True to give them up")
+            raise StoreNotLoaded(
+                f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from "
+                "the beginning would replace them. Call fxckpt.load() before the first step, name "
+                "another directory, or say fresh=True to give them up"
+            )
 
     def mark_loaded(self, generation: int | None) -> None:
         """What comes next continues this checkpoint, which was verified; None: there was none to load.
@@ -260,10 +271,24 @@ class Store:
 
     # ---- committing ----
 
-    def commit(self, slot: Slot, *, step: int, iteration: int, updates: int, time: float,
-               files: Sequence[FileRecord], layers: Sequence[LayerRecord], ties: Mapping[str, str],
-               optimizers: Any, state: Any, state_tensors: Mapping[str, Any], world_size: int = 1,
-               rank: int = 0, metrics: Mapping[str, float] | None = None) -> Path:
+    def commit(
+        self,
+        slot: Slot,
+        *,
+        step: int,
+        iteration: int,
+        updates: int,
+        time: float,
+        files: Sequence[FileRecord],
+        layers: Sequence[LayerRecord],
+        ties: Mapping[str, str],
+        optimizers: Any,
+        state: Any,
+        state_tensors: Mapping[str, Any],
+        world_size: int = 1,
+        rank: int = 0,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint; its path is valid once this returns.
 
         ``metrics`` are what ``keep_best`` looks at.
@@ -277,9 +302,26 @@ class Store:
             with slot.reporting():
                 extra = write_tensors(os.path.join(slot.path, names.STATE), state_tensors)
                 parent = max((each for each in self._pool.lineage if each < slot.generation), default=None)
-                record = Record(self.store_id, slot.generation, parent, step, iteration, updates, time, world_size,
-                                rank, (*files, extra), tuple(layers), dict(ties), optimizers, state, slot.name,
-                                dict(metrics or {}), self._lasting(slot, parent, step, time), self._policy.best)
+                record = Record(
+                    self.store_id,
+                    slot.generation,
+                    parent,
+                    step,
+                    iteration,
+                    updates,
+                    time,
+                    world_size,
+                    rank,
+                    (*files, extra),
+                    tuple(layers),
+                    dict(ties),
+                    optimizers,
+                    state,
+                    slot.name,
+                    dict(metrics or {}),
+                    self._lasting(slot, parent, step, time),
+                    self._policy.best,
+                )
                 self._seal(slot, record)
                 self._publish(slot, record)
             self._pool.committed(slot, self._standing(record, GOOD))

@@ -236,8 +236,10 @@ class _Encoder:
 def _unknown(value: Any, path: str) -> StateError:
     """The error for a value of no kind."""
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    return StateError(f"{path or 'the state'}: a {kind} cannot be stored without pickle. Numbers, strings, bytes, "
-                      "lists, tuples, sets, dicts, arrays and tensors can; or give its owner a state_dict() of these")
+    return StateError(
+        f"{path or 'the state'}: a {kind} cannot be stored without pickle. Numbers, strings, bytes, "
+        "lists, tuples, sets, dicts, arrays and tensors can; or give its owner a state_dict() of these"
+    )
 
 
 _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
