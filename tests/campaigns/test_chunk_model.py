@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import chunk_model as model
 import pytest
 from chunk_model import Setting, explore
+from repository import ROOT
 
 WHOLE = os.environ.get("FXCKPT_MODEL") == "full"
 SETTINGS = {
@@ -61,7 +61,7 @@ def test_the_model_notices_a_line_that_is_left_out(line):
 
 
 def test_the_model_has_the_states_of_the_engine():
-    header = (Path(__file__).parents[1] / "csrc" / "internal.h").read_text()
+    header = (ROOT / "csrc" / "internal.h").read_text()
     for name, states in (
         ("state", (model.ACTIVE, model.DURABLE, model.FAILED, model.CANCELLED)),
         ("sync_state", (model.UNSYNCED, model.SYNC_TAKEN, model.SYNCED)),

@@ -17,8 +17,11 @@ import time
 
 import pytest
 import torch
-from helpers import Training, all_good, differences, mlp, snapshot, until
+from digests import differences, snapshot
+from small_models import mlp
+from small_training import Training, all_good
 from storing import fast_directory
+from waiting import until
 
 import fxckpt
 from fxckpt.engine import io
@@ -164,12 +167,12 @@ def test_a_directory_that_is_removed_underneath_costs_what_was_in_it_and_the_nex
     assert not list(store.glob("*.bad"))
 
 
-def test_a_directory_without_write_permission_fails_saves_until_it_has_it_again(nursery, tmp_path):
+def test_a_directory_without_write_permission_fails_saves_until_it_has_it_again(fork_server, tmp_path):
     """In a process that is not root, who may write everywhere."""
     script = tmp_path / "train.py"
     script.write_text("""
-from helpers import *
-from helpers import Training, all_good
+from script_prelude import *
+from small_training import Training, all_good
 from pathlib import Path
 import os, pytest
 if os.geteuid() == 0:
@@ -197,9 +200,9 @@ training.opt.ckpt.shutdown()
         directory.chmod(0o777)
         if not str(directory).startswith("/dev/shm"):
             pytest.skip("only root's directories are here")
-        life = nursery.start(script, tmp_path / "life", STORE=str(directory / "d"))
-        output = life.wait()
-        assert life.returncode == 0, output
+        process = fork_server.start(script, tmp_path / "run", STORE=str(directory / "d"))
+        output = process.wait()
+        assert process.returncode == 0, output
 
 
 # ---- what hangs ----
@@ -358,7 +361,7 @@ def test_flush_gives_up_after_its_timeout_and_names_the_steps(store):
 # ---- someone else ----
 
 SECOND = """
-from helpers import *
+from script_prelude import *
 try:
     fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), {!r})
 except fxckpt.StoreLocked as error:
@@ -367,16 +370,16 @@ except fxckpt.StoreLocked as error:
 """A trainer that only tries to open the store."""
 
 
-def test_a_second_trainer_on_the_same_directory_gets_a_clear_error(store, nursery, tmp_path):
+def test_a_second_trainer_on_the_same_directory_gets_a_clear_error(store, fork_server, tmp_path):
     training = Training(store).train(1)
     script = tmp_path / "second.py"
     script.write_text(SECOND.format(str(store)))
-    life = nursery.start(script, tmp_path / "second")
-    output = life.wait()
+    process = fork_server.start(script, tmp_path / "second")
+    output = process.wait()
     assert "LOCKED" in output and str(store) in output and str(os.getpid()) in output, output
     training.train(2)
     training.opt.ckpt.shutdown()
-    assert "LOCKED" not in nursery.start(script, tmp_path / "second").wait()
+    assert "LOCKED" not in fork_server.start(script, tmp_path / "second").wait()
 
 
 def test_a_second_run_in_the_same_process_gets_it_too(store):
@@ -385,13 +388,13 @@ def test_a_second_run_in_the_same_process_gets_it_too(store):
         Training(store)
 
 
-def test_a_run_whose_directory_was_removed_and_begun_anew_by_another_one_writes_nothing_there(store, nursery, tmp_path):
+def test_a_run_whose_directory_was_removed_and_begun_anew_by_another_one_writes_nothing_there(store, fork_server, tmp_path):
     training = Training(store, keep=2).train(3)
     training.opt.ckpt.flush()
     script = tmp_path / "second.py"
     script.write_text(f"""
-from helpers import *
-from helpers import Training
+from script_prelude import *
+from small_training import Training
 import time
 training = Training({str(store)!r}, keep=2)
 print("LOADED", fxckpt.load().step)
@@ -400,20 +403,20 @@ print("SAVED", flush=True)
 time.sleep(1000)
 """)
     shutil.rmtree(store)
-    life = nursery.start(script, tmp_path / "second")
-    until(lambda: "SAVED" in life.output or not life.alive(), why=lambda: life.output)
-    assert "LOADED 0" in life.output
+    process = fork_server.start(script, tmp_path / "second")
+    until(lambda: "SAVED" in process.output or not process.alive(), why=lambda: process.output)
+    assert "LOADED 0" in process.output
     there = sorted(os.listdir(store))
     training.train(4)
     with pytest.raises(fxckpt.FxckptError):
         training.opt.ckpt.flush()
     assert training.found["last_committed_step"] == 3 and "another run" in training.found["last_error"]
     assert sorted(os.listdir(store)) == there
-    life.kill()
+    process.kill()
 
 
 @pytest.mark.parametrize("writer", ["thread", "monitor"])
-def test_a_lock_file_that_somebody_removes_is_taken_again(writer, store, nursery, tmp_path):
+def test_a_lock_file_that_somebody_removes_is_taken_again(writer, store, fork_server, tmp_path):
     training = Training(store, writer=writer).train(1)
     training.opt.ckpt.flush()
     (store / "lock").unlink()
@@ -421,10 +424,10 @@ def test_a_lock_file_that_somebody_removes_is_taken_again(writer, store, nursery
     training.opt.ckpt.flush()
     script = tmp_path / "second.py"
     script.write_text(SECOND.format(str(store)))
-    assert "LOCKED" in nursery.start(script, tmp_path / "second").wait()
+    assert "LOCKED" in fork_server.start(script, tmp_path / "second").wait()
     assert all_good(store, training) == [4, 3, 2, 1]
     training.opt.ckpt.shutdown()
-    assert "LOCKED" not in nursery.start(script, tmp_path / "second").wait()
+    assert "LOCKED" not in fork_server.start(script, tmp_path / "second").wait()
 
 
 class Box:
@@ -499,10 +502,10 @@ def test_save_and_flush_in_another_thread_do_not_disturb_training_and_take_one_s
     assert len(all_good(store, training)) == 2 + len(saved)
 
 
-def test_a_fork_in_the_middle_trains_on_plainly_and_leaves_the_parent_alone(store, nursery, tmp_path):
+def test_a_fork_in_the_middle_trains_on_plainly_and_leaves_the_parent_alone(store, fork_server, tmp_path):
     script = tmp_path / "forks.py"
     script.write_text("""
-from helpers import *
+from script_prelude import *
 import os, sys
 torch.manual_seed(0)
 m = mlp()
@@ -526,10 +529,10 @@ else:
     assert opt.ckpt.statistics()["last_committed_step"] == 6
     print("PARENT", digest(m, opt), flush=True)
 """)
-    life = nursery.start(script, tmp_path / "forks", whole_exit=True)
-    output = life.wait(60)
+    process = fork_server.start(script, tmp_path / "forks", whole_exit=True)
+    output = process.wait(60)
     words = {line.split()[0]: line.split()[1] for line in output.splitlines() if line.startswith(("CHILD", "PARENT"))}
-    assert life.returncode == 0 and words["CHILD"] == words["PARENT"], output
+    assert process.returncode == 0 and words["CHILD"] == words["PARENT"], output
     directory = tmp_path / "forks" / "d"
     assert [found.record.step for found in candidates(directory)] == [6, 5, 4, 3, 2, 1]
     assert not (directory / "named").exists() or not any((directory / "named").iterdir())
@@ -555,10 +558,10 @@ class Explodes(torch.optim.SGD):
                     raise RuntimeError("boom")
 
 
-def test_a_forked_child_can_let_go_of_the_optimizer_while_the_parent_writes(nursery, tmp_path):
+def test_a_forked_child_can_let_go_of_the_optimizer_while_the_parent_writes(fork_server, tmp_path):
     script = tmp_path / "forks.py"
     script.write_text("""
-from helpers import *
+from script_prelude import *
 import gc, os, sys
 from fxckpt.engine import io
 m = mlp()
@@ -573,9 +576,9 @@ if os.fork() == 0:
 assert os.wait()[1] == 0
 opt.ckpt.flush()
 """)
-    life = nursery.start(script, tmp_path / "forks", whole_exit=True)
-    output = life.wait(30)
-    assert life.returncode == 0, output
+    process = fork_server.start(script, tmp_path / "forks", whole_exit=True)
+    output = process.wait(30)
+    assert process.returncode == 0, output
     assert fxckpt.latest(tmp_path / "forks" / "d").step == 1
 
 
@@ -663,10 +666,10 @@ def test_ctrl_c_while_a_step_waits_for_a_slow_disk_comes_through_and_training_ca
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise ValueError('after the loop')"])
-def test_an_exit_without_flush_commits_the_last_step(end, nursery, tmp_path):
+def test_an_exit_without_flush_commits_the_last_step(end, fork_server, tmp_path):
     script = tmp_path / "exits.py"
     script.write_text(f"""
-from helpers import *
+from script_prelude import *
 import sys
 m = mlp()
 opt = fxckpt.compile_step(torch.optim.AdamW(m.parameters()), "d", model=m, every=1, update="native")
@@ -675,14 +678,14 @@ for _ in range(4):
 opt.ckpt.end_step()
 {end}
 """)
-    life = nursery.start(script, tmp_path / "exits", whole_exit=True)
-    output = life.wait()
-    assert life.returncode == (3 if "exit" in end else 1 if end else 0), output
+    process = fork_server.start(script, tmp_path / "exits", whole_exit=True)
+    output = process.wait()
+    assert process.returncode == (3 if "exit" in end else 1 if end else 0), output
     assert fxckpt.latest(tmp_path / "exits" / "d").step == 4
 
 
 INTERRUPTED = """
-from helpers import *
+from script_prelude import *
 import os, signal, sys
 torch.manual_seed(0); random.seed(0); np.random.seed(0)
 m = mlp()
@@ -706,14 +709,14 @@ finish(m, optimizer, s)
 
 @pytest.mark.parametrize("steps", ["range(start, 10)", "fxckpt.steps(10)"])
 @pytest.mark.parametrize("stop", ["raise ValueError", "os.kill(os.getpid(), signal.SIGINT)"])
-def test_dying_between_step_and_scheduler_does_not_commit_half_a_step(steps, stop, nursery, tmp_path):
+def test_dying_between_step_and_scheduler_does_not_commit_half_a_step(steps, stop, fork_server, tmp_path):
     """An error or Ctrl-C, then the same command again: the same bits as if nothing had happened."""
     script = tmp_path / "train.py"
     script.write_text(INTERRUPTED.format(steps=steps, stop=stop))
-    whole = nursery.start(script, tmp_path / "whole").succeed()
-    stopped = nursery.start(script, tmp_path / "stopped", whole_exit=True, STOP="1")
+    whole = fork_server.start(script, tmp_path / "whole").succeed()
+    stopped = fork_server.start(script, tmp_path / "stopped", whole_exit=True, STOP="1")
     output = stopped.wait()
     assert stopped.returncode not in (None, 0) and "LOSS 4" in output and "LOSS 5" not in output, output
-    again = nursery.start(script, tmp_path / "stopped").succeed()
+    again = fork_server.start(script, tmp_path / "stopped").succeed()
     assert again.keys() - whole.keys() == set() and "LOSS 4" not in again, again
     assert {key: whole[key] for key in again} == again

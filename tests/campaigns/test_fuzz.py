@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import differences, snapshot, stored
+from digests import differences, snapshot, stored
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize

@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from itertools import combinations
 
 import pytest
 import torch
+from final_gradients import contradictions, finals
 from graph_models import book, front_end
-from helpers import committed, until
-from lives import results
-from test_resume import Case, kill_after_next_commit, same_bits
+from model_cases import MODELS, WRITTEN_HERE
+from process_runs import results
+from resume_case import Case, kill_after_next_commit, same_bits
 from torch import nn
 from torch._dynamo.utils import counters
-from zoo import HERE, ZOO
+from waiting import committed, until
 
 from fxckpt.backend import backend
 from fxckpt.graph.layers import gradient_order, group_layers, layer_edges
@@ -40,52 +40,10 @@ def repeatable(one_thread, inductor_cache):
 
 def built(name: str) -> tuple[nn.Module, dict[str, torch.Tensor]]:
     """The model, with its weights always the same, and a batch."""
-    if name not in HERE:
+    if name not in WRITTEN_HERE:
         pytest.importorskip("transformers")
     torch.manual_seed(0)
-    return ZOO[name](), ZOO[name].batch()
-
-
-def finals(model: nn.Module, loss: Callable[[], torch.Tensor]) -> dict[str, tuple[int, frozenset]]:
-    """When each parameter's gradient became final in an eager backward, and the autograd nodes that it came from."""
-    found: dict[str, tuple[int, frozenset]] = {}
-    value = loss()
-    feeders = _feeders(value.grad_fn)
-    handles = [
-        p.register_post_accumulate_grad_hook(lambda p, n=n: found.update({n: (len(found), feeders[id(p)])}))
-        for n, p in model.named_parameters()
-    ]
-    value.backward()
-    for handle in handles:
-        handle.remove()
-    model.zero_grad()
-    return found
-
-
-def _feeders(root) -> dict[int, frozenset]:
-    found: dict[int, set] = {}
-    stack, seen = [root], {root}
-    while stack:
-        node = stack.pop()
-        for other, _ in node.next_functions:
-            if other is None:
-                continue
-            if hasattr(other, "variable"):
-                found.setdefault(id(other.variable), set()).add(node)
-            if other not in seen:
-                seen.add(other)
-                stack.append(other)
-    return {i: frozenset(nodes) for i, nodes in found.items()}
-
-
-def contradictions(layers, when: dict[str, tuple[int, frozenset]]) -> list[tuple[str, str]]:
-    """Pairs of layers in the wrong order. A layer is final when its last gradient is. Layers whose last gradients come out
-    of one autograd node are final at once: between them any order is right. A layer without any gradient comes last."""
-
-    def final(layer):
-        return max((when[p] for p in layer.params if p in when), key=lambda w: w[0], default=(len(when), frozenset()))
-
-    return [(a.name, b.name) for a, b in combinations(layers, 2) if final(a)[0] > final(b)[0] and final(a)[1] != final(b)[1]]
+    return MODELS[name](), MODELS[name].batch()
 
 
 def counted(compile_with: Callable[[nn.Module], Callable], name: str) -> tuple[dict, list[torch.Tensor]]:
@@ -104,7 +62,7 @@ def counted(compile_with: Callable[[nn.Module], Callable], name: str) -> tuple[d
     return {key: dict(counters[key]) for key in ("stats", "frames", "graph_break", "recompiles", "recompile_limit")}, out
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_layers_are_in_the_order_in_which_gradients_become_final_in_eager(book, name):
     model, batch = built(name)
     when = finals(model, lambda: model(**batch))
@@ -153,7 +111,7 @@ def same_with_and_without_us(name, how, **options):
     return plain
 
 
-@pytest.mark.parametrize("name", ZOO if FULL else ["odd", "gpt with graph breaks"])
+@pytest.mark.parametrize("name", MODELS if FULL else ["odd", "gpt with graph breaks"])
 def test_no_graph_break_and_no_recompile_is_added(book, name):
     plain = same_with_and_without_us(name, by_eager)
     assert plain["stats"]["unique_graphs"] > 1, "the second batch size was meant to be compiled anew"
@@ -178,7 +136,7 @@ def test_fullgraph_refuses_what_it_refuses_without_us(book):
 
 
 @pytest.mark.skipif(not FULL, reason="make models: minutes of compiling")
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", MODELS)
 def test_compiled_by_inductor_bits_breaks_and_recompiles_are_those_without_us(book, name):
     same_with_and_without_us(name, by_inductor)
 
@@ -193,10 +151,10 @@ def test_in_every_mode_the_bits_are_those_without_us(book, given):
 
 
 def training(name: str) -> Case:
-    """A script that trains a model of the zoo; its batches come from torch's generator, which is restored."""
+    """A script that trains one of the models; its batches come from torch's generator, which is restored."""
     compiled = "torch.compile(m, backend=fxckpt.backend)" if FULL else "eager(m)"
     return Case(
-        model=f"zoo.ZOO[{name!r}]()",
+        model=f"model_cases.MODELS[{name!r}]()",
         compiled=compiled,
         optimizer="torch.optim.AdamW(m.parameters(), lr=1e-2, fused=True)",
         scheduler="torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)",
@@ -205,38 +163,38 @@ def training(name: str) -> Case:
         compile_step='optimizer, "d", model=m, every=1, extra={"sched": s}',
         finish="optimizer, s",
         body=f"""
-        loss = model(**zoo.ZOO[{name!r}].batch())
-        moment()
+        loss = model(**model_cases.MODELS[{name!r}].batch())
+        kill_window()
         loss.backward()
         opt.step()
-        moment()
+        kill_window()
         opt.zero_grad()
         s.step()
     """,
     )
 
 
-@pytest.mark.parametrize("name", ZOO if FULL else ["odd", "llama"])
-def test_killed_and_run_again_ends_with_the_same_bits(name, nursery, tmp_path):
-    if name not in HERE:
+@pytest.mark.parametrize("name", MODELS if FULL else ["odd", "llama"])
+def test_killed_and_run_again_ends_with_the_same_bits(name, fork_server, tmp_path):
+    if name not in WRITTEN_HERE:
         pytest.importorskip("transformers")
     script = tmp_path / "train.py"
-    script.write_text(training(name).script().replace("import *", "import *; import zoo", 1))
-    whole = nursery.start(script, tmp_path / "whole").succeed()
-    killed = nursery.start(script, tmp_path / "killed", MOMENT="0.02")
+    script.write_text(training(name).script().replace("import *", "import *; import model_cases", 1))
+    whole = fork_server.start(script, tmp_path / "whole").succeed()
+    killed = fork_server.start(script, tmp_path / "killed", KILL_WINDOW="0.02")
     kill_after_next_commit(killed, tmp_path / "killed" / "d")
-    same_bits(whole, results(killed.output), nursery.start(script, tmp_path / "killed"))
+    same_bits(whole, results(killed.output), fork_server.start(script, tmp_path / "killed"))
 
 
 RANKS = """
-from helpers import *
-import os, zoo
+from script_prelude import *
+import os, model_cases
 import torch.distributed as dist
 random.seed(0); np.random.seed(0)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo", init_method="file://" + os.environ["MEET"], rank=rank, world_size=2)
 torch.manual_seed(0)
-m = nn.Sequential(nn.Linear(300, 300), *(zoo.Residual(300) for _ in range(6)), nn.Linear(300, 1))
+m = nn.Sequential(nn.Linear(300, 300), *(model_cases.Residual(300) for _ in range(6)), nn.Linear(300, 1))
 model = eager(nn.parallel.DistributedDataParallel(m, bucket_cap_mb=1))
 opt = fxckpt.compile_step(torch.optim.SGD(m.parameters(), lr=1e-2, fused=True), f"rank{rank}", model=model, every=1, keep=4)
 torch.manual_seed(rank)
@@ -247,7 +205,7 @@ common = max(set(theirs[0]) & set(theirs[1]), default=None)
 start = fxckpt.load(step=common).step
 for step in range(start, 10):
     loss = model(torch.randn(4, 300)).square().mean()
-    moment()
+    kill_window()
     loss.backward()
     opt.step()
     opt.zero_grad()
@@ -261,20 +219,22 @@ os._exit(0)  # gloo's threads may outlive a peer that left first
 """
 
 
-def test_two_ranks_of_ddp_are_killed_and_resume_to_the_same_bits_each_with_its_own_store(nursery, tmp_path):
+def test_two_ranks_of_ddp_are_killed_and_resume_to_the_same_bits_each_with_its_own_store(fork_server, tmp_path):
     """They take the newest step that both have: one may have committed a step more when they were killed."""
     script = tmp_path / "train.py"
     script.write_text(RANKS)
 
     def start(cwd, meet, **variables):
-        return [nursery.start(script, tmp_path / cwd, RANK=str(r), MEET=str(tmp_path / meet), **variables) for r in range(2)]
+        return [fork_server.start(script, tmp_path / cwd, RANK=str(r), MEET=str(tmp_path / meet), **variables) for r in range(2)]
 
-    whole = [life.succeed() for life in start("whole", "a")]
-    killed = start("killed", "b", MOMENT="0.03")
+    whole = [process.succeed() for process in start("whole", "a")]
+    killed = start("killed", "b", KILL_WINDOW="0.03")
     stores = [tmp_path / "killed" / f"rank{r}" for r in range(2)]
-    until(lambda: all(committed(s) for s in stores) or not all(life.alive() for life in killed), why=lambda: killed[0].output)
-    first = [results(life.kill()) for life in killed]
-    assert [life.returncode for life in killed] == [-signal.SIGKILL] * 2
+    until(
+        lambda: all(committed(s) for s in stores) or not all(process.alive() for process in killed), why=lambda: killed[0].output
+    )
+    first = [results(process.kill()) for process in killed]
+    assert [process.returncode for process in killed] == [-signal.SIGKILL] * 2
     again = start("killed", "c")
     for rank in range(2):
         same_bits(whole[rank], first[rank], again[rank])

@@ -2,7 +2,7 @@
 
 Real runs are recorded at the engine's I/O table and cut after each call, in every way that loses unsynced data. Then each
 ordering edge of docs/format.md is taken away: its sync is never made, and it is made too late. Each must be missed, else
-the test is blind or the edge is not needed. And a killed life leaves unsynced names behind: the next life is recorded on
+the test is blind or the edge is not needed. And a killed run leaves unsynced names behind: the next run is recorded on
 top of the log of the first one, cut short at any call.
 
 All of it twice: ``writer="thread"``, and ``writer="monitor"``, where the operations are those of the monitor's own process
@@ -26,8 +26,10 @@ from pathlib import Path
 
 import pytest
 from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, acknowledged_by, explore, late, moved, without, write_out
-from helpers import Training, until
+from real_run import real_run
+from repository import ROOT, SUPPORT, python_path
 from storing import MonitoredTrainer, Trainer, fast_directory, recorded_monitors, start
+from waiting import until
 
 import fxckpt
 from fxckpt.engine import io
@@ -53,7 +55,7 @@ class Recording:
         self.log = self.record(scenario) if scenario else []
 
     def record(self, scenario: Callable[[Path, Path, str], None]) -> list[io.Call]:
-        """What one life, or several, do on the disk as it is."""
+        """What one run, or several, do on the disk as it is."""
         io.record(self.tmp / "log")
         try:
             with recorded_monitors(self.tmp / "log"):
@@ -140,8 +142,8 @@ def interrupted(trainer: Trainer, step: int, name: str) -> None:
     assert not os.path.lexists(slot.path) and io.fsync_dir is real
 
 
-def lives(root: Path, acks: Path, writer: str) -> None:
-    """Rotation, a named save, two in flight, one given up; then a second life; then a third of a smaller model, with
+def restarts(root: Path, acks: Path, writer: str) -> None:
+    """Rotation, a named save, two in flight, one given up; then a second run; then a third of a smaller model, with
     store.json lost, that rolls back and comes past the same step again."""
     trainer = start(root, acks, keep=2, items=ITEMS, writer=writer)
     for step in range(1, 6):
@@ -173,37 +175,14 @@ def give_up(trainer: Trainer, step: int) -> None:
     trainer.store.abandon(slot, bad=False)
 
 
-def real_run(root: Path, acks: Path, writer: str) -> None:
-    """``compile_step`` and ``load(step=…)``: training, a named save, a rollback past the same steps, a second life."""
-
-    def commits(training: Training, steps: int) -> None:
-        for _ in range(steps):
-            training.train()
-            training.opt.ckpt.flush()
-            io.mkdir(acks / f"{latest(root).generation}")
-
-    options = {"keep": 2, "writer": writer} | ({"chunk_mb": 1, "staging_mb": 4} if writer == "monitor" else {})
-    training = Training(root, **options)
-    commits(training, 4)
-    training.opt.ckpt.save("best")
-    io.mkdir(acks / f"{latest(root).generation}-best")
-    assert fxckpt.load(root, optimizer=training.opt, step=3).step == 3
-    commits(training, 2)
-    training.opt.ckpt.shutdown()
-    training = Training(root, **options)
-    assert fxckpt.load(root, optimizer=training.opt).step == 5
-    commits(training, 2)
-    training.opt.ckpt.shutdown()
-
-
 def trainer_killed(root: Path, acks: Path, writer: str) -> None:
     """A trainer that is killed with two checkpoints handed over, of which not a byte is on the disk. Its monitor finishes
-    both: once that has ended, the later one is promised. Then a next life."""
-    script, log = Path(__file__).with_name("dying_trainer.py"), Path(client.PROGRAM[1])
+    both: once that has ended, the later one is promised. Then a next run."""
+    script, log = SUPPORT / "dying_trainer.py", Path(client.PROGRAM[1])
     with Path(f"{log}.stderr").open("w") as errors:  # no pipe: the stopped monitor would hold it open
         done = subprocess.run(
             [sys.executable, script, root, acks, log, str(ITEMS)],
-            env=python_path(),
+            env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
             timeout=60,
             text=True,
             stdout=subprocess.PIPE,
@@ -220,12 +199,6 @@ def trainer_killed(root: Path, acks: Path, writer: str) -> None:
     trainer = start(root, acks, keep=1, items=ITEMS, writer=writer)
     trainer.save(4)
     trainer.close()
-
-
-def python_path() -> dict[str, str]:
-    """The environment of a script that imports fxckpt and what is beside this file."""
-    here = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
 
 
 def monitor_replaced(root: Path, acks: Path, writer: str) -> None:
@@ -247,7 +220,7 @@ SCENARIOS = {
     "one_slot": (one_slot, 1),
     "rotation": (rotation, 3),
     "named": (named, 1),
-    "lives": (lives, 2),
+    "restarts": (restarts, 2),
     "real_run": (real_run, 2),
 }
 MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}
@@ -292,9 +265,9 @@ def test_all_bytes_of_what_a_killed_trainer_had_handed_over_are_written_after_it
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_after_a_power_cut_the_next_life_loads_and_checkpoints(writer, recordings):
+def test_after_a_power_cut_the_next_run_loads_and_checkpoints(writer, recordings):
     """On real files: a state loads, the store opens, a next checkpoint commits. One state of each set of names."""
-    recording, every = recordings("lives", writer), 1 if WHOLE else 3 if writer == "thread" else 40
+    recording, every = recordings("restarts", writer), 1 if WHOLE else 3 if writer == "thread" else 40
     shapes, judge = set(), recording.judge()
 
     def visit(state, acknowledged):
@@ -365,7 +338,7 @@ EDGES: dict[str, list[tuple[str, Edge]]] = {
     "X": [("named", Edge(lambda call, last: syncs(call, "/named") and last == "rename second.partial",
                          lambda call, last: call.op == "unlink"))],
 }  # fmt: skip
-"""By the letter in docs/format.md: where it is seen, the sync, and what it must come before. O is about killed lives."""
+"""By the letter in docs/format.md: where it is seen, the sync, and what it must come before. O is about killed runs."""
 
 MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number in range(len(edges)) for way in (without, late)]
 
@@ -386,15 +359,15 @@ def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number
 
 
 def test_the_document_lists_the_edges_that_are_tested():
-    text = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+    text = (ROOT / "docs" / "format.md").read_text()
     listed = re.findall(r"^\| ([A-Z]) \|", text, re.MULTILINE)
     assert sorted(listed) == sorted([*EDGES, "O"])
 
 
-# ---- a kill, another life, and then a power cut ----
+# ---- a kill, another run, and then a power cut ----
 
 
-def next_life(root: Path, acks: Path, writer: str) -> None:
+def next_run(root: Path, acks: Path, writer: str) -> None:
     """It loads and takes two checkpoints."""
     trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
     trainer.save(20)
@@ -402,8 +375,8 @@ def next_life(root: Path, acks: Path, writer: str) -> None:
     trainer.close()
 
 
-def life_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
-    """What the next life does, if the first one was killed behind these calls."""
+def run_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
+    """What the next run does, if the first one was killed behind these calls."""
     disk, acknowledged = Disk(str(recording.base)), []
     for call in first:
         disk.replay(call)
@@ -412,11 +385,11 @@ def life_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
         shutil.rmtree(directory)
     write_out(disk.now(), recording.base)
     recording.acks.mkdir()
-    return recording.record(next_life)
+    return recording.record(next_run)
 
 
 def kills(log: list[io.Call], writer: str) -> list[int]:
-    """Behind how many calls the first life is killed: each, or in the short version each change of a name and some; with a
+    """Behind how many calls the first run is killed: each, or in the short version each change of a name and some; with a
     monitor, whose start takes time, a few."""
     if WHOLE:
         return list(range(len(log) + 1))
@@ -427,23 +400,23 @@ def kills(log: list[io.Call], writer: str) -> list[int]:
 
 
 def second_recording(directory: Path, recorded: Recording) -> tuple[Recording, list[io.Call]]:
-    """A disk to record a next life on, with nothing on it, and the log of the first life as if it had been made there."""
+    """A disk to record a next run on, with nothing on it, and the log of the first run as if it had been made there."""
     recording = Recording(directory, None, 1, recorded.writer)
     return recording, [replace_base(call, recorded, recording) for call in recorded.log]
 
 
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("scenario", ["once", "one_slot", "named"])
-def test_kill_at_any_call_then_a_life_then_a_power_cut(scenario, writer, recordings, tmp_path, counted):
+def test_kill_at_any_call_then_a_run_then_a_power_cut(scenario, writer, recordings, tmp_path, counted):
     with fast_directory(tmp_path) as directory:
         recording, log = second_recording(directory, recordings(scenario, writer))
         for killed in kills(log, writer):
             first = log[:killed]
-            second = life_after(recording, first)
+            second = run_after(recording, first)
             broken, states = recording.explore([*first, *second], SHORT if WHOLE else QUICK, skip=killed)
             assert broken is None, f"killed behind {killed} calls, the last: {log[killed - 1]}"
-            counted(f"kills followed by a life and its power cuts, {writer}", 1)
-            counted(f"crash states after a kill and a life, {writer}", states)
+            counted(f"kills followed by a run and its power cuts, {writer}", 1)
+            counted(f"crash states after a kill and a run, {writer}", states)
 
 
 def replace_base(call: io.Call, old: Recording, new: Recording) -> io.Call:
@@ -459,7 +432,7 @@ def killed_behind(log: list[io.Call], which: Callable[[io.Call], bool]) -> list[
 
 
 def no_sync_at_open(log: list[io.Call]) -> list[io.Call]:
-    """The second life without edge O: its syncs of the root and of named/ before it makes or changes anything."""
+    """The second run without edge O: its syncs of the root and of named/ before it makes or changes anything."""
     at = next(i for i, call in enumerate(log) if call.op in ("mkdir", "rename", "pwrite"))
     return [call for i, call in enumerate(log) if i >= at or not syncs(call, "/checkpoints", "/named")]
 
@@ -478,17 +451,17 @@ def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last,
     with fast_directory(tmp_path) as directory:
         recording, log = second_recording(directory, recordings(scenario, writer))
         first = killed_behind(log, last)
-        second = life_after(recording, first)
+        second = run_after(recording, first)
         assert recording.explore([*first, *second], QUICK, skip=len(first))[0] is None
         assert recording.explore([*first, *no_sync_at_open(second)], QUICK, skip=len(first))[0] is not None
         counted(f"mutants of ordering edges by {writer}, all caught", 1)
 
 
-def test_every_file_operation_of_a_run_goes_through_the_table(nursery, tmp_path):
+def test_every_file_operation_of_a_run_goes_through_the_table(fork_server, tmp_path):
     """What Python does to the store behind the table's back would be in no log: an audit hook sees it."""
     script = tmp_path / "audited.py"
     script.write_text("""
-from helpers import *
+from script_prelude import *
 import os, sys
 root, seen = os.path.abspath("d"), []
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod", "os.utime")
@@ -504,11 +477,11 @@ sys.addaudithook(hook)
 open(root + "-probe", "w").close()
 assert len(seen) == 1, seen
 seen.clear()
-from test_power_cut import real_run
+from real_run import real_run
 from pathlib import Path
 os.mkdir("acks")
 real_run(Path(root), Path("acks"), "thread")
 assert not seen, seen
 print("CLEAN")
 """)
-    assert "CLEAN" in nursery.start(script, tmp_path / "life").wait()
+    assert "CLEAN" in fork_server.start(script, tmp_path / "run").wait()

@@ -1,7 +1,7 @@
-"""A soak: lives of one training, each with faults at random calls, killed at a random instant or ended, one after the other.
+"""A soak: runs of one training, each with faults at random calls, killed at a random instant or ended, one after the other.
 
 ``FXCKPT_SOAK`` says how many with each writer (3; ``make soak``: 500), ``FXCKPT_SEED`` repeats a run's dice,
-``FXCKPT_SOAK_WRITER`` leaves one writer. After each life every checkpoint verifies and is one step, whole; the newest is no
+``FXCKPT_SOAK_WRITER`` leaves one writer. After each run every checkpoint verifies and is one step, whole; the newest is no
 older than what was reported; no process is left that has anything of the store open. At the end no shared memory is.
 """
 
@@ -14,17 +14,17 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import until
-from lives import Life
-from test_kill_loop import good
+from known_sums import good
+from process_runs import ProcessRun
+from waiting import until
 
 SOAK = int(os.environ.get("FXCKPT_SOAK", "3"))
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
 WRITERS = os.environ.get("FXCKPT_SOAK_WRITER", "thread monitor").split()
 
 SCRIPT = """
-from helpers import *
-from test_kill_loop import Sums, Tally, tell, wrong
+from script_prelude import *
+from known_sums import Sums, Tally, tell, wrong
 from fxckpt.engine import io
 import errno, os
 
@@ -81,7 +81,7 @@ except (OSError, fxckpt.FxckptError) as error:
 
 
 def floor_of(report: Path) -> tuple[int, int | None]:
-    """The newest step that was reported in the branch that counts, and where a life went back to that reported none yet."""
+    """The newest step that was reported in the branch that counts, and where a run went back to that reported none yet."""
     floor, back = 0, None
     for line in report.read_text().splitlines() if report.exists() else ():
         what, step = line.split()
@@ -92,18 +92,18 @@ def floor_of(report: Path) -> tuple[int, int | None]:
     return floor, back
 
 
-def live(life: Life, directory: Path, dice: random.Random) -> str:
-    """Let a life go on for a while, then kill it if it has not ended; how it ended."""
+def let_run(process: ProcessRun, directory: Path, dice: random.Random) -> str:
+    """Let a run go on for a while, then kill it if it has not ended; how it ended."""
     report = directory / "report"
     before = report.stat().st_size if report.exists() else 0
     if dice.random() < 0.95:
         more = before + dice.randrange(10, 500)
-        until(lambda: not life.alive() or (report.exists() and report.stat().st_size > more), why=lambda: life.output)
+        until(lambda: not process.alive() or (report.exists() and report.stat().st_size > more), why=lambda: process.output)
     time.sleep(dice.uniform(0, 0.1))
-    killed = life.alive()
-    life.kill()
-    assert life.returncode == -signal.SIGKILL if killed else life.returncode in (0, -signal.SIGKILL), life.output
-    return "killed" if life.returncode else "refused at its opening" if "REFUSED" in life.output else "ended"
+    killed = process.alive()
+    process.kill()
+    assert process.returncode == -signal.SIGKILL if killed else process.returncode in (0, -signal.SIGKILL), process.output
+    return "killed" if process.returncode else "refused at its opening" if "REFUSED" in process.output else "ended"
 
 
 def users_of(directory: Path) -> list[int]:
@@ -121,22 +121,22 @@ def users_of(directory: Path) -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
-def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer, nursery, tmp_path, counted):
+def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer, fork_server, tmp_path, counted):
     script, directory, dice = tmp_path / "train.py", tmp_path / "d", random.Random(SEED)
     script.write_text(SCRIPT)
     shared = set(os.listdir("/dev/shm"))
     print(f"seed {SEED}")
     for number in range(SOAK):
-        life = nursery.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
-        counted(f"lives that were {live(life, directory, dice)} ({writer} writer)", 1)
+        process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
+        counted(f"runs that were {let_run(process, directory, dice)} ({writer} writer)", 1)
         # a monitor may be finishing what it was given
         until(lambda: not users_of(directory / "d"), why=lambda: f"processes {users_of(directory / 'd')} are left")
         floor, back = floor_of(directory / "report")
         newest = good(directory, 0)
         assert newest >= floor or (back is not None and newest > back), (
-            f"life {number} (seed {SEED}): step {floor} was reported, the newest is {newest}"
+            f"run {number} (seed {SEED}): step {floor} was reported, the newest is {newest}"
         )
-        assert not Path(f"/proc/{life.pid}").exists(), "the trainer is left"
+        assert not Path(f"/proc/{process.pid}").exists(), "the trainer is left"
     counted("steps reported durable in the soak", len((directory / "report").read_text().splitlines()))
     left = {name for name in os.listdir("/dev/shm") if not name.startswith("fxckpt-test-")}  # folders of tests beside us
     assert left <= shared, "shared memory is left"

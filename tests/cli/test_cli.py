@@ -17,8 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from helpers import Training, differences, digest, mlp, snapshot
+from digests import differences, digest, snapshot
+from repository import ROOT
 from safetensors.torch import load_file
+from small_models import mlp
+from small_training import Training
 from storing import all_verify, fast_directory, overlay, start
 
 import fxckpt
@@ -29,8 +32,6 @@ from fxckpt.errors import NoCheckpoint
 from fxckpt.store.layout import ITEM_SIZES
 from fxckpt.store.reader import Reader, checkpoints
 from fxckpt.store.tagged import raw_tensor, torch_name
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

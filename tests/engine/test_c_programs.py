@@ -3,43 +3,16 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from c_programs import FLAGS, SOURCES, build_driver, compiler, run
+from repository import ROOT
 
-ROOT = Path(__file__).parent.parent
 SANITIZERS = {"memory": "address,undefined", "races": "thread"}
-FLAGS = [
-    "-std=c11",
-    "-D_GNU_SOURCE",
-    "-g",
-    "-O1",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-fno-sanitize-recover=all",
-    "-pthread",
-    "-I",
-    str(ROOT / "csrc"),
-]
 SECONDS = "2"
 SEED = os.environ.get("FXCKPT_TEST_SEED", "1")
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
-
-
-def compiler() -> list[str]:
-    """The command of the C compiler; the test that asks for it is skipped where there is none."""
-    command = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
-    if not shutil.which(command[0]):
-        pytest.skip(f"no C compiler: {command[0]} is not on the path (set CC)")
-    return command
-
-
-def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
 
 
 def sanitizer_missing(sanitizer: str, directory: Path) -> str:
@@ -69,7 +42,7 @@ def build(tmp_path_factory):
     def program(name: str, sanitizer: str) -> str:
         directory = engine(sanitizer)
         objects = sorted(str(path) for path in directory.glob("*.o"))
-        source = str(ROOT / "tests/c" / f"{name}.c")
+        source = str(SOURCES / f"{name}.c")
         output = str(directory / name)
         built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", source, *objects, "-o", output, "-ldl", "-lm"])
         assert built.returncode == 0, built.stderr
@@ -91,23 +64,13 @@ def build(tmp_path_factory):
     ],
 )
 def test_c_program_is_clean(build, tmp_path, name, sanitizer):
-    """``tests/c/<name>.c`` says at its top what it does; what a sanitizer finds ends it with a report."""
+    """``c/<name>.c`` says at its top what it does; what a sanitizer finds ends it with a report."""
     program = build(name, SANITIZERS[sanitizer])
     done = run([program, str(tmp_path), SECONDS, SEED], env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, f"seed {SEED}\n{done.stdout}\n{done.stderr}"
 
 
 # ---- the CUDA path, on the fake driver ----
-
-
-def build_driver(directory: Path, *flags: str) -> str:
-    """The fake driver (``tests/fake_cuda.c``) as a shared library; returns its path."""
-    output = str(directory / "libfakecuda.so")
-    built = run(
-        [*compiler(), *FLAGS, *flags, "-fPIC", "-shared", "-fvisibility=hidden", str(ROOT / "tests/fake_cuda.c"), "-o", output]
-    )
-    assert built.returncode == 0, built.stderr
-    return output
 
 
 @pytest.mark.parametrize(
@@ -121,7 +84,7 @@ def build_driver(directory: Path, *flags: str) -> str:
     ids=["memory", "races", "one-queue", "old-driver"],
 )
 def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, tmp_path, sanitizer, settings):
-    """``tests/c/cuda.c``: also each call of the driver fails once, and the device is lost at each call once."""
+    """``c/cuda.c``: also each call of the driver fails once, and the device is lost at each call once."""
     program = build("cuda", SANITIZERS[sanitizer])
     driver = build_driver(tmp_path, f"-fsanitize={SANITIZERS[sanitizer]}")
     short = ["0"] if settings else []  # only training
@@ -131,7 +94,7 @@ def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, tmp_pat
 
 @pytest.fixture(scope="module")
 def mutable(tmp_path_factory):
-    """``tests/c/cuda.c`` and the engine with the switch that leaves one wait or record out."""
+    """``c/cuda.c`` and the engine with the switch that leaves one wait or record out."""
     directory = tmp_path_factory.mktemp("mutations")
     sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.c"))
     program = str(directory / "cuda")
@@ -143,7 +106,7 @@ def mutable(tmp_path_factory):
             "-I",
             str(ROOT / "csrc"),
             "-fno-sanitize=all",
-            str(ROOT / "tests/c/cuda.c"),
+            str(SOURCES / "cuda.c"),
             *sources,
             "-o",
             program,

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import Loader, Training, all_good, conv, differences, mlp, stored
+from digests import differences, stored
+from small_models import Loader, conv, mlp
+from small_training import Training, all_good
 from standin import device, library, shaped, spread
 from torch import nn
 

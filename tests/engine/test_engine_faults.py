@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from engine_model import KB, PATIENCE, Model, begin_all, engines, fence, make_model, read_all, wait_for
+from repository import ROOT
 
 from fxckpt import errors
 from fxckpt.engine import Engine, Sources, io
@@ -268,9 +269,7 @@ def test_fork_while_writing_disturbs_neither_side(tmp_path, make_engine):
 
 def run_script(script: str) -> tuple[int, str]:
     """Exit status and error output of a fresh interpreter."""
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parent.parent, timeout=60, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import Training
+from small_training import Training
 from standin import device, library
 from torch.profiler import ProfilerActivity, profile
 

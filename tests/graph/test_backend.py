@@ -53,7 +53,7 @@ else:
     from fxckpt.graph.layers import gradient_order
     step = torch.compile(net, backend=kind if kind == "fxckpt" else fxckpt.backend)
 reports = []
-for life in range(2 if kind == "plain" else 1):
+for again in range(2 if kind == "plain" else 1):
     y = step(x)
     y.backward(torch.ones_like(y))
     report = {"cache": {k: v for k, v in counters["aot_autograd"].items() if "cache" in k},

@@ -9,12 +9,12 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import torch
 from graph_models import book
+from model_cases import Gpt, language
+from repository import ROOT
 from torch import nn
-from zoo import Gpt, language
 
 import fxckpt
 from fxckpt._registry import registry
@@ -22,8 +22,6 @@ from fxckpt.graph.layers import block_of
 from fxckpt.graph.rewrite import Clock
 
 __all__ = ["book"]  # the fixture
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def two_layers(every=1, **options):

@@ -6,12 +6,12 @@ import weakref
 
 import pytest
 import torch
+from final_gradients import contradictions, finals
 from graph_models import book
-from test_models import contradictions, finals
+from model_cases import Gpt, language
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.weak import TensorWeakRef
-from zoo import Gpt, language
 
 import fxckpt
 from fxckpt.backend import backend

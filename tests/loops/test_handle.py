@@ -6,8 +6,11 @@ import threading
 
 import pytest
 import torch
-from helpers import Training, all_good, committed, differences, mlp, snapshot, stored
+from digests import differences, snapshot, stored
+from small_models import mlp
+from small_training import Training, all_good
 from torch import nn
+from waiting import committed
 
 import fxckpt
 

@@ -7,15 +7,15 @@ short version runs every case single, the first and last of each class in every 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import optimizer_cases as cases
 import pytest
 import torch
+from repository import ROOT
 
 from fxckpt.graph import update
 
-DOCS = (Path(__file__).parent.parent / "docs" / "optimizers.md").read_text()
+DOCS = (ROOT / "docs" / "optimizers.md").read_text()
 FULL = os.environ.get("FXCKPT_OPTIMIZERS") == "full"
 COMPILED = [
     (name, i, dtype)

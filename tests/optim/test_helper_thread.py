@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import intraop_threads
+from intraop import intraop_threads
 
 import fxckpt
 from fxckpt import _torch

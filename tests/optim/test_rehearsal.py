@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from helpers import differences, stored
+from digests import differences, stored
 from torch import nn
 
 import fxckpt

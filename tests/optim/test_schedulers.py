@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import digest, eager
+from digests import digest
+from small_models import eager
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim import lr_scheduler as S

@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = {".py", ".c", ".h", ".md", ".toml", ".txt", ".sh", ".in", ".json", ".yml", ""}
 
 

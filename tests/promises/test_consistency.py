@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import differences, eager, snapshot, stored, until
+from digests import differences, snapshot, stored
+from small_models import eager
 from torch import nn
 from torch.nn import functional as F
+from waiting import until
 
 import fxckpt
 from fxckpt.engine import io

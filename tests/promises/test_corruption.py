@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import differences, digest, snapshot
+from digests import differences, digest, snapshot
 from torch import nn
 
 import fxckpt

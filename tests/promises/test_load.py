@@ -7,9 +7,12 @@ from collections import Counter, OrderedDict, deque
 
 import pytest
 import torch
-from helpers import GPT, Loader, Training, committed, conv, differences, digest, eager, mlp, snapshot, stored
+from digests import differences, digest, snapshot, stored
+from small_models import GPT, Loader, conv, eager, mlp
+from small_training import Training
 from torch import nn
 from torch.nn.utils import prune
+from waiting import committed
 
 import fxckpt
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import Loader, Training, digest, mlp
+from digests import digest
+from small_models import Loader, mlp
+from small_training import Training
 from torch import nn
 
 import fxckpt

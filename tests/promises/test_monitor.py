@@ -21,9 +21,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Training, all_good, committed, mlp, until
-from lives import Life
-from test_kill_loop import good, live_and_be_killed, told
+from known_sums import good, run_and_be_killed, told
+from process_runs import ProcessRun
+from repository import python_path
+from small_models import mlp
+from small_training import Training, all_good
+from waiting import committed, until
 
 import fxckpt
 from fxckpt.engine import Engine
@@ -39,8 +42,8 @@ STATE_MB = int(os.environ.get("FXCKPT_STATE_MB", "24"))
 
 SCRIPT = """
 import os, threading
-from helpers import *
-from test_kill_loop import Sums, Tally, tell, wrong
+from script_prelude import *
+from known_sums import Sums, Tally, tell, wrong
 
 os.setsid()
 m = Sums()
@@ -95,7 +98,7 @@ def gone(pid: int) -> bool:
 
 
 def monitors(directory: Path) -> list[int]:
-    """Of all lives so far that lived to start one."""
+    """Of all runs so far that came to start one."""
     noted = directory / "monitors"
     return [int(line) for line in noted.read_text().split()] if noted.exists() else []
 
@@ -123,15 +126,15 @@ def maps(process: Path) -> str:
         return ""
 
 
-def start(nursery, tmp_path, staging: int = 8, **variables: str) -> Life:
+def start(fork_server, tmp_path, staging: int = 8, **variables: str) -> ProcessRun:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    return nursery.start(script, tmp_path / "d", STAGING=str(staging), **variables)
+    return fork_server.start(script, tmp_path / "d", STAGING=str(staging), **variables)
 
 
-def handing_over(life: Life, directory: Path, steps: int = 3) -> None:
-    until(lambda: told(directory)[0] >= steps or not life.alive(), why=lambda: life.output)
-    assert life.alive(), life.output
+def handing_over(process: ProcessRun, directory: Path, steps: int = 3) -> None:
+    until(lambda: told(directory)[0] >= steps or not process.alive(), why=lambda: process.output)
+    assert process.alive(), process.output
 
 
 @pytest.mark.slow
@@ -140,20 +143,20 @@ def handing_over(life: Life, directory: Path, steps: int = 3) -> None:
     [(1, 2), (1, 8), (-(-STATE_MB // 3), STATE_MB + 8)],
     ids=["small ring", "ring of more than the state", f"{STATE_MB} MB of state and a ring to match"],
 )
-def test_every_step_reported_as_handed_over_is_committed_after_a_kill_at_any_instant(nursery, tmp_path, larger, staging):
+def test_every_step_reported_as_handed_over_is_committed_after_a_kill_at_any_instant(fork_server, tmp_path, larger, staging):
     directory = tmp_path / "d"
     seed = random.SystemRandom().randrange(2**32)
     chance, newest, finished, kills = random.Random(seed), 0, 0, 0
-    while kills < KILLS or newest < KILLS:  # lives that are killed before their first step alone would show little
+    while kills < KILLS or newest < KILLS:  # runs that are killed before their first step alone would show little
         kills += 1
         assert kills <= 20 * KILLS, f"seed {seed}: hardly a step was made"
-        life = start(nursery, tmp_path, staging, LARGER=str(larger))
+        process = start(fork_server, tmp_path, staging, LARGER=str(larger))
         if larger == 1:
-            live_and_be_killed(life, directory, chance)
+            run_and_be_killed(process, directory, chance)
         else:  # starting takes longer than a step: a kill that comes before the first one was handed over shows little
-            handing_over(life, directory, newest + chance.randrange(1, 4))
+            handing_over(process, directory, newest + chance.randrange(1, 4))
             time.sleep(chance.uniform(0, 0.5))
-            life.kill()
+            process.kill()
         handed, _ = told(directory)
         finished += handed > newest_by_name(directory)
         for pid in monitors(directory)[-1:]:
@@ -167,39 +170,39 @@ def newest_by_name(directory: Path) -> int:
     return max((int(name.split("-")[1]) for name in committed(directory / "d")), default=0)
 
 
-def test_ctrl_c_to_the_group_ends_the_trainer_and_not_what_it_handed_over(nursery, tmp_path):
-    life, directory = start(nursery, tmp_path), tmp_path / "d"
-    handing_over(life, directory)
+def test_ctrl_c_to_the_group_ends_the_trainer_and_not_what_it_handed_over(fork_server, tmp_path):
+    process, directory = start(fork_server, tmp_path), tmp_path / "d"
+    handing_over(process, directory)
     (monitor,) = monitors(directory)
-    assert os.getsid(monitor) == monitor != os.getsid(life.pid) == life.pid
-    os.killpg(life.pid, signal.SIGINT)
-    life.wait()
-    assert "KeyboardInterrupt" in life.output
+    assert os.getsid(monitor) == monitor != os.getsid(process.pid) == process.pid
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait()
+    assert "KeyboardInterrupt" in process.output
     until(lambda: gone(monitor), why=lambda: "the monitor outlives its work")
     good(directory, told(directory)[0])
 
 
-def test_signals_that_end_whole_sessions_do_not_end_the_monitor(nursery, tmp_path):
-    life, directory = start(nursery, tmp_path), tmp_path / "d"
-    handing_over(life, directory)
+def test_signals_that_end_whole_sessions_do_not_end_the_monitor(fork_server, tmp_path):
+    process, directory = start(fork_server, tmp_path), tmp_path / "d"
+    handing_over(process, directory)
     (monitor,) = monitors(directory)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
         os.kill(monitor, number)
-    handing_over(life, directory, told(directory)[0] + 3)
-    life.kill()
+    handing_over(process, directory, told(directory)[0] + 3)
+    process.kill()
     until(lambda: gone(monitor))
     good(directory, told(directory)[0])
 
 
-def test_a_forked_worker_that_outlives_the_trainer_keeps_neither_the_monitor_nor_its_memory(nursery, tmp_path):
-    life, directory = start(nursery, tmp_path, WORKER="1"), tmp_path / "d"
-    handing_over(life, directory)
+def test_a_forked_worker_that_outlives_the_trainer_keeps_neither_the_monitor_nor_its_memory(fork_server, tmp_path):
+    process, directory = start(fork_server, tmp_path, WORKER="1"), tmp_path / "d"
+    handing_over(process, directory)
     (monitor,) = monitors(directory)
     until((directory / "worker").exists)
     until(lambda: (directory / "worker").read_text() != "")
     worker = int((directory / "worker").read_text())
     try:
-        life.kill()
+        process.kill()
         until(lambda: gone(monitor), why=lambda: "the monitor waits for a worker")
         good(directory, told(directory)[0])
         assert not gone(worker) and str(worker) not in holders()
@@ -209,10 +212,10 @@ def test_a_forked_worker_that_outlives_the_trainer_keeps_neither_the_monitor_nor
         os.kill(worker, signal.SIGKILL)
 
 
-def test_the_next_life_waits_for_the_monitor_of_the_one_before(nursery, tmp_path):
-    life, directory = start(nursery, tmp_path), tmp_path / "d"
-    handing_over(life, directory)
-    life.kill()
+def test_the_next_run_waits_for_the_monitor_of_the_one_before(fork_server, tmp_path):
+    process, directory = start(fork_server, tmp_path), tmp_path / "d"
+    handing_over(process, directory)
+    process.kill()
     store = Store(directory / "d")
     wait_for_monitor(store.open)
     store.close()
@@ -220,15 +223,15 @@ def test_the_next_life_waits_for_the_monitor_of_the_one_before(nursery, tmp_path
     good(directory, told(directory)[0])
 
 
-def test_the_monitor_has_no_torch_and_is_small(nursery, tmp_path):
-    life, directory = start(nursery, tmp_path), tmp_path / "d"
-    handing_over(life, directory)
+def test_the_monitor_has_no_torch_and_is_small(fork_server, tmp_path):
+    process, directory = start(fork_server, tmp_path), tmp_path / "d"
+    handing_over(process, directory)
     (monitor,) = monitors(directory)
     maps = Path(f"/proc/{monitor}/maps").read_text()
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{monitor}/status").read_text().splitlines() if ":\t" in line)
     assert "_engine.abi3" in maps and "torch" not in maps
     assert int(status["RssAnon"].split()[0]) < 60 << 10
-    assert life.alive()
+    assert process.alive()
 
 
 # ---- in this process ----
@@ -418,7 +421,7 @@ def test_a_ring_larger_than_a_64_mib_dev_shm_works(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("""
 import os
-from helpers import *
+from script_prelude import *
 assert os.statvfs("/dev/shm").f_blocks * os.statvfs("/dev/shm").f_frsize == 64 << 20
 m = nn.Linear(1024, 8192)
 opt = torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9)
@@ -429,8 +432,7 @@ for _ in range(3):
 opt.ckpt.shutdown()
 print("committed", opt.ckpt.statistics()["last_committed_step"])
 """)
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"}
     inside = f"mount -t tmpfs -o size=64m tmpfs /dev/shm || exit 77; exec {sys.executable} {script}"
     done = subprocess.run(["unshare", "--mount", "sh", "-c", inside], cwd=tmp_path, env=env, capture_output=True, text=True)
     if done.returncode == 77 or "unshare" in done.stderr:

@@ -10,13 +10,13 @@ import re
 from pathlib import Path
 
 import pytest
-from helpers import until
+from waiting import until
 
 MIB = 1 << 20
 MODEL = 64 * MIB  # the model; AdamW's state is twice that
 
 SCRIPT = """
-from helpers import *
+from script_prelude import *
 import os, time
 
 m = nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(16)])
@@ -70,48 +70,50 @@ def kilobytes(pid: int, field: str) -> int:
 
 
 @pytest.mark.parametrize(("what", "new"), [("weights", 0), ("fresh", 2 * MODEL), ("rollback", 0)])
-def test_restoring_peaks_at_the_state_plus_64_mib(what, new, nursery, tmp_path):
+def test_restoring_peaks_at_the_state_plus_64_mib(what, new, fork_server, tmp_path):
     """``new``: bytes of optimizer state that did not exist before."""
-    script, directory = tmp_path / "train.py", tmp_path / "life"
+    script, directory = tmp_path / "train.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    saved = nursery.start(script, directory, WHAT="save")
+    saved = fork_server.start(script, directory, WHAT="save")
     saved.wait()
     assert saved.returncode == 0, saved.output
-    life = nursery.start(script, directory, WHAT=what)
+    process = fork_server.start(script, directory, WHAT=what)
 
     def answered() -> bool:
-        assert life.alive(), life.output
+        assert process.alive(), process.output
         return (directory / "ready").exists()
 
     until(answered)
-    Path(f"/proc/{life.pid}/clear_refs").write_text("5")  # the high-water mark begins anew
-    before = kilobytes(life.pid, "VmRSS")
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = kilobytes(process.pid, "VmRSS")
     (directory / "ready").unlink()
     (directory / "go").touch()
     until(answered)
-    peak, after = kilobytes(life.pid, "VmHWM"), kilobytes(life.pid, "VmRSS")
+    peak, after = kilobytes(process.pid, "VmHWM"), kilobytes(process.pid, "VmRSS")
     (directory / "go").touch()
-    assert life.wait() is not None and life.returncode == 0, life.output
+    assert process.wait() is not None and process.returncode == 0, process.output
     assert peak >= before and after >= before + new * 0.9, "nothing was measured"
     assert peak - before <= new + 64 * MIB, f"{(peak - before) / MIB:.0f} MiB more at the peak, {new / MIB:.0f} of state"
     print(f"{what}: {(peak - before - new) / MIB:.1f} MiB beyond the state")
 
 
 @pytest.mark.parametrize("writes", ["thread", "monitor"])
-def test_a_run_peaks_at_no_more_above_the_mock_than_what_it_printed_at_start(nursery, tmp_path, writes):
+def test_a_run_peaks_at_no_more_above_the_mock_than_what_it_printed_at_start(fork_server, tmp_path, writes):
     """With the monitor: the training process, the memory that it shares with the monitor included."""
     script, peaks = tmp_path / "train.py", {}
     script.write_text("import logging\nlogging.basicConfig(level=logging.INFO)\n" + SCRIPT)
     for writer in ("mock", writes):
         # Without a heap that keeps what was freed, the same training peaks at the same height each time.
-        life = nursery.start(script, tmp_path / writer, WHAT=writer, MALLOC_MMAP_THRESHOLD_="65536")
+        process = fork_server.start(script, tmp_path / writer, WHAT=writer, MALLOC_MMAP_THRESHOLD_="65536")
         ready = tmp_path / writer / "ready"
-        until(lambda life=life, ready=ready: ready.exists() or not life.alive(), why=lambda life=life: life.output)
-        assert life.alive(), life.output
-        peaks[writer] = kilobytes(life.pid, "VmHWM")
+        until(
+            lambda process=process, ready=ready: ready.exists() or not process.alive(), why=lambda process=process: process.output
+        )
+        assert process.alive(), process.output
+        peaks[writer] = kilobytes(process.pid, "VmHWM")
         (tmp_path / writer / "go").touch()
-        assert life.wait() is not None and life.returncode == 0, life.output
-    printed = int(re.search(r"memory at most (\d+) MiB", life.output)[1]) * MIB
+        assert process.wait() is not None and process.returncode == 0, process.output
+    printed = int(re.search(r"memory at most (\d+) MiB", process.output)[1]) * MIB
     more = peaks[writes] - peaks["mock"]
     assert more <= printed, f"{more / MIB:.0f} MiB above the mock, {printed / MIB:.0f} MiB printed"
     print(f"{more / MIB:.1f} MiB above the mock, {printed / MIB:.0f} MiB printed")

@@ -6,104 +6,9 @@ and random generators.
 
 from __future__ import annotations
 
-import random
-import signal
-import textwrap
-import time
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from helpers import committed, until
-from lives import Life, fresh_life, results
-
-SCRIPT = """
-from helpers import *
-
-class Counting(torch.optim.Optimizer):
-    def __init__(self, params, lr):
-        super().__init__(params, {{"lr": lr, "betas": (0.9, 0.999)}})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["step"] = group.get("step", 0) + 1
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state.update(seen=0, clock=torch.zeros(()), m=torch.zeros_like(p))
-                state["seen"] += 1
-                state["clock"] += 1
-                state["m"].lerp_(p.grad, 1 - group["betas"][0])
-                scale = 1 - group["betas"][0] ** (state["seen"] if group["step"] > 9 else state["clock"])
-                p.sub_(state["m"].sign() / scale, alpha=group["lr"])
-
-torch.manual_seed(0); random.seed(0); np.random.seed(0)
-torch.use_deterministic_algorithms(True)
-{setup}
-opt = fxckpt.compile_step({compile_step})
-start = fxckpt.load().step
-for step in {steps}:
-{body}
-    report(step, loss)
-{held}.ckpt.flush()
-finish(m, {finish})
-"""
-
-
-BODY = """
-        x, y = next(loader)
-        moment()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        moment()
-        opt.step()
-        moment()
-        opt.zero_grad()
-        s.step()
-    """
-
-
-@dataclass(frozen=True)
-class Case:
-    """A script, by the parts in which it differs from the others. Names are those that a user's script would have."""
-
-    model: str = "mlp()"
-    loader: str = "Loader.of(8)"
-    compiled: str = "m"
-    optimizer: str = "torch.optim.AdamW(m.parameters(), lr=1e-2)"
-    scheduler: str = "torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=STEPS + 1)"
-    setup: str = ""
-    compile_step: str = 'optimizer, "d", model=m, every=1, update="native", extra={"sched": s, "data": loader}'
-    steps: str = "range(start, STEPS)"
-    body: str = BODY
-    finish: str = "optimizer, s, loader"
-    held: str = "opt"
-    store: str = "d"
-    length: int = 24
-
-    def script(self) -> str:
-        setup = [
-            f"STEPS = {self.length}",
-            f"m = {self.model}",
-            f"model = {self.compiled}",
-            f"optimizer = {self.optimizer}",
-            f"s = {self.scheduler}",
-            f"loader = {self.loader}",
-            textwrap.dedent(self.setup),
-        ]
-        body = textwrap.indent(textwrap.dedent(self.body).strip("\n"), "    ")
-        return SCRIPT.format(
-            setup="\n".join(setup),
-            compile_step=self.compile_step,
-            steps=self.steps,
-            body=body,
-            finish=self.finish,
-            held=self.held,
-        )
-
+from process_runs import fresh_process, results
+from resume_case import BODY, Case, kill_after_next_commit, same_bits
 
 EVERYTHING = '"d", model=m, every=1, update="native"'
 
@@ -156,12 +61,12 @@ CASES = {
         if step % 4 == 2:
             opt.ckpt.save()  # every="auto" takes none in the first minute
         x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
-        moment()
+        kill_window()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
         opt.zero_grad()
-        moment()
+        kill_window()
     """,
     ),
     "the loop of fxckpt.steps": Case(compiled="eager(m)", steps="fxckpt.steps(STEPS)"),
@@ -173,10 +78,10 @@ CASES = {
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y) / 2
         loss.backward()
-        moment()
+        kill_window()
         if step % 2 == 1:
             opt.step()
-            moment()
+            kill_window()
             opt.zero_grad()
             s.step()
     """,
@@ -187,10 +92,10 @@ CASES = {
             x, y = next(loader)
             loss = F.cross_entropy(model(x), y) / 2
             loss.backward()
-            moment()
+            kill_window()
         torch.nn.utils.clip_grad_norm_(m.parameters(), 0.1)
         opt.step()
-        moment()
+        kill_window()
         opt.zero_grad(set_to_none=False)
         s.step()
     """
@@ -201,11 +106,11 @@ CASES = {
         body="""
         opt.zero_grad()
         x, y = next(loader)
-        moment()
+        kill_window()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
-        moment()
+        kill_window()
         s.step()
     """,
     ),
@@ -215,11 +120,11 @@ CASES = {
         body="""
         x = torch.randn(8, 8) * random.random() + np.random.randn() + own.normal() + torch.randn(1, generator=torch_own)
         y = torch.randint(0, 4, (8,))
-        moment()
+        kill_window()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
-        moment()
+        kill_window()
         opt.zero_grad()
         s.step()
     """,
@@ -233,11 +138,11 @@ CASES = {
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        moment()
+        kill_window()
         optimizer.step()
-        moment()
+        kill_window()
         second.step()
-        moment()
+        kill_window()
         optimizer.zero_grad(); second.zero_grad()
         s.step()
     """,
@@ -253,7 +158,7 @@ CASES = {
         x, y = next(batches)
         loss = F.cross_entropy(model(x), y)
         loss.backward()
-        moment()
+        kill_window()
         opt.step()
         opt.zero_grad()
         s.step()
@@ -275,7 +180,7 @@ CASES = {
             return loss
 
         loss = opt.step(closure)
-        moment()
+        kill_window()
     """,
         finish="optimizer, loader",
     ),
@@ -292,7 +197,7 @@ CASES = {
             return loss
 
         loss = opt.step(closure)
-        moment()
+        kill_window()
         s.step()
     """,
     ),
@@ -305,7 +210,7 @@ CASES = {
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
-        moment()
+        kill_window()
         opt.zero_grad()
         s.step()
     """,
@@ -323,7 +228,7 @@ CASES = {
         loss.backward()
         opt.step()
         opt.zero_grad()
-        moment()
+        kill_window()
         average.update_parameters(m)
         s.step()
     """,
@@ -335,10 +240,10 @@ SCALED = """
         x, y = next(loader)
         loss = F.cross_entropy(model(x), y)
         scaler.scale(loss * (float("inf") if step in (0, 5, 6, 13) else 1)).backward()
-        moment()
+        kill_window()
         {unscale}
         scaler.step(opt)
-        moment()
+        kill_window()
         scaler.update()
         opt.zero_grad()
         s.step()
@@ -361,33 +266,14 @@ for name, form, unscale in (
     )
 
 
-def kill_after_next_commit(life: Life, store: Path, upto: float = 0.12) -> None:
-    """SIGKILL within so many seconds after its first commit: long before a script with moments of 5 ms is at its end."""
-    before = set(committed(store))
-    until(lambda: set(committed(store)) - before or not life.alive(), why=lambda: life.output)
-    time.sleep(random.SystemRandom().uniform(0, upto))
-    life.kill()
-    assert life.returncode == -signal.SIGKILL, f"it ended before the kill:\n{life.output}"
-
-
-def same_bits(whole: dict[str, str], first: dict[str, str], again: Life) -> None:
-    """The last life took up after the first commit, and everything it and those before did is what the whole run did."""
-    second = again.succeed()
-    assert "LOSS 0" not in second, "nothing was restored"
-    assert {**first, **second}.keys() == whole.keys(), "steps were skipped"
-    for line in (first, second):
-        wrong = {step: (whole[step], found) for step, found in line.items() if whole[step] != found}
-        assert not wrong, f"uninterrupted and resumed: {wrong}\n{again.output}"
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_killed_and_run_again_ends_with_the_same_bits(name, nursery, tmp_path):
+def test_killed_and_run_again_ends_with_the_same_bits(name, fork_server, tmp_path):
     case, script = CASES[name], tmp_path / "train.py"
     script.write_text(case.script())
-    whole = nursery.start(script, tmp_path / "whole")
-    killed = nursery.start(script, tmp_path / "killed", MOMENT="0.005")
+    whole = fork_server.start(script, tmp_path / "whole")
+    killed = fork_server.start(script, tmp_path / "killed", KILL_WINDOW="0.005")
     kill_after_next_commit(killed, tmp_path / "killed" / case.store)
-    same_bits(whole.succeed(), results(killed.output), nursery.start(script, tmp_path / "killed"))
+    same_bits(whole.succeed(), results(killed.output), fork_server.start(script, tmp_path / "killed"))
 
 
 COMPILED = Case(
@@ -398,25 +284,25 @@ COMPILED = Case(
 
 
 @pytest.mark.slow
-def test_killed_and_run_again_by_python_with_everything_compiled_ends_with_the_same_bits(nursery, inductor_cache, tmp_path):
+def test_killed_and_run_again_by_python_with_everything_compiled_ends_with_the_same_bits(fork_server, inductor_cache, tmp_path):
     """Model and update by Inductor, and ``python train.py`` twice, as a user does it. One cold compile, then cached."""
     script = tmp_path / "train.py"
     script.write_text(COMPILED.script())
-    whole = nursery.start(script, tmp_path / "whole").succeed()
+    whole = fork_server.start(script, tmp_path / "whole").succeed()
     (tmp_path / "killed").mkdir()
-    killed = fresh_life(script, tmp_path / "killed", inductor_cache, MOMENT="0.01")
+    killed = fresh_process(script, tmp_path / "killed", inductor_cache, KILL_WINDOW="0.01")
     kill_after_next_commit(killed, tmp_path / "killed" / "d")
-    same_bits(whole, results(killed.output), fresh_life(script, tmp_path / "killed", inductor_cache))
+    same_bits(whole, results(killed.output), fresh_process(script, tmp_path / "killed", inductor_cache))
 
 
-def test_killed_again_and_again_ends_with_the_same_bits(nursery, tmp_path):
-    """Every life gets a step or a few further; generations and slots go on over all of them."""
+def test_killed_again_and_again_ends_with_the_same_bits(fork_server, tmp_path):
+    """Every run gets a step or a few further; generations and slots go on over all of them."""
     script, store = tmp_path / "train.py", tmp_path / "killed" / "d"
     script.write_text(CASES["without a compiled model"].script())
-    whole = nursery.start(script, tmp_path / "whole")
+    whole = fork_server.start(script, tmp_path / "whole")
     found: dict[str, str] = {}
     for _ in range(4):
-        life = nursery.start(script, tmp_path / "killed", MOMENT="0.02")
-        kill_after_next_commit(life, store, upto=0)
-        found.update(results(life.output))
-    same_bits(whole.succeed(), found, nursery.start(script, tmp_path / "killed"))
+        process = fork_server.start(script, tmp_path / "killed", KILL_WINDOW="0.02")
+        kill_after_next_commit(process, store, upto=0)
+        found.update(results(process.output))
+    same_bits(whole.succeed(), found, fork_server.start(script, tmp_path / "killed"))

@@ -7,16 +7,17 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import Training, until
-from lives import Life
-from test_kill_loop import good, told
+from known_sums import good, told
+from process_runs import ProcessRun
+from small_training import Training
+from waiting import until
 
 import fxckpt
 
 SCRIPT = """
 import os, signal, sys, time
-from helpers import *
-from test_kill_loop import Sums, Tally, tell, wrong
+from script_prelude import *
+from known_sums import Sums, Tally, tell, wrong
 
 def mine(number, frame):
     tell("asked", opt.ckpt.statistics()["last_committed_step"] or 0)
@@ -40,28 +41,28 @@ for step in range(10**9):
 """
 
 
-def start(nursery, tmp_path: Path, **variables: str) -> Life:
+def start(fork_server, tmp_path: Path, **variables: str) -> ProcessRun:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
-    life = nursery.start(script, tmp_path / "d", **variables)
-    until(lambda: len(told(tmp_path / "d")[1]) > 3 or not life.alive(), why=lambda: life.output)
-    return life
+    process = fork_server.start(script, tmp_path / "d", **variables)
+    until(lambda: len(told(tmp_path / "d")[1]) > 3 or not process.alive(), why=lambda: process.output)
+    return process
 
 
 @pytest.mark.parametrize(("writer", "every"), [("thread", 10**9), ("monitor", 10**9), ("thread", 1)])
-def test_a_signal_is_answered_with_a_checkpoint_of_a_whole_step_and_then_the_users_handler(nursery, tmp_path, writer, every):
-    life = start(nursery, tmp_path, WRITER=writer, EVERY=str(every), HANDLER="mine")
-    life.kill(signal.SIGTERM)
-    assert life.returncode == 7, life.output
+def test_a_signal_is_answered_with_a_checkpoint_of_a_whole_step_and_then_the_users_handler(fork_server, tmp_path, writer, every):
+    process = start(fork_server, tmp_path, WRITER=writer, EVERY=str(every), HANDLER="mine")
+    process.kill(signal.SIGTERM)
+    assert process.returncode == 7, process.output
     at_least, lines = told(tmp_path / "d")
     assert at_least > 0 and lines[-1] == f"asked {at_least}"
     assert good(tmp_path / "d", at_least) == at_least
 
 
-def test_without_a_handler_of_the_users_the_signal_ends_the_process(nursery, tmp_path):
-    life = start(nursery, tmp_path, WRITER="thread", EVERY="1000000", HANDLER="none")
-    life.kill(signal.SIGTERM)
-    assert life.returncode == -signal.SIGTERM, life.output
+def test_without_a_handler_of_the_users_the_signal_ends_the_process(fork_server, tmp_path):
+    process = start(fork_server, tmp_path, WRITER="thread", EVERY="1000000", HANDLER="none")
+    process.kill(signal.SIGTERM)
+    assert process.returncode == -signal.SIGTERM, process.output
     assert good(tmp_path / "d", 1) >= 1
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import time
 
 import pytest
-from helpers import Loader, Training, committed, conv, differences, mlp, stored
+from digests import differences, stored
+from small_models import Loader, conv, mlp
+from small_training import Training
 from torch.nn import functional as F
+from waiting import committed
 
 import fxckpt
 

@@ -8,9 +8,9 @@ import threading
 
 import pytest
 import torch
-from helpers import until
 from safetensors.torch import load_file
 from torch import nn
+from waiting import until
 
 import fxckpt
 from fxckpt import saver

@@ -8,8 +8,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from helpers import GPT, Loader, committed, conv, digest, eager, mlp
+from digests import digest
+from small_models import GPT, Loader, conv, eager, mlp
 from torch.nn import functional as F
+from waiting import committed
 
 import fxckpt
 

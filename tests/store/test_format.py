@@ -12,10 +12,12 @@ from pathlib import Path
 import plain_reader
 import pytest
 import torch
-from helpers import GPT, Loader, Training
+from repository import ROOT, SUPPORT
+from small_models import GPT, Loader
+from small_training import Training
 from storing import fast_directory, start
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "format.md").read_text()
+DOCUMENT = (ROOT / "docs" / "format.md").read_text()
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def root(tmp_path):
 
 def read_elsewhere(store: Path) -> dict:
     """What the reader finds, in an isolated process that has no way to fxckpt."""
-    command = [sys.executable, "-I", str(Path(__file__).with_name("plain_reader.py")), str(store)]
+    command = [sys.executable, "-I", str(SUPPORT / "plain_reader.py"), str(store)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=store.parent)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from helpers import Training
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_training import Training
 from storing import fast_directory, names, start
 
 import fxckpt
@@ -101,7 +101,7 @@ def test_every_tenth_step_stays_for_good_and_slots_are_still_recycled(root):
     trainer.close()
 
 
-def test_what_is_kept_for_good_stays_in_later_lives_whatever_their_options(root):
+def test_what_is_kept_for_good_stays_in_later_runs_whatever_their_options(root):
     trainer = start(root, keep=1, max_async=1, keep_every=3)
     for step in range(1, 8):
         trainer.save(step)

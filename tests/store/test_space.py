@@ -12,7 +12,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import Training, all_good, mlp
+from small_models import mlp
+from small_training import Training, all_good
 from storing import names, start
 
 import fxckpt

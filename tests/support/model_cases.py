@@ -70,7 +70,7 @@ LLAMA = {
 }
 BERT = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 
-ZOO: dict[str, Callable[[], nn.Module]] = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "gpt2": transformer(
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -208,10 +208,10 @@ def written(build: Callable[[], nn.Module], batch: Callable[[], Batch]) -> Calla
     return make
 
 
-HERE = {
+WRITTEN_HERE = {
     "convnet": written(ConvNet, picture),
     "odd": written(Odd, language),
     "gpt": written(Gpt, language),
     "gpt with graph breaks": written(lambda: Gpt(breaks=True), language),
 }
-ZOO |= HERE
+MODELS |= WRITTEN_HERE

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-from test_c_programs import build_driver
+from c_programs import build_driver
 
 from fxckpt import cuda
 
 
 class FakeDriver:
-    """The library's instruments; see the end of ``tests/fake_cuda.c``."""
+    """The library's instruments; see the end of ``fake_cuda.c``."""
 
     def __init__(self, path: str):
         self.path, self.library = path, ctypes.CDLL(path)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from repository import SUPPORT
 
 from fxckpt.engine import Engine, Sources, io
 from fxckpt.monitor import client
@@ -134,7 +135,7 @@ class Trainer:
         return found
 
     def close(self) -> None:
-        """End this life in good order."""
+        """End this run in good order."""
         self.engine.close()
         self.store.close()
 
@@ -154,7 +155,7 @@ class MonitoredTrainer(Trainer):
 def start(
     root: Path, acks: Path | None = None, *, load: bool = True, items: int = 2000, writer: str = "thread", **options: object
 ) -> Trainer:
-    """A new life: open the store and continue its newest checkpoint that verifies, if it has one."""
+    """A new run: open the store and continue its newest checkpoint that verifies, if it has one."""
     monitored = writer == "monitor"
     engine = Engine(threads=2, chunk_bytes=CHUNK, staging_bytes=(RING if monitored else 4) * CHUNK, mock=monitored)
     store = MonitorStore(root, engine, threads=2, **options) if monitored else Store(root, **options)
@@ -185,7 +186,7 @@ def fast_directory(fallback: Path) -> Iterator[Path]:
 @contextmanager
 def recorded_monitors(log: Path) -> Iterator[None]:
     """Monitors that are started meanwhile append their calls to this log."""
-    before, script = client.PROGRAM, Path(__file__).with_name("recorded_monitor.py")
+    before, script = client.PROGRAM, SUPPORT / "recorded_monitor.py"
     client.PROGRAM = (str(script), str(log))
     try:
         yield

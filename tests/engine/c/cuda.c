@@ -1,4 +1,4 @@
-/* Training on a device that the fake driver plays (tests/fake_cuda.c), with everything going on at once: several
+/* Training on a device that the fake driver plays (fake_cuda.c), with everything going on at once: several
  * checkpoints in flight, late copies, copies that overtake and are overtaken, two devices and the host, a stream
  * that is not the default one, slow writes, cancels. Each fence is followed by a kernel that overwrites the layer,
  * so an order that is missing is a violation that the driver counts, or a wrong byte in the file.
