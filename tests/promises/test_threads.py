@@ -13,8 +13,8 @@ from torch import nn
 from waiting import until
 
 import fxckpt
-from fxckpt import saver
 from fxckpt.engine import io
+from fxckpt.saving import saver
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import decode_state
 
