@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import script_prelude  # noqa: F401  a forked run begins with it
 import torch
 from process_runs import ProcessRun, environment
 from small_models import mlp
