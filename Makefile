@@ -25,25 +25,25 @@ test: $(ENGINE)
 
 # The long versions of what make test runs short: every power cut, and a hundred kills.
 crash: $(ENGINE)
-	@FXCKPT_CRASH=full $(PY) -m pytest tests/test_power_cut.py $(ARGS)
+	@FXCKPT_CRASH=full $(PY) -m pytest tests/campaigns/test_power_cut.py $(ARGS)
 
-# Every error at every call of a training; and lives that are killed and disturbed at random, one after the other.
+# Every error at every call of a training; and runs that are killed and disturbed at random, one after the other.
 faults: $(ENGINE)
-	@FXCKPT_FAULTS=full $(PY) -m pytest -n 2 --dist worksteal tests/test_faults.py -k whichever $(ARGS)
+	@FXCKPT_FAULTS=full $(PY) -m pytest -n 2 --dist worksteal tests/campaigns/test_faults.py -k whichever $(ARGS)
 
 # Larger settings of the model of chunks and fences, every interleaving of each.
 model: $(ENGINE)
-	@FXCKPT_MODEL=full $(PY) -m pytest tests/test_chunk_model.py $(ARGS)
+	@FXCKPT_MODEL=full $(PY) -m pytest tests/campaigns/test_chunk_model.py $(ARGS)
 
 soak: export FXCKPT_SOAK ?= 500
 soak: $(ENGINE)
-	@$(PY) -m pytest -s tests/test_soak.py $(ARGS)
+	@$(PY) -m pytest -s tests/campaigns/test_soak.py $(ARGS)
 
 # Kills with 600 MB of state also where /dev/shm is small; then the same beside the peers that are installed.
 kills: $(ENGINE)
-	@FXCKPT_KILLS=100 $(PY) -m pytest tests/test_kill_loop.py $(ARGS)
-	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 $(PY) -m pytest -s tests/test_monitor.py -k every_step $(ARGS)
-	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 sh tools/small_shm.sh $(PY) -m pytest -s tests/test_monitor.py -k "every_step and 600" $(ARGS)
+	@FXCKPT_KILLS=100 $(PY) -m pytest tests/campaigns/test_kill_loop.py $(ARGS)
+	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 $(PY) -m pytest -s tests/promises/test_monitor.py -k every_step $(ARGS)
+	@FXCKPT_KILLS=50 FXCKPT_STATE_MB=600 sh tools/small_shm.sh $(PY) -m pytest -s tests/promises/test_monitor.py -k "every_step and 600" $(ARGS)
 	@$(PY) benchmarks/kills.py
 	@sh tools/small_shm.sh $(PY) benchmarks/kills.py --only fxckpt-monitor
 
@@ -51,12 +51,13 @@ kills: $(ENGINE)
 .PHONY: optimizers
 optimizers: $(ENGINE)
 	@$(PY) tools/optimizer_table.py
-	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/test_every_optimizer.py $(ARGS)
+	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py $(ARGS)
 
-# Every model of tests/zoo.py through Inductor itself, with and without us, then killed and resumed: half an hour.
+# Every model of tests/support/model_cases.py through Inductor itself, with and without us, then killed and resumed:
+# half an hour.
 .PHONY: models
 models: $(ENGINE)
-	@FXCKPT_MODELS=full $(PY) -m pytest tests/test_models.py $(ARGS)
+	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py $(ARGS)
 
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
@@ -65,7 +66,7 @@ bench: $(ENGINE)
 # An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
 fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600
 fuzz: $(ENGINE)
-	@$(PY) -m pytest -s tests/test_fuzz.py $(ARGS)
+	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py $(ARGS)
 
 lint: $(VENV)/.packages
 	@$(PY) -m ruff --version >/dev/null 2>&1 || $(PIP) "ruff>=0.9"

@@ -23,7 +23,7 @@ fi
 
 tests=0
 if "$PYTHON" -c 'import pytest, safetensors' 2>/dev/null; then
-    "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda tests/test_on_gpu.py || tests=$?
+    "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda tests/engine/test_on_gpu.py || tests=$?
 else
     echo "pytest or safetensors is missing: THE TESTS DID NOT RUN"
     tests=77

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from contextlib import contextmanager
 
 import pytest
 
@@ -23,37 +22,26 @@ def inductor_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _nursery(inductor_cache):
-    from lives import Nursery
+def _fork_server(inductor_cache):
+    from fork_server import ForkServer
 
-    made = Nursery(inductor_cache)
+    made = ForkServer(inductor_cache)
     yield made
     made.close()
 
 
 @pytest.fixture
-def nursery(_nursery):
-    """Starts scripts in processes of their own, quickly; see lives.Nursery."""
-    yield _nursery
-    _nursery.end_lives()
-
-
-@contextmanager
-def intraop_threads(count: int):
-    """PyTorch uses so many meanwhile."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def fork_server(_fork_server):
+    """Starts scripts in processes of their own, quickly; see fork_server.ForkServer."""
+    yield _fork_server
+    _fork_server.end_runs()
 
 
 @pytest.fixture
 def one_thread():
     """Small models are no faster with more, and on a busy machine much slower."""
+    from intraop import intraop_threads
+
     with intraop_threads(1):
         yield
 

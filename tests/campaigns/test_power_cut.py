@@ -1,0 +1,487 @@
+"""Promise 4: a committed checkpoint survives a power cut at any point between two system calls.
+
+Real runs are recorded at the engine's I/O table and cut after each call, in every way that loses unsynced data. Then each
+ordering edge of docs/format.md is taken away: its sync is never made, and it is made too late. Each must be missed, else
+the test is blind or the edge is not needed. And a killed run leaves unsynced names behind: the next run is recorded on
+top of the log of the first one, cut short at any call.
+
+All of it twice: ``writer="thread"``, and ``writer="monitor"``, where the operations are those of the monitor's own process
+(``recorded_monitor.py``) and a checkpoint counts as acknowledged when the trainer's process was told. The log is one, in the
+order of both. And a trainer is killed that has handed over what the monitor then finishes, and a monitor that is replaced.
+
+``FXCKPT_CRASH=full`` (``make crash``) tries far more states, and a kill at every call.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, acknowledged_by, explore, late, moved, without, write_out
+from real_run import real_run
+from repository import ROOT, SUPPORT, python_path
+from storing import MonitoredTrainer, Trainer, fast_directory, recorded_monitors, start
+from waiting import until
+
+import fxckpt
+from fxckpt.engine import io
+from fxckpt.monitor import client
+from fxckpt.store import names
+from fxckpt.store.reader import candidates, latest
+
+WHOLE = os.environ.get("FXCKPT_CRASH") == "full"
+RULE = FULL if WHOLE else SHORT
+STORE = "runs/first/checkpoints"
+ITEMS = 700  # floats a tensor: each file has two chunks
+WRITERS = ("thread", "monitor")
+
+
+class Recording:
+    """The calls of a scenario, on a disk of its own: those of this process, and of its monitors."""
+
+    def __init__(self, tmp: Path, scenario: Callable[[Path, Path, str], None] | None, keep: int, writer: str):
+        self.base, self.keep, self.tmp, self.judges, self.writer = tmp / "disk", keep, tmp, 0, writer
+        self.acks = tmp / "acks"
+        self.base.mkdir()
+        self.acks.mkdir()
+        self.log = self.record(scenario) if scenario else []
+
+    def record(self, scenario: Callable[[Path, Path, str], None]) -> list[io.Call]:
+        """What one run, or several, do on the disk as it is."""
+        io.record(self.tmp / "log")
+        try:
+            with recorded_monitors(self.tmp / "log"):
+                scenario(self.base / STORE, self.acks, self.writer)
+        finally:
+            io.stop_recording()
+        behind = self.tmp / "log.behind"
+        assert not behind.exists() or behind.read_text() == "", "the monitor changed files behind the table's back"
+        assert behind.exists() == (self.writer == "monitor"), "no monitor was recorded, or one that was not asked for"
+        return io.read_log(self.tmp / "log")
+
+    def judge(self) -> Judge:
+        """A judge with nothing remembered, and its own scratch directory."""
+        self.judges += 1
+        return Judge(STORE, self.tmp / f"judge-{self.judges}", self.keep)
+
+    def explore(self, log: list[io.Call], rule=RULE, **options):
+        """The first broken promise, and how many states were looked at."""
+        judge = self.judge()
+        found = explore(log, str(self.base), judge, rule, **options)
+        return found, judge.states
+
+
+# ---- scenarios ----
+
+
+def once(root: Path, acks: Path, writer: str) -> None:
+    """The store is made, with the directories above it, and one checkpoint."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    trainer.save(1)
+    trainer.close()
+
+
+def one_slot(root: Path, acks: Path, writer: str) -> None:
+    """keep=1: each commit gives up the only other checkpoint, whose slot is then recycled."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    for step in range(1, 5):
+        trainer.save(step)
+    trainer.close()
+
+
+def rotation(root: Path, acks: Path, writer: str) -> None:
+    """keep=3 with two in flight at a time."""
+    trainer = start(root, acks, keep=3, items=ITEMS, writer=writer)
+    for step in range(1, 8, 2):
+        first, second = trainer.begin(step), trainer.begin(step + 1)
+        trainer.finish(step, *first)
+        trainer.finish(step + 1, *second)
+    trainer.close()
+
+
+def named(root: Path, acks: Path, writer: str) -> None:
+    """Named saves among others; one that is interrupted just behind the rename to its final name."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    trainer.save(1)
+    trainer.save(1, name="first")
+    interrupted(trainer, 2, "second")
+    trainer.save(2)
+    trainer.save(3, name="second")
+    trainer.close()
+
+
+def interrupted(trainer: Trainer, step: int, name: str) -> None:
+    """Ctrl-C between the rename and the sync of a commit; a monitor has no Ctrl-C, there the sync's ``open`` fails."""
+    if isinstance(trainer, MonitoredTrainer):
+        marker = Path(client.PROGRAM[1] + ".interrupt")
+        marker.touch()
+        with pytest.raises(fxckpt.SaveFailed, match="Too many open files"):
+            trainer.save(step, name)
+        assert not marker.exists()
+        return
+    slot, checkpoint = trainer.begin(step, name)
+    real, named_directory = io.fsync_dir, os.path.dirname(slot.path)
+
+    def fsync_dir(path):
+        if path == named_directory:
+            io.fsync_dir = real
+            raise KeyboardInterrupt
+        real(path)
+
+    io.fsync_dir = fsync_dir
+    with pytest.raises(KeyboardInterrupt):
+        trainer.finish(step, slot, checkpoint)
+    assert not os.path.lexists(slot.path) and io.fsync_dir is real
+
+
+def restarts(root: Path, acks: Path, writer: str) -> None:
+    """Rotation, a named save, two in flight, one given up; then a second run; then a third of a smaller model, with
+    store.json lost, that rolls back and comes past the same step again."""
+    trainer = start(root, acks, keep=2, items=ITEMS, writer=writer)
+    for step in range(1, 6):
+        trainer.save(step)
+    trainer.save(5, name="best")
+    six, seven = trainer.begin(6), trainer.begin(7)
+    trainer.finish(6, *six)
+    trainer.finish(7, *seven)
+    give_up(trainer, 8)
+    trainer.save(9)
+    trainer.close()
+    trainer = start(root, acks, keep=2, items=ITEMS, writer=writer)
+    trainer.save(10)
+    trainer.close()
+    io.unlink(root / "store.json")
+    trainer = start(root, acks, keep=2, load=False, items=300, writer=writer)
+    trainer.store.mark_loaded(max(each.record.generation for each in candidates(root)) - 1)  # one behind the newest
+    for step in (10, 11, 12):
+        trainer.save(step)
+    trainer.close()
+
+
+def give_up(trainer: Trainer, step: int) -> None:
+    """A checkpoint that is cancelled while it is being written."""
+    slot, checkpoint = trainer.begin(step)
+    checkpoint.cancel()
+    assert checkpoint.settled(10)
+    checkpoint.release()
+    trainer.store.abandon(slot, bad=False)
+
+
+def trainer_killed(root: Path, acks: Path, writer: str) -> None:
+    """A trainer that is killed with two checkpoints handed over, of which not a byte is on the disk. Its monitor finishes
+    both: once that has ended, the later one is promised. Then a next run."""
+    script, log = SUPPORT / "dying_trainer.py", Path(client.PROGRAM[1])
+    with Path(f"{log}.stderr").open("w") as errors:  # no pipe: the stopped monitor would hold it open
+        done = subprocess.run(
+            [sys.executable, script, root, acks, log, str(ITEMS)],
+            env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1"},
+            timeout=60,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        )
+    assert done.stdout, Path(errors.name).read_text()
+    monitor = int(done.stdout)
+    os.kill(monitor, signal.SIGCONT)
+    assert done.returncode == -signal.SIGKILL, Path(errors.name).read_text()
+    until(lambda: not os.path.exists(f"/proc/{monitor}"), why=lambda: "the monitor outlives its work")
+    newest = latest(root)
+    assert newest.step == 3
+    io.mkdir(acks / f"{newest.generation}")
+    trainer = start(root, acks, keep=1, items=ITEMS, writer=writer)
+    trainer.save(4)
+    trainer.close()
+
+
+def monitor_replaced(root: Path, acks: Path, writer: str) -> None:
+    """A monitor that is killed with a slot given out, and replaced at the next checkpoint."""
+    trainer = start(root, acks, keep=1, items=ITEMS, writer=writer)
+    trainer.save(1)
+    trainer.store.acquire()
+    first = trainer.store.pid
+    os.kill(first, signal.SIGKILL)
+    until(lambda: trainer.store._link.lost is not None)
+    trainer.save(2)
+    trainer.save(3)
+    assert trainer.store.pid != first
+    trainer.close()
+
+
+SCENARIOS = {
+    "once": (once, 1),
+    "one_slot": (one_slot, 1),
+    "rotation": (rotation, 3),
+    "named": (named, 1),
+    "restarts": (restarts, 2),
+    "real_run": (real_run, 2),
+}
+MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    """Each scenario, recorded when it is first asked for."""
+    made: dict[tuple[str, str], Recording] = {}
+    with fast_directory(tmp_path_factory.mktemp("power")) as directory:
+
+        def record(name: str, writer: str) -> Recording:
+            if (name, writer) not in made:
+                own = directory / f"{name}-{writer}"
+                own.mkdir()
+                made[name, writer] = Recording(own, *{**SCENARIOS, **MONITORED}[name], writer)
+            return made[name, writer]
+
+        yield record
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    ("writer", "scenario"), [("thread", name) for name in SCENARIOS] + [("monitor", name) for name in (*SCENARIOS, *MONITORED)]
+)
+def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(writer, scenario, recordings, counted):
+    recording = recordings(scenario, writer)
+    rule = QUICK if RULE is SHORT and writer == "monitor" else RULE  # much the same calls as those of the thread
+    broken, states = recording.explore(recording.log, rule)
+    counted(f"crash states of {scenario} by {writer} ({len(recording.log)} calls)", states)
+    assert broken is None
+    assert states > 3 * len(recording.log)
+
+
+def test_all_bytes_of_what_a_killed_trainer_had_handed_over_are_written_after_its_death(recordings):
+    """Else the scenario shows nothing."""
+    log = recordings("trainer_killed", "monitor").log
+    dead = next(i for i, call in enumerate(log) if call.path.endswith("/acks/dead"))
+    published_then = [os.path.basename(call.target) for call in log[dead:] if published(call, "")]
+    assert published_then == [names.step_name(step) for step in (2, 3, 4)]
+    assert [call.path for call in log[:dead] if writes(call, "") and "/slot-0" not in call.path and call.op == "pwrite"] == []
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_after_a_power_cut_the_next_run_loads_and_checkpoints(writer, recordings):
+    """On real files: a state loads, the store opens, a next checkpoint commits. One state of each set of names."""
+    recording, every = recordings("restarts", writer), 1 if WHOLE else 3 if writer == "thread" else 40
+    shapes, judge = set(), recording.judge()
+
+    def visit(state, acknowledged):
+        store = judge.store(state)
+        shape = (*sorted(store), *sorted(store.get("named", {})), bool(acknowledged))
+        if shape in shapes:
+            return
+        shapes.add(shape)
+        if len(shapes) % every:
+            return
+        disk = recording.tmp / f"shape-{len(shapes)}"
+        write_out(state, disk)
+        newest = latest(disk / STORE)
+        if acknowledged:
+            assert newest.generation >= max(generation for generation, _ in acknowledged)
+        trainer = start(disk / STORE, keep=2, items=300, writer=writer)
+        trainer.save(99)
+        trainer.close()
+        assert latest(disk / STORE).step == 99
+        assert latest(disk / STORE).generation > (newest.generation if newest else 0)
+
+    assert explore(recording.log, str(recording.base), judge, QUICK, visit=visit) is None
+    assert len(shapes) > 20
+
+
+# ---- the edges of docs/format.md, each taken away ----
+
+
+def syncs(call: io.Call, *ends: str) -> bool:
+    """Whether it makes something durable whose path ends like one of these."""
+    return call.op in ("fsync", "fdatasync") and call.path.endswith(ends)
+
+
+def published(call: io.Call, last: str) -> bool:
+    """A directory gets its final name."""
+    return call.op == "rename" and (re.search(r"/step-[^/]*$", call.target) or "/named/" in call.target) \
+        and not call.target.endswith((".partial", ".json"))  # fmt: skip
+
+
+def acknowledges(call: io.Call, last: str) -> bool:
+    """The caller is told."""
+    return "/acks/" in call.path
+
+
+def writes(call: io.Call, last: str) -> bool:
+    """Bytes of a data file change."""
+    return call.op in ("pwrite", "ftruncate") and call.path.endswith(".safetensors")
+
+
+def frees(call: io.Call, last: str) -> bool:
+    """A checkpoint's name goes."""
+    return call.op == "rename" and "/step-" in call.path and call.target.endswith(".partial")
+
+
+EDGES: dict[str, list[tuple[str, Edge]]] = {
+    "A": [("once", Edge(lambda call, last, name=name: syncs(call, name), acknowledges))
+          for name in ("/disk", "/runs", "/first")],
+    "R": [("one_slot", Edge(lambda call, last: syncs(call, "/checkpoints") and "rename slot" in last, writes))],
+    "D": [("once", Edge(lambda call, last, name=name: syncs(call, name), published))
+          for name in ("model.safetensors", "optimizer.safetensors", "state.safetensors")],
+    "C": [("one_slot", Edge(lambda call, last: syncs(call, "commit.json.tmp"), published))],
+    "S": [("one_slot", Edge(lambda call, last: syncs(call, ".partial"), published))],
+    "P": [("one_slot", Edge(lambda call, last: syncs(call, "/checkpoints") and "rename step" in last, before))
+          for before in (acknowledges, frees)]
+         + [("named", Edge(lambda call, last: syncs(call, "/named") and last in ("rename first", "rename second"),
+                           acknowledges))],
+    "N": [("named", Edge(lambda call, last: syncs(call, "/checkpoints") and last == "mkdir named", acknowledges))],
+    "X": [("named", Edge(lambda call, last: syncs(call, "/named") and last == "rename second.partial",
+                         lambda call, last: call.op == "unlink"))],
+}  # fmt: skip
+"""By the letter in docs/format.md: where it is seen, the sync, and what it must come before. O is about killed runs."""
+
+MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number in range(len(edges)) for way in (without, late)]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    ("letter", "number", "way"), MUTANTS, ids=[f"{letter}{number}-{way.__name__}" for letter, number, way in MUTANTS]
+)
+def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, writer, recordings, counted):
+    scenario, edge = EDGES[letter][number]
+    recording = recordings(scenario, writer)
+    log = way(recording.log, edge)
+    assert log != recording.log, "the edge is not in the log"
+    broken, states = recording.explore(log)
+    what = "all caught" if broken else "which nothing catches"
+    counted(f"mutants of ordering edges by {writer}, {what}", 1)
+    assert broken is not None, f"edge {letter} is not needed: nothing breaks without it ({states} states)"
+
+
+def test_the_document_lists_the_edges_that_are_tested():
+    text = (ROOT / "docs" / "format.md").read_text()
+    listed = re.findall(r"^\| ([A-Z]) \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted([*EDGES, "O"])
+
+
+# ---- a kill, another run, and then a power cut ----
+
+
+def next_run(root: Path, acks: Path, writer: str) -> None:
+    """It loads and takes two checkpoints."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    trainer.save(20)
+    trainer.save(21)
+    trainer.close()
+
+
+def run_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
+    """What the next run does, if the first one was killed behind these calls."""
+    disk, acknowledged = Disk(str(recording.base)), []
+    for call in first:
+        disk.replay(call)
+        acknowledged_by(call, acknowledged)
+    for directory in (recording.base, recording.acks):
+        shutil.rmtree(directory)
+    write_out(disk.now(), recording.base)
+    recording.acks.mkdir()
+    return recording.record(next_run)
+
+
+def kills(log: list[io.Call], writer: str) -> list[int]:
+    """Behind how many calls the first run is killed: each, or in the short version each change of a name and some; with a
+    monitor, whose start takes time, a few."""
+    if WHOLE:
+        return list(range(len(log) + 1))
+    if writer == "monitor":
+        return list(range(random.Random(1).randrange(60), len(log), 60))
+    at = [i + 1 for i, call in enumerate(log) if call.op in ("rename", "unlink") and "/step-" not in call.path]
+    return sorted({*at[::2], *range(random.Random(1).randrange(12), len(log), 12)})
+
+
+def second_recording(directory: Path, recorded: Recording) -> tuple[Recording, list[io.Call]]:
+    """A disk to record a next run on, with nothing on it, and the log of the first run as if it had been made there."""
+    recording = Recording(directory, None, 1, recorded.writer)
+    return recording, [replace_base(call, recorded, recording) for call in recorded.log]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("scenario", ["once", "one_slot", "named"])
+def test_kill_at_any_call_then_a_run_then_a_power_cut(scenario, writer, recordings, tmp_path, counted):
+    with fast_directory(tmp_path) as directory:
+        recording, log = second_recording(directory, recordings(scenario, writer))
+        for killed in kills(log, writer):
+            first = log[:killed]
+            second = run_after(recording, first)
+            broken, states = recording.explore([*first, *second], SHORT if WHOLE else QUICK, skip=killed)
+            assert broken is None, f"killed behind {killed} calls, the last: {log[killed - 1]}"
+            counted(f"kills followed by a run and its power cuts, {writer}", 1)
+            counted(f"crash states after a kill and a run, {writer}", states)
+
+
+def replace_base(call: io.Call, old: Recording, new: Recording) -> io.Call:
+    """The same call on another recording's disk."""
+    call = moved(moved(call, str(old.base), str(new.base)), str(old.acks), str(new.acks))
+    target = call.target.replace(str(old.base), str(new.base), 1)
+    return call.__class__(**{**vars(call), "target": target})
+
+
+def killed_behind(log: list[io.Call], which: Callable[[io.Call], bool]) -> list[io.Call]:
+    """The log up to the last such call."""
+    return log[: max(i for i, call in enumerate(log) if which(call)) + 1]
+
+
+def no_sync_at_open(log: list[io.Call]) -> list[io.Call]:
+    """The second run without edge O: its syncs of the root and of named/ before it makes or changes anything."""
+    at = next(i for i, call in enumerate(log) if call.op in ("mkdir", "rename", "pwrite"))
+    return [call for i, call in enumerate(log) if i >= at or not syncs(call, "/checkpoints", "/named")]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "last"),
+    [
+        ("one_slot", lambda call: call.op == "rename" and call.target.endswith(".partial")),  # given up, and not synced
+        ("once", lambda call: call.op == "rename" and "/step-" in call.target),  # committed and not synced, then loaded
+        ("named", lambda call: call.op == "rename" and call.target.endswith("second.partial")),  # to be removed
+    ],
+    ids=["recycled", "loaded", "removed"],
+)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_without_edge_O_a_kill_and_a_power_cut_lose_a_checkpoint(scenario, last, writer, recordings, tmp_path, counted):
+    with fast_directory(tmp_path) as directory:
+        recording, log = second_recording(directory, recordings(scenario, writer))
+        first = killed_behind(log, last)
+        second = run_after(recording, first)
+        assert recording.explore([*first, *second], QUICK, skip=len(first))[0] is None
+        assert recording.explore([*first, *no_sync_at_open(second)], QUICK, skip=len(first))[0] is not None
+        counted(f"mutants of ordering edges by {writer}, all caught", 1)
+
+
+def test_every_file_operation_of_a_run_goes_through_the_table(fork_server, tmp_path):
+    """What Python does to the store behind the table's back would be in no log: an audit hook sees it."""
+    script = tmp_path / "audited.py"
+    script.write_text("""
+from script_prelude import *
+import os, sys
+root, seen = os.path.abspath("d"), []
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod", "os.utime")
+
+def hook(event, arguments):
+    path = arguments[0] if arguments and isinstance(arguments[0], (str, bytes, os.PathLike)) else None
+    if path is None or not os.path.abspath(os.fsdecode(path)).startswith(root):
+        return
+    if event in CHANGES or event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        seen.append((event, arguments))
+
+sys.addaudithook(hook)
+open(root + "-probe", "w").close()
+assert len(seen) == 1, seen
+seen.clear()
+from real_run import real_run
+from pathlib import Path
+os.mkdir("acks")
+real_run(Path(root), Path("acks"), "thread")
+assert not seen, seen
+print("CLEAN")
+""")
+    assert "CLEAN" in fork_server.start(script, tmp_path / "run").wait()

@@ -1,0 +1,149 @@
+"""The fork server: a process that has imported torch and fxckpt and forks for every run of a script.
+
+So a run costs a second at most instead of five.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import script_prelude  # noqa: F401  a forked run begins with it
+import torch
+from process_runs import ProcessRun, environment
+from small_models import mlp
+from waiting import TIMEOUT
+
+import fxckpt.optimizer  # noqa: F401  so that a forked run need not import it
+from fxckpt.graph import update
+
+
+class ForkServer:
+    """Starts runs in that process. One request, one answer, each a line of JSON."""
+
+    def __init__(self, cache: Path):
+        self._runs: list[ProcessRun] = []
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).resolve())],
+            env=environment(cache),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def _ask(self, **request: Any) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, script: Path, cwd: Path, *, whole_exit: bool = False, **variables: str) -> ProcessRun:
+        """Begin a run of ``script`` in ``cwd`` with these environment variables.
+
+        Python's own exit takes a forked run two seconds, for it touches all that it shares with the server. So only where
+        the exit is the point (``whole_exit``) it is made; others run the exit handlers and stop.
+        """
+        cwd.mkdir(parents=True, exist_ok=True)
+        log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
+        log.touch()
+        pid = self._ask(script=str(script), cwd=str(cwd), log=str(log), variables=variables, whole_exit=whole_exit)
+        process = ProcessRun(pid, log, lambda: self._ask(wait=pid))
+        self._runs.append(process)
+        return process
+
+    def end_runs(self) -> None:
+        """Kill what a failed test left running."""
+        for process in self._runs:
+            process.kill()
+        self._runs.clear()
+
+    def close(self) -> None:
+        self.end_runs()
+        self._process.stdin.close()
+        self._process.wait(TIMEOUT)
+
+
+def serve() -> None:
+    """The server's loop. Returns in the parent at the end of its input, and in each child at the end of its script."""
+    for request in _requests():
+        if "wait" in request:
+            pid, status = os.waitpid(request["wait"], os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _become(**request)
+                return
+        print(json.dumps(answer), flush=True)
+
+
+def _requests() -> Iterator[dict[str, Any]]:
+    """Unbuffered, so that a child inherits no half-read line."""
+    line = b""
+    while byte := os.read(0, 1):
+        line += byte
+        if byte == b"\n":
+            yield json.loads(line)
+            line = b""
+
+
+def _become(script: str, cwd: str, log: str, variables: dict[str, str], whole_exit: bool) -> None:
+    """Become a process that runs a script, as if it had been started for it."""
+    for descriptor, path, flags in ((0, os.devnull, os.O_RDONLY), (1, log, os.O_WRONLY | os.O_APPEND)):
+        fd = os.open(path, flags)
+        os.dup2(fd, descriptor)
+        os.close(fd)
+    os.dup2(1, 2)
+    os.chdir(cwd)
+    os.environ.update(variables)
+    random.seed()
+    np.random.seed()
+    torch.seed()
+    code = compile(Path(script).read_text(), script, "exec")
+    if whole_exit:
+        exec(code, sys.modules["__main__"].__dict__)
+        return
+    status = 0
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else error.code is not None
+    except BaseException as error:
+        traceback.print_exc()
+        sys.last_value, status = error, 1  # as the interpreter sets it
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(int(status))
+
+
+def warm_up() -> None:
+    """Import what torch imports at the first use of Dynamo, AOTAutograd and tracing; leaves no thread and no compiled code."""
+    import torch._inductor.compile_fx
+
+    model = mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for backend in ("eager", "aot_eager"):
+        torch.compile(model, backend=backend)(torch.zeros(8, 8)).sum().backward()
+        opt.step()
+        torch._dynamo.reset()
+    member = model[0].weight
+    group, state = opt.param_groups[0], opt.state[member]
+    update.trace(opt, group, member, state, update.signature_of(opt, group, member, state, "single"))
+
+
+if __name__ == "__main__":
+    warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a run need not touch, and so copy, what the server has
+    serve()
