@@ -17,24 +17,23 @@ WERROR = ["-Werror"] if os.environ.get("FXCKPT_WERROR") == "1" else []
 
 
 def sources(suffix: str, *, testing: bool) -> list[str]:
-    """The engine's files that end so, as paths from the root."""
-    found = (path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(f"*{suffix}"))
-    return sorted(path for path in found if testing or not path.startswith("csrc/testing/"))
+    """The engine's files that end so: as paths from the root, as source distributions want them; for tests, absolute."""
+    found = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob(f"*{suffix}"))
+    return [str(ROOT / path) for path in found] if testing else [path for path in found if "/testing/" not in path]
 
 
 def make_builder(name: str = "fxckpt.engine._engine", *, testing: bool = False) -> FFI:
-    """Describes the extension, with relative paths as source distributions want."""
-    headers = ["csrc/testing/instruments.h"] if testing else ["csrc/engine.h"]
-    declared = ["fxckpt/engine/cdef.h", *(["csrc/testing/cdef.h"] if testing else [])]
+    """Describes the extension; with ``testing``, that of ``tests/support/instruments.py``."""
     builder = FFI()
-    for path in declared:
-        builder.cdef((ROOT / path).read_text())
+    builder.cdef((ROOT / "fxckpt/engine/cdef.h").read_text())
+    if testing:
+        builder.cdef((ROOT / "csrc/testing/cdef.h").read_text())
     builder.set_source(
         name,
-        "".join(f'#include "{header.removeprefix("csrc/")}"\n' for header in headers),
+        '#include "testing/instruments.h"' if testing else '#include "engine.h"',
         sources=sources(".c", testing=testing),
         depends=sources(".h", testing=testing),
-        include_dirs=["csrc"],
+        include_dirs=[str(ROOT / "csrc") if testing else "csrc"],
         extra_compile_args=[*FLAGS, *WERROR, *(["-DFX_TESTING"] if testing else [])],
         extra_link_args=["-pthread", "-lm"],
         py_limited_api=True,

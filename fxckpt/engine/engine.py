@@ -88,7 +88,11 @@ class Engine:
         return Plan(self.chunk_bytes, files, tensors, layers)
 
     def begin(
-        self, plan: Plan, directory: str | os.PathLike[str], names: Sequence[str], known: Sequence[Mapping[int, int]] | None = None
+        self,
+        plan: Plan,
+        directory: str | os.PathLike[str],
+        names: Sequence[str],
+        known: Sequence[Mapping[int, int]] | None = None,
     ) -> Checkpoint:
         """Opens or creates the plan's files under ``directory`` and starts a checkpoint into them.
 
