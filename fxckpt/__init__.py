@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fxckpt.backend import backend
 from fxckpt.errors import (
     Cancelled,
     Corrupt,
@@ -29,18 +28,19 @@ from fxckpt.errors import (
     StoreLocked,
     StoreNotLoaded,
 )
+from fxckpt.torch_backend import backend
 
 if TYPE_CHECKING:
-    from fxckpt.handle import steps
-    from fxckpt.optimizer import compile_step
-    from fxckpt.restore import Restored, load
+    from fxckpt.compiled_optimizer import compile_step
+    from fxckpt.loading.load import Restored, load
+    from fxckpt.loop import steps
     from fxckpt.store.reader import checkpoints, latest
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "compile_step": "fxckpt.optimizer", "load": "fxckpt.restore", "Restored": "fxckpt.restore",
-    "steps": "fxckpt.handle", "checkpoints": "fxckpt.store.reader", "latest": "fxckpt.store.reader",
+    "compile_step": "fxckpt.compiled_optimizer", "load": "fxckpt.loading.load", "Restored": "fxckpt.loading.load",
+    "steps": "fxckpt.loop", "checkpoints": "fxckpt.store.reader", "latest": "fxckpt.store.reader",
 }  # fmt: skip
 
 __all__ = [

@@ -1,39 +1,17 @@
-"""The package's only module-level state: what the compiler has seen, the runs that are live, updates that were compiled.
-
-A run is held weakly: it lives as long as its optimizers do.
-"""
+"""The package's module state, all of it: which module keeps what for the whole process, and why."""
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from fxckpt.graph.joint import TraceBook
-    from fxckpt.run import Run
-
-
-class Registry:
-    """Live runs, the traces that ``fxckpt.backend`` recorded by parameter identity, and updates that any run may use."""
-
-    def __init__(self) -> None:
-        self._runs: weakref.WeakSet[Run] = weakref.WeakSet()
-        self._traces: TraceBook | None = None
-        self.programs: dict[Any, list[Any]] = {}  # signature -> traced updates of torch.optim's classes, for all runs
-
-    @property
-    def traces(self) -> TraceBook:
-        """The book of joint traces; made at first use, so that importing the package stays cheap."""
-        if self._traces is None:
-            from fxckpt.graph.joint import TraceBook
-
-            self._traces = TraceBook()
-        return self._traces
-
-    @property
-    def runs(self) -> weakref.WeakSet[Run]:
-        """The runs that ``compile_step`` registered and that are still alive."""
-        return self._runs
-
-
-registry = Registry()
+MODULE_STATE = {
+    "fxckpt.graph.model.joint:traces": "what the compiler has shown, by parameter identity: it compiles before a run exists",
+    "fxckpt.graph.ops:_PORTS": "the number by which a StepGraph's ops find their run (weak)",
+    "fxckpt.optim.stepper:_shared_programs": "traced updates, which further runs of the same optimizer use again",
+    "fxckpt.optim.helper_thread:helper": "the second thread for calls of many small tensors, started at first use",
+    "fxckpt.run.run:live_runs": "the runs that are alive (weak): for load() without arguments, and for the end of the process",
+    "fxckpt.graph.update.inductor:_compiled": "updates that Inductor compiled, by what they depend on",
+    "fxckpt.engine.ring:_rings": "memory shared with monitors (weak), which a forked child lets go of",
+    "fxckpt.store.lock:_held": "directories that this process has locked, for a second store of the same process",
+    "fxckpt.monitor.client:_links": "open sockets to monitors (weak), which a forked child closes",
+    "fxckpt.compat.inductor:_capturing": "where Inductor's kernels note their calls while one is taken out",
+}
+"""``module:name`` of each mutable object at module level. A test looks for others."""

@@ -1,18 +1,15 @@
-"""``opt.ckpt``: what a user can ask of a run, and ``fxckpt.steps``."""
+"""``opt.ckpt``: what a user can ask of a run."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
-from fxckpt._registry import registry
-from fxckpt.errors import SetupError
-from fxckpt.graph.rewrite import StepGraph
-from fxckpt.run import Run
-from fxckpt.signals import Finisher
-from fxckpt.trace import Tracing
+from fxckpt.graph.step_graph import StepGraph
+from fxckpt.run.run import Run
+from fxckpt.run.signals import Finisher
+from fxckpt.saving.tracing import Tracing
 
 
 class Handle:
@@ -123,39 +120,3 @@ class Handle:
             f"<fxckpt run in {self._run.directory!r}: step {found['steps']}, last committed "
             f"{found['last_committed_step']}, {found['checkpoints_failed']} failed>"
         )
-
-
-def the_run() -> Run:
-    """The one live run. Raises SetupError if there is none, or several (listing them)."""
-    runs = sorted((run for run in registry.runs if not run.stopped), key=lambda run: run.number)
-    if len(runs) == 1:
-        return runs[0]
-    if not runs:
-        raise SetupError("there is no run: call fxckpt.compile_step(optimizer) first, or say which directory to load")
-    listed = "\n".join(f"  {run.directory!r}: {', '.join(type(o).__name__ for o in run.optimizers)}" for run in runs)
-    raise SetupError(f"{len(runs)} runs are live; pass optimizer= (or dir=) to say which:\n{listed}")
-
-
-def steps(n: int, *, optimizer: Any = None) -> Iterator[int]:
-    """Count the iterations of a training loop from where the loaded checkpoint stands up to ``n``.
-
-        fxckpt.load()
-        for step in fxckpt.steps(1000):
-            ...
-
-    The end of each turn is the exact boundary of a step: everything is captured there, random state and loaders too.
-    With gradient accumulation, or a scaler that skips, iterations are not optimizer steps; this counts iterations.
-    """
-    run = optimizer.ckpt._run if optimizer is not None else the_run()
-    run.loops = True
-    while run.iteration < n:
-        run.in_turn, attempts, whole = True, run.attempts, False
-        try:
-            yield run.iteration
-            whole = True
-        finally:
-            # A turn that was left by a `break` or an exception counts if its update was made, which the next one must not
-            # make again.
-            run.iteration += whole or run.attempts != attempts
-            run.in_turn = False
-        run.close_step()  # not after a `break` or an exception: there the turn ended somewhere in its middle

@@ -52,13 +52,13 @@ def nothing_is_left_behind():
     """Stop runs that a test started, and take back faults and delays."""
     yield
     instruments.calm()
-    runs = getattr(sys.modules.get("fxckpt._registry"), "registry", None)
-    left = list(runs.runs) if runs is not None else []
+    runs = getattr(sys.modules.get("fxckpt.run.run"), "live_runs", ())
+    left = list(runs)
     for run in left:
         run.drop_open("the test is over")
         run.saver.unreported = None
         run.shutdown(timeout=30)
-        runs.runs.discard(run)
+        runs.discard(run)
     if left:
         del run, left
         gc.collect()

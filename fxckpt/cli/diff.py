@@ -20,7 +20,7 @@ from fxckpt.engine import io
 from fxckpt.store.layout import ITEM_SIZES
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord
-from fxckpt.store.tagged import numpy_dtype, torch_name
+from fxckpt.store.typed_json import numpy_dtype, torch_name
 
 HELP = "which layers changed between two steps, and by how much"
 

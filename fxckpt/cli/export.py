@@ -22,7 +22,7 @@ from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord, decode_state
-from fxckpt.store.tagged import torch_name
+from fxckpt.store.typed_json import torch_name
 
 HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
 

@@ -18,7 +18,7 @@ from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.reader import Candidate, Reader
-from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, Policy, Standing, ancestors, excess
+from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
 
 HELP = "remove checkpoints that nobody needs"
@@ -92,13 +92,13 @@ class Stock:
         records = [each.record for each in found if isinstance(each, Candidate)]
         policy = _policy(keep, best, records)
         self._parents = {record.generation: record.parent for record in records}
-        self._standings: dict[str, Standing] = {}
+        self._standings: dict[str, CheckpointStatus] = {}
         for each in found:
             if isinstance(each, Corrupt):
-                self._standings[common.path_of(each)] = Standing(-1, None, BAD)
+                self._standings[common.path_of(each)] = CheckpointStatus(-1, None, BAD)
                 continue
             record = each.record
-            self._standings[common.path_of(each)] = Standing(record.generation, record.parent, UNKNOWN,
+            self._standings[common.path_of(each)] = CheckpointStatus(record.generation, record.parent, UNKNOWN,
                                                        record.lasting is not None and not lasting,
                                                        policy.score(record.metrics))  # fmt: skip
 
@@ -128,12 +128,12 @@ class Stock:
         for path, known in sorted(self._standings.items(), key=lambda item: item[1].generation, reverse=True):
             if known.trust != BAD:
                 trust = self._examine(known)
-                self._standings[path] = Standing(known.generation, known.parent, trust, known.lasting, known.score)
+                self._standings[path] = CheckpointStatus(known.generation, known.parent, trust, known.lasting, known.score)
                 if trust == GOOD:
                     return known.generation
         return None
 
-    def _examine(self, known: Standing) -> str:
+    def _examine(self, known: CheckpointStatus) -> str:
         """Read it."""
         path = next(path for path, each in self._standings.items() if each.generation == known.generation)
         self.verified += 1
@@ -146,7 +146,7 @@ class Stock:
         return GOOD
 
     @staticmethod
-    def _why(each: Standing, lineage: set[int]) -> str:
+    def _why(each: CheckpointStatus, lineage: set[int]) -> str:
         return "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fxckpt.graph.layers import Layer, block_of
+from fxckpt.graph.model.layers import Layer, block_of
 
 Edges = Sequence[tuple[str, str]]
 

@@ -41,7 +41,7 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(eq=False)
-class Flight:
+class InFlight:
     """One checkpoint under way here."""
 
     key: int  # of its slot
@@ -65,12 +65,12 @@ class Monitor:
         self.wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()  # flights, and the life of their copies
         self._sending = threading.Lock()
-        self._flights: dict[int, Flight] = {}  # by the trainer's checkpoint
+        self._flights: dict[int, InFlight] = {}  # by the trainer's checkpoint
         self._slots: dict[int, Any] = {}  # acquired, by key
         self._plans: dict[tuple, Any] = {}
         self._newest = 0
         self._over = False  # nothing will come through the socket any more
-        self._queue: queue.SimpleQueue[Flight | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[InFlight | None] = queue.SimpleQueue()
 
     # -- feeder ----------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class Monitor:
 
     def _do_begin(self, message: dict[str, Any], _: memoryview) -> None:
         """Open the slot's files. What was posted of it already can be fed from now on."""
-        flight = Flight(message["key"], message["checkpoint"], self._slots[message["key"]])
+        flight = InFlight(message["key"], message["checkpoint"], self._slots[message["key"]])
         files = tuple((name, nbytes) for name, nbytes in message["files"])
         try:
             flight.copy = self.engine.begin(self._plan(files), flight.slot.path, [name for name, _ in files])
@@ -252,7 +252,7 @@ class Monitor:
                 flight.error = error
             self._end(flight)
 
-    def _commit(self, flight: Flight) -> None:
+    def _commit(self, flight: InFlight) -> None:
         """Wait for the disk, then make it a checkpoint."""
         written, since = -1, time.monotonic()
         while not flight.copy.durable(SLICE):
@@ -283,7 +283,7 @@ class Monitor:
             metrics=found.metrics,
         )
 
-    def _end(self, flight: Flight) -> None:
+    def _end(self, flight: InFlight) -> None:
         """Return the slot if it was no success, and tell the trainer."""
         error = flight.error
         if error is not None:

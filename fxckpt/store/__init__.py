@@ -4,7 +4,7 @@
 module                  owns
 ======================  ==================================================================================
 ``layout``              where each tensor lies in a safetensors file
-``tagged``              Python values as JSON that brings back exactly what it was given
+``typed_json``          Python values as JSON that brings back exactly what it was given
 ``record``              ``commit.json``: what makes a directory a checkpoint
 ``names``               which directory entry means what
 ``lock``                one writer per directory

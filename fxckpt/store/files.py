@@ -13,10 +13,10 @@ from typing import Any
 
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
-from fxckpt.store.bounded import MAX_BYTES
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.record import FileRecord
-from fxckpt.store.tagged import raw_tensor
+from fxckpt.store.safe_json import MAX_BYTES
+from fxckpt.store.typed_json import raw_tensor
 
 CHUNK_BYTES = 4 << 20
 """The unit of checksums in the files that the store writes itself."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt, SetupError
-from fxckpt.store.bounded import is_count, parse_json
+from fxckpt.store.safe_json import is_count, parse_json
 
 BLOCK = 4096
 """The size of every file is a multiple of this many bytes."""

@@ -10,9 +10,9 @@ import os
 import re
 
 from fxckpt.errors import Corrupt, NotAStore, SetupError
-from fxckpt.store.bounded import parse_json
 from fxckpt.store.files import read_small
 from fxckpt.store.record import FORMAT, Record
+from fxckpt.store.safe_json import parse_json
 
 STORE, LOCK, NAMED, COMMIT, STATE = "store.json", "lock", "named", "commit.json", "state.safetensors"
 PARTIAL, BAD, TEMPORARY = ".partial", ".bad", ".tmp"

@@ -19,7 +19,7 @@ from fxckpt.errors import Corrupt, NoCheckpoint, NoSpace, SaveFailed, StoreError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.reader import Reader
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Standing, beyond, surplus
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, beyond, surplus
 from fxckpt.store.slot import Slot
 
 log = logging.getLogger("fxckpt")
@@ -45,7 +45,7 @@ class Pool:
         self.since = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up
         self._free: list[Slot] = []
         self._busy: set[Slot] = set()
-        self._committed: dict[Slot, Standing] = {}
+        self._committed: dict[Slot, CheckpointStatus] = {}
         self._numbers: set[int] = set()  # slot numbers in use, those of bad ones included
         self._condemned = 0
 
@@ -62,7 +62,7 @@ class Pool:
                 self._free.append(Slot(os.path.join(self.root, name), number))
         return list(self._free)
 
-    def adopt_checkpoint(self, path: str, known: Standing) -> None:
+    def adopt_checkpoint(self, path: str, known: CheckpointStatus) -> None:
         """Take in a checkpoint; after ``adopt_slots``, which knows the numbers that are taken."""
         self._committed[Slot(path, self._new_number())] = known
 
@@ -237,7 +237,7 @@ class Pool:
             busy = sum(slot.name is None for slot in self._busy)
             return len(self._free) + len(self._ordinary()) + busy
 
-    def _standings(self) -> dict[Slot, Standing]:
+    def _standings(self) -> dict[Slot, CheckpointStatus]:
         """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
         return {
             slot: known if known.generation > self.since else dataclasses.replace(known, lasting=False, score=None)
@@ -262,7 +262,7 @@ class Pool:
 
     # ---- busy → committed → free ----
 
-    def committed(self, slot: Slot, known: Standing) -> None:
+    def committed(self, slot: Slot, known: CheckpointStatus) -> None:
         """The slot is a checkpoint now, durably."""
         with self.mutex:
             self._busy.discard(slot)

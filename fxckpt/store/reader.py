@@ -25,7 +25,7 @@ from fxckpt.store import names
 from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
 from fxckpt.store.layout import Placed, header_bytes, parse_header
 from fxckpt.store.record import FileRecord, LayerRecord, RawTensor, Record
-from fxckpt.store.tagged import numpy_dtype
+from fxckpt.store.typed_json import numpy_dtype
 
 log = logging.getLogger("fxckpt")
 

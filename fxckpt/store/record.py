@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt
-from fxckpt.store.bounded import is_count, parse_json
 from fxckpt.store.layout import BLOCK, ITEM_SIZES
 from fxckpt.store.retention import MAX, MIN, MINUTES, STEPS
-from fxckpt.store.tagged import MAX_DEPTH, RawTensor, decode_state, encode_state, raw_tensor
+from fxckpt.store.safe_json import is_count, parse_json
+from fxckpt.store.typed_json import MAX_DEPTH, RawTensor, decode_state, encode_state, raw_tensor
 
 __all__ = ["FORMAT", "FileRecord", "LayerRecord", "RawTensor", "Record", "TensorRecord", "decode_state", "encode_state",
            "raw_tensor"]  # fmt: skip

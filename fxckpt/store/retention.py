@@ -82,7 +82,7 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Standing:
+class CheckpointStatus:
     """What is known of one committed checkpoint. ``generation`` is -1 when its record cannot be read.
 
     ``lasting``: it is to be kept for good. ``score``: by ``Policy.score``.
@@ -95,7 +95,9 @@ class Standing:
     score: float | None = None
 
 
-def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> Standing | None:
+def surplus(
+    checkpoints: Sequence[CheckpointStatus], keep: int, lineage: Collection[int], pinned: int | None
+) -> CheckpointStatus | None:
     """The checkpoint to give up first, or None if none may be.
 
     Bad ones go first, then abandoned ones (of a branch that a rollback left: not in ``lineage``), then the oldest.
@@ -113,13 +115,17 @@ def surplus(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int]
     return None
 
 
-def newest(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> list[Standing]:
+def newest(
+    checkpoints: Sequence[CheckpointStatus], keep: int, lineage: Collection[int], pinned: int | None
+) -> list[CheckpointStatus]:
     """The ``keep`` good ones that stay: the one that was loaded, then those not abandoned, then the newest."""
     good = [each for each in checkpoints if each.trust == GOOD]
     return sorted(good, key=lambda c: (c.generation == pinned, c.generation in lineage, c.generation))[-keep:]
 
 
-def beyond(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None) -> list[Standing]:
+def beyond(
+    checkpoints: Sequence[CheckpointStatus], keep: int, lineage: Collection[int], pinned: int | None
+) -> list[CheckpointStatus]:
     """Those that stay though they are not among the ``newest``: kept for good, or the best.
 
     Abandoned ones too: a rollback does not make a better checkpoint worse. Of equals the older one is the best, so that
@@ -133,8 +139,12 @@ def beyond(checkpoints: Sequence[Standing], keep: int, lineage: Collection[int],
 
 
 def excess(
-    checkpoints: Sequence[Standing], keep: int, lineage: Collection[int], pinned: int | None, examine: Callable[[Standing], str]
-) -> list[Standing]:
+    checkpoints: Sequence[CheckpointStatus],
+    keep: int,
+    lineage: Collection[int],
+    pinned: int | None,
+    examine: Callable[[CheckpointStatus], str],
+) -> list[CheckpointStatus]:
     """All that can be given up until ``keep`` are left beside those beyond it, in order.
 
     ``examine`` reads a checkpoint of unknown worth and returns what it is: asked, newest first, only when the decision

@@ -9,7 +9,7 @@
                   training waits)
 
 Which operation must be durable before which is the table of edges in ``docs/format.md``; the comments name them. In every
-state a crash can leave, a directory without a suffix verifies. ``tests/test_power_cut.py`` takes each edge away in turn.
+state a crash can leave, a directory without a suffix verifies. ``tests/campaigns/test_power_cut.py`` takes each edge away in turn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
 from fxckpt.store.reader import read_record
 from fxckpt.store.record import FORMAT, FileRecord, LayerRecord, Record
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Policy, Standing, ancestors
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, ancestors
 from fxckpt.store.slot import Slot
 
 __all__ = ["Slot", "Store"]
@@ -156,12 +156,12 @@ class Store:
                 remove_tree(os.path.join(named, name))
         self._pool.since = self._clock if self.fresh else 0
 
-    def _standing(self, record: Record | None, trust: str) -> Standing:
+    def _standing(self, record: Record | None, trust: str) -> CheckpointStatus:
         """What retention has to know; a record that cannot be read makes a bad checkpoint."""
         if record is None:
-            return Standing(-1, None, BAD)
+            return CheckpointStatus(-1, None, BAD)
         score = self._policy.score(record.metrics)
-        return Standing(record.generation, record.parent, trust, record.lasting is not None, score)
+        return CheckpointStatus(record.generation, record.parent, trust, record.lasting is not None, score)
 
     def _check_owner(self) -> None:
         if os.getpid() != self._pid:

@@ -21,8 +21,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from waiting import committed, until
 
-from fxckpt.backend import backend
-from fxckpt.graph.layers import gradient_order, group_layers, layer_edges
+from fxckpt.graph.model.layers import gradient_order, group_layers, layer_edges
+from fxckpt.torch_backend import backend
 
 __all__ = ["book"]  # the fixture
 
@@ -211,8 +211,8 @@ for step in range(start, 10):
     opt.zero_grad()
     report(step, loss)
 opt.ckpt.flush()
-from fxckpt._registry import registry
-print("DIGEST splits", len(registry.traces.traces()))
+from fxckpt.graph.model.joint import traces
+print("DIGEST splits", len(traces.traces()))
 print("DIGEST layers", digest([layer.name for layer in opt.ckpt.graph.layers]))
 finish(m, opt)
 os._exit(0)  # gloo's threads may outlive a peer that left first

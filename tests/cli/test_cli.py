@@ -31,7 +31,7 @@ from fxckpt.cli.diff import Change, _compare
 from fxckpt.errors import NoCheckpoint
 from fxckpt.store.layout import ITEM_SIZES
 from fxckpt.store.reader import Reader, checkpoints
-from fxckpt.store.tagged import raw_tensor, torch_name
+from fxckpt.store.typed_json import raw_tensor, torch_name
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from standin import device, library, shaped, spread
 from torch import nn
 
 import fxckpt
-from fxckpt import cuda
+from fxckpt.compat import cuda
 from fxckpt.errors import SaveFailed, SetupError
 from fxckpt.store.reader import candidates
 
@@ -215,12 +215,12 @@ def test_values_of_counts_come_row_by_row():
 
 
 def test_the_generators_of_devices_are_kept(monkeypatch):
-    from fxckpt import state
+    from fxckpt.run.run import extra_state
 
     put = []
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.tensor([1], dtype=torch.uint8)] * 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda saved, device: put.append((saved.tolist(), device)))
-    state.set_random_state(state.random_state())
+    extra_state.set_random_state(extra_state.random_state())
     assert put == [([1], 0)]  # of two devices one is left

@@ -12,8 +12,8 @@ from small_training import Training
 from standin import device, library
 from torch.profiler import ProfilerActivity, profile
 
-from fxckpt import trace
 from fxckpt.errors import SetupError
+from fxckpt.saving import tracing
 
 __all__ = ["device", "library"]  # fixtures
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,7 +111,7 @@ def test_the_environment_traces_a_whole_run(tmp_path, monkeypatch):
 
 
 def test_what_does_not_fit_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(trace, "SPANS", 2)
+    monkeypatch.setattr(tracing, "SPANS", 2)
     training = Training(tmp_path / "store")
     with training.opt.ckpt.trace(tmp_path / "t.json"):
         training.train(4)

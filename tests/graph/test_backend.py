@@ -18,8 +18,8 @@ from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fxckpt
-from fxckpt import _torch
-from fxckpt.backend import backend
+from fxckpt.compat import inductor
+from fxckpt.torch_backend import backend
 
 __all__ = ["book"]  # the fixture
 
@@ -49,8 +49,8 @@ if kind == "plain":
     step = torch.compile(net)
 else:
     import fxckpt
-    from fxckpt._registry import registry
-    from fxckpt.graph.layers import gradient_order
+    from fxckpt.graph.model.joint import traces
+    from fxckpt.graph.model.layers import gradient_order
     step = torch.compile(net, backend=kind if kind == "fxckpt" else fxckpt.backend)
 reports = []
 for again in range(2 if kind == "plain" else 1):
@@ -61,8 +61,8 @@ for again in range(2 if kind == "plain" else 1):
               "graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values()),
               "bits": [y.tolist()] + [p.grad.tolist() for p in net.parameters()]}
     if kind != "plain":
-        report["order"] = gradient_order(list(net.named_parameters()), registry.traces)
-        report["origin"] = sorted({t.origin for trace in registry.traces.traces() for _, t in trace.params})
+        report["order"] = gradient_order(list(net.named_parameters()), traces)
+        report["origin"] = sorted({t.origin for trace in traces.traces() for _, t in trace.params})
     reports.append(report)
     torch._dynamo.reset()
     counters.clear()
@@ -235,7 +235,7 @@ def test_results_are_those_of_the_inner_compiler():
 
 
 def test_it_is_an_entry_point():
-    point = EntryPoint("fxckpt", "fxckpt.backend:backend", "torch_dynamo_backends")
+    point = EntryPoint("fxckpt", "fxckpt.torch_backend:backend", "torch_dynamo_backends")
     assert point.load() is fxckpt.backend is backend
     installed = [e for e in entry_points(group="torch_dynamo_backends") if e.name == "fxckpt"]
     if not installed:
@@ -248,7 +248,7 @@ def test_it_is_an_entry_point():
 
 def test_dynamo_reset_reaches_us(monkeypatch):
     called = []
-    monkeypatch.setattr(_torch, "reset_cudagraphs", lambda: called.append(1))
+    monkeypatch.setattr(inductor, "reset_cudagraphs", lambda: called.append(1))
     compiled(Shared(), inner="eager")(torch.randn(2, D))
     torch._dynamo.reset()
     assert called

@@ -9,7 +9,7 @@ import expecttest
 import pytest
 
 from fxckpt.graph.draw import to_dot, to_svg, to_text
-from fxckpt.graph.layers import Layer
+from fxckpt.graph.model.layers import Layer
 
 SVG = "{http://www.w3.org/2000/svg}"
 

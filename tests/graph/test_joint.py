@@ -14,17 +14,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import fxckpt.graph.joint as joint
-from fxckpt._registry import registry
-from fxckpt.backend import backend
-from fxckpt.graph.layers import gradient_order
+import fxckpt.graph.model.joint as joint
+from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.layers import gradient_order
+from fxckpt.torch_backend import backend
 
 __all__ = ["book"]  # the fixture
 
 
 def disagreements(model):
     """Pairs of parameters whose order by first use is not that of the joint graph; ties agree with anything."""
-    traces = [t for _, p in model.named_parameters() if (t := registry.traces.lookup(p)) is not None]
+    traces = [t for _, p in model.named_parameters() if (t := traces.lookup(p)) is not None]
     assert all(t.origin == "joint" for t in traces)
     return [(a, b) for a in traces for b in traces if a.first_use > b.first_use and a.grad_final > b.grad_final]
 
@@ -34,20 +34,20 @@ def test_the_forward_and_the_joint_graph_agree_on_the_order(kind):
     model = MODELS[kind]()
     compiled(model)(batch()).backward()
     assert disagreements(model) == []
-    assert all(registry.traces.lookup(p) is not None for p in model.parameters())
+    assert all(traces.lookup(p) is not None for p in model.parameters())
 
 
 @settings(max_examples=8, deadline=None)
 @given(st.lists(st.sampled_from(Program.OPS), min_size=2, max_size=9), st.integers(0, 999))
 def test_the_forward_and_the_joint_graph_agree_for_any_program(steps, seed):
     torch._dynamo.reset()
-    registry._traces = joint.TraceBook()
+    traces.__dict__.update(joint.TraceBook().__dict__)
     model = Program(["linear", *steps], seed)
     loss = compiled(model)(torch.randn(3, D))
     assume(loss.requires_grad)  # a program that ends in detach has nothing to agree about
     loss.backward()
     assert disagreements(model) == []
-    unseen = {n for n, p in model.named_parameters() if registry.traces.lookup(p) is None}
+    unseen = {n for n, p in model.named_parameters() if traces.lookup(p) is None}
     assert unseen == {n for n, p in model.named_parameters() if p.grad is None}
 
 
@@ -63,7 +63,7 @@ class Golden(expecttest.TestCase):
 
         model = TwoLayers()
         compiled(model, inner="eager")(torch.randn(2, D)).backward()
-        (trace,) = registry.traces.traces()
+        (trace,) = traces.traces()
         self.assertExpectedInline(
             str(trace),
             """\
@@ -76,7 +76,7 @@ region 0: 4 parameters, 0 buffers
         )
         torch._dynamo.reset()
         compiled(model)(torch.randn(2, D)).backward()
-        (trace,) = registry.traces.traces()
+        (trace,) = traces.traces()
         self.assertExpectedInline(
             str(trace),
             """\

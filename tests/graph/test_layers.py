@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.weak import TensorWeakRef
 
 from fxckpt.errors import SetupError
-from fxckpt.graph.forward import EARLIER, Use
-from fxckpt.graph.joint import JointTrace, ParamTrace, TraceBook
-from fxckpt.graph.layers import Layer, gradient_order, group_layers, layer_edges
+from fxckpt.graph.model.forward import EARLIER, Use
+from fxckpt.graph.model.joint import JointTrace, ParamTrace, TraceBook
+from fxckpt.graph.model.layers import Layer, gradient_order, group_layers, layer_edges
 
 __all__ = ["book"]  # the fixture
 

@@ -17,9 +17,9 @@ from repository import ROOT
 from torch import nn
 
 import fxckpt
-from fxckpt._registry import registry
-from fxckpt.graph.layers import block_of
-from fxckpt.graph.rewrite import Clock
+from fxckpt.graph.model.layers import block_of
+from fxckpt.graph.step_graph import UpdateTimer
+from fxckpt.optim import stepper
 
 __all__ = ["book"]  # the fixture
 
@@ -65,7 +65,7 @@ def test_a_graph_that_ran_bare_has_no_times(book):
 
 
 def test_a_clock_keeps_the_shortest_call():
-    clock = Clock()
+    clock = UpdateTimer()
     for seconds in (0.5, 0.25, 0.75):
         clock.add(seconds)
     assert (clock.calls, clock.shortest) == (3, 0.25)
@@ -116,7 +116,7 @@ def test_the_drawing_in_the_docs_is_what_its_script_draws(book, tmp_path):
 
 
 def test_what_the_passes_did_is_logged(book, caplog, monkeypatch):
-    monkeypatch.setattr(registry, "programs", {})  # whatever other tests traced
+    monkeypatch.setattr(stepper, "_shared_programs", {})  # whatever other tests traced
     model, batch = Gpt(depth=3), language()
     for block in model.h:
         block.compile(backend=fxckpt.backend, options={"inner": "eager"})

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxckpt.graph import hoist, inductor, rewrite, update
-from fxckpt.graph.forward import EARLIER, Use, walk
-from fxckpt.graph.joint import JointRead, read_joint
-from fxckpt.graph.layers import Layer
+from fxckpt.graph import step_graph
+from fxckpt.graph.model.forward import EARLIER, Use, walk
+from fxckpt.graph.model.joint import JointRead, read_joint
+from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.update import hoist, inductor
+from fxckpt.graph.update.trace import Role, Traced
 
 aten = torch.ops.aten
 
@@ -149,12 +151,12 @@ def hoisted(build):
     for (kind, key), value in zip(kinds, values):
         node = graph.placeholder(kind)
         node.meta["val"] = value
-        roles[node] = update.Role(kind, 0, key)
+        roles[node] = Role(kind, 0, key)
         nodes.append(node)
     build(graph, *nodes)
     graph.output(())
     signature = SimpleNamespace(state=(("step", True),), hyperparameters=(("lr", None),))
-    return hoist.hoist(update.Traced(graph, roles, 1), signature)
+    return hoist.hoist(Traced(graph, roles, 1), signature)
 
 
 def call(graph, target, *args, val):
@@ -200,7 +202,7 @@ def test_hoist_keeps_a_write_to_a_count_that_nobody_reads():
 def test_build_calls_every_update_once_in_order_with_the_tensors_and_scalars_it_is_shown():
     seen = []
     layers = [Layer("b", ("b.w",)), Layer("a", ("a.w",))]
-    module = rewrite.build(
+    module = step_graph.build(
         layers, 1, lambda i: lambda tensors, values: seen.append((i, tensors, values)), lambda counts: ["s", *counts], True
     )
     for node in [n for n in module.graph.nodes if n.op == "call_function"]:

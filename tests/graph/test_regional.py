@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 from torch.utils.weak import TensorWeakRef
 
 import fxckpt
-from fxckpt.backend import backend
-from fxckpt.graph.joint import JointTrace, ParamTrace, TraceBook
-from fxckpt.graph.layers import gradient_order
-from fxckpt.graph.names import named_parameters
+from fxckpt.graph.model.joint import JointTrace, ParamTrace, TraceBook
+from fxckpt.graph.model.layers import gradient_order
+from fxckpt.graph.model.names import named_parameters
+from fxckpt.torch_backend import backend
 
 __all__ = ["book"]  # the fixture
 

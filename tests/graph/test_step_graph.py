@@ -8,9 +8,10 @@ from expecttest import TestCase
 from torch import nn
 
 import fxckpt
-from fxckpt import ops
-from fxckpt.graph import hoist, rewrite, update
-from fxckpt.graph.layers import Layer
+from fxckpt.graph import ops, step_graph
+from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.update import hoist
+from fxckpt.graph.update.trace import NotTraceable, _replace_sentinels, signature_of, trace
 
 
 def stepped(every=1, **options):
@@ -32,8 +33,8 @@ def traced(cls=torch.optim.AdamW, implementation="single", **options):
     opt = cls([param], lr=0.1, **options)
     opt.step()
     group = opt.param_groups[0]
-    signature = update.signature_of(opt, group, param, opt.state[param], implementation)
-    return update.trace(opt, group, param, opt.state[param], signature), signature
+    signature = signature_of(opt, group, param, opt.state[param], implementation)
+    return trace(opt, group, param, opt.state[param], signature), signature
 
 
 class Printed(TestCase):
@@ -110,17 +111,17 @@ def test_ops_survive_dead_code_elimination():
 
 def test_every_fence_stands_before_its_update_and_every_emit_after():
     layers = [Layer(f"h.{i}", (f"h.{i}.w",)) for i in range(3)]
-    module = rewrite.build(layers, 1, lambda i: lambda *_: None, list, True)
+    module = step_graph.build(layers, 1, lambda i: lambda *_: None, list, True)
     targets = [n.target for n in module.graph.nodes if n.op in ("call_function", "call_module")]
     assert targets[:3] == [ops.ckpt_fence, "scalars", ops.ckpt_emit]
     for i, layer in enumerate(layers):
-        name = f"update_{rewrite.identifier(layer.name)}"
+        name = f"update_{step_graph.identifier(layer.name)}"
         assert targets[3 + 3 * i : 6 + 3 * i] == [ops.ckpt_fence, name, ops.ckpt_emit]
 
 
 def test_layers_whose_names_become_one_identifier_stay_apart():
     layers = [Layer("a.b", ("a.b.w",)), Layer("a_b", ("a_b.w",)), Layer("class", ("class.w",)), Layer("", ("w",))]
-    module = rewrite.build(layers, 0, lambda i: lambda *_: None, list, False)
+    module = step_graph.build(layers, 0, lambda i: lambda *_: None, list, False)
     assert len([n for n in module.graph.nodes if n.op == "placeholder"]) == 5
 
 
@@ -132,7 +133,7 @@ def test_order_holds_every_parameter_once_and_layers_their_sizes():
 
 
 def test_a_kept_graph_of_a_dead_run_says_so():
-    graph = rewrite.build([Layer("a", ("a",))], 0, lambda i: lambda *_: None, list, False)
+    graph = step_graph.build([Layer("a", ("a",))], 0, lambda i: lambda *_: None, list, False)
     try:
         graph(987654, [torch.ones(1)])
     except RuntimeError as error:
@@ -172,8 +173,8 @@ def test_two_sentinel_traces_that_disagree_are_refused():
     other = fx.Graph()
     other.call_function(torch.ops.aten.mul_.Tensor, (other.placeholder("a"), 0.5))
     try:
-        update._replace_sentinels(graph, other, {("lr", None): 0.1}, {("lr", None): 0.2}, roles)
-    except update.NotTraceable as reason:
+        _replace_sentinels(graph, other, {("lr", None): 0.1}, {("lr", None): 0.2}, roles)
+    except NotTraceable as reason:
         assert "computed from hyperparameters" in str(reason)
     else:
         raise AssertionError("a constant that depends on hyperparameters was baked in")
@@ -185,7 +186,7 @@ def test_a_list_that_is_no_column_is_refused():
     node.args = (list(reversed(node.args[0])),)
     try:
         hoist.hoist(found, signature)
-    except update.NotTraceable as reason:
+    except NotTraceable as reason:
         assert "not a whole column" in str(reason)
     else:
         raise AssertionError("columns were mixed up silently")

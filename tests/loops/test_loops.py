@@ -15,9 +15,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import fxckpt
-from fxckpt.graph import inductor
-from fxckpt.plan import Layout
-from fxckpt.saver import Pending
+from fxckpt.graph.update import inductor
+from fxckpt.saving.plan import Layout
+from fxckpt.saving.saver import InFlight
 
 
 @pytest.fixture(autouse=True)
@@ -246,7 +246,7 @@ def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durabl
     """The thread that commits is held where it has seen all copies end and has not looked for changes yet."""
     check, durable, looked = Layout.check_unchanged, threading.Event(), threading.Event()
 
-    def late(layout: Layout, pending: Pending) -> None:
+    def late(layout: Layout, pending: InFlight) -> None:
         assert pending.copy.durable(60)
         durable.set()
         assert looked.wait(60)

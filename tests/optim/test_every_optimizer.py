@@ -13,7 +13,7 @@ import pytest
 import torch
 from repository import ROOT
 
-from fxckpt.graph import update
+from fxckpt.graph.update.trace import BY_SHAPE, ELEMENTWISE, WHOLE
 
 DOCS = (ROOT / "docs" / "optimizers.md").read_text()
 FULL = os.environ.get("FXCKPT_OPTIMIZERS") == "full"
@@ -28,7 +28,7 @@ COMPILED += [] if FULL else [("Rprop", 0, torch.bfloat16)]  # whose scalars are 
 
 def test_every_class_of_this_torch_is_classified_and_every_option_of_it_tried():
     assert set(cases.CASES) == set(cases.classes())
-    assert set(cases.CASES) == update.ELEMENTWISE | update.BY_SHAPE | set(update.WHOLE)
+    assert set(cases.CASES) == ELEMENTWISE | BY_SHAPE | set(WHOLE)
     for name, options in cases.CASES.items():
         tried = {"lr"} | {key for each in options for key in each}
         assert tried == cases.arguments(name) - set(cases.NEVER_ON_CPU), name
@@ -64,7 +64,7 @@ def test_compiled_steps_are_within_the_bound(name, index, dtype, inductor_cache,
     assert found.worst <= cases.BOUNDS[name]
 
 
-@pytest.mark.parametrize("name", sorted(update.BY_SHAPE))
+@pytest.mark.parametrize("name", sorted(BY_SHAPE))
 def test_what_cannot_be_compiled_stays_native_and_says_so_once(name, caplog):
     with caplog.at_level("WARNING", logger="fxckpt"):
         found = cases.outcome(name, {}, None, "inductor")

@@ -9,11 +9,11 @@ import torch
 from intraop import intraop_threads
 
 import fxckpt
-from fxckpt import _torch
-from fxckpt.helper_thread import HelperThread
-from fxckpt.updates import WORTH_SHARING, _SharedCalls
+from fxckpt.compat.threads import can_use_one_core, one_core
+from fxckpt.optim.calls import WORTH_SHARING, _SharedCalls
+from fxckpt.optim.helper_thread import HelperThread
 
-pytestmark = pytest.mark.skipif(not _torch.can_use_one_core(), reason="this build of torch does not run on OpenMP")
+pytestmark = pytest.mark.skipif(not can_use_one_core(), reason="this build of torch does not run on OpenMP")
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -87,7 +87,7 @@ def test_the_helper_treats_denormal_numbers_as_its_caller_does():
 
 def test_one_core_is_one_thread_inside_and_what_it_was_outside(two_threads):
     inside, other = [], []
-    with _torch.one_core():
+    with one_core():
         inside.append(torch.get_num_threads())
         thread = threading.Thread(target=lambda: other.append(torch.get_num_threads()))
         thread.start()

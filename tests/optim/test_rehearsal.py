@@ -13,8 +13,8 @@ from digests import differences, stored
 from torch import nn
 
 import fxckpt
-from fxckpt.rehearsal import PROOFS
-from fxckpt.stepper import Stepper
+from fxckpt.optim.rehearsal import PROOFS
+from fxckpt.optim.stepper import Stepper
 from fxckpt.store.reader import candidates
 
 LR = 0.05

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fxckpt
-from fxckpt import updates
-from fxckpt.graph import inductor, lists
+from fxckpt.graph.update import foreach, inductor
+from fxckpt.optim import calls as update_calls
 
 
 def steps(params, opt, count=3):
@@ -47,7 +47,7 @@ def test_a_process_compiles_an_update_once_for_all_runs_and_shapes(monkeypatch):
 
 
 def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
-    monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(inductor, "cache_folder", lambda: str(tmp_path))
     params = [torch.nn.Parameter(torch.randn(6))]
     monkeypatch.setattr(inductor, "_compiled", {})
     first = make(torch.optim.SGD, params, "inductor", momentum=0.9)
@@ -61,7 +61,7 @@ def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
 
 
 def test_code_that_is_not_whole_is_made_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(inductor, "cache_folder", lambda: str(tmp_path))
     params = [torch.nn.Parameter(torch.randn(6))]
     for _ in range(2):
         monkeypatch.setattr(inductor, "_compiled", {})
@@ -75,12 +75,12 @@ def test_code_that_is_not_whole_is_made_again(monkeypatch, tmp_path):
 
 
 def test_code_that_was_made_for_another_processor_is_not_used(monkeypatch, tmp_path):
-    monkeypatch.setattr(inductor._torch, "cache_folder", lambda: str(tmp_path))
+    monkeypatch.setattr(inductor, "cache_folder", lambda: str(tmp_path))
     params, made, generate = [torch.nn.Parameter(torch.randn(6))], [], inductor._generate
     monkeypatch.setattr(inductor, "_generate", lambda program: made.append(program) or generate(program))
     for processor in ("this one", "this one", "another one"):
         monkeypatch.setattr(inductor, "_compiled", {})
-        monkeypatch.setattr(inductor._torch, "compiler_settings", lambda processor=processor: processor)
+        monkeypatch.setattr(inductor, "compiler_settings", lambda processor=processor: processor)
         opt = make(torch.optim.SGD, params, "inductor", momentum=0.9)
         steps(params, opt)
         opt.ckpt.shutdown()
@@ -89,7 +89,7 @@ def test_code_that_was_made_for_another_processor_is_not_used(monkeypatch, tmp_p
 
 @pytest.mark.parametrize(("worth", "groups"), [(256, [4]), (1, [1, 3])], ids=["too few for two threads", "in two halves"])
 def test_single_tensor_kernels_run_over_lists_with_the_same_bits(monkeypatch, worth, groups):
-    monkeypatch.setattr(updates, "WORTH_SHARING", worth)
+    monkeypatch.setattr(update_calls, "WORTH_SHARING", worth)
     ours = [torch.nn.Parameter(torch.randn(n, 7)) for n in (1, 5, 30000, 64, 64)]
     stock = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     opt, plain = make(torch.optim.AdamW, ours, "native", foreach=False), torch.optim.AdamW(stock, lr=1e-2, foreach=False)
@@ -103,19 +103,19 @@ def test_single_tensor_kernels_run_over_lists_with_the_same_bits(monkeypatch, wo
 
 
 def test_groups_hold_what_fits_and_large_members_stand_alone():
-    small, large = torch.empty(1024), torch.empty(lists.GROUP_BYTES)
-    assert lists.groups([[small] * 3 + [large] + [small]]) == [slice(0, 3), slice(3, 4), slice(4, 5)]
-    assert lists.groups([[large, large]]) == [slice(0, 1), slice(1, 2)]
-    assert lists.groups([]) == []
+    small, large = torch.empty(1024), torch.empty(foreach.GROUP_BYTES)
+    assert foreach.groups([[small] * 3 + [large] + [small]]) == [slice(0, 3), slice(3, 4), slice(4, 5)]
+    assert foreach.groups([[large, large]]) == [slice(0, 1), slice(1, 2)]
+    assert foreach.groups([]) == []
 
 
 def test_groups_for_two_threads_are_as_large_as_each_other():
-    assert lists.groups([[torch.empty(1024)] * 10], 2) == [slice(0, 5), slice(5, 10)]
-    fitting = [torch.empty(lists.GROUP_BYTES // 16)] * 10  # four to a group by bytes
-    assert lists.groups([fitting], 2) == [slice(0, 2), slice(2, 5), slice(5, 7), slice(7, 10)]
-    sizes = [part.stop - part.start for part in lists.groups([[torch.empty(64, 64)] * 200] * 3, 2)]
+    assert foreach.groups([[torch.empty(1024)] * 10], 2) == [slice(0, 5), slice(5, 10)]
+    fitting = [torch.empty(foreach.GROUP_BYTES // 16)] * 10  # four to a group by bytes
+    assert foreach.groups([fitting], 2) == [slice(0, 2), slice(2, 5), slice(5, 7), slice(7, 10)]
+    sizes = [part.stop - part.start for part in foreach.groups([[torch.empty(64, 64)] * 200] * 3, 2)]
     assert max(sizes) - min(sizes) <= 1 and len(sizes) % 2 == 0
-    assert lists.groups([[torch.empty(8)]], 2) == [slice(0, 1)]
+    assert foreach.groups([[torch.empty(8)]], 2) == [slice(0, 1)]
 
 
 def test_a_driver_refuses_arguments_it_cannot_supply():

@@ -109,7 +109,7 @@ def test_wheel_holds_the_engine_the_types_and_the_licence(tmp_path):
         points = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
     assert {"fxckpt/py.typed", "fxckpt/engine/cdef.h", "fxckpt/engine/_engine.abi3.so"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
-    assert "fxckpt = fxckpt.backend:backend" in points and "fxckpt = fxckpt.cli:main" in points
+    assert "fxckpt = fxckpt.torch_backend:backend" in points and "fxckpt = fxckpt.cli:main" in points
     assert not [name for name in names if name.startswith(("tests/", "csrc/", "examples/"))]
 
 

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from waiting import until
 
 import fxckpt
-from fxckpt.plan import Layout
-from fxckpt.run import Run
+from fxckpt.run.run import Run
+from fxckpt.saving.plan import Layout
 from fxckpt.store.reader import Reader, candidates
 from fxckpt.store.record import decode_state
 

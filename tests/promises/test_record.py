@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.errors import Corrupt, StateError
-from fxckpt.store.bounded import depth_of
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord, decode_state, encode_state, raw_tensor
+from fxckpt.store.safe_json import depth_of
 
 
 def typed(key):

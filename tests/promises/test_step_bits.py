@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxckpt
-from fxckpt.graph import inductor
+from fxckpt.graph.update import inductor
 
 FORMS = {"default": {}, "single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 CLASSES = {

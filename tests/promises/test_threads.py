@@ -14,7 +14,7 @@ from torch import nn
 from waiting import until
 
 import fxckpt
-from fxckpt import saver
+from fxckpt.saving import saver
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import decode_state
 

@@ -14,7 +14,7 @@ from storing import fast_directory, names, start
 import fxckpt
 from fxckpt.errors import SetupError
 from fxckpt.store.reader import Reader, candidates, checkpoints
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, Policy, Standing, beyond, newest, surplus
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, beyond, newest, surplus
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ CHECKPOINTS = st.lists(st.tuples(st.sampled_from([GOOD, GOOD, UNKNOWN, BAD]), st
 @settings(max_examples=400, deadline=None)
 @given(CHECKPOINTS, st.integers(1, 3), st.integers(0, 9))
 def test_giving_up_ends_with_the_newest_and_those_beyond_and_never_with_too_few(drawn, keep, pin):
-    there = [Standing(i, None, trust, lasting, score) for i, (trust, lasting, score, _) in enumerate(drawn)]
+    there = [CheckpointStatus(i, None, trust, lasting, score) for i, (trust, lasting, score, _) in enumerate(drawn)]
     lineage = {i for i, (_, _, _, ours) in enumerate(drawn) if ours}
     pinned = pin if pin < len(there) and there[pin].trust == GOOD else None
     good = sum(each.trust == GOOD for each in there)
@@ -73,7 +73,7 @@ def test_each_multiple_of_the_steps_has_one_checkpoint_the_first_behind_it(gaps,
 
 
 def test_of_equally_good_ones_the_first_is_the_best():
-    there = [Standing(i, None, GOOD, False, score) for i, score in enumerate((2.0, 1.0, 1.0, 5.0, 5.0))]
+    there = [CheckpointStatus(i, None, GOOD, False, score) for i, score in enumerate((2.0, 1.0, 1.0, 5.0, 5.0))]
     assert [each.generation for each in beyond(there, 2, set(), None)] == [1]
 
 

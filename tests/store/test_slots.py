@@ -14,7 +14,7 @@ from fxckpt.errors import (
     StoreError,
 )
 from fxckpt.store.reader import Reader, candidates, checkpoints, latest
-from fxckpt.store.retention import Standing, ancestors, surplus
+from fxckpt.store.retention import CheckpointStatus, ancestors, surplus
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_what_was_written_is_recalled_only_while_it_is_sure(root):
 
 def choose(checkpoints, keep, lineage=(), pinned=None):
     """The generation that ``surplus`` chooses, from (generation, trust) pairs."""
-    chosen = surplus([Standing(generation, None, trust) for generation, trust in checkpoints], keep, lineage, pinned)
+    chosen = surplus([CheckpointStatus(generation, None, trust) for generation, trust in checkpoints], keep, lineage, pinned)
     return chosen and chosen.generation
 
 

@@ -25,8 +25,8 @@ from process_runs import ProcessRun, environment
 from small_models import mlp
 from waiting import TIMEOUT
 
-import fxckpt.optimizer  # noqa: F401  so that a forked run need not import it
-from fxckpt.graph import update
+import fxckpt.compiled_optimizer  # noqa: F401  so that a forked run need not import it
+from fxckpt.graph.update.trace import signature_of, trace
 
 
 class ForkServer:
@@ -139,7 +139,7 @@ def warm_up() -> None:
         torch._dynamo.reset()
     member = model[0].weight
     group, state = opt.param_groups[0], opt.state[member]
-    update.trace(opt, group, member, state, update.signature_of(opt, group, member, state, "single"))
+    trace(opt, group, member, state, signature_of(opt, group, member, state, "single"))
 
 
 if __name__ == "__main__":

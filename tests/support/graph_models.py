@@ -10,20 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxckpt._registry import registry
-from fxckpt.backend import backend
-from fxckpt.graph.joint import TraceBook
+from fxckpt.graph.model.joint import TraceBook, traces
+from fxckpt.torch_backend import backend
 
 D = 6
 
 
 @pytest.fixture(autouse=True)
-def book(monkeypatch):
+def book():
     """A book of the test's own, and a compiler that remembers nothing."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    monkeypatch.setattr(registry, "_traces", TraceBook())
-    yield registry.traces
+    before = dict(vars(traces))
+    vars(traces).update(vars(TraceBook()))
+    yield traces
+    vars(traces).update(before)
     torch._dynamo.reset()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from c_programs import build_driver
 
-from fxckpt import cuda
+from fxckpt.compat import cuda
 
 
 class FakeDriver:

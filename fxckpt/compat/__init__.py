@@ -1,0 +1,1 @@
+"""Everything private of torch that fxckpt touches, one file a subject, each part with its reason and a feature test."""

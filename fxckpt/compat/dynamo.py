@@ -1,0 +1,163 @@
+"""What Dynamo and AOTAutograd know of the graph being compiled, and keeping their hands off our frames.
+
+Feature tests: ``tests/project/test_torch_private.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxckpt.compat.modules import unwrap_model
+
+
+def untraced(function: Callable) -> Callable:
+    """``torch.compiler.disable``, at no cost while nothing is compiled: it takes a tenth of a millisecond when its code is
+    cold, as it is after a backward pass.
+
+    Dynamo sees a frame only while a callback is set. The attribute is what it looks for where it would inline a call, and
+    ``skip_code`` keeps it from the frame itself; all three are private. Without them: ``torch.compiler.disable`` itself.
+    """
+    disabled = torch.compiler.disable(function)
+    try:
+        from torch._C._dynamo.eval_frame import get_eval_frame_callback
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:
+        return disabled
+
+    @functools.wraps(function)
+    def quick(*args: Any, **kwargs: Any) -> Any:
+        if get_eval_frame_callback() is None:
+            return function(*args, **kwargs)
+        return disabled(*args, **kwargs)
+
+    quick._torchdynamo_disable, quick._torchdynamo_disable_msg = True, None
+    skip_code(quick.__code__)
+    return quick
+
+
+def called_modules() -> list[torch.nn.Module]:
+    """The modules whose call is under way on this thread, outermost first.
+
+    Read from the stack, since no API tells a backend which model it compiles. ``Module.__call__`` is a frame
+    of its own in front of every forward, hooked or compiled, so other methods of a module (a trainer's) do
+    not count.
+    """
+    code = torch.nn.Module.__call__.__code__
+    frame, found = inspect.currentframe(), []
+    while frame is not None:
+        if frame.f_code is code:
+            found.append(frame.f_locals["self"])
+        frame = frame.f_back
+    return found[::-1]
+
+
+def graph_input(node: fx.Node, example: Any) -> tuple[Any, Any]:
+    """``(live object, Dynamo's source or None)`` of a placeholder; valid during the backend call only.
+
+    ``grapharg`` is Dynamo's record of the input. It still holds the live parameter where the example does
+    not: DDP's splits are compiled with fake examples. In the second split an activation has no ``grapharg``.
+    """
+    arg = node.meta.get("grapharg")
+    if arg is None:
+        return example, None
+    return arg.example, arg.source
+
+
+def source_name(source: Any) -> str:
+    """Dynamo's path to an input, as text; a method in 2.11, a property in 2.13."""
+    return source.name() if callable(source.name) else source.name
+
+
+def compiling_scope() -> dict[str, dict[str, Any]] | None:
+    """Locals and globals of the frame that Dynamo compiles right now, by the names its sources use; None outside."""
+    from torch._dynamo.symbolic_convert import tls
+
+    tx = getattr(tls, "current_tx", None)
+    return None if tx is None else {"L": tx.output.local_scope, "G": tx.output.global_scope}
+
+
+def compiled_module() -> weakref.ref | None:
+    """The module whose method Dynamo compiles right now: the ``self`` of that frame. None where there is none.
+
+    With ``block.compile()`` this is the block; the outermost module being called is the whole model.
+    """
+    scope = compiling_scope()
+    owner = None if scope is None else scope["L"].get("self")
+    return weakref.ref(unwrap_model(owner)) if isinstance(owner, torch.nn.Module) else None
+
+
+def first_module(source: Any, scope: dict[str, dict[str, Any]] | None) -> torch.nn.Module | None:
+    """The outermost module on the path ``source``, followed in ``scope``; None where it cannot be followed."""
+    steps = []
+    while source is not None:
+        steps.append(source)
+        source = getattr(source, "base", None)
+    value = _start(steps.pop(), scope)
+    while not isinstance(value, torch.nn.Module) and value is not None and steps:
+        value = _follow(value, steps.pop())
+    return value if isinstance(value, torch.nn.Module) else None
+
+
+def _start(source: Any, scope: dict[str, dict[str, Any]] | None) -> Any:
+    if scope is None:
+        return None
+    if hasattr(source, "local_name"):
+        return scope["L"].get(source.local_name)
+    return scope["G"].get(getattr(source, "global_name", None))
+
+
+def _follow(value: Any, step: Any) -> Any:
+    if hasattr(step, "member"):
+        return getattr(value, step.member, None)
+    if not hasattr(step, "index"):
+        return value  # a source that only marks what its base is
+    try:
+        return value[step.index]
+    except (TypeError, LookupError):
+        return None
+
+
+def compile_under_way() -> tuple[int | None, weakref.ref | None]:
+    """``(frame, token)``: a recompile keeps the frame and has another token; DDP's splits of a compile share both.
+
+    ``torch.compiler`` offers no name for either. The frame's number starts again at 0 after
+    ``torch._dynamo.reset()``; the token is Dynamo's context of this one compile.
+    """
+    current = torch._guards.CompileContext.current_compile_id()
+    context = torch._guards.TracingContext.try_get()
+    return getattr(current, "frame_id", None), None if context is None else weakref.ref(context)
+
+
+def input_index(desc: Any) -> int | None:
+    """Dynamo's placeholder index behind an AOTAutograd input descriptor, through subclass and view unpacking.
+
+    The descriptors are AOTAutograd's only record of which placeholder of the joint graph is which input.
+    """
+    while desc is not None:
+        if type(desc).__name__ == "PlainAOTInput":
+            return desc.idx
+        desc = getattr(desc, "base", None) or getattr(desc, "base_of", None)
+    return None
+
+
+def gradient_of(desc: Any) -> int | None:
+    """Dynamo's placeholder index of the input whose gradient an AOTAutograd output is; None for other outputs."""
+    while type(desc).__name__ == "SubclassGetAttrAOTOutput":
+        desc = desc.base
+    return input_index(desc.grad_of) if type(desc).__name__ == "GradAOTOutput" else None
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's result may share memory with its input: by the alias sets of the operator's schema."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

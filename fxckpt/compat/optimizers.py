@@ -1,0 +1,170 @@
+"""Private parts of ``torch.optim``: steps without their wrappers, hooks, schedulers' and scalers' marks.
+
+Feature tests: ``tests/project/test_torch_private.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import optimizer
+
+from fxckpt.compat.instance_subclass import instance_subclass
+from fxckpt.errors import SetupError
+
+GROUP_BOOKKEEPING = frozenset(
+    {"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
+)
+"""Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
+
+
+def unhooked_step(opt: torch.optim.Optimizer):
+    """The plain function behind ``type(opt).step``, without the hook wrapper and without the grad-mode wrapper.
+
+    ``Optimizer.__init__`` puts ``profile_hook_step`` on the class (marked ``hooked``); under it most optimizers have
+    ``_use_grad_for_differentiable``, which would ask Dynamo for a graph break. Both keep ``__wrapped__``.
+    """
+    step = plain_class(opt).step
+    while hasattr(step, "__wrapped__"):
+        step = step.__wrapped__
+    return step
+
+
+def settings_of(opt: torch.optim.Optimizer) -> frozenset[str]:
+    """The entries of a parameter group that a class of ``torch.optim`` can read: what it takes, and what it has as defaults.
+    Users keep more in their groups: a name, a factor for a scheduler, tables."""
+    return (_arguments_of(plain_class(opt)) | opt.defaults.keys()) - GROUP_BOOKKEEPING
+
+
+@functools.cache
+def _arguments_of(cls: type) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.__init__).parameters)
+
+
+def stock_step(opt: torch.optim.Optimizer):
+    """The stock step as a user would call it, less the hooks (they fire once, in our own wrapper)."""
+    step = plain_class(opt).step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def plain_class(opt: torch.optim.Optimizer) -> type:
+    """The class the user made: the first one of the MRO that is not ours."""
+    return next(c for c in type(opt).__mro__ if "_fxckpt_base" not in c.__dict__)
+
+
+def is_stock(opt: torch.optim.Optimizer) -> bool:
+    """Is it an optimizer of ``torch.optim`` itself, and not of a class that only has its name or derives from it?"""
+    cls = plain_class(opt)
+    return cls is getattr(torch.optim, cls.__name__, None)
+
+
+def inner_hooks(opt: torch.optim.Optimizer) -> bool:
+    """Are hooks registered, on ``opt`` or for all optimizers, that the step of one of its base classes would call too?
+
+    ``Optimizer.__init__`` marks each step that it wraps with ``hooked``.
+    """
+    cls = plain_class(opt)
+    inner = [step for c in cls.__mro__ if (step := vars(c).get("step")) is not None and step is not cls.step]
+    return _has_hooks(opt) and any(getattr(step, "hooked", False) for step in inner)
+
+
+def _has_hooks(opt: torch.optim.Optimizer) -> bool:
+    """Are hooks of ``step`` registered, on ``opt`` or for all optimizers? Nothing public lists them."""
+    return bool(
+        opt._optimizer_step_pre_hooks
+        or opt._optimizer_step_post_hooks
+        or optimizer._global_optimizer_pre_hooks
+        or optimizer._global_optimizer_post_hooks
+    )
+
+
+def hooked(function: Callable) -> Callable:
+    """Wrap ``function`` as ``Optimizer.__init__`` wraps ``step``: a region for profilers, and pre and post hooks, once each.
+
+    With no hook and no profiler none of that is to be done, and PyTorch's wrapper would take a fifth of a millisecond for it
+    after a backward pass, when its code is cold. (An ``ExecutionTraceObserver`` without a profiler cannot be seen: its trace
+    lacks the region.) Private: ``Optimizer.profile_hook_step``, the flags of profilers (one is a thread's own, one the legacy
+    profiler does not set), and the mark ``hooked``, without which ``__setstate__`` wraps a second time and hooks fire twice
+    (seen after ``load_state_dict``).
+    """
+    full, profiler = torch.optim.Optimizer.profile_hook_step(function), torch.autograd.profiler
+    by_daemon = "KINETO_USE_DAEMON" in os.environ  # profiles begin from outside then, and set no flag
+
+    @functools.wraps(function)
+    def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        if profiler._is_profiler_enabled or torch.autograd._profiler_enabled() or by_daemon or _has_hooks(self):
+            return full(self, *args, **kwargs)
+        out = function(self, *args, **kwargs)
+        if _has_hooks(self):  # registered meanwhile, by a closure
+            for hook in (*self._optimizer_step_post_hooks.values(), *optimizer._global_optimizer_post_hooks.values()):
+                hook(self, (self, *args), kwargs)
+        return out
+
+    wrapper.hooked = True
+    return wrapper
+
+
+def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
+    """Make a step wrapper that an LR scheduler put on the *instance* call the class's new step; True if there was one.
+
+    ``LRScheduler.__init__`` stores a wrapper around the old function in ``opt.step``. Deleting it makes the scheduler
+    warn that the step was overridden; so another one takes its place that keeps its mark and sets its flag.
+    Raises SetupError if ``step`` was replaced on the instance by something else.
+    """
+    current = opt.__dict__.get("step")
+    if current is None:
+        return False
+    if not getattr(current, "_wrapped_by_lr_sched", False):
+        raise SetupError(
+            f"opt.step of this {type(opt).__name__} was replaced by {current!r}; fxckpt cannot see the "
+            "steps through it. Call compile_step before that wrapper is installed."
+        )
+    owner = weakref.ref(opt)
+
+    @functools.wraps(type(opt).step)
+    def step(*args, **kwargs):
+        this = owner()
+        this._opt_called = True
+        return type(this).step(this, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True
+    opt.step = step
+    return True
+
+
+def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
+    """Call ``skipped()`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
+
+    ``GradScaler._maybe_opt_step`` is where that is decided. The class of this one instance is swapped for a subclass, as the
+    optimizer's is; pickles and copies of it are of the plain class.
+    """
+    scaler.__class__ = _watched_class(type(scaler))
+    scaler.__dict__.setdefault("_fxckpt_watchers", []).append((opt, skipped))
+
+
+@functools.cache
+def _watched_class(base: type) -> type:
+    """A scaler's class that tells its watchers."""
+
+    def maybe(self, optimizer, optimizer_state, *args, **kwargs):
+        told = [skipped for watched, skipped in self._fxckpt_watchers if watched is optimizer]
+        found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
+        out = base._maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs)
+        for skipped in told if found else ():
+            skipped()
+        return out
+
+    return instance_subclass(base, {"_maybe_opt_step": maybe})
+
+
+def default_implementation(param: torch.Tensor) -> str:
+    """What an optimizer picks when neither ``foreach`` nor ``fused`` is given: see ``_default_to_fused_or_foreach``."""
+    from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
+
+    return "foreach" if param.device.type in _get_foreach_kernels_supported_devices() else "single"

@@ -1,0 +1,39 @@
+"""Private facts about one tensor: its version, its wrappers, the autograd node that adds its gradient.
+
+Feature tests: ``tests/project/test_torch_private.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
+"""What ``torch.no_grad`` calls on its way in and out: those seven Python calls take 40 µs when their code is cold."""
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Does the tensor belong to a transform of ``torch.func``? Such a one has no memory; nothing public tells."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor, or another view of its memory, was changed in place. Inference tensors do not count: always 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Is it a subclass that keeps its values in inner tensors (DTensor, torchao's quantized states)?"""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor)
+
+
+def gradient_accumulator(param: torch.Tensor):
+    """The autograd node that adds a gradient to ``param.grad``; DDP hooks it the same way.
+
+    A hook on the tensor itself is visible to Dynamo; one on this node is not. It lives only while somebody holds it.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        return param.view_as(param).grad_fn.next_functions[0][0]

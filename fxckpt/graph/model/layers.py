@@ -1,0 +1,139 @@
+"""Layers: which parameters are updated and checkpointed together, and in which order.
+
+The order is the one in which gradients become final, so that a layer could be updated as soon as its gradient
+is there. It must never be able to fail training: whatever was or was not seen, each parameter appears exactly
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fxckpt.errors import SetupError
+from fxckpt.graph.model.forward import EARLIER
+from fxckpt.graph.model.joint import JointTrace, TraceBook
+
+ROOT = "(root)"
+"""The layer of parameters that the model owns directly."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Parameters (FQNs, in update order) whose update is one step of the StepGraph."""
+
+    name: str
+    params: tuple[str, ...]
+
+
+def gradient_order(named: Sequence[tuple[str, Tensor]], book: TraceBook) -> tuple[str, ...]:
+    """The names, ordered by when their gradients become final; those of which nothing is known last, in reverse
+    registration order.
+
+    Regions come in the order of their backwards: as gradients arrived, else the later in the forward the earlier. Within a
+    region, whose gradients arrive all at once, the later a parameter is used first, the earlier its gradient is final.
+    Parameters outside all regions come as their gradients arrived. Ties (weight and bias of one op) are in reverse
+    registration order. A tensor that ``named`` holds twice counts once, under its first name.
+    """
+    first: dict[int, tuple[int, str, Tensor]] = {}
+    for at, (name, tensor) in enumerate(named):
+        first.setdefault(id(tensor), (at, name, tensor))
+    places = book.places()
+
+    def key(entry: tuple[int, str, Tensor]) -> tuple[bool, tuple[int, int], int, int]:
+        at, _, tensor = entry
+        trace, arrival = book.lookup(tensor), book.arrival(tensor)
+        if trace is not None:
+            return False, places[trace.region], -trace.first_use, -at
+        return (True, (0, 0), 0, -at) if arrival is None else (False, (arrival, 0), 0, -at)
+
+    return tuple(name for _, name, _ in sorted(first.values(), key=key))
+
+
+def group_layers(order: Sequence[str], layer: str | Callable[[str], str] = "module") -> tuple[Layer, ...]:
+    """Split ``order`` into layers, sorted by when the last gradient of each becomes final.
+
+    "module": the parameters one module owns directly. "block": those under the outermost list element
+    (``h.0``); what is in no list, by module. Or a function from a parameter's FQN to the name of its layer.
+    """
+    if not callable(layer) and layer not in _GROUPINGS:
+        raise SetupError(f"layer={layer!r}: expected 'module', 'block' or a function of a parameter's name")
+    name_of = layer if callable(layer) else _GROUPINGS[layer]
+    groups: dict[str, list[str]] = {}
+    for name in order:
+        group = name_of(name)
+        groups[group] = [*groups.pop(group, ()), name]  # re-inserted: the dict is sorted by last parameter
+    return tuple(Layer(name, tuple(params)) for name, params in groups.items())
+
+
+def module_of(name: str) -> str:
+    """The FQN of the module that owns the parameter ``name``."""
+    return name.rpartition(".")[0] or ROOT
+
+
+def block_of(name: str) -> str:
+    """The FQN of the outermost list element that the parameter ``name`` is in, else of its module."""
+    parts = name.split(".")[:-1]
+    for at, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: at + 1])
+    return module_of(name)
+
+
+_GROUPINGS: Mapping[str, Callable[[str], str]] = {"module": module_of, "block": block_of}
+
+
+def layer_edges(
+    layers: Sequence[Layer], book: TraceBook, named: Iterable[tuple[str, Tensor]] | None = None
+) -> tuple[tuple[str, str], ...]:
+    """Which layer's output reaches which layer's ops in the forward, through ops that have no parameters.
+
+    Only the edges that no longer path implies, from the layer that is used first to the one used later (a
+    shared layer called again makes no circle). ``named`` says what the names in ``layers`` stand for, if they
+    are not the book's own. Sorted in forward order.
+    """
+    layer_of = {name: layer.name for layer in layers for name in layer.params}
+    owner = {id(tensor): layer_of[name] for name, tensor in (named or book.names()) if name in layer_of}
+    first_use: dict[str, int] = {}
+    edges: set[tuple[str, str]] = set()
+    for at, (users, feeders) in enumerate(_flow(book.traces(), owner)):
+        for user in users:
+            first_use.setdefault(user, at)
+        edges |= {(a, b) for a in feeders for b in users if first_use[a] < first_use[b]}
+    forward = sorted(first_use, key=first_use.__getitem__)
+    return _reduced(forward, edges)
+
+
+def _flow(traces: Sequence[JointTrace], owner: Mapping[int, str]) -> Iterable[tuple[set[str], set[str]]]:
+    """For each use, in forward order: the layers whose parameters it reads, and those whose output it reads.
+
+    A use without a layer (its parameters are not the optimizer's) passes on what reached it. What reaches a
+    region from an earlier one is taken to come from the outputs of the one before.
+    """
+    came: set[str] = set()
+    for trace in traces:
+        layer = [owner.get(id(ref())) for ref, _ in trace.params]
+        carries: list[set[str]] = []
+        for use in trace.uses:
+            users = {name for p in use.params if (name := layer[p]) is not None}
+            feeders = set().union(*(came if i == EARLIER else carries[i] for i in use.inputs))
+            carries.append(users or feeders)
+            if users:
+                yield users, feeders
+        came = set().union(*(carries[i] for i in trace.outputs))
+
+
+def _reduced(order: Sequence[str], edges: set[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    """The transitive reduction of ``edges``, all of which go forward in ``order``."""
+    below: dict[str, set[str]] = {}
+    kept = []
+    rank = {name: at for at, name in enumerate(order)}
+    for name in reversed(order):
+        below[name] = set()
+        for other in sorted((b for a, b in edges if a == name), key=rank.__getitem__):
+            if other not in below[name]:
+                kept.append((name, other))
+                below[name] |= {other} | below[other]
+    return tuple(sorted(kept, key=lambda edge: (rank[edge[0]], rank[edge[1]])))

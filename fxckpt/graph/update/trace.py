@@ -1,0 +1,390 @@
+"""Trace a stock optimizer's own ``step()`` into an FX graph: one graph per signature, not one per parameter.
+
+The optimizer is not rewritten by hand: a shallow clone of it runs under ``make_fx`` with fake tensors. Numeric
+hyperparameters and step counts become symbolic doubles, so what eager computes in Python stays Python arithmetic in the
+graph and nothing of it is baked in.
+
+Two ways in, because two kinds of kernels exist:
+
+* ``single`` and ``foreach`` take Python scalars through code that FX can follow: the hyperparameters are symbols.
+* ``fused`` hands them to one native operator whose schema takes plain floats. It is traced twice with different
+  sentinel values; a constant that differs between the traces is a hyperparameter, one that does not is a constant.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxckpt.compat.optimizers import GROUP_BOOKKEEPING, plain_class, settings_of, unhooked_step
+from fxckpt.compat.tracing import FakeTrace, branch_node, symbolic_float, symbolic_numbers, trace_fake
+
+Key = tuple[str, int | None]
+"""A hyperparameter: its name in the parameter group, and its index when the entry is a tuple (``betas``)."""
+
+
+class NotTraceable(Exception):
+    """This optimizer's step cannot be split; the message says why. The caller runs the stock step instead."""
+
+
+class MakesState(NotTraceable):
+    """The traced step makes optimizer state: a first step, which is the stock one's to run."""
+
+
+ELEMENTWISE = frozenset({"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"})
+"""Classes of ``torch.optim`` whose step treats every element alike and keeps all that changes in tensors of its state.
+
+Only then is one trace, made on stand-ins of another shape, right for every parameter.
+"""
+
+BY_SHAPE = frozenset({"Adafactor", "Muon"})
+"""Classes of ``torch.optim`` that treat every parameter apart from the others but not every element alike: traced once
+for each shape, and never compiled."""
+
+COUNTS = frozenset({"step", "mu", "eta", "mu_product"})
+"""States that are 0-dimensional for every parameter, also for one that is itself 0-dimensional."""
+
+WHOLE = {"LBFGS": "its closure and line search look at all parameters at once", "SparseAdam": "its gradients are sparse"}
+"""Classes of ``torch.optim`` that run their own step, and why."""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All that decides which code an update runs. Numeric values are not part of it, their structure is."""
+
+    optimizer: type
+    implementation: str  # "single", "foreach" or "fused"; "rehearsed" where it was not traced (graph/tape.py)
+    constants: tuple[tuple[str, Any], ...]  # baked in: flags, strings, None, and numbers that are zero
+    numeric: tuple[tuple[Key, bool | None], ...]  # inputs; True: positive, False: negative, None: nothing assumed
+    state: tuple[tuple[str, bool], ...]  # key, and whether it is 0-dimensional (a step count)
+    dtype: torch.dtype
+    device: str  # with its number: list kernels take tensors of one device
+    tensors: tuple[tuple[Key, torch.dtype, tuple[int, ...]], ...] = ()  # hyperparameters that are tensors (lr=tensor(...))
+    shape: tuple | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
+
+    @functools.cached_property
+    def hyperparameters(self) -> tuple[Key, ...]:
+        """The inputs that come from the parameter group, numbers first, in the order in which a program takes them."""
+        return tuple(key for key, _ in self.numeric) + tuple(key for key, _, _ in self.tensors)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a placeholder of a traced update stands for."""
+
+    kind: str  # "param", "grad", "state" or "hyper"
+    index: int = 0  # which of the traced parameters
+    key: Any = None  # the state's name, or the hyperparameter's key
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An update as the optimizer wrote it: ``graph`` mutates its inputs and returns nothing."""
+
+    graph: fx.Graph
+    roles: dict[fx.Node, Role]
+    count: int  # how many parameters were traced together
+    branches: tuple[tuple[fx.Node, bool], ...] = ()  # a truth value at the end of the graph, and what was assumed of it
+
+
+def is_number(value: Any) -> bool:
+    """A numeric hyperparameter: a float, or an int that is not a flag."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+
+
+def numeric_items(group: dict[str, Any]) -> list[tuple[Key, float]]:
+    """The numbers of a parameter group, by key, tuples taken apart. ``lr`` may be an int; other ints are structure."""
+    found: list[tuple[Key, float]] = []
+    for name in sorted(k for k in group if k not in GROUP_BOOKKEEPING):
+        value = group[name]
+        if isinstance(value, float) or (name == "lr" and is_number(value)):
+            found.append(((name, None), float(value)))
+        elif isinstance(value, (tuple, list)):
+            found.extend(((name, i), float(v)) for i, v in enumerate(value) if isinstance(v, float))
+    return found
+
+
+def tensor_items(group: dict[str, Any]) -> list[tuple[Key, torch.Tensor]]:
+    """The tensors of a parameter group (``lr=torch.tensor(0.1)``), by key, tuples taken apart."""
+    found: list[tuple[Key, torch.Tensor]] = []
+    for name in sorted(k for k in group if k not in GROUP_BOOKKEEPING):
+        value = group[name]
+        if isinstance(value, torch.Tensor):
+            found.append(((name, None), value))
+        elif isinstance(value, (tuple, list)):
+            found.extend(((name, i), v) for i, v in enumerate(value) if isinstance(v, torch.Tensor))
+    return found
+
+
+def signature_of(
+    opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any], implementation: str
+) -> Signature:
+    """The signature of one parameter's update.
+
+    Raises NotTraceable for what runs whole: classes not listed above, ``capturable``, ``differentiable``, sparse parameters,
+    and state that is not shaped like its parameter where elements are treated alike.
+    """
+    cls = plain_class(opt)
+    if cls is not getattr(torch.optim, cls.__name__, None):
+        raise NotTraceable(f"{cls.__module__}.{cls.__qualname__} is not known to treat parameters apart")
+    if cls.__name__ not in ELEMENTWISE | BY_SHAPE:
+        raise NotTraceable(WHOLE.get(cls.__name__, f"{cls.__name__} is not known to treat parameters apart"))
+    for flag in ("capturable", "differentiable"):
+        if group.get(flag):
+            raise NotTraceable(f"{flag}=True")
+    if param.layout != torch.strided:
+        raise NotTraceable(f"a {param.layout} parameter")
+    if cls.__name__ == "Rprop" and param.dim() == 0 and not param.is_complex():
+        raise NotTraceable("a mask of a 0-dimensional parameter, which Rprop makes, is read on the host")
+    by_shape = cls.__name__ in BY_SHAPE
+    numeric, zeros = [], []
+    for key, value in numeric_items(group):
+        if key[0] == "lr":
+            numeric.append((key, None))  # warm-up starts at 0 and no optimizer branches on it: never structure
+        elif value != 0:
+            numeric.append((key, value > 0))
+        else:
+            zeros.append(key)
+    if implementation == "fused" and (held := [key for key, _ in tensor_items(group) if key[0] != "lr"]):
+        raise NotTraceable(f"a fused kernel reads {held[0][0]}, a tensor, by its value")
+    tensors = [(key, value.dtype, tuple(value.shape)) for key, value in tensor_items(group)]
+    moving = {key for key, _ in numeric} | {key for key, _, _ in tensors}
+    constants = tuple(
+        (name, _constant(group[name], name, moving))
+        for name in sorted(group)
+        if name in settings_of(opt) and (name, None) not in moving
+    )
+    kept = [(key, value) for key, value in sorted(state.items()) if value is not None]
+    kinds = tuple((key, _state_kind(key, value, param, by_shape)) for key, value in kept)
+    shape = tuple((tuple(t.shape), t.stride()) for t in (param, *(v for _, v in kept))) if by_shape else None
+    return Signature(cls, implementation, constants, tuple(numeric), kinds, param.dtype, str(param.device), tuple(tensors), shape)
+
+
+def _constant(value: Any, name: str, moving: set[Key]) -> Any:
+    """The part of a group entry that is structure, hashable; moving elements of a tuple are left out of it."""
+    if isinstance(value, (tuple, list)):
+        return tuple(None if (name, i) in moving else v for i, v in enumerate(value))
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise NotTraceable(f"{name} is a {type(value).__name__}")
+
+
+def is_count(key: str, value: torch.Tensor, param: torch.Tensor) -> bool:
+    """Is this state a 0-dimensional count, advanced on the host, and not the state of a 0-dimensional parameter?"""
+    return value.dim() == 0 and (param.dim() > 0 or key in COUNTS or value.dtype != param.dtype)
+
+
+def _state_kind(key: str, value: Any, param: torch.Tensor, by_shape: bool) -> bool:
+    """True for a 0-dimensional state (a count), False for a tensor: one shaped like its parameter unless ``by_shape``."""
+    if not isinstance(value, torch.Tensor):
+        raise NotTraceable(f"state {key!r} is a {type(value).__name__}")
+    if is_count(key, value, param):
+        return True
+    if value.shape != param.shape and not by_shape:
+        raise NotTraceable(f"state {key!r} has shape {tuple(value.shape)}, its parameter {tuple(param.shape)}")
+    return False
+
+
+def trace(
+    opt: torch.optim.Optimizer,
+    group: dict[str, Any],
+    param: torch.Tensor,
+    state: dict[str, Any],
+    signature: Signature,
+    *,
+    count: int | None = None,
+    script: Sequence[bool] = (),
+) -> Traced:
+    """Trace ``opt.step()`` for parameters like ``param``; raises NotTraceable with the reason where FX cannot follow.
+
+    ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told
+    from what is common to the list. ``script`` says how branches on step counts and hyperparameters go.
+    """
+    if count is None:
+        count = 1 if signature.implementation == "single" else 2
+    alike = signature.shape is None
+    # Two sizes that no constant would equal by chance: a shape baked into the graph then shows as a failure.
+    params = [_like(param, 7 + 4 * i if alike else None) for i in range(count)]
+    states = [
+        {
+            key: torch.empty((), dtype=value.dtype) if scalar else _like(value, 7 + 4 * i if alike else None)
+            for (key, scalar) in signature.state
+            for value in (state[key],)
+        }
+        for i in range(count)
+    ]
+    if signature.implementation == "fused":
+        return _trace_with_sentinels(opt, group, params, states, signature)
+    return _trace_with_symbols(opt, group, params, states, signature, script)
+
+
+def _like(tensor: torch.Tensor, size: int | None) -> torch.Tensor:
+    """A stand-in of the same type: one-dimensional where the shape is not seen, else of the same shape and strides."""
+    if size is not None:
+        return torch.empty(size, dtype=tensor.dtype)
+    return torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype)
+
+
+def _settings(group: dict[str, Any], values: dict[Key, Any], signature: Signature) -> dict[str, Any]:
+    """The parameter group the clone runs with: ``values`` for the numeric hyperparameters, the implementation fixed."""
+    out = {}
+    for name, value in group.items():
+        if name in GROUP_BOOKKEEPING:
+            continue
+        if isinstance(value, (tuple, list)):
+            value = type(value)(values.get((name, i), v) for i, v in enumerate(value))
+        out[name] = values.get((name, None), value)
+    for flag in ("foreach", "fused"):
+        if flag in out:
+            out[flag] = signature.implementation == flag
+    return out
+
+
+def _run_clone(opt, step, params, grads, states, settings) -> None:
+    """Run the stock step of a shallow clone; raises NotTraceable if that makes or drops state (a first step)."""
+    clone = copy.copy(opt)
+    for param, grad in zip(params, grads):
+        param.grad = grad
+    clone.param_groups = [{**settings, "params": params}]
+    clone.state = {p: dict(s) for p, s in zip(params, states)}
+    step(clone)
+    for param, before in zip(params, states):
+        after = {k for k, v in clone.state[param].items() if v is not None}
+        if after != set(before):
+            raise MakesState(f"its step makes state {sorted(after ^ set(before))}")
+
+
+def _flat_names(states: Sequence[dict[str, Any]], signature: Signature) -> list[Role]:
+    """Roles of the placeholders in the order of ``_stand_ins``."""
+    count = len(states)
+    roles = [Role("param", i) for i in range(count)] + [Role("grad", i) for i in range(count)]
+    roles += [Role("state", i, key) for i, s in enumerate(states) for key in s]
+    return roles + [Role("hyper", 0, key) for key, _, _ in signature.tensors]
+
+
+def _make_fx(fn, args, roles: list[Role], script: Sequence[bool] = ()) -> tuple[FakeTrace, dict[fx.Node, Role]]:
+    """Trace ``fn(*args)`` on fake tensors and name each placeholder for its role."""
+    try:
+        found = trace_fake(fn, args, script)
+    except NotTraceable:
+        raise
+    except Exception as error:  # whatever the optimizer's own code does with a symbol
+        raise NotTraceable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}") from error
+    placeholders = [n for n in found.graph.nodes if n.op == "placeholder"]
+    if len(placeholders) != len(roles):
+        raise NotTraceable(f"{len(placeholders)} traced inputs for {len(roles)} given ones")
+    return found, dict(zip(placeholders, roles))
+
+
+def _stand_ins(params, states, signature: Signature) -> list[torch.Tensor]:
+    """The tensors to trace with: parameters, gradients, states, tensor hyperparameters."""
+    held = [torch.empty(shape, dtype=dtype) for _, dtype, shape in signature.tensors]
+    return [*params, *(torch.empty_like(p) for p in params), *(t for s in states for t in s.values()), *held]
+
+
+def _trace_with_symbols(opt, group, params, states, signature: Signature, script: Sequence[bool]) -> Traced:
+    """Hyperparameters as symbolic doubles: ``t.item()`` of a fake 0-dim tensor."""
+    step = unhooked_step(opt)
+
+    def fn(*flat):
+        ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
+        states_in = [{key: rest.pop(0) for key in s} for s in states]
+        values = {key: rest.pop(0) for key, _, _ in signature.tensors}
+        for (key, positive), tensor in zip(signature.numeric, rest):
+            values[key] = symbolic_float(tensor, positive)
+        with symbolic_numbers(opt):
+            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, values, signature))
+
+    count = len(params)
+    hypers = [torch.empty((), dtype=torch.float64) for _ in signature.numeric]
+    roles = _flat_names(states, signature)
+    roles += [Role("hyper", 0, key) for key, _ in signature.numeric]
+    found, named = _make_fx(fn, [*_stand_ins(params, states, signature), *hypers], roles, script)
+    _hypers_as_floats(found, named, {key for key, _ in signature.numeric})
+    try:
+        branches = tuple((branch_node(found.graph, expression, found.symbols), outcome) for expression, outcome in found.branches)
+    except KeyError:  # a number that only the branch used
+        raise NotTraceable("it branches on the value of a tensor") from None
+    return Traced(found.graph, named, count, branches)
+
+
+def _hypers_as_floats(found: FakeTrace, roles: dict[fx.Node, Role], numeric: set[Key]) -> None:
+    """Each hyperparameter is read by ``item()`` once; let its placeholder be that float."""
+    for node in [n for n, role in roles.items() if role.kind == "hyper" and role.key in numeric]:
+        for read in list(node.users):
+            for symbol, reader in found.symbols.items():
+                if reader is read:
+                    found.symbols[symbol] = node
+            read.replace_all_uses_with(node)
+            found.graph.erase_node(read)
+
+
+def _trace_with_sentinels(opt, group, params, states, signature: Signature) -> Traced:
+    """Hyperparameters as two sets of made-up values; where the two traces differ, a hyperparameter stands."""
+    step, keys = unhooked_step(opt), [key for key, _ in signature.numeric]
+
+    def traced(values):
+        def fn(*flat):
+            ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
+            states_in = [{key: rest.pop(0) for key in s} for s in states]
+            held = {key: rest.pop(0) for key, _, _ in signature.tensors}
+            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, {**values, **held}, signature))
+
+        found, roles = _make_fx(fn, _stand_ins(params, states, signature), _flat_names(states, signature))
+        if found.branches:
+            raise NotTraceable("a fused step branches on a step count")
+        return found.graph, roles
+
+    count = len(params)
+    signs = [-1.0 if positive is False else 1.0 for _, positive in signature.numeric]
+    one = {key: sign * (0.1037 + 0.0291 * i) for i, (key, sign) in enumerate(zip(keys, signs))}
+    two = {key: sign * (0.2113 + 0.0173 * i) for i, (key, sign) in enumerate(zip(keys, signs))}
+    graph, roles = traced(one)
+    _replace_sentinels(graph, traced(two)[0], one, two, roles)
+    return Traced(graph, roles, count)
+
+
+def _replace_sentinels(graph: fx.Graph, other: fx.Graph, one: dict, two: dict, roles: dict[fx.Node, Role]) -> None:
+    """Put a float placeholder wherever the two traces hold a hyperparameter's two values."""
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    names = {}
+    for key in one:
+        with graph.inserting_before(first):
+            names[key] = graph.placeholder("_".join(str(k) for k in key if k is not None))
+        roles[names[key]] = Role("hyper", 0, key)
+    if len(graph.nodes) - len(one) != len(other.nodes):
+        raise NotTraceable("its graph depends on the values of hyperparameters")
+    twins = zip((n for n in graph.nodes if n not in names.values()), other.nodes)
+    for node, twin in twins:
+        if node.target != twin.target and node.op != "placeholder":
+            raise NotTraceable("its graph depends on the values of hyperparameters")
+        swap = _Swap(one, two, names)
+        node.args = swap(node.args, twin.args)
+        node.kwargs = swap(node.kwargs, twin.kwargs)
+
+
+class _Swap:
+    """Walk two argument structures side by side; a float that differs must be the same hyperparameter in both."""
+
+    def __init__(self, one, two, names):
+        self.back_one = {v: k for k, v in one.items()}
+        self.back_two = {v: k for k, v in two.items()}
+        self.names = names
+
+    def __call__(self, a: Any, b: Any) -> Any:
+        if isinstance(a, (list, tuple)):
+            return type(a)(self(x, y) for x, y in zip(a, b))
+        if isinstance(a, dict):
+            return {k: self(a[k], b[k]) for k in a}
+        if not isinstance(a, float) or a == b:
+            return a
+        key = self.back_one.get(a)
+        if key is None or self.back_two.get(b) != key:
+            raise NotTraceable(f"a constant of its graph, {a}, is computed from hyperparameters")
+        return self.names[key]

@@ -1,0 +1,440 @@
+"""Note what an optimizer's own ``step()`` asks of PyTorch, on stand-ins that have no memory.
+
+A class that is not of ``torch.optim`` may do anything, so nothing is assumed of it: its step runs, in plain Python, on
+stand-ins of its parameters, gradients and states. What it computes with Python numbers, step counts and tensor
+hyperparameters happens for real. What it asks of stand-ins is noted: for each of them a *tape* of operators, in which
+numbers are holes, and the numbers that stood there this time. A tape becomes the body of a ``Program``; the numbers are
+the scalars of this one step.
+
+What would make a tape wrong for another tensor raises NotTraceable at once: a value read on the host, an operator over
+two parameters, random numbers, a change of anything that is no stand-in.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+
+from fxckpt.compat.tracing import fake_mode, is_stand_in, stand_in
+from fxckpt.graph.update.foreach import data_of
+from fxckpt.graph.update.hoist import Program
+from fxckpt.graph.update.trace import NotTraceable, Signature
+
+Name = tuple[Any, Any]
+"""Of a tensor on a tape: ``("param", None)``, ``("grad", None)``, ``("state", key)``, or ``(operator's index, output's)``."""
+
+
+class Ref(NamedTuple):
+    """A tensor of the tape, as an argument."""
+
+    name: Name
+
+
+class Hole(NamedTuple):
+    """A number as an argument; ``dtype`` where it is a 0-dimensional tensor on the host."""
+
+    dtype: torch.dtype | None
+
+
+class Items(NamedTuple):
+    """A list as an argument."""
+
+    items: tuple
+
+
+class Op(NamedTuple):
+    """One operator of a tape."""
+
+    target: Any
+    args: tuple
+    kwargs: tuple
+
+
+Tape = tuple[Op, ...]
+
+
+class StandIn:
+    """The stand-ins of one parameter, its gradient and its state, with the tape that was noted on them last.
+
+    They are used again at every step: as long as the step asks for the same operators, the results of last time are handed
+    out and nothing is computed.
+    """
+
+    def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
+        self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
+        self.grad = None if grad is None else stand_in(grad)
+        self.param.grad = self.grad
+        self.tensors = {key: stand_in(value) for key, value in state.items()}
+        self.names: dict[int, Name] = {id(self.param): ("param", None)}
+        if self.grad is not None:
+            self.names[id(self.grad)] = ("grad", None)
+        self.names |= {id(t): ("state", key) for key, t in self.tensors.items()}
+        self.noted: list[tuple[Op, Any, list[int]]] = []  # operator, what it returned, ids of its new tensors
+        self.at = 0
+        self.scalars: list[Any] = []
+        self._tape: Tape | None = None
+
+    def begin(self) -> None:
+        """A step begins."""
+        self.at, self.scalars = 0, []
+
+    def next(self, op: Op, compute: Callable[[], Any]) -> Any:
+        """What ``op`` returns: as last time if the tape goes on as it did, else ``compute()``, which is named and noted."""
+        if self.at < len(self.noted) and self.noted[self.at][0] == op:
+            self.at += 1
+            return self.noted[self.at - 1][1] if not _is_view(op.target) else self._again(compute())
+        self._forget()
+        out = compute()
+        new = []
+        for index, tensor in _outputs(out, op.target):
+            if id(tensor) not in self.names:  # in-place operators return what they were given
+                self.names[id(tensor)] = (self.at, index)
+                new.append(id(tensor))
+        self.noted.append((op, out, new))
+        self.at += 1
+        return out
+
+    def _again(self, out: Any) -> Any:
+        """Another view in the place of last time's: autograd, above this, takes no tensor for a view twice."""
+        op, _, old = self.noted[self.at - 1]
+        names = {index: self.names.pop(each) for index, each in enumerate(old)}
+        new = [id(t) for _, t in _outputs(out, op.target)]
+        self.names.update(zip(new, names.values()))
+        self.noted[self.at - 1] = op, out, new
+        return out
+
+    def _forget(self) -> None:
+        """The tape goes another way from here on."""
+        for _, _, new in self.noted[self.at :]:
+            for each in new:
+                del self.names[each]
+        del self.noted[self.at :]
+        self._tape = None
+
+    def tape(self) -> Tape:
+        """What this step asked for."""
+        if self.at < len(self.noted):
+            self._forget()
+        if self._tape is None:
+            self._tape = tuple(op for op, _, _ in self.noted)
+        return self._tape
+
+
+def _outputs(out: Any, target: Any) -> list[tuple[int | None, torch.Tensor]]:
+    """The tensors that an operator returned, with their index if it returns several. Raises NotTraceable for others."""
+    if isinstance(out, torch.Tensor):
+        return [(None, out)]
+    found = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
+    if any(not isinstance(t, torch.Tensor) for t in found):
+        raise NotTraceable(f"{target} tells it something about a tensor's values")
+    return list(enumerate(found))
+
+
+@functools.cache
+def _is_view(target: Any) -> bool:
+    """Does it return a view of what it was given?"""
+    return target is not data_of and any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
+
+
+# Functions and attributes from which no shape can be told, although they return no tensor.
+_BLIND = {
+    getattr(torch.Tensor, name).__get__
+    for name in (
+        "dtype",
+        "device",
+        "layout",
+        "grad",
+        "grad_fn",
+        "is_leaf",
+        "requires_grad",
+        "is_sparse",
+        "is_sparse_csr",
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "is_meta",
+        "is_mkldnn",
+        "is_quantized",
+        "is_nested",
+    )
+}
+_BLIND |= {
+    torch.Tensor.is_complex,
+    torch.Tensor.is_floating_point,
+    torch.is_complex,
+    torch.is_floating_point,
+    torch.is_tensor,
+    torch.Tensor.get_device,
+    torch.Tensor.type,
+}
+
+_DATA = torch.Tensor.data.__get__
+
+# What looks behind a stand-in, or gives a tensor another identity than the one that a checkpoint knows.
+_REFUSED = {
+    torch.Tensor.data.__set__: "gives a parameter other data",
+    torch.Tensor.grad.__set__: "replaces a gradient",
+    torch.Tensor.requires_grad.__set__: "changes requires_grad",
+    torch.Tensor.requires_grad_: "changes requires_grad",
+    torch.Tensor.data_ptr: "reads a tensor's memory itself",
+    torch.Tensor.untyped_storage: "reads a tensor's memory itself",
+    torch.Tensor.storage: "reads a tensor's memory itself",
+    torch.Tensor.numpy: "reads a tensor's memory itself",
+    torch.Tensor.__array__: "reads a tensor's memory itself",
+    torch.Tensor.register_hook: "registers a hook",
+    torch.Tensor.__deepcopy__: "copies a parameter",
+    torch.Tensor.__reduce_ex__: "pickles a tensor",
+    torch.Tensor._version.__get__: "reads a version counter",
+    torch.Tensor.backward: "runs autograd",
+}
+
+
+@functools.cache
+def _kinds(target: Any) -> tuple[tuple[str, ...], dict[str, str], frozenset[int | str]]:
+    """Of an operator: its arguments' types by position and by name, and which of them it writes to (by both)."""
+    arguments = target._schema.arguments
+    written = {key for i, a in enumerate(arguments) if a.is_write for key in (i, a.name)}
+    return tuple(str(a.type) for a in arguments), {a.name: str(a.type) for a in arguments}, frozenset(written)
+
+
+class Recorder:
+    """Watches one rehearsal. ``peeked``: the step's Python may have seen a shape; ``sized``: a size or a dimension is on a
+    tape. Either way a tape is right for that one shape only."""
+
+    def __init__(self, cast: Sequence[StandIn]):
+        self.owner: dict[int, StandIn] = {each: stand_in for stand_in in cast for each in stand_in.names}
+        self.host: dict[int, tuple[torch.Tensor, StandIn | None]] = {}  # tensors with values, and whose count they come from
+        self.peeked = self.sized = self.reads_data = False
+        self.operators = 0
+        self.refusal: NotTraceable | None = None  # kept, should the step catch it
+
+    def add_count(self, tensor: torch.Tensor, owner: StandIn) -> None:
+        """A copy of a step count, which the step may read and change."""
+        self.host[id(tensor)] = (tensor, owner)
+
+    def refuse(self, why: str) -> NotTraceable:
+        """The exception to raise."""
+        self.refusal = self.refusal or NotTraceable(why)
+        return self.refusal
+
+    # -- calls --
+
+    def called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One of PyTorch's Python functions, or an attribute of a tensor."""
+        if not any(map(_is_or_holds_stand_in, (*args, *kwargs.values()))):
+            return func(*args, **kwargs)
+        if (why := _REFUSED.get(func)) is not None:
+            raise self.refuse(f"it {why}")
+        self.reads_data = func == _DATA  # comes down as a detach, from which it cannot be told
+        out = func(*args, **kwargs)
+        if not self.peeked and out is not None and func not in _BLIND and not _holds_tensor(out):
+            self.peeked = True
+        return out
+
+    # -- operators --
+
+    def dispatched(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """One operator: computed where it is the host's, noted where it is a stand-in's."""
+        if func.namespace == "prim":  # asked by stand-ins themselves: their device
+            return _fake(func, args, kwargs)
+        if func.namespace == "profiler":  # around every step that has hooks
+            return func(*args, **kwargs)
+        if func.namespace != "aten":
+            raise self.refuse(f"it calls {func}, which is not PyTorch's own")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self.refuse(f"it draws random numbers ({func})")
+        if torch.Tag.inplace_view in func.tags:
+            raise self.refuse(f"it changes a tensor's shape ({func})")
+        self.operators += 1
+        if self.reads_data and func is torch.ops.aten.detach.default and is_stand_in(args[0]):
+            self.reads_data = False
+            return self._noted(self._owner(args[0]), data_of, args, {}, functools.partial(_fake, func, args, {}))
+        owners = {id(o): o for o in map(self._owner, _tensors((args, kwargs))) if o is not None}
+        if not owners:
+            return self._on_host(func, args, kwargs)
+        if func._schema.name.startswith("aten::_foreach_"):
+            return self._over_lists(func, args, kwargs)
+        if len(owners) > 1:
+            raise self.refuse(f"it updates a parameter by what it reads of another one ({func})")
+        return self._body(next(iter(owners.values())), func, args, kwargs)
+
+    def _owner(self, tensor: torch.Tensor) -> StandIn | None:
+        """The stand-in that a tensor belongs to; None for one with values."""
+        if not is_stand_in(tensor):
+            return None
+        found = self.owner.get(id(tensor))
+        if found is None or id(tensor) not in found.names:
+            raise self.refuse("it uses a tensor that no parameter of this step owns")
+        return found
+
+    def _on_host(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Compute with counts and hyperparameters; only what this rehearsal made may change."""
+        written = _kinds(func)[2]
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if key in written and any(id(t) not in self.host for t in _tensors(value)):
+                raise self.refuse(f"it changes a tensor that is no parameter's ({func})")
+        counted = {id(o): o for t in _tensors((args, kwargs)) if (o := self.host.get(id(t), (None, None))[1]) is not None}
+        listed = func._schema.name.startswith("aten::_foreach_")
+        if len(counted) > 1 and not listed:
+            raise self.refuse(f"it computes with the counts of two parameters ({func})")
+        out = func(*args, **kwargs)
+        owners = [self.host[id(t)][1] for t in _tensors(args[0])] if listed and len(counted) > 1 else None
+        for index, tensor in enumerate(_tensors(out)):
+            if tensor.dim():
+                raise self.refuse(f"it makes a tensor of its own ({func})")
+            owner = owners[index] if owners else next(iter(counted.values()), None)
+            self.host.setdefault(id(tensor), (tensor, owner))
+        return out
+
+    def _over_lists(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A list kernel is one operator for each element of its lists."""
+        length, outs = len(args[0]), []
+        for index in range(length):
+            part = [[a[index]] if isinstance(a, (list, tuple)) else a for a in args]
+            named = {k: [a[index]] if isinstance(a, (list, tuple)) else a for k, a in kwargs.items()}
+            owners = {id(o): o for o in map(self._owner, _tensors((part, named))) if o is not None}
+            if len(owners) != 1:
+                raise self.refuse(f"a list kernel works on several parameters at once ({func})")
+            out = self._body(next(iter(owners.values())), func, tuple(part), named)
+            outs += list(out) if isinstance(out, (list, tuple)) else []
+        return outs if func._schema.returns else None
+
+    def _body(self, owner: StandIn, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        written = _kinds(func)[2]
+        for key, value in [*enumerate(args), *kwargs.items()]:
+            if key in written and any(self._owner(t) is None for t in _tensors(value)):
+                raise self.refuse(f"a count or hyperparameter of it depends on the values of a tensor ({func})")
+
+        def compute() -> Any:
+            try:
+                return _fake(func, args, kwargs)
+            except Exception as error:
+                if "DataDependent" in type(error).__name__ or "DynamicOutputShape" in type(error).__name__:
+                    why = f"it branches on the values of a tensor, or computes with them on the host ({func})"
+                    raise self.refuse(why) from None
+                raise
+
+        return self._noted(owner, func, args, kwargs, compute)
+
+    def _noted(self, owner: StandIn, func: Any, args: tuple, kwargs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """Put an operator on the owner's tape."""
+        kinds, named = ((), {}) if func is data_of else _kinds(func)[:2]
+        encoded = tuple(self._encode(a, kinds[i] if i < len(kinds) else "", owner) for i, a in enumerate(args))
+        op = Op(func, encoded, tuple((k, self._encode(a, named.get(k, ""), owner)) for k, a in kwargs.items()))
+        out = owner.next(op, compute)
+        for tensor in _tensors(out):
+            self.owner[id(tensor)] = owner
+        return out
+
+    def _encode(self, value: Any, kind: str, owner: StandIn) -> Any:
+        """One argument: tensors by name, numbers as holes; sizes, dimensions and flags as they are."""
+        if isinstance(value, torch.Tensor):
+            if (holder := self._owner(value)) is not None:
+                return Ref(holder.names[id(value)])
+            if value.dim() or self.host.get(id(value), (None, owner))[1] not in (None, owner):
+                raise self.refuse("it updates a parameter by another one's count, or by a tensor that is no parameter's")
+            owner.scalars.append(value.clone())  # as it is now: the step may change it later
+            return Hole(value.dtype)
+        if isinstance(value, (list, tuple)):
+            return Items(tuple(self._encode(v, kind, owner) for v in value))
+        if isinstance(value, bool) or not isinstance(value, (int, float, complex)):
+            return value
+        if isinstance(value, int) and "int" in kind:
+            self.sized = True
+            return value
+        owner.scalars.append(value)
+        return Hole(None)
+
+
+def _fake(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What the operator would return, without memory."""
+    with fake_mode():
+        return func(*args, **kwargs)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """All tensors in arguments or results."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return []
+    return [t for v in value for t in _tensors(v)]
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+
+
+def _is_or_holds_stand_in(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_or_holds_stand_in, value))
+    return isinstance(value, torch.Tensor) and is_stand_in(value)
+
+
+# -- the program ----------------------------------------------------------------------------------------------------
+
+
+def program_of(stand_in: StandIn, cls: type) -> Program:
+    """Its tape as a body that runs on real tensors: ``body(parameter, gradient, *states, *scalars)``.
+
+    It has no host part: the scalars are what the rehearsal of the step found.
+    """
+    tape, param = stand_in.tape(), stand_in.param
+    graph, inputs = fx.Graph(), {}
+    for name in dict.fromkeys([("param", None), ("grad", None), *_inputs(tape)]):
+        inputs[name] = graph.placeholder(str(name[1] if name[0] == "state" else name[0]))
+    holes = [graph.placeholder(f"scalar{i}") for i in range(sum(map(_count_holes, tape)))]
+    left, made = iter(holes), []
+
+    def decode(value: Any) -> Any:
+        if isinstance(value, Ref):
+            index, output = value.name
+            if not isinstance(index, int):
+                return inputs[value.name]
+            return made[index] if output is None else graph.call_function(operator.getitem, (made[index], output))
+        if isinstance(value, Hole):
+            return next(left)
+        if isinstance(value, Items):
+            return [decode(v) for v in value.items]
+        return value
+
+    for op, out, _ in stand_in.noted:
+        args = tuple(decode(a) for a in op.args)
+        made.append(graph.call_function(op.target, args, {k: decode(v) for k, v in op.kwargs}))
+        made[-1].meta["val"] = out
+    graph.output(())
+    graph.lint()
+    nothing = fx.Graph()
+    nothing.output(())
+    root = torch.nn.Module()
+    signature = Signature(cls, "rehearsed", (), (), (), param.dtype, str(param.device))
+    return Program(
+        signature,
+        "each",
+        fx.GraphModule(root, nothing, "Scalars"),
+        fx.GraphModule(root, graph, "Update"),
+        (),
+        tuple(inputs),
+        len(holes),
+    )
+
+
+def _inputs(value: Any) -> list[Name]:
+    """Parameter, gradient and states that a tape reads, in order."""
+    if isinstance(value, Ref):
+        return [] if isinstance(value.name[0], int) else [value.name]
+    return [name for v in value for name in _inputs(v)] if isinstance(value, tuple) else []
+
+
+def _count_holes(value: Any) -> int:
+    if isinstance(value, Hole):
+        return 1
+    return sum(map(_count_holes, value)) if isinstance(value, tuple) else 0

@@ -1,0 +1,1 @@
+"""One training run: the cycle of steps, what is captured when, names and layer numbers."""

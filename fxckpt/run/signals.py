@@ -1,0 +1,66 @@
+"""Finish a checkpoint when a signal asks the process to end (SIGTERM of a preemption), then do what was to be done anyway."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import weakref
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from fxckpt.errors import FxckptError, SetupError
+
+if TYPE_CHECKING:
+    from fxckpt.run.run import Run
+
+log = logging.getLogger("fxckpt")
+
+
+class Finisher:
+    """The handler of one signal. Problem: a signal may come between ``opt.step()`` and ``scheduler.step()``, when the state
+    belongs to no step, or inside a wait of the engine. So the handler only notes it: the next ``opt.step()`` takes a
+    checkpoint, whether or not one is due, and when that step closes by itself the signal is raised again, in the main thread,
+    where the checkpoint is waited for and the handler from before is called. A second signal goes straight to that handler.
+    """
+
+    def __init__(self, run: Run, number: int):
+        self._run, self.number = weakref.ref(run), number
+        self._waiting = self._closed = False
+        try:
+            self._before: Any = signal.signal(number, self._arrived)
+        except ValueError as error:
+            raise SetupError(f"a handler of signal {number} can be installed in the main thread only: {error}") from error
+
+    def step_closed(self) -> None:
+        """The state of a step whose checkpoint was begun after the signal is complete. Called in any thread."""
+        self._closed = True
+        os.kill(os.getpid(), self.number)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        run = self._run()
+        if run is None or not run.active:  # shut down, or a forked worker
+            self._go_on(number, frame)
+            return
+        if not self._waiting:
+            self._waiting, run.ending = True, self
+            log.warning(
+                "fxckpt: %s: the checkpoint of the next step is taken and finished first; a second signal does not wait",
+                signal.Signals(number).name,
+            )
+            return
+        closed, self._waiting, self._closed, run.ending = self._closed, False, False, None
+        if closed:
+            try:
+                run.saver.flush(None, unclosed=False)  # this thread may be inside a step of its own
+            except (FxckptError, TimeoutError, OSError) as error:
+                log.error("fxckpt: the last checkpoint before the end failed: %s", error)
+        self._go_on(number, frame)
+
+    def _go_on(self, number: int, frame: FrameType | None) -> None:
+        """What would have happened without us."""
+        if callable(self._before):
+            self._before(number, frame)
+        elif self._before == signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

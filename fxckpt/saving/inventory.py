@@ -1,0 +1,192 @@
+"""What there is to save: every tensor by name, and which names are one tensor.
+
+Names are the model's own (``h.0.attn.weight``). Without a model they come from the optimizer's ``param_names``, then from
+what the compiler saw, then from positions (``optimizer0.0.3``: optimizer, group, index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fxckpt.compat import cuda
+from fxckpt.compat.modules import named_buffers, named_parameters
+from fxckpt.compat.tensors import is_transformed, is_wrapper
+from fxckpt.errors import SetupError
+from fxckpt.graph.model.joint import TraceBook
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+"""safetensors' names of the types it can hold."""
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+@dataclass
+class Inventory:
+    """Names of all tensors of a run; each tensor appears once, its other names are in ``ties`` (alias -> name)."""
+
+    trained: dict[str, torch.Tensor] = field(default_factory=dict)  # in the optimizers, in registration order
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)  # other parameters
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # in the model's state dict
+    transient: dict[str, torch.Tensor] = field(default_factory=dict)  # non-persistent: kept, but not the model's keys
+    ties: dict[str, str] = field(default_factory=dict)
+    positional: bool = False  # some name is only a position: the compiler may still tell the real one
+
+    def name_of(self, param: torch.Tensor) -> str:
+        """The name of a trained parameter."""
+        return self._by_id[id(param)]
+
+    def index(self) -> Inventory:
+        """Build the reverse map once all names are in."""
+        self._by_id = {id(t): name for name, t in self.trained.items()}
+        return self
+
+
+def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
+    """The tensor as a file can hold it: complex numbers as pairs of reals, everything detached. ``name`` is for messages.
+
+    Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors).
+    """
+    what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
+    if is_transformed(tensor):
+        raise SetupError(
+            f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
+            "transform returns. Call compile_step outside, with the parameters themselves."
+        )
+    if torch.nn.parameter.is_lazy(tensor):
+        raise SetupError(
+            f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
+            "the lazy modules make their parameters, and call compile_step then"
+        )
+    if is_wrapper(tensor):
+        raise SetupError(
+            f"{what}a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
+            "which this version does not take apart"
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise SetupError(
+            f"{what}a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: only dense tensors with memory of "
+            "their own are supported"
+        )
+    if tensor.is_conj() or tensor.is_neg():
+        raise SetupError(
+            f"{what}a view that is conjugated or negated when it is read: its memory holds other values. Store what "
+            ".resolve_conj() or .resolve_neg() makes of it in its place"
+        )
+    cuda.check(tensor)
+    tensor = tensor.detach()
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if tensor.dtype not in DTYPES:
+        raise SetupError(f"{what}a {tensor.dtype} tensor: safetensors has no such type")
+    return tensor
+
+
+def shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
+    """By ``id``, of tensors whose memory may be another one's as well, which other: ``decoder.weight.data = encoder.weight.data``
+    makes two parameters of one memory. Views that interleave count, though they have no element in common."""
+    spans = []
+    for name, tensor in tensors.items():
+        if tensor.numel() and not is_wrapper(tensor):
+            length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+            begin = tensor.data_ptr()
+            spans.append((str(tensor.device), begin, begin + length * tensor.element_size(), name, tensor))
+    found: dict[int, str] = {}
+    furthest = None
+    for span in sorted(spans, key=lambda s: s[:3]):
+        if furthest is not None and span[0] == furthest[0] and span[1] < furthest[2]:
+            for _, _, _, _, tensor in (span, furthest):
+                found[id(tensor)] = f"{span[3]} and {furthest[3]} are parameters of one memory"
+        if furthest is None or span[0] != furthest[0] or span[2] > furthest[2]:
+            furthest = span
+    return found
+
+
+def take(model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], book: TraceBook) -> Inventory:
+    """Name everything. ``model`` is the unwrapped module or None."""
+    found = Inventory()
+    trained = _trained_ids(optimizers)
+    names = {} if model is None else _model_names(model, trained, found)
+    if model is None:
+        _seen_by_compiler(book, optimizers, trained, found)
+    taken = {*found.frozen, *found.buffers, *found.transient, *found.ties}
+    for name, param in _optimizer_names(optimizers, names, book, found):
+        if name in taken:
+            raise SetupError(f"two tensors would be called {name!r}; pass model= so that names are unique")
+        taken.add(name)
+        found.trained[name] = param
+    return found.index()
+
+
+def _trained_ids(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
+    return {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
+
+
+def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) -> dict[int, str]:
+    """Names from the model; ties go to the first name. Returns the names of the trained parameters by identity."""
+    first: dict[int, str] = {}
+    for name, param in named_parameters(model):
+        if id(param) in first:
+            found.ties[name] = first[id(param)]
+            continue
+        first[id(param)] = name
+        if id(param) not in trained:
+            found.frozen[name] = param
+    for name, buffer, persistent in named_buffers(model):
+        if id(buffer) in first:
+            if persistent:
+                found.ties[name] = first[id(buffer)]
+            continue
+        first[id(buffer)] = name
+        (found.buffers if persistent else found.transient)[name] = buffer
+    return {i: name for i, name in first.items() if i in trained}
+
+
+def _seen_by_compiler(book: TraceBook, optimizers, trained: set[int], found: Inventory) -> None:
+    """Without a model: frozen parameters and buffers of the modules whose graphs read one of our parameters."""
+    ours = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+    for name, param in book.frozen(of=ours):
+        if id(param) not in trained:
+            found.frozen.setdefault(name, param)
+    found.buffers.update(book.buffers(of=ours))
+    found.transient.update(book.transient(of=ours))
+
+
+def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: Inventory):
+    """``(name, parameter)`` of every optimizer parameter once, by the first source that knows it and is not taken."""
+    seen: set[int] = set()
+    used: set[str] = {*found.frozen, *found.buffers}
+    compiled: dict[int, str] | None = None  # what the compiler saw, made once and only if a name is missing
+    for i, opt in enumerate(optimizers):
+        for j, group in enumerate(opt.param_groups):
+            given = group.get("param_names", [None] * len(group["params"]))
+            for k, param in enumerate(group["params"]):
+                if id(param) in seen:
+                    continue
+                seen.add(id(param))
+                name = next((n for n in (names.get(id(param)), given[k]) if n and n not in used), None)
+                if name is None:
+                    compiled = book.names_by_id() if compiled is None else compiled
+                    name = compiled.get(id(param))
+                    name = None if name in used else name
+                if name is None:
+                    name, found.positional = f"optimizer{i}.{j}.{k}", True
+                used.add(name)
+                yield name, param

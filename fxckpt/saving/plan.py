@@ -1,0 +1,227 @@
+"""Lay a run's tensors out in files: which tensor lies where, and which engine layer it belongs to.
+
+Engine layers, in this order: the counts (if any), the updated layers of every optimizer, frozen parameters, and a
+snapshot of the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; the extra state's file is
+written at the commit.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxckpt.compat.tensors import version_of
+from fxckpt.errors import Cancelled, FxckptError
+from fxckpt.saving.inventory import DTYPES, Inventory, storable
+from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
+from fxckpt.store.record import LayerRecord, TensorRecord
+
+if TYPE_CHECKING:
+    from fxckpt.optim.stepper import Stepper
+    from fxckpt.saving.saver import InFlight
+
+MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
+
+
+class Changed(FxckptError):
+    """A tensor was changed outside ``opt.step()`` while it was being copied, so the checkpoint would be torn."""
+
+
+_ADVICE = {
+    "update": "If your loop or a forward changes it every time (clamped weights, nn.Embedding with max_norm), loop with `for "
+    "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
+    "frozen": "From now on it is copied at the end of opt.step(). If your loop changes it after that (a target network), loop "
+    "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
+}
+"""What to do about a change, by the kind of layer."""
+
+
+class ChangedInTurns(Changed, Cancelled):
+    """The same in a loop of ``fxckpt.steps``: no failure, for the tensor is copied at the ends of turns from now on."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor to store: its file (0 model, 1 optimizer), its key there, and the tensor."""
+
+    file: int
+    key: str
+    tensor: torch.Tensor
+    owner: str = ""  # the parameter that a state belongs to
+
+
+@dataclass
+class EngineLayer:
+    """What one emit hands over. ``kind``: counts, update, frozen or buffers."""
+
+    name: str
+    kind: str
+    entries: list[Entry]
+    parameters: int = 0
+    sources: Any = None  # engine.Sources with fixed addresses; None for what is copied in memory first, and so moves
+    memory: list[torch.Tensor] = field(default_factory=list)  # keeps the sources' storages alive, whatever is replaced
+
+
+@dataclass
+class Layout:
+    """The plan of a checkpoint, good as long as the bindings it was made from."""
+
+    layers: list[EngineLayer]
+    files: list[FileLayout]
+    plan: Any
+    chunk_bytes: int
+    names: list[str] = field(default_factory=lambda: [MODEL, OPTIMIZER])
+    frozen_token: Any = None
+    changed_outside: set[str] = field(default_factory=set)
+
+    def number(self, kind: str) -> list[int]:
+        """The engine's numbers of the layers of one kind."""
+        return [i for i, layer in enumerate(self.layers) if layer.kind == kind]
+
+    def largest(self) -> int:
+        """Bytes of the largest tensor."""
+        return max((e.tensor.nbytes for layer in self.layers for e in layer.entries), default=0)
+
+    def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
+        """``{file: {chunk: crc}}`` of the chunks that hold nothing but frozen parameters."""
+        return {MODEL: {i: crcs[0][i] for i in self._frozen_only()}}
+
+    def _frozen_only(self) -> list[int]:
+        """Chunks of the model's file in which every byte belongs to a frozen layer."""
+        frozen = set(self.number("frozen"))
+        layout, size = self.files[0], self.chunk_bytes
+        mixed = set(range(-(-len(layout.header) // size)))
+        for placed in layout.tensors:
+            if placed.spec.layer not in frozen and placed.nbytes:
+                mixed |= set(range(placed.begin // size, (placed.begin + placed.nbytes - 1) // size + 1))
+        return [i for i in range(-(-layout.nbytes // size)) if i not in mixed]
+
+    def check_unchanged(self, pending: InFlight) -> None:
+        """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
+        tensor's name, and remembers it: a frozen one is copied with the buffers from now on. Version counters see in-place
+        operations, when they end, and not those on ``.data``."""
+        with pending.looking:
+            for number in [*self.number("frozen"), *self.number("update")]:
+                self.compare(pending, number)
+            pending.versions.clear()  # what changes from here on, no copy sees
+
+    def compare(self, pending: InFlight, number: int) -> None:
+        """Raises Changed if a tensor of this layer has another version than after its step."""
+        found = pending.versions.get(number)
+        if found is None:
+            return
+        tensors, versions = found
+        for i, (tensor, version) in enumerate(zip(tensors, versions)):
+            if version_of(tensor) != version:
+                layer = self.layers[number]
+                key = layer.entries[i].key
+                self.changed_outside.add(key)
+                what = (
+                    f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
+                    "copied; that checkpoint is discarded."
+                )
+                if pending.turn:
+                    size = sum(e.tensor.nbytes for e in layer.entries)
+                    raise ChangedInTurns(
+                        f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
+                        f"{size / 2**20:.1f} MiB for each checkpoint in flight"
+                    )
+                raise Changed(f"{what} {_ADVICE[layer.kind]}")
+
+    def records(self, step: int) -> tuple[LayerRecord, ...]:
+        """The layers as the record lists them; a layer's counts are listed with the rest of it."""
+        placed = {(f, p.spec.key): p for f, layout in enumerate(self.files) for p in layout.tensors}
+        counts: dict[str, list[Entry]] = {}
+        for entry in (e for layer in self.layers if layer.kind == "counts" for e in layer.entries):
+            counts.setdefault(entry.owner, []).append(entry)
+        now, out = time.time(), []
+        for layer in (layer for layer in self.layers if layer.kind != "counts"):
+            owners = [e.owner for e in layer.entries if e.file == 0]
+            entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
+            tensors = tuple(
+                TensorRecord(self.names[e.file], e.key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype)
+                for e in entries
+                for p in (placed[e.file, e.key],)
+            )
+            out.append(
+                LayerRecord(
+                    len(out), layer.name, layer.kind, step, now, layer.parameters, sum(t.nbytes for t in tensors), tensors
+                )
+            )
+        return tuple(out)
+
+
+def state_key(index: int, key: str, name: str) -> str:
+    """The key of an optimizer state: ``exp_avg/h.0.weight``; further optimizers of the run get a prefix."""
+    return f"{key}/{name}" if index == 0 else f"optimizer{index}:{key}/{name}"
+
+
+def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, changed_outside: set[str]) -> list[EngineLayer]:
+    """All layers of a run in the order in which they are numbered (see ``arrange`` in run.py)."""
+    out: list[EngineLayer] = []
+    for index, stepper in enumerate(steppers):
+        counts = [Entry(1, state_key(index, k, m.name), t, m.name) for m in stepper.members for k, t in m.counts()]
+        if counts:
+            out.append(EngineLayer("counts", "counts", counts))
+        for layer, members in zip(stepper.layers, stepper.layer_members()):
+            entries = [
+                Entry(0 if key == "" else 1, m.name if key == "" else state_key(index, key, m.name), t, m.name)
+                for m in members
+                for key, t in m.tensors()
+            ]
+            out.append(EngineLayer(layer.name, "update", entries, sum(m.param.numel() for m in members)))
+    moving = {n: t for n, t in inventory.frozen.items() if n in changed_outside}
+    for owner, tensors in _by_owner({n: t for n, t in inventory.frozen.items() if n not in changed_outside}).items():
+        out.append(EngineLayer(owner, "frozen", [Entry(0, n, t) for n, t in tensors], sum(t.numel() for _, t in tensors)))
+    buffers = [Entry(0, n, t) for n, t in {**inventory.buffers, **moving}.items()]
+    if buffers:
+        out.append(EngineLayer("buffers", "buffers", buffers))
+    return out
+
+
+def _by_owner(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """Group frozen parameters by the module that owns them."""
+    out: dict[str, list] = {}
+    for name, tensor in tensors.items():
+        out.setdefault(name.rpartition(".")[0], []).append((name, tensor))
+    return out
+
+
+def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, changed_outside: set[str], make_sources) -> Layout:
+    """Place every tensor and give the plan to the engine."""
+    specs: list[list[TensorSpec]] = [[], []]
+    for number, layer in enumerate(layers):
+        for entry in layer.entries:
+            tensor = storable(entry.tensor, entry.key)
+            specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
+    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip((MODEL, OPTIMIZER), specs)]
+    placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}
+    geometry = []
+    for number, layer in enumerate(layers):
+        for entry in layer.entries:
+            p = placed[entry.file, entry.key]
+            geometry.append((number, entry.file, p.begin, p.nbytes, storable(entry.tensor).element_size()))
+        if layer.kind != "buffers":
+            layer.memory = [storable(e.tensor) for e in layer.entries]
+            layer.sources = make_sources(layer.memory)
+    plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
+    frozen = tuple(
+        (e.key, e.tensor.data_ptr(), tuple(e.tensor.shape)) for layer in layers if layer.kind == "frozen" for e in layer.entries
+    )
+    token = (frozen, tuple(f.header for f in files)) if frozen else None
+    return Layout(layers, files, plan, chunk_bytes, frozen_token=token, changed_outside=changed_outside)
+
+
+def source_items(tensors: Sequence[torch.Tensor]) -> list[tuple[int, tuple | None, tuple | None]]:
+    """Addresses for the engine; what is not row-major is described by its sizes and its strides in bytes."""
+    out = []
+    for t in tensors:
+        if t.is_contiguous():
+            out.append((t.data_ptr(), None, None))
+        else:
+            out.append((t.data_ptr(), tuple(t.shape), tuple(s * t.element_size() for s in t.stride())))
+    return out
