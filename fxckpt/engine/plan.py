@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fxckpt.engine._lib import load
+from fxckpt.engine._lib import FFI, load
 from fxckpt.errors import SetupError
 
 Item = tuple[int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
 """A tensor in memory: address, sizes, strides in bytes; None, None: contiguous."""
 
 
-def fill_view(ffi: Any, view: Any, item: Item, keep: list[Any]) -> None:
+def fill_view(ffi: FFI, view: Any, item: Item, keep: list[Any]) -> None:
     """Fills in a ``struct fx_view``; the arrays it points to are appended to ``keep``."""
     address, sizes, strides = item
     view.address = ffi.cast("char *", address)
