@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Any
 
 from fxckpt.errors import EngineMissing
 
-ABI = 5  # FX_ABI of the csrc/engine.h that this code was written for
+ABI = 6  # FX_ABI of the csrc/engine.h that this code was written for
 BUILD = (
     "Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
     "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev)."
@@ -18,10 +19,10 @@ BUILD = (
 def load() -> tuple[Any, Any]:
     """``(ffi, lib)`` of the extension. Raises :class:`EngineMissing` if absent or of another version."""
     try:
-        from fxckpt.engine import _engine
+        engine: Any = importlib.import_module("fxckpt.engine._engine")
     except ImportError as error:
         raise EngineMissing(f"The C engine of fxckpt cannot be loaded: {error}. {BUILD}") from error
-    found = getattr(_engine.lib, "FX_ABI", None)
+    found = getattr(engine.lib, "FX_ABI", None)
     if found != ABI:
         raise EngineMissing(f"The C engine of fxckpt is stale: interface {found}, needed is {ABI}. {BUILD}")
-    return _engine.ffi, _engine.lib
+    return engine.ffi, engine.lib
