@@ -145,7 +145,7 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
                 f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
                 "wrapped or with wrapper.optimizer, and train with the wrapper as before."
             )
-        if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run.stopped:
+        if "_fxckpt_handle" in each.__dict__ and not each.ckpt._run.status.stopped:
             raise SetupError(f"this {type(each).__name__} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
     if model is not None and not isinstance(model, torch.nn.Module):
         raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
@@ -165,7 +165,7 @@ def _check(optimizers: Sequence[Any], model: Any) -> None:
         if not disabled():
             storable(param, name)
     for run in live_runs:
-        if not disabled() and not run.stopped and (shared := [names[i] for i in run.trained() if i in names]):
+        if not disabled() and not run.status.stopped and (shared := [names[i] for i in run.trained() if i in names]):
             log.warning(
                 "fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
                 "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "
@@ -268,7 +268,7 @@ def stepped_class(base: type) -> type:
     optimizer."""
 
     def step(self, closure=None):
-        return self._fxckpt_handle._run.step(self, closure)
+        return self._fxckpt_handle._run.stepping.step(self, closure)
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())
     return instance_subclass(
@@ -285,14 +285,14 @@ def stepped_class(base: type) -> type:
 def _load_state_dict(self, state_dict):
     """Load, once no copy reads the tensors that it replaces."""
     run = self._fxckpt_handle._run
-    run.drop_open("load_state_dict() replaced its tensors")
+    run.closing.drop("load_state_dict() replaced its tensors")
     self._fxckpt_base.load_state_dict(self, state_dict)
 
 
 def _add_param_group(self, param_group):
     """Add a group; the checkpoint of a step that has not closed would have the old layers and the new groups."""
     if "_fxckpt_handle" in self.__dict__:
-        self._fxckpt_handle._run.drop_open("add_param_group() changed the optimizer before the step closed")
+        self._fxckpt_handle._run.closing.drop("add_param_group() changed the optimizer before the step closed")
     self._fxckpt_base.add_param_group(self, param_group)
 
 

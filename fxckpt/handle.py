@@ -44,7 +44,7 @@ class Handle:
 
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
-        self._run.end_step()
+        self._run.closing.end_step()
 
     def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
         """When this signal comes, finish the checkpoint of the current step, or take one of the next, and then do what would
@@ -63,7 +63,7 @@ class Handle:
         Numbers, or tensors with one element (their value is read at once). A name that is noted again replaces the value
         before it. Raises SetupError for anything else.
         """
-        self._run.note(metrics)
+        self._run.capture.note(metrics)
 
     @property
     def graph(self) -> StepGraph:
@@ -73,9 +73,7 @@ class Handle:
     @property
     def graphs(self) -> list[StepGraph]:
         """The StepGraph of each optimizer of the run."""
-        with self._run._stepping:
-            self._run.refresh()
-            return [stepper.graph for stepper in self._run.steppers]
+        return self._run.graphs()
 
     @property
     def directory(self) -> str:
@@ -91,7 +89,7 @@ class Handle:
         run, saver = self._run, self._run.saver
         engine = run.engine.statistics() if run.engine is not None else {}
         return {
-            "steps": run.attempts,
+            "steps": run.clock.attempts,
             "checkpoints_started": saver.started,
             "checkpoints_committed": saver.committed,
             "checkpoints_skipped": saver.skipped,

@@ -19,15 +19,16 @@ def steps(n: int, *, optimizer: Any = None) -> Iterator[int]:
     With gradient accumulation, or a scaler that skips, iterations are not optimizer steps; this counts iterations.
     """
     run = optimizer.ckpt._run if optimizer is not None else the_run()
-    run.loops = True
-    while run.iteration < n:
-        run.in_iteration, attempts, whole = True, run.attempts, False
+    clock = run.clock
+    clock.counts_iterations = True
+    while clock.iteration < n:
+        clock.in_iteration, attempts, whole = True, clock.attempts, False
         try:
-            yield run.iteration
+            yield clock.iteration
             whole = True
         finally:
             # A turn that was left by a `break` or an exception counts if its update was made, which the next one must not
             # make again.
-            run.iteration += whole or run.attempts != attempts
-            run.in_iteration = False
-        run.close_step()  # not after a `break` or an exception: there the turn ended somewhere in its middle
+            clock.iteration += whole or clock.attempts != attempts
+            clock.in_iteration = False
+        run.closing.close_step()  # not after a `break` or an exception: there the turn ended somewhere in its middle

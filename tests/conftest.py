@@ -55,7 +55,7 @@ def nothing_is_left_behind():
     runs = getattr(sys.modules.get("fxckpt.run.run"), "live_runs", ())
     left = list(runs)
     for run in left:
-        run.drop_open("the test is over")
+        run.closing.drop("the test is over")
         run.saver.unreported = None
         run.shutdown(timeout=30)
         runs.discard(run)

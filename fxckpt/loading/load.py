@@ -116,7 +116,7 @@ def load(
         return Restored()
     target, directory = _target(dir, model, optimizer, extra)
     if target.run is not None:
-        target.run.drop_open("load() replaces the state")
+        target.run.closing.drop("load() replaces the state")
         target.run.saver.flush(None)
     skipped: list[tuple[str, str]] = []
     for _ in range(10):  # a trainer that writes there may recycle what we look at
@@ -142,7 +142,7 @@ def load(
         raise Corrupt(
             directory,
             f"none of its checkpoints verifies:\n{why}"
-            + (_PARTIALLY_LOADED if target.run is not None and target.run.partially_loaded else ""),
+            + (_PARTIALLY_LOADED if target.run is not None and target.run.status.partially_loaded else ""),
         )
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
     if target.run is not None and _is_own(target.run, directory):
@@ -163,7 +163,7 @@ def _target(dir, model, optimizer, extra) -> tuple[Target, str]:
             raise SetupError(f"load({dir!r}): no run checkpoints there; pass model= (and optimizer=) to say what to load into")
         run = matching[0]
     if run is not None:
-        extras = extra_state.extras(extra) if extra is not None else run.extras
+        extras = extra_state.extras(extra) if extra is not None else run.capture.extras
         module = run.model if model is None else unwrap_model(model)
         inventory = take(module, run.optimizers, traces)
         return Target(inventory, run.optimizers, extras, True, run, module), run.directory if dir is None else dir
@@ -219,7 +219,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: list) -> R
     check_encoded(record, path)
     mapped = _map(record, target)
     _check(mapped, record, target, strict)
-    once = strict and target.run is not None and target.run.attempts == 0  # nothing trained is at stake yet
+    once = strict and target.run is not None and target.run.clock.attempts == 0  # nothing trained is at stake yet
     if not once:
         reader.verify()
     raw = reader.state_tensors()
@@ -260,7 +260,7 @@ def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor], 
     older checkpoint overwrites all of the same tensors; if there is none, the run takes no step with the mixture.
     """
     if fresh is not None:
-        fresh.partially_loaded = (
+        fresh.status.partially_loaded = (
             "a checkpoint proved corrupt while it was being loaded, and no other one could be loaded after it"
         )
     for file in (MODEL, OPTIMIZER):
@@ -272,7 +272,7 @@ def _read_tensors(reader: Reader, live: Mapping[tuple[str, str], torch.Tensor], 
                 if landing[key] is not tensor:
                     tensor.copy_(landing[key])
     if fresh is not None:
-        fresh.partially_loaded = None
+        fresh.status.partially_loaded = None
 
 
 # -- what goes where ------------------------------------------------------------------------------------------------
@@ -568,12 +568,7 @@ def _freeze(frozen: Sequence[str] | None, record: Record, mapped: Mapped, target
 
 def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:
     """The run goes on from this checkpoint: its clock, its lineage, and what the compiler has yet to claim."""
-    run.attempts, run.updates, run.iteration = record.step, record.updates, record.iteration
-    run.schedule.started(record.step, run.stall_seconds())
-    run.settled()
-    run.saver.last_handed_over = run.saver.last_committed = record.step  # durable: it was just read
-    for stepper in run.steppers:
-        stepper.invalidate()
+    run.continue_from(record.step, record.updates, record.iteration)
     if _is_own(run, os.path.dirname(reader.path) if record.name is None else os.path.dirname(reader.path.parent)):
         run.store.mark_loaded(record.generation)
     run.unclaimed = _hold(mapped.later, reader)

@@ -162,6 +162,10 @@ class Saver:
         with self._lock:
             return len(self._flying)
 
+    def stall_seconds(self) -> float:
+        """Time the training thread has waited for us so far."""
+        return self.wait_seconds + self.engine.statistics()["stall_seconds"]
+
     def under_way(self) -> list[InFlight]:
         """The checkpoints begun and not ended yet, oldest first. Only the training thread begins one."""
         if not self._flying:

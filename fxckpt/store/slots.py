@@ -9,7 +9,7 @@
                   training waits)
 
 Which operation must be durable before which is the table of edges in ``docs/format.md``; the comments name them. In every
-state a crash can leave, a directory without a suffix verifies. ``tests/campaigns/test_power_cut.py`` takes each edge away in turn.
+state a crash can leave, a directory without a suffix verifies. ``test_power_cut.py`` takes each edge away in turn.
 """
 
 from __future__ import annotations
