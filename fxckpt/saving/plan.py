@@ -14,34 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxckpt.compat.tensors import version_of
-from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
 from fxckpt.store.record import LayerRecord, TensorRecord
 
 if TYPE_CHECKING:
     from fxckpt.optim.stepper import Stepper
-    from fxckpt.saving.saver import InFlight
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-
-
-class Changed(FxckptError):
-    """A tensor was changed outside ``opt.step()`` while it was being copied, so the checkpoint would be torn."""
-
-
-_ADVICE = {
-    "update": "If your loop or a forward changes it every time (clamped weights, nn.Embedding with max_norm), loop with `for "
-    "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
-    "frozen": "From now on it is copied at the end of opt.step(). If your loop changes it after that (a target network), loop "
-    "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
-}
-"""What to do about a change, by the kind of layer."""
-
-
-class ChangedInTurns(Changed, Cancelled):
-    """The same in a loop of ``fxckpt.steps``: no failure, for the tensor is copied at the ends of turns from now on."""
 
 
 @dataclass(frozen=True)
@@ -99,38 +79,6 @@ class Layout:
             if placed.spec.layer not in frozen and placed.nbytes:
                 mixed |= set(range(placed.begin // size, (placed.begin + placed.nbytes - 1) // size + 1))
         return [i for i in range(-(-layout.nbytes // size)) if i not in mixed]
-
-    def check_unchanged(self, pending: InFlight) -> None:
-        """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
-        tensor's name, and remembers it: a frozen one is copied with the buffers from now on. Version counters see in-place
-        operations, when they end, and not those on ``.data``."""
-        with pending.looking:
-            for number in [*self.number("frozen"), *self.number("update")]:
-                self.compare(pending, number)
-            pending.versions.clear()  # what changes from here on, no copy sees
-
-    def compare(self, pending: InFlight, number: int) -> None:
-        """Raises Changed if a tensor of this layer has another version than after its step."""
-        found = pending.versions.get(number)
-        if found is None:
-            return
-        tensors, versions = found
-        for i, (tensor, version) in enumerate(zip(tensors, versions)):
-            if version_of(tensor) != version:
-                layer = self.layers[number]
-                key = layer.entries[i].key
-                self.changed_outside.add(key)
-                what = (
-                    f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
-                    "copied; that checkpoint is discarded."
-                )
-                if pending.turn:
-                    size = sum(e.tensor.nbytes for e in layer.entries)
-                    raise ChangedInTurns(
-                        f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
-                        f"{size / 2**20:.1f} MiB for each checkpoint in flight"
-                    )
-                raise Changed(f"{what} {_ADVICE[layer.kind]}")
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
         """The layers as the record lists them; a layer's counts are listed with the rest of it."""

@@ -133,13 +133,13 @@ class Tracing:
             return self
         if not self._run.active:
             raise SetupError("this run takes no checkpoints: there is nothing to trace")
-        if self._run.saver.tracer is not None:
+        if self._run.saver.flights.tracer is not None:
             raise SetupError("this run is traced already (FXCKPT_TRACE, or another opt.ckpt.trace)")
-        self._run.saver.tracer = Tracer(self._run.engine)
+        self._run.saver.flights.tracer = Tracer(self._run.engine)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        tracer, self._run.saver.tracer = self._run.saver.tracer, None
+        tracer, self._run.saver.flights.tracer = self._run.saver.flights.tracer, None
         if tracer is not None:
             tracer.write(self._path, self._beside)
 
