@@ -218,7 +218,7 @@ def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
     """What writes to the directory, if anything does."""
     if config.writer == "mock":
         return NullStore()
-    options = {
+    options: dict[str, Any] = {
         "keep": config.keep,
         "max_async": config.max_async,
         "fresh": config.fresh,
@@ -255,12 +255,6 @@ def _say(run: Run) -> None:
     )
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
-    if config.writer == "monitor":
-        log.info(
-            "fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
-            "cannot survive the end of its container or a kill of its whole cgroup",
-            run.store.pid,
-        )
     if config.writer == "mock":
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')
 

@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
@@ -110,7 +111,10 @@ class Handle:
 
         ``beside``: a Chrome trace that torch.profiler exports inside the ``with``, to be shown in the same picture.
         """
-        return Tracing(self._run, path, beside)
+        run = self._run
+        if run.engine is not None and not run.active:
+            raise SetupError("this run takes no checkpoints: there is nothing to trace")
+        return Tracing(run.saver.flights, run.engine, path, beside)
 
     def __repr__(self) -> str:
         found = self.statistics()

@@ -61,7 +61,7 @@ def _exactly(sock: socket.socket, n: int) -> memoryview | None:
 
 def pack_error(error: BaseException) -> Message:
     """An exception as JSON."""
-    fields = {"class": type(error).__name__, "text": str(error)}
+    fields: Message = {"class": type(error).__name__, "text": str(error)}
     if isinstance(error, errors.SaveFailed):
         fields |= {"save": [error.operation, error.path, error.offset, error.errno], "detail": error.detail}
     elif isinstance(error, OSError) and error.errno is not None:
@@ -75,7 +75,8 @@ def pack_error(error: BaseException) -> Message:
 def unpack_error(fields: Message) -> Exception:
     """The exception that :func:`pack_error` was given, of its own class where that is one of ours or an ``OSError``."""
     if "save" in fields:
-        return errors.SaveFailed(*fields["save"], detail=fields["detail"])
+        operation, path, offset, number = fields["save"]
+        return errors.SaveFailed(operation, path, offset, number, fields["detail"])
     if "os" in fields:
         return OSError(*fields["os"])
     known = getattr(errors, fields["class"], None)

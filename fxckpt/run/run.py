@@ -73,8 +73,7 @@ class Run:
         self.arrangement.hooks.tell(self.closing)
         watch_scalers(extra, self.optimizers, self.stepping)
         self.unclaimed: dict[str, Any] = {}  # restored tensors whose owners the compiler has not shown yet
-        self.tracing: tracing.Tracing | None = None
-        tracing.from_environment(self)
+        self.tracing = tracing.from_environment(self.saver.flights, engine, self.number)
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 

@@ -8,12 +8,15 @@ written at the commit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from fxckpt.engine import Plan, Sources
+from fxckpt.engine.plan import Item
+from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
 from fxckpt.store.record import LayerRecord, TensorRecord
@@ -42,7 +45,7 @@ class EngineLayer:
     kind: str
     entries: list[Entry]
     parameters: int = 0
-    sources: Any = None  # engine.Sources with fixed addresses; None for what is copied in memory first, and so moves
+    sources: Sources | None = None  # fixed addresses; None for what is copied in memory first, and so moves
     memory: list[torch.Tensor] = field(default_factory=list)  # keeps the sources' storages alive, whatever is replaced
 
 
@@ -52,10 +55,10 @@ class Layout:
 
     layers: list[EngineLayer]
     files: list[FileLayout]
-    plan: Any
+    plan: Plan
     chunk_bytes: int
     names: list[str] = field(default_factory=lambda: [MODEL, OPTIMIZER])
-    frozen_token: Any = None
+    frozen_token: Hashable = None
     changed_outside: set[str] = field(default_factory=set)
 
     def number(self, kind: str) -> list[int]:
@@ -86,7 +89,8 @@ class Layout:
         counts: dict[str, list[Entry]] = {}
         for entry in (e for layer in self.layers if layer.kind == "counts" for e in layer.entries):
             counts.setdefault(entry.owner, []).append(entry)
-        now, out = time.time(), []
+        now = time.time()
+        out: list[LayerRecord] = []
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
             owners = [e.owner for e in layer.entries if e.file == 0]
             entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
@@ -133,13 +137,19 @@ def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, changed_out
 
 def _by_owner(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:
     """Group frozen parameters by the module that owns them."""
-    out: dict[str, list] = {}
+    out: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
         out.setdefault(name.rpartition(".")[0], []).append((name, tensor))
     return out
 
 
-def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, changed_outside: set[str], make_sources) -> Layout:
+def make_layout(
+    engine: CheckpointEngine,
+    layers: list[EngineLayer],
+    chunk_bytes: int,
+    changed_outside: set[str],
+    make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
+) -> Layout:
     """Place every tensor and give the plan to the engine."""
     specs: list[list[TensorSpec]] = [[], []]
     for number, layer in enumerate(layers):
@@ -164,9 +174,9 @@ def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, changed_out
     return Layout(layers, files, plan, chunk_bytes, frozen_token=token, changed_outside=changed_outside)
 
 
-def source_items(tensors: Sequence[torch.Tensor]) -> list[tuple[int, tuple | None, tuple | None]]:
+def source_items(tensors: Sequence[torch.Tensor]) -> list[Item]:
     """Addresses for the engine; what is not row-major is described by its sizes and its strides in bytes."""
-    out = []
+    out: list[Item] = []
     for t in tensors:
         if t.is_contiguous():
             out.append((t.data_ptr(), None, None))

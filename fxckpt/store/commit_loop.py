@@ -55,15 +55,16 @@ class Committable(Protocol):
 
 
 F = TypeVar("F", bound=Committable)
+F_contra = TypeVar("F_contra", bound=Committable, contravariant=True)
 
 
-class Work(Protocol[F]):
+class Work(Protocol[F_contra]):
     """What is done with each checkpoint, on the thread that commits."""
 
-    def commit(self, flight: F) -> None:
+    def commit(self, flight: F_contra) -> None:
         """Wait for what it needs, and commit it. Raises what went wrong."""
 
-    def end(self, flight: F, error: Exception | None) -> None:
+    def end(self, flight: F_contra, error: Exception | None) -> None:
         """It is over: committed, or ended by this error."""
 
 
