@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,9 +26,14 @@ from fxckpt.config import Config, default_directory, disabled
 from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.handle import Handle
 from fxckpt.run.run import Run, live_runs
+from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.inventory import storable
+from fxckpt.saving.stores import CheckpointStore, NullStore
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
+
+if TYPE_CHECKING:
+    from fxckpt.engine import Engine
 
 log = logging.getLogger("fxckpt")
 
@@ -118,7 +123,7 @@ def compile_step(
     directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(p for each in optimizers for group in each.param_groups for p in group["params"])
-    engine, store = (None, None) if disabled() else _start(directory, config, devices, ordinals)
+    engine, store = (None, NullStore()) if disabled() else _start(directory, config, devices, ordinals)
     run = Run(optimizers, directory, model, extra, config, engine, store, devices)
     handle = Handle(run)
     for each in optimizers:
@@ -184,7 +189,7 @@ def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
     return None
 
 
-def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]):
+def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]) -> tuple[CheckpointEngine, CheckpointStore]:
     """The engine and the store, or the error that says why not. With a monitor, the engine writes nothing itself."""
     from fxckpt.engine import Engine
 
@@ -194,14 +199,12 @@ def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[
     engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer != "thread")
     store = _store(directory, config, engine)
     try:
-        if store is not None:
-            wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
+        wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
         for ordinal in sorted(ordinals):
             engine.open_device(ordinal, devices.driver)
     except BaseException as error:
         engine.close()
-        if store is not None:
-            store.close()
+        store.close()
         if isinstance(error, StoreLocked) and world_size() > 1:
             raise SetupError(
                 f"{error}\nThis is rank {rank()} of {world_size()}: give every rank a directory "
@@ -211,11 +214,11 @@ def _start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[
     return engine, store
 
 
-def _store(directory: str, config: Config, engine):
-    """What writes to the directory; None for the mock."""
+def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
+    """What writes to the directory, if anything does."""
     if config.writer == "mock":
-        return None
-    options = {
+        return NullStore()
+    options: dict[str, Any] = {
         "keep": config.keep,
         "max_async": config.max_async,
         "fresh": config.fresh,
@@ -252,12 +255,6 @@ def _say(run: Run) -> None:
     )
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
-    if config.writer == "monitor":
-        log.info(
-            "fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
-            "cannot survive the end of its container or a kill of its whole cgroup",
-            run.store.pid,
-        )
     if config.writer == "mock":
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')
 

@@ -6,6 +6,7 @@ import os
 import signal
 from typing import Any
 
+from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
@@ -86,31 +87,34 @@ class Handle:
         ``last_handed_over_step``: all its bytes are copied and its state is closed. ``last_committed_step``: it is
         durable. Both are None before the first; after ``load`` they are the step that was loaded, until a later one is.
         """
-        run, saver = self._run, self._run.saver
+        run, tally = self._run, self._run.saver.tally
         engine = run.engine.statistics() if run.engine is not None else {}
         return {
             "steps": run.clock.attempts,
-            "checkpoints_started": saver.started,
-            "checkpoints_committed": saver.committed,
-            "checkpoints_skipped": saver.skipped,
-            "checkpoints_failed": saver.failed,
-            "last_handed_over_step": saver.last_handed_over,
-            "last_committed_step": saver.last_committed,
+            "checkpoints_started": tally.started,
+            "checkpoints_committed": tally.committed,
+            "checkpoints_skipped": tally.skipped,
+            "checkpoints_failed": tally.failed,
+            "last_handed_over_step": tally.last_handed_over,
+            "last_committed_step": tally.last_committed,
             "bytes_written": int(engine.get("bytes_written", 0)),
-            "stall_seconds": saver.wait_seconds + engine.get("stall_seconds", 0.0),
+            "stall_seconds": tally.wait_seconds + engine.get("stall_seconds", 0.0),
             "copy_seconds": engine.get("copy_seconds", 0.0),
             "write_seconds": engine.get("write_seconds", 0.0),
             "staging_bytes": int(engine.get("staging_bytes", 0)),
             "layers": sum(len(stepper.layers) for stepper in run.steppers),
-            "last_error": None if saver.last_error is None else str(saver.last_error),
+            "last_error": None if tally.last_error is None else str(tally.last_error),
         }
 
     def trace(self, path: str | os.PathLike, beside: str | os.PathLike | None = None) -> Tracing:
-        """``with opt.ckpt.trace("trace.json"):`` records what happens inside, for Perfetto; see ``fxckpt/trace.py``.
+        """``with opt.ckpt.trace("trace.json"):`` records what happens inside, for Perfetto; see ``fxckpt/saving/tracing.py``.
 
         ``beside``: a Chrome trace that torch.profiler exports inside the ``with``, to be shown in the same picture.
         """
-        return Tracing(self._run, path, beside)
+        run = self._run
+        if run.engine is not None and not run.active:
+            raise SetupError("this run takes no checkpoints: there is nothing to trace")
+        return Tracing(run.saver.flights, run.engine, path, beside)
 
     def __repr__(self) -> str:
         found = self.statistics()

@@ -579,7 +579,7 @@ def _continue(run: Run, record: Record, mapped: Mapped, reader: Reader) -> None:
 def _is_own(run: Run, directory: str | os.PathLike) -> bool:
     """Whether this is the store that the run writes to. What is loaded from another one begins a lineage here, and does not
     stand in for what lies here and was not loaded."""
-    return run.store is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
+    return os.path.realpath(directory) == os.path.realpath(run.directory)
 
 
 def _hold(later: Sequence[TensorRecord], reader: Reader) -> dict[str, torch.Tensor]:

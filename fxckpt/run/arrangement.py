@@ -85,7 +85,7 @@ class Arrangement:
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
-        return (self._emitter.saver.started > 0 and not self.inventory.positional) or traces.version
+        return (self._emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
 
     def _number_layers(self) -> None:
         """Number the layers of all optimizers in the engine's order (see plan.engine_layers) and write their graphs."""

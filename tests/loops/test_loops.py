@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxckpt
 from fxckpt.graph.update import inductor
-from fxckpt.saving.plan import Layout
-from fxckpt.saving.saver import InFlight
+from fxckpt.saving.guard import Guard
 
 
 @pytest.fixture(autouse=True)
@@ -244,20 +243,21 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
 
 def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durable_by_then(tmp_path, monkeypatch):
     """The thread that commits is held where it has seen all copies end and has not looked for changes yet."""
-    check, durable, looked = Layout.check_unchanged, threading.Event(), threading.Event()
+    check, durable, looked = Guard.check_unchanged, threading.Event(), threading.Event()
 
-    def late(layout: Layout, pending: InFlight) -> None:
+    def late(guard: Guard) -> None:
+        (pending,) = opt.ckpt._run.saver.flights.under_way()
         assert pending.copy.durable(60)
         durable.set()
         assert looked.wait(60)
-        check(layout, pending)
+        check(guard)
 
     torch.manual_seed(0)
     model = net()
     opt = fxckpt.compile_step(adamw(model), tmp_path / "d", model=model, every=1, update="native")
     plain(model, model, opt, 3)
     opt.ckpt.flush()
-    monkeypatch.setattr(Layout, "check_unchanged", late)
+    monkeypatch.setattr(Guard, "check_unchanged", late)
     plain(model, model, opt, 1)
     opt.ckpt.end_step()
     assert durable.wait(60)

@@ -20,7 +20,7 @@ from waiting import until
 
 import fxckpt
 from fxckpt.run.emitting import Emitter
-from fxckpt.saving.plan import Layout
+from fxckpt.saving.guard import Guard
 from fxckpt.store.reader import Reader, candidates
 from fxckpt.store.record import decode_state
 
@@ -219,7 +219,7 @@ def test_without_fences_the_same_test_fails(tmp_path, monkeypatch):
     """The tests above can fail."""
     monkeypatch.setattr(Emitter, "fence", lambda self, layer, tensors: None)
     monkeypatch.setattr(Emitter, "fence_all", lambda self: None)
-    monkeypatch.setattr(Layout, "compare", lambda *_: None)  # it would see the changes and drop what is torn
+    monkeypatch.setattr(Guard, "compare", lambda *_: None)  # it would see the changes and drop what is torn
     trainer = Trainer(tmp_path / "d", staging_mb=0, max_async=2)
     instruments.delay("copy", 40 * MS)  # longer than a step takes, on a busy machine too
     with pytest.raises(AssertionError, match="step"):
