@@ -9,6 +9,7 @@ MODULE_STATE = {
     "fxckpt.optim.helper_thread:helper": "the second thread for calls of many small tensors, started at first use",
     "fxckpt.run.run:live_runs": "the runs that are alive (weak): for load() without arguments, and for the end of the process",
     "fxckpt.graph.update.inductor:_compiled": "updates that Inductor compiled, by what they depend on",
+    "fxckpt.engine.io:_running": "the file operation that each thread is in, for messages about a disk that hangs",
     "fxckpt.engine.ring:_rings": "memory shared with monitors (weak), which a forked child lets go of",
     "fxckpt.store.lock:_held": "directories that this process has locked, for a second store of the same process",
     "fxckpt.monitor.client:_links": "open sockets to monitors (weak), which a forked child closes",

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -190,10 +189,8 @@ class Saver:
         """The system call that the committer is in, if it is in one."""
         from fxckpt.engine import io
 
-        frame = sys._current_frames().get(self._thread.ident) if self._thread is not None else None
-        while frame is not None and frame.f_code.co_filename != io.__file__:
-            frame = frame.f_back
-        return f", in {frame.f_code.co_name.lstrip('_')}" if frame is not None else ""
+        operation = io.running(self._thread.ident) if self._thread is not None else None
+        return f", in {operation}" if operation is not None else ""
 
     def _hangs(self, waited: StallDetector) -> bool:
         """Whether training is to stop waiting; it does not wait a second time on what hung before and has not moved."""

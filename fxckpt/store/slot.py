@@ -103,7 +103,7 @@ class Slot:
         try:
             yield
         except OSError as error:
-            operation = _operation(error)
+            operation = io.operation_of(error) or "open"
             self.suspect |= operation in _SYNCS or error.errno in DAMAGE
             path = os.fsdecode(error.filename) if error.filename else self.path
             raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
@@ -122,14 +122,3 @@ def suppress_unsupported() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-
-
-def _operation(error: OSError) -> str:
-    """The file operation that raised it: the innermost public function of ``engine.io`` on its way."""
-    found, at = "open", error.__traceback__
-    while at is not None:
-        code = at.tb_frame.f_code
-        if code.co_filename == io.__file__ and not code.co_name.startswith("_") and code.co_name != "os_error":
-            found = code.co_name
-        at = at.tb_next
-    return found

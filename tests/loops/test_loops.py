@@ -217,7 +217,7 @@ def test_weights_swapped_for_their_average_and_back():
 @pytest.mark.parametrize("copied", ["before the next step", "after it begins"])
 def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_named(every, copied, tmp_path):
     """Also when the copies end before the next step looks, and when that step takes a checkpoint itself."""
-    from fxckpt.engine import io
+    import instruments
 
     torch.manual_seed(0)
     model = net()
@@ -225,7 +225,7 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
     plain(model, model, opt, 3)
     opt.ckpt.flush()
     plain(model, model, opt, 2)
-    io.delay("copy", 1_000_000)
+    instruments.delay("copy", 1_000_000)
     plain(model, model, opt, 1)
     opt.ckpt.end_step()
     with torch.no_grad():
@@ -233,7 +233,7 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
     if copied == "before the next step":
         with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
             opt.ckpt.flush()
-    io.delay("copy", 0)
+    instruments.delay("copy", 0)
     plain(model, model, opt, 1)
     if copied == "after it begins":
         with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):

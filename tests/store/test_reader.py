@@ -10,12 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import instruments
 import numpy as np
 import pytest
 import torch
 from storing import fast_directory, start
 
-from fxckpt.engine import io
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore
 from fxckpt.store.files import write_tensors
 from fxckpt.store.layout import parse_header
@@ -32,7 +32,7 @@ def root(tmp_path):
 @pytest.fixture(autouse=True)
 def no_faults():
     yield
-    io.fail_none()
+    instruments.fail_none()
 
 
 @pytest.fixture
@@ -264,19 +264,19 @@ def test_a_file_of_the_right_checksums_but_another_layout_is_found(root):
 @pytest.mark.parametrize("code", [errno.EIO, errno.EBADMSG])
 def test_a_read_error_of_the_medium_is_damage(two, code):
     reader = Reader(two / NEWEST)
-    io.fail(2, code, "pread")
+    instruments.fail(2, code, "pread")
     with pytest.raises(Corrupt, match="cannot be read"):
         reader.verify()
     outcomes = []
     for nth in range(1, 9):  # store.json, then each record
-        io.fail(nth, code, "pread")
+        instruments.fail(nth, code, "pread")
         outcomes.append([isinstance(each, Corrupt) for each in candidates(two)])
     assert [True, False] in outcomes and [False, True] in outcomes and [False, False] in outcomes
 
 
 def test_trouble_of_the_reader_is_not_damage(two):
     reader = Reader(two / NEWEST)
-    io.fail(1, errno.EMFILE, "open")
+    instruments.fail(1, errno.EMFILE, "open")
     with pytest.raises(OSError, match="Too many open files"):
         reader.verify()
 

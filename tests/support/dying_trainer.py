@@ -11,13 +11,14 @@ import signal
 import sys
 from pathlib import Path
 
+import instruments
 from storing import recorded_monitors, start
 
 from fxckpt.engine import io
 
 
 def main(root: Path, acks: Path, log: Path, items: int) -> None:
-    io.record(log, append=True)
+    instruments.record(log, append=True)
     with recorded_monitors(log):
         trainer = start(root, acks, keep=1, items=items, writer="monitor")
     print(trainer.store.pid, flush=True)

@@ -1,5 +1,5 @@
 /* Finds the CUDA driver's entry points at run time. */
-#include "driver.h"
+#include "cuda/driver.h"
 
 #include <dlfcn.h>
 #include <errno.h>

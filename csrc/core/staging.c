@@ -1,23 +1,9 @@
-/* Buffers: page-aligned, made when first needed, recycled, never more than the limit. */
-#include "cuda.h"
-
-#include <sys/mman.h>
-
-/* Not inherited by forked children: they never touch it, and a fork would mark each page copy-on-write. */
-void *fx_buffer_new(uint64_t nbytes) {
-    void *buffer = mmap(NULL, nbytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (buffer == MAP_FAILED) return NULL;
-    madvise(buffer, nbytes, MADV_DONTFORK);
-    madvise(buffer, nbytes, MADV_HUGEPAGE);
-    return buffer;
-}
-
-void fx_buffer_free(void *buffer, uint64_t nbytes) {
-    if (buffer) munmap(buffer, nbytes);
-}
+/* Buffers that hold chunks between copy and write: made when first needed, recycled, never more than the limit. */
+#include "core/sink.h"
+#include "cuda/cuda.h"
 
 bool fx_staging_has_room(const struct fx_engine *engine) {
-    return engine->staging.n_free > fx_relay_reserve(engine) || engine->staging.n_made < engine->staging.limit;
+    return engine->staging.n_free > engine->staging.reserve || engine->staging.n_made < engine->staging.limit;
 }
 
 void *fx_staging_take(struct fx_engine *engine) {
@@ -36,8 +22,9 @@ void *fx_staging_take(struct fx_engine *engine) {
     return buffer;
 }
 
-void fx_staging_give(struct fx_engine *engine, void *buffer) {
-    if (fx_relay_returns(engine, buffer)) return;
+void fx_staging_give(struct fx_engine *engine, void *buffer) { engine->sink->give(engine, buffer); }
+
+void fx_staging_keep(struct fx_engine *engine, void *buffer) {
     engine->staging.free[engine->staging.n_free++] = buffer;
     engine->staging.used_bytes -= engine->options.chunk_bytes;
     fx_cuda_wake(engine); /* the copier may have waited for it */

@@ -1,6 +1,6 @@
 /* Where one layer's tensors lie in memory: built once, emitted many times, shared by the checkpoints that
  * read it. */
-#include "internal.h"
+#include "core/plan.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -1,5 +1,5 @@
 /* Making, mapping and reading the memory that trainer and monitor share; see ring.h. */
-#include "ring.h"
+#include "monitor/ring.h"
 
 #include <errno.h>
 #include <fcntl.h>

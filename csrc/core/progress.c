@@ -1,6 +1,7 @@
 /* The steps of a checkpoint's life, small and under the lock: pieces taken and finished, chunks ready and
  * written, the end. */
-#include "cuda.h"
+#include "core/sink.h"
+#include "cuda/cuda.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -25,6 +26,20 @@ void fx_finish_piece(struct fx_checkpoint *ck, uint32_t piece) {
     piece_done(ck, piece);
 }
 
+void fx_end_help(struct fx_checkpoint *ck, uint32_t piece) {
+    struct ck_chunk *chunk = &ck->chunks[ck->plan->pieces[piece].chunk];
+    fx_finish_piece(ck, piece);
+    chunk->helpers--;
+    if (ck->state != ACTIVE && !chunk->helpers && !chunk->taken && chunk->staging) {
+        fx_staging_give(ck->engine, chunk->staging);
+        chunk->staging = NULL;
+    } else if (!chunk->helpers && !chunk->layers_left) {
+        fx_wake_writers(ck->engine); /* one may have passed over this chunk because we were at it */
+    }
+    fx_wake(ck->engine);
+    fx_settle(ck);
+}
+
 /* ---- chunks ---- */
 
 void fx_push_ready(struct fx_checkpoint *ck, uint32_t chunk) {
@@ -36,7 +51,8 @@ void fx_push_ready(struct fx_checkpoint *ck, uint32_t chunk) {
 
 uint32_t fx_pop_ready(struct fx_checkpoint *ck) {
     uint32_t before = NOTHING, chunk = ck->ready_head;
-    bool poor = fx_relay_lacks_slot(ck->engine); /* only chunks that have their buffer can be done */
+    /* Then only chunks that have their buffer can be done. */
+    bool poor = ck->engine->sink->takes_staging && !ck->engine->staging.n_free;
     while (chunk != NOTHING && (ck->chunks[chunk].helpers || ck->chunks[chunk].device_left ||
                                 (poor && !ck->chunks[chunk].staging))) {
         before = chunk;
@@ -84,6 +100,10 @@ void fx_give_up(struct fx_checkpoint *ck, enum state state, const char *operatio
     give_back_staging(ck);
     fx_wake(ck->engine);
     fx_wake_writers(ck->engine); /* to close its files */
+}
+
+void fx_fail(struct fx_checkpoint *ck, const struct fx_error *error) {
+    fx_give_up(ck, FAILED, error->operation, error->path, error->offset, error->err);
 }
 
 bool fx_has_open_files(const struct fx_checkpoint *ck) {

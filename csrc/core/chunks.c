@@ -1,5 +1,5 @@
 /* Geometry: cuts files into chunks, and what lies in them into extents and pieces. Immutable once made. */
-#include "internal.h"
+#include "core/plan.h"
 
 #include <errno.h>
 #include <stdlib.h>

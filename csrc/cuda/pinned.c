@@ -1,5 +1,6 @@
 /* The chunks that devices copy into. */
-#include "cuda.h"
+#include "core/system.h"
+#include "cuda/cuda.h"
 
 #include <ctype.h>
 #include <stdio.h>

@@ -11,7 +11,7 @@
 #ifndef FX_RING_H
 #define FX_RING_H
 
-#include "internal.h"
+#include "core/internal.h"
 
 enum slot_state { OWNED, POSTED, READING, RETURNED };
 
@@ -27,7 +27,7 @@ struct ring_head {
     uint64_t slot_bytes;
     uint32_t slots;
     uint32_t data_at; /* offset of the first slot's bytes */
-    _Alignas(64) _Atomic uint64_t bytes_written, write_ns; /* by the monitor */
+    _Alignas(64) struct written written; /* by the monitor */
     struct slot table[];
 };
 

@@ -1,22 +1,9 @@
-/* The engine's life, its lock, its clock and its counters. */
-#include "cuda.h"
+/* The engine's life, its lock and its counters. */
+#include "core/sink.h"
+#include "cuda/cuda.h"
 
 #include <errno.h>
 #include <stdlib.h>
-#include <time.h>
-
-#define SECOND 1000000000ll
-
-int64_t fx_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * SECOND + t.tv_nsec;
-}
-
-int64_t fx_deadline(int64_t timeout_ns) {
-    int64_t now = fx_now();
-    return timeout_ns > INT64_MAX - now ? INT64_MAX : now + timeout_ns;
-}
 
 void fx_lock(struct fx_engine *engine) { pthread_mutex_lock(&engine->lock); }
 void fx_unlock(struct fx_engine *engine) { pthread_mutex_unlock(&engine->lock); }
@@ -29,7 +16,7 @@ void fx_wake_writers(struct fx_engine *engine) { pthread_cond_broadcast(&engine-
 
 bool fx_wait(struct fx_engine *engine, int64_t deadline_ns) {
     if (fx_now() >= deadline_ns) return false;
-    struct timespec until = {deadline_ns / SECOND, deadline_ns % SECOND};
+    struct timespec until = {deadline_ns / SECOND_NS, deadline_ns % SECOND_NS};
     engine->waiters++;
     pthread_cond_timedwait(&engine->progress, &engine->lock, &until);
     engine->waiters--;
@@ -61,7 +48,7 @@ static void free_buffers(struct fx_engine *engine) {
 static void destroy(struct fx_engine *engine) {
     fx_fork_remove(engine);
     fx_cuda_free(engine);
-    fx_relay_end(engine);
+    engine->sink->end(engine);
     free_buffers(engine);
     free(engine->staging.free);
     free(engine->writers);
@@ -92,6 +79,8 @@ int fx_engine_new(const struct fx_options *options, struct fx_engine **out, stru
     }
     engine->options = *options;
     engine->refs = 1;
+    engine->sink = options->mock ? &fx_nowhere : &fx_disk;
+    engine->written = &engine->own;
     engine->staging.limit = (uint32_t)(options->staging_bytes / chunk);
     engine->staging.free = calloc(engine->staging.limit + 1, sizeof *engine->staging.free);
     engine->writers = calloc(options->threads, sizeof *engine->writers);
@@ -135,7 +124,7 @@ int fx_engine_close(struct fx_engine *engine, int64_t timeout_ns) {
     if (!join) return ended;
     for (uint32_t i = 0; i < engine->threads_started; i++) pthread_join(engine->writers[i].thread, NULL);
     fx_cuda_free(engine);
-    fx_relay_end(engine);
+    engine->sink->end(engine);
     fx_lock(engine);
     free_buffers(engine); /* all are given back: no checkpoint is in flight and no thread works on one */
     fx_unlock(engine);
@@ -154,12 +143,11 @@ void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out) {
     fx_lock(engine);
     out->staging_bytes = engine->staging.used_bytes;
     out->staging_peak_bytes = engine->staging.peak_bytes;
-    out->bytes_written = engine->bytes_written;
+    out->bytes_written = engine->written->bytes;
     out->copy_ns = engine->copy_ns;
-    out->write_ns = engine->write_ns;
+    out->write_ns = engine->written->ns;
     out->stall_ns = engine->stall_ns;
     out->buffered_files = engine->buffered_files;
-    fx_relay_statistics(engine, out);
     fx_unlock(engine);
 }
 

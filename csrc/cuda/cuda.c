@@ -20,10 +20,9 @@
  * holds its chunk by `helpers`, as a fence that copies does. The calls of the driver are made without the lock:
  * any of them may wait for the device's queue.
  */
-#include "cuda.h"
+#include "cuda/cuda.h"
 
 #include <errno.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -73,7 +72,7 @@ struct cuda {
     struct device *devices[FX_MAX_DEVICES];
     char *memory;
     uint64_t nbytes;
-    bool shared; /* the memory is a monitor's ring, not ours */
+    bool shared; /* the memory is the sink's, not ours */
     bool copying, stopping, stopped;
 };
 
@@ -124,10 +123,6 @@ static void lose(struct device *device, const struct fx_error *why) {
     if (device->lost) return;
     device->lost = true;
     device->why = *why;
-}
-
-static void fail(struct fx_checkpoint *ck, const struct fx_error *error) {
-    fx_give_up(ck, FAILED, error->operation, error->path, -1, error->err);
 }
 
 /* ---- events ---- */
@@ -330,21 +325,13 @@ static void add_run(struct runs *runs, char *to, const char *from, uint64_t n) {
     runs->n[runs->count++] = n;
 }
 
-/* Everything of one piece that lies on runs->device; without a device: the host's part of it, copied at once. */
-static void copy_part(struct fx_checkpoint *ck, uint32_t piece, char *to, struct runs *runs) {
-    const struct fx_plan *plan = ck->plan;
-    const struct chunk *chunk = &plan->chunks[plan->pieces[piece].chunk];
-    uint32_t layer = plan->pieces[piece].layer, wanted = runs->device ? runs->device->ordinal + 1 : 0;
-    for (uint32_t i = 0; i < chunk->n_extents; i++) {
-        const struct extent *extent = &plan->extents[chunk->first_extent + i];
-        if (extent->piece != piece) continue;
-        const struct fx_view *view = &ck->layers[layer].sources->views[extent->tensor];
-        uint64_t itemsize = plan->tensors[plan->layers[layer].first_tensor + extent->tensor].itemsize;
-        if (view->device != wanted) continue;
-        if (wanted) add_run(runs, to + extent->at, view->address + extent->from, extent->nbytes);
-        else fx_view_gather(view, itemsize, extent->from, extent->nbytes, to + extent->at);
-    }
-    if (wanted) flush(runs);
+/* What of one piece lies on runs->device. */
+static void copy_from_device(struct fx_checkpoint *ck, uint32_t piece, char *to, struct runs *runs) {
+    struct part part;
+    for (uint32_t next = 0; fx_next_part(ck, piece, &next, &part);)
+        if (part.view->device == runs->device->ordinal + 1)
+            add_run(runs, to + part.at, part.view->address + part.from, part.nbytes);
+    flush(runs);
 }
 
 /* After a call failed behind others: whether those have ended. */
@@ -369,7 +356,7 @@ static struct flight *issue_on(struct fx_checkpoint *ck, uint32_t piece, char *t
     if (on->ready && FX_KEEPS(NO_COPY_WAIT))
         tried(failure, "cuStreamWaitEvent", driver->StreamWaitEvent(device->stream, on->ready->handle, 0));
     if (!failure->result) {
-        copy_part(ck, piece, to, &runs);
+        copy_from_device(ck, piece, to, &runs);
         *failure = runs.failure;
     }
     if (!failure->result && runs.nbytes) flight->copied = event_take(device, failure);
@@ -402,19 +389,7 @@ fail:
 
 /* Lock held: one part of a piece ended; the last one ends the piece. The checkpoint may be gone afterwards. */
 static void part_done(struct fx_checkpoint *ck, uint32_t piece) {
-    struct fx_engine *engine = ck->engine;
-    struct ck_chunk *chunk = &ck->chunks[ck->plan->pieces[piece].chunk];
-    if (--ck->cuda->parts[piece]) return;
-    fx_finish_piece(ck, piece);
-    chunk->helpers--;
-    if (ck->state != ACTIVE && !chunk->helpers && !chunk->taken && chunk->staging) {
-        fx_staging_give(engine, chunk->staging);
-        chunk->staging = NULL;
-    } else if (!chunk->helpers && !chunk->layers_left) {
-        fx_wake_writers(engine);
-    }
-    fx_wake(engine);
-    fx_settle(ck);
+    if (--ck->cuda->parts[piece] == 0) fx_end_help(ck, piece);
 }
 
 /* Lock held. */
@@ -446,9 +421,8 @@ static void issue(struct fx_checkpoint *ck, uint32_t layer, uint32_t piece) {
     fx_unlock(engine);
 
     int64_t start = fx_now();
-    fx_io_copy_delay();
-    struct runs host = {0};
-    copy_part(ck, piece, to, &host);
+    fx_copy_delay();
+    fx_copy_piece(ck, piece, to);
     for (uint32_t i = 0; i < devices->n && !failed; i++) {
         flights[i] = issue_on(ck, piece, to, &devices->each[i], &failure);
         if (failure.result) failed = devices->each[i].device;
@@ -466,7 +440,7 @@ static void issue(struct fx_checkpoint *ck, uint32_t layer, uint32_t piece) {
         devices->each[i].ready = NULL;
     }
     ck->pieces[piece] = ISSUED;
-    if (failed) fail(ck, &error);
+    if (failed) fx_fail(ck, &error);
     fx_cuda_wake(engine); /* the reapers */
     fx_wake(engine);      /* fences */
     part_done(ck, piece);
@@ -546,7 +520,7 @@ static void reap(struct device *device) {
     device->oldest = flight->next;
     if (!device->oldest) device->newest = NULL;
     if (lost) lose(device, &gone);
-    if (failure.result) fail(flight->ck, &error);
+    if (failure.result) fx_fail(flight->ck, &error);
     event_drop(flight->copied);
     part_done(flight->ck, flight->piece);
     free(flight);
@@ -565,17 +539,6 @@ static void *reaper_main(void *argument) {
     fx_unlock(engine);
     leave(device);
     return NULL;
-}
-
-/* Signals stay with the caller's threads. */
-static int start(pthread_t *thread, void *(*function)(void *), void *argument, const char *name) {
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    int r = pthread_create(thread, NULL, function, argument);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!r) pthread_setname_np(*thread, name);
-    return r;
 }
 
 /* ---- fences ---- */
@@ -660,9 +623,8 @@ static int pin(struct fx_engine *engine, struct device *device, struct fx_error 
     if (staging->limit < 2) return fx_error_set(error, "staging: devices need two chunks or more", "", -1, EINVAL);
     tried(&failure, "cuDeviceGetPCIBusId", cuda->driver.DeviceGetPCIBusId(pci, sizeof pci, device->handle));
     uint64_t nbytes = staging->limit * chunk;
-    char *memory = fx_relay_memory(engine, &nbytes);
-    cuda->shared = memory != NULL;
-    if (!memory) memory = fx_pinned_new(nbytes, failure.result ? "" : pci);
+    cuda->shared = staging->block != NULL;
+    char *memory = cuda->shared ? staging->block : fx_pinned_new(nbytes, failure.result ? "" : pci);
     if (!memory) return fx_error_set(error, "pinned memory", "", -1, ENOMEM);
     failure.result = 0;
     if (!tried(&failure, "cuMemHostRegister", cuda->driver.MemHostRegister(memory, nbytes, CU_HOST_PORTABLE))) {
@@ -689,9 +651,9 @@ static int start_threads(struct fx_engine *engine, struct device *device, struct
     struct cuda *cuda = engine->cuda;
     char name[16];
     snprintf(name, sizeof name, "fxckpt-gpu%u", device->ordinal % 100);
-    int r = start(&device->reaper, reaper_main, device, name);
+    int r = fx_thread_start(&device->reaper, reaper_main, device, name);
     if (!r && !cuda->copying) {
-        r = start(&cuda->copier, copier_main, engine, "fxckpt-copy");
+        r = fx_thread_start(&cuda->copier, copier_main, engine, "fxckpt-copy");
         cuda->copying = !r;
     }
     return r ? fx_error_set(error, "start of a thread for copies", "", -1, r) : 0;

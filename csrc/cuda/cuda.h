@@ -3,8 +3,8 @@
 #ifndef FX_CUDA_H
 #define FX_CUDA_H
 
-#include "driver.h"
-#include "internal.h"
+#include "core/internal.h"
+#include "cuda/driver.h"
 
 #define FX_MAX_DEVICES 64
 

@@ -1,8 +1,9 @@
 /* Reading back: chunk by chunk into a bounce buffer, verified, and only then into the targets. */
-#include "internal.h"
+#include "core/system.h"
+#include "engine.h"
 
 #include <errno.h>
-#include <fcntl.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 struct reader {
@@ -97,7 +98,7 @@ int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_b
     if (!helpers) return fx_error_set(error, "read", path, -1, ENOMEM);
     pthread_mutex_init(&r.lock, NULL);
     uint32_t started = 0;
-    while (started + 1 < others && pthread_create(&helpers[started], NULL, reader_main, &r) == 0) started++;
+    while (started + 1 < others && fx_thread_start(&helpers[started], reader_main, &r, "fxckpt-read") == 0) started++;
     reader_main(&r); /* the caller is one of the readers; fewer threads than asked for only take longer */
     while (started) pthread_join(helpers[--started], NULL);
     pthread_mutex_destroy(&r.lock);

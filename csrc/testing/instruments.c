@@ -1,5 +1,7 @@
-/* Instruments for tests, as a second table of operations around the real one: a log, faults and delays. */
-#include "engine.h"
+/* The instruments, as a second table of operations around the real one. */
+#include "testing/instruments.h"
+
+#include "core/internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -48,25 +50,19 @@ static bool is_faulty(int op, int *err) {
     return hit;
 }
 
-static int64_t monotonic_ns(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
-
 /* Sleeps in short turns, so that a test which sets the delay back frees a "hung" thread at once. */
 static void delay(int op) {
     if (!atomic_load(&delays[op])) return;
-    int64_t start = monotonic_ns();
+    int64_t start = fx_now();
     for (;;) {
-        int64_t left = start + atomic_load(&delays[op]) - monotonic_ns();
+        int64_t left = start + atomic_load(&delays[op]) - fx_now();
         if (left <= 0) return;
         struct timespec turn = {0, left < 1000000 ? left : 1000000};
         nanosleep(&turn, NULL);
     }
 }
 
-void fx_io_copy_delay(void) { delay(FX_COPY); }
+void fx_copy_delay(void) { delay(FX_COPY); }
 
 /* ---- the log ---- */
 

@@ -1,11 +1,10 @@
 /* A checkpoint as its caller sees it: begin, emit, wait, cancel, release. */
-#include "cuda.h"
+#include "core/sink.h"
+#include "cuda/cuda.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 
 /* ---- begin ---- */
 
@@ -44,58 +43,6 @@ static struct fx_checkpoint *allocate(struct fx_engine *engine, struct fx_plan *
     return NULL;
 }
 
-/* O_DIRECT if wanted and accepted: a file system that cannot do it says EINVAL. */
-static int open_file(struct fx_engine *engine, struct ck_file *file, struct fx_error *error) {
-    int flags = O_RDWR | O_CREAT | O_CLOEXEC, r = -EINVAL;
-    if (engine->options.direct) r = fx_open(file->path, flags | O_DIRECT, 0644);
-    file->direct = r >= 0;
-    if (r == -EINVAL) {
-        r = fx_open(file->path, flags, 0644);
-        if (r >= 0 && engine->options.direct) engine->buffered_files++;
-    }
-    if (r < 0) return fx_error_set(error, "open", file->path, -1, -r);
-    file->fd = r;
-    struct stat st;
-    if (fstat(r, &st)) return fx_error_set(error, "fstat", file->path, -1, errno);
-    file->device = st.st_dev;
-    file->inode = st.st_ino;
-    return 0;
-}
-
-/* A recycled file has its size already, and then nothing is done: a new size is a change of metadata to be
- * synced. */
-static int resize_file(struct ck_file *file, uint64_t nbytes, struct fx_error *error) {
-    struct stat st;
-    if (fstat(file->fd, &st)) return fx_error_set(error, "fstat", file->path, -1, errno);
-    if ((uint64_t)st.st_size == nbytes) return 0;
-    int r = fx_ftruncate(file->fd, (int64_t)nbytes);
-    return r ? fx_error_set(error, "ftruncate", file->path, (int64_t)nbytes, -r) : 0;
-}
-
-/* Lock held. A write of an older checkpoint that hangs in the disk may land after those of a newer one. */
-static const char *busy_path(const struct fx_engine *engine, const struct fx_checkpoint *ck) {
-    for (const struct fx_checkpoint *other = engine->oldest; other; other = other->next)
-        for (uint32_t i = 0; i < other->plan->n_files; i++)
-            for (uint32_t k = 0; k < ck->plan->n_files; k++)
-                if (other->files[i].fd >= 0 && other->files[i].inode == ck->files[k].inode &&
-                    other->files[i].device == ck->files[k].device)
-                    return ck->files[k].path;
-    return NULL;
-}
-
-static int open_files(struct fx_checkpoint *ck, struct fx_error *error) {
-    int r = 0;
-    for (uint32_t i = 0; i < ck->plan->n_files && !r; i++) r = open_file(ck->engine, &ck->files[i], error);
-    if (r) return r;
-    fx_lock(ck->engine);
-    const char *busy = busy_path(ck->engine, ck);
-    fx_unlock(ck->engine);
-    if (busy) return fx_error_set(error, "begin", busy, -1, EBUSY);
-    for (uint32_t i = 0; i < ck->plan->n_files && !r; i++)
-        r = resize_file(&ck->files[i], ck->plan->files[i].nbytes, error);
-    return r;
-}
-
 /* Lock held: the checkpoint joins the list; chunks that hold no layer are ready at once. */
 static void enlist(struct fx_checkpoint *ck) {
     struct fx_engine *engine = ck->engine;
@@ -119,13 +66,6 @@ static void enlist(struct fx_checkpoint *ck) {
     fx_wake_writers(engine);
 }
 
-/* One that could not begin. */
-static void abandon(struct fx_checkpoint *ck) {
-    for (uint32_t i = 0; i < ck->plan->n_files; i++)
-        if (ck->files[i].fd >= 0) fx_close(ck->files[i].fd);
-    fx_checkpoint_destroy(ck);
-}
-
 int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths,
              const uint8_t *has_known, const uint32_t *known, struct fx_checkpoint **out,
              struct fx_error *error) {
@@ -133,15 +73,19 @@ int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *
         return fx_error_set(error, "begin: the plan has another chunk size", "", -1, EINVAL);
     struct fx_checkpoint *ck = allocate(engine, plan, paths, has_known, known);
     if (!ck) return fx_error_set(error, "begin", "", -1, ENOMEM);
-    int r = engine->options.mock ? 0 : open_files(ck, error);
+    int r = engine->sink->open(ck, error);
     fx_lock(engine);
     if (!r && engine->closing) r = fx_error_set(error, "begin: the engine is closed", "", -1, ECANCELED);
-    if (!r && fx_relay_gone(engine)) r = fx_error_set(error, "begin: the monitor process ended", "", -1, EPIPE);
+    if (!r) r = engine->sink->admit(engine, error);
     if (!r) enlist(ck);
     fx_unlock(engine);
-    if (!r) *out = ck;
-    else abandon(ck);
-    return r;
+    if (r) {
+        engine->sink->close(ck);
+        fx_checkpoint_destroy(ck);
+        return r;
+    }
+    *out = ck;
+    return 0;
 }
 
 /* ---- emit ---- */
@@ -177,7 +121,7 @@ int fx_emit_from(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *so
     fx_lock(ck->engine);
     r = ck->layers[layer].emitted ? -EALREADY : 0;
     if (!r) {
-        if (refused.err) fx_give_up(ck, FAILED, refused.operation, refused.path, -1, refused.err);
+        if (refused.err) fx_fail(ck, &refused);
         ck->layers[layer].emitted = true;
         ck->emitted++;
         if (ck->state == ACTIVE) {

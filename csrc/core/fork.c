@@ -8,9 +8,7 @@
  * The handlers hold every engine's lock across the fork, so that the child sees the lists whole. That wait is
  * short: the lock is never held while copying or in the disk.
  */
-#include "internal.h"
-
-#include <unistd.h>
+#include "core/sink.h"
 
 static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -28,12 +26,7 @@ static void unlock_all(void) {
 
 /* Straight to the kernel: the table of operations may have its own locks held by a thread that is gone. */
 static void in_child(void) {
-    for (struct fx_engine *e = engines; e; e = e->next) {
-        fx_relay_close_in_child(e);
-        for (struct fx_checkpoint *ck = e->oldest; ck; ck = ck->next)
-            for (uint32_t i = 0; i < ck->plan->n_files; i++)
-                if (ck->files[i].fd >= 0) close(ck->files[i].fd);
-    }
+    for (struct fx_engine *e = engines; e; e = e->next) e->sink->close_in_child(e);
     unlock_all();
     engines = NULL;
 }

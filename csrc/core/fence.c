@@ -1,5 +1,5 @@
 /* Fences: the only place where training waits for the engine. */
-#include "cuda.h"
+#include "cuda/cuda.h"
 
 #include <errno.h>
 
@@ -65,20 +65,6 @@ static struct finding look(struct fx_engine *engine, int64_t layer, const struct
     return found;
 }
 
-/* The plan's extents of one piece, gathered into its place in the chunk's buffer. */
-static void copy_piece(struct fx_checkpoint *ck, uint32_t piece, char *to) {
-    const struct fx_plan *plan = ck->plan;
-    const struct chunk *chunk = &plan->chunks[plan->pieces[piece].chunk];
-    uint32_t layer = plan->pieces[piece].layer;
-    for (uint32_t i = 0; i < chunk->n_extents; i++) {
-        const struct extent *extent = &plan->extents[chunk->first_extent + i];
-        if (extent->piece != piece) continue;
-        uint64_t itemsize = plan->tensors[plan->layers[layer].first_tensor + extent->tensor].itemsize;
-        fx_view_gather(&ck->layers[layer].sources->views[extent->tensor], itemsize, extent->from,
-                       extent->nbytes, to + extent->at);
-    }
-}
-
 /* Lock held on entry and return. The chunk cannot be taken by a writer meanwhile: it has a helper. */
 static void help(struct fx_engine *engine, struct fx_checkpoint *ck, uint32_t piece) {
     struct ck_chunk *chunk = &ck->chunks[ck->plan->pieces[piece].chunk];
@@ -88,27 +74,18 @@ static void help(struct fx_engine *engine, struct fx_checkpoint *ck, uint32_t pi
     fx_take_piece(ck, piece);
     fx_unlock(engine);
     int64_t start = fx_now();
-    copy_piece(ck, piece, chunk->staging);
+    fx_copy_piece(ck, piece, chunk->staging);
     engine->copy_ns += (uint64_t)(fx_now() - start);
     struct fx_span span = {.checkpoint = ck->id, .layer = ck->plan->pieces[piece].layer, .chunk = ck->plan->pieces[piece].chunk};
     fx_span_add(engine, FX_SPAN_HELP, 0, start, span);
     fx_lock(engine);
-    fx_finish_piece(ck, piece);
-    chunk->helpers--;
-    if (ck->state != ACTIVE && !chunk->helpers) {
-        fx_staging_give(engine, chunk->staging);
-        chunk->staging = NULL;
-    } else if (!chunk->helpers && !chunk->layers_left) {
-        fx_wake_writers(engine); /* one may have passed over this chunk because we were at it */
-    }
-    fx_wake(engine);
-    fx_settle(ck);
+    fx_end_help(ck, piece);
 }
 
 /* Whether a staging buffer will come free without another emit: some holder is being filled or can be
  * written. */
 static bool room_will_come(const struct fx_engine *engine) {
-    if (fx_relay_slots_will_return(engine)) return true;
+    if (engine->staging.away) return true;
     for (const struct fx_checkpoint *ck = engine->oldest; ck; ck = ck->next)
         for (uint32_t i = 0; i < ck->plan->n_chunks; i++)
             if (ck->chunks[i].staging && (ck->chunks[i].helpers || !ck->chunks[i].layers_left)) return true;

@@ -1,5 +1,5 @@
 /* Spans of time for a picture of what the engine did: recorded while somebody asks for it, else nothing. */
-#include "internal.h"
+#include "core/internal.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -68,3 +68,16 @@ void fx_span_add(struct fx_engine *engine, enum fx_span_kind kind, uint32_t trac
     else trace->dropped++;
     pthread_mutex_unlock(&trace->lock);
 }
+
+/* Its layer is the first that has a piece of the chunk; -1: only the header or zeros. */
+struct fx_span fx_chunk_span(const struct fx_checkpoint *ck, uint32_t index) {
+    const struct chunk *chunk = &ck->plan->chunks[index];
+    return (struct fx_span){
+        .checkpoint = ck->id,
+        .layer = chunk->n_pieces ? (int64_t)ck->plan->pieces[chunk->first_piece].layer : -1,
+        .chunk = index,
+        .nbytes = chunk->nbytes,
+    };
+}
+
+uint32_t fx_track(const struct writer *writer) { return (uint32_t)(writer - writer->engine->writers); }
