@@ -386,14 +386,14 @@ class MonitorStore:
             what,
         )
 
-    def hand_over(self, slot: RemoteSlot, *, files: Sequence[Any], state_tensors: Mapping[str, Any], **fields: Any) -> None:
+    def hand_over(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Any]) -> None:
         """Give the record of a checkpoint whose bytes are all posted. When this returns, the trainer may die."""
-        record = Record(store_id="", generation=0, parent=None, files=tuple(files), name=slot.name, **fields).to_bytes()
+        sealed = record.to_bytes()
         raw = {key: raw_tensor(tensor) for key, tensor in state_tensors.items()}
         tensors = [[key, each.dtype, list(each.shape), each.data.nbytes] for key, each in raw.items()]
         self._check().send(
-            {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(record), "tensors": tensors, "frozen": slot.frozen},
-            [record, *(each.data for each in raw.values())],
+            {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(sealed), "tensors": tensors, "frozen": slot.frozen},
+            [sealed, *(each.data for each in raw.values())],
         )
 
     def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:

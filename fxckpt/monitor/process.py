@@ -265,23 +265,7 @@ class Monitor:
         if flight.frozen is not None:
             token, chunks = flight.frozen
             flight.slot.remember(token, {name: {int(i): crc for i, crc in each.items()} for name, each in chunks.items()})
-        found = flight.record
-        self.store.commit(
-            flight.slot,
-            step=found.step,
-            iteration=found.iteration,
-            updates=found.updates,
-            time=found.time,
-            files=found.files,
-            layers=found.layers,
-            ties=found.ties,
-            optimizers=found.optimizers,
-            state=found.state,
-            state_tensors=flight.tensors,
-            world_size=found.world_size,
-            rank=found.rank,
-            metrics=found.metrics,
-        )
+        self.store.commit(flight.slot, flight.record, flight.tensors)
 
     def _end(self, flight: InFlight) -> None:
         """Return the slot if it was no success, and tell the trainer."""

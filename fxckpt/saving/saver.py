@@ -21,7 +21,7 @@ from fxckpt.compat.tensors import version_of
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.plan import Layout
-from fxckpt.store.record import FileRecord
+from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.slot import retires_slot
 
 log = logging.getLogger("fxckpt")
@@ -436,14 +436,15 @@ class Saver:
             pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
         tensors = {**pending.tensors, **{key: wait() for key, wait in pending.late.items()}}
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
+        record = Record(files=files, **fields)
         started, tracer = time.monotonic_ns(), self.tracer
         pending.phase = f"being committed in {pending.slot.path}"
         if self.remote:
-            self.store.hand_over(pending.slot, files=files, state_tensors=tensors, **fields)
+            self.store.hand_over(pending.slot, record, tensors)
             self.last_handed_over = pending.step
             self._wait(pending, lambda: pending.slot.ended(SLICE))
         else:
-            self.store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
+            self.store.commit(pending.slot, record, tensors)
         if tracer is not None:
             tracer.add(f"commit of step {pending.step}", tracing.COMMITS, started, step=pending.step)
         self.last_committed = pending.step
