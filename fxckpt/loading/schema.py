@@ -51,7 +51,7 @@ def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
     for holds, what in (
         (_DECODED(saved.optimizers), "optimizers"),
         (_EARLY(saved.early), "random generators, extras or buffers"),
-        (map_of(is_anything)(saved.late), "extras"),
+        (_values(saved.late), "extras"),
     ):
         if not holds:
             raise _foreign(path, what)
@@ -96,12 +96,43 @@ def _is_random(value: Any) -> bool:
     return known(value) and extra_state.is_random_state(value)
 
 
-@@CUDA@@
+def _is_cuda_state(value: Any) -> bool:
+    """Seed and offset, as bytes."""
+    return _is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1 and value.device.type == "cpu"
 
-_ENCODED = list_of(has({
-    "class": is_str, "groups": list_of(has({"params": list_of(is_str), "settings": is_anything})),
-    "state": is_anything, "gradients": is_anything}))  # fmt: skip
-_DECODED = list_of(has({
-    "class": is_str, "groups": list_of(has({"params": list_of(is_str), "settings": map_of(is_anything)})),
-    "state": map_of(_is_described), "gradients": list_of(is_str)}, {"accumulated": map_of(_is_tensor)}))  # fmt: skip
-@@REST@@
+
+def _is_settings(value: Any) -> bool:
+    """What a parameter group holds beside its parameters."""
+    return map_of(is_anything)(value) and "params" not in value
+
+
+_names = list_of(is_str)
+_tensors = map_of(_is_tensor)
+_values = map_of(is_anything)
+
+_encoded_group = has({"params": _names, "settings": is_anything})
+_ENCODED = list_of(
+    has({"class": is_str, "groups": list_of(_encoded_group), "state": is_anything, "gradients": is_anything}),
+)
+_STATE = has(
+    {
+        "early": has({"random": is_anything, "extra": _values, "buffers": is_anything, "modules": is_anything}),
+        "late": _values,
+    }
+)
+
+_group = has({"params": _names, "settings": _is_settings})
+_described = has(
+    {"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values},
+    {"host": _names},
+)
+_DECODED = list_of(
+    has(
+        {"class": is_str, "groups": list_of(_group), "state": map_of(_described), "gradients": _names},
+        {"accumulated": _tensors},
+    )
+)
+_EARLY = has(
+    {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values},
+    {"remote": _tensors, "frozen": _names},
+)

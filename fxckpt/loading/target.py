@@ -43,7 +43,7 @@ def find_target(
 ) -> tuple[Target, str]:
     """What to restore into, and the directory to load from. Raises SetupError if that cannot be told."""
     place = None if directory is None else os.fsdecode(directory)
-    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     run = _find_run(place, model, given)
     if run is not None:
         extras = run.capture.extras if extra is None else extra_state.extras(extra)
