@@ -35,8 +35,8 @@ from fxckpt.graph import ops
 from fxckpt.graph.model.arrivals import FirstBackward
 from fxckpt.graph.model.joint import traces
 from fxckpt.graph.model.layers import gradient_order, group_layers, layer_edges
-from fxckpt.optim import rehearsal
 from fxckpt.optim.stepper import Stepper
+from fxckpt.optim.strategy import EvaluatedClosure
 from fxckpt.run import extra_state
 from fxckpt.run.schedule import Schedule
 from fxckpt.saving import plan, tracing
@@ -123,11 +123,11 @@ class Run:
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.
 
-        ``copies``: also where only a copy would notice (``Stepper.stale``).
+        ``copies``: also where only a copy would notice (``Bindings.stale``).
         """
         if self._first_backward is not None:
             self._learn_arrivals()
-        stale = [s for s in self.steppers if s.stale(copies)]
+        stale = [s for s in self.steppers if s.bindings.stale(copies)]
         key = self._arrangement()
         if not stale and key == self._arranged:
             return
@@ -289,7 +289,6 @@ class Run:
         except BaseException as error:
             self._abort(f"opt.step() raised {type(error).__name__}")
             self._watch_again()
-            stepper.abandon()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self.attempts}", tracing.STEPS, started, step=self.attempts)
@@ -337,46 +336,34 @@ class Run:
             self._look_for_names()
         self.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
-        whole = stepper.whole is not None or scaled
-        if closure is not None and not whole and stepper.rehearsal is not None:
-            whole = not stepper.rehearsal.takes_closure_first(stepper.members)
-        if closure is not None and not whole:
+        strategy = stepper.whole_step if scaled else stepper.strategy
+        if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
             self.refresh()
-            closure = rehearsal.evaluated(closure, loss)
+            closure = EvaluatedClosure(closure, loss)
         self._look_for_changes(stepper)  # after the closure, whose forward may change what is being copied
-        if not whole and stepper.rehearsal is not None:
-            whole = not stepper.rehearse(closure is not None)
-        if whole:
+        own = strategy.own_part(closure)
+        if own is not None:
             self.fence_all()
             stepper.halfway = True
-            with stepper.compared():
-                loss = stock_step(opt)(opt) if closure is None else stock_step(opt)(opt, closure)
+            loss = own()
             self.refresh()
-        elif first := stepper.needs_stock():
-            self.fence_all()
-            stepper.halfway = True
-            stepper.run_stock(first)
-            self.refresh()
-        if self._unsaid or stepper.rehearsal is not None:
+        if self._unsaid or own is not None:
             self._announce()
         enabled = torch.is_grad_enabled()
         set_grad_mode(False)
         try:
             pending = self._begin() if due else None
-            if not whole:
-                stepper.halfway = True
-                stepper.run(self.number if copying or pending is not None else None)
+            stepper.halfway = True
+            emitted = strategy.run(self.number if copying or pending is not None else None)
             stepper.halfway = stepper.accumulated = False
             if leads:
                 self.attempts += 1
                 found = getattr(opt, "found_inf", None)
                 self.applied.add(self.devices.later(found) if scaled and self._is_remote(found) else None)
             if pending is not None:
-                if whole:
-                    self._emit_stepper(stepper, pending)
-                self._emit_rest(pending, stepper)
+                self._emit_rest(pending, stepper if emitted else None)
         finally:
             set_grad_mode(enabled)
         if self._callback_error is not None:
@@ -850,14 +837,14 @@ class Run:
 
     def _announce(self) -> None:
         """Say what runs a step, once for each way it runs, and what the snapshots of buffers may take."""
-        bound = [(s.bound, s.whole, s.rehearsal is not None and s.rehearsal.proven) for s in self.steppers]
+        bound = [(s.bound, s.describe()) for s in self.steppers]
         self._unsaid = False
         if bound == self._announced:
             return
         if not self._announced and (buffers := sum(t.nbytes for t in self.inventory.buffers.values())) >> 20:
             log.info("fxckpt: snapshots of the model's buffers take at most %d MiB more", buffers * self.config.max_async >> 20)
         self._announced = bound
-        for i, line in enumerate(stepper.describe() for stepper in self.steppers):
+        for i, (_, line) in enumerate(bound):
             if line and (i, line) not in self._said:
                 self._said.add((i, line))
                 log.info("fxckpt: %s", line)

@@ -1,10 +1,8 @@
-"""Note what an optimizer's own ``step()`` asks of PyTorch, on stand-ins that have no memory.
+"""Watches what an optimizer's own ``step()`` asks of PyTorch, on stand-ins that have no memory.
 
 A class that is not of ``torch.optim`` may do anything, so nothing is assumed of it: its step runs, in plain Python, on
 stand-ins of its parameters, gradients and states. What it computes with Python numbers, step counts and tensor
-hyperparameters happens for real. What it asks of stand-ins is noted: for each of them a *tape* of operators, in which
-numbers are holes, and the numbers that stood there this time. A tape becomes the body of a ``Program``; the numbers are
-the scalars of this one step.
+hyperparameters happens for real. What it asks of stand-ins is put on their tapes.
 
 What would make a tape wrong for another tensor raises NotTraceable at once: a value read on the host, an operator over
 two parameters, random numbers, a change of anything that is no stand-in.
@@ -13,133 +11,15 @@ two parameters, random numbers, a change of anything that is no stand-in.
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.fx as fx
 
-from fxckpt.compat.tracing import fake_mode, is_stand_in, stand_in
+from fxckpt.compat.tracing import fake_mode, is_stand_in
 from fxckpt.graph.update.foreach import data_of
-from fxckpt.graph.update.hoist import Program
-from fxckpt.graph.update.trace import NotTraceable, Signature
-
-Name = tuple[Any, Any]
-"""Of a tensor on a tape: ``("param", None)``, ``("grad", None)``, ``("state", key)``, or ``(operator's index, output's)``."""
-
-
-class Ref(NamedTuple):
-    """A tensor of the tape, as an argument."""
-
-    name: Name
-
-
-class Hole(NamedTuple):
-    """A number as an argument; ``dtype`` where it is a 0-dimensional tensor on the host."""
-
-    dtype: torch.dtype | None
-
-
-class Items(NamedTuple):
-    """A list as an argument."""
-
-    items: tuple
-
-
-class Op(NamedTuple):
-    """One operator of a tape."""
-
-    target: Any
-    args: tuple
-    kwargs: tuple
-
-
-Tape = tuple[Op, ...]
-
-
-class StandIn:
-    """The stand-ins of one parameter, its gradient and its state, with the tape that was noted on them last.
-
-    They are used again at every step: as long as the step asks for the same operators, the results of last time are handed
-    out and nothing is computed.
-    """
-
-    def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
-        self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
-        self.grad = None if grad is None else stand_in(grad)
-        self.param.grad = self.grad
-        self.tensors = {key: stand_in(value) for key, value in state.items()}
-        self.names: dict[int, Name] = {id(self.param): ("param", None)}
-        if self.grad is not None:
-            self.names[id(self.grad)] = ("grad", None)
-        self.names |= {id(t): ("state", key) for key, t in self.tensors.items()}
-        self.noted: list[tuple[Op, Any, list[int]]] = []  # operator, what it returned, ids of its new tensors
-        self.at = 0
-        self.scalars: list[Any] = []
-        self._tape: Tape | None = None
-
-    def begin(self) -> None:
-        """A step begins."""
-        self.at, self.scalars = 0, []
-
-    def next(self, op: Op, compute: Callable[[], Any]) -> Any:
-        """What ``op`` returns: as last time if the tape goes on as it did, else ``compute()``, which is named and noted."""
-        if self.at < len(self.noted) and self.noted[self.at][0] == op:
-            self.at += 1
-            return self.noted[self.at - 1][1] if not _is_view(op.target) else self._again(compute())
-        self._forget()
-        out = compute()
-        new = []
-        for index, tensor in _outputs(out, op.target):
-            if id(tensor) not in self.names:  # in-place operators return what they were given
-                self.names[id(tensor)] = (self.at, index)
-                new.append(id(tensor))
-        self.noted.append((op, out, new))
-        self.at += 1
-        return out
-
-    def _again(self, out: Any) -> Any:
-        """Another view in the place of last time's: autograd, above this, takes no tensor for a view twice."""
-        op, _, old = self.noted[self.at - 1]
-        names = {index: self.names.pop(each) for index, each in enumerate(old)}
-        new = [id(t) for _, t in _outputs(out, op.target)]
-        self.names.update(zip(new, names.values()))
-        self.noted[self.at - 1] = op, out, new
-        return out
-
-    def _forget(self) -> None:
-        """The tape goes another way from here on."""
-        for _, _, new in self.noted[self.at :]:
-            for each in new:
-                del self.names[each]
-        del self.noted[self.at :]
-        self._tape = None
-
-    def tape(self) -> Tape:
-        """What this step asked for."""
-        if self.at < len(self.noted):
-            self._forget()
-        if self._tape is None:
-            self._tape = tuple(op for op, _, _ in self.noted)
-        return self._tape
-
-
-def _outputs(out: Any, target: Any) -> list[tuple[int | None, torch.Tensor]]:
-    """The tensors that an operator returned, with their index if it returns several. Raises NotTraceable for others."""
-    if isinstance(out, torch.Tensor):
-        return [(None, out)]
-    found = [] if out is None else list(out) if isinstance(out, (list, tuple)) else [out]
-    if any(not isinstance(t, torch.Tensor) for t in found):
-        raise NotTraceable(f"{target} tells it something about a tensor's values")
-    return list(enumerate(found))
-
-
-@functools.cache
-def _is_view(target: Any) -> bool:
-    """Does it return a view of what it was given?"""
-    return target is not data_of and any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
-
+from fxckpt.graph.update.trace import NotTraceable
+from fxckpt.optim.rehearsal.stand_in import Hole, Items, Op, Ref, StandIn
 
 # Functions and attributes from which no shape can be told, although they return no tensor.
 _BLIND = {
@@ -377,64 +257,3 @@ def _is_or_holds_stand_in(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_or_holds_stand_in, value))
     return isinstance(value, torch.Tensor) and is_stand_in(value)
-
-
-# -- the program ----------------------------------------------------------------------------------------------------
-
-
-def program_of(stand_in: StandIn, cls: type) -> Program:
-    """Its tape as a body that runs on real tensors: ``body(parameter, gradient, *states, *scalars)``.
-
-    It has no host part: the scalars are what the rehearsal of the step found.
-    """
-    tape, param = stand_in.tape(), stand_in.param
-    graph, inputs = fx.Graph(), {}
-    for name in dict.fromkeys([("param", None), ("grad", None), *_inputs(tape)]):
-        inputs[name] = graph.placeholder(str(name[1] if name[0] == "state" else name[0]))
-    holes = [graph.placeholder(f"scalar{i}") for i in range(sum(map(_count_holes, tape)))]
-    left, made = iter(holes), []
-
-    def decode(value: Any) -> Any:
-        if isinstance(value, Ref):
-            index, output = value.name
-            if not isinstance(index, int):
-                return inputs[value.name]
-            return made[index] if output is None else graph.call_function(operator.getitem, (made[index], output))
-        if isinstance(value, Hole):
-            return next(left)
-        if isinstance(value, Items):
-            return [decode(v) for v in value.items]
-        return value
-
-    for op, out, _ in stand_in.noted:
-        args = tuple(decode(a) for a in op.args)
-        made.append(graph.call_function(op.target, args, {k: decode(v) for k, v in op.kwargs}))
-        made[-1].meta["val"] = out
-    graph.output(())
-    graph.lint()
-    nothing = fx.Graph()
-    nothing.output(())
-    root = torch.nn.Module()
-    signature = Signature(cls, "rehearsed", (), (), (), param.dtype, str(param.device))
-    return Program(
-        signature,
-        "each",
-        fx.GraphModule(root, nothing, "Scalars"),
-        fx.GraphModule(root, graph, "Update"),
-        (),
-        tuple(inputs),
-        len(holes),
-    )
-
-
-def _inputs(value: Any) -> list[Name]:
-    """Parameter, gradient and states that a tape reads, in order."""
-    if isinstance(value, Ref):
-        return [] if isinstance(value.name[0], int) else [value.name]
-    return [name for v in value for name in _inputs(v)] if isinstance(value, tuple) else []
-
-
-def _count_holes(value: Any) -> int:
-    if isinstance(value, Hole):
-        return 1
-    return sum(map(_count_holes, value)) if isinstance(value, tuple) else 0

@@ -22,7 +22,7 @@ import torch
 
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.trace import NotTraceable
-from fxckpt.optim import values
+from fxckpt.optim.rehearsal import values
 
 MOST = 2000
 """Functions that are followed; more are refused."""
