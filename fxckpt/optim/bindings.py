@@ -130,7 +130,7 @@ class HeldTensors:
     def __init__(self, members: Sequence[BoundParam]):
         self._mixed = [m for m in members if m.plain]  # with state that is no tensor, or a sparse one
         simple = [m for m in members if not m.plain]
-        self._states = [m.state for m in simple if m.state is not None]
+        self._states = [m.state for m in simple]
         values = [value for state in self._states for value in state.values()]
         self._values = [*values, _END]
         self._all = [m.param for m in simple] + values

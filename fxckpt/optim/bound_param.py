@@ -18,28 +18,14 @@ def is_dense(value: object) -> bool:
 class BoundParam:
     """A parameter, the tensors of its state as they were when they were bound, and the program that updates them."""
 
-    __slots__ = (
-        "address",
-        "compile",
-        "entries",
-        "flat",
-        "group",
-        "implementation",
-        "index",
-        "items",
-        "name",
-        "param",
-        "program",
-        "state",
-    )
-
     def __init__(self, name: str, param: torch.Tensor, group: int, index: int, state: dict[str, Any] | None):
-        self.name, self.param, self.group, self.state = name, param, group, state
+        self.name, self.param, self.group = name, param, group
+        self.state: dict[str, Any] = {} if state is None else state  # the optimizer's own dict, where it has one
         self.index = index  # among all of its optimizer
         self.address = param.data_ptr()
-        self.entries = len(state or ())
-        tensors = ((k, v) for k, v in sorted((state or {}).items()) if is_dense(v))
-        self.items = [(key, value, value.data_ptr()) for key, value in tensors]
+        self.entries = len(self.state)
+        tensors = ((k, v) for k, v in sorted(self.state.items()) if is_dense(v))
+        self.items: list[tuple[str, torch.Tensor, int]] = [(key, value, value.data_ptr()) for key, value in tensors]
         self.program: Program | None = None
         self.implementation = "single"
         self.compile = False
@@ -47,23 +33,19 @@ class BoundParam:
 
     def stale(self) -> bool:
         """Was a tensor of it replaced or moved since it was bound? Whether ``state`` is the optimizer's is asked there."""
-        if self.param.data_ptr() != self.address:
-            return True
-        if self.state is None:
-            return False
-        if len(self.state) != self.entries:
+        if self.param.data_ptr() != self.address or len(self.state) != self.entries:
             return True
         get = self.state.get
-        return any(get(key) is not value or value.data_ptr() != address for key, value, address in self.items)
+        return any(value is not get(key) or value.data_ptr() != address for key, value, address in self.items)
 
-    def bound(self, kind: str, key: str) -> torch.Tensor | None:
-        """The tensor behind one input of a program; None for the gradient, another one at every step."""
-        return self.param if kind == "param" else self.state[key] if kind == "state" else None
+    def bound(self, kind: str, key: str) -> torch.Tensor:
+        """The tensor behind one input of a program; the parameter in place of its gradient, another one at every step."""
+        return self.state[key] if kind == "state" else self.param
 
     @property
     def plain(self) -> bool:
         """Does it have state that is no tensor, or a sparse one, which may change without a new binding?"""
-        return self.state is not None and len(self.items) != len(self.state)
+        return len(self.items) != len(self.state)
 
     def describe(self) -> dict[str, Any]:
         """Its state for the record: what it takes, with the files' tensors, to make it anew just as it is."""

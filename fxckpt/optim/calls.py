@@ -18,10 +18,11 @@ from fxckpt.optim.scalar_group import ScalarGroup
 
 
 class Inputs(NamedTuple):
-    """What differs from step to step: the scalars of each group, by its number, and the gradients by ``BoundParam.index``."""
+    """What differs from step to step: the scalars of each group, by its number, and the gradients by ``BoundParam.index``,
+    None of those that take no part."""
 
     scalars: Sequence[tuple[Any, ...]]
-    gradients: Sequence[torch.Tensor | None]
+    gradients: Sequence[Any]
 
 
 Call = Callable[[Inputs], None]
@@ -58,7 +59,7 @@ def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> l
         return [_EachCall(scalar_group, program, members)]
     if not on_cpu:
         return [_ColumnsCall(scalar_group, listed, [members])]
-    tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
+    tensors = [[m.bound(kind, key) for m in members] for kind, key in program.inputs]
     # What a rehearsal noted may be any operator, and some have other bits on one core: a product of matrices.
     known = program.signature.implementation != "rehearsed"
     small = [known and all(t.numel() < foreach.PARALLEL for t in row) for row in zip(*tensors)]
@@ -130,7 +131,7 @@ class _CompiledCall:
         self.indices = [m.index for m in members]
         inputs, self.grad_at = scalar_group.program.inputs, scalar_group.program.grad_at
         self.keep = members, scalar_group  # the addresses below are of their memory
-        rows = [[0 if kind == "grad" else m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
+        rows = [[m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
         self.rows = np.array(rows, np.int64)
         self.lengths = np.array([m.param.numel() for m in members], np.int64)
         self.args = len(members), self.rows.ctypes.data, self.lengths.ctypes.data, scalar_group.addresses.ctypes.data
@@ -166,7 +167,7 @@ class _EachCall:
             function(*args, *scalars)
 
 
-def _picker(members: Sequence[BoundParam]) -> Callable[[Sequence[torch.Tensor | None]], Sequence[torch.Tensor | None]]:
+def _picker(members: Sequence[BoundParam]) -> Callable[[Sequence[Any]], Any]:
     """What takes the members' gradients out of those of a step: a slice of the list where they stand side by side."""
     indices = [m.index for m in members]
     if indices == list(range(indices[0], indices[-1] + 1)):

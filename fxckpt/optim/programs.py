@@ -52,7 +52,7 @@ class ProgramCache:
     def _choose(self, member: BoundParam) -> None:
         """Find one parameter's program; none if the stock step made a sparse state. Raises NotTraceable, and MakesState where
         the stock step has to make its state first."""
-        if any(isinstance(v, torch.Tensor) and not is_dense(v) for v in (member.state or {}).values()):
+        if any(isinstance(v, torch.Tensor) and not is_dense(v) for v in member.state.values()):
             return
         group = self.opt.param_groups[member.group]
         flag = "fused" if group.get("fused") else "foreach" if group.get("foreach") else None
@@ -69,15 +69,19 @@ class ProgramCache:
             member.implementation = flag or ("single" if explicit else default_implementation(member.param))
         self.follow(member)
 
-    def follow(self, member: BoundParam) -> None:
-        """Give a parameter the program of the branches that its counts take now (RAdam rectifies from some step on)."""
-        before, member.program = member.program, self._program(member)
-        if member.program is not before and member.compile:
-            self._compile(member, member.program)
+    def follow(self, member: BoundParam) -> Program:
+        """A parameter's program, of the branches that its counts take now (RAdam rectifies from some step on)."""
+        before = member.program
+        if before is not None and not before.outcomes:
+            return before
+        found = member.program = self._program(member)
+        if found is not before and member.compile:
+            self._compile(member, found)
+        return found
 
     def _program(self, member: BoundParam) -> Program:
         """The traced and hoisted update of this parameter's signature, for the branches it takes now; each made once."""
-        opt, group, state = self.opt, self.opt.param_groups[member.group], member.state or {}
+        opt, group, state = self.opt, self.opt.param_groups[member.group], member.state
         signature = signature_of(opt, group, member.param, state, member.implementation)
         known = self.traced.setdefault(signature, _shared_programs.setdefault(signature, []))
         if isinstance(known, NotTraceable):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class ScalarGroup:
         return values
 
 
-def _spread(source: torch.Tensor, column: Sequence[torch.Tensor]) -> Callable[[], None]:
+def _spread(source: torch.Tensor, column: list[torch.Tensor]) -> Callable[[], None]:
     """What gives all of ``column`` the value of ``source``, 0-dimensional as they are. Those that have their addresses
     checked at every step (counts on the CPU) are written without PyTorch: it takes half a microsecond for each."""
     if any(t.device.type != "cpu" or t.dtype != source.dtype for t in (source, *column)):

@@ -95,18 +95,16 @@ class SplitStep:
     def _prepare(self, mask: list[bool]) -> None:
         """Have the calls for these parameters, put together by their group, program and counts."""
         members = [m for m, present in zip(self.executor.arranged.members, mask) if present]
-        for member in members:
-            if member.program.outcomes:
-                self.programs.follow(member)
+        programs = [self.programs.follow(member) for member in members]
+        values = cuda.count_values([[m.state[key] for key in program.counts] for m, program in zip(members, programs)])
         groups: dict[object, ScalarGroup] = {}
         group_of: dict[int, ScalarGroup] = {}
-        values = cuda.count_values([[m.state[k] for k in m.program.counts] for m in members])
-        for member, counts in zip(members, values):
-            key = (member.group, member.program.key, counts)
+        for member, program, counts in zip(members, programs, values):
+            key = (member.group, program.key, counts)
             if key in groups:
                 groups[key].add(member)
             else:
-                groups[key] = ScalarGroup(len(groups), member, member.program)
+                groups[key] = ScalarGroup(len(groups), member, program)
             group_of[member.index] = groups[key]
         self.executor.prepare(mask, group_of)
 

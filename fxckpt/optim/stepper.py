@@ -36,7 +36,7 @@ class Stepper:
             SplitStep(opt, self.programs, self.executor) if is_stock(opt) else RehearsedStep(opt, self.executor)
         )
         self.whole_step = WholeStep(opt)  # where gradients are scaled
-        self.strategy = self.split
+        self.strategy: Strategy = self.split
         self.stepped = False  # in this process
         self.accumulated = True  # gradients may have arrived since its last step
         self.halfway = False  # a step is under way, or was left by an exception: some layers may be updated and some not

@@ -61,12 +61,12 @@ class Stage:
         clone, attributes = self._clone()
         counts = [{key: t.clone() for key, t in part.first.counts()} for part in parts]
         states = [
-            {k: copies.get(k, part.stand_in.tensors.get(k, v)) for k, v in (part.first.state or {}).items()}
+            {k: copies.get(k, part.stand_in.tensors.get(k, v)) for k, v in part.first.state.items()}
             for part, copies in zip(parts, counts)
         ]
         clone.param_groups = groups = self._groups(parts)
         clone.state = collections.defaultdict(dict)
-        clone.state.update({p.stand_in.param: dict(s) for p, s in zip(parts, states) if p.first.state is not None})
+        clone.state.update({p.stand_in.param: dict(s) for p, s in zip(parts, states) if p.first.param in self.opt.state})
         recorder = Recorder([part.stand_in for part in parts])
         for part, copies in zip(parts, counts):
             part.stand_in.begin()
@@ -82,11 +82,11 @@ class Stage:
         """A copy of the optimizer without groups and state, and the attributes that it must have afterwards."""
         if inner_hooks(self.opt):
             raise NotTraceable("hooks are registered, which a step inside its step would call")
-        kept, memo = _attributes(self.opt), {}
+        kept, memo = _attributes(self.opt), dict[int, Any]()
         identities = {id(p) for group in self.opt.param_groups for p in group["params"]}
         for name, value in kept.items():
             values.refuse_objects(name, value, identities)
-        clone = object.__new__(plain_class(self.opt))
+        clone: Any = object.__new__(plain_class(self.opt))
         vars(clone).update({k: values.copy(v, memo) for k, v in kept.items()})
         for name in (k for k in vars(self.opt) if k.startswith("_optimizer_")):
             vars(clone)[name] = collections.OrderedDict()

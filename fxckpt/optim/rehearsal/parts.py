@@ -105,7 +105,7 @@ def new_stand_in(member: BoundParam, present: bool) -> StandIn:
 
 def plain_state(member: BoundParam) -> dict[str, Any]:
     """The state that is no tensor. Raises NotTraceable for what may change in place."""
-    return {k: plain_value(k, v) for k, v in (member.state or {}).items() if not isinstance(v, torch.Tensor)}
+    return {k: plain_value(k, v) for k, v in member.state.items() if not isinstance(v, torch.Tensor)}
 
 
 def plain_value(key: str, value: Any) -> Any:
@@ -127,7 +127,7 @@ def _types(member: BoundParam) -> tuple:
     grad, param = member.param.grad, member.param
     states = tuple((k, t.dtype, str(t.device), t.requires_grad, is_count(k, t, param), t.dim() == 0) for k, t, _ in member.items)
     seen = param.dtype, str(param.device), param.requires_grad, param.dim() == 0, None if grad is None else grad.dtype
-    return *seen, None if member.state is None else tuple(member.state), states
+    return *seen, tuple(member.state), states
 
 
 def _looks(member: BoundParam, present: bool) -> tuple:

@@ -53,7 +53,7 @@ class Proofs:
 
     def foresee(self, parts: Sequence[Part], found: Found, casts: Sequence[Cast]) -> list[Any]:
         """Digests of everything after the step, by the programs, on copies: one member at a time, for its memory."""
-        scalars = [cast.role.scalars for cast in casts]
+        scalars = [tuple(cast.role.scalars) for cast in casts]
         after: dict[int, list[Any]] = {}
         with torch.no_grad():
             for cast in casts:
@@ -61,8 +61,7 @@ class Proofs:
                     twin = _twin(member)
                     for key, count in cast.role.counts.items():
                         twin.state[key].copy_(count)
-                    if twin.state is not None:
-                        twin.state.update(cast.role.plain)
+                    twin.state.update(cast.role.plain)
                     gradients = [None] * twin.index + [twin.param.grad]
                     for call in calls_for([twin], {twin.index: cast}):
                         call(Inputs(scalars, gradients))
@@ -108,12 +107,12 @@ def _twin(member: BoundParam) -> BoundParam:
     """A member with copies of its tensors."""
     param = member.param.detach().clone()
     param.grad = None if member.param.grad is None else member.param.grad.detach().clone()
-    state = member.state and {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in member.state.items()}
+    state = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in member.state.items()}
     return BoundParam(member.name, param, member.group, member.index, state)
 
 
 def _digests(member: BoundParam) -> list[Any]:
     """Parameter, gradient, and state by key: what a step leaves behind."""
     grad = member.param.grad
-    state = {k: values.digest(v) if isinstance(v, torch.Tensor) else v for k, v in (member.state or {}).items()}
+    state = {k: values.digest(v) if isinstance(v, torch.Tensor) else v for k, v in member.state.items()}
     return [values.digest(member.param), None if grad is None else values.digest(grad), state]

@@ -21,58 +21,33 @@ from fxckpt.graph.update.foreach import data_of
 from fxckpt.graph.update.trace import NotTraceable
 from fxckpt.optim.rehearsal.stand_in import Hole, Items, Op, Ref, StandIn
 
-# Functions and attributes from which no shape can be told, although they return no tensor.
-_BLIND = {
-    getattr(torch.Tensor, name).__get__
-    for name in (
-        "dtype",
-        "device",
-        "layout",
-        "grad",
-        "grad_fn",
-        "is_leaf",
-        "requires_grad",
-        "is_sparse",
-        "is_sparse_csr",
-        "is_cuda",
-        "is_cpu",
-        "is_mps",
-        "is_xpu",
-        "is_meta",
-        "is_mkldnn",
-        "is_quantized",
-        "is_nested",
-    )
+_TOLD = (
+    "dtype device layout grad grad_fn is_leaf requires_grad is_sparse is_sparse_csr is_cuda is_cpu is_mps is_xpu is_meta "
+    "is_mkldnn is_quantized is_nested"
+)
+_BLIND = {getattr(torch.Tensor, name).__get__ for name in _TOLD.split()} | {
+    getattr(where, name) for where in (torch, torch.Tensor) for name in ("is_complex", "is_floating_point")
 }
-_BLIND |= {
-    torch.Tensor.is_complex,
-    torch.Tensor.is_floating_point,
-    torch.is_complex,
-    torch.is_floating_point,
-    torch.is_tensor,
-    torch.Tensor.get_device,
-    torch.Tensor.type,
-}
+_BLIND |= {torch.is_tensor, torch.Tensor.get_device, torch.Tensor.type}
+"""Functions and attributes from which no shape can be told, although they return no tensor."""
 
-_DATA = torch.Tensor.data.__get__
-
-# What looks behind a stand-in, or gives a tensor another identity than the one that a checkpoint knows.
 _REFUSED = {
-    torch.Tensor.data.__set__: "gives a parameter other data",
-    torch.Tensor.grad.__set__: "replaces a gradient",
-    torch.Tensor.requires_grad.__set__: "changes requires_grad",
-    torch.Tensor.requires_grad_: "changes requires_grad",
-    torch.Tensor.data_ptr: "reads a tensor's memory itself",
-    torch.Tensor.untyped_storage: "reads a tensor's memory itself",
-    torch.Tensor.storage: "reads a tensor's memory itself",
-    torch.Tensor.numpy: "reads a tensor's memory itself",
-    torch.Tensor.__array__: "reads a tensor's memory itself",
-    torch.Tensor.register_hook: "registers a hook",
-    torch.Tensor.__deepcopy__: "copies a parameter",
-    torch.Tensor.__reduce_ex__: "pickles a tensor",
-    torch.Tensor._version.__get__: "reads a version counter",
-    torch.Tensor.backward: "runs autograd",
+    getattr(torch.Tensor, name): why
+    for names, why in (
+        ("data_ptr untyped_storage storage numpy __array__", "reads a tensor's memory itself"),
+        ("requires_grad_", "changes requires_grad"),
+        ("register_hook", "registers a hook"),
+        ("__deepcopy__", "copies a parameter"),
+        ("__reduce_ex__", "pickles a tensor"),
+        ("backward", "runs autograd"),
+    )
+    for name in names.split()
 }
+_SET = (("data", "gives a parameter other data"), ("grad", "replaces a gradient"), ("requires_grad", "changes requires_grad"))
+_REFUSED |= {getattr(torch.Tensor, name).__set__: why for name, why in _SET}
+_DATA, _VERSION = (getattr(torch.Tensor, name).__get__ for name in ("data", "_version"))
+_REFUSED[_VERSION] = "reads a version counter"
+"""What looks behind a stand-in, or gives a tensor another identity than the one that a checkpoint knows."""
 
 
 @functools.cache
@@ -107,13 +82,13 @@ class Recorder:
 
     def called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """One of PyTorch's Python functions, or an attribute of a tensor."""
-        if not any(map(_is_or_holds_stand_in, (*args, *kwargs.values()))):
+        if not any(map(is_stand_in, _tensors((args, kwargs)))):
             return func(*args, **kwargs)
         if (why := _REFUSED.get(func)) is not None:
             raise self.refuse(f"it {why}")
         self.reads_data = func == _DATA  # comes down as a detach, from which it cannot be told
         out = func(*args, **kwargs)
-        if not self.peeked and out is not None and func not in _BLIND and not _holds_tensor(out):
+        if not self.peeked and out is not None and func not in _BLIND and not _tensors(out):
             self.peeked = True
         return out
 
@@ -132,9 +107,9 @@ class Recorder:
         if torch.Tag.inplace_view in func.tags:
             raise self.refuse(f"it changes a tensor's shape ({func})")
         self.operators += 1
-        if self.reads_data and func is torch.ops.aten.detach.default and is_stand_in(args[0]):
+        if self.reads_data and func is torch.ops.aten.detach.default and (owner := self._owner(args[0])) is not None:
             self.reads_data = False
-            return self._noted(self._owner(args[0]), data_of, args, {}, functools.partial(_fake, func, args, {}))
+            return self._noted(owner, data_of, args, {}, functools.partial(_fake, func, args, {}))
         owners = {id(o): o for o in map(self._owner, _tensors((args, kwargs))) if o is not None}
         if not owners:
             return self._on_host(func, args, kwargs)
@@ -247,13 +222,3 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     elif not isinstance(value, (list, tuple)):
         return []
     return [t for v in value for t in _tensors(v)]
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
-
-
-def _is_or_holds_stand_in(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return any(map(_is_or_holds_stand_in, value))
-    return isinstance(value, torch.Tensor) and is_stand_in(value)

@@ -43,7 +43,7 @@ class RehearsedStep:
         self.opt, self.executor = opt, executor
         self.whole: str | None = None
         self.partition, self.stage, self.casting, self.proofs = Partition(opt), Stage(opt), Casting(opt), Proofs(opt)
-        self._excuse: tuple[str, list[torch.Tensor]] | None = None  # a refusal in what may be a first step, and of whom
+        self._excused: set[int] = set()  # parameters of which one step, which may be their first, could not be rehearsed
         self._closure_first: bool | None = None  # it calls its closure once, before all else
         self._pending: tuple[list[Part], Found] | None = None  # to be compared with the step that runs whole
         self._splits = False  # the step under way
@@ -54,25 +54,16 @@ class RehearsedStep:
         log.debug("%s is not split: %s", plain_class(self.opt).__name__, reason)
 
     def _refuse_or_wait(self, error: Exception, mask: Mask) -> None:
-        """Refuse, unless this may be a first step: what makes states is another code than what uses them."""
+        """Refuse, unless this may be somebody's first step: what makes states is another code than what uses them."""
         reason = str(error) if isinstance(error, NotTraceable) else f"rehearsing it failed: {type(error).__name__}: {error}"
-        members = self.executor.arranged.members
-        if new := [m.param for m, seen in zip(members, mask) if seen is not None and not m.state]:
-            self._excuse = reason, new
-        else:
+        taking_part = [m for m, seen in zip(self.executor.arranged.members, mask) if seen is not None]
+        new = {id(m.param) for m in taking_part if not m.state} - self._excused
+        self._excused |= new
+        if not new:
             self.refuse(reason)
-
-    def _end_waiting(self) -> None:
-        """Was the step that could not be rehearsed the first one of all whom it was excused for?"""
-        if self._excuse is not None:
-            reason, params = self._excuse
-            self._excuse = None
-            if not all(self.opt.state.get(p) for p in params):
-                self.refuse(reason)
 
     def calls_closure_first(self) -> bool:
         """Does the step call its closure once and before all else, so that it may as well have been called before?"""
-        self._end_waiting()
         if self._closure_first is None and self.whole is None:
             members = self.executor.arranged.members
             stateful = [True if m.state else None for m in members]
@@ -90,7 +81,6 @@ class RehearsedStep:
     def own_part(self, closure: Closure | None) -> OwnPart | None:
         """All of the step, unless a rehearsal proves that it can be split; what that did in Python is taken over."""
         self._pending = None
-        self._end_waiting()
         known = closure is None or isinstance(closure, EvaluatedClosure)
         self._splits = known and self.whole is None and self._rehearse(closure is not None)
         return None if self._splits else functools.partial(self._run_whole, closure)
