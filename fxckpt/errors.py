@@ -58,7 +58,7 @@ class Corrupt(StoreError):
     Attributes: ``path`` of the file, ``layer`` (name or None), ``offset`` in bytes (or None) and ``reason``.
     """
 
-    def __init__(self, path: str | os.PathLike, reason: str, *, layer: str | None = None, offset: int | None = None):
+    def __init__(self, path: str | os.PathLike[str], reason: str, *, layer: str | None = None, offset: int | None = None):
         self.path, self.reason, self.layer, self.offset = os.fspath(path), reason, layer, offset
         where = self.path + (f", layer {layer!r}" if layer is not None else "")
         where += f", offset {offset}" if offset is not None else ""
@@ -69,7 +69,7 @@ class SaveFailed(FxckptError):
     """A checkpoint could not be written. Attributes: ``operation``, ``path``, ``offset`` (bytes or None), ``errno``."""
 
     def __init__(
-        self, operation: str, path: str | os.PathLike, offset: int | None = None, errno: int | None = None, detail: str = ""
+        self, operation: str, path: str | os.PathLike[str], offset: int | None = None, errno: int | None = None, detail: str = ""
     ):
         self.operation, self.path, self.offset, self.errno = operation, os.fspath(path), offset, errno
         self.detail = detail
