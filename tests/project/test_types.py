@@ -81,7 +81,7 @@ def test_a_strict_script_needs_no_any_and_sees_the_types_that_are_promised(tmp_p
 
 @pytest.mark.slow
 def test_a_strict_script_with_a_wrong_option_does_not_pass(tmp_path):
-    for at, wrong in enumerate(("evry=1", 'writer="treads"', "keep=None")):
+    for at, wrong in enumerate(("everyy=1", 'writer="treads"', "keep=None")):
         (tmp_path / f"wrong{at}.py").write_text(
             f"import torch, fxckpt\nfxckpt.compile_step(torch.optim.SGD(torch.nn.Linear(2, 2).parameters()), {wrong})\n"
         )
