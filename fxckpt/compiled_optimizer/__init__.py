@@ -24,7 +24,7 @@ from fxckpt.config import Config, default_directory, disabled
 from fxckpt.handle import Handle
 from fxckpt.run.run import Run, live_runs
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 @typed

@@ -14,7 +14,7 @@ from fxckpt.errors import SetupError
 from fxckpt.run.run import live_runs
 from fxckpt.saving.inventory import storable
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optimizer]:

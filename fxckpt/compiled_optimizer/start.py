@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fxckpt.engine import Engine
     from fxckpt.monitor.client import MonitorStore
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 BESIDE, RECORD = 24 << 20, 16 << 10
 """Bytes beside the engine's buffers: the store's code and its threads (9 MiB measured with 16 parameters), and for each
