@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fxckpt.engine._lib import FFI
 from fxckpt.errors import SaveFailed
 
 SLICE = 0.1  # seconds that any wait of the package lasts at a time, so that Ctrl-C is served
@@ -26,13 +27,13 @@ def in_slices(call: Callable[[int], int], timeout: float) -> int:
             return answer
 
 
-def failure(ffi: Any, error: Any) -> SaveFailed:
+def failure(ffi: FFI, error: Any) -> SaveFailed:
     """The exception for a filled-in ``struct fx_error``."""
     operation, path = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
     return SaveFailed(operation, path, error.offset if error.offset >= 0 else None, error.err)
 
 
-def stream_array(ffi: Any, streams: Streams | None) -> tuple[Any, int]:
+def stream_array(ffi: FFI, streams: Streams | None) -> tuple[Any, int]:
     """The C array of streams, and their number."""
     if not streams:
         return ffi.NULL, 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any
+from typing import Any, Protocol
 
 from fxckpt.errors import EngineMissing
 
@@ -15,11 +15,30 @@ BUILD = (
 )
 
 
+class FFI(Protocol):
+    """What is used of cffi's object; what it makes are C values, which have no type here."""
+
+    NULL: Any
+
+    def new(self, cdecl: str, init: Any = ..., /) -> Any: ...
+    def cast(self, cdecl: str, source: Any, /) -> Any: ...
+    def string(self, cdata: Any, /) -> bytes: ...
+    def from_buffer(self, buffer: Any, /) -> Any: ...
+    def unpack(self, cdata: Any, length: int, /) -> Any: ...
+    def gc(self, cdata: Any, destructor: Any, /) -> Any: ...
+
+
+class Lib(Protocol):
+    """The functions and constants that ``cdef.h`` declares."""
+
+    def __getattr__(self, name: str, /) -> Any: ...
+
+
 @functools.cache
-def load() -> tuple[Any, Any]:
+def load() -> tuple[FFI, Lib]:
     """``(ffi, lib)`` of the extension. Raises :class:`EngineMissing` if absent or of another version."""
     try:
-        engine: Any = importlib.import_module("fxckpt.engine._engine")
+        engine = importlib.import_module("fxckpt.engine._engine")
     except ImportError as error:
         raise EngineMissing(f"The C engine of fxckpt cannot be loaded: {error}. {BUILD}") from error
     found = getattr(engine.lib, "FX_ABI", None)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fxckpt.engine._calls import Streams, failure, in_slices, stream_array
-from fxckpt.engine._lib import load
+from fxckpt.engine._lib import Lib, load
 from fxckpt.errors import Cancelled, SetupError
 
 if TYPE_CHECKING:
@@ -112,6 +112,6 @@ class Checkpoint:
         self._finalizer()
 
 
-def _release_checkpoint(lib: Any, pointer: Any, pid: int) -> None:
+def _release_checkpoint(lib: Lib, pointer: Any, pid: int) -> None:
     if os.getpid() == pid:
         lib.fx_checkpoint_release(pointer)

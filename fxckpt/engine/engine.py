@@ -10,16 +10,13 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from fxckpt.engine._calls import Streams, failure, in_slices, stream_array
-from fxckpt.engine._lib import load
+from fxckpt.engine._lib import Lib, load
 from fxckpt.engine.checkpoint import Checkpoint
 from fxckpt.engine.plan import Plan
 from fxckpt.errors import Cancelled, SetupError
-
-if TYPE_CHECKING:
-    from fxckpt.engine.ring import Ring
 
 log = logging.getLogger("fxckpt")
 
@@ -70,7 +67,7 @@ class Engine:
         if lib.fx_engine_new(options, out, error):
             raise failure(ffi, error)
         self._pointer = out[0]
-        self._ring: Ring | None = None  # must live until the engine is closed
+        self._ring: object = None  # memory shared with a monitor: it must live until the engine is closed
         self._pending = lib.fx_engine_pending(self._pointer)
         self._finalizer = weakref.finalize(self, _free_engine, lib, self._pointer, self._pid)
 
@@ -202,7 +199,7 @@ class Engine:
             log.error("A writer thread did not come back from the disk within %.1f s: left behind", timeout)
 
 
-def _free_engine(lib: Any, pointer: Any, pid: int) -> None:
+def _free_engine(lib: Lib, pointer: Any, pid: int) -> None:
     """Ends an engine that is garbage, or alive at exit: its threads must not read tensors being freed."""
     if os.getpid() != pid:
         return

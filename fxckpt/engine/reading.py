@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fxckpt.engine import io
-from fxckpt.engine._lib import load
+from fxckpt.engine._lib import FFI, load
 from fxckpt.engine.plan import fill_view
 from fxckpt.errors import Corrupt, SetupError
 
@@ -62,7 +62,7 @@ def _open(path: str) -> int:
     return io.open(path, os.O_RDONLY)
 
 
-def _make_targets(ffi: Any, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> tuple[Any, int]:
+def _make_targets(ffi: FFI, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> tuple[Any, int]:
     """The C array of the targets that are not empty, and their number."""
     wanted = [target for target in targets if target[1]]
     array = ffi.new("struct fx_target[]", max(len(wanted), 1))

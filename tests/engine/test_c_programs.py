@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_c_program_is_clean(build, tmp_path, name, sanitizer):
     program = build(name, SANITIZERS[sanitizer])
     done = run([program, str(tmp_path), SECONDS, SEED], env=os.environ | ENVIRONMENT)
     assert done.returncode == 0, f"seed {SEED}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_core_knows_no_place_that_chunks_go_to():
+    """Disk, ring and mock are behind csrc/core/sink.h."""
+    texts = {path.name: path.read_text() for path in (ROOT / "csrc/core").glob("*.c")}
+    known = [name for name, text in texts.items() if re.search(r'#include "(io|monitor|testing)/|fx_relay', text)]
+    assert texts and known == []
 
 
 # ---- the CUDA path, on the fake driver ----

@@ -302,6 +302,17 @@ def test_engine_that_is_garbage_ends_its_threads(tmp_path):
     wait_for(lambda: len(os.listdir("/proc/self/task")) <= count - 5)
 
 
+def test_the_engine_that_is_shipped_has_no_instruments():
+    script = """
+import sys
+from fxckpt.engine import crc32c, _lib
+assert crc32c(b"123456789") == 0xE3069283
+assert not [name for name in dir(_lib.load()[1]) if name.startswith("fx_io")]
+assert b"fx_io_fail" not in open(sys.modules["fxckpt.engine._engine"].__file__, "rb").read()
+"""
+    assert run_script(script) == (0, "")
+
+
 def test_missing_extension_is_an_error_that_says_how_to_build_it():
     script = """
 import sys

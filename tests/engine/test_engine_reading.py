@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from pathlib import Path
 
 import instruments
 import numpy as np
 import pytest
-from engine_model import KB, PATIENCE, begin_all, crcs_of, engines, make_model
+from engine_model import KB, PATIENCE, begin_all, crcs_of, engines, make_model, wait_for
 
 from fxckpt import errors
 from fxckpt.engine import crc32c, io, read_verified
@@ -139,6 +140,45 @@ def test_operations_raise_with_name_and_offset(tmp_path):
     for operation in (io.unlink, io.rmdir, io.fsync_dir, io.read_file):
         with pytest.raises(FileNotFoundError):
             operation(tmp_path / "none")
+
+
+@pytest.mark.parametrize("operation, run", [
+    ("open", lambda fd, path: io.open(path, os.O_RDONLY)),
+    ("close", lambda fd, path: io.close(os.dup(fd))),
+    ("pwrite", lambda fd, path: io.pwrite(fd, b"abc", 7)),
+    ("pread", lambda fd, path: io.pread(fd, 3, 7)),
+    ("ftruncate", lambda fd, path: io.ftruncate(fd, 10)),
+    ("fallocate", lambda fd, path: io.fallocate(fd, 10)),
+    ("fdatasync", lambda fd, path: io.fdatasync(fd)),
+    ("fsync", lambda fd, path: io.fsync_dir(path.parent)),
+    ("rename", lambda fd, path: io.rename(path, path)),
+    ("unlink", lambda fd, path: io.unlink(path)),
+    ("mkdir", lambda fd, path: io.mkdir(path)),
+    ("rmdir", lambda fd, path: io.rmdir(path)),
+])  # fmt: skip
+def test_a_failed_call_says_which_it_was_on_which_file_and_where(tmp_path, operation, run):
+    path = tmp_path / "file"
+    fd = io.open(path, os.O_RDWR | os.O_CREAT)
+    instruments.fail(1, errno.EDQUOT, operation)
+    with pytest.raises(OSError) as failure:
+        run(fd, path)
+    assert io.operation_of(failure.value) == operation
+    assert failure.value.filename == str(tmp_path if operation == "fsync" else path)
+    assert failure.value.offset == (7 if operation in ("pwrite", "pread") else None)
+    io.close(fd)
+
+
+def test_one_can_ask_which_call_a_thread_is_in(tmp_path):
+    fd = io.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    instruments.delay("fsync", 60_000_000)
+    thread = threading.Thread(target=io.fsync, args=(fd,))
+    thread.start()
+    wait_for(lambda: io.running(thread.ident) == "fsync")
+    assert io.running(threading.get_ident()) is None
+    instruments.delay("fsync", 0)
+    thread.join()
+    assert io.running(thread.ident) is None
+    io.close(fd)
 
 
 def test_log_replays_to_the_same_files(tmp_path, make_engine):
