@@ -158,24 +158,8 @@ class Checkpoints:
     def commit(self, flight: InFlight) -> None:
         """Wait for the disk, then make it a checkpoint."""
         self._loop.wait(flight, lambda: flight.copy.durable(SLICE))
-        found = flight.record
-        assert found is not None  # it was handed over
-        self.store.commit(
-            flight.slot,
-            step=found.step,
-            iteration=found.iteration,
-            updates=found.updates,
-            time=found.time,
-            files=found.files,
-            layers=found.layers,
-            ties=found.ties,
-            optimizers=found.optimizers,
-            state=found.state,
-            state_tensors=flight.tensors,
-            world_size=found.world_size,
-            rank=found.rank,
-            metrics=found.metrics,
-        )
+        assert flight.record is not None and flight.tensors is not None  # it was handed over
+        self.store.commit(flight.slot, flight.record, flight.tensors)
 
     def end(self, flight: InFlight, error: Exception | None) -> None:
         """Return the slot if it was no success, and tell the trainer."""

@@ -18,7 +18,7 @@ from fxckpt.monitor.launch import make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
-from fxckpt.store.record import FileRecord, Record, raw_tensor
+from fxckpt.store.record import Record, raw_tensor
 
 log = logging.getLogger("fxckpt")
 
@@ -189,15 +189,15 @@ class MonitorStore:
             what,
         )
 
-    def commit(self, slot: RemoteSlot, *, files: Sequence[FileRecord], state_tensors: Mapping[str, Any], **fields: Any) -> None:
+    def commit(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Any]) -> None:
         """Give the record of a checkpoint whose bytes are all posted. When this returns, the trainer may die; when the slot has
         ``ended``, it is a checkpoint."""
-        record = Record(store_id="", generation=0, parent=None, files=tuple(files), name=slot.name, **fields).to_bytes()
+        sealed = record.to_bytes()
         raw = {key: raw_tensor(tensor) for key, tensor in state_tensors.items()}
         tensors = [[key, each.dtype, list(each.shape), each.data.nbytes] for key, each in raw.items()]
         self._check().send(
-            {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(record), "tensors": tensors, "frozen": slot.frozen},
-            [record, *(each.data for each in raw.values())],
+            {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(sealed), "tensors": tensors, "frozen": slot.frozen},
+            [sealed, *(each.data for each in raw.values())],
         )
 
     def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:

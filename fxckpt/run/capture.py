@@ -45,8 +45,8 @@ class Capture:
         """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
         the early state."""
         layout, inventory = pending.layout, self._arrangement.inventory
-        for number, tensors in pending.guard.deferred:
-            self._emitter.hand_over(pending, number, tensors, copied=True)
+        for number, waited in pending.guard.deferred:
+            self._emitter.hand_over(pending, number, waited, copied=True)
         for number in layout.number("frozen"):
             self._emitter.hand_over(pending, number, [e.tensor for e in layout.layers[number].entries])
         pending.guard.note_versions()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -87,6 +88,14 @@ class RunStatus:
     def active(self) -> bool:
         """Checkpoints are taken: the run was not shut down, and this is not a forked child."""
         return self.enabled and not self.stopped and os.getpid() == self.pid
+
+    @contextmanager
+    def loading_at_once(self) -> Iterator[None]:
+        """Around the first and only reading of a checkpoint into a run that has not stepped. Should a chunk prove bad halfway,
+        an older checkpoint overwrites all of the same tensors; if there is none, the run takes no step with the mixture."""
+        self.partially_loaded = "a checkpoint proved corrupt while it was being loaded, and no other one could be loaded after it"
+        yield
+        self.partially_loaded = None  # not if it was left by an exception
 
     def refuse_mixture(self) -> None:
         """Raises SetupError while the model holds parts of a corrupt checkpoint."""

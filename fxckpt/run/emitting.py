@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -19,7 +19,7 @@ from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
 from fxckpt.saving.saver import Saver
 
-OnLayer = Callable[[str, int, dict[str, torch.Tensor]], None]
+OnLayer = Callable[[str, int, dict[str, torch.Tensor]], object]
 
 
 class Emitter:
@@ -153,6 +153,6 @@ class Emitter:
         """The stream that each device trains on now."""
         return self.devices.streams(self.ordinals) if self.ordinals else {}
 
-    def is_remote(self, tensor: Any) -> bool:
+    def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""
         return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None

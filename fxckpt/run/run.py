@@ -10,6 +10,7 @@ What is captured when:
 from __future__ import annotations
 
 import logging
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +21,6 @@ from fxckpt.compat import cuda
 from fxckpt.compat.modules import unwrap_model
 from fxckpt.config import Config
 from fxckpt.errors import SetupError
-from fxckpt.graph.model.joint import traces
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run import extra_state
@@ -33,7 +33,6 @@ from fxckpt.run.hooks import watch_scalers
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
 from fxckpt.saving.engines import CheckpointEngine
-from fxckpt.saving.inventory import storable, take
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
 
@@ -72,7 +71,7 @@ class Run:
         self.stepping = Stepping(self.arrangement, self.closing, self.emitter, self.saver, self.clock, self.status, config)
         self.arrangement.hooks.tell(self.closing)
         watch_scalers(extra, self.optimizers, self.stepping)
-        self.unclaimed: dict[str, Any] = {}  # restored tensors whose owners the compiler has not shown yet
+        self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing = tracing.from_environment(self.saver.flights, engine, self.number)
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
@@ -149,7 +148,12 @@ class Run:
                     self.tracing.__exit__()
                 self.saver.stop(timeout, unclosed=not closing.inside_a_step())
 
-    # -- after a load ------------------------------------------------------------------------------------------------
+    # -- what a load asks of it --------------------------------------------------------------------------------------
+
+    def prepare_load(self) -> None:
+        """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
+        self.closing.drop("load() replaces the state")
+        self.saver.flush(None)
 
     def continue_from(self, step: int, updates: int, iteration: int) -> None:
         """A load put the state of this step into the live tensors: the run goes on from there."""
@@ -161,22 +165,11 @@ class Run:
             stepper.invalidate()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
-    def wait_for_owners(self) -> None:
-        """Without a model, give restored buffers and frozen parameters to their owners when the compiler shows them:
-        inside the first backend call, before the forward runs."""
-        traces.listeners.append(weakref.WeakMethod(self._claim))
-        self._claim()
-
-    def _claim(self, trace: Any = None) -> None:
-        """Copy what now has an owner of that name, shape and type."""
-        if not self.unclaimed:
-            return
-        seen = take(None, self.optimizers, traces)
-        with torch.no_grad():
-            for name, tensor in {**seen.buffers, **seen.frozen}.items():
-                held, live = self.unclaimed.get(name), storable(tensor)
-                if held is not None and (held.shape, held.dtype) == (live.shape, live.dtype):
-                    live.copy_(self.unclaimed.pop(name))
+    def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:
+        """What comes next continues this checkpoint of ``directory``; None: there was none to load. What is loaded from another
+        store than the run's own begins a lineage here, and does not stand in for what lies here and was not loaded."""
+        if self.store is not None and os.path.realpath(directory) == os.path.realpath(self.directory):
+            self.store.mark_loaded(generation)
 
 
 def the_run() -> Run:

@@ -18,8 +18,8 @@ from fxckpt.compat.optimizers import stock_step
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
-from fxckpt.optim import rehearsal
 from fxckpt.optim.stepper import Stepper
+from fxckpt.optim.strategy import EvaluatedClosure
 from fxckpt.run.announce import Announcer
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, StepClock
@@ -97,7 +97,6 @@ class Stepping:
         except BaseException as error:
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
             self._emitter.watch_again()
-            stepper.abandon()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)
@@ -155,46 +154,35 @@ class Stepping:
             arrangement.look_for_names()
         arrangement.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
-        whole = stepper.whole is not None or scaled
-        if closure is not None and not whole and stepper.rehearsal is not None:
-            whole = not stepper.rehearsal.takes_closure_first(stepper.members)
-        if closure is not None and not whole:
+        strategy = stepper.whole_step if scaled else stepper.strategy
+        if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
             arrangement.refresh()
-            closure = rehearsal.evaluated(closure, loss)
-        emitter.look_for_changes(stepper.numbers(), arrangement.layout)  # after the closure, whose forward may change much
-        if not whole and stepper.rehearsal is not None:
-            whole = not stepper.rehearse(closure is not None)
-        if whole:
+            closure = EvaluatedClosure(closure, loss)
+        # After the closure, whose forward may change what is being copied.
+        emitter.look_for_changes(stepper.numbers(), arrangement.layout)
+        own = strategy.own_part(closure)
+        if own is not None:
             emitter.fence_all()
             stepper.halfway = True
-            with stepper.compared():
-                loss = stock_step(opt)(opt) if closure is None else stock_step(opt)(opt, closure)
+            loss = own()
             arrangement.refresh()
-        elif first := stepper.needs_stock():
-            emitter.fence_all()
-            stepper.halfway = True
-            stepper.run_stock(first)
-            arrangement.refresh()
-        if arrangement.unsaid or stepper.rehearsal is not None:
+        if arrangement.unsaid or own is not None:
             self._announcer.announce()
         enabled = torch.is_grad_enabled()
         set_grad_mode(False)
         try:
             pending = self._begin() if due else None
-            if not whole:
-                stepper.halfway = True
-                stepper.run(emitter.number if copying or pending is not None else None)
+            stepper.halfway = True
+            emitted = strategy.run(emitter.number if copying or pending is not None else None)
             stepper.halfway = stepper.accumulated = False
             if leads:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
-                self._clock.applied.add(emitter.devices.later(found) if scaled and emitter.is_remote(found) else None)
+                self._clock.applied.add(emitter.devices.later(found) if emitter.is_remote(found) else None)
             if pending is not None:
-                if whole:
-                    emitter.emit_stepper(stepper)
-                self._emit_rest(pending, stepper)
+                self._emit_rest(pending, stepper if emitted else None)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:

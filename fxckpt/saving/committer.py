@@ -15,7 +15,7 @@ from fxckpt.saving.slot_supply import SlotSupply
 from fxckpt.saving.stores import CheckpointStore
 from fxckpt.saving.tally import Tally
 from fxckpt.store.commit_loop import give_back
-from fxckpt.store.record import FileRecord
+from fxckpt.store.record import FileRecord, Record
 
 log = logging.getLogger("fxckpt")
 
@@ -46,7 +46,7 @@ class Committer:
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         started, tracer = time.monotonic_ns(), self._flights.tracer
         pending.phase = f"being committed in {pending.path}"
-        self._store.commit(pending.slot, files=files, state_tensors=tensors, **fields)
+        self._store.commit(pending.slot, Record(files=files, **fields), tensors)
         self._tally.last_handed_over = pending.step
         self._wait(pending, lambda: pending.slot.ended(SLICE))
         if pending.slot.generation is None:

@@ -19,12 +19,11 @@ from fxckpt.engine.plan import Item
 from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import LayerRecord, TensorRecord
 
 if TYPE_CHECKING:
     from fxckpt.optim.stepper import Stepper
-
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,6 @@ class Layout:
                 )
             )
         return tuple(out)
-
-
-def state_key(index: int, key: str, name: str) -> str:
-    """The key of an optimizer state: ``exp_avg/h.0.weight``; further optimizers of the run get a prefix."""
-    return f"{key}/{name}" if index == 0 else f"optimizer{index}:{key}/{name}"
 
 
 def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, changed_outside: set[str]) -> list[EngineLayer]:

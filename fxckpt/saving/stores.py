@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 from fxckpt.store.commit_loop import OwnSlot
 from fxckpt.store.layout import FileLayout
+from fxckpt.store.raw import Tensor
+from fxckpt.store.record import Record
 
 
 class CheckpointSlot(Protocol):
@@ -66,10 +68,9 @@ class CheckpointStore(Protocol):
     def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine has begun the checkpoint of this ``id``, which goes into the slot."""
 
-    @property
-    def commit(self) -> Callable[..., object]:
-        """``commit(slot, files=…, state_tensors=…, **fields)``: make the slot, whose files are durable, a checkpoint, which it is
-        when the slot has ``ended``. ``fields`` are those of its record."""
+    def commit(self, slot: OwnSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> object:
+        """Make the slot, whose files are durable, a checkpoint, which it is when the slot has ``ended``. ``record``: what the
+        run says of it."""
 
     def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
         """Take a slot back; ``bad``: what it holds is in doubt."""
@@ -109,5 +110,5 @@ class NullStore:
     def mark_loaded(self, generation: int | None) -> None: ...
     def reserve(self, files: Mapping[str, int]) -> None: ...
     def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
-    def commit(self, slot: NullSlot, **fields: object) -> None: ...
+    def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
     def abandon(self, slot: NullSlot, *, bad: bool) -> None: ...

@@ -170,7 +170,7 @@ def routed(model, forward, opt, steps=range(12)):
 
 def test_a_mixture_of_experts_with_another_subset_at_each_step():
     opt = both(routed, Experts)[0]
-    programs = [p for p in opt.ckpt._run.steppers[0]._programs.values() if isinstance(p, list)]
+    programs = [p for p in opt.ckpt._run.steppers[0].programs.traced.values() if isinstance(p, list)]
     assert [len(p) for p in programs] == [1]
 
 
@@ -457,7 +457,7 @@ def test_half_a_step_of_one_optimizer_is_not_saved_when_another_one_has_stepped(
     opts[0].step()
     opts[1].step()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(opts[0].ckpt._run.steppers[0], "run", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(opts[0].ckpt._run.steppers[0].executor, "run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         opts[0].step()
     opts[1].step()
     with pytest.raises(fxckpt.SetupError, match="left by an exception in its middle"):

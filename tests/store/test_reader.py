@@ -14,7 +14,7 @@ import instruments
 import numpy as np
 import pytest
 import torch
-from storing import fast_directory, start
+from storing import a_record, fast_directory, start
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore
 from fxckpt.store.files import write_tensors
@@ -243,19 +243,7 @@ def test_a_file_of_the_right_checksums_but_another_layout_is_found(root):
     file = write_tensors(os.path.join(slot.path, "model.safetensors"), {"w": np.zeros(4, np.float32)})
     wrong = TensorRecord("model.safetensors", "w", 4096 - 16, 16, (2, 2), "F32")
     layer = LayerRecord(0, "w", "update", 1, 1.0, 4, 16, (wrong,))
-    path = trainer.store.commit(
-        slot,
-        step=1,
-        iteration=1,
-        updates=1,
-        time=1.0,
-        files=[file],
-        layers=[layer],
-        ties={},
-        optimizers=None,
-        state=None,
-        state_tensors={},
-    )
+    path = trainer.store.commit(slot, a_record(1, files=(file,), layers=(layer,)), {})
     with pytest.raises(Corrupt, match="in the header and"):
         Reader(path).verify()
     trainer.close()
@@ -332,19 +320,7 @@ def test_state_tensors_come_back_from_the_file_exactly(root):
     encoded = encode_state(STATE, tensors, "extra")
     trainer = start(root)
     slot = trainer.store.acquire()
-    path = trainer.store.commit(
-        slot,
-        step=1,
-        iteration=1,
-        updates=1,
-        time=1.0,
-        files=[],
-        layers=[],
-        ties={},
-        optimizers=None,
-        state=encoded,
-        state_tensors=tensors,
-    )
+    path = trainer.store.commit(slot, a_record(1, state=encoded), tensors)
     trainer.close()
     reader = Reader(path)
     reader.verify()
