@@ -6,7 +6,7 @@ what the compiler saw, then from positions (``optimizer0.0.3``: optimizer, group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -144,7 +144,7 @@ def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) ->
     return {i: name for i, name in first.items() if i in trained}
 
 
-def _seen_by_compiler(book: TraceBook, optimizers, trained: set[int], found: Inventory) -> None:
+def _seen_by_compiler(book: TraceBook, optimizers: Sequence[torch.optim.Optimizer], trained: set[int], found: Inventory) -> None:
     """Without a model: frozen parameters and buffers of the modules whose graphs read one of our parameters."""
     ours = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     for name, param in book.frozen(of=ours):
@@ -154,7 +154,9 @@ def _seen_by_compiler(book: TraceBook, optimizers, trained: set[int], found: Inv
     found.transient.update(book.transient(of=ours))
 
 
-def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: Inventory):
+def _optimizer_names(
+    optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], book: TraceBook, found: Inventory
+) -> Iterator[tuple[str, torch.Tensor]]:
     """``(name, parameter)`` of every optimizer parameter once, by the first source that knows it and is not taken."""
     seen: set[int] = set()
     used: set[str] = {*found.frozen, *found.buffers}
