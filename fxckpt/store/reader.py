@@ -26,49 +26,14 @@ from fxckpt.store import names
 from fxckpt.store.dtypes import numpy_dtype
 from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
 from fxckpt.store.identity import check_store
+from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.record import FileRecord, LayerRecord, RawTensor, Record
+from fxckpt.store.raw import RawTensor
+from fxckpt.store.record import FileRecord, Record
 
 log = logging.getLogger("fxckpt")
 
 _LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One layer of a checkpoint. ``offset`` (bytes) is that of its first tensor, in that tensor's file; ``keys``,
-    ``files``, ``shapes`` and ``dtypes`` (safetensors names) are by tensor; ``timestamp`` is in seconds since 1970."""
-
-    checkpoint_id: int
-    name: str
-    kind: str
-    step: int
-    offset: int
-    nbytes: int
-    parameters: int
-    keys: tuple[str, ...]
-    files: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    timestamp: float
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name``: of a named save, or None.
-
-    ``metrics``: as noted with ``opt.ckpt.note``. ``lasting``: why retention keeps it for good (``"steps"``,
-    ``"minutes"``), or None."""
-
-    step: int
-    generation: int
-    time: float
-    nbytes: int
-    path: Path
-    name: str | None
-    layers: tuple[LayerInfo, ...]
-    metrics: Mapping[str, float]
-    lasting: str | None
 
 
 @dataclass(frozen=True)
@@ -195,33 +160,6 @@ def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo |
         except Corrupt as error:
             log.warning("skipping a checkpoint that does not verify: %s", error)
     return None
-
-
-def describe(path: Path, record: Record) -> CheckpointInfo:
-    """What the listing says of a checkpoint."""
-    layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
-    nbytes = sum(file.nbytes for file in record.files)
-    return CheckpointInfo(
-        record.step, record.generation, record.time, nbytes, path, record.name, layers, record.metrics, record.lasting
-    )
-
-
-def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:
-    """What the listing says of a layer."""
-    return LayerInfo(
-        checkpoint_id=generation,
-        name=layer.name,
-        kind=layer.kind,
-        step=layer.step,
-        offset=layer.offset,
-        nbytes=layer.nbytes,
-        parameters=layer.parameters,
-        timestamp=layer.time,
-        keys=tuple(tensor.key for tensor in layer.tensors),
-        files=tuple(tensor.file for tensor in layer.tensors),
-        shapes=tuple(tensor.shape for tensor in layer.tensors),
-        dtypes=tuple(tensor.dtype for tensor in layer.tensors),
-    )
 
 
 class Reader:
