@@ -69,9 +69,8 @@ class CheckpointInfo:
 def describe(path: Path, record: Record) -> CheckpointInfo:
     """What the listing says of a checkpoint."""
     layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
-    nbytes = sum(file.nbytes for file in record.files)
     return CheckpointInfo(
-        record.step, record.generation, record.time, nbytes, path, record.name, layers, record.metrics, record.lasting
+        record.step, record.generation, record.time, record.nbytes, path, record.name, layers, record.metrics, record.lasting
     )
 
 

@@ -212,7 +212,7 @@ class Reader:
         Every file (or the one named ``file``) is verified whole, with targets or without. Unknown (file, key) raise
         ``KeyError`` first.
         """
-        places = {(tensor.file, tensor.key): tensor for layer in self.record.layers for tensor in layer.tensors}
+        places = {(tensor.file, tensor.key): tensor for tensor in self.record.tensors()}
         wanted: dict[str, list[Target]] = {}
         for place, target in targets.items():
             tensor = places[place]
@@ -270,12 +270,7 @@ class Reader:
         """The header must have the record's tensors, where the record has them."""
         if file.name == names.STATE:
             return  # its tensors belong to no layer: the encoded state names them
-        recorded = {
-            tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
-            for layer in self.record.layers
-            for tensor in layer.tensors
-            if tensor.file == file.name
-        }
+        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin) for tensor in self.record.tensors(file.name)}
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):
