@@ -227,7 +227,6 @@ int fx_ring_new(uint32_t slots, uint64_t slot_bytes, struct fx_ring **out, struc
 int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
 int fx_ring_fd(const struct fx_ring *ring);
 void fx_ring_free(struct fx_ring *ring);
-uint32_t fx_ring_slots(const struct fx_ring *ring);
 /* The next posted slot from number *from on, which is moved behind it: 1, or 0 if there is none. */
 int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out);
 void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed); /* of the monitor, unread */

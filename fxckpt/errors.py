@@ -67,7 +67,10 @@ class Corrupt(StoreError):
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, *, layer: str | None = None, offset: int | None = None) -> None:
-        self.path, self.reason, self.layer, self.offset = os.fspath(path), reason, layer, offset
+        self.path: str = os.fspath(path)
+        self.reason: str = reason
+        self.layer: str | None = layer
+        self.offset: int | None = offset
         where = self.path + (f", layer {layer!r}" if layer is not None else "")
         where += f", offset {offset}" if offset is not None else ""
         super().__init__(f"{where}: {reason}")
@@ -87,8 +90,11 @@ class SaveFailed(FxckptError):
     def __init__(
         self, operation: str, path: str | os.PathLike[str], offset: int | None = None, errno: int | None = None, detail: str = ""
     ) -> None:
-        self.operation, self.path, self.offset, self.errno = operation, os.fspath(path), offset, errno
-        self.detail = detail
+        self.operation: str = operation
+        self.path: str = os.fspath(path)
+        self.offset: int | None = offset
+        self.errno: int | None = errno
+        self.detail: str = detail
         at = f" at offset {offset}" if offset is not None else ""
         why = f": [errno {errno}] {os.strerror(errno)}" if errno else ""
         super().__init__(f"{operation} {self.path}{at}{why}{': ' + detail if detail else ''}")

@@ -56,7 +56,7 @@ def nothing_is_left_behind():
     left = list(runs)
     for run in left:
         run.closing.drop("the test is over")
-        run.saver.unreported = None
+        run.saver.tally.unreported = None
         run.shutdown(timeout=30)
         runs.discard(run)
     if left:

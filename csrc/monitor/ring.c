@@ -92,8 +92,6 @@ void fx_ring_free(struct fx_ring *ring) {
 
 int fx_ring_fd(const struct fx_ring *ring) { return ring->fd; }
 
-uint32_t fx_ring_slots(const struct fx_ring *ring) { return ring->head->slots; }
-
 int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out) {
     for (; *from < ring->head->slots; ++*from) {
         struct slot *slot = &ring->head->table[*from];

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fxckpt.engine import io
+    from fxckpt.engine._calls import SLICE
     from fxckpt.engine.checkpoint import Checkpoint
     from fxckpt.engine.checksum import crc32c
     from fxckpt.engine.engine import Engine, EngineStatistics
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fxckpt.engine.reading import read_verified
 
 _HOME = {
+    "SLICE": "_calls",
     "Engine": "engine",
     "EngineStatistics": "engine",
     "Plan": "plan",
@@ -36,7 +38,7 @@ _HOME = {
     "crc32c": "checksum",
 }
 
-__all__ = ["Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "crc32c", "io", "read_verified"]
+__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "crc32c", "io", "read_verified"]
 
 
 def __getattr__(name: str) -> object:

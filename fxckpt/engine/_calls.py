@@ -10,7 +10,7 @@ from typing import Any
 from fxckpt.engine._lib import FFI
 from fxckpt.errors import SaveFailed
 
-SLICE = 0.1  # seconds in C at a time, so that Ctrl-C is served
+SLICE = 0.1  # seconds that any wait of the package lasts at a time, so that Ctrl-C is served
 LONGEST = 1e9  # seconds; what an infinite timeout becomes
 
 Streams = Mapping[int, int]

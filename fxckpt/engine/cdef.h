@@ -111,7 +111,6 @@ int fx_ring_fd(const struct fx_ring *ring);
 int fx_relay_revive(struct fx_engine *engine, int peer, struct fx_error *error);
 int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
 void fx_ring_free(struct fx_ring *ring);
-uint32_t fx_ring_slots(const struct fx_ring *ring);
 int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out);
 void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed);
 int fx_relay_trainer(struct fx_engine *engine, struct fx_ring *ring, int posted, int freed, int peer, struct fx_error *error);

@@ -51,7 +51,7 @@ class Sources:
 class Plan:
     """Immutable geometry of a checkpoint's files; made by :meth:`Engine.plan`, shared by many checkpoints.
 
-    ``file_chunks``: the chunks of each file, in the plan's numbering. ``layers``: how many there are.
+    ``file_chunks``: the chunks of each file, in the plan's numbering.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class Plan:
             at = f" (number {error.offset})" if error.offset >= 0 else ""
             raise SetupError(ffi.string(error.operation).decode() + at)
         self._pointer = ffi.gc(out[0], lib.fx_plan_free)
-        self.layers: int = layers
         self.chunks: int = lib.fx_plan_chunks(self._pointer)
         self.file_chunks: tuple[range, ...] = tuple(map(self._chunks_of, range(len(files))))
 

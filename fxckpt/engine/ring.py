@@ -36,7 +36,6 @@ class Ring:
         ffi, lib = load()
         self.fd, self.posted, self.freed = lib.fx_ring_fd(pointer), posted, freed
         self._pointer = ffi.gc(pointer, lib.fx_ring_free)
-        self.slots = lib.fx_ring_slots(pointer)
         self._finalizer = weakref.finalize(self, _close, posted, freed)
         _rings.add(self)
 

@@ -16,20 +16,20 @@ class Announcer:
 
     def __init__(self, arrangement: Arrangement, emitter: Emitter, max_async: int):
         self._arrangement, self._emitter, self._max_async = arrangement, emitter, max_async
-        self._described: list[Any] = []  # the bindings that were described last
+        self._described: list[tuple[int, str]] = []  # the bindings that were described last
         self._said: set[str] = set()
 
     def announce(self) -> None:
         """Say what was not said yet."""
         steppers = self._arrangement.steppers
-        bound = [(s.bound, s.whole, s.rehearsal is not None and s.rehearsal.proven) for s in steppers]
+        bound = [(s.bound, s.describe()) for s in steppers]
         self._arrangement.unsaid = False
         if bound == self._described:
             return
         if not self._described and (size := sum(t.nbytes for t in self._arrangement.inventory.buffers.values())) >> 20:
             self._say(f"snapshots of the model's buffers take at most {size * self._max_async >> 20} MiB more")
         self._described = bound
-        for i, line in enumerate(stepper.describe() for stepper in steppers):
+        for i, (_, line) in enumerate(bound):
             if line:
                 self._say(line, of=i)
         moved = [t for s in steppers for ts in s.layer_tensors() for t in ts if self._is_moved(t)]

@@ -29,7 +29,7 @@ class Arrangement:
         self, model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], emitter: Emitter, config: Config
     ):
         self.model, self.optimizers, self._emitter, self._config = model, optimizers, emitter, config
-        self.steppers = [Stepper(opt, config.update, self._name_of) for opt in optimizers]
+        self.steppers = [Stepper(opt, config.update) for opt in optimizers]
         self.inventory = Inventory()
         self.layout: plan.Layout | None = None
         self.unsaid = True
@@ -38,17 +38,14 @@ class Arrangement:
         self._arranged: Any = None
         self._first_backward = None if emitter.engine is None else FirstBackward(optimizers)
 
-    def _name_of(self, param: torch.Tensor) -> str:
-        return self.inventory.name_of(param)
-
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.
 
-        ``copies``: also where only a copy would notice (``Stepper.stale``).
+        ``copies``: also where only a copy would notice (``Bindings.stale``).
         """
         if self._first_backward is not None:
             self._learn_arrivals(self._first_backward)
-        stale = [s for s in self.steppers if s.stale(copies)]
+        stale = [s for s in self.steppers if s.bindings.stale(copies)]
         key = self._key()
         if not stale and key == self._arranged:
             return
@@ -56,7 +53,7 @@ class Arrangement:
         self.inventory = take(self.model, self.optimizers, traces)
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
-            stepper.bind(sharing)
+            stepper.bind(self.inventory.name_of, sharing)
         self.unsaid = True
         self._number_layers()
         self.hooks.hook(self.steppers)
@@ -85,7 +82,7 @@ class Arrangement:
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
-        return (self._emitter.saver.started > 0 and not self.inventory.positional) or traces.version
+        return (self._emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
 
     def _number_layers(self) -> None:
         """Number the layers of all optimizers in the engine's order (see plan.engine_layers) and write their graphs."""

@@ -21,8 +21,8 @@ from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.run.emitting import Emitter
+from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
-from fxckpt.saving.saver import InFlight
 from fxckpt.store.record import encode_state
 
 
@@ -45,11 +45,11 @@ class Capture:
         """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
         the early state."""
         layout, inventory = pending.layout, self._arrangement.inventory
-        for number, tensors in pending.deferred:
-            self._emitter.hand_over(pending, number, tensors, copied=True)
+        for number, waited in pending.guard.deferred:
+            self._emitter.hand_over(pending, number, waited, copied=True)
         for number in layout.number("frozen"):
             self._emitter.hand_over(pending, number, [e.tensor for e in layout.layers[number].entries])
-        pending.note_versions()
+        pending.guard.note_versions()
         live = {**inventory.buffers, **inventory.frozen}
         for number in layout.number("buffers"):
             names = [e.key for e in layout.layers[number].entries]
@@ -75,7 +75,7 @@ class Capture:
             before = set(tensors)
             found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
             for key in set(tensors) - before:
-                pending.late[key] = self._emitter.devices.later(buffer)
+                tensors[key] = self._emitter.devices.later(buffer)
         return found
 
     def _module_states(self) -> dict[str, Any]:

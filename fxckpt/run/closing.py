@@ -14,8 +14,9 @@ from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
 from fxckpt.run.clock import RunStatus, StepClock
 from fxckpt.run.emitting import Emitter
-from fxckpt.saving import plan
-from fxckpt.saving.saver import InFlight, Saver
+from fxckpt.saving.guard import Changed
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.saver import Saver
 
 
 class Closing:
@@ -41,7 +42,7 @@ class Closing:
 
     def gradient_arrived(self, index: int) -> None:
         """The next backward has begun: what the step before it left is complete."""
-        self._saver.progress_ticks += 1
+        self._saver.trainer.progress_ticks += 1
         if self._open is not None and not self._clock.in_iteration:
             self.close_step(in_backward=True)
         self._arrangement.steppers[index].accumulated = True
@@ -49,7 +50,7 @@ class Closing:
     def open(self, pending: InFlight) -> None:
         """All layers of this checkpoint were emitted: what is captured at the end of ``opt.step()`` is taken now, and the
         rest when the step closes."""
-        pending.note_versions()
+        pending.guard.note_versions()
         with self._lock:  # a backward that goes on in another thread closes it only when all is captured
             if not self._clock.in_iteration:
                 try:
@@ -75,7 +76,7 @@ class Closing:
                 if in_backward or self._may_look_at_gradients():
                     self._capture.look_at_gradients()
                 record, tensors = self._capture.late(pending)
-            except plan.Changed as error:
+            except Changed as error:
                 self._emitter.discard(pending, error)
                 return
             except Exception as error:
@@ -93,7 +94,7 @@ class Closing:
     def end_step(self, timeout: float | None = None) -> None:
         """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds
         or, without one, after those for which training itself waits."""
-        limit = 2 * self._saver.stuck_after if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
+        limit = 2 * self._saver.loop.stuck_after if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
         if not self.between_steps.acquire(timeout=limit):
             raise TimeoutError(f"opt.step() has not ended after {limit:.3g} s")
         try:
@@ -118,17 +119,17 @@ class Closing:
     def abort(self, why: str) -> None:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""
         self._emitter.current = None
-        for pending in self._saver.under_way():  # Ctrl-C may come before the one that was begun is known here
+        for pending in self._saver.flights.under_way():  # Ctrl-C may come before the one that was begun is known here
             if pending is not self._open and not pending.closed.is_set():
                 pending.give_up(why)
 
     def inside_a_step(self) -> bool:
         """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
-        return self._emitter.current is not None and threading.current_thread() is self._saver.trainer
+        return self._emitter.current is not None and threading.current_thread() is self._saver.trainer.thread
 
     def _may_look_at_gradients(self) -> bool:
         """Is this the thread that trains, or has that one ended?"""
-        return threading.current_thread() is self._saver.trainer or not self._saver.trainer.is_alive()
+        return threading.current_thread() is self._saver.trainer.thread or not self._saver.trainer.thread.is_alive()
 
     def _not_captured(self, pending: InFlight, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
@@ -136,7 +137,7 @@ class Closing:
         pending.give_up(f"its state could not be captured: {error}")
         if not self._capturable:
             raise error
-        self._saver.note_failure(pending.step, error)
+        self._saver.tally.note_failure(pending.step, error)
 
     def _check(self, pending: InFlight) -> None:
         """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
@@ -147,9 +148,9 @@ class Closing:
                 "was dead code elimination run on the StepGraph?"
             )
         for number in layout.number("update"):
-            layout.compare(pending, number)
+            pending.guard.compare(number)
         if replaced := [name for stepper in self._arrangement.steppers for name in stepper.replaced()]:
-            raise plan.Changed(
+            raise Changed(
                 f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
                 f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)"
             )

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 
 from fxckpt.compat import cuda
+from fxckpt.engine import SLICE
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
+from fxckpt.saving.guard import Changed
+from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
-from fxckpt.saving.saver import SLICE, InFlight, Saver
+from fxckpt.saving.saver import Saver
 
-OnLayer = Callable[[str, int, dict[str, torch.Tensor]], None]
+OnLayer = Callable[[str, int, dict[str, torch.Tensor]], object]
 
 
 class Emitter:
@@ -59,9 +63,9 @@ class Emitter:
             return
         streams, waited = self._streams(), None
         while not self.engine.fence(layer, SLICE, streams):
-            waited = waited or self.saver.patience()
+            waited = waited or self.saver.flights.patience()
             if waited.over():
-                self.saver.drop_all("the disk hangs")
+                self.saver.flights.drop_all("the disk hangs")
 
     def look_for_changes(self, numbers: Iterable[int] | None = None, layout: plan.Layout | None = None) -> None:
         """Drop checkpoints under way of which a tensor is not as its step left it; after this it may change.
@@ -69,27 +73,21 @@ class Emitter:
         ``numbers``: the layers of the optimizer that is about to step, as ``layout`` numbers them; without them all layers.
         They are looked at together, before the first is updated: views of one buffer have one version counter.
         """
-        for pending in self.saver.under_way():
+        for pending in self.saver.flights.under_way():
             if pending is self.current or (numbers is not None and pending.layout is not layout):
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
-            with pending.looking:  # or the committer would take what this step changes for a change behind our back
-                for number in pending.layout.number("update") if numbers is None else numbers:
-                    try:
-                        pending.layout.compare(pending, number)
-                    except plan.Changed as error:
-                        self.discard(pending, error)
-                    pending.unwatch(number)
+            layers = pending.layout.number("update") if numbers is None else numbers
+            pending.guard.let_go(layers, partial(self.discard, pending))
 
     def watch_again(self) -> None:
         """A step was left in its middle: what it has not waited for is being copied still, and must not change unseen."""
-        for pending in self.saver.under_way():
-            with pending.looking:
-                pending.note_versions()
+        for pending in self.saver.flights.under_way():
+            pending.guard.watch_again()
 
-    def discard(self, pending: InFlight, error: plan.Changed) -> None:
+    def discard(self, pending: InFlight, error: Changed) -> None:
         """A tensor of this checkpoint changed."""
         if pending.given_up is None and not isinstance(error, Cancelled) and pending.fail(error):
-            self.saver.note_failure(pending.step, error)
+            self.saver.tally.note_failure(pending.step, error)
         pending.give_up(str(error))
 
     # -- handing over ------------------------------------------------------------------------------------------------
@@ -101,18 +99,19 @@ class Emitter:
         fences such changes. Without ``fxckpt.steps`` there is no instant at which the change is known to have been made.
         """
         found = pending.layout.layers[layer]
-        if pending.turn and found.kind == "update" and not copied and any(e.key in self.changed_outside for e in found.entries):
-            pending.deferred.append((layer, tensors))
+        guard = pending.guard
+        if guard.turn and found.kind == "update" and not copied and any(e.key in self.changed_outside for e in found.entries):
+            guard.deferred.append((layer, tensors))
             return
         if len(found.entries) != len(tensors):
             raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
         if found.kind != "counts" and not copied:
-            pending.versions[layer] = (tensors, [])
+            guard.watch(layer, tensors)
         sources = found.sources
         if sources is None or copied:
             # On a device the copy is made in order on the current stream.
             copies = [storable(t).clone(memory_format=torch.contiguous_format) for t in tensors]
-            pending.keep += copies
+            guard.copies += copies
             sources = self.sources(copies)
         pending.emit(layer, sources, self._streams() if sources.devices else None)
         if self._on_layer is not None and found.kind == "update":
@@ -123,7 +122,7 @@ class Emitter:
 
     def hand_over_copies(self, pending: InFlight, layer: int, copies: list[torch.Tensor]) -> None:
         """Hand over a snapshot made for this checkpoint alone."""
-        pending.keep += copies
+        pending.guard.copies += copies
         pending.emit(layer, self.sources(copies), self._streams())
 
     def emit_stepper(self, stepper: Stepper) -> None:
@@ -154,6 +153,6 @@ class Emitter:
         """The stream that each device trains on now."""
         return self.devices.streams(self.ordinals) if self.ordinals else {}
 
-    def is_remote(self, tensor: Any) -> bool:
+    def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""
         return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None

@@ -32,7 +32,9 @@ from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
+from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.saver import Saver
+from fxckpt.saving.stores import CheckpointStore
 
 log = logging.getLogger("fxckpt")
 
@@ -50,8 +52,8 @@ class Run:
         model: torch.nn.Module | None,
         extra: Mapping[str, Any] | None,
         config: Config,
-        engine,
-        store,
+        engine: CheckpointEngine | None,
+        store: CheckpointStore,
         devices: cuda.Devices | None = None,
     ):
         extras = extra_state.extras(extra)  # raises for what has no state, before anything is taken
@@ -70,8 +72,7 @@ class Run:
         self.arrangement.hooks.tell(self.closing)
         watch_scalers(extra, self.optimizers, self.stepping)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
-        self.tracing: tracing.Tracing | None = None
-        tracing.from_environment(self)
+        self.tracing = tracing.from_environment(self.saver.flights, engine, self.number)
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
@@ -162,7 +163,7 @@ class Run:
         for stepper in self.steppers:
             stepper.halfway, stepper.accumulated = False, True  # its gradients may wait for a step
             stepper.invalidate()
-        self.saver.last_handed_over = self.saver.last_committed = step  # durable: it was just read
+        self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:
         """What comes next continues this checkpoint of ``directory``; None: there was none to load. What is loaded from another

@@ -18,8 +18,8 @@ from fxckpt.compat.optimizers import stock_step
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
-from fxckpt.optim import rehearsal
 from fxckpt.optim.stepper import Stepper
+from fxckpt.optim.strategy import EvaluatedClosure
 from fxckpt.run.announce import Announcer
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, StepClock
@@ -27,7 +27,8 @@ from fxckpt.run.closing import Closing
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.schedule import Schedule
 from fxckpt.saving import tracing
-from fxckpt.saving.saver import InFlight, Saver
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.saver import Saver
 
 log = logging.getLogger("fxckpt")
 
@@ -68,8 +69,8 @@ class Stepping:
             with torch.inference_mode(False):
                 return self.step(opt, closure)
         with self._closing.between_steps:
-            self._saver.trainer = threading.current_thread()
-            self._saver.progress_ticks += 1
+            self._saver.trainer.thread = threading.current_thread()
+            self._saver.trainer.progress_ticks += 1
             return self._step(opt, closure)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable | None) -> Any:
@@ -90,13 +91,12 @@ class Stepping:
             if leads:
                 self._clock.attempts += 1
             return None
-        started, tracer = time.monotonic_ns(), self._saver.tracer
+        started, tracer = time.monotonic_ns(), self._saver.flights.tracer
         try:
             loss = self._advance(stepper, closure, leads)
         except BaseException as error:
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
             self._emitter.watch_again()
-            stepper.abandon()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)
@@ -104,8 +104,7 @@ class Stepping:
 
     def _check_store(self) -> None:
         """Raises StoreNotLoaded before the first checkpoint would join others that were never looked at."""
-        if self._saver.store is not None:
-            self._saver.store.require_loaded()
+        self._saver.store.require_loaded()
         self._store_checked = True
 
     def _before_step(self) -> None:
@@ -114,7 +113,7 @@ class Stepping:
             self._closing.give_up("opt.step() ran again before the turn of fxckpt.steps ended")
         self._closing.close_step()
         if self._config.on_error == "raise":
-            self._saver.raise_unreported()
+            self._saver.tally.raise_unreported()
 
     def attempt_skipped(self) -> None:
         """A scaler found an inf, and did not call the step of the optimizer that leads."""
@@ -155,46 +154,35 @@ class Stepping:
             arrangement.look_for_names()
         arrangement.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
-        whole = stepper.whole is not None or scaled
-        if closure is not None and not whole and stepper.rehearsal is not None:
-            whole = not stepper.rehearsal.takes_closure_first(stepper.members)
-        if closure is not None and not whole:
+        strategy = stepper.whole_step if scaled else stepper.strategy
+        if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
             arrangement.refresh()
-            closure = rehearsal.evaluated(closure, loss)
-        emitter.look_for_changes(stepper.numbers(), arrangement.layout)  # after the closure, whose forward may change much
-        if not whole and stepper.rehearsal is not None:
-            whole = not stepper.rehearse(closure is not None)
-        if whole:
+            closure = EvaluatedClosure(closure, loss)
+        # After the closure, whose forward may change what is being copied.
+        emitter.look_for_changes(stepper.numbers(), arrangement.layout)
+        own = strategy.own_part(closure)
+        if own is not None:
             emitter.fence_all()
             stepper.halfway = True
-            with stepper.compared():
-                loss = stock_step(opt)(opt) if closure is None else stock_step(opt)(opt, closure)
+            loss = own()
             arrangement.refresh()
-        elif first := stepper.needs_stock():
-            emitter.fence_all()
-            stepper.halfway = True
-            stepper.run_stock(first)
-            arrangement.refresh()
-        if arrangement.unsaid or stepper.rehearsal is not None:
+        if arrangement.unsaid or own is not None:
             self._announcer.announce()
         enabled = torch.is_grad_enabled()
         set_grad_mode(False)
         try:
             pending = self._begin() if due else None
-            if not whole:
-                stepper.halfway = True
-                stepper.run(emitter.number if copying or pending is not None else None)
+            stepper.halfway = True
+            emitted = strategy.run(emitter.number if copying or pending is not None else None)
             stepper.halfway = stepper.accumulated = False
             if leads:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
-                self._clock.applied.add(emitter.devices.later(found) if scaled and emitter.is_remote(found) else None)
+                self._clock.applied.add(emitter.devices.later(found) if emitter.is_remote(found) else None)
             if pending is not None:
-                if whole:
-                    emitter.emit_stepper(stepper)
-                self._emit_rest(pending, stepper)
+                self._emit_rest(pending, stepper if emitted else None)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:
@@ -211,17 +199,17 @@ class Stepping:
     def _begin(self) -> InFlight | None:
         """Begin the checkpoint of the step that is about to run."""
         step = self._clock.attempts + 1
-        if not self.schedule.waits and not self._status.ending and self._saver.flying() >= self._config.max_async:
-            self._saver.skipped += 1
+        if not self.schedule.waits and not self._status.ending and self._saver.flights.flying() >= self._config.max_async:
+            self._saver.tally.skipped += 1
             return None
         try:
-            pending = self._saver.begin(step, self._arrangement.current_layout(), wait=True)
+            pending = self._saver.begin(step, self._arrangement.current_layout())
         except (SaveFailed, StoreError, OSError) as error:
-            self._saver.note_failure(step, error)  # raised, if at all, at the next step: this one is half done
+            self._saver.tally.note_failure(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
         self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
-            pending.turn, self._emitter.current = self._clock.in_iteration, pending
+            pending.guard.turn, self._emitter.current = self._clock.in_iteration, pending
         return pending
 
     def _emit_rest(self, pending: InFlight, stepped: Stepper | None) -> None:
@@ -244,9 +232,9 @@ class Stepping:
         """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
         with self._closing.between_steps:
             pending = self._hand_everything_over(name)
-        self._saver.wait_for(pending)
+        self._saver.flights.wait_for(pending)
         if pending.error is not None:
-            self._saver.forget(pending.error)
+            self._saver.tally.forget(pending.error)
             raise pending.error
         self.schedule.started(self._clock.attempts, self._saver.stall_seconds())
 
@@ -265,8 +253,8 @@ class Stepping:
         self._arrangement.refresh()
         try:
             layout = self._arrangement.current_layout()
-            pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, wait=True, name=name)
-            pending.turn = self._clock.in_iteration
+            pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, name=name)
+            pending.guard.turn = self._clock.in_iteration
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._raise_callback_error()

@@ -17,6 +17,7 @@ file                    owns
 ``slots``               ``Store``: opening, acquiring, the commit order
 ``slot``, ``pool``      one directory to write in; all of them, and the moves between free, busy and committed
 ``lineage``             which checkpoint continues which
+``commit_loop``         the thread that takes checkpoints to their commit, in the trainer or in a monitor
 ``retention``           which checkpoint is given up next
 ``reader``, ``info``    listing, verifying and reading, safe while a trainer writes; what users are told
 ======================  ==================================================================================

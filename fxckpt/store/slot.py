@@ -38,6 +38,12 @@ class Slot:
         self._written: tuple[Hashable, dict[str, dict[int, int]]] | None = None
         self._before: tuple[Hashable, dict[str, dict[int, int]]] | None = None
 
+    error: Exception | None = None  # it ends in this process, where its commit raises
+
+    def ended(self, timeout: float) -> bool:
+        """A commit that returned is over."""
+        return True
+
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
         """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed.
 

@@ -19,7 +19,7 @@ import errno
 import logging
 import os
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from fxckpt.engine import io
@@ -27,6 +27,7 @@ from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupErr
 from fxckpt.store import names
 from fxckpt.store.files import make_directories, remove_tree, replace_file, write_tensors
 from fxckpt.store.identity import check_store, identify
+from fxckpt.store.layout import FileLayout
 from fxckpt.store.lineage import Lineage
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
@@ -48,6 +49,8 @@ class Store:
     (steps), ``keep_minutes`` and ``keep_best`` (a metric) keep more: see ``retention.Policy``.
     ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
     """
+
+    hands_over = False  # this process commits
 
     def __init__(
         self,
@@ -226,6 +229,9 @@ class Store:
             self.abandon(slot, bad=False)
             raise
         return slot
+
+    def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout]) -> None:
+        """The engine writes into the slot from now on; nothing to do for it here."""
 
     def _take_named(self, name: str) -> Slot:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""

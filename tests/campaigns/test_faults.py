@@ -213,8 +213,8 @@ def test_a_commit_that_hangs_bounds_flush_save_shutdown_and_training_and_is_name
     training = Training(store, max_async=1, keep=2).train(2)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    until(lambda: saver._ready is not None)
-    saver.stuck_after = 0.3
+    until(lambda: saver.supply.ready is not None)
+    saver.loop.stuck_after = 0.3
     instruments.delay("fsync", 60_000_000)
     training.train(1)
     with pytest.raises(TimeoutError, match=r"steps 3 are not durable yet: step 3 is being committed in .*slot-.*, in fsync"):
@@ -230,7 +230,7 @@ def test_a_commit_that_hangs_bounds_flush_save_shutdown_and_training_and_is_name
         training.opt.ckpt.shutdown()
     assert time.monotonic() - began < 30
     instruments.delay("fsync", 0)
-    until(lambda: not saver._thread.is_alive())
+    until(lambda: not saver.loop.alive())
     saver.store.close()
     assert fxckpt.latest(store).step in (2, 3)
 
@@ -239,19 +239,19 @@ def test_a_named_save_while_a_commit_hangs_ends_in_bounded_time_too(store, monke
     training = Training(store, max_async=2, keep=2).train(2)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    until(lambda: saver._ready is not None)
-    saver.stuck_after = 0.3
+    until(lambda: saver.supply.ready is not None)
+    saver.loop.stuck_after = 0.3
     monkeypatch.setattr(pool, "PATIENCE", 0.3)
     instruments.delay("fsync", 60_000_000)
     training.train(1)
     training.opt.ckpt.end_step()
-    until(lambda: instruments.calls("fsync") and saver._flying and "committed" in saver._flying[0].phase)
+    until(lambda: instruments.calls("fsync") and any("committed" in each.phase for each in saver.flights.under_way()))
     with pytest.raises((TimeoutError, fxckpt.SaveFailed, fxckpt.StoreError), match=r"disk hangs|in fsync"):
         training.opt.ckpt.save("best")
     training.train(2)
     instruments.delay("fsync", 0)
     monkeypatch.setattr(pool, "PATIENCE", 60)
-    saver.stuck_after = 60
+    saver.loop.stuck_after = 60
     for _ in range(3):
         training.train(1)
         with contextlib.suppress(fxckpt.SaveFailed, fxckpt.StoreError):
@@ -267,7 +267,7 @@ def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, st
     training = Training(store).train(3)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    while saver._ready is None:  # the next slot's own calls are not the ones to fail
+    while saver.supply.ready is None:  # the next slot's own calls are not the ones to fail
         time.sleep(0.001)
     instruments.fail(1, errno.EIO, op)
     training.train()

@@ -34,7 +34,7 @@ from waiting import until
 
 import fxckpt
 from fxckpt.engine import io
-from fxckpt.monitor import client
+from fxckpt.monitor import launch
 from fxckpt.store import names
 from fxckpt.store.reader import candidates, latest
 
@@ -122,7 +122,7 @@ def named(root: Path, acks: Path, writer: str) -> None:
 def interrupted(trainer: Trainer, step: int, name: str) -> None:
     """Ctrl-C between the rename and the sync of a commit; a monitor has no Ctrl-C, there the sync's ``open`` fails."""
     if isinstance(trainer, MonitoredTrainer):
-        marker = Path(client.PROGRAM[1] + ".interrupt")
+        marker = Path(launch.PROGRAM[1] + ".interrupt")
         marker.touch()
         with pytest.raises(fxckpt.SaveFailed, match="Too many open files"):
             trainer.save(step, name)
@@ -179,7 +179,7 @@ def give_up(trainer: Trainer, step: int) -> None:
 def trainer_killed(root: Path, acks: Path, writer: str) -> None:
     """A trainer that is killed with two checkpoints handed over, of which not a byte is on the disk. Its monitor finishes
     both: once that has ended, the later one is promised. Then a next run."""
-    script, log = SUPPORT / "dying_trainer.py", Path(client.PROGRAM[1])
+    script, log = SUPPORT / "dying_trainer.py", Path(launch.PROGRAM[1])
     with Path(f"{log}.stderr").open("w") as errors:  # no pipe: the stopped monitor would hold it open
         done = subprocess.run(
             [sys.executable, script, root, acks, log, str(ITEMS)],

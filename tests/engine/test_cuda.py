@@ -16,6 +16,7 @@ from torch import nn
 import fxckpt
 from fxckpt.compat import cuda
 from fxckpt.errors import SaveFailed, SetupError
+from fxckpt.run.clock import Applied
 from fxckpt.store.reader import candidates
 
 __all__ = ["device", "library"]  # fixtures
@@ -190,7 +191,7 @@ def test_other_backends_are_refused_by_name(monkeypatch, kind, hip, name):
 
 
 def test_applied_updates_are_counted_without_waiting():
-    applied, asked = cuda.Applied(), []
+    applied, asked = Applied(), []
 
     def skipped(value):
         return lambda: asked.append(value) or torch.tensor(float(value))

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from waiting import until
 
 import fxckpt
-from fxckpt.run.run import Run
-from fxckpt.saving.plan import Layout
+from fxckpt.run.emitting import Emitter
+from fxckpt.saving.guard import Guard
 from fxckpt.store.reader import Reader, candidates
 from fxckpt.store.record import decode_state
 
@@ -217,9 +217,9 @@ def test_steps_without_a_checkpoint_wait_for_copies_under_way(every, tmp_path):
 
 def test_without_fences_the_same_test_fails(tmp_path, monkeypatch):
     """The tests above can fail."""
-    monkeypatch.setattr(Run, "fence", lambda self, layer, tensors: None)
-    monkeypatch.setattr(Run, "fence_all", lambda self: None)
-    monkeypatch.setattr(Layout, "compare", lambda *_: None)  # it would see the changes and drop what is torn
+    monkeypatch.setattr(Emitter, "fence", lambda self, layer, tensors: None)
+    monkeypatch.setattr(Emitter, "fence_all", lambda self: None)
+    monkeypatch.setattr(Guard, "compare", lambda *_: None)  # it would see the changes and drop what is torn
     trainer = Trainer(tmp_path / "d", staging_mb=0, max_async=2)
     instruments.delay("copy", 40 * MS)  # longer than a step takes, on a busy machine too
     with pytest.raises(AssertionError, match="step"):

@@ -29,7 +29,7 @@ def main(root: Path, acks: Path, log: Path, items: int) -> None:
     flying = {step: trainer.begin(step) for step in (2, 3)}
     for step, (slot, checkpoint) in flying.items():
         assert checkpoint.durable(10), "posted"
-        trainer.store.hand_over(slot, trainer.record(step, checkpoint), trainer.state(step))
+        trainer.store.commit(slot, trainer.record(step, checkpoint), trainer.state(step))
     io.mkdir(acks / "dead")
     os.kill(os.getpid(), signal.SIGKILL)
 

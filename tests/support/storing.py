@@ -15,8 +15,9 @@ import numpy as np
 from repository import SUPPORT
 
 from fxckpt.engine import Engine, Sources, io
-from fxckpt.monitor import client
-from fxckpt.monitor.client import MonitorStore, RemoteSlot
+from fxckpt.monitor import launch
+from fxckpt.monitor.client import MonitorStore
+from fxckpt.monitor.link import RemoteSlot
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.reader import Reader, candidates, latest
@@ -141,10 +142,10 @@ class MonitoredTrainer(Trainer):
     """The same, with a monitor that writes and commits."""
 
     def _begun(self, slot: RemoteSlot, checkpoint: object) -> None:
-        self.store.begin(slot, checkpoint, self.layouts)
+        self.store.begin(slot, checkpoint.id, self.layouts)
 
     def _commit(self, slot: RemoteSlot, record: Record, tensors: dict[str, np.ndarray]) -> tuple[int, Path]:
-        self.store.hand_over(slot, record, tensors)
+        self.store.commit(slot, record, tensors)
         assert slot.ended(10)
         return slot.generation, Path(slot.path)
 
@@ -183,12 +184,12 @@ def fast_directory(fallback: Path) -> Iterator[Path]:
 @contextmanager
 def recorded_monitors(log: Path) -> Iterator[None]:
     """Monitors that are started meanwhile append their calls to this log."""
-    before, script = client.PROGRAM, SUPPORT / "recorded_monitor.py"
-    client.PROGRAM = (str(script), str(log))
+    before, script = launch.PROGRAM, SUPPORT / "recorded_monitor.py"
+    launch.PROGRAM = (str(script), str(log))
     try:
         yield
     finally:
-        client.PROGRAM = before
+        launch.PROGRAM = before
 
 
 def names(root: Path) -> list[str]:

@@ -83,14 +83,16 @@ def digest(tensor: torch.Tensor) -> bytes:
     tensor = tensor.detach()
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     flat = tensor.cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(memoryview(flat.numpy()), digest_size=16).digest()
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).digest()
 
 
 def assign(group: dict[str, Any], key: str, value: Any) -> None:
     """Give an entry its new value; a list or dict stays the same object, since others may hold it too."""
     current = group.get(key)
-    if type(current) is type(value) and isinstance(current, (list, dict)):
+    if isinstance(current, list) and type(current) is type(value):
+        current[:] = value
+    elif isinstance(current, dict) and type(current) is type(value):
         current.clear()
-        current.extend(value) if isinstance(current, list) else current.update(value)
+        current.update(value)
     else:
         group[key] = value

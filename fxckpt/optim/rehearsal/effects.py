@@ -22,7 +22,7 @@ import torch
 
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.trace import NotTraceable
-from fxckpt.optim import values
+from fxckpt.optim.rehearsal import values
 
 MOST = 2000
 """Functions that are followed; more are refused."""
@@ -65,7 +65,7 @@ def _is_library(module: str | None) -> bool:
 def _named(function: types.FunctionType, cls: type) -> Iterator[tuple[str, Any]]:
     """Everything that the names in a function's code may stand for: globals, attributes of the class, of modules that it
     names, and what it holds in cells. Raises NotTraceable for a global that it sets."""
-    codes, names, space = [function.__code__], {}, function.__globals__
+    codes, names, space = [function.__code__], dict[str, None](), function.__globals__
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
         names |= dict.fromkeys(code.co_names)
