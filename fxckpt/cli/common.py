@@ -63,6 +63,13 @@ def open_checkpoint(directory: str, which: str | None) -> Reader:
     return Reader(choose(look(directory), directory, which).path)
 
 
+def verify(path: str) -> None:
+    """Read every byte of a checkpoint, with a bar. Raises Corrupt, NoCheckpoint."""
+    reader = Reader(path)
+    with Progress(os.path.basename(path), reader.record.nbytes) as progress:
+        reader.verify(progress.advance)
+
+
 def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | None) -> Candidate:
     """One of a listing that is newest first. Raises NoCheckpoint (saying what there is), Corrupt if it is that one."""
     if which in (None, "latest"):

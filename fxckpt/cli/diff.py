@@ -73,7 +73,7 @@ class Row:
 
 def run(args: argparse.Namespace) -> int:
     first, second = common.open_checkpoint(args.dir, args.a), common.open_checkpoint(args.dir, args.b)
-    total = sum(file.nbytes for reader in (first, second) for file in reader.record.files)
+    total = first.record.nbytes + second.record.nbytes
     with first.held() as held_a, second.held() as held_b, common.Progress("comparing", 2 * total) as progress:
         for reader in (first, second):
             reader.verify(progress.advance)
@@ -91,7 +91,7 @@ def compare(
     first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool, progress: common.Progress
 ) -> Iterator[Row]:
     """The layers (or tensors) of the first, then those that only the second has."""
-    others = {(tensor.file, tensor.key): tensor for layer in second.record.layers for tensor in layer.tensors}
+    others = {(tensor.file, tensor.key): tensor for tensor in second.record.tensors()}
     for layer in first.record.layers:
         rows: dict[str, Row] = {}
         for tensor in layer.tensors:

@@ -18,7 +18,7 @@ from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.identity import read_store_id
-from fxckpt.store.reader import Candidate, Reader
+from fxckpt.store.reader import Candidate
 from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
 
@@ -139,9 +139,7 @@ class Stock:
         path = next(path for path, each in self._standings.items() if each.generation == known.generation)
         self.verified += 1
         try:
-            reader = Reader(path)
-            with common.Progress(os.path.basename(path), sum(file.nbytes for file in reader.record.files)) as progress:
-                reader.verify(progress.advance)
+            common.verify(path)
         except Corrupt:
             return BAD
         return GOOD

@@ -11,7 +11,6 @@ from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint
-from fxckpt.store.reader import Reader
 
 HELP = "read every byte and check it"
 
@@ -45,9 +44,7 @@ def _verify(chosen: str | Corrupt) -> dict:
     if isinstance(chosen, Corrupt):
         return _result(os.path.dirname(chosen.path), chosen)
     try:
-        reader = Reader(chosen)
-        with common.Progress(os.path.basename(chosen), sum(file.nbytes for file in reader.record.files)) as progress:
-            reader.verify(progress.advance)
+        common.verify(chosen)
         return _result(chosen, None)
     except (Corrupt, NoCheckpoint) as error:
         return _result(chosen, error)

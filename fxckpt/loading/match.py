@@ -40,7 +40,7 @@ def match_tensors(record: Record, target: Target) -> Match:
     positions = _by_position(record, target) if target.model is None else {}
     modules = {} if target.model is None else dict(every_module(target.model))
     aliases = {**record.ties, **{name: alias for alias, name in record.ties.items()}}
-    for key, tensor in {t.key: t for layer in record.layers for t in layer.tensors if t.file == MODEL}.items():
+    for key, tensor in {tensor.key: tensor for tensor in record.tensors(MODEL)}.items():
         name = positions.get(key, key)
         if name not in live and aliases.get(name) in live:
             name = aliases[name]

@@ -46,7 +46,7 @@ def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
         decode_state(record.optimizers, tensors),
         decode_state(record.state["early"], tensors),
         decode_state(record.state["late"], tensors),
-        {t.key: t for layer in record.layers for t in layer.tensors if t.file == OPTIMIZER},
+        {tensor.key: tensor for tensor in record.tensors(OPTIMIZER)},
     )
     for holds, what in (
         (_DECODED(saved.optimizers), "optimizers"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import uuid
+from collections.abc import Sequence
 
 from fxckpt.errors import Corrupt, NotAStore
 from fxckpt.store import names
-from fxckpt.store.files import read_small
-from fxckpt.store.record import FORMAT
+from fxckpt.store.files import read_small, replace_file, sync_ancestors
+from fxckpt.store.record import FORMAT, Record
 from fxckpt.store.safe_json import parse_json
 
 _STORE_BYTES = 1 << 16  # store.json has under a hundred
@@ -51,3 +54,17 @@ def check_store(root: str) -> None:
             f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store. Name an empty directory, or one that "
             "fxckpt made"
         )
+
+
+def identify(root: str, records: Sequence[Record]) -> str:
+    """The store's id; if ``store.json`` is missing or damaged it is written, with the id of the newest of ``records``."""
+    found = read_store_id(root)
+    if found is None:
+        # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
+        sync_ancestors(root)
+        newest = max(records, key=lambda record: record.generation, default=None)
+        found = newest.store_id if newest else uuid.uuid4().hex
+        content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
+        # Not made durable: if it is lost, the id is taken from a record.
+        replace_file(os.path.join(root, names.STORE), content.encode(), durable=False)
+    return found

@@ -26,49 +26,14 @@ from fxckpt.store import names
 from fxckpt.store.dtypes import numpy_dtype
 from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
 from fxckpt.store.identity import check_store
+from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.record import FileRecord, LayerRecord, RawTensor, Record
+from fxckpt.store.raw import RawTensor
+from fxckpt.store.record import FileRecord, Record
 
 log = logging.getLogger("fxckpt")
 
 _LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One layer of a checkpoint. ``offset`` (bytes) is that of its first tensor, in that tensor's file; ``keys``,
-    ``files``, ``shapes`` and ``dtypes`` (safetensors names) are by tensor; ``timestamp`` is in seconds since 1970."""
-
-    checkpoint_id: int
-    name: str
-    kind: str
-    step: int
-    offset: int
-    nbytes: int
-    parameters: int
-    keys: tuple[str, ...]
-    files: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    timestamp: float
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name``: of a named save, or None.
-
-    ``metrics``: as noted with ``opt.ckpt.note``. ``lasting``: why retention keeps it for good (``"steps"``,
-    ``"minutes"``), or None."""
-
-    step: int
-    generation: int
-    time: float
-    nbytes: int
-    path: Path
-    name: str | None
-    layers: tuple[LayerInfo, ...]
-    metrics: Mapping[str, float]
-    lasting: str | None
 
 
 @dataclass(frozen=True)
@@ -197,33 +162,6 @@ def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo |
     return None
 
 
-def describe(path: Path, record: Record) -> CheckpointInfo:
-    """What the listing says of a checkpoint."""
-    layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
-    nbytes = sum(file.nbytes for file in record.files)
-    return CheckpointInfo(
-        record.step, record.generation, record.time, nbytes, path, record.name, layers, record.metrics, record.lasting
-    )
-
-
-def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:
-    """What the listing says of a layer."""
-    return LayerInfo(
-        checkpoint_id=generation,
-        name=layer.name,
-        kind=layer.kind,
-        step=layer.step,
-        offset=layer.offset,
-        nbytes=layer.nbytes,
-        parameters=layer.parameters,
-        timestamp=layer.time,
-        keys=tuple(tensor.key for tensor in layer.tensors),
-        files=tuple(tensor.file for tensor in layer.tensors),
-        shapes=tuple(tensor.shape for tensor in layer.tensors),
-        dtypes=tuple(tensor.dtype for tensor in layer.tensors),
-    )
-
-
 class Reader:
     """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``.
 
@@ -274,7 +212,7 @@ class Reader:
         Every file (or the one named ``file``) is verified whole, with targets or without. Unknown (file, key) raise
         ``KeyError`` first.
         """
-        places = {(tensor.file, tensor.key): tensor for layer in self.record.layers for tensor in layer.tensors}
+        places = {(tensor.file, tensor.key): tensor for tensor in self.record.tensors()}
         wanted: dict[str, list[Target]] = {}
         for place, target in targets.items():
             tensor = places[place]
@@ -332,12 +270,7 @@ class Reader:
         """The header must have the record's tensors, where the record has them."""
         if file.name == names.STATE:
             return  # its tensors belong to no layer: the encoded state names them
-        recorded = {
-            tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
-            for layer in self.record.layers
-            for tensor in layer.tensors
-            if tensor.file == file.name
-        }
+        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin) for tensor in self.record.tensors(file.name)}
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):

@@ -131,6 +131,15 @@ class Record:
     lasting: str | None = None
     best_by: tuple[str, str] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the record itself."""
+        return sum(file.nbytes for file in self.files)
+
+    def tensors(self, file: str | None = None) -> list[TensorRecord]:
+        """The tensors of one file, or of all but the extra state's, in the record's order."""
+        return [tensor for layer in self.layers for tensor in layer.tensors if file in (None, tensor.file)]
+
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}

@@ -16,28 +16,25 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import logging
 import os
-import uuid
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fxckpt.engine import io
 from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
 from fxckpt.store import names
-from fxckpt.store.files import make_directories, remove_tree, replace_file, sync_ancestors, write_tensors
-from fxckpt.store.identity import check_store, read_store_id
+from fxckpt.store.files import make_directories, remove_tree, replace_file, write_tensors
+from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lineage import Lineage
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
 from fxckpt.store.raw import Tensor
 from fxckpt.store.reader import read_record
-from fxckpt.store.record import FORMAT, FileRecord, Record
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy
+from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Policy
 from fxckpt.store.slot import Slot
 
 __all__ = ["Slot", "Store"]
@@ -64,7 +61,7 @@ class Store:
         fresh: bool = False,
         keep_every: int | None = None,
         keep_minutes: float | None = None,
-        keep_best: Any = None,
+        keep_best: KeepBest = None,
     ):
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
@@ -97,7 +94,7 @@ class Store:
         try:
             self._sync_what_is_there()
             records = self._read_records()
-            self._identify(records)
+            self.store_id = identify(self.root, [record for record in records.values() if record is not None])
             self._adopt(records)
         except BaseException:
             self.close()
@@ -126,20 +123,6 @@ class Store:
                 log.warning("a checkpoint does not verify and will be given up: %s", error)
                 records[path] = None
         return records
-
-    def _identify(self, records: Mapping[str, Record | None]) -> None:
-        """Read the store's id, or write ``store.json``: the newest record's id if it was damaged or lost."""
-        found = read_store_id(self.root)
-        if found is None:
-            # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
-            sync_ancestors(self.root)
-            whole = [record for record in records.values() if record is not None]
-            newest = max(whole, key=lambda record: record.generation, default=None)
-            found = newest.store_id if newest else uuid.uuid4().hex
-            content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
-            # Not made durable: if it is lost, the id is taken from a record.
-            replace_file(os.path.join(self.root, names.STORE), content.encode(), durable=False)
-        self.store_id = found
 
     def _adopt(self, records: Mapping[str, Record | None]) -> None:
         """Take in what an earlier life left."""
