@@ -26,7 +26,7 @@ import torch
 from fxckpt.compat import cuda
 from fxckpt.compat.dynamo import untraced
 from fxckpt.compat.modules import extra_state_modules, unwrap_model
-from fxckpt.compat.optimizers import count_skipped_attempts, plain_class, stock_step
+from fxckpt.compat.optimizers import count_skipped_attempts, plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.compat.tensors import gradient_accumulator, set_grad_mode
 from fxckpt.config import Config
@@ -36,7 +36,7 @@ from fxckpt.graph.model.arrivals import FirstBackward
 from fxckpt.graph.model.joint import traces
 from fxckpt.graph.model.layers import gradient_order, group_layers, layer_edges
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import EvaluatedClosure
+from fxckpt.optim.strategy import EvaluatedClosure, own_step
 from fxckpt.run import extra_state
 from fxckpt.run.schedule import Schedule
 from fxckpt.saving import plan, tracing
@@ -250,7 +250,7 @@ class Run:
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks."""
         if os.getpid() != self._pid or self.engine is None:
-            return stock_step(opt)(opt) if closure is None else stock_step(opt)(opt, closure)
+            return own_step(opt, closure)
         if self.ordinals and self.devices.capturing():
             raise SetupError(
                 "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "

@@ -134,13 +134,8 @@ class RehearsedStep:
         if not values.same(self.proofs.observe(pending[0]), expected):
             self.refuse("a rehearsal of it does not end with the bits that its step ends with")
             return returned
-        log.debug(
-            "rehearsed %s: %d parts, %d of %d comparisons with its own step done",
-            plain_class(self.opt).__name__,
-            len(pending[0]),
-            self.proofs.add(*pending),
-            PROOFS,
-        )
+        name, count = plain_class(self.opt).__name__, self.proofs.add(*pending)
+        log.debug("rehearsed %s: %d of %d comparisons with its own step done", name, count, PROOFS)
         return returned
 
     def run(self, number: int | None) -> bool:
