@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import Signature
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Role
-from fxckpt.optim.rehearsal.parts import Part
 from fxckpt.optim.rehearsal.stand_in import Hole, Ref, StandIn
 from fxckpt.optim.scalar_group import ScalarGroup
 
@@ -25,10 +24,10 @@ log = logging.getLogger("fxckpt")
 class Cast(ScalarGroup):
     """A part with its program: the scalars of a step are those that its rehearsal found."""
 
-    def __init__(self, index: int, part: Part, program: Program, role: Role):
-        super().__init__(index, part.first, program)
-        self.part, self.role = part, role
-        self.columns = {key: [m.state[key] for m in part.members] for key in role.counts}
+    def __init__(self, index: int, role: Role, program: Program):
+        super().__init__(index, role.part.first, program)
+        self.role, self.members = role, role.part.members
+        self.columns = {key: [m.state[key] for m in self.members] for key in role.counts}
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns this step's numbers."""
@@ -45,32 +44,34 @@ class Casting:
         self.programs: dict[object, Program] = {}
         self._casts: list[Cast] = []
 
-    def casts(self, parts: Sequence[Part], found: Found) -> list[Cast]:
+    def casts(self, found: Found) -> list[Cast]:
         """The parts that take part, with their programs; the same list as long as nothing but numbers changes."""
-        present = [(part, self._program(part, role), role) for part, role in zip(parts, found.roles) if part.present]
-        if [(id(c.part), id(c.program)) for c in self._casts] != [(id(part), id(program)) for part, program, _ in present]:
+        present = [(role, self._program(role)) for role in found.roles if role.part.present]
+        kept = [(id(cast.members), id(cast.program)) for cast in self._casts]
+        if kept != [(id(role.part.members), id(program)) for role, program in present]:
             self._casts = [Cast(index, *each) for index, each in enumerate(present)]
-        for cast, (_, _, role) in zip(self._casts, present):
+        for cast, (role, _) in zip(self._casts, present):
             cast.role = role
         return self._casts
 
-    def _program(self, part: Part, role: Role) -> Program:
-        key = role.tape, part.first.param.dtype, part.first.param.device
+    def _program(self, role: Role) -> Program:
+        param = role.part.first.param
+        key = role.tape, param.dtype, param.device
         if key not in self.programs:
-            self.programs[key] = program_of(part.stand_in, plain_class(self.opt))
+            self.programs[key] = program_of(role.part.stand_in, plain_class(self.opt))
             log.debug("noted %s: %d operators on %s", plain_class(self.opt).__name__, len(role.tape), self.programs[key].inputs)
         return self.programs[key]
 
-    def take_over(self, parts: Sequence[Part], found: Found) -> None:
+    def take_over(self, found: Found) -> None:
         """What the step did in Python, in the optimizer's own groups and states."""
         for group, changed in zip(self.opt.param_groups, found.groups):
             for key, value in changed.items():
                 values.assign(group, key, value)
-        for part, role in zip(parts, found.roles):
+        for role in found.roles:
             for key, value in role.plain.items():
-                if part.plain[key] is not value:
-                    part.plain[key] = value
-                    for member in part.members:
+                if role.part.plain[key] is not value:
+                    role.part.plain[key] = value
+                    for member in role.part.members:
                         member.state[key] = value
 
 
