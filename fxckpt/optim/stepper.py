@@ -15,8 +15,7 @@ from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.executor import Executor
 from fxckpt.optim.programs import ProgramCache
 from fxckpt.optim.rehearsal.step import RehearsedStep
-from fxckpt.optim.split import SplitStep
-from fxckpt.optim.strategy import Strategy, WholeStep
+from fxckpt.optim.strategy import SplitStep, Strategy, WholeStep
 
 log = logging.getLogger("fxckpt")
 
