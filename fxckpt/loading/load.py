@@ -20,7 +20,7 @@ from fxckpt.compat.modules import every_module, extra_state_modules, unwrap_mode
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, LayoutMismatch, NoCheckpoint, SetupError
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import traces
 from fxckpt.loading.schema import check_decoded, check_encoded
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run, live_runs, the_run

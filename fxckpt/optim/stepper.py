@@ -25,9 +25,10 @@ from fxckpt.compat import cuda
 from fxckpt.compat.optimizers import default_implementation, is_stock, plain_class, settings_of, stock_step
 from fxckpt.errors import SetupError
 from fxckpt.graph import step_graph
-from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.model.layers import Layer, Place
 from fxckpt.graph.update import inductor
-from fxckpt.graph.update.hoist import Program, specialize
+from fxckpt.graph.update.hoist import Program
+from fxckpt.graph.update.specialize import specialize
 from fxckpt.graph.update.trace import (
     MakesState,
     NotTraceable,
@@ -391,18 +392,18 @@ class Stepper:
 
     # -- the graph --------------------------------------------------------------------------------------------------
 
-    def arrange(self, layers: Sequence[Layer], edges: Sequence[tuple[str, str]], first: int) -> None:
+    def arrange(self, layers: Sequence[Layer], edges: Sequence[tuple[str, str]], first: int, places: Mapping[str, Place]) -> None:
         """Write the StepGraph for these layers; ``first`` is the engine's number of the first of them."""
         self.layers, self.edges, self.first_layer = tuple(layers), tuple(edges), first
         by_name = {m.name: m for m in self.members}
         self._owned = [[by_name[n] for n in layer.params] for layer in self.layers]
         counts = [t for m in self.members for _, t in m.counts()]
         clocks = self._clocks = tuple(step_graph.UpdateTimer() for _ in self.layers)
-        module = step_graph.build(self.layers, first, self._layer_update, self._scalars, bool(counts))
+        module = step_graph.build(self.layers, self.numbers(), first - 1 if counts else None, self._layer_update, self._scalars)
         sizes = {
             layer.name: sum(t.nbytes for m in owned for _, t in m.tensors()) for layer, owned in zip(self.layers, self._owned)
         }
-        self.graph = step_graph.StepGraph(self.layers, self.edges, module, sizes, clocks)
+        self.graph = step_graph.StepGraph(self.layers, self.edges, module, sizes, clocks, places)
         log.debug("wrote the StepGraph: %d layers in the order %s", len(self.layers), [layer.name for layer in self.layers])
         self._inputs = ([counts] if counts else []) + [[t for m in owned for _, t in m.tensors()] for owned in self._owned]
         self._count_tensors = counts

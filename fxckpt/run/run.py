@@ -33,7 +33,7 @@ from fxckpt.config import Config
 from fxckpt.errors import Cancelled, FxckptError, SaveFailed, SetupError, StoreError
 from fxckpt.graph import ops
 from fxckpt.graph.model.arrivals import FirstBackward
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import traces
 from fxckpt.graph.model.layers import gradient_order, group_layers, layer_edges
 from fxckpt.optim import rehearsal
 from fxckpt.optim.stepper import Stepper
@@ -168,9 +168,10 @@ class Run:
         number = 0
         for stepper in self.steppers:
             named = [(m.name, m.param) for m in stepper.members]
-            layers = group_layers(gradient_order(named, traces), self.config.layer)
+            order = gradient_order(named, traces)
+            layers = group_layers(order, self.config.layer)
             number += any(m.counts() for m in stepper.members)
-            stepper.arrange(layers, layer_edges(layers, traces, named), number)
+            stepper.arrange(layers, layer_edges(layers, traces, named), number, order)
             number += len(layers)
         self._layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
 
