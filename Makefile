@@ -9,7 +9,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --quiet install -c constraints.txt
 extra = $$(sed -n 's/^$(1) = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '",')
 ENGINE := fxckpt/engine/_engine.abi3.so
-SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
+SOURCES := setup.py $(wildcard csrc/*.h csrc/*/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
+
+C_CHECK := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icsrc -fsyntax-only
 
 .PHONY: demo test crash kills fuzz faults model soak bench lint clean distclean
 .SUFFIXES:
@@ -17,6 +19,9 @@ SOURCES := setup.py $(wildcard csrc/*.[ch] fxckpt/engine/*.py fxckpt/engine/*.h)
 # On cores that are shared, OpenMP threads that spin at a barrier keep the thread they wait for from running: steps
 # then take several times as long. Asleep they cost nothing. Benchmarks keep the default, which is what users have.
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
+
+# Here a warning of the C compiler is an error; at users', whose compilers may be newer, it is not.
+test: export FXCKPT_WERROR ?= 1
 
 demo: $(ENGINE)
 	@$(PY) examples/demo.py $(ARGS)
@@ -78,7 +83,8 @@ lint: $(ENGINE) $(VENV)/.lint
 	@$(PY) tools/type_completeness.py 99
 	@$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@$(VENV)/bin/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
-	@$${CC:-cc} -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icsrc -fsyntax-only $(wildcard csrc/*.c csrc/*/*.c)
+	@$${CC:-cc} $(C_CHECK) $(filter-out csrc/testing/%,$(wildcard csrc/*/*.c))
+	@$${CC:-cc} $(C_CHECK) -DFX_TESTING -DFX_MUTATIONS $(wildcard csrc/*/*.c tests/engine/c/*.c)
 	@echo "lint: nothing to complain about"
 
 # torch comes first and exactly as constraints.txt pins it, so that nothing else can choose its version.

@@ -47,7 +47,7 @@ def stepped_class(base: type) -> type:
     optimizer."""
 
     def step(self: Checkpointed, closure: Callable[[], Any] | None = None) -> Any:
-        return self._fxckpt_handle._run.step(self, closure)
+        return self._fxckpt_handle._run.stepping.step(self, closure)
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())  # type: ignore[attr-defined]
     made = instance_subclass(
@@ -65,12 +65,12 @@ def stepped_class(base: type) -> type:
 
 def _load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
     """Load, once no copy reads the tensors that it replaces."""
-    self._fxckpt_handle._run.drop_open("load_state_dict() replaced its tensors")
+    self._fxckpt_handle._run.closing.drop("load_state_dict() replaced its tensors")
     self._fxckpt_base.load_state_dict(self, state_dict)
 
 
 def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     """Add a group; the checkpoint of a step that has not closed would have the old layers and the new groups."""
     if "_fxckpt_handle" in self.__dict__:
-        self._fxckpt_handle._run.drop_open("add_param_group() changed the optimizer before the step closed")
+        self._fxckpt_handle._run.closing.drop("add_param_group() changed the optimizer before the step closed")
     self._fxckpt_base.add_param_group(self, param_group)

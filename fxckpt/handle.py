@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import torch
 
+from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
@@ -87,7 +88,7 @@ class Handle:
 
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
-        self._run.end_step()
+        self._run.closing.end_step()
 
     def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
         """Have a signal end the run with a last checkpoint.
@@ -116,7 +117,7 @@ class Handle:
         Raises:
             SetupError: anything else.
         """
-        self._run.note(metrics)
+        self._run.capture.note(metrics)
 
     @property
     def graph(self) -> StepGraph:
@@ -129,9 +130,7 @@ class Handle:
     @property
     def graphs(self) -> list[StepGraph]:
         """The StepGraph of each optimizer of the run, in the order of the list. Raises SetupError before their first step."""
-        with self._run._stepping:
-            self._run.refresh()
-            return [stepper.graph for stepper in self._run.steppers if stepper.graph is not None]
+        return self._run.graphs()
 
     @property
     def directory(self) -> str:
@@ -140,23 +139,23 @@ class Handle:
 
     def statistics(self) -> Statistics:
         """The run's counters so far. Cheap, and allowed from any thread."""
-        run, saver = self._run, self._run.saver
+        run, tally = self._run, self._run.saver.tally
         engine = run.engine.statistics() if run.engine is not None else {}
         return {
-            "steps": run.attempts,
-            "checkpoints_started": saver.started,
-            "checkpoints_committed": saver.committed,
-            "checkpoints_skipped": saver.skipped,
-            "checkpoints_failed": saver.failed,
-            "last_handed_over_step": saver.last_handed_over,
-            "last_committed_step": saver.last_committed,
+            "steps": run.clock.attempts,
+            "checkpoints_started": tally.started,
+            "checkpoints_committed": tally.committed,
+            "checkpoints_skipped": tally.skipped,
+            "checkpoints_failed": tally.failed,
+            "last_handed_over_step": tally.last_handed_over,
+            "last_committed_step": tally.last_committed,
             "bytes_written": int(engine.get("bytes_written", 0)),
-            "stall_seconds": saver.wait_seconds + engine.get("stall_seconds", 0.0),
+            "stall_seconds": tally.wait_seconds + engine.get("stall_seconds", 0.0),
             "copy_seconds": engine.get("copy_seconds", 0.0),
             "write_seconds": engine.get("write_seconds", 0.0),
             "staging_bytes": int(engine.get("staging_bytes", 0)),
             "layers": sum(len(stepper.layers) for stepper in run.steppers),
-            "last_error": None if saver.last_error is None else str(saver.last_error),
+            "last_error": None if tally.last_error is None else str(tally.last_error),
         }
 
     def trace(self, path: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> Tracing:
@@ -169,7 +168,10 @@ class Handle:
         Returns:
             A context manager. On entry it raises SetupError if the run is being traced already.
         """
-        return Tracing(self._run, path, beside)
+        run = self._run
+        if run.engine is not None and not run.active:
+            raise SetupError("this run takes no checkpoints: there is nothing to trace")
+        return Tracing(run.saver.flights, run.engine, path, beside)
 
     def __repr__(self) -> str:
         found = self.statistics()

@@ -29,15 +29,16 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
         SetupError: no run is live, or several are and ``optimizer`` does not say which.
     """
     run = optimizer.ckpt._run if optimizer is not None else the_run()
-    run.loops = True
-    while run.iteration < n:
-        run.in_iteration, attempts, whole = True, run.attempts, False
+    clock = run.clock
+    clock.counts_iterations = True
+    while clock.iteration < n:
+        clock.in_iteration, attempts, whole = True, clock.attempts, False
         try:
-            yield run.iteration
+            yield clock.iteration
             whole = True
         finally:
             # One that was left by a `break` or an exception counts if its update was made, which the next one must not
             # make again.
-            run.iteration += whole or run.attempts != attempts
-            run.in_iteration = False
-        run.close_step()  # not after a `break` or an exception: there it ended somewhere in its middle
+            clock.iteration += whole or clock.attempts != attempts
+            clock.in_iteration = False
+        run.closing.close_step()  # not after a `break` or an exception: there it ended somewhere in its middle

@@ -70,10 +70,10 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
     else:
         meant = [each for each in found if _is_called(each, directory, str(which))]
         meant += [each for each in found if _is_of_step(each, str(which))]
-    if meant and isinstance(meant[0], Corrupt):
-        raise meant[0]
-    if meant:
-        return meant[0]
+    for each in meant:
+        if isinstance(each, Corrupt):
+            raise each
+        return each
     there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate))
     raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
 

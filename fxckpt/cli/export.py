@@ -18,16 +18,16 @@ from typing import Any
 from fxckpt.cli import common
 from fxckpt.engine import io
 from fxckpt.errors import FxckptError, SaveFailed, SetupError
+from fxckpt.store.dtypes import DTYPES
 from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord, decode_state
-from fxckpt.store.typed_json import torch_name
 
 HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = f"{MODEL}.index.json"
 PIECE = 16 << 20  # bytes copied at a time
 
 
@@ -132,7 +132,7 @@ class Source:
         import torch
 
         raw = bytearray().join(self.pieces(record))
-        dtype = getattr(torch, torch_name(record.dtype))
+        dtype = getattr(torch, DTYPES[record.dtype].torch)
         if not raw:
             return torch.empty(record.shape, dtype=dtype)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(record.shape)
@@ -157,12 +157,11 @@ class Source:
         return [self._optimizer(index, saved, places) for index, saved in enumerate(self.decoded(self.record.optimizers))]
 
     def _optimizer(self, index: int, saved: Mapping[str, Any], places: Mapping[str, TensorRecord]) -> dict[str, Any]:
-        prefix = "" if index == 0 else f"optimizer{index}:"
-        states = {}
+        states: dict[str, dict[str, Any]] = {}
         for name, described in saved["state"].items():
             states[name] = {}
             for key in described["keys"]:
-                place = places.get(f"{prefix}{key}/{name}")
+                place = places.get(state_key(index, key, name))
                 states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
         groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
         return {"state": states, "param_groups": groups}
@@ -203,7 +202,7 @@ def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
     """``torch.distributed.checkpoint``: ``{"model": …}`` and, if asked for, ``"optimizer"`` by parameter names."""
     import torch.distributed.checkpoint as dcp
 
-    state = {"model": source.model()}
+    state: dict[str, Any] = {"model": source.model()}
     if args.optimizer:
         optimizers = source.optimizers()
         state["optimizer"] = optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint
@@ -54,7 +55,7 @@ def _verify(chosen: str | Corrupt) -> dict:
 
 def _result(path: str, error: Exception | None) -> dict:
     verdict = "good" if error is None else "damaged" if isinstance(error, Corrupt) else "gone"
-    found = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
+    found: dict[str, Any] = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
     if isinstance(error, Corrupt):
         found |= {"file": os.path.basename(error.path), "layer": error.layer, "offset": error.offset, "reason": error.reason}
     return found

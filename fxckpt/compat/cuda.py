@@ -1,5 +1,5 @@
 """What a run asks about CUDA: which device a tensor lies on, which stream that device trains on, and values that are
-still being computed there. The copies themselves are the engine's (csrc/cuda.c); this is the seam for tests, too.
+still being computed there. The copies themselves are the engine's (csrc/cuda/cuda.c); this is the seam for tests, too.
 
 Nothing here is imported or initialised unless a tensor of the run lies on a device.
 """
@@ -71,44 +71,6 @@ def check(tensor: torch.Tensor) -> None:
         f"fxckpt checkpoints tensors on the CPU and on CUDA devices; found one on {tensor.device} ({name}). "
         "Set FXCKPT_DISABLE=1 to run without checkpoints."
     )
-
-
-class Applied:
-    """How many updates were made, where a device may decide that one is skipped (``found_inf`` on it).
-
-    Counting never waits: what is not known yet is resolved where the number is needed.
-    """
-
-    def __init__(self) -> None:
-        self._known = 0
-        self._waiting: list[Callable[[], torch.Tensor]] = []
-
-    def add(self, skipped: Callable[[], torch.Tensor] | None = None) -> None:
-        """One more attempt; ``skipped`` gives 1 where the device skipped it."""
-        if skipped is None:
-            self._known += 1
-        else:
-            self._waiting.append(skipped)
-        if len(self._waiting) > 64:
-            self._resolve(len(self._waiting) - 32)  # these are iterations behind: nothing to wait for
-
-    def _resolve(self, count: int) -> None:
-        done, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._known += sum(not bool(flag().item()) for flag in done)
-
-    def set(self, count: int) -> None:
-        """Start over from ``count``."""
-        self._known, self._waiting = count, []
-
-    def now(self) -> int:
-        """The number; waits for the device if it must."""
-        self._resolve(len(self._waiting))
-        return self._known
-
-    def promise(self) -> Callable[[], int]:
-        """A function that gives the number as of now, to be called later and perhaps in another thread."""
-        known, waiting = self._known, tuple(self._waiting)
-        return lambda: known + sum(not bool(flag().item()) for flag in waiting)
 
 
 def count_values(counts: Sequence[Sequence[torch.Tensor]]) -> list[tuple[float, ...]]:

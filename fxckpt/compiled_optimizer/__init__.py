@@ -23,6 +23,7 @@ from fxckpt.compiled_optimizer.types import typed
 from fxckpt.config import Config, default_directory, disabled
 from fxckpt.handle import Handle
 from fxckpt.run.run import Run, live_runs
+from fxckpt.saving.stores import NullStore
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -108,7 +109,7 @@ def compile_step(
     directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(p for each in optimizers for group in each.param_groups for p in group["params"])
-    engine, store = (None, None) if disabled() else start(directory, config, devices, ordinals)
+    engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
     run = Run(optimizers, directory, model, extra, config, engine, store, devices)
     handle = Handle(run)
     for each in optimizers:

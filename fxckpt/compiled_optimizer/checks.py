@@ -43,7 +43,7 @@ def _free_optimizer(opt: object) -> torch.optim.Optimizer:
             f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
             "wrapped or with wrapper.optimizer, and train with the wrapper as before."
         )
-    if isinstance(opt, Checkpointed) and "_fxckpt_handle" in opt.__dict__ and not opt.ckpt._run.stopped:
+    if isinstance(opt, Checkpointed) and "_fxckpt_handle" in opt.__dict__ and not opt.ckpt._run.status.stopped:
         raise SetupError(f"this {type(opt).__name__} already belongs to {opt.ckpt!r}; call opt.ckpt.shutdown() first")
     return opt
 
@@ -80,7 +80,7 @@ def _warn_of_other_runs(names: dict[int, str]) -> None:
     if disabled():
         return
     for run in live_runs:
-        if not run.stopped and (shared := [names[i] for i in run.trained() if i in names]):
+        if not run.status.stopped and (shared := [names[i] for i in run.trained() if i in names]):
             log.warning(
                 "fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
                 "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "

@@ -10,12 +10,13 @@ from fxckpt.compat.ranks import rank, world_size
 from fxckpt.config import Config
 from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.run.run import Run
+from fxckpt.saving.engines import CheckpointEngine
+from fxckpt.saving.stores import CheckpointStore, NullStore
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
 
 if TYPE_CHECKING:
     from fxckpt.engine import Engine
-    from fxckpt.monitor.client import MonitorStore
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -24,9 +25,7 @@ BESIDE, RECORD = 24 << 20, 16 << 10
 parameter what stands of it and its state in the records in flight."""
 
 
-def start(
-    directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]
-) -> tuple[Engine, Store | MonitorStore | None]:
+def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]) -> tuple[CheckpointEngine, CheckpointStore]:
     """The engine and the store, or the error that says why not. With a monitor, the engine writes nothing itself."""
     from fxckpt.engine import Engine
 
@@ -36,14 +35,12 @@ def start(
     engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer != "thread")
     store = _store(directory, config, engine)
     try:
-        if store is not None:
-            wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
+        wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
         for ordinal in sorted(ordinals):
             engine.open_device(ordinal, devices.driver)
     except BaseException as error:
         engine.close()
-        if store is not None:
-            store.close()
+        store.close()
         if isinstance(error, StoreLocked) and world_size() > 1:
             raise SetupError(
                 f"{error}\nThis is rank {rank()} of {world_size()}: give every rank a directory "
@@ -53,10 +50,10 @@ def start(
     return engine, store
 
 
-def _store(directory: str, config: Config, engine: Engine) -> Store | MonitorStore | None:
-    """What writes to the directory; None for the mock."""
+def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
+    """What writes to the directory, if anything does."""
     if config.writer == "mock":
-        return None
+        return NullStore()
     options: dict[str, Any] = {
         "keep": config.keep,
         "max_async": config.max_async,
@@ -94,11 +91,5 @@ def say(run: Run) -> None:
     )
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
-    if config.writer == "monitor":
-        log.info(
-            "fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
-            "cannot survive the end of its container or a kill of its whole cgroup",
-            run.store.pid,
-        )
     if config.writer == "mock":
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')

@@ -16,25 +16,10 @@ from fxckpt.compat.modules import named_buffers, named_parameters
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.joint import TraceBook
+from fxckpt.store.dtypes import OF_MODELS
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-"""safetensors' names of the types it can hold."""
+DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in OF_MODELS.items()}
+"""Torch's types that can be stored, and safetensors' names of them."""
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 

@@ -10,6 +10,7 @@ module                  owns
 ``lock``                one writer per directory
 ``files``               writing one small file durably; the guard before a file is rewritten in place
 ``slots``               ``Store``: the commit order, slots, lineage
+``commit_loop``         the thread that takes checkpoints to their commit, in the trainer or in a monitor
 ``retention``           which checkpoint is given up next
 ``reader``              listing, verifying and reading, safe while a trainer writes
 ======================  ==================================================================================
