@@ -19,7 +19,7 @@ from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
 from fxckpt.saving.saver import Saver
 
-OnLayer = Callable[[str, int, dict[str, torch.Tensor]], None]
+OnLayer = Callable[[str, int, dict[str, torch.Tensor]], object]
 
 
 class Emitter:
