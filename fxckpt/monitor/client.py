@@ -18,7 +18,8 @@ from fxckpt.monitor.launch import make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
-from fxckpt.store.record import Record, raw_tensor
+from fxckpt.store.raw import Tensor, raw_tensor
+from fxckpt.store.record import Record
 
 log = logging.getLogger("fxckpt")
 
@@ -140,7 +141,7 @@ class MonitorStore:
         self._call("mark_loaded", generation)
         self._continues = (generation,)
 
-    def _call(self, method: str, *arguments: Any) -> None:
+    def _call(self, method: str, *arguments: object) -> None:
         self._alive().ask({"op": "call", "method": method, "arguments": arguments})
 
     def _alive(self) -> Link:
@@ -189,7 +190,7 @@ class MonitorStore:
             what,
         )
 
-    def commit(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Any]) -> None:
+    def commit(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None:
         """Give the record of a checkpoint whose bytes are all posted. When this returns, the trainer may die; when the slot has
         ``ended``, it is a checkpoint."""
         sealed = record.to_bytes()

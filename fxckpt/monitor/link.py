@@ -28,11 +28,11 @@ PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as 
 class RemoteSlot:
     """A slot of the monitor's store; the ``Slot`` of this side."""
 
-    def __init__(self, key: int, path: str, name: str | None, before: Any):
+    def __init__(self, key: int, path: str, name: str | None, before: Sequence[Any] | None):
         self.key, self.path, self.name = key, path, name
         self.checkpoint = 0
         self.generation: int | None = None  # of the checkpoint, once it is committed
-        self.frozen: Any = None
+        self.frozen: list[Any] | None = None  # token and chunks to remember
         self.over = threading.Event()
         self.error: Exception | None = None
         self._before = before
@@ -134,7 +134,7 @@ class Link:
         self.thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
         self.thread.start()
 
-    def send(self, message: wire.Message, blobs: Sequence[Any] = ()) -> None:
+    def send(self, message: wire.Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
         """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""
         if not self._sending.acquire(timeout=PATIENCE):
             raise self._silence()

@@ -50,7 +50,7 @@ class Tracer:
         with self._lock:
             self._checkpoints[checkpoint] = step, layers
 
-    def add(self, name: str, track: int, begin_ns: int, **arguments: Any) -> None:
+    def add(self, name: str, track: int, begin_ns: int, **arguments: object) -> None:
         """A span of the run itself, from ``begin_ns`` (monotonic) until now."""
         with self._lock:
             if len(self._spans) < SPANS:
