@@ -24,7 +24,7 @@
  * Returns: 0 or a positive answer, else a negative errno. Waits return 1 (done), 0 (timed out), or the
  * negative errno of the checkpoint's failure with *error filled in; -ECANCELED after fx_cancel. Timeouts are
  * nanoseconds from now. Every function may be called from any thread, apart from *_free and _release, which
- * end the life of their argument. No function may be called in a forked child: see fork.c.
+ * end the life of their argument. No function may be called in a forked child: see core/fork.c.
  */
 #ifndef FX_ENGINE_H
 #define FX_ENGINE_H
@@ -32,12 +32,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 5      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 6      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
 
-/* ---- errors (error.c) ---- */
+/* ---- errors (core/error.c) ---- */
 
 struct fx_error {
     const char *operation; /* static text: "pwrite", "open", "fence", ... */
@@ -51,16 +51,16 @@ struct fx_error {
 /* Fills *error (which may be NULL) and returns -err. */
 int fx_error_set(struct fx_error *error, const char *operation, const char *path, int64_t offset, int err);
 
-/* ---- checksums (crc32c.c) ---- */
+/* ---- checksums (core/crc32c.c) ---- */
 
 /* CRC-32C (Castagnoli) of n bytes, continuing from `crc` (0 to start), in hardware where there is some. */
 uint32_t fx_crc32c(uint32_t crc, const void *data, size_t n);
-uint32_t fx_crc32c_portable(uint32_t crc, const void *data, size_t n);
+uint32_t fx_crc32c_portable(uint32_t crc, const void *data, size_t n); /* what runs where there is none */
 /* memcpy and checksum in one pass over memory. */
 uint32_t fx_copy_crc32c(uint32_t crc, void *to, const void *from, size_t n);
 const char *fx_crc32c_name(void);
 
-/* ---- strided memory (view.c) ---- */
+/* ---- strided memory (core/view.c) ---- */
 
 /* A tensor in memory: strides in bytes. ndim < 0 says contiguous. Normalised by fx_view_normalise. */
 struct fx_view {
@@ -78,7 +78,7 @@ void fx_view_gather(const struct fx_view *view, uint64_t itemsize, uint64_t from
 void fx_view_scatter(const struct fx_view *view, uint64_t itemsize, uint64_t from, uint64_t n,
                      const void *in);
 
-/* ---- geometry (chunks.c) ---- */
+/* ---- geometry (core/chunks.c, core/sources.c) ---- */
 
 struct fx_file {
     uint64_t nbytes;    /* a multiple of FX_BLOCK */
@@ -113,7 +113,7 @@ struct fx_sources;
 struct fx_sources *fx_sources_new(const struct fx_view *views, uint32_t n);
 void fx_sources_free(struct fx_sources *sources);
 
-/* ---- engine (engine.c) ---- */
+/* ---- engine (core/engine.c) ---- */
 
 struct fx_options {
     uint32_t threads;
@@ -147,7 +147,7 @@ void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out);
 /* Emitted pieces not copied yet, over all checkpoints. May be read directly at any time: it is an atomic. */
 const int64_t *fx_engine_pending(const struct fx_engine *engine);
 
-/* ---- checkpoints (checkpoint.c) ---- */
+/* ---- checkpoints (core/checkpoint.c) ---- */
 
 struct fx_checkpoint;
 
@@ -183,7 +183,7 @@ int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns);
 const uint32_t *fx_crcs(const struct fx_checkpoint *ck);
 void fx_checkpoint_release(struct fx_checkpoint *ck);
 
-/* ---- fences (fence.c) ---- */
+/* ---- fences (core/fence.c) ---- */
 
 /* 1 when all emitted pieces of the layer (-1: of all layers), in every checkpoint, are copied out or dropped.
  * The caller helps: it copies pieces that no writer has taken into staging while there is room. It never
@@ -195,7 +195,7 @@ int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
 int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, const struct fx_stream *streams,
                  uint32_t n_streams);
 
-/* ---- CUDA devices (cuda.c) ---- */
+/* ---- CUDA devices (cuda/cuda.c) ---- */
 
 /* Loads the driver from `path` (NULL: libcuda.so.1). */
 int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *error);
@@ -204,7 +204,7 @@ int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *er
  * driver's name and text for what went wrong. */
 int fx_cuda_device(struct fx_engine *engine, uint32_t ordinal, struct fx_error *error);
 
-/* ---- a monitor in another process (ring.c, relay.c) ----
+/* ---- a monitor in another process (monitor/ring.c, monitor/relay.c) ----
  *
  * Shared memory of `slots` chunks. The trainer's engine (mock = 1, staging_bytes = slots * chunk) fills slots and posts
  * them; for it a checkpoint is durable when all of it was posted, and bytes_written counts what the monitor wrote. The
@@ -227,7 +227,6 @@ int fx_ring_new(uint32_t slots, uint64_t slot_bytes, struct fx_ring **out, struc
 int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
 int fx_ring_fd(const struct fx_ring *ring);
 void fx_ring_free(struct fx_ring *ring);
-uint32_t fx_ring_slots(const struct fx_ring *ring);
 /* The next posted slot from number *from on, which is moved behind it: 1, or 0 if there is none. */
 int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out);
 void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed); /* of the monitor, unread */
@@ -243,7 +242,7 @@ uint64_t fx_id(const struct fx_checkpoint *ck); /* unique in its engine, ascendi
  * it is written or not wanted. -EINVAL, -EALREADY: the slot is still the caller's. */
 int fx_emit_posted(struct fx_checkpoint *ck, const struct fx_posted *posted);
 
-/* ---- verified reading (read.c) ---- */
+/* ---- verified reading (io/read.c) ---- */
 
 struct fx_target {
     uint64_t offset; /* absolute, in the file */
@@ -262,7 +261,7 @@ int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_b
                      uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error);
 
-/* ---- a picture of what went on (trace.c) ---- */
+/* ---- a picture of what went on (core/trace.c) ---- */
 
 enum fx_span_kind {
     FX_SPAN_COPY,   /* a writer: copy and checksum of a chunk; track: the writer */
@@ -287,26 +286,10 @@ int fx_trace(struct fx_engine *engine, uint32_t capacity);
 /* Moves up to n spans out, in the order of their ends; *dropped: how many found no room since fx_trace. */
 uint32_t fx_trace_take(struct fx_engine *engine, struct fx_span *out, uint32_t n, uint64_t *dropped);
 
-/* ---- files (io.c) ---- */
+/* ---- files (io/io.c) ---- */
 
-enum fx_op {
-    FX_OPEN,
-    FX_CLOSE,
-    FX_PWRITE,
-    FX_PREAD,
-    FX_FTRUNCATE,
-    FX_FDATASYNC,
-    FX_FSYNC,
-    FX_RENAME,
-    FX_UNLINK,
-    FX_MKDIR,
-    FX_RMDIR,
-    FX_FALLOCATE,
-    FX_COPY /* not a file operation: only for fx_io_delay */,
-    FX_OPS
-};
-
-/* Every file operation of the engine and of its users. Results: >= 0, or a negative errno. */
+/* Every file operation of the engine and of its users. Results: >= 0, or a negative errno. Tests use another table
+ * (testing/). */
 struct fx_io_ops {
     int (*open)(const char *path, int flags, int mode);
     int (*close)(int fd);
@@ -344,7 +327,7 @@ int fx_rmdir(const char *path);
 /* Drops O_DIRECT from an open file whose file system refused a transfer with it. */
 int fx_make_buffered(int fd);
 
-/* ---- the training thread (host.c) ---- */
+/* ---- the training thread (core/host.c) ---- */
 
 /* Puts the nbytes at `value` to each of n addresses. */
 void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, uint64_t n);
@@ -353,20 +336,5 @@ void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, ui
 #define FX_FLOAT_MODE 64
 void fx_float_mode(char *mode);
 void fx_float_mode_use(const char *mode);
-
-/* ---- test instruments (io_test.c): off until first used ---- */
-
-/* Writes every mutating call, with its data and in its true order, to the file at `path`; with `append`, behind what is
- * there already: several processes may record to one file at a time. */
-int fx_io_record(const char *path, int append);
-int fx_io_stop_recording(void);
-/* The nth call from now (1: the next), of this kind or of any (-1), fails with err and is not carried out;
- * err 0: a pwrite or pread transfers only half. nth 0: no more faults. */
-void fx_io_fail(int op, int64_t nth, int err);
-/* Each call of this kind takes this much longer; FX_COPY: each piece copied by a writer. */
-void fx_io_delay(int op, int64_t ns);
-int64_t fx_io_calls(int op); /* so far, of this kind or of all (-1), since the instruments were first used */
-void fx_io_copy_delay(void);
-const char *fx_op_name(int op);
 
 #endif

@@ -10,7 +10,7 @@ Importing this package is cheap: neither torch nor the C engine is loaded, and n
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fxckpt.errors import (
     Cancelled,
@@ -31,7 +31,9 @@ from fxckpt.errors import (
 from fxckpt.torch_backend import backend
 
 if TYPE_CHECKING:
+    from fxckpt.checkpointed import Checkpointed
     from fxckpt.compiled_optimizer import compile_step
+    from fxckpt.handle import Handle, Statistics
     from fxckpt.loading.load import Restored, load
     from fxckpt.loop import steps
     from fxckpt.store.reader import checkpoints, latest
@@ -39,20 +41,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "compile_step": "fxckpt.compiled_optimizer", "load": "fxckpt.loading.load", "Restored": "fxckpt.loading.load",
-    "steps": "fxckpt.loop", "checkpoints": "fxckpt.store.reader", "latest": "fxckpt.store.reader",
+    "Checkpointed": "fxckpt.checkpointed", "Handle": "fxckpt.handle", "Restored": "fxckpt.loading.load",
+    "Statistics": "fxckpt.handle", "checkpoints": "fxckpt.store.reader", "compile_step": "fxckpt.compiled_optimizer",
+    "latest": "fxckpt.store.reader", "load": "fxckpt.loading.load", "steps": "fxckpt.loop",
 }  # fmt: skip
+"""Where the names are that need torch or the engine: imported at first use."""
 
 __all__ = [
-    "Cancelled", "Corrupt", "EngineMissing", "FxckptError", "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore",
-    "Restored", "SaveFailed", "SetupError", "StateError", "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "checkpoints",
-    "compile_step", "latest", "load", "steps",
+    "Cancelled", "Checkpointed", "Corrupt", "EngineMissing", "FxckptError", "Handle", "LayoutMismatch", "NoCheckpoint", "NoSpace",
+    "NotAStore", "Restored", "SaveFailed", "SetupError", "StateError", "Statistics", "StoreError", "StoreLocked",
+    "StoreNotLoaded", "backend", "checkpoints", "compile_step", "latest", "load", "steps",
 ]  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Import the public functions at first use."""
+def __getattr__(name: str) -> object:
+    """Import a public name at first use."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    value: object = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not, for ``dir(fxckpt)`` and completion."""
+    return [*__all__, "__version__"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import InitVar, dataclass
+from typing import TYPE_CHECKING
 
 from fxckpt.errors import SetupError
 from fxckpt.store.retention import Policy
+
+if TYPE_CHECKING:
+    import torch
 
 PRESETS: dict[str, dict[str, int]] = {
     "throughput": {"threads": 4, "chunk_mb": 8, "staging_mb": 128, "max_async": 3},
@@ -31,8 +33,12 @@ def default_directory() -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run; sizes in MiB. Raises SetupError for what cannot work."""
+    """The options of one run; sizes in MiB. Raises SetupError for what cannot work.
 
+    ``preset`` sets threads, chunk_mb, staging_mb and max_async together; options that were given win over it.
+    """
+
+    preset: InitVar[str | None] = None
     every: int | str = "auto"
     keep: int = 2
     keep_every: int | None = None
@@ -40,7 +46,7 @@ class Config:
     keep_best: str | tuple[str, str] | None = None
     writer: str = "thread"
     layer: str | Callable[[str], str] = "module"
-    on_layer: Callable[[str, int, dict[str, Any]], None] | None = None
+    on_layer: Callable[[str, int, dict[str, torch.Tensor]], object] | None = None
     update: str | None = None
     threads: int = 2
     chunk_mb: int = 4
@@ -49,16 +55,12 @@ class Config:
     on_error: str = "warn"
     fresh: bool = False
 
-    @classmethod
-    def make(cls, preset: str | None, **options: Any) -> Config:
-        """A preset sets threads, chunk_mb, staging_mb and max_async together; options that were given win over it."""
+    def __post_init__(self, preset: str | None) -> None:
         if preset is not None and preset not in PRESETS:
             raise SetupError(f"preset={preset!r}: expected one of {sorted(PRESETS)}")
-        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
-        chosen = {k: v for k, v in PRESETS.get(preset or "", {}).items() if options.get(k) == defaults[k]}
-        return cls(**{**options, **chosen})
-
-    def __post_init__(self) -> None:
+        for name, value in PRESETS.get(preset or "", {}).items():
+            if getattr(self, name) == getattr(type(self), name):  # nobody gave it: it is the default
+                object.__setattr__(self, name, value)
         if not (_is_count(self.every) or self.every in ("auto", "continuous")):
             raise SetupError(f'every={self.every!r}: expected a number of steps >= 1, "auto" or "continuous"')
         for name, least in (("keep", 1), ("threads", 1), ("chunk_mb", 1), ("max_async", 1)):
@@ -85,10 +87,12 @@ class Config:
         return (32 if self.staging_mb is None else self.staging_mb) << 20
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
+    """Is it a whole number from 1 on? ``True`` is not."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _one_of(name: str, value: Any, allowed: tuple) -> None:
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raises SetupError unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise SetupError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}")

@@ -38,8 +38,12 @@ class NotAStore(StoreError):
 
 
 class StoreLocked(StoreError):
-    """Another process writes to this store. ``monitor``: ``"monitor"`` if that is a monitor process, ``"finishing"`` if its
-    trainer is gone, so that it ends by itself; else empty."""
+    """Another process writes to this store.
+
+    Attributes:
+        monitor: ``"monitor"`` if that is a monitor process, ``"finishing"`` if its trainer is gone, so that it ends by itself;
+            else empty.
+    """
 
     monitor = ""
 
@@ -55,24 +59,42 @@ class NoCheckpoint(StoreError):
 class Corrupt(StoreError):
     """Stored bytes do not verify.
 
-    Attributes: ``path`` of the file, ``layer`` (name or None), ``offset`` in bytes (or None) and ``reason``.
+    Attributes:
+        path: the file.
+        layer: the layers that lie in the damaged bytes, joined by commas; None if it is not known.
+        offset: where the damage begins, in bytes; None if it is not known.
+        reason: what was expected and what was found.
     """
 
-    def __init__(self, path: str | os.PathLike, reason: str, *, layer: str | None = None, offset: int | None = None):
-        self.path, self.reason, self.layer, self.offset = os.fspath(path), reason, layer, offset
+    def __init__(self, path: str | os.PathLike[str], reason: str, *, layer: str | None = None, offset: int | None = None) -> None:
+        self.path: str = os.fspath(path)
+        self.reason: str = reason
+        self.layer: str | None = layer
+        self.offset: int | None = offset
         where = self.path + (f", layer {layer!r}" if layer is not None else "")
         where += f", offset {offset}" if offset is not None else ""
         super().__init__(f"{where}: {reason}")
 
 
 class SaveFailed(FxckptError):
-    """A checkpoint could not be written. Attributes: ``operation``, ``path``, ``offset`` (bytes or None), ``errno``."""
+    """A checkpoint could not be written.
+
+    Attributes:
+        operation: the call that failed, such as ``"pwrite"`` or ``"fsync"``, or what was waited for.
+        path: the file or directory.
+        offset: where in the file, in bytes; None if there is no place.
+        errno: the system's number of the error; None if it was no system call.
+        detail: what else is known, or empty.
+    """
 
     def __init__(
-        self, operation: str, path: str | os.PathLike, offset: int | None = None, errno: int | None = None, detail: str = ""
-    ):
-        self.operation, self.path, self.offset, self.errno = operation, os.fspath(path), offset, errno
-        self.detail = detail
+        self, operation: str, path: str | os.PathLike[str], offset: int | None = None, errno: int | None = None, detail: str = ""
+    ) -> None:
+        self.operation: str = operation
+        self.path: str = os.fspath(path)
+        self.offset: int | None = offset
+        self.errno: int | None = errno
+        self.detail: str = detail
         at = f" at offset {offset}" if offset is not None else ""
         why = f": [errno {errno}] {os.strerror(errno)}" if errno else ""
         super().__init__(f"{operation} {self.path}{at}{why}{': ' + detail if detail else ''}")

@@ -1,15 +1,42 @@
-"""``opt.ckpt``: what a user can ask of a run."""
+"""``opt.ckpt``: what a user can ask of a run, and the counters it answers with."""
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
+import torch
+
+from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
 from fxckpt.saving.tracing import Tracing
+
+
+class Statistics(TypedDict):
+    """Counters of a run; steps are ``opt.step()`` attempts, times in seconds, sizes in bytes."""
+
+    steps: int
+    """Attempts so far, those that a scaler skipped included."""
+    checkpoints_started: int
+    checkpoints_committed: int
+    checkpoints_skipped: int
+    checkpoints_failed: int
+    last_handed_over_step: int | None
+    """All its bytes are copied and its state is closed. None before the first."""
+    last_committed_step: int | None
+    """It is durable. None before the first; after ``load`` the step that was loaded, until a later one is."""
+    bytes_written: int
+    stall_seconds: float
+    """What the thread that trains has waited for copies and checkpoints."""
+    copy_seconds: float
+    write_seconds: float
+    staging_bytes: int
+    layers: int
+    last_error: str | None
 
 
 class Handle:
@@ -19,100 +46,133 @@ class Handle:
         self._run = run
 
     def save(self, name: str | None = None) -> None:
-        """Take a full checkpoint of the state as it is now and wait until it is durable. Called in another thread than the one
-        that trains, it waits for the end of an ``opt.step()``; buffers and random generators are as that thread finds them,
-        which gradients exist is as when a step closed last, what they have accumulated is not stored, and of several
-        optimizers each may have made another step.
+        """Take a full checkpoint of the state as it is now, and wait until it is durable.
 
-        With ``name`` it goes to ``named/<name>/`` and is never recycled. Raises SaveFailed if it could not be written.
+        Called in another thread than the one that trains, it waits for the end of an ``opt.step()``. Buffers and random
+        generators are then as that thread finds them, which gradients exist is as when a step closed last, and what they
+        have accumulated is not stored; of several optimizers each may have made another step.
+
+        Args:
+            name: it goes to ``named/<name>/`` and is never recycled. Without one it is a checkpoint like all others.
+
+        Raises:
+            SaveFailed: it could not be written. SetupError: a name that cannot be one, or the run was shut down.
+            FxckptError: there is a checkpoint of that name.
         """
         self._run.save(name)
 
     def flush(self, timeout: float | None = None) -> None:
-        """Close the step, and return once every checkpoint that was started is durable. Call it where the step is complete,
-        in the thread that trains, or a scheduler's state may be that of the step before; another thread waits for the end
-        of an ``opt.step()``.
+        """Close the step, and return once every checkpoint that was started is durable.
 
-        Raises the first failure that was not raised yet, TimeoutError after ``timeout`` seconds.
+        Call it where the step is complete, in the thread that trains, or a scheduler's state may be that of the step
+        before; another thread waits for the end of an ``opt.step()``.
+
+        Args:
+            timeout: seconds to wait at most; None for as long as it takes.
+
+        Raises:
+            The first failure that was not raised yet, a SaveFailed or StoreError; TimeoutError after ``timeout``.
         """
         if self._run.active:
             self._run.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
-        """``flush``, then stop; training goes on without checkpoints. Also runs at exit. Idempotent."""
+        """``flush``, then stop; training goes on without checkpoints. Also runs at exit. Idempotent.
+
+        Args:
+            timeout: seconds to wait at most for what is in flight; None for as long as it takes.
+
+        Raises:
+            What ``flush`` raises, after the run was stopped.
+        """
         self._run.shutdown(timeout)
 
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
-        self._run.end_step()
+        self._run.closing.end_step()
 
     def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
-        """When this signal comes, finish the checkpoint of the current step, or take one of the next, and then do what would
-        have been done: call the handler that was installed before, or end the process. A second signal does not wait.
+        """Have a signal end the run with a last checkpoint.
 
-        Call it in the main thread, after installing a handler of your own; SetupError elsewhere. For schedulers that announce
-        a preemption with SIGTERM, half a minute before SIGKILL.
+        When it comes, the checkpoint of the current step is finished, or one of the next is taken. Then what would have been
+        done is done: the handler that was installed before is called, or the process ends. A second signal does not wait.
+        For schedulers that announce a preemption with SIGTERM, half a minute before SIGKILL.
+
+        Args:
+            number: the signal.
+
+        Raises:
+            SetupError: not in the main thread. Install a handler of your own before you call this.
         """
         Finisher(self._run, number)
 
-    def note(self, **metrics: float) -> None:
+    def note(self, **metrics: float | torch.Tensor) -> None:
         """Attach metrics to the record of the checkpoint whose step closes next; ``keep_best`` looks at them.
 
             opt.ckpt.note(loss=loss.item(), accuracy=0.93)
 
-        Numbers, or tensors with one element (their value is read at once). A name that is noted again replaces the value
-        before it. Raises SetupError for anything else.
+        Args:
+            metrics: numbers, or tensors with one element (their value is read at once). A name that is noted again
+                replaces the value before it.
+
+        Raises:
+            SetupError: anything else.
         """
-        self._run.note(metrics)
+        self._run.capture.note(metrics)
 
     @property
     def graph(self) -> StepGraph:
-        """The StepGraph of the run's (first) optimizer. Raises SetupError before its first step."""
+        """The StepGraph of the run's first optimizer. Raises SetupError before its first step.
+
+        ``print`` it, ``draw("graph.svg")`` it, or ask for its ``table()``.
+        """
         return self.graphs[0]
 
     @property
     def graphs(self) -> list[StepGraph]:
-        """The StepGraph of each optimizer of the run."""
-        with self._run._stepping:
-            self._run.refresh()
-            return [stepper.graph for stepper in self._run.steppers]
+        """The StepGraph of each optimizer of the run, in the order of the list. Raises SetupError before their first step."""
+        return self._run.graphs()
 
     @property
     def directory(self) -> str:
-        """The store."""
+        """The absolute path of the store."""
         return self._run.directory
 
-    def statistics(self) -> dict[str, Any]:
-        """Counters of the run; steps are ``opt.step()`` attempts, times in seconds, sizes in bytes.
-
-        ``last_handed_over_step``: all its bytes are copied and its state is closed. ``last_committed_step``: it is
-        durable. Both are None before the first; after ``load`` they are the step that was loaded, until a later one is.
-        """
-        run, saver = self._run, self._run.saver
-        engine = run.engine.statistics() if run.engine is not None else {}
+    def statistics(self) -> Statistics:
+        """The run's counters so far. Cheap, and allowed from any thread."""
+        run, tally = self._run, self._run.saver.tally
+        engine: Mapping[str, Any] = {} if run.engine is None else dict(run.engine.statistics())
         return {
-            "steps": run.attempts,
-            "checkpoints_started": saver.started,
-            "checkpoints_committed": saver.committed,
-            "checkpoints_skipped": saver.skipped,
-            "checkpoints_failed": saver.failed,
-            "last_handed_over_step": saver.last_handed_over,
-            "last_committed_step": saver.last_committed,
+            "steps": run.clock.attempts,
+            "checkpoints_started": tally.started,
+            "checkpoints_committed": tally.committed,
+            "checkpoints_skipped": tally.skipped,
+            "checkpoints_failed": tally.failed,
+            "last_handed_over_step": tally.last_handed_over,
+            "last_committed_step": tally.last_committed,
             "bytes_written": int(engine.get("bytes_written", 0)),
-            "stall_seconds": saver.wait_seconds + engine.get("stall_seconds", 0.0),
+            "stall_seconds": tally.wait_seconds + engine.get("stall_seconds", 0.0),
             "copy_seconds": engine.get("copy_seconds", 0.0),
             "write_seconds": engine.get("write_seconds", 0.0),
             "staging_bytes": int(engine.get("staging_bytes", 0)),
             "layers": sum(len(stepper.layers) for stepper in run.steppers),
-            "last_error": None if saver.last_error is None else str(saver.last_error),
+            "last_error": None if tally.last_error is None else str(tally.last_error),
         }
 
-    def trace(self, path: str | os.PathLike, beside: str | os.PathLike | None = None) -> Tracing:
-        """``with opt.ckpt.trace("trace.json"):`` records what happens inside, for Perfetto; see ``fxckpt/trace.py``.
+    def trace(self, path: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> Tracing:
+        """Record what happens inside ``with opt.ckpt.trace("trace.json"):``, for Perfetto or chrome://tracing.
 
-        ``beside``: a Chrome trace that torch.profiler exports inside the ``with``, to be shown in the same picture.
+        Args:
+            path: the file to write at the end of the ``with``.
+            beside: a Chrome trace that torch.profiler exports inside the ``with``, to be shown in the same picture.
+
+        Returns:
+            A context manager. On entry it raises SetupError if the run is being traced already.
         """
-        return Tracing(self._run, path, beside)
+        run = self._run
+        if run.engine is not None and not run.active:
+            raise SetupError("this run takes no checkpoints: there is nothing to trace")
+        return Tracing(run.saver.flights, run.engine, path, beside)
 
     def __repr__(self) -> str:
         found = self.statistics()

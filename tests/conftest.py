@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 
+import instruments  # before any test can load the engine that has none
 import pytest
 
 
@@ -48,18 +49,14 @@ def one_thread():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind():
-    """Stop runs that a test started, and take back faults and delays; does nothing where fxckpt was not used."""
+    """Stop runs that a test started, and take back faults and delays."""
     yield
-    io = sys.modules.get("fxckpt.engine.io")
-    if io is not None and "fxckpt.engine._engine" in sys.modules:
-        io.fail_none()
-        for op in ("pwrite", "fdatasync", "fsync", "copy"):
-            io.delay(op, 0)
+    instruments.calm()
     runs = getattr(sys.modules.get("fxckpt.run.run"), "live_runs", ())
     left = list(runs)
     for run in left:
-        run.drop_open("the test is over")
-        run.saver.unreported = None
+        run.closing.drop("the test is over")
+        run.saver.tally.unreported = None
         run.shutdown(timeout=30)
         runs.discard(run)
     if left:

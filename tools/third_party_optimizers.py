@@ -120,7 +120,7 @@ def attempt(cls: type, directory: str) -> str:
     fxckpt.compile_step(mine, directory, every=1, keep=STEPS)
     steps(mine, ours, 0, STEPS)
     stepper = mine.ckpt._run.steppers[0]
-    how = f"whole step: {stepper.whole}" if stepper.whole else "split per layer" if stepper.rehearsal.proven else "never proven"
+    how = f"whole step: {stepper.whole}" if stepper.whole else "split per layer" if stepper.describe() else "never proven"
     how += "" if all(map(torch.equal, ours, stock)) else "; OTHER BITS"
     mine.ckpt.shutdown()
     again, resumed = make(cls)

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, NotAStore, SetupError, StoreLocked
@@ -57,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _failed(error: Exception, as_json: bool) -> int:
     """Say what went wrong, and with which exit status."""
     if as_json:
-        found = {"type": type(error).__name__, "message": str(error)}
+        found: dict[str, Any] = {"type": type(error).__name__, "message": str(error)}
         if isinstance(error, Corrupt):
             found |= {"path": error.path, "layer": error.layer, "offset": error.offset, "reason": error.reason}
         common.print_json({"error": found})

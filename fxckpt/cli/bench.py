@@ -21,6 +21,7 @@ import numpy as np
 
 from fxckpt.cli import common
 from fxckpt.errors import NotAStore, SaveFailed, SetupError
+from fxckpt.store import names
 from fxckpt.store.files import replace_file
 from fxckpt.store.layout import BLOCK
 
@@ -125,7 +126,8 @@ def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int)
                 checkpoint.release()
 
         with common.Progress("writing", int(seconds * 100)) as progress:
-            (fresh, crcs), overwrites, begun = write(), [], time.perf_counter()
+            (fresh, crcs), begun = write(), time.perf_counter()
+            overwrites: list[float] = []
             while len(overwrites) < ROUNDS or time.perf_counter() - begun < seconds:
                 overwrites.append(write()[0])
                 progress.advance(int(100 * nbytes / overwrites[-1]))
@@ -151,7 +153,7 @@ def _commit(folder: str) -> float:
     slot = os.path.join(folder, "slot")
     os.mkdir(slot)
     begun = time.perf_counter()
-    replace_file(os.path.join(slot, "commit.json"), b"x" * 20_000, durable=True)
+    replace_file(os.path.join(slot, names.COMMIT), b"x" * 20_000, durable=True)
     io.fsync_dir(slot)
     io.rename(slot, slot + "-done")
     io.fsync_dir(folder)

@@ -63,6 +63,13 @@ def open_checkpoint(directory: str, which: str | None) -> Reader:
     return Reader(choose(look(directory), directory, which).path)
 
 
+def verify(path: str) -> None:
+    """Read every byte of a checkpoint, with a bar. Raises Corrupt, NoCheckpoint."""
+    reader = Reader(path)
+    with Progress(os.path.basename(path), reader.record.nbytes) as progress:
+        reader.verify(progress.advance)
+
+
 def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | None) -> Candidate:
     """One of a listing that is newest first. Raises NoCheckpoint (saying what there is), Corrupt if it is that one."""
     if which in (None, "latest"):
@@ -70,10 +77,10 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
     else:
         meant = [each for each in found if _is_called(each, directory, str(which))]
         meant += [each for each in found if _is_of_step(each, str(which))]
-    if meant and isinstance(meant[0], Corrupt):
-        raise meant[0]
-    if meant:
-        return meant[0]
+    for each in meant:
+        if isinstance(each, Corrupt):
+            raise each
+        return each
     there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate))
     raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
 

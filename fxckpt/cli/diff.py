@@ -17,14 +17,13 @@ import numpy as np
 
 from fxckpt.cli import common
 from fxckpt.engine import io
-from fxckpt.store.layout import ITEM_SIZES
+from fxckpt.store.dtypes import DTYPES, item_size, numpy_dtype
+from fxckpt.store.names import OPTIMIZER
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord
-from fxckpt.store.typed_json import numpy_dtype, torch_name
 
 HELP = "which layers changed between two steps, and by how much"
 
-OPTIMIZER = "optimizer.safetensors"  # all that is state lies there
 PIECE = 4 << 20  # elements at a time: a bound for memory, whatever the tensors' sizes
 
 
@@ -74,7 +73,7 @@ class Row:
 
 def run(args: argparse.Namespace) -> int:
     first, second = common.open_checkpoint(args.dir, args.a), common.open_checkpoint(args.dir, args.b)
-    total = sum(file.nbytes for reader in (first, second) for file in reader.record.files)
+    total = first.record.nbytes + second.record.nbytes
     with first.held() as held_a, second.held() as held_b, common.Progress("comparing", 2 * total) as progress:
         for reader in (first, second):
             reader.verify(progress.advance)
@@ -92,9 +91,9 @@ def compare(
     first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool, progress: common.Progress
 ) -> Iterator[Row]:
     """The layers (or tensors) of the first, then those that only the second has."""
-    others = {(tensor.file, tensor.key): tensor for layer in second.record.layers for tensor in layer.tensors}
+    others = {(tensor.file, tensor.key): tensor for tensor in second.record.tensors()}
     for layer in first.record.layers:
-        rows = {}
+        rows: dict[str, Row] = {}
         for tensor in layer.tensors:
             name = tensor.key if tensors else layer.name or "(root)"
             row = rows.setdefault(name, Row(name))
@@ -113,7 +112,7 @@ def compare(
 
 def _change(a: TensorRecord, fd_a: int, b: TensorRecord, fd_b: int, progress: common.Progress) -> Change:
     """Compare one tensor, a piece at a time."""
-    found, item = Change(), ITEM_SIZES[a.dtype]
+    found, item = Change(), item_size(a.dtype)
     for at in range(0, a.nbytes, PIECE * item):
         n = min(PIECE * item, a.nbytes - at)
         found = found.add(_compare(io.pread(fd_a, n, a.begin + at), io.pread(fd_b, n, b.begin + at), a.dtype))
@@ -123,7 +122,7 @@ def _change(a: TensorRecord, fd_a: int, b: TensorRecord, fd_b: int, progress: co
 
 def _compare(a: bytes, b: bytes, dtype: str) -> Change:
     """Two versions of the same elements, by their bits and by their values."""
-    item = ITEM_SIZES[dtype]
+    item = item_size(dtype)
     same = np.frombuffer(a, np.uint8) == np.frombuffer(b, np.uint8)
     changed = int(np.count_nonzero(~same.reshape(-1, item).all(axis=1)))
     left, right = values(a, dtype), values(b, dtype)
@@ -145,7 +144,7 @@ def values(raw: bytes, dtype: str) -> np.ndarray:
         return np.frombuffer(raw, known).astype(np.float64)
     import torch  # the 8-bit floats
 
-    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, torch_name(dtype))).to(torch.float64).numpy()
+    return torch.frombuffer(bytearray(raw), dtype=getattr(torch, DTYPES[dtype].torch)).to(torch.float64).numpy()
 
 
 def _print(rows: list[Row], first: Reader, second: Reader) -> None:

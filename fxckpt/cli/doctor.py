@@ -1,4 +1,4 @@
-"""Look at what fxckpt needs and can use on this machine: the engine, its checksums, O_DIRECT, io_uring, space, CUDA.
+"""Look at what fxckpt needs and can use on this machine: the engine, its checksums, O_DIRECT, space, CUDA.
 
 With DIR, also at the disk it lies on and at who writes to the store in it; nothing is left there. Exit status 1 if something
 is missing without which nothing works.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
 import fcntl
 import importlib.metadata
 import mmap
@@ -25,11 +24,11 @@ from dataclasses import asdict, dataclass
 from fxckpt.cli import common
 from fxckpt.errors import FxckptError
 from fxckpt.store import lock, names
+from fxckpt.store.identity import check_store
 
 HELP = "what works on this machine"
 
 GOOD, NOTE, WRONG = "ok", "note", "wrong"
-IO_URING_SETUP = 425  # the same number on every architecture
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def findings(directory: str | None) -> Iterator[Finding]:
     """Everything, in the order of a report."""
-    for check in (_python, _torch, _engine, _compiler, _io_uring, _shared_memory, _cuda):
+    for check in (_python, _torch, _engine, _compiler, _shared_memory, _cuda):
         yield check()
     if directory is None:
         return
@@ -111,19 +110,6 @@ def _compiler() -> Finding:
     if found is None:
         return Finding("C++ compiler", NOTE, "none found: torch.compile on CPU needs g++ or clang++ (Debian: build-essential)")
     return Finding("C++ compiler", GOOD, found)
-
-
-def _io_uring() -> Finding:
-    """Ask the kernel for a ring. This version writes from threads, so nothing depends on it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
-    fd = libc.syscall(IO_URING_SETUP, 1, parameters)
-    if fd >= 0:
-        os.close(fd)
-        return Finding("io_uring", GOOD, "available (this version writes from threads and does not use it)")
-    number = ctypes.get_errno()
-    why = {errno.ENOSYS: "the kernel lacks it", errno.EPERM: "it is switched off or a container forbids it"}
-    return Finding("io_uring", NOTE, f"not available: {why.get(number, os.strerror(number))} (this version does not use it)")
 
 
 def _shared_memory() -> Finding:
@@ -212,7 +198,7 @@ def _sync(folder: str) -> Finding:
 def _store(directory: str) -> Finding:
     """Whether a store is there, and who writes to it."""
     try:
-        names.check_store(os.path.abspath(directory))
+        check_store(os.path.abspath(directory))
     except FxckptError as error:
         return Finding("store", WRONG, str(error))
     if not os.path.isdir(directory):

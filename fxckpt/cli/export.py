@@ -18,16 +18,16 @@ from typing import Any
 from fxckpt.cli import common
 from fxckpt.engine import io
 from fxckpt.errors import FxckptError, SaveFailed, SetupError
+from fxckpt.store.dtypes import DTYPES
 from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord, decode_state
-from fxckpt.store.typed_json import torch_name
 
 HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
 
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-INDEX = "model.safetensors.index.json"
+INDEX = f"{MODEL}.index.json"
 PIECE = 16 << 20  # bytes copied at a time
 
 
@@ -55,10 +55,9 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isdir(parent):
         raise SetupError(f"{parent} is not a directory: make it first")
     reader = common.open_checkpoint(args.dir, args.which)
-    total = sum(file.nbytes for file in reader.record.files)
     partial = f"{os.path.abspath(args.out)}.partial-{os.getpid()}"
     try:
-        with reader.held() as held, common.Progress("exporting", 2 * total) as progress:
+        with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
             source = Source(reader, held, progress)
             _write(_FORMATS[args.format], source, partial, args)
@@ -114,10 +113,6 @@ class Source:
         self.count = self.nbytes = 0
         self._state: Any = None
 
-    def records(self, file: str) -> list[TensorRecord]:
-        """The tensors of one file, in the record's order."""
-        return [tensor for layer in self.record.layers for tensor in layer.tensors if tensor.file == file]
-
     def pieces(self, tensor: TensorRecord) -> Iterator[bytes]:
         """The bytes of a tensor, some at a time."""
         self.count += 1
@@ -132,7 +127,7 @@ class Source:
         import torch
 
         raw = bytearray().join(self.pieces(record))
-        dtype = getattr(torch, torch_name(record.dtype))
+        dtype = getattr(torch, DTYPES[record.dtype].torch)
         if not raw:
             return torch.empty(record.shape, dtype=dtype)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(record.shape)
@@ -145,7 +140,7 @@ class Source:
 
     def model(self) -> dict[str, Any]:
         """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""
-        found = {record.key: self.tensor(record) for record in self.records(MODEL)}
+        found = {record.key: self.tensor(record) for record in self.record.tensors(MODEL)}
         found |= {alias: found[name] for alias, name in self.record.ties.items() if name in found}
         for name, state in self.decoded(self.record.state)["early"]["modules"].items():
             found[f"{name}._extra_state" if name else "_extra_state"] = state
@@ -153,16 +148,15 @@ class Source:
 
     def optimizers(self) -> list[dict[str, Any]]:
         """For each optimizer its groups (parameters by name) and its state by parameter's name."""
-        places = {record.key: record for record in self.records(OPTIMIZER)}
+        places = {record.key: record for record in self.record.tensors(OPTIMIZER)}
         return [self._optimizer(index, saved, places) for index, saved in enumerate(self.decoded(self.record.optimizers))]
 
     def _optimizer(self, index: int, saved: Mapping[str, Any], places: Mapping[str, TensorRecord]) -> dict[str, Any]:
-        prefix = "" if index == 0 else f"optimizer{index}:"
-        states = {}
+        states: dict[str, dict[str, Any]] = {}
         for name, described in saved["state"].items():
             states[name] = {}
             for key in described["keys"]:
-                place = places.get(f"{prefix}{key}/{name}")
+                place = places.get(state_key(index, key, name))
                 states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
         groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
         return {"state": states, "param_groups": groups}
@@ -203,7 +197,7 @@ def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
     """``torch.distributed.checkpoint``: ``{"model": …}`` and, if asked for, ``"optimizer"`` by parameter names."""
     import torch.distributed.checkpoint as dcp
 
-    state = {"model": source.model()}
+    state: dict[str, Any] = {"model": source.model()}
     if args.optimizer:
         optimizers = source.optimizers()
         state["optimizer"] = optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))
@@ -215,7 +209,7 @@ def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
 def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:
     """``model-00001-of-0000N.safetensors`` and the index that says which file has which tensor. A tie is stored once."""
     os.mkdir(path)
-    shards = _shards(source.records(MODEL), args.shard)
+    shards = _shards(source.record.tensors(MODEL), args.shard)
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"

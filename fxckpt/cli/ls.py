@@ -39,7 +39,7 @@ def _row(each: Candidate | Corrupt, directory: str) -> dict:
     record = each.record
     return {"path": os.path.relpath(each.path, os.path.abspath(directory)), "step": record.step,
             "generation": record.generation, "parent": record.parent, "time": record.time, "name": record.name,
-            "nbytes": sum(file.nbytes for file in record.files), "layers": len(record.layers),
+            "nbytes": record.nbytes, "layers": len(record.layers),
             "kept": _kept(record), "metrics": record.metrics, "damaged": None}  # fmt: skip
 
 

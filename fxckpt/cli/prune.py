@@ -17,7 +17,8 @@ from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
-from fxckpt.store.reader import Candidate, Reader
+from fxckpt.store.identity import read_store_id
+from fxckpt.store.reader import Candidate
 from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
 
@@ -52,7 +53,7 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     stock, going = _decide(args)
     slots = _with_suffix(args.dir, names.PARTIAL)
     bad = _with_suffix(args.dir, names.BAD) if args.bad else []
-    rows = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in
+    rows: list[dict[str, Any]] = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in
             [*going, *((path, "waiting slot") for path in slots), *((path, "bad") for path in bad)]]  # fmt: skip
     if store is not None:
         store.discard([path for path, _ in going])
@@ -106,7 +107,7 @@ class Stock:
         """Named saves, and what another store wrote, are not ours to give up."""
         if os.path.dirname(common.path_of(each)) != self._root:
             return False
-        own = names.read_store_id(self._root)
+        own = read_store_id(self._root)
         return isinstance(each, Corrupt) or own in (None, each.record.store_id)
 
     def excess(self) -> list[tuple[str, str]]:
@@ -138,9 +139,7 @@ class Stock:
         path = next(path for path, each in self._standings.items() if each.generation == known.generation)
         self.verified += 1
         try:
-            reader = Reader(path)
-            with common.Progress(os.path.basename(path), sum(file.nbytes for file in reader.record.files)) as progress:
-                reader.verify(progress.advance)
+            common.verify(path)
         except Corrupt:
             return BAD
         return GOOD

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint
-from fxckpt.store.reader import Reader
 
 HELP = "read every byte and check it"
 
@@ -44,9 +44,7 @@ def _verify(chosen: str | Corrupt) -> dict:
     if isinstance(chosen, Corrupt):
         return _result(os.path.dirname(chosen.path), chosen)
     try:
-        reader = Reader(chosen)
-        with common.Progress(os.path.basename(chosen), sum(file.nbytes for file in reader.record.files)) as progress:
-            reader.verify(progress.advance)
+        common.verify(chosen)
         return _result(chosen, None)
     except (Corrupt, NoCheckpoint) as error:
         return _result(chosen, error)
@@ -54,7 +52,7 @@ def _verify(chosen: str | Corrupt) -> dict:
 
 def _result(path: str, error: Exception | None) -> dict:
     verdict = "good" if error is None else "damaged" if isinstance(error, Corrupt) else "gone"
-    found = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
+    found: dict[str, Any] = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
     if isinstance(error, Corrupt):
         found |= {"file": os.path.basename(error.path), "layer": error.layer, "offset": error.offset, "reason": error.reason}
     return found

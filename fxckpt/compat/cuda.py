@@ -74,44 +74,6 @@ def check(tensor: torch.Tensor) -> None:
     )
 
 
-class Applied:
-    """How many updates were made, where a device may decide that one is skipped (``found_inf`` on it).
-
-    Counting never waits: what is not known yet is resolved where the number is needed.
-    """
-
-    def __init__(self) -> None:
-        self._known = 0
-        self._waiting: list[Callable[[], torch.Tensor]] = []
-
-    def add(self, skipped: Callable[[], torch.Tensor] | None = None) -> None:
-        """One more attempt; ``skipped`` gives 1 where the device skipped it."""
-        if skipped is None:
-            self._known += 1
-        else:
-            self._waiting.append(skipped)
-        if len(self._waiting) > 64:
-            self._resolve(len(self._waiting) - 32)  # these are iterations behind: nothing to wait for
-
-    def _resolve(self, count: int) -> None:
-        done, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._known += sum(not bool(flag().item()) for flag in done)
-
-    def set(self, count: int) -> None:
-        """Start over from ``count``."""
-        self._known, self._waiting = count, []
-
-    def now(self) -> int:
-        """The number; waits for the device if it must."""
-        self._resolve(len(self._waiting))
-        return self._known
-
-    def promise(self) -> Callable[[], int]:
-        """A function that gives the number as of now, to be called later and perhaps in another thread."""
-        known, waiting = self._known, tuple(self._waiting)
-        return lambda: known + sum(not bool(flag().item()) for flag in waiting)
-
-
 def count_values(counts: Sequence[Sequence[torch.Tensor]]) -> list[tuple[float, ...]]:
     """The values of 0-dimensional tensors, row by row; those on a device with one wait for each device and type."""
     flat = [t for row in counts for t in row]

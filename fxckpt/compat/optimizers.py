@@ -98,7 +98,7 @@ def hooked(function: Callable) -> Callable:
     by_daemon = "KINETO_USE_DAEMON" in os.environ  # profiles begin from outside then, and set no flag
 
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if profiler._is_profiler_enabled or torch.autograd._profiler_enabled() or by_daemon or _has_hooks(self):
+        if profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled() or by_daemon or _has_hooks(self):
             return full(self, *args, **kwargs)
         out = function(self, *args, **kwargs)
         if _has_hooks(self):  # registered meanwhile, by a closure

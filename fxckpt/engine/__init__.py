@@ -1,38 +1,47 @@
 """The C engine as Python sees it. Importing this package loads nothing: the extension is loaded at first use.
 
-engine.py     Engine, Plan, Sources, Checkpoint: copy tensors out of live memory and write them
-reading.py    read_verified: read them back, checked
-checksum.py   crc32c
-io.py         the table of file operations, and the test instruments in it
-_lib.py       finds the extension, or says how to build it
-cdef.h        what is declared to cffi; csrc/engine.h is the manual
+engine.py      Engine: threads and buffers; begins checkpoints, fences layers
+plan.py        Plan, Sources: where tensors lie in files, and in memory
+checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
+reading.py     read_verified: reads them back, checked
+ring.py        the memory that a trainer shares with its monitor
+checksum.py    crc32c
+io.py          the table of file operations
+_calls.py      waits in slices, failures as exceptions
+_lib.py        finds the extension, or says how to build it
+cdef.h         what is declared to cffi; csrc/engine.h is the manual
+build.py       how the extension is built
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fxckpt.engine import io
-    from fxckpt.engine.checksum import crc32c, crc32c_portable
-    from fxckpt.engine.engine import Checkpoint, Engine, Plan, Sources
+    from fxckpt.engine._calls import SLICE
+    from fxckpt.engine.checkpoint import Checkpoint
+    from fxckpt.engine.checksum import crc32c
+    from fxckpt.engine.engine import Engine, EngineStatistics
+    from fxckpt.engine.plan import Plan, Sources
     from fxckpt.engine.reading import read_verified
 
 _HOME = {
+    "SLICE": "_calls",
     "Engine": "engine",
-    "Plan": "engine",
-    "Sources": "engine",
-    "Checkpoint": "engine",
+    "EngineStatistics": "engine",
+    "Plan": "plan",
+    "Sources": "plan",
+    "Checkpoint": "checkpoint",
     "read_verified": "reading",
     "crc32c": "checksum",
-    "crc32c_portable": "checksum",
 }
 
-__all__ = ["Checkpoint", "Engine", "Plan", "Sources", "crc32c", "crc32c_portable", "io", "read_verified"]
+__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "crc32c", "io", "read_verified"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name == "io":
         return importlib.import_module("fxckpt.engine.io")
     if name not in _HOME:

@@ -4,7 +4,6 @@
 #define FX_BLOCK ...
 #define FX_MISMATCH ...
 #define FX_TRUNCATED ...
-#define FX_OPS ...
 
 struct fx_error {
     const char *operation;
@@ -16,8 +15,6 @@ struct fx_error {
 };
 
 uint32_t fx_crc32c(uint32_t crc, const void *data, size_t n);
-uint32_t fx_crc32c_portable(uint32_t crc, const void *data, size_t n);
-uint32_t fx_copy_crc32c(uint32_t crc, void *to, const void *from, size_t n);
 const char *fx_crc32c_name(void);
 
 struct fx_view {
@@ -97,7 +94,6 @@ int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns);
 const uint32_t *fx_crcs(const struct fx_checkpoint *ck);
 void fx_checkpoint_release(struct fx_checkpoint *ck);
 
-int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
 int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, const struct fx_stream *streams,
                  uint32_t n_streams);
 int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *error);
@@ -115,7 +111,6 @@ int fx_ring_fd(const struct fx_ring *ring);
 int fx_relay_revive(struct fx_engine *engine, int peer, struct fx_error *error);
 int fx_ring_open(int fd, struct fx_ring **out, struct fx_error *error);
 void fx_ring_free(struct fx_ring *ring);
-uint32_t fx_ring_slots(const struct fx_ring *ring);
 int fx_ring_next(struct fx_ring *ring, uint32_t *from, struct fx_posted *out);
 void fx_ring_return(struct fx_ring *ring, uint32_t slot, int freed);
 int fx_relay_trainer(struct fx_engine *engine, struct fx_ring *ring, int posted, int freed, int peer, struct fx_error *error);
@@ -161,10 +156,3 @@ void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, ui
 #define FX_FLOAT_MODE ...
 void fx_float_mode(char *mode);
 void fx_float_mode_use(const char *mode);
-
-int fx_io_record(const char *path, int append);
-int fx_io_stop_recording(void);
-void fx_io_fail(int op, int64_t nth, int err);
-void fx_io_delay(int op, int64_t ns);
-int64_t fx_io_calls(int op);
-const char *fx_op_name(int op);

@@ -1,4 +1,4 @@
-"""A thin object layer over csrc/engine.h: lifetimes, errors as exceptions, waits in slices, and forks.
+"""The engine's life: threads, buffers, devices and counters; what begins checkpoints and fences them (Engine).
 
 A forked child has none of the engine's threads. Every method looks at the process id first; in a child, what
 would use the engine raises :class:`~fxckpt.errors.Cancelled`, and what only waits or cleans up does nothing.
@@ -6,94 +6,32 @@ would use the engine raises :class:`~fxckpt.errors.Cancelled`, and what only wai
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
-from fxckpt.engine._lib import load
-from fxckpt.errors import Cancelled, SaveFailed, SetupError
+from fxckpt.engine._calls import Streams, failure, in_slices, stream_array
+from fxckpt.engine._lib import Lib, load
+from fxckpt.engine.checkpoint import Checkpoint
+from fxckpt.engine.plan import Plan
+from fxckpt.errors import Cancelled, SetupError
 
 log = logging.getLogger("fxckpt")
 
-SLICE = 0.1  # seconds in C at a time, so that Ctrl-C is served
-LONGEST = 1e9  # seconds; what an infinite timeout becomes
 EXIT_PATIENCE = 10.0  # seconds that an engine which nobody closed may take to end its threads
-COUNTS = ("bytes_written", "staging_bytes", "staging_peak_bytes")
-SECONDS = {"copy_seconds": "copy_ns", "write_seconds": "write_ns", "stall_seconds": "stall_ns"}
-
-Item = tuple[int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
-Streams = Mapping[int, int]
-"""The stream that each CUDA device trains on: device number -> the driver's handle (0: the legacy default stream)."""
 
 
-def in_slices(call: Callable[[int], int], timeout: float) -> int:
-    """Repeats a wait of the engine, ``call(nanoseconds)``, until it answers other than 0 or time is over."""
-    deadline = time.monotonic() + min(timeout, LONGEST)
-    while True:
-        left = max(deadline - time.monotonic(), 0.0)
-        answer = call(int(min(left, SLICE) * 1e9))
-        if answer or left <= SLICE:
-            return answer
+class EngineStatistics(TypedDict):
+    """What an engine did so far. Stall is the time that callers of fences waited or helped; copying includes that help."""
 
-
-def failure(ffi: Any, error: Any) -> SaveFailed:
-    """The exception for a filled-in ``struct fx_error``."""
-    operation, path = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
-    return SaveFailed(operation, path, error.offset if error.offset >= 0 else None, error.err)
-
-
-def make_view(ffi: Any, view: Any, item: Item, keep: list[Any]) -> None:
-    """Fills in a ``struct fx_view``; the arrays it points to are appended to ``keep``."""
-    address, sizes, strides = item
-    view.address = ffi.cast("char *", address)
-    view.ndim = -1
-    if sizes is None:
-        return
-    if strides is None or len(sizes) != len(strides) or len(sizes) > 64:
-        raise SetupError(f"sizes {sizes} and strides {strides} must have the same length, at most 64")
-    view.ndim = len(sizes)
-    view.sizes, view.strides = arrays = ffi.new("int64_t[]", list(sizes)), ffi.new("int64_t[]", list(strides))
-    keep.extend(arrays)
-
-
-class Sources:
-    """Where one layer's tensors lie: ``(address, sizes, strides in bytes)`` each; None, None: contiguous.
-
-    Addresses are fixed when it is built; the caller keeps the tensors alive. ``devices``: for each tensor the number
-    of the CUDA device it lies on, or None for host memory; tensors on devices must be contiguous.
-    """
-
-    def __init__(self, items: Sequence[Item], devices: Sequence[int | None] | None = None):
-        ffi, lib = load()
-        keep: list[Any] = []
-        views = ffi.new("struct fx_view[]", max(len(items), 1))
-        for view, item in zip(views, items):
-            make_view(ffi, view, item, keep)
-        for view, device in zip(views, devices or ()):
-            view.device = 0 if device is None else device + 1
-        self.devices = frozenset(device for device in devices or () if device is not None)
-        pointer = lib.fx_sources_new(views, len(items))
-        if pointer == ffi.NULL:
-            raise MemoryError("sources")
-        self._pointer = ffi.gc(pointer, lib.fx_sources_free)
-
-
-class Plan:
-    """Immutable geometry of a checkpoint's files; made by :meth:`Engine.plan`, shared by many checkpoints."""
-
-    def __init__(self, pointer: Any, lib: Any, ffi: Any, files: int, layers: int):
-        self._pointer, self.layers = pointer, layers
-        self.chunks = lib.fx_plan_chunks(pointer)
-        first, count = ffi.new("uint32_t *"), ffi.new("uint32_t *")
-        ranges = []
-        for index in range(files):
-            lib.fx_plan_file_chunks(pointer, index, first, count)
-            ranges.append(range(first[0], first[0] + count[0]))
-        self.file_chunks: tuple[range, ...] = tuple(ranges)  # of each file, in the plan's numbering
+    bytes_written: int
+    staging_bytes: int
+    staging_peak_bytes: int
+    copy_seconds: float
+    write_seconds: float
+    stall_seconds: float
 
 
 class Engine:
@@ -129,6 +67,7 @@ class Engine:
         if lib.fx_engine_new(options, out, error):
             raise failure(ffi, error)
         self._pointer = out[0]
+        self._ring: object = None  # memory shared with a monitor: it must live until the engine is closed
         self._pending = lib.fx_engine_pending(self._pointer)
         self._finalizer = weakref.finalize(self, _free_engine, lib, self._pointer, self._pid)
 
@@ -143,20 +82,14 @@ class Engine:
         them. Bytes that nothing covers are written as zeros. Raises :class:`SetupError` for what overlaps or
         does not fit.
         """
-        ffi, lib = self._ffi, self._lib
-        headers = [ffi.from_buffer(header) for _, header in files]
-        sizes = [(nbytes, header, len(header)) for (nbytes, _), header in zip(files, headers)]
-        c_files = ffi.new("struct fx_file[]", sizes or 1)
-        c_tensors = ffi.new("struct fx_tensor[]", [tuple(tensor) for tensor in tensors] or 1)
-        out, error = ffi.new("struct fx_plan **"), ffi.new("struct fx_error *")
-        counts = len(files), c_tensors, len(tensors), layers
-        if lib.fx_plan_new(c_files, *counts, self.chunk_bytes, out, error):
-            at = f" (number {error.offset})" if error.offset >= 0 else ""
-            raise SetupError(ffi.string(error.operation).decode() + at)
-        return Plan(ffi.gc(out[0], lib.fx_plan_free), lib, ffi, len(files), layers)
+        return Plan(self.chunk_bytes, files, tensors, layers)
 
     def begin(
-        self, plan: Plan, directory: str | os.PathLike, names: Sequence[str], known: Sequence[Mapping[int, int]] | None = None
+        self,
+        plan: Plan,
+        directory: str | os.PathLike[str],
+        names: Sequence[str],
+        known: Sequence[Mapping[int, int]] | None = None,
     ) -> Checkpoint:
         """Opens or creates the plan's files under ``directory`` and starts a checkpoint into them.
 
@@ -170,21 +103,12 @@ class Engine:
         if len(names) != len(plan.file_chunks):
             raise SetupError(f"{len(names)} names for {len(plan.file_chunks)} files")
         paths = [ffi.new("char[]", os.fsencode(os.path.join(directory, name))) for name in names]
-        has, crcs = self._known(plan, known)
+        has, crcs = plan._known(known)
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
         if lib.fx_begin(self._pointer, plan._pointer, ffi.new("char *[]", paths), has, crcs, out, error):
             raise failure(ffi, error)
         self._say_buffered()
         return Checkpoint(self, plan, out[0])
-
-    def _known(self, plan: Plan, known: Sequence[Mapping[int, int]] | None) -> tuple[Any, Any]:
-        if not known or not any(known):
-            return self._ffi.NULL, self._ffi.NULL
-        has, crcs = self._ffi.new("uint8_t[]", plan.chunks), self._ffi.new("uint32_t[]", plan.chunks)
-        for chunks, table in zip(plan.file_chunks, known):
-            for index, crc in table.items():
-                has[chunks[index]], crcs[chunks[index]] = 1, crc
-        return has, crcs
 
     def _say_buffered(self) -> None:
         if not self._said_buffered and self._statistics().buffered_files:
@@ -197,11 +121,11 @@ class Engine:
     @property
     def buffered(self) -> bool:
         """Whether some file system refused O_DIRECT, so that files go through the page cache."""
-        return not self._is_elsewhere() and self._statistics().buffered_files > 0
+        return not self._is_elsewhere() and bool(self._statistics().buffered_files)
 
     def pending(self) -> bool:
         """Whether any emitted piece of any checkpoint is not copied yet. One atomic read."""
-        return self._pending[0] != 0 and not self._is_elsewhere()
+        return bool(self._pending[0]) and not self._is_elsewhere()
 
     def fence(self, layer: int, timeout: float, streams: Streams | None = None) -> bool:
         """Waits until the layer's memory (-1: all layers') may change; False after ``timeout`` seconds.
@@ -212,14 +136,8 @@ class Engine:
         """
         if self._pending[0] == 0 or self._is_elsewhere():
             return True
-        array, count = self._streams(streams)
+        array, count = stream_array(self._ffi, streams)
         return in_slices(lambda ns: self._lib.fx_fence_for(self._pointer, layer, ns, array, count), timeout) == 1
-
-    def _streams(self, streams: Streams | None) -> tuple[Any, int]:
-        """The C array of streams, and their number."""
-        if not streams:
-            return self._ffi.NULL, 0
-        return self._ffi.new("struct fx_stream[]", list(streams.items())), len(streams)
 
     def open_device(self, ordinal: int, driver: str | None = None) -> None:
         """Makes ready to copy from CUDA device ``ordinal``; once it is, does nothing. ``driver``: another library than
@@ -258,14 +176,17 @@ class Engine:
             out += [(s.kind, s.track, s.checkpoint, s.layer, s.chunk, s.nbytes, s.begin_ns, s.end_ns) for s in spans[0:count]]
         return out, dropped[0]
 
-    def statistics(self) -> dict[str, float]:
-        """bytes_written, staging_bytes, staging_peak_bytes, copy_seconds, write_seconds, stall_seconds.
-
-        Stall is the time that callers of :meth:`fence` waited or helped; copying includes that help.
-        """
+    def statistics(self) -> EngineStatistics:
+        """All counters, since the engine was made; zeros in a forked child."""
         found = self._ffi.new("struct fx_statistics *") if self._is_elsewhere() else self._statistics()
-        counts = {name: getattr(found, name) for name in COUNTS}
-        return counts | {name: getattr(found, field) * 1e-9 for name, field in SECONDS.items()}
+        return EngineStatistics(
+            bytes_written=found.bytes_written,
+            staging_bytes=found.staging_bytes,
+            staging_peak_bytes=found.staging_peak_bytes,
+            copy_seconds=found.copy_ns * 1e-9,
+            write_seconds=found.write_ns * 1e-9,
+            stall_seconds=found.stall_ns * 1e-9,
+        )
 
     def close(self, timeout: float = 60.0) -> None:
         """Cancels what is in flight and ends the threads. Idempotent; does nothing in a forked child.
@@ -278,106 +199,9 @@ class Engine:
             log.error("A writer thread did not come back from the disk within %.1f s: left behind", timeout)
 
 
-def _free_engine(lib: Any, pointer: Any, pid: int) -> None:
+def _free_engine(lib: Lib, pointer: Any, pid: int) -> None:
     """Ends an engine that is garbage, or alive at exit: its threads must not read tensors being freed."""
     if os.getpid() != pid:
         return
     lib.fx_engine_close(pointer, int(EXIT_PATIENCE * 1e9))
     lib.fx_engine_free(pointer)
-
-
-class Checkpoint:
-    """One pass over a plan: emit each layer once, then wait. Made by :meth:`Engine.begin`."""
-
-    def __init__(self, engine: Engine, plan: Plan, pointer: Any):
-        self._engine, self._plan, self._pointer = engine, plan, pointer
-        self._lib, self._ffi = engine._lib, engine._ffi
-        self._finalizer = weakref.finalize(self, _release_checkpoint, self._lib, pointer, engine._pid)
-
-    def _check(self) -> None:
-        if self._engine._is_elsewhere():
-            raise Cancelled("the checkpoint belongs to the parent process")
-        if not self._finalizer.alive:
-            raise Cancelled("the checkpoint was released")
-
-    def emit(self, layer: int, sources: Sources, streams: Streams | None = None) -> None:
-        """Hands a layer over. Its memory must stay valid and unchanged until a fence on it returned True.
-
-        For memory on devices ``streams`` has each device's stream: copied is what is there after the work that is in
-        it now. Raises :class:`SetupError` if the sources do not fit the plan or the layer was emitted before.
-        """
-        self._check()
-        if sources.devices:
-            result = self._lib.fx_emit_from(self._pointer, layer, sources._pointer, *self._engine._streams(streams))
-        else:
-            result = self._lib.fx_emit(self._pointer, layer, sources._pointer)
-        if result:
-            raise SetupError(
-                f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, "
-                "with the tensors (number and sizes) that the plan has for it, contiguous and with a stream "
-                "where they lie on a device"
-            )
-
-    @property
-    def id(self) -> int:
-        """A number of its own in the engine; spans of a trace have it."""
-        return self._lib.fx_id(self._pointer)
-
-    def emitted(self) -> int:
-        """Layers emitted so far; a complete checkpoint has all of its plan's."""
-        self._check()
-        return self._lib.fx_emitted(self._pointer)
-
-    def _wait(self, function: Any, timeout: float) -> bool:
-        self._check()
-        error = self._ffi.new("struct fx_error *")
-        answer = in_slices(lambda ns: function(self._pointer, ns, error), timeout)
-        if answer >= 0:
-            return answer == 1
-        raised = failure(self._ffi, error)
-        if answer == -errno.ECANCELED:
-            raise Cancelled(f"the checkpoint was given up ({raised.operation})")
-        raise raised
-
-    def copied(self, timeout: float) -> bool:
-        """Waits until every layer is emitted and copied; False after ``timeout`` seconds.
-
-        Raises :class:`SaveFailed` if the checkpoint failed, :class:`Cancelled` if it was given up.
-        """
-        return self._wait(self._lib.fx_copied, timeout)
-
-    def durable(self, timeout: float) -> bool:
-        """Waits until every chunk is written and every file synced; False and errors as :meth:`copied`."""
-        return self._wait(self._lib.fx_durable, timeout)
-
-    def settled(self, timeout: float) -> bool:
-        """Waits until it is over and no thread will touch its files again; False after ``timeout`` seconds.
-
-        Only then may others write to them: after a failure or a cancel, a write that hangs in the disk may
-        still land.
-        """
-        if self._engine._is_elsewhere() or not self._finalizer.alive:
-            return True
-        return in_slices(lambda ns: self._lib.fx_settled(self._pointer, ns), timeout) == 1
-
-    def crcs(self, file: int) -> list[int]:
-        """CRC-32C of each chunk of a file; valid once durable."""
-        self._check()
-        chunks = self._plan.file_chunks[file]
-        if not chunks:
-            return []
-        return self._ffi.unpack(self._lib.fx_crcs(self._pointer) + chunks.start, len(chunks))
-
-    def cancel(self) -> None:
-        """Gives it up. Returns when no thread reads the emitted memory any more; never waits for the disk."""
-        if self._finalizer.alive and not self._engine._is_elsewhere():
-            self._lib.fx_cancel(self._pointer)
-
-    def release(self) -> None:
-        """Frees it, after a cancel if it is not over."""
-        self._finalizer()
-
-
-def _release_checkpoint(lib: Any, pointer: Any, pid: int) -> None:
-    if os.getpid() == pid:
-        lib.fx_checkpoint_release(pointer)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fxckpt.engine import io
-from fxckpt.engine._lib import load
-from fxckpt.engine.engine import make_view
+from fxckpt.engine._lib import FFI, load
+from fxckpt.engine.plan import fill_view
 from fxckpt.errors import Corrupt, SetupError
 
 SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
@@ -19,7 +19,7 @@ Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"
 
 
 def read_verified(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     nbytes: int,
     chunk_bytes: int,
@@ -62,7 +62,7 @@ def _open(path: str) -> int:
     return io.open(path, os.O_RDONLY)
 
 
-def _make_targets(ffi: Any, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> tuple[Any, int]:
+def _make_targets(ffi: FFI, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> tuple[Any, int]:
     """The C array of the targets that are not empty, and their number."""
     wanted = [target for target in targets if target[1]]
     array = ffi.new("struct fx_target[]", max(len(wanted), 1))
@@ -71,7 +71,7 @@ def _make_targets(ffi: Any, targets: Sequence[Target], nbytes: int, keep: list[A
         if offset < 0 or offset + length > nbytes or items < 1 or length % items:
             raise SetupError(f"target of {length} bytes at {offset}, sizes {sizes}: no fit in {nbytes} bytes")
         target.offset, target.nbytes, target.itemsize = offset, length, length // items
-        make_view(ffi, target.view, (address, sizes, strides), keep)
+        fill_view(ffi, target.view, (address, sizes, strides), keep)
     return array, len(wanted)
 
 
@@ -121,4 +121,4 @@ def _failure(path: str, result: int, error: Any, chunk_bytes: int) -> Exception:
         )
     if result == lib.FX_TRUNCATED:
         return Corrupt(path, "the file ends early", offset=error.offset)
-    return io.os_error(-result, path, error.offset)
+    return io.os_error("pread", -result, path, error.offset)

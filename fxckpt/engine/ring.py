@@ -1,14 +1,28 @@
-"""The memory that a trainer shares with its monitor (``csrc/ring.h``), and the two engines on it."""
+"""The memory that a trainer shares with its monitor (``csrc/monitor/ring.h``), and the two engines on it."""
 
 from __future__ import annotations
 
 import os
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fxckpt.engine._calls import failure
 from fxckpt.engine._lib import load
-from fxckpt.engine.engine import Checkpoint, Engine, failure
+
+if TYPE_CHECKING:
+    from fxckpt.engine.checkpoint import Checkpoint
+    from fxckpt.engine.engine import Engine
+
+
+class Posted(NamedTuple):
+    """A slot that the trainer filled: the plan's ``chunk`` of its checkpoint (``Checkpoint.id``). ``same``: the disk holds
+    these bytes already."""
+
+    checkpoint: int
+    chunk: int
+    slot: int
+    same: int
 
 
 class Ring:
@@ -22,7 +36,6 @@ class Ring:
         ffi, lib = load()
         self.fd, self.posted, self.freed = lib.fx_ring_fd(pointer), posted, freed
         self._pointer = ffi.gc(pointer, lib.fx_ring_free)
-        self.slots = lib.fx_ring_slots(pointer)
         self._finalizer = weakref.finalize(self, _close, posted, freed)
         _rings.add(self)
 
@@ -45,14 +58,14 @@ class Ring:
             raise failure(ffi, error)
         return cls(out[0], posted, freed)
 
-    def next_posted(self) -> Iterator[Any]:
-        """Every slot that is posted now: ``checkpoint`` (the trainer's ``Checkpoint.id``), ``chunk``, ``slot``."""
+    def next_posted(self) -> Iterator[Posted]:
+        """Every slot that is posted now."""
         ffi, lib = load()
         at, found = ffi.new("uint32_t *"), ffi.new("struct fx_posted *")
         while lib.fx_ring_next(self._pointer, at, found):
-            yield found
+            yield Posted(found.checkpoint, found.chunk, found.slot, found.same)
 
-    def give_back(self, posted: Any) -> None:
+    def give_back(self, posted: Posted) -> None:
         """The monitor does not want what is in this slot."""
         load()[1].fx_ring_return(self._pointer, posted.slot, self.freed)
 
@@ -63,7 +76,7 @@ def _close(*fds: int) -> None:
 
 
 _rings: weakref.WeakSet[Ring] = weakref.WeakSet()
-"""Of this process: a forked child closes the eventfds. What an engine has of a ring is closed in C (``csrc/fork.c``)."""
+"""Of this process: a forked child closes the eventfds. What an engine has of a ring is closed in C (``csrc/core/fork.c``)."""
 
 
 def _in_child() -> None:
@@ -83,7 +96,7 @@ def post_into(engine: Engine, ring: Ring, monitor: int) -> None:
     error = ffi.new("struct fx_error *")
     if lib.fx_relay_trainer(engine._pointer, ring._pointer, ring.posted, ring.freed, monitor, error):
         raise failure(ffi, error)
-    engine._ring = ring  # it must live until the engine is closed
+    engine._ring = ring
 
 
 def release(engine: Engine) -> None:
@@ -109,7 +122,8 @@ def write_from(engine: Engine, ring: Ring) -> None:
     engine._ring = ring
 
 
-def emit_posted(checkpoint: Checkpoint, posted: Any) -> bool:
+def emit_posted(checkpoint: Checkpoint, posted: Posted) -> bool:
     """Give a posted slot to the monitor's checkpoint; False if it is of no use (the slot is still the caller's)."""
     checkpoint._check()
-    return load()[1].fx_emit_posted(checkpoint._pointer, posted) == 0
+    ffi, lib = load()
+    return bool(lib.fx_emit_posted(checkpoint._pointer, ffi.new("struct fx_posted *", posted)) == 0)

@@ -6,7 +6,8 @@ version, is ``Corrupt`` here, not an exception from the middle of a half applied
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,94 +15,55 @@ import torch
 from fxckpt.errors import Corrupt
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES
-from fxckpt.store.record import Record, TensorRecord
-
-Check = Callable[[Any], bool]
-
-
-def _list_of(check: Check) -> Check:
-    return lambda value: type(value) is list and all(map(check, value))
+from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
+from fxckpt.store.names import OPTIMIZER, state_key
+from fxckpt.store.raw import Tensor
+from fxckpt.store.record import Record, TensorRecord, decode_state
 
 
-def _map_of(check: Check) -> Check:
-    return lambda value: isinstance(value, dict) and all(type(key) is str and check(item) for key, item in value.items())
+@dataclass(frozen=True)
+class Saved:
+    """The decoded values of a record. ``optimizers``: class, groups, description of the state and gradients of each;
+    ``early``: random generators, extras, buffers, modules; ``late``: further extras by name; ``places``: where in the
+    optimizer's file each state lies, by its key there."""
 
-
-def _object(optional: Mapping[str, Check] | None = None, /, **checks: Check) -> Check:
-    """A dict with these keys, and perhaps the optional ones; further ones are nobody's business here."""
-    every = {**checks, **(optional or {})}
-    return lambda value: (type(value) is dict and checks.keys() <= value.keys()
-                          and all(check(value[key]) for key, check in every.items() if key in value))  # fmt: skip
-
-
-def _anything(value: Any) -> bool:
-    return True
-
-
-def _is_str(value: Any) -> bool:
-    return type(value) is str
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 48
-
-
-def _is_strides(value: Any) -> bool:
-    return type(value) is tuple and all(map(_is_size, value))
-
-
-def _is_random(value: Any) -> bool:
-    """The states of the global generators, as new ones take them."""
-    known = _object({"cuda": _list_of(_is_cuda_state)}, torch=_anything, numpy=_anything, python=_anything)
-    return known(value) and extra_state.is_random_state(value)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _is_cuda_state(value: Any) -> bool:
-    """Seed and offset, as bytes."""
-    return _is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1 and value.device.type == "cpu"
-
-
-_is_settings = _map_of(_anything)
-_is_group = _object(params=_list_of(_is_str), settings=lambda value: _is_settings(value) and "params" not in value)
-_is_encoded_group = _object(params=_list_of(_is_str), settings=_anything)
-_is_described = _object({"host": _list_of(_is_str)}, keys=_list_of(_is_str), strides=_map_of(_is_strides),
-                        complex=_list_of(_is_str), plain=_map_of(_anything))  # fmt: skip
-
-_ENCODED = _list_of(_object(**{"class": _is_str}, groups=_list_of(_is_encoded_group), state=_anything, gradients=_anything))
-_DECODED = _list_of(_object({"accumulated": _map_of(_is_tensor)}, **{"class": _is_str}, groups=_list_of(_is_group),
-                            state=_map_of(_is_described), gradients=_list_of(_is_str)))  # fmt: skip
-_STATE = _object(early=_object(random=_anything, extra=_map_of(_anything), buffers=_anything, modules=_anything),
-                 late=_map_of(_anything))  # fmt: skip
-_EARLY = _object({"remote": _map_of(_is_tensor), "frozen": _list_of(_is_str)}, random=_is_random,
-                 extra=_map_of(_anything), buffers=_map_of(_is_tensor), modules=_map_of(_anything))  # fmt: skip
+    optimizers: list[dict[str, Any]]
+    early: dict[str, Any]
+    late: dict[str, Any]
+    places: Mapping[str, TensorRecord]
 
 
 def check_encoded(record: Record, path: str) -> None:
-    """What is looked at before the encoded values are decoded. Raises Corrupt."""
+    """Check what is looked at before the encoded values are decoded. ``path`` is for the error. Raises Corrupt."""
     for holds, what in ((_ENCODED(record.optimizers), "optimizers"), (_STATE(record.state), "states")):
         if not holds:
-            raise Corrupt(path, f"its {what} are not as a run of fxckpt writes them: another program wrote this record")
+            raise _foreign(path, what)
 
 
-def check_decoded(
-    optimizers: Any, early: Any, late: Any, places: Mapping[str, TensorRecord], key_of: Callable[..., str], path: str
-) -> None:
-    """What is about to be applied. ``places``: tensors of the optimizer's file; ``key_of(index, state, name)``: their keys.
-
-    Raises Corrupt.
-    """
-    for holds, what in ((_DECODED(optimizers), "optimizers"), (_EARLY(early), "random generators, extras or buffers"),
-                        (_map_of(_anything)(late), "extras")):  # fmt: skip
+def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
+    """What is about to be applied, checked. ``tensors``: of the extra state's file. Raises Corrupt."""
+    saved = Saved(
+        decode_state(record.optimizers, tensors),
+        decode_state(record.state["early"], tensors),
+        decode_state(record.state["late"], tensors),
+        {tensor.key: tensor for tensor in record.tensors(OPTIMIZER)},
+    )
+    for holds, what in (
+        (_DECODED(saved.optimizers), "optimizers"),
+        (_EARLY(saved.early), "random generators, extras or buffers"),
+        (_values(saved.late), "extras"),
+    ):
         if not holds:
-            raise Corrupt(path, f"its {what} are not as a run of fxckpt writes them: another program wrote this record")
-    for index, saved in enumerate(optimizers):
-        for name, described in saved["state"].items():
+            raise _foreign(path, what)
+    for index, each in enumerate(saved.optimizers):
+        for name, described in each["state"].items():
             for key in described["keys"]:
-                _check_state(places.get(key_of(index, key, name)), key, described, f"{key}/{name}", path)
+                _check_state(saved.places.get(state_key(index, key, name)), key, described, f"{key}/{name}", path)
+    return saved
+
+
+def _foreign(path: str, what: str) -> Corrupt:
+    return Corrupt(path, f"its {what} are not as a run of fxckpt writes them: another program wrote this record")
 
 
 def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, Any], what: str, path: str) -> None:
@@ -114,3 +76,63 @@ def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, A
     pairs = key not in described["complex"] or (place.shape[-1:] == (2,) and place.dtype in ("F32", "F64"))
     if not known or not pairs:
         raise Corrupt(path, f"the optimizer's {what} is {place.dtype}{list(place.shape)}, which no state of a run is")
+
+
+# ---- what a run writes ----
+
+
+def _is_strides(value: Any) -> bool:
+    """Strides that stay numbers of 64 bits when they are counted in bytes."""
+    return type(value) is tuple and all(type(each) is int and 0 <= each < 1 << 48 for each in value)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _is_random(value: Any) -> bool:
+    """The states of the global generators, as new ones take them."""
+    known = has({"torch": is_anything, "numpy": is_anything, "python": is_anything}, {"cuda": list_of(_is_cuda_state)})
+    return known(value) and extra_state.is_random_state(value)
+
+
+def _is_cuda_state(value: Any) -> bool:
+    """Seed and offset, as bytes."""
+    return _is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1 and value.device.type == "cpu"
+
+
+def _is_settings(value: Any) -> bool:
+    """What a parameter group holds beside its parameters."""
+    return map_of(is_anything)(value) and "params" not in value
+
+
+_names = list_of(is_str)
+_tensors = map_of(_is_tensor)
+_values = map_of(is_anything)
+
+_encoded_group = has({"params": _names, "settings": is_anything})
+_ENCODED = list_of(
+    has({"class": is_str, "groups": list_of(_encoded_group), "state": is_anything, "gradients": is_anything}),
+)
+_STATE = has(
+    {
+        "early": has({"random": is_anything, "extra": _values, "buffers": is_anything, "modules": is_anything}),
+        "late": _values,
+    }
+)
+
+_group = has({"params": _names, "settings": _is_settings})
+_described = has(
+    {"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values},
+    {"host": _names},
+)
+_DECODED = list_of(
+    has(
+        {"class": is_str, "groups": list_of(_group), "state": map_of(_described), "gradients": _names},
+        {"accumulated": _tensors},
+    )
+)
+_EARLY = has(
+    {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values},
+    {"remote": _tensors, "frozen": _names},
+)

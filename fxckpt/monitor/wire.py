@@ -14,10 +14,13 @@ from typing import Any
 
 from fxckpt import errors
 
+Message = dict[str, Any]
+"""What JSON can say; ``op`` names a request, ``id`` a question and its answer."""
+
 _HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes behind it
 
 
-def send(sock: socket.socket, message: dict[str, Any], blobs: Sequence[Any] = ()) -> None:
+def send(sock: socket.socket, message: Message, blobs: Sequence[Any] = ()) -> None:
     """Send one frame. Returns when all of it is the receiver's, who gets it even if this process ends now.
 
     Raises ``OSError`` when the other side is gone.
@@ -29,7 +32,7 @@ def send(sock: socket.socket, message: dict[str, Any], blobs: Sequence[Any] = ()
         sock.sendall(view)
 
 
-def receive(sock: socket.socket) -> tuple[dict[str, Any], memoryview] | None:
+def receive(sock: socket.socket) -> tuple[Message, memoryview] | None:
     """The next frame, or None when there will be no whole one any more."""
     head = _exactly(sock, _HEAD.size)
     if head is None:
@@ -56,9 +59,9 @@ def _exactly(sock: socket.socket, n: int) -> memoryview | None:
     return data
 
 
-def pack_error(error: BaseException) -> dict[str, Any]:
+def pack_error(error: BaseException) -> Message:
     """An exception as JSON."""
-    fields = {"class": type(error).__name__, "text": str(error)}
+    fields: Message = {"class": type(error).__name__, "text": str(error)}
     if isinstance(error, errors.SaveFailed):
         fields |= {"save": [error.operation, error.path, error.offset, error.errno], "detail": error.detail}
     elif isinstance(error, OSError) and error.errno is not None:
@@ -69,10 +72,11 @@ def pack_error(error: BaseException) -> dict[str, Any]:
     return fields
 
 
-def unpack_error(fields: dict[str, Any]) -> Exception:
+def unpack_error(fields: Message) -> Exception:
     """The exception that :func:`pack_error` was given, of its own class where that is one of ours or an ``OSError``."""
     if "save" in fields:
-        return errors.SaveFailed(*fields["save"], detail=fields["detail"])
+        operation, path, offset, number = fields["save"]
+        return errors.SaveFailed(operation, path, offset, number, fields["detail"])
     if "os" in fields:
         return OSError(*fields["os"])
     known = getattr(errors, fields["class"], None)

@@ -4,97 +4,42 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from fxckpt.compat.threads import can_use_one_core, modes_active
-from fxckpt.engine import _lib
 from fxckpt.graph.update import foreach, inductor
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.specialize import by_methods, over_lists
+from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.helper_thread import helper
-
-if TYPE_CHECKING:
-    from fxckpt.optim.stepper import BoundParam
-
-gradient_of = operator.attrgetter("grad")
-"""``p.grad``, for ``map``: what runs for each parameter at every step runs at C speed."""
+from fxckpt.optim.scalar_group import ScalarGroup
 
 
 class Inputs(NamedTuple):
-    """What differs from step to step: the scalars of each group, by its number, and the gradients by ``BoundParam.index``."""
+    """What differs from step to step: the scalars of each group, by its number, and the gradients by ``BoundParam.index``,
+    None of those that take no part."""
 
-    scalars: Sequence[tuple]
-    gradients: Sequence[torch.Tensor | None] | Mapping[int, torch.Tensor | None]
-
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+    scalars: Sequence[tuple[Any, ...]]
+    gradients: Sequence[Any]
 
 
-class ScalarGroup:
-    """Parameters of one group that share their program and their step count, so one set of scalars serves them all."""
-
-    def __init__(self, index: int, group: int, program: Program):
-        self.index, self.group, self.program = index, group, program
-        self.representative: list[torch.Tensor] = []
-        self.others: list[list[torch.Tensor]] = [[] for _ in program.counts]
-        self.spreads: list[Callable[[], None]] | None = None
-        self.members = 0
-        self.compiled = False
-        dtype = _NUMPY[inductor.scalar_dtype(program.signature.dtype)]
-        self.values = np.zeros(max(1, program.scalars), dtype)  # what compiled code reads
-        self.addresses = _addresses(self.values.ctypes.data + i * self.values.itemsize for i in range(program.scalars))
-        self._host = program.host.forward  # a module call costs more than the arithmetic
-
-    def add(self, member: BoundParam) -> None:
-        """Take a parameter in; the first one's counts stand for all."""
-        counts = [member.state[key] for key in self.program.counts]
-        if not self.members:
-            self.representative = counts
-        else:
-            for column, value in zip(self.others, counts):
-                column.append(value)
-        self.members += 1
-
-    def holds(self, group: dict[str, Any]) -> bool:
-        """Does the next step take the branches that the program was made for?"""
-        return self.program.asks(self.representative, self.program.values(group)) == self.program.outcomes
-
-    def scalars(self, group: dict[str, Any]) -> tuple:
-        """Advance the counts of all members; returns the scalars as doubles, and puts them where compiled code looks."""
-        values = self._host(*self.representative, *self.program.values(group))
-        if self.spreads is None:
-            self.spreads = [_spread(source, column) for source, column in zip(self.representative, self.others) if column]
-        for spread in self.spreads:
-            spread()
-        if self.compiled:  # a native update's may be tensors on a device; some of these are tensors too, of any dtype
-            self.values[: len(values)] = list(map(float, values))
-        return values
+Call = Callable[[Inputs], None]
+"""Updates the parameters that it is bound to."""
 
 
-def _spread(source: torch.Tensor, column: Sequence[torch.Tensor]) -> Callable[[], None]:
-    """What gives all of ``column`` the value of ``source``, 0-dimensional as they are. Those that have their addresses
-    checked at every step (counts on the CPU) are written without PyTorch: it takes half a microsecond for each."""
-    if any(t.device.type != "cpu" or t.dtype != source.dtype for t in (source, *column)):
-        return lambda: torch._foreach_copy_(column, [source] * len(column))
-    ffi, lib = _lib.load()
-    addresses = ffi.new("uint64_t[]", [t.data_ptr() for t in column])
-    pointer = ffi.cast("void *", source.data_ptr())
-    return lambda: lib.fx_spread(pointer, source.itemsize, addresses, len(column))
-
-
-def _addresses(values: Any) -> np.ndarray:
-    """Addresses as a C array; never empty, so that it has an address itself."""
-    return np.array([*values, 0], np.int64)
-
-
-def calls_for(members: Sequence[BoundParam], of: dict[str, int], scalar_groups: Sequence[ScalarGroup]) -> list[Callable]:
-    """The calls that update ``members``: for each scalar_group one of compiled code, or of PyTorch's kernels in groups."""
-    out: list[Callable] = []
-    for scalar_group in scalar_groups:
-        mine = [m for m in members if of[m.name] == scalar_group.index]
+def calls_for(members: Sequence[BoundParam], group_of: Mapping[int, ScalarGroup]) -> list[Call]:
+    """The calls that update those of ``members`` that have a group (by ``BoundParam.index``): for each group one of compiled
+    code, or of PyTorch's kernels over parts of it."""
+    sharing: dict[int, list[BoundParam]] = {}
+    for member in members:
+        if member.index in group_of:
+            sharing.setdefault(group_of[member.index].index, []).append(member)
+    out: list[Call] = []
+    for _, mine in sorted(sharing.items()):
+        scalar_group = group_of[mine[0].index]
         flat = [m for m in mine if m.flat]
         native = [m for m in mine if not m.flat]
         if flat:
@@ -105,7 +50,7 @@ def calls_for(members: Sequence[BoundParam], of: dict[str, int], scalar_groups: 
     return out
 
 
-def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> list[Callable]:
+def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> list[Call]:
     """PyTorch's own kernels: over small members in groups for two threads, over large ones in groups that fit the cache, or
     fused over all of them."""
     program = scalar_group.program
@@ -115,11 +60,11 @@ def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> l
         return [_EachCall(scalar_group, program, members)]
     if not on_cpu:
         return [_ColumnsCall(scalar_group, listed, [members])]
-    tensors = [[m.param if kind == "grad" else m.bound(kind, key) for m in members] for kind, key in program.inputs]
+    tensors = [[m.bound(kind, key) for m in members] for kind, key in program.inputs]
     # What a rehearsal noted may be any operator, and some have other bits on one core: a product of matrices.
     known = program.signature.implementation != "rehearsed"
     small = [known and all(t.numel() < foreach.PARALLEL for t in row) for row in zip(*tensors)]
-    calls: list[Callable] = []
+    calls: list[Call] = []
     for serial in (True, False):
         chosen = [m for m, is_small in zip(members, small) if is_small == serial]
         rows = [[t for t, is_small in zip(column, small) if is_small == serial] for column in tensors]
@@ -133,14 +78,14 @@ def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> l
 
 def _large_calls(
     scalar_group: ScalarGroup, listed: Program, members: Sequence[BoundParam], rows: Sequence[Sequence]
-) -> list[Callable]:
+) -> list[Call]:
     """Calls on tensors of which PyTorch gives each to all cores; ``rows`` the members' tensors, by column."""
     if listed.signature.implementation == "fused":  # such a kernel goes over a tensor once, whatever is in the cache
         return [_ColumnsCall(scalar_group, listed, [members])]
     groups, each = [members[part] for part in foreach.groups(rows)], scalar_group.program.style == "each"
     alone = [group[0] for group in groups if each and len(group) == 1]
     together = [group for group in groups if not (each and len(group) == 1)]
-    calls: list[Callable] = [_EachCall(scalar_group, by_methods(scalar_group.program), alone)] if alone else []
+    calls: list[Call] = [_EachCall(scalar_group, by_methods(scalar_group.program), alone)] if alone else []
     return [*calls, _ColumnsCall(scalar_group, listed, together)] if together else calls
 
 
@@ -150,7 +95,7 @@ def _kernels(program: Program) -> int:
     return len(program.inputs) if fused else sum(n.op == "call_function" for n in program.body.graph.nodes)
 
 
-def shared(calls: Sequence[Callable]) -> list[Callable]:
+def shared(calls: Sequence[Call]) -> list[Call]:
     """The same calls, with those that use one core put together into one that uses two, if they are worth it."""
     serial = [c for c in calls if isinstance(c, _ColumnsCall) and c.serial]
     if sum(c.kernels for c in serial) < WORTH_SHARING:
@@ -187,7 +132,7 @@ class _CompiledCall:
         self.indices = [m.index for m in members]
         inputs, self.grad_at = scalar_group.program.inputs, scalar_group.program.grad_at
         self.keep = members, scalar_group  # the addresses below are of their memory
-        rows = [[0 if kind == "grad" else m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
+        rows = [[m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
         self.rows = np.array(rows, np.int64)
         self.lengths = np.array([m.param.numel() for m in members], np.int64)
         self.args = len(members), self.rows.ctypes.data, self.lengths.ctypes.data, scalar_group.addresses.ctypes.data
@@ -223,10 +168,10 @@ class _EachCall:
             function(*args, *scalars)
 
 
-def _picker(members: Sequence[BoundParam], program: Program) -> Callable[[Any], list[torch.Tensor]]:
+def _picker(members: Sequence[BoundParam]) -> Callable[[Sequence[Any]], Any]:
     """What takes the members' gradients out of those of a step: a slice of the list where they stand side by side."""
     indices = [m.index for m in members]
-    if program.signature.implementation != "rehearsed" and indices == list(range(indices[0], indices[-1] + 1)):
+    if indices == list(range(indices[0], indices[-1] + 1)):
         return operator.itemgetter(slice(indices[0], indices[-1] + 1))
     return lambda gradients: list(map(gradients.__getitem__, indices))
 
@@ -239,8 +184,7 @@ class _ColumnsCall:
         self.kernels = sum(map(len, groups)) * _kernels(program)
         self.index, self.function, self.grad_at = scalar_group.index, program.body.forward, program.grad_at
         self.groups = [
-            (_picker(members, program), [[m.bound(kind, key) for m in members] for kind, key in program.inputs])
-            for members in groups
+            (_picker(members), [[m.bound(kind, key) for m in members] for kind, key in program.inputs]) for members in groups
         ]
 
     def __call__(self, step: Inputs) -> None:

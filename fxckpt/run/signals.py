@@ -43,13 +43,13 @@ class Finisher:
             self._go_on(number, frame)
             return
         if not self._waiting:
-            self._waiting, run.ending = True, self
+            self._waiting, run.status.ending = True, self
             log.warning(
                 "fxckpt: %s: the checkpoint of the next step is taken and finished first; a second signal does not wait",
                 signal.Signals(number).name,
             )
             return
-        closed, self._waiting, self._closed, run.ending = self._closed, False, False, None
+        closed, self._waiting, self._closed, run.status.ending = self._closed, False, False, None
         if closed:
             try:
                 run.saver.flush(None, unclosed=False)  # this thread may be inside a step of its own

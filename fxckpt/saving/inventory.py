@@ -6,7 +6,7 @@ what the compiler saw, then from positions (``optimizer0.0.3``: optimizer, group
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,25 +16,10 @@ from fxckpt.compat.modules import named_buffers, named_parameters
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import TraceBook
+from fxckpt.store.dtypes import OF_MODELS
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
-"""safetensors' names of the types it can hold."""
+DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in OF_MODELS.items()}
+"""Torch's types that can be stored, and safetensors' names of them."""
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
@@ -159,7 +144,7 @@ def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) ->
     return {i: name for i, name in first.items() if i in trained}
 
 
-def _seen_by_compiler(book: TraceBook, optimizers, trained: set[int], found: Inventory) -> None:
+def _seen_by_compiler(book: TraceBook, optimizers: Sequence[torch.optim.Optimizer], trained: set[int], found: Inventory) -> None:
     """Without a model: frozen parameters and buffers of the modules whose graphs read one of our parameters."""
     ours = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
     for name, param in book.models.frozen(of=ours):
@@ -169,7 +154,9 @@ def _seen_by_compiler(book: TraceBook, optimizers, trained: set[int], found: Inv
     found.transient.update(book.models.transient(of=ours))
 
 
-def _optimizer_names(optimizers, names: dict[int, str], book: TraceBook, found: Inventory):
+def _optimizer_names(
+    optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], book: TraceBook, found: Inventory
+) -> Iterator[tuple[str, torch.Tensor]]:
     """``(name, parameter)`` of every optimizer parameter once, by the first source that knows it and is not taken."""
     seen: set[int] = set()
     used: set[str] = {*found.frozen, *found.buffers}

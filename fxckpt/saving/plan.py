@@ -8,40 +8,22 @@ written at the commit.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from fxckpt.compat.tensors import version_of
-from fxckpt.errors import Cancelled, FxckptError
+from fxckpt.engine import Plan, Sources
+from fxckpt.engine.plan import Item
+from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import LayerRecord, TensorRecord
 
 if TYPE_CHECKING:
     from fxckpt.optim.stepper import Stepper
-    from fxckpt.saving.saver import InFlight
-
-MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
-
-
-class Changed(FxckptError):
-    """A tensor was changed outside ``opt.step()`` while it was being copied, so the checkpoint would be torn."""
-
-
-_ADVICE = {
-    "update": "If your loop or a forward changes it every time (clamped weights, nn.Embedding with max_norm), loop with `for "
-    "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
-    "frozen": "From now on it is copied at the end of opt.step(). If your loop changes it after that (a target network), loop "
-    "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
-}
-"""What to do about a change, by the kind of layer."""
-
-
-class ChangedInTurns(Changed, Cancelled):
-    """The same in a loop of ``fxckpt.steps``: no failure, for the tensor is copied at the ends of turns from now on."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +44,7 @@ class EngineLayer:
     kind: str
     entries: list[Entry]
     parameters: int = 0
-    sources: Any = None  # engine.Sources with fixed addresses; None for what is copied in memory first, and so moves
+    sources: Sources | None = None  # fixed addresses; None for what is copied in memory first, and so moves
     memory: list[torch.Tensor] = field(default_factory=list)  # keeps the sources' storages alive, whatever is replaced
 
 
@@ -72,10 +54,10 @@ class Layout:
 
     layers: list[EngineLayer]
     files: list[FileLayout]
-    plan: Any
+    plan: Plan
     chunk_bytes: int
     names: list[str] = field(default_factory=lambda: [MODEL, OPTIMIZER])
-    frozen_token: Any = None
+    frozen_token: Hashable = None
     changed_outside: set[str] = field(default_factory=set)
 
     def number(self, kind: str) -> list[int]:
@@ -100,45 +82,14 @@ class Layout:
                 mixed |= set(range(placed.begin // size, (placed.begin + placed.nbytes - 1) // size + 1))
         return [i for i in range(-(-layout.nbytes // size)) if i not in mixed]
 
-    def check_unchanged(self, pending: InFlight) -> None:
-        """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
-        tensor's name, and remembers it: a frozen one is copied with the buffers from now on. Version counters see in-place
-        operations, when they end, and not those on ``.data``."""
-        with pending.looking:
-            for number in [*self.number("frozen"), *self.number("update")]:
-                self.compare(pending, number)
-            pending.versions.clear()  # what changes from here on, no copy sees
-
-    def compare(self, pending: InFlight, number: int) -> None:
-        """Raises Changed if a tensor of this layer has another version than after its step."""
-        found = pending.versions.get(number)
-        if found is None:
-            return
-        tensors, versions = found
-        for i, (tensor, version) in enumerate(zip(tensors, versions)):
-            if version_of(tensor) != version:
-                layer = self.layers[number]
-                key = layer.entries[i].key
-                self.changed_outside.add(key)
-                what = (
-                    f"{key!r} was changed in place outside opt.step() while the checkpoint of step {pending.step} was being "
-                    "copied; that checkpoint is discarded."
-                )
-                if pending.turn:
-                    size = sum(e.tensor.nbytes for e in layer.entries)
-                    raise ChangedInTurns(
-                        f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
-                        f"{size / 2**20:.1f} MiB for each checkpoint in flight"
-                    )
-                raise Changed(f"{what} {_ADVICE[layer.kind]}")
-
     def records(self, step: int) -> tuple[LayerRecord, ...]:
         """The layers as the record lists them; a layer's counts are listed with the rest of it."""
         placed = {(f, p.spec.key): p for f, layout in enumerate(self.files) for p in layout.tensors}
         counts: dict[str, list[Entry]] = {}
         for entry in (e for layer in self.layers if layer.kind == "counts" for e in layer.entries):
             counts.setdefault(entry.owner, []).append(entry)
-        now, out = time.time(), []
+        now = time.time()
+        out: list[LayerRecord] = []
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
             owners = [e.owner for e in layer.entries if e.file == 0]
             entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
@@ -153,11 +104,6 @@ class Layout:
                 )
             )
         return tuple(out)
-
-
-def state_key(index: int, key: str, name: str) -> str:
-    """The key of an optimizer state: ``exp_avg/h.0.weight``; further optimizers of the run get a prefix."""
-    return f"{key}/{name}" if index == 0 else f"optimizer{index}:{key}/{name}"
 
 
 def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, changed_outside: set[str]) -> list[EngineLayer]:
@@ -185,13 +131,19 @@ def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, changed_out
 
 def _by_owner(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:
     """Group frozen parameters by the module that owns them."""
-    out: dict[str, list] = {}
+    out: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for name, tensor in tensors.items():
         out.setdefault(name.rpartition(".")[0], []).append((name, tensor))
     return out
 
 
-def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, changed_outside: set[str], make_sources) -> Layout:
+def make_layout(
+    engine: CheckpointEngine,
+    layers: list[EngineLayer],
+    chunk_bytes: int,
+    changed_outside: set[str],
+    make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
+) -> Layout:
     """Place every tensor and give the plan to the engine."""
     specs: list[list[TensorSpec]] = [[], []]
     for number, layer in enumerate(layers):
@@ -216,9 +168,9 @@ def make_layout(engine, layers: list[EngineLayer], chunk_bytes: int, changed_out
     return Layout(layers, files, plan, chunk_bytes, frozen_token=token, changed_outside=changed_outside)
 
 
-def source_items(tensors: Sequence[torch.Tensor]) -> list[tuple[int, tuple | None, tuple | None]]:
+def source_items(tensors: Sequence[torch.Tensor]) -> list[Item]:
     """Addresses for the engine; what is not row-major is described by its sizes and its strides in bytes."""
-    out = []
+    out: list[Item] = []
     for t in tensors:
         if t.is_contiguous():
             out.append((t.data_ptr(), None, None))

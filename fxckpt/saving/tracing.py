@@ -15,9 +15,11 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol
 
 from fxckpt.errors import SetupError
+from fxckpt.saving.engines import CheckpointEngine
 
 log = logging.getLogger("fxckpt")
 
@@ -34,7 +36,7 @@ STEPS, FENCES, COMMITS, ISSUES, WRITERS, DEVICES = 1, 2, 3, 4, 100, 200
 class Tracer:
     """Records from now on until :meth:`write`. One at a time for each run."""
 
-    def __init__(self, engine: Any):
+    def __init__(self, engine: CheckpointEngine):
         self._engine = engine
         self._offset = time.time_ns() - time.monotonic_ns()
         self._lock = threading.Lock()
@@ -56,7 +58,7 @@ class Tracer:
             else:
                 self._dropped += 1
 
-    def write(self, path: str | os.PathLike, beside: str | os.PathLike | None = None) -> None:
+    def write(self, path: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> None:
         """Stop, and write what was recorded; ``beside``: a Chrome trace of ``torch.profiler`` to be shown with it.
 
         Raises SetupError if that is no such file, OSError if ``path`` cannot be written.
@@ -67,7 +69,9 @@ class Tracer:
             found = [*self._spans, *(self._named(span) for span in spans)]
         # Times are microseconds as doubles: since 1970 they would be exact to a quarter of one, and spans in a row overlap.
         first = min((begin for _, _, begin, _, _ in found), default=0) + self._offset
-        whole = {"traceEvents": [], "displayTimeUnit": "ms", "baseTimeNanoseconds": first} if beside is None else _profile(beside)
+        whole: dict[str, Any] = (
+            {"traceEvents": [], "displayTimeUnit": "ms", "baseTimeNanoseconds": first} if beside is None else _profile(beside)
+        )
         base = whole.get("baseTimeNanoseconds", 0)
         whole["fxckpt"] = {"dropped": dropped + self._dropped}
         pid = os.getpid() + (1 << 24)  # a process of its own beside the profiler's
@@ -93,17 +97,17 @@ class Tracer:
         step, layers = self._checkpoints.get(checkpoint, (None, []))
         track = (WRITERS + number, WRITERS + number, WRITERS + number, FENCES, FENCES, ISSUES, DEVICES + number)[kind]
         name = layers[layer] if 0 <= layer < len(layers) else ""
-        arguments = {"step": step, "layer": name or layer, "chunk": chunk, "bytes": nbytes}
+        arguments: dict[str, Any] = {"step": step, "layer": name or layer, "chunk": chunk, "bytes": nbytes}
         if kind in (0, 1, 6) and end > begin and nbytes:
             arguments["GB/s"] = round(nbytes / (end - begin), 3)
         label = f"{KINDS[kind]} {name}".strip()
         return label, track, begin, end, {k: v for k, v in arguments.items() if v not in (None, -1)}
 
 
-def _profile(path: str | os.PathLike) -> dict[str, Any]:
+def _profile(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What torch.profiler exported."""
     try:
-        found = json.loads(Path(path).read_text())
+        found: dict[str, Any] = json.loads(Path(path).read_text())
         found["traceEvents"].__iter__()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SetupError(f"beside={os.fspath(path)!r} is no Chrome trace of torch.profiler: {error}") from error
@@ -121,35 +125,48 @@ def _track_names(pid: int, tracks: list[int]) -> list[dict[str, Any]]:
     return events
 
 
-class Tracing:
-    """``opt.ckpt.trace(path)``: a context that records a run while it is open."""
+class Traced(Protocol):
+    """What spans come from: ``tracer`` is there while somebody records."""
 
-    def __init__(self, run: Any, path: str | os.PathLike, beside: str | os.PathLike | None):
-        self._run, self._path, self._beside = run, path, beside
+    tracer: Tracer | None
+
+
+class Tracing:
+    """``opt.ckpt.trace(path)``: a context that records a run while it is open. Without an engine it does nothing."""
+
+    def __init__(
+        self,
+        traced: Traced,
+        engine: CheckpointEngine | None,
+        path: str | os.PathLike[str],
+        beside: str | os.PathLike[str] | None = None,
+    ):
+        self._traced, self._engine, self._path, self._beside = traced, engine, path, beside
 
     def __enter__(self) -> Tracing:
-        if self._run.engine is None:
+        if self._engine is None:
             log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is traced")
             return self
-        if not self._run.active:
-            raise SetupError("this run takes no checkpoints: there is nothing to trace")
-        if self._run.saver.tracer is not None:
+        if self._traced.tracer is not None:
             raise SetupError("this run is traced already (FXCKPT_TRACE, or another opt.ckpt.trace)")
-        self._run.saver.tracer = Tracer(self._run.engine)
+        self._traced.tracer = Tracer(self._engine)
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        tracer, self._run.saver.tracer = self._run.saver.tracer, None
+    def __exit__(
+        self,
+        kind: type[BaseException] | None = None,
+        error: BaseException | None = None,
+        traceback: TracebackType | None = None,
+    ) -> None:
+        tracer, self._traced.tracer = self._traced.tracer, None
         if tracer is not None:
             tracer.write(self._path, self._beside)
 
 
-def from_environment(run: Any) -> None:
-    """``FXCKPT_TRACE=file.json``: trace the run until it shuts down. A further run in the process gets a number."""
+def from_environment(traced: Traced, engine: CheckpointEngine | None, number: int) -> Tracing | None:
+    """``FXCKPT_TRACE=file.json``: trace the run until it shuts down. A further run in the process gets its number."""
     path = os.environ.get("FXCKPT_TRACE")
-    if not path or run.engine is None:
-        return
-    path = path if run.number == 1 else f"{path.removesuffix('.json')}-{run.number}.json"
-    tracing = Tracing(run, path, None)
-    tracing.__enter__()
-    run.tracing = tracing
+    if not path or engine is None:
+        return None
+    path = path if number == 1 else f"{path.removesuffix('.json')}-{number}.json"
+    return Tracing(traced, engine, path).__enter__()

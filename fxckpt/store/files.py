@@ -9,14 +9,14 @@ import signal
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
+from fxckpt.store import names
 from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import FileRecord
 from fxckpt.store.safe_json import MAX_BYTES
-from fxckpt.store.typed_json import raw_tensor
 
 CHUNK_BYTES = 4 << 20
 """The unit of checksums in the files that the store writes itself."""
@@ -65,7 +65,7 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
 
     Not ``durable``: a power cut may leave an empty or torn file under this name.
     """
-    temporary = path + ".tmp"
+    temporary = path + names.TEMPORARY
     with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         io.pwrite(fd, data, 0)
         if durable:
@@ -73,7 +73,7 @@ def replace_file(path: str, data: bytes, *, durable: bool) -> None:
     io.rename(temporary, path)
 
 
-def write_tensors(path: str, tensors: Mapping[str, Any]) -> FileRecord:
+def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write ``tensors`` (arrays, CPU torch tensors, ``RawTensor``) as a safetensors file, in place, and sync it."""
     raw = {key: raw_tensor(tensor) for key, tensor in tensors.items()}
     specs = [TensorSpec(key, tensor.dtype, tensor.shape, 0) for key, tensor in raw.items()]

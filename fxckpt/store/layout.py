@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt, SetupError
-from fxckpt.store.safe_json import is_count, parse_json
+from fxckpt.store.checks import is_count, is_counts, is_shape
+from fxckpt.store.dtypes import DTYPES, item_size
+from fxckpt.store.safe_json import parse_json
 
 BLOCK = 4096
 """The size of every file is a multiple of this many bytes."""
@@ -26,14 +28,7 @@ BLOCK = 4096
 MAX_HEADER = 100_000_000
 """The safetensors reader refuses longer headers, so this one neither writes nor reads them."""
 
-ITEM_SIZES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E4M3FNUZ": 1, "F8_E5M2": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes per item of each safetensors type of whole bytes."""
-
 _METADATA = "__metadata__"
-_DIMENSIONS = 64  # torch has no more, and the product of a million sizes would take for ever
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes it takes, dense and row-major."""
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        return math.prod(self.shape) * item_size(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,7 +68,7 @@ class FileLayout:
 def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> FileLayout:
     """Place ``specs``, given in emit order. Raises ``SetupError`` for what no safetensors file can hold."""
     _check(name, specs)
-    ordered = sorted(specs, key=lambda spec: ITEM_SIZES[spec.dtype])  # stable: emit order within one item size
+    ordered = sorted(specs, key=lambda spec: item_size(spec.dtype))  # stable: emit order within one item size
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     ends = [0]
     for spec in ordered:
@@ -91,8 +86,8 @@ def _check(name: str, specs: Sequence[TensorSpec]) -> None:
         if spec.key == _METADATA or spec.key in keys:
             why = "is reserved by safetensors" if spec.key == _METADATA else "is given to two tensors"
             raise SetupError(f"{name}: the key {spec.key!r} {why}; rename one of the modules or states it comes from")
-        if spec.dtype not in ITEM_SIZES:
-            raise SetupError(f"{name}: {spec.key!r} has type {spec.dtype!r}; safetensors has {', '.join(ITEM_SIZES)}")
+        if spec.dtype not in DTYPES:
+            raise SetupError(f"{name}: {spec.key!r} has type {spec.dtype!r}; safetensors has {', '.join(DTYPES)}")
         if not all(is_count(size) for size in spec.shape):
             raise SetupError(f"{name}: {spec.key!r} has shape {spec.shape}; sizes are whole numbers from 0")
         keys.add(spec.key)
@@ -147,8 +142,7 @@ def _entry(key: str, entry: Any, data_begin: int, path: str) -> Placed:
     if type(entry) is not dict or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise Corrupt(path, f"the header's entry {key!r} has not exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    whole = all(type(each) is list and all(map(is_count, each)) for each in (shape, offsets))
-    if type(dtype) is not str or dtype not in ITEM_SIZES or not whole or len(offsets) != 2 or len(shape) > _DIMENSIONS:
+    if type(dtype) is not str or dtype not in DTYPES or not is_shape(shape) or not is_counts(offsets) or len(offsets) != 2:
         raise Corrupt(path, f"the header's entry {key!r} is malformed: {str(entry)[:200]}")
     spec = TensorSpec(key, dtype, tuple(shape), -1)
     if offsets[1] - offsets[0] != spec.nbytes:

@@ -66,14 +66,12 @@ class Pool:
         """Take in a checkpoint; after ``adopt_slots``, which knows the numbers that are taken."""
         self._committed[Slot(path, self._new_number())] = known
 
-    def judge(self, generation: int, trust: str) -> None:
-        """Set what is known of the checkpoint of this generation, if it is one that can be given up."""
+    def verified(self, generation: int) -> None:
+        """Every byte of this checkpoint was read and was right: it counts as good, if it is one that can be given up."""
         with self.mutex:
             for slot, known in self._committed.items():
                 if known.generation == generation:
-                    self._committed[slot] = dataclasses.replace(known, trust=trust)
-                    if trust == BAD:
-                        slot.forget()
+                    self._committed[slot] = dataclasses.replace(known, trust=GOOD)
 
     # ---- space ----
 

@@ -12,61 +12,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fxckpt.engine import io, read_verified
+from fxckpt.engine.plan import Item
+from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
+from fxckpt.store.dtypes import numpy_dtype
 from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
+from fxckpt.store.identity import check_store
+from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.record import FileRecord, LayerRecord, RawTensor, Record
-from fxckpt.store.typed_json import numpy_dtype
+from fxckpt.store.raw import RawTensor
+from fxckpt.store.record import FileRecord, Record
 
 log = logging.getLogger("fxckpt")
 
 _LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
-
-
-@dataclass(frozen=True)
-class LayerInfo:
-    """One layer of a checkpoint. ``offset`` (bytes) is that of its first tensor, in that tensor's file; ``keys``,
-    ``files``, ``shapes`` and ``dtypes`` (safetensors names) are by tensor; ``timestamp`` is in seconds since 1970."""
-
-    checkpoint_id: int
-    name: str
-    kind: str
-    step: int
-    offset: int
-    nbytes: int
-    parameters: int
-    keys: tuple[str, ...]
-    files: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    timestamp: float
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One checkpoint. ``generation`` is its id in the store and orders them all; ``name``: of a named save, or None.
-
-    ``metrics``: as noted with ``opt.ckpt.note``. ``lasting``: why retention keeps it for good (``"steps"``,
-    ``"minutes"``), or None."""
-
-    step: int
-    generation: int
-    time: float
-    nbytes: int
-    path: Path
-    name: str | None
-    layers: tuple[LayerInfo, ...]
-    metrics: Mapping[str, float]
-    lasting: str | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +53,7 @@ def _parse(raw: bytes, path: str) -> Record:
     """The record in ``raw``, which must be the one of the directory ``path``: not copied there from another checkpoint."""
     file = os.path.join(path, names.COMMIT)
     record = Record.from_bytes(raw, file)
-    if (why := names.misplaced(path, record)) is not None:
+    if (why := record.misplaced(path)) is not None:
         raise Corrupt(file, why)
     return record
 
@@ -102,14 +69,14 @@ def _commit_bytes(path: str) -> bytes:
         raise Corrupt(file, "the file is missing") from error
 
 
-def candidates(directory: str | os.PathLike) -> list[Candidate | Corrupt]:
+def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
     """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its
     name.
 
     A directory that is missing or empty has none; one that holds something else raises ``NotAStore``.
     """
     root = os.path.abspath(directory)
-    names.check_store(root)
+    check_store(root)
     paths = names.committed(root)
     for _ in range(_LOOKS):
         found, listed = _look(paths), paths
@@ -133,32 +100,54 @@ def _look(paths: list[str]) -> list[Candidate | Corrupt]:
             damaged.append((names.step_of(os.path.basename(path)) or 0, error))
     whole.sort(key=lambda found: found.record.generation, reverse=True)
     found: list[Candidate | Corrupt] = list(whole)
-    for step, error in sorted(damaged, key=lambda each: each[0]):
+    for step, broken in sorted(damaged, key=lambda each: each[0]):
         later = (at for at, each in enumerate(found) if isinstance(each, Candidate) and each.record.step <= step)
-        found.insert(next(later, len(found)), error)
+        found.insert(next(later, len(found)), broken)
     return found
 
 
-def checkpoints(directory: str | os.PathLike) -> list[CheckpointInfo]:
-    """All checkpoints whose record is whole, oldest generation first. Their files are not read."""
+def checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
+    """List the checkpoints of a store, oldest generation first. Safe while a trainer writes there.
+
+    Only their records are read, which say what each layer is and where it lies; one whose record is damaged is left out.
+
+    Args:
+        directory: the store, as given to ``compile_step``.
+
+    Returns:
+        One ``CheckpointInfo`` for each, named saves included; none for a directory that is missing or empty.
+
+    Raises:
+        NotAStore: the directory holds something else.
+    """
     found = [each for each in candidates(directory) if isinstance(each, Candidate)]
     return [describe(each.path, each.record) for each in reversed(found)]
 
 
-def latest(directory: str | os.PathLike, verify: bool = True) -> CheckpointInfo | None:
-    """The newest checkpoint that verifies (with ``verify=False``: whose record does), or None.
+def latest(directory: str | os.PathLike[str], verify: bool = True) -> CheckpointInfo | None:
+    """Find the newest checkpoint of a store that verifies. Safe while a trainer writes there.
 
-    Raises ``NoCheckpoint`` if a trainer takes each one back before it is read, again and again.
+    Args:
+        directory: the store, as given to ``compile_step``.
+        verify: read every byte of it and compare checksums. False: only its record, which takes no time.
+
+    Returns:
+        The checkpoint, or None if there is none. What does not verify is skipped, and logged.
+
+    Raises:
+        NotAStore: the directory holds something else.
+        NoCheckpoint: a trainer takes each one back before it is read, again and again.
     """
-    for _ in range(_LOOKS):
-        try:
+    for _ in range(_LOOKS - 1):
+        with suppress(NoCheckpoint):  # there are newer ones now
             return _newest(directory, verify)
-        except NoCheckpoint as error:
-            overtaken = error  # there are newer ones now
-    raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read") from overtaken
+    try:
+        return _newest(directory, verify)
+    except NoCheckpoint as error:
+        raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read") from error
 
 
-def _newest(directory: str | os.PathLike, verify: bool) -> CheckpointInfo | None:
+def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo | None:
     """One try of ``latest``. Raises ``NoCheckpoint`` if a checkpoint vanished while it was read."""
     for each in candidates(directory):
         try:
@@ -173,33 +162,6 @@ def _newest(directory: str | os.PathLike, verify: bool) -> CheckpointInfo | None
     return None
 
 
-def describe(path: Path, record: Record) -> CheckpointInfo:
-    """What the listing says of a checkpoint."""
-    layers = tuple(_describe_layer(record.generation, layer) for layer in record.layers)
-    nbytes = sum(file.nbytes for file in record.files)
-    return CheckpointInfo(
-        record.step, record.generation, record.time, nbytes, path, record.name, layers, record.metrics, record.lasting
-    )
-
-
-def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:
-    """What the listing says of a layer."""
-    return LayerInfo(
-        checkpoint_id=generation,
-        name=layer.name,
-        kind=layer.kind,
-        step=layer.step,
-        offset=layer.offset,
-        nbytes=layer.nbytes,
-        parameters=layer.parameters,
-        timestamp=layer.time,
-        keys=tuple(tensor.key for tensor in layer.tensors),
-        files=tuple(tensor.file for tensor in layer.tensors),
-        shapes=tuple(tensor.shape for tensor in layer.tensors),
-        dtypes=tuple(tensor.dtype for tensor in layer.tensors),
-    )
-
-
 class Reader:
     """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``.
 
@@ -207,7 +169,7 @@ class Reader:
     mixture.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(os.path.abspath(path))
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
@@ -244,14 +206,14 @@ class Reader:
         for file in self.record.files:
             self._read(file, [], progress)
 
-    def read_into(self, targets: Mapping[tuple[str, str], tuple[int, Any, Any]], file: str | None = None) -> None:
+    def read_into(self, targets: Mapping[tuple[str, str], Item], file: str | None = None) -> None:
         """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None).
 
         Every file (or the one named ``file``) is verified whole, with targets or without. Unknown (file, key) raise
         ``KeyError`` first.
         """
-        places = {(tensor.file, tensor.key): tensor for layer in self.record.layers for tensor in layer.tensors}
-        wanted: dict[str, list[tuple]] = {}
+        places = {(tensor.file, tensor.key): tensor for tensor in self.record.tensors()}
+        wanted: dict[str, list[Target]] = {}
         for place, target in targets.items():
             tensor = places[place]
             wanted.setdefault(tensor.file, []).append((tensor.begin, tensor.nbytes, *target))
@@ -277,7 +239,7 @@ class Reader:
                 raise Corrupt(path, f"the file has {found} bytes, the record says {file.nbytes}", offset=min(found, file.nbytes))
             return found
 
-    def _read(self, file: FileRecord, targets: list[tuple], progress: Callable[[int], None] | None = None) -> dict[str, Placed]:
+    def _read(self, file: FileRecord, targets: list[Target], progress: Callable[[int], None] | None = None) -> dict[str, Placed]:
         """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header."""
         path, held = str(self.path / file.name), self._held.get(file.name)
         self._size(file)
@@ -308,12 +270,7 @@ class Reader:
         """The header must have the record's tensors, where the record has them."""
         if file.name == names.STATE:
             return  # its tensors belong to no layer: the encoded state names them
-        recorded = {
-            tensor.key: (tensor.dtype, tensor.shape, tensor.begin)
-            for layer in self.record.layers
-            for tensor in layer.tensors
-            if tensor.file == file.name
-        }
+        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin) for tensor in self.record.tensors(file.name)}
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):
@@ -371,5 +328,5 @@ def _tensor(placed: Placed, data: np.ndarray) -> np.ndarray | RawTensor:
     raw = data[placed.begin : placed.begin + placed.nbytes]
     dtype = numpy_dtype(placed.spec.dtype)
     if dtype is None:
-        return RawTensor(placed.spec.dtype, placed.spec.shape, memoryview(raw))
+        return RawTensor(placed.spec.dtype, placed.spec.shape, raw.data)
     return raw.view(dtype).reshape(placed.spec.shape)

@@ -12,16 +12,35 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt
-from fxckpt.store.layout import BLOCK, ITEM_SIZES
+from fxckpt.store import names
+from fxckpt.store.checks import (
+    Malformed,
+    is_anything,
+    is_count,
+    is_counts,
+    is_number,
+    is_shape,
+    is_str,
+    is_text,
+    list_of,
+    map_of,
+    members,
+    need,
+    optional,
+)
+from fxckpt.store.dtypes import DTYPES, item_size
+from fxckpt.store.layout import BLOCK
+from fxckpt.store.raw import RawTensor, raw_tensor
 from fxckpt.store.retention import MAX, MIN, MINUTES, STEPS
-from fxckpt.store.safe_json import is_count, parse_json
-from fxckpt.store.typed_json import MAX_DEPTH, RawTensor, decode_state, encode_state, raw_tensor
+from fxckpt.store.safe_json import parse_json
+from fxckpt.store.typed_json import MAX_DEPTH, decode_state, encode_state
 
 __all__ = ["FORMAT", "FileRecord", "LayerRecord", "RawTensor", "Record", "TensorRecord", "decode_state", "encode_state",
            "raw_tensor"]  # fmt: skip
@@ -37,7 +56,6 @@ _DIGEST_END = len(_PREFIX) + 64
 _BODY = _DIGEST_END + len(b'",')
 _DEPTH = 3 * MAX_DEPTH + 16
 _CHUNK = 1 << 30  # the largest that an engine writes: a reader makes a buffer of this size
-_DIMENSIONS = 64  # torch has no more, and the product of a million sizes would take for ever
 
 
 @dataclass(frozen=True)
@@ -81,9 +99,12 @@ class LayerRecord:
         return min((tensor.begin for tensor in self.tensors), default=0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Record:
     """Everything that is known of a checkpoint beside the tensors' bytes.
+
+    A run makes it with what it knows. ``store_id``, ``generation``, ``parent``, ``name``, ``lasting``, ``best_by`` and the
+    file of the extra state are filled in by ``Store.commit``.
 
     ``generation`` orders all checkpoints of a store, ``parent`` is the generation this one was trained on from;
     ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are ``encode_state``
@@ -91,15 +112,15 @@ class Record:
     None; ``best_by`` is the metric by which the writer kept the best one, with ``"min"`` or ``"max"``.
     """
 
-    store_id: str
-    generation: int
-    parent: int | None
+    store_id: str = ""
+    generation: int = 0
+    parent: int | None = None
     step: int
     iteration: int
     updates: int
     time: float
-    world_size: int
-    rank: int
+    world_size: int = 1
+    rank: int = 0
     files: tuple[FileRecord, ...]
     layers: tuple[LayerRecord, ...]
     ties: Mapping[str, str]
@@ -109,6 +130,15 @@ class Record:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lasting: str | None = None
     best_by: tuple[str, str] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files but the record itself."""
+        return sum(file.nbytes for file in self.files)
+
+    def tensors(self, file: str | None = None) -> list[TensorRecord]:
+        """The tensors of one file, or of all but the extra state's, in the record's order."""
+        return [tensor for layer in self.layers for tensor in layer.tensors if file in (None, tensor.file)]
 
     def to_bytes(self) -> bytes:
         """The file's content."""
@@ -128,61 +158,29 @@ class Record:
         body = parse_json(raw, path, depth=_DEPTH, what="the record")
         try:
             return _record(body)
-        except _Malformed as error:
+        except Malformed as error:
             raise Corrupt(path, f"the record is malformed: {error}") from error
 
+    def misplaced(self, path: str) -> str | None:
+        """Why this cannot be the record of the checkpoint directory ``path``, by the directory's name; None if it can.
 
-class _Malformed(Exception):
-    """Something in a record has the wrong type or is out of range."""
+        A directory with any other name (a copy somewhere else, a slot) says nothing, so any record can be its own.
+        """
+        parent, name = os.path.split(path)
+        if (step := names.step_of(name)) is not None:
+            wrong = self.step != step or self.name is not None or names.generation_of(name) not in (None, self.generation)
+        else:
+            saved = os.path.basename(parent) == names.NAMED and not name.endswith((names.PARTIAL, names.BAD))
+            wrong = saved and self.name != name
+        if not wrong:
+            return None
+        whose = f"step {self.step}, generation {self.generation}" + (f", named {self.name!r}" if self.name else "")
+        return f"it is the record of another checkpoint ({whose}), not that of {name}"
 
 
-def _need(holds: Any, what: str) -> None:
-    """Refuse the record unless ``holds``."""
-    if not holds:
-        raise _Malformed(what)
-
-
-def _is_name(value: Any) -> bool:
+def _is_file_name(value: Any) -> bool:
     """The name of a file inside the checkpoint's own directory, not a path out of it."""
-    plain = type(value) is str and value not in ("", ".", "..", "commit.json") and not set("/\\\0") & set(value)
-    return plain and _is_unicode(value)
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can hold halves of surrogate pairs, which no file system can."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _is_counts(value: Any) -> bool:
-    return type(value) is list and all(map(is_count, value))
-
-
-def _is_shape(value: Any) -> bool:
-    return _is_counts(value) and len(value) <= _DIMENSIONS
-
-
-def _is_time(value: Any) -> bool:
-    return is_count(value) or (type(value) is float and math.isfinite(value))
-
-
-def _is_str(value: Any) -> bool:
-    return type(value) is str
-
-
-def _is_list(value: Any) -> bool:
-    return type(value) is list
-
-
-def _is_map(value: Any) -> bool:
-    return type(value) is dict and all(map(_is_str, value.values()))
-
-
-def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
+    return is_text(value) and value not in ("", ".", "..", names.COMMIT) and not set("/\\\0") & set(value)
 
 
 def _is_metric(value: Any) -> bool:
@@ -194,78 +192,65 @@ def _is_metric(value: Any) -> bool:
 
 
 def _is_best_by(value: Any) -> bool:
-    return type(value) is list and len(value) == 2 and _is_str(value[0]) and value[1] in (MIN, MAX)
+    return type(value) is list and len(value) == 2 and is_str(value[0]) and value[1] in (MIN, MAX)
 
 
-def _anything(value: Any) -> bool:
-    """For encoded state, which ``decode_state`` checks when it is used."""
-    return True
-
-
-_FILE = {"name": _is_name, "nbytes": is_count, "chunk_bytes": is_count, "crc32c": _is_counts}
-_TENSOR = {"file": _is_name, "key": _is_str, "begin": is_count, "nbytes": is_count, "shape": _is_shape,
-           "dtype": lambda value: _is_str(value) and value in ITEM_SIZES}  # fmt: skip
-_LAYER = {"id": is_count, "name": _is_str, "kind": lambda value: _is_str(value) and value in KINDS, "step": is_count,
-          "time": _is_time, "parameters": is_count, "nbytes": is_count, "tensors": _is_list}  # fmt: skip
-_RECORD = {"sha256": _is_str, "format": is_count, "store_id": _is_str, "generation": is_count,
-           "parent": _optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
-           "time": _is_time, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,
-           "ties": _is_map, "optimizers": _anything, "state": _anything, "name": _optional(_is_str),
-           "metrics": lambda value: type(value) is dict and all(map(_is_metric, value.values())),
-           "lasting": lambda value: value in (None, STEPS, MINUTES), "best_by": _optional(_is_best_by)}  # fmt: skip
-
-
-def _members(value: Any, checks: Mapping[str, Callable[[Any], bool]], what: str) -> dict[str, Any]:
-    """``value`` if it is an object of exactly these members, each as its check wants it."""
-    _need(type(value) is dict, f"{what} is not an object")
-    _need(value.keys() == checks.keys(), f"{what} has members {sorted(value)}, not {sorted(checks)}")
-    for name, check in checks.items():
-        _need(check(value[name]), f"{what}: {name} is {str(value[name])[:80]}")
-    return value
+_is_list = list_of(is_anything)
+_FILE = {"name": _is_file_name, "nbytes": is_count, "chunk_bytes": is_count, "crc32c": is_counts}
+_TENSOR = {"file": _is_file_name, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
+           "dtype": lambda value: is_str(value) and value in DTYPES}  # fmt: skip
+_LAYER = {"id": is_count, "name": is_str, "kind": lambda value: is_str(value) and value in KINDS, "step": is_count,
+          "time": is_number, "parameters": is_count, "nbytes": is_count, "tensors": _is_list}  # fmt: skip
+_RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation": is_count,
+           "parent": optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
+           "time": is_number, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,
+           "ties": map_of(is_str), "optimizers": is_anything, "state": is_anything, "name": optional(is_str),
+           "metrics": map_of(_is_metric),
+           "lasting": lambda value: value in (None, STEPS, MINUTES), "best_by": optional(_is_best_by)}  # fmt: skip
 
 
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
-    _need(type(body) is dict and body.get("format") == FORMAT,
+    need(type(body) is dict and body.get("format") == FORMAT,
           f"this reader knows format {FORMAT}; a newer fxckpt may have written it")  # fmt: skip
-    fields = dict(_members(body, _RECORD, "the record"))
+    fields = dict(members(body, _RECORD, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
     sizes = {file.name: file.nbytes for file in fields["files"]}
-    _need(len(sizes) == len(fields["files"]), "a file is listed twice")
+    need(len(sizes) == len(fields["files"]), "a file is listed twice")
     fields["layers"] = tuple(_layer(layer, sizes) for layer in fields["layers"])
     fields["metrics"] = {name: decode_state(value, {}) for name, value in fields["metrics"].items()}
     fields["best_by"] = None if fields["best_by"] is None else tuple(fields["best_by"])
     parent = fields["parent"]
-    _need(parent is None or parent < fields["generation"], "its parent is not older than itself")
-    _need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
+    need(parent is None or parent < fields["generation"], "its parent is not older than itself")
+    need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
     return Record(**fields)
 
 
 def _file(value: Any) -> FileRecord:
     """One file, whose chunk table must cover it."""
-    found = _members(value, _FILE, "a file")
+    found = members(value, _FILE, "a file")
     chunk, crcs = found["chunk_bytes"], found["crc32c"]
-    _need(0 < chunk <= _CHUNK and chunk % BLOCK == 0, f"chunk_bytes {chunk} is not a multiple of {BLOCK} up to {_CHUNK}")
-    _need(len(crcs) == -(-found["nbytes"] // chunk), f"{len(crcs)} checksums for {found['nbytes']} bytes")
-    _need(all(crc < 1 << 32 for crc in crcs), "a checksum of more than 32 bits")
+    need(0 < chunk <= _CHUNK and chunk % BLOCK == 0, f"chunk_bytes {chunk} is not a multiple of {BLOCK} up to {_CHUNK}")
+    need(len(crcs) == -(-found["nbytes"] // chunk), f"{len(crcs)} checksums for {found['nbytes']} bytes")
+    need(all(crc < 1 << 32 for crc in crcs), "a checksum of more than 32 bits")
     return FileRecord(found["name"], found["nbytes"], chunk, tuple(crcs))
 
 
 def _layer(value: Any, sizes: Mapping[str, int]) -> LayerRecord:
     """One layer, whose tensors must lie inside their files."""
-    found = dict(_members(value, _LAYER, "a layer"))
+    found = dict(members(value, _LAYER, "a layer"))
     found["tensors"] = tuple(_tensor(tensor, sizes) for tensor in found["tensors"])
     return LayerRecord(**found)
 
 
 def _tensor(value: Any, sizes: Mapping[str, int]) -> TensorRecord:
     """One tensor, whose bytes must be those of its type and shape, inside its file."""
-    found = dict(_members(value, _TENSOR, "a tensor"))
+    found = dict(members(value, _TENSOR, "a tensor"))
     found["shape"] = tuple(found["shape"])
     tensor = TensorRecord(**found)
-    _need(tensor.nbytes == math.prod(tensor.shape) * ITEM_SIZES[tensor.dtype],
+    need(tensor.nbytes == math.prod(tensor.shape) * item_size(tensor.dtype),
           f"tensor {tensor.key!r} has {tensor.nbytes} bytes for {tensor.dtype} {tensor.shape}")  # fmt: skip
-    _need(tensor.file in sizes, f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
-    _need(tensor.begin + tensor.nbytes <= sizes[tensor.file], f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
+    need(tensor.file in sizes, f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
+    need(tensor.begin + tensor.nbytes <= sizes[tensor.file], f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
     return tensor

@@ -22,6 +22,10 @@ MIN, MAX = "min", "max"
 STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
 
 
+KeepBest = str | tuple[str, str] | None
+"""As users give it: a metric of which less is better, or (metric, "min" or "max")."""
+
+
 @dataclass(frozen=True)
 class Policy:
     """What is kept: the newest ``keep``; beyond them, for good, one for each ``every`` steps and one for each
@@ -42,7 +46,7 @@ class Policy:
             raise SetupError(f"keep_minutes={self.minutes!r}: expected a number of minutes above 0, or None")
 
     @classmethod
-    def make(cls, keep: int, keep_every: int | None, keep_minutes: float | None, keep_best: Any) -> Policy:
+    def make(cls, keep: int, keep_every: int | None, keep_minutes: float | None, keep_best: KeepBest) -> Policy:
         """From the options as users give them: ``keep_best`` is a metric of which less is better, or (metric, "max")."""
         best = (keep_best, MIN) if isinstance(keep_best, str) else None if keep_best is None else keep_best
         if best is not None:

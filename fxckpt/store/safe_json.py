@@ -52,8 +52,3 @@ def parse_json(raw: bytes, path: str, *, depth: int, what: str) -> Any:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are kinds of it
         raise Corrupt(path, f"{what} is not valid JSON: {error}") from error
-
-
-def is_count(value: Any) -> bool:
-    """A whole number that can be a size or a position: an int, not a bool, and not negative or beyond 63 bits."""
-    return type(value) is int and 0 <= value < 1 << 63

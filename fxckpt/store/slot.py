@@ -38,6 +38,12 @@ class Slot:
         self._written: tuple[Hashable, dict[str, dict[int, int]]] | None = None
         self._before: tuple[Hashable, dict[str, dict[int, int]]] | None = None
 
+    error: Exception | None = None  # it ends in this process, where its commit raises
+
+    def ended(self, timeout: float) -> bool:
+        """A commit that returned is over."""
+        return True
+
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
         """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed.
 
@@ -103,7 +109,7 @@ class Slot:
         try:
             yield
         except OSError as error:
-            operation = _operation(error)
+            operation = io.operation_of(error) or "open"
             self.suspect |= operation in _SYNCS or error.errno in DAMAGE
             path = os.fsdecode(error.filename) if error.filename else self.path
             raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
@@ -122,14 +128,3 @@ def suppress_unsupported() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-
-
-def _operation(error: OSError) -> str:
-    """The file operation that raised it: the innermost public function of ``engine.io`` on its way."""
-    found, at = "open", error.__traceback__
-    while at is not None:
-        code = at.tb_frame.f_code
-        if code.co_filename == io.__file__ and not code.co_name.startswith("_") and code.co_name != "os_error":
-            found = code.co_name
-        at = at.tb_next
-    return found

@@ -9,30 +9,32 @@
                   training waits)
 
 Which operation must be durable before which is the table of edges in ``docs/format.md``; the comments name them. In every
-state a crash can leave, a directory without a suffix verifies. ``tests/campaigns/test_power_cut.py`` takes each edge away in turn.
+state a crash can leave, a directory without a suffix verifies. ``test_power_cut.py`` takes each edge away in turn.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
-import json
 import logging
 import os
-import uuid
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from fxckpt.engine import io
 from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
 from fxckpt.store import names
-from fxckpt.store.files import make_directories, remove_tree, replace_file, sync_ancestors, write_tensors
+from fxckpt.store.files import make_directories, remove_tree, replace_file, write_tensors
+from fxckpt.store.identity import check_store, identify
+from fxckpt.store.layout import FileLayout
+from fxckpt.store.lineage import Lineage
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
+from fxckpt.store.raw import Tensor
 from fxckpt.store.reader import read_record
-from fxckpt.store.record import FORMAT, FileRecord, LayerRecord, Record
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, ancestors
+from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Policy
 from fxckpt.store.slot import Slot
 
 __all__ = ["Slot", "Store"]
@@ -48,6 +50,8 @@ class Store:
     ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
     """
 
+    hands_over = False  # this process commits
+
     def __init__(
         self,
         directory: str | os.PathLike,
@@ -57,20 +61,18 @@ class Store:
         fresh: bool = False,
         keep_every: int | None = None,
         keep_minutes: float | None = None,
-        keep_best: Any = None,
+        keep_best: KeepBest = None,
     ):
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root = os.path.abspath(os.fspath(directory))
         self.fresh, self.store_id = fresh, ""
-        names.check_store(self.root)
+        check_store(self.root)
         self._policy = Policy.make(keep, keep_every, keep_minutes, keep_best)
         self._pool = Pool(self.root, keep, max_async)
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
-        self._parents: dict[int, int | None] = {}  # of every generation whose record was there at open
-        self._origins: dict[int, tuple[int, float] | None] = {}  # step and time of what the next may continue
-        self._clock = 0  # the newest generation given out
+        self._lineage = Lineage()
         self._loaded, self._found = False, 0
 
     # ---- opening ----
@@ -83,7 +85,7 @@ class Store:
         self._check_owner()
         if self._lock is not None:
             return
-        names.check_store(self.root)
+        check_store(self.root)
         make_directories(self.root)
         self._lock = DirectoryLock(os.path.join(self.root, names.LOCK))
         # A store dropped without close() gives its lock back; at exit the kernel does, after the last write.
@@ -92,7 +94,7 @@ class Store:
         try:
             self._sync_what_is_there()
             records = self._read_records()
-            self._identify(records)
+            self.store_id = identify(self.root, [record for record in records.values() if record is not None])
             self._adopt(records)
         except BaseException:
             self.close()
@@ -122,30 +124,14 @@ class Store:
                 records[path] = None
         return records
 
-    def _identify(self, records: Mapping[str, Record | None]) -> None:
-        """Read the store's id, or write ``store.json``: the newest record's id if it was damaged or lost."""
-        found = names.read_store_id(self.root)
-        if found is None:
-            # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
-            sync_ancestors(self.root)
-            whole = [record for record in records.values() if record is not None]
-            newest = max(whole, key=lambda record: record.generation, default=None)
-            found = newest.store_id if newest else uuid.uuid4().hex
-            content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
-            # Not made durable: if it is lost, the id is taken from a record.
-            replace_file(os.path.join(self.root, names.STORE), content.encode(), durable=False)
-        self.store_id = found
-
     def _adopt(self, records: Mapping[str, Record | None]) -> None:
         """Take in what an earlier life left."""
         for slot in self._pool.adopt_slots():
-            self._clock = max(self._clock, _generation_in(slot.path))
+            self._lineage.newest = max(self._lineage.newest, _generation_in(slot.path))
         for path, record in records.items():
             self._found += 1
             if record is not None:
-                self._clock = max(self._clock, record.generation)
-                self._parents[record.generation] = record.parent
-                self._origins[record.generation] = (record.step, record.time)
+                self._lineage.adopt(record)
             if record is not None and record.store_id != self.store_id:
                 log.warning("%s is of another store: it can be loaded, and is never given up", path)
             elif os.path.dirname(path) == self.root:
@@ -154,7 +140,7 @@ class Store:
         for name in names.subdirectories(named):
             if name.endswith(names.PARTIAL):  # a named save that never was
                 remove_tree(os.path.join(named, name))
-        self._pool.since = self._clock if self.fresh else 0
+        self._pool.since = self._lineage.newest if self.fresh else 0
 
     def _standing(self, record: Record | None, trust: str) -> CheckpointStatus:
         """What retention has to know; a record that cannot be read makes a bad checkpoint."""
@@ -167,15 +153,16 @@ class Store:
         if os.getpid() != self._pid:
             raise Cancelled(f"the store {self.root} belongs to the parent process (pid {self._pid})")
 
-    def _check_open(self) -> None:
+    def _check_open(self) -> DirectoryLock:
         self._check_owner()
         if self._lock is None:
             raise StoreError(f"the store {self.root} is not open")
+        return self._lock
 
     def _check_place(self) -> None:
         """That the directory is still the one that was opened. Raises ``StoreLocked``, ``SaveFailed``."""
         try:
-            self._lock.renew()
+            self._check_open().renew()
         except OSError as error:
             raise SaveFailed("open", os.path.join(self.root, names.LOCK), None, error.errno) from error
 
@@ -203,21 +190,13 @@ class Store:
         """
         with self._pool.mutex:
             self._loaded = True
-            self._pool.lineage = set() if generation is None else ancestors(self._parents, generation)
+            self._pool.lineage = set() if generation is None else self._lineage.of(generation)
             self._pool.pinned = generation
             if generation is not None:
                 self._pool.since = 0  # not a new beginning after all
-            self._clock = max(self._clock, generation or 0)
+            self._lineage.newest = max(self._lineage.newest, generation or 0)
         if generation is not None:
-            self.mark_verified(generation)
-
-    def mark_verified(self, generation: int) -> None:
-        """Every byte of this checkpoint was read and was right: it counts as good."""
-        self._pool.judge(generation, GOOD)
-
-    def mark_bad(self, generation: int) -> None:
-        """This checkpoint does not verify: it counts for nothing and goes first."""
-        self._pool.judge(generation, BAD)
+            self._pool.verified(generation)
 
     # ---- acquiring ----
 
@@ -243,14 +222,16 @@ class Store:
         slot = self._pool.take() if name is None else self._take_named(name)
         try:
             with self._pool.mutex:
-                self._clock += 1  # in the order of acquiring, which is that of training
-                slot.generation = self._clock
+                slot.generation = self._lineage.next()  # in the order of acquiring, which is that of training
             with slot.reporting():
                 slot.prepare()
         except BaseException:
             self.abandon(slot, bad=False)
             raise
         return slot
+
+    def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout]) -> None:
+        """The engine writes into the slot from now on; nothing to do for it here."""
 
     def _take_named(self, name: str) -> Slot:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
@@ -271,28 +252,10 @@ class Store:
 
     # ---- committing ----
 
-    def commit(
-        self,
-        slot: Slot,
-        *,
-        step: int,
-        iteration: int,
-        updates: int,
-        time: float,
-        files: Sequence[FileRecord],
-        layers: Sequence[LayerRecord],
-        ties: Mapping[str, str],
-        optimizers: Any,
-        state: Any,
-        state_tensors: Mapping[str, Any],
-        world_size: int = 1,
-        rank: int = 0,
-        metrics: Mapping[str, float] | None = None,
-    ) -> Path:
+    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint; its path is valid once this returns.
 
-        ``metrics`` are what ``keep_best`` looks at.
-
+        ``record``: what the run says of it; the store fills in what only it knows. ``state_tensors`` are written beside.
         Raises ``SaveFailed``; the caller then abandons the slot.
         """
         self._check_open()
@@ -301,45 +264,29 @@ class Store:
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
                 extra = write_tensors(os.path.join(slot.path, names.STATE), state_tensors)
-                parent = max((each for each in self._pool.lineage if each < slot.generation), default=None)
-                record = Record(
-                    self.store_id,
-                    slot.generation,
-                    parent,
-                    step,
-                    iteration,
-                    updates,
-                    time,
-                    world_size,
-                    rank,
-                    (*files, extra),
-                    tuple(layers),
-                    dict(ties),
-                    optimizers,
-                    state,
-                    slot.name,
-                    dict(metrics or {}),
-                    self._lasting(slot, parent, step, time),
-                    self._policy.best,
-                )
+                record = self._completed(record, slot, extra)
                 self._seal(slot, record)
                 self._publish(slot, record)
             self._pool.committed(slot, self._standing(record, GOOD))
             self._pool.retain()
-            self._note_origin(record)
+            self._lineage.note(record, self._pool.generations())
             return Path(slot.path)
 
-    def _lasting(self, slot: Slot, parent: int | None, step: int, time: float) -> str | None:
-        """Why this checkpoint is kept for good, or None. A named save is kept anyway, by its name."""
-        return None if slot.name is not None else self._policy.lasting(self._origins.get(parent), step, time)
-
-    def _note_origin(self, record: Record) -> None:
-        """What a checkpoint that continues this one has to know. A named save changes nothing for the ordinary ones:
-        somebody may remove it."""
-        own = (record.step, record.time)
-        self._origins[record.generation] = own if record.name is None else self._origins.get(record.parent)
-        alive = self._pool.generations() | set(self._parents) | {record.generation}
-        self._origins = {each: origin for each, origin in self._origins.items() if each in alive}
+    def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
+        """With what the store knows: whose it is, what it continues, and whether it is kept for good."""
+        parent = max((each for each in self._pool.lineage if each < slot.generation), default=None)
+        # A named save is kept anyway, by its name.
+        lasting = None if slot.name is not None else self._policy.lasting(self._lineage.origin(parent), record.step, record.time)
+        return dataclasses.replace(
+            record,
+            store_id=self.store_id,
+            generation=slot.generation,
+            parent=parent,
+            files=(*record.files, extra),
+            name=slot.name,
+            lasting=lasting,
+            best_by=self._policy.best,
+        )
 
     def _seal(self, slot: Slot, record: Record) -> None:
         """Step 3: from here the directory describes itself."""
@@ -364,7 +311,7 @@ class Store:
         else:
             final = os.path.join(self.root, names.step_name(record.step))
             if os.path.lexists(final):  # an earlier life, or a branch that was rolled back, came past this step
-                final += f"-g{record.generation}"
+                final = os.path.join(self.root, names.step_name(record.step, record.generation))
         self._check_place()  # its bytes took their time
         slot.target = final
         try:

@@ -19,13 +19,15 @@ import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fxckpt.errors import Corrupt, StateError
-from fxckpt.store.layout import ITEM_SIZES
+from fxckpt.store import names
+from fxckpt.store.checks import is_text
+from fxckpt.store.dtypes import OF_TORCH, PARTS, item_size
+from fxckpt.store.raw import raw_tensor
 
 MAX_DEPTH = 64
 """Values nested deeper, or containing themselves, are refused. Each level is at most three levels of JSON."""
@@ -35,56 +37,6 @@ _SAFE_INT = 1 << 53  # larger ones are tagged: readers that keep numbers as doub
 _FACTORIES = {None: "", int: "int", float: "float", list: "list", dict: "dict", set: "set", str: "str", tuple: "tuple",
               bool: "bool", deque: "deque", Counter: "Counter"}  # fmt: skip
 _FACTORY_NAMES = {name: factory for factory, name in _FACTORIES.items()}
-
-_NUMPY = {"|b1": "BOOL", "|u1": "U8", "|i1": "I8", "<u2": "U16", "<i2": "I16", "<f2": "F16", "<u4": "U32", "<i4": "I32",
-          "<f4": "F32", "<u8": "U64", "<i8": "I64", "<f8": "F64"}  # fmt: skip
-_TORCH = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16", "float16": "F16",
-          "bfloat16": "BF16", "uint32": "U32", "int32": "I32", "float32": "F32", "uint64": "U64", "int64": "I64",
-          "float64": "F64", "float8_e4m3fn": "F8_E4M3", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2": "F8_E5M2",
-          "float8_e5m2fnuz": "F8_E5M2FNUZ", "float8_e8m0fnu": "F8_E8M0"}  # fmt: skip
-_COMPLEX = {"complex32": "F16", "complex64": "F32", "complex128": "F64", "<c8": "F32", "<c16": "F64"}
-
-
-@dataclass(frozen=True)
-class RawTensor:
-    """A dense row-major tensor of safetensors type ``dtype`` as bytes, whether or not numpy knows the type."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: memoryview
-
-
-def numpy_dtype(name: str) -> np.dtype | None:
-    """numpy's type for a safetensors type, or None where numpy has none."""
-    return next((np.dtype(text) for text, known in _NUMPY.items() if known == name), None)
-
-
-def torch_name(name: str) -> str:
-    """torch's name for a safetensors type. Raises ``KeyError`` where torch has none."""
-    return {**{known: text for text, known in _TORCH.items()}, "C64": "complex64"}[name]
-
-
-def raw_tensor(value: Any) -> RawTensor:
-    """A numpy array, CPU torch tensor or ``RawTensor`` as bytes, in place if contiguous. Complex ones as real pairs."""
-    if isinstance(value, RawTensor):
-        return value
-    if isinstance(value, np.ndarray):
-        return _raw_array(value)
-    name = str(value.dtype).removeprefix("torch.")
-    real, torch = value.detach(), sys.modules["torch"]
-    if name in _COMPLEX:
-        real = torch.view_as_real(real.resolve_conj())
-    dense = real.resolve_neg().contiguous().reshape(-1)  # where there is one element, with any stride
-    flat = dense.as_strided(dense.shape, (1,)).view(torch.uint8).numpy()
-    return RawTensor(_COMPLEX.get(name) or _TORCH[name], tuple(real.shape), memoryview(flat))
-
-
-def _raw_array(array: np.ndarray) -> RawTensor:
-    """A numpy array as bytes; types that safetensors lacks are complex (real pairs) or kept as U8 (dates, text, …)."""
-    name, dense = array.dtype.str, np.ascontiguousarray(array).reshape(-1)
-    shape = (*array.shape, 2) if name in _COMPLEX else array.shape if name in _NUMPY else (array.nbytes,)
-    data = dense.view(np.uint8) if array.size else np.empty(0, np.uint8)
-    return RawTensor(_COMPLEX.get(name) or _NUMPY.get(name, "U8"), tuple(shape), memoryview(data))
 
 
 def encode_state(value: Any, tensors: dict[str, Any], path: str = "") -> Any:
@@ -104,17 +56,6 @@ def _join(path: str, name: Any) -> str:
         text = f"a {type(name).__name__}"
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return f"{path}/{text}" if path else text
-
-
-def _is_text(value: Any) -> bool:
-    """A str that JSON brings back: not one with surrogates, two of which would come back joined into one character."""
-    if type(value) is not str:
-        return False
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class _Encoder:
@@ -159,11 +100,11 @@ class _Encoder:
         if value.layout is torch.sparse_coo and value.device.type != "meta":
             return self._sparse(torch, value.detach(), path)
         name = str(value.dtype).removeprefix("torch.")
-        if value.layout is not torch.strided or value.device.type == "meta" or name not in {**_TORCH, **_COMPLEX}:
+        if value.layout is not torch.strided or value.device.type == "meta" or name not in {**OF_TORCH, **PARTS}:
             what = f"{value.layout}, {value.dtype}, on {value.device}"
             raise StateError(f"{path}: only dense and COO tensors of plain number types can be stored, not one that is {what}")
         copy = value.detach().to("cpu", copy=True).resolve_conj().resolve_neg().contiguous()
-        node = {"!": "torch", "key": self._store(copy, path), "dtype": name, "shape": list(value.shape)}
+        node: dict[str, Any] = {"!": "torch", "key": self._store(copy, path), "dtype": name, "shape": list(value.shape)}
         if value.device.type != "cpu":
             node["device"] = str(value.device)
         if type(value) is torch.nn.Parameter:
@@ -202,7 +143,7 @@ class _Encoder:
         return value if math.isfinite(value) else {"!": "float", "v": struct.pack(">d", value).hex()}
 
     def _str(self, value: str, path: str, depth: int) -> Any:
-        return value if _is_text(value) else {"!": "str", "v": value.encode("utf-8", "surrogatepass").hex()}
+        return value if is_text(value) else {"!": "str", "v": value.encode("utf-8", "surrogatepass").hex()}
 
     def _list(self, value: Any, path: str, depth: int) -> list:
         """The elements in order, each with its index in the path."""
@@ -215,7 +156,7 @@ class _Encoder:
 
     def _dict(self, value: dict, path: str, depth: int) -> Any:
         """An object when its keys are text, in which no key can be mistaken for a tag; else pairs."""
-        if "!" in value or not all(map(_is_text, value)):
+        if "!" in value or not all(map(is_text, value)):
             return {"!": "dict", "v": self._pairs(value, path, depth)}
         return {key: self.encode(item, _join(path, key), depth + 1) for key, item in value.items()}
 
@@ -264,7 +205,7 @@ _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
 }
 
 
-def decode_state(value: Any, tensors: Mapping[str, Any], path: str = "commit.json") -> Any:
+def decode_state(value: Any, tensors: Mapping[str, Any], path: str = names.COMMIT) -> Any:
     """What ``encode_state`` was given. ``tensors``: as it filled them, or as ``Reader.state_tensors`` returns them.
 
     Tensors are new, and on their device if this machine has it, else on the CPU. Malformed data raises ``Corrupt``.
@@ -335,7 +276,7 @@ class _Decoder:
     def _tensor(self, node: dict) -> Any:
         """A torch tensor, with its class, device and ``requires_grad``."""
         torch, name, shape = _torch_module(), node["dtype"], tuple(node["shape"])
-        item = 2 * ITEM_SIZES[_COMPLEX[name]] if name in _COMPLEX else ITEM_SIZES[_TORCH[name]]
+        item = 2 * item_size(PARTS[name]) if name in PARTS else item_size(OF_TORCH[name])
         raw, dtype = self._bytes_of(node, item * math.prod(shape)), getattr(torch, name)
         if raw:
             tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)

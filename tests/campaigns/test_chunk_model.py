@@ -61,7 +61,7 @@ def test_the_model_notices_a_line_that_is_left_out(line):
 
 
 def test_the_model_has_the_states_of_the_engine():
-    header = (ROOT / "csrc" / "internal.h").read_text()
+    header = (ROOT / "csrc" / "core" / "internal.h").read_text()
     for name, states in (
         ("state", (model.ACTIVE, model.DURABLE, model.FAILED, model.CANCELLED)),
         ("sync_state", (model.UNSYNCED, model.SYNC_TAKEN, model.SYNCED)),

@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 
+import instruments
 import pytest
 import torch
 from digests import differences, snapshot
@@ -24,7 +25,6 @@ from storing import fast_directory
 from waiting import until
 
 import fxckpt
-from fxckpt.engine import io
 from fxckpt.store import pool
 from fxckpt.store.reader import Reader, candidates
 
@@ -41,12 +41,12 @@ def store(tmp_path):
 
 def calls_of_some_checkpoints(store) -> int:
     training = Training(store, keep=2)
-    io.fail(10**9, 0)  # counts from the first use of an instrument
-    before = io.calls()
+    instruments.fail(10**9, 0)  # counts from the first use of an instrument
+    before = instruments.calls()
     training.train(4)
     training.opt.ckpt.flush()
     training.opt.ckpt.shutdown()
-    return io.calls() - before
+    return instruments.calls() - before
 
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EACCES, errno.ENOENT, errno.EINTR, 0)
@@ -102,9 +102,9 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
         store = tmp_path / f"{nth}-{error}"
         training, what = Training(store, keep=2, on_error=on_error), f"call {nth}, {errno.errorcode.get(error, 'short')}"
         caplog.clear()
-        io.fail(nth, error)
+        instruments.fail(nth, error)
         raised = trained_through(training, 4)
-        io.fail_none()
+        instruments.fail_none()
         assert all_good(store, training)[:1] == [training.found["last_committed_step"]], f"{what}: one was lost"
         told = [each for each in raised if not isinstance(each, fxckpt.NoSpace)]
         assert (len(told) > 0) == (training.found["checkpoints_failed"] > 0), f"{what}: {raised!r}"
@@ -126,19 +126,19 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
 @pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE])
 def test_whichever_call_fails_at_the_opening_of_a_store_it_is_raised_and_the_next_opening_goes_well(error, tmp_path):
     Training(tmp_path / "d", keep=2).train(3).end()
-    before = io.calls()
+    before = instruments.calls()
     Training(tmp_path / "d").end()
-    opening = io.calls() - before
+    opening = instruments.calls() - before
     assert opening > 10
     for nth in range(1, opening + 1):
-        io.fail(nth, error)
+        instruments.fail(nth, error)
         try:
             training = Training(tmp_path / "d", keep=2)
         except (OSError, fxckpt.StoreError):
             pass
         else:
             training.end()
-        io.fail_none()
+        instruments.fail_none()
         assert fxckpt.latest(tmp_path / "d").step == 3
         training = Training(tmp_path / "d", keep=2)
         assert fxckpt.load(tmp_path / "d", optimizer=training.opt).step == 3
@@ -213,9 +213,9 @@ def test_a_commit_that_hangs_bounds_flush_save_shutdown_and_training_and_is_name
     training = Training(store, max_async=1, keep=2).train(2)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    until(lambda: saver._ready is not None)
-    saver.stuck_after = 0.3
-    io.delay("fsync", 60_000_000)
+    until(lambda: saver.supply.ready is not None)
+    saver.loop.stuck_after = 0.3
+    instruments.delay("fsync", 60_000_000)
     training.train(1)
     with pytest.raises(TimeoutError, match=r"steps 3 are not durable yet: step 3 is being committed in .*slot-.*, in fsync"):
         training.opt.ckpt.flush()
@@ -229,8 +229,8 @@ def test_a_commit_that_hangs_bounds_flush_save_shutdown_and_training_and_is_name
     with pytest.raises((TimeoutError, fxckpt.SaveFailed)):
         training.opt.ckpt.shutdown()
     assert time.monotonic() - began < 30
-    io.delay("fsync", 0)
-    until(lambda: not saver._thread.is_alive())
+    instruments.delay("fsync", 0)
+    until(lambda: not saver.loop.alive())
     saver.store.close()
     assert fxckpt.latest(store).step in (2, 3)
 
@@ -239,19 +239,19 @@ def test_a_named_save_while_a_commit_hangs_ends_in_bounded_time_too(store, monke
     training = Training(store, max_async=2, keep=2).train(2)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    until(lambda: saver._ready is not None)
-    saver.stuck_after = 0.3
+    until(lambda: saver.supply.ready is not None)
+    saver.loop.stuck_after = 0.3
     monkeypatch.setattr(pool, "PATIENCE", 0.3)
-    io.delay("fsync", 60_000_000)
+    instruments.delay("fsync", 60_000_000)
     training.train(1)
     training.opt.ckpt.end_step()
-    until(lambda: io.calls("fsync") and saver._flying and "committed" in saver._flying[0].phase)
+    until(lambda: instruments.calls("fsync") and any("committed" in each.phase for each in saver.flights.under_way()))
     with pytest.raises((TimeoutError, fxckpt.SaveFailed, fxckpt.StoreError), match=r"disk hangs|in fsync"):
         training.opt.ckpt.save("best")
     training.train(2)
-    io.delay("fsync", 0)
+    instruments.delay("fsync", 0)
     monkeypatch.setattr(pool, "PATIENCE", 60)
-    saver.stuck_after = 60
+    saver.loop.stuck_after = 60
     for _ in range(3):
         training.train(1)
         with contextlib.suppress(fxckpt.SaveFailed, fxckpt.StoreError):
@@ -267,9 +267,9 @@ def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, st
     training = Training(store).train(3)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    while saver._ready is None:  # the next slot's own calls are not the ones to fail
+    while saver.supply.ready is None:  # the next slot's own calls are not the ones to fail
         time.sleep(0.001)
-    io.fail(1, errno.EIO, op)
+    instruments.fail(1, errno.EIO, op)
     training.train()
     with pytest.raises((fxckpt.SaveFailed, OSError)) as raised:
         training.opt.ckpt.flush()
@@ -290,7 +290,7 @@ def test_a_full_disk_fails_each_checkpoint_and_recovers_when_there_is_room(store
     training = Training(store).train(2)
     training.opt.ckpt.flush()
     for _ in range(3):
-        io.fail(1, errno.ENOSPC, "pwrite")
+        instruments.fail(1, errno.ENOSPC, "pwrite")
         training.train()
         with pytest.raises(fxckpt.SaveFailed):
             training.opt.ckpt.flush()
@@ -304,7 +304,7 @@ def test_a_full_disk_fails_each_checkpoint_and_recovers_when_there_is_room(store
 def test_on_error_raise_stops_at_the_next_step(store):
     training = Training(store, on_error="raise").train(2)
     training.opt.ckpt.flush()
-    io.fail(1, errno.EIO, "pwrite")
+    instruments.fail(1, errno.EIO, "pwrite")
     training.train()
     training.opt.ckpt.end_step()
     until(lambda: training.found["checkpoints_failed"], timeout=20)
@@ -320,7 +320,7 @@ def test_on_error_raise_stops_at_the_next_step(store):
 def test_save_raises_its_own_failure_and_once(store):
     training = Training(store).train(2)
     training.opt.ckpt.flush()
-    io.fail(1, errno.ENOSPC, "pwrite")
+    instruments.fail(1, errno.ENOSPC, "pwrite")
     with pytest.raises(fxckpt.SaveFailed):
         training.opt.ckpt.save("best")
     training.opt.ckpt.flush()
@@ -330,7 +330,7 @@ def test_save_raises_its_own_failure_and_once(store):
 
 def test_shutdown_raises_a_failure_that_nobody_was_told_of(store):
     training = Training(store).train(2)
-    io.fail(1, errno.EIO, "fdatasync")
+    instruments.fail(1, errno.EIO, "fdatasync")
     training.train()
     with pytest.raises((fxckpt.SaveFailed, OSError)):
         training.opt.ckpt.shutdown()
@@ -341,7 +341,7 @@ def test_shutdown_raises_a_failure_that_nobody_was_told_of(store):
 def test_a_failed_save_does_not_keep_load_from_going_back(store):
     training = Training(store).train(2)
     training.opt.ckpt.flush()
-    io.fail(1, errno.EIO, "pwrite")
+    instruments.fail(1, errno.EIO, "pwrite")
     training.train()
     assert fxckpt.load().step == 2
     assert differences(snapshot(training.model, training.opt), training.reference[2]) == []
@@ -349,11 +349,11 @@ def test_a_failed_save_does_not_keep_load_from_going_back(store):
 
 def test_flush_gives_up_after_its_timeout_and_names_the_steps(store):
     training = Training(store)
-    io.delay("fdatasync", 400_000)
+    instruments.delay("fdatasync", 400_000)
     training.train(2)
     with pytest.raises(TimeoutError, match=r"steps 1, 2"):
         training.opt.ckpt.flush(timeout=0.05)
-    io.delay("fdatasync", 0)
+    instruments.delay("fdatasync", 0)
     training.opt.ckpt.flush()
     assert training.found["last_committed_step"] == 2
 
@@ -563,10 +563,10 @@ def test_a_forked_child_can_let_go_of_the_optimizer_while_the_parent_writes(fork
     script.write_text("""
 from script_prelude import *
 import gc, os, sys
-from fxckpt.engine import io
+import instruments
 m = mlp()
 opt = fxckpt.compile_step(torch.optim.AdamW(m.parameters()), "d", model=m, every=1, update="native")
-io.delay("fdatasync", 300_000)
+instruments.delay("fdatasync", 300_000)
 m(torch.randn(4, 8)).sum().backward(); opt.step()
 if os.fork() == 0:
     m(torch.randn(4, 8)).sum().backward(); opt.step()  # it does not wait for the parent's copies either
@@ -649,7 +649,7 @@ def test_an_on_layer_that_raises_leaves_a_whole_step_behind(store):
 def test_ctrl_c_while_a_step_waits_for_a_slow_disk_comes_through_and_training_can_go_on(store):
     training = Training(store, max_async=1, keep=20).train(1)
     training.opt.ckpt.flush()
-    io.delay("fdatasync", 1_500_000)
+    instruments.delay("fdatasync", 1_500_000)
     training.train()
     before = snapshot(training.model, training.opt)
     threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
@@ -658,7 +658,7 @@ def test_ctrl_c_while_a_step_waits_for_a_slow_disk_comes_through_and_training_ca
         training.train()
     assert time.monotonic() - began < 1.2, "it came only when the disk was done"
     assert differences(snapshot(training.model, training.opt), before) == [], "the interrupted step was half done"
-    io.delay("fdatasync", 0)
+    instruments.delay("fdatasync", 0)
     training.opt.zero_grad()
     training.train(2)
     training.opt.ckpt.flush()

@@ -33,7 +33,7 @@ from torch import nn
 import fxckpt
 from fxckpt.engine import crc32c
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, NotAStore
-from fxckpt.store import names
+from fxckpt.store.identity import read_store_id
 from fxckpt.store.layout import parse_header
 from fxckpt.store.reader import Reader, candidates, checkpoints, read_record
 from fxckpt.store.record import Record, decode_state
@@ -218,7 +218,7 @@ def test_any_store_json_is_an_id_none_or_a_clear_refusal(trained, tmp_path):
     def one(steps: list) -> None:
         (directory / "store.json").write_bytes(mutated(good, steps))
         try:
-            found = names.read_store_id(str(directory))
+            found = read_store_id(str(directory))
         except NotAStore as error:
             assert "newer fxckpt" in str(error)
             return

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import instruments
 import pytest
 from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, acknowledged_by, explore, late, moved, without, write_out
 from real_run import real_run
@@ -33,7 +34,7 @@ from waiting import until
 
 import fxckpt
 from fxckpt.engine import io
-from fxckpt.monitor import client
+from fxckpt.monitor import launch
 from fxckpt.store import names
 from fxckpt.store.reader import candidates, latest
 
@@ -54,25 +55,25 @@ class Recording:
         self.acks.mkdir()
         self.log = self.record(scenario) if scenario else []
 
-    def record(self, scenario: Callable[[Path, Path, str], None]) -> list[io.Call]:
+    def record(self, scenario: Callable[[Path, Path, str], None]) -> list[instruments.Call]:
         """What one run, or several, do on the disk as it is."""
-        io.record(self.tmp / "log")
+        instruments.record(self.tmp / "log")
         try:
             with recorded_monitors(self.tmp / "log"):
                 scenario(self.base / STORE, self.acks, self.writer)
         finally:
-            io.stop_recording()
+            instruments.stop_recording()
         behind = self.tmp / "log.behind"
         assert not behind.exists() or behind.read_text() == "", "the monitor changed files behind the table's back"
         assert behind.exists() == (self.writer == "monitor"), "no monitor was recorded, or one that was not asked for"
-        return io.read_log(self.tmp / "log")
+        return instruments.read_log(self.tmp / "log")
 
     def judge(self) -> Judge:
         """A judge with nothing remembered, and its own scratch directory."""
         self.judges += 1
         return Judge(STORE, self.tmp / f"judge-{self.judges}", self.keep)
 
-    def explore(self, log: list[io.Call], rule=RULE, **options):
+    def explore(self, log: list[instruments.Call], rule=RULE, **options):
         """The first broken promise, and how many states were looked at."""
         judge = self.judge()
         found = explore(log, str(self.base), judge, rule, **options)
@@ -121,7 +122,7 @@ def named(root: Path, acks: Path, writer: str) -> None:
 def interrupted(trainer: Trainer, step: int, name: str) -> None:
     """Ctrl-C between the rename and the sync of a commit; a monitor has no Ctrl-C, there the sync's ``open`` fails."""
     if isinstance(trainer, MonitoredTrainer):
-        marker = Path(client.PROGRAM[1] + ".interrupt")
+        marker = Path(launch.PROGRAM[1] + ".interrupt")
         marker.touch()
         with pytest.raises(fxckpt.SaveFailed, match="Too many open files"):
             trainer.save(step, name)
@@ -178,7 +179,7 @@ def give_up(trainer: Trainer, step: int) -> None:
 def trainer_killed(root: Path, acks: Path, writer: str) -> None:
     """A trainer that is killed with two checkpoints handed over, of which not a byte is on the disk. Its monitor finishes
     both: once that has ended, the later one is promised. Then a next run."""
-    script, log = SUPPORT / "dying_trainer.py", Path(client.PROGRAM[1])
+    script, log = SUPPORT / "dying_trainer.py", Path(launch.PROGRAM[1])
     with Path(f"{log}.stderr").open("w") as errors:  # no pipe: the stopped monitor would hold it open
         done = subprocess.run(
             [sys.executable, script, root, acks, log, str(ITEMS)],
@@ -296,28 +297,28 @@ def test_after_a_power_cut_the_next_run_loads_and_checkpoints(writer, recordings
 # ---- the edges of docs/format.md, each taken away ----
 
 
-def syncs(call: io.Call, *ends: str) -> bool:
+def syncs(call: instruments.Call, *ends: str) -> bool:
     """Whether it makes something durable whose path ends like one of these."""
     return call.op in ("fsync", "fdatasync") and call.path.endswith(ends)
 
 
-def published(call: io.Call, last: str) -> bool:
+def published(call: instruments.Call, last: str) -> bool:
     """A directory gets its final name."""
     return call.op == "rename" and (re.search(r"/step-[^/]*$", call.target) or "/named/" in call.target) \
         and not call.target.endswith((".partial", ".json"))  # fmt: skip
 
 
-def acknowledges(call: io.Call, last: str) -> bool:
+def acknowledges(call: instruments.Call, last: str) -> bool:
     """The caller is told."""
     return "/acks/" in call.path
 
 
-def writes(call: io.Call, last: str) -> bool:
+def writes(call: instruments.Call, last: str) -> bool:
     """Bytes of a data file change."""
     return call.op in ("pwrite", "ftruncate") and call.path.endswith(".safetensors")
 
 
-def frees(call: io.Call, last: str) -> bool:
+def frees(call: instruments.Call, last: str) -> bool:
     """A checkpoint's name goes."""
     return call.op == "rename" and "/step-" in call.path and call.target.endswith(".partial")
 
@@ -375,7 +376,7 @@ def next_run(root: Path, acks: Path, writer: str) -> None:
     trainer.close()
 
 
-def run_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
+def run_after(recording: Recording, first: list[instruments.Call]) -> list[instruments.Call]:
     """What the next run does, if the first one was killed behind these calls."""
     disk, acknowledged = Disk(str(recording.base)), []
     for call in first:
@@ -388,7 +389,7 @@ def run_after(recording: Recording, first: list[io.Call]) -> list[io.Call]:
     return recording.record(next_run)
 
 
-def kills(log: list[io.Call], writer: str) -> list[int]:
+def kills(log: list[instruments.Call], writer: str) -> list[int]:
     """Behind how many calls the first run is killed: each, or in the short version each change of a name and some; with a
     monitor, whose start takes time, a few."""
     if WHOLE:
@@ -399,7 +400,7 @@ def kills(log: list[io.Call], writer: str) -> list[int]:
     return sorted({*at[::2], *range(random.Random(1).randrange(12), len(log), 12)})
 
 
-def second_recording(directory: Path, recorded: Recording) -> tuple[Recording, list[io.Call]]:
+def second_recording(directory: Path, recorded: Recording) -> tuple[Recording, list[instruments.Call]]:
     """A disk to record a next run on, with nothing on it, and the log of the first run as if it had been made there."""
     recording = Recording(directory, None, 1, recorded.writer)
     return recording, [replace_base(call, recorded, recording) for call in recorded.log]
@@ -419,19 +420,19 @@ def test_kill_at_any_call_then_a_run_then_a_power_cut(scenario, writer, recordin
             counted(f"crash states after a kill and a run, {writer}", states)
 
 
-def replace_base(call: io.Call, old: Recording, new: Recording) -> io.Call:
+def replace_base(call: instruments.Call, old: Recording, new: Recording) -> instruments.Call:
     """The same call on another recording's disk."""
     call = moved(moved(call, str(old.base), str(new.base)), str(old.acks), str(new.acks))
     target = call.target.replace(str(old.base), str(new.base), 1)
     return call.__class__(**{**vars(call), "target": target})
 
 
-def killed_behind(log: list[io.Call], which: Callable[[io.Call], bool]) -> list[io.Call]:
+def killed_behind(log: list[instruments.Call], which: Callable[[instruments.Call], bool]) -> list[instruments.Call]:
     """The log up to the last such call."""
     return log[: max(i for i, call in enumerate(log) if which(call)) + 1]
 
 
-def no_sync_at_open(log: list[io.Call]) -> list[io.Call]:
+def no_sync_at_open(log: list[instruments.Call]) -> list[instruments.Call]:
     """The second run without edge O: its syncs of the root and of named/ before it makes or changes anything."""
     at = next(i for i, call in enumerate(log) if call.op in ("mkdir", "rename", "pwrite"))
     return [call for i, call in enumerate(log) if i >= at or not syncs(call, "/checkpoints", "/named")]

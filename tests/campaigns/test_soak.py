@@ -25,7 +25,7 @@ WRITERS = os.environ.get("FXCKPT_SOAK_WRITER", "thread monitor").split()
 SCRIPT = """
 from script_prelude import *
 from known_sums import Sums, Tally, tell, wrong
-from fxckpt.engine import io
+import instruments
 import errno, os
 
 dice = random.Random(int(os.environ["DICE"]))
@@ -34,7 +34,7 @@ faults = dice.random() < 0.5
 
 def disturb(calls):
     if faults and dice.random() < 0.3:
-        io.fail(dice.randint(1, calls), dice.choice(ERRORS))
+        instruments.fail(dice.randint(1, calls), dice.choice(ERRORS))
 
 def fds():
     return len(os.listdir("/proc/self/fd"))
@@ -48,10 +48,10 @@ try:
     fxckpt.compile_step(opt, "d", model=m, every=dice.choice([1, 1, 2]), keep=dice.choice([1, 2, 3]), update="native",
                         chunk_mb=1, max_async=dice.choice([1, 2]), writer=os.environ["WRITER"], extra={"tally": tally})
 except (OSError, fxckpt.StoreError) as error:
-    io.fail_none()
+    instruments.fail_none()
     print("REFUSED", error)
     raise SystemExit(0)
-io.fail_none()
+instruments.fail_none()
 steps = [each.step for each in fxckpt.checkpoints("d")]
 back = dice.choice(steps[:-1]) if len(steps) > 1 and dice.random() < 0.15 else None
 start = fxckpt.load(step=back).step
@@ -72,7 +72,7 @@ for step in range(start, end):
         tell("committed", found["last_committed_step"])
     most = max(most, fds())
     assert most < 60, os.listdir("/proc/self/fd")
-io.fail_none()
+instruments.fail_none()
 try:
     opt.ckpt.shutdown()
 except (OSError, fxckpt.FxckptError) as error:

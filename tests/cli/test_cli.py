@@ -29,9 +29,9 @@ from fxckpt.cli import COMMANDS, common, main
 from fxckpt.cli.bench import interval
 from fxckpt.cli.diff import Change, _compare
 from fxckpt.errors import NoCheckpoint
-from fxckpt.store.layout import ITEM_SIZES
+from fxckpt.store.dtypes import DTYPES
+from fxckpt.store.raw import raw_tensor
 from fxckpt.store.reader import Reader, checkpoints
-from fxckpt.store.typed_json import raw_tensor, torch_name
 
 
 @pytest.fixture
@@ -224,9 +224,9 @@ def test_diff_lists_what_is_in_one_only(capsys, root):
     assert all("other shape" in row["only_in"] for row in rows)
 
 
-@pytest.mark.parametrize("dtype", sorted(ITEM_SIZES))
+@pytest.mark.parametrize("dtype", sorted(DTYPES))
 def test_diff_counts_and_measures_every_type(dtype):
-    kind = getattr(torch, torch_name(dtype))
+    kind = getattr(torch, DTYPES[dtype].torch)
     a = torch.tensor([0, 1, 1, 1]).to(kind)
     b = torch.tensor([1, 1, 1, 1]).to(kind) if dtype in ("BOOL", "F8_E8M0") else torch.tensor([0, 1, 4, 1]).to(kind)
     raw = (bytes(raw_tensor(t).data) if dtype != "C64" else t.numpy().tobytes() for t in (a, b))
@@ -479,7 +479,7 @@ def test_doctor_reports_everything_and_who_writes_and_leaves_nothing(capsys, roo
     status, found = run(capsys, "doctor", root)
     seen = {each["what"]: each for each in found["findings"]}
     assert status == 0 and tree(root) == before
-    assert {"torch", "engine", "io_uring", "CUDA", "space", "O_DIRECT", "write leases", "store"} <= set(seen)
+    assert {"torch", "engine", "CUDA", "space", "O_DIRECT", "write leases", "store"} <= set(seen)
     assert seen["torch"]["detail"] == torch.__version__ and "CRC-32C by" in seen["engine"]["detail"]
     assert f"1 checkpoints; process {os.getpid()} writes to it" in seen["store"]["detail"]
     outside = subprocess.run([sys.executable, "-m", "fxckpt", "doctor", root], capture_output=True, text=True)

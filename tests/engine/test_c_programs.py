@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
-from c_programs import FLAGS, SOURCES, build_driver, compiler, run
+from c_programs import ENGINE, FLAGS, SOURCES, build_driver, compiler, run
 from repository import ROOT
 
 SANITIZERS = {"memory": "address,undefined", "races": "thread"}
@@ -33,8 +34,7 @@ def build(tmp_path_factory):
             directory = tmp_path_factory.mktemp("engine")
             if missing := sanitizer_missing(sanitizer, directory):
                 pytest.skip(f"{compiler()[0]} cannot use -fsanitize={sanitizer}: {missing.strip()[:300]}")
-            sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.c"))
-            built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", "-c", *sources], cwd=directory)
+            built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", "-c", *ENGINE], cwd=directory)
             assert built.returncode == 0, built.stderr
             libraries[sanitizer] = directory
         return libraries[sanitizer]
@@ -70,6 +70,13 @@ def test_c_program_is_clean(build, tmp_path, name, sanitizer):
     assert done.returncode == 0, f"seed {SEED}\n{done.stdout}\n{done.stderr}"
 
 
+def test_the_core_knows_no_place_that_chunks_go_to():
+    """Disk, ring and mock are behind csrc/core/sink.h."""
+    texts = {path.name: path.read_text() for path in (ROOT / "csrc/core").glob("*.c")}
+    known = [name for name, text in texts.items() if re.search(r'#include "(io|monitor|testing)/|fx_relay', text)]
+    assert texts and known == []
+
+
 # ---- the CUDA path, on the fake driver ----
 
 
@@ -96,7 +103,6 @@ def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, tmp_pat
 def mutable(tmp_path_factory):
     """``c/cuda.c`` and the engine with the switch that leaves one wait or record out."""
     directory = tmp_path_factory.mktemp("mutations")
-    sources = sorted(str(path) for path in (ROOT / "csrc").glob("*.c"))
     program = str(directory / "cuda")
     built = run(
         [
@@ -107,7 +113,7 @@ def mutable(tmp_path_factory):
             str(ROOT / "csrc"),
             "-fno-sanitize=all",
             str(SOURCES / "cuda.c"),
-            *sources,
+            *ENGINE,
             "-o",
             program,
             "-ldl",
@@ -119,8 +125,8 @@ def mutable(tmp_path_factory):
 
 
 def mutations() -> list[str]:
-    """The names in csrc/cuda.h, in order; the first one is none."""
-    text = (ROOT / "csrc/cuda.h").read_text()
+    """The names in csrc/cuda/cuda.h, in order; the first one is none."""
+    text = (ROOT / "csrc/cuda/cuda.h").read_text()
     body = text[text.index("enum fx_mutation {") : text.index("    MUTATIONS\n")]
     return [line.strip().split(",")[0] for line in body.splitlines()[1:] if line.strip()]
 

@@ -16,6 +16,7 @@ from torch import nn
 import fxckpt
 from fxckpt.compat import cuda
 from fxckpt.errors import SaveFailed, SetupError
+from fxckpt.run.clock import Applied
 from fxckpt.store.reader import candidates
 
 __all__ = ["device", "library"]  # fixtures
@@ -122,7 +123,7 @@ def test_a_step_that_the_device_skipped_is_not_counted_as_an_update(tmp_path, de
     assert {step: c.record.updates for step, c in found.items()} == {1: 1, 2: 2, 3: 2, 4: 3, 5: 4}
     assert differences(stored(found[3].path), stored(found[2].path)) == []
     assert all(differences(stored(found[step].path), states[step - 1]) == [] for step in found)
-    assert training.opt.ckpt._run.updates == 4
+    assert training.opt.ckpt._run.clock.applied.now() == 4
 
 
 def test_a_step_inside_a_graph_capture_is_refused(tmp_path, device):
@@ -190,7 +191,7 @@ def test_other_backends_are_refused_by_name(monkeypatch, kind, hip, name):
 
 
 def test_applied_updates_are_counted_without_waiting():
-    applied, asked = cuda.Applied(), []
+    applied, asked = Applied(), []
 
     def skipped(value):
         return lambda: asked.append(value) or torch.tensor(float(value))

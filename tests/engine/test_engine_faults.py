@@ -16,12 +16,13 @@ import threading
 import time
 from pathlib import Path
 
+import instruments
 import pytest
 from engine_model import KB, PATIENCE, Model, begin_all, engines, fence, make_model, read_all, wait_for
-from repository import ROOT
+from repository import python_path
 
 from fxckpt import errors
-from fxckpt.engine import Engine, Sources, io
+from fxckpt.engine import Engine, Sources
 
 
 @pytest.fixture
@@ -46,12 +47,12 @@ def save(engine: Engine, model: Model, directory: Path) -> bool:
 def test_any_call_may_fail_and_nothing_hangs(tmp_path, make_engine):
     engine, model = make_engine(), make_model(2, 2000, n_files=2)
     contents = model.contents()
-    before = io.calls()
+    before = instruments.calls()
     assert begin_all(engine, model, tmp_path / "good").durable(PATIENCE)
-    total = io.calls() - before
+    total = instruments.calls() - before
     for nth, error in itertools.product(range(1, total + 1), (errno.EIO, errno.ENOSPC)):
         directory = tmp_path / f"{nth}-{error}"
-        io.fail(nth, error)
+        instruments.fail(nth, error)
         with pytest.raises(errors.SaveFailed) as failure:
             save(engine, model, directory)
         raised = failure.value
@@ -59,7 +60,7 @@ def test_any_call_may_fail_and_nothing_hangs(tmp_path, make_engine):
         assert raised.operation in ("open", "ftruncate", "pwrite", "fdatasync", "close")
         assert (raised.offset is not None) == (raised.operation in ("pwrite", "ftruncate"))
         assert not engine.pending()
-        io.fail_none()
+        instruments.fail_none()
     assert total > 10
     assert save(engine, model, tmp_path / "last") and read_all(model, tmp_path / "last") == contents
 
@@ -68,7 +69,7 @@ def test_any_call_may_fail_and_nothing_hangs(tmp_path, make_engine):
 def test_short_and_interrupted_writes_go_on(tmp_path, make_engine, error):
     engine, model = make_engine(chunk_bytes=32 * KB), make_model()
     for nth in range(1, 8):
-        io.fail(nth, error, "pwrite" if error == 0 else None)
+        instruments.fail(nth, error, "pwrite" if error == 0 else None)
         assert begin_all(engine, model, tmp_path / str(nth)).durable(PATIENCE)
         assert read_all(model, tmp_path / str(nth)) == model.contents()
 
@@ -77,7 +78,7 @@ def test_refused_o_direct_is_said_once_and_replaced(tmp_path, make_engine, caplo
     engine, model = make_engine(), make_model()
     caplog.set_level(logging.WARNING, logger="fxckpt")
     for nth, op in enumerate(["open", "pwrite", "open"]):
-        io.fail(1, errno.EINVAL, op)
+        instruments.fail(1, errno.EINVAL, op)
         assert begin_all(engine, model, tmp_path / str(nth)).durable(PATIENCE)
         assert read_all(model, tmp_path / str(nth)) == model.contents()
     assert engine.buffered
@@ -93,7 +94,7 @@ def test_buffered_engine_writes_the_same(tmp_path, make_engine):
 def test_cancel_at_any_time_frees_the_memory_at_once(tmp_path, make_engine):
     engine, model, dice = make_engine(), make_model(), random.Random(3)
     plan = model.plan(engine)
-    io.delay("copy", 200)
+    instruments.delay("copy", 200)
     for _ in range(30):
         checkpoint = engine.begin(plan, str(tmp_path), model.names)
         for layer in range(dice.randint(0, len(model.layers))):
@@ -112,19 +113,19 @@ def test_cancel_at_any_time_frees_the_memory_at_once(tmp_path, make_engine):
 
 def test_cancelled_checkpoint_writes_nothing_more(tmp_path, make_engine):
     engine, model = make_engine(), make_model()
-    io.delay("copy", 200_000)
-    before = io.calls("pwrite")
+    instruments.delay("copy", 200_000)
+    before = instruments.calls("pwrite")
     checkpoint = begin_all(engine, model, tmp_path)
     checkpoint.cancel()
-    assert checkpoint.settled(PATIENCE) and io.calls("pwrite") == before
+    assert checkpoint.settled(PATIENCE) and instruments.calls("pwrite") == before
 
 
 def begin_hanging(engine: Engine, model: Model, directory: Path):
     """A checkpoint with a thread stuck in a write."""
-    io.delay("pwrite", 600_000_000)
-    before = io.calls("pwrite")
+    instruments.delay("pwrite", 600_000_000)
+    before = instruments.calls("pwrite")
     checkpoint = begin_all(engine, model, directory)
-    wait_for(lambda: io.calls("pwrite") > before)
+    wait_for(lambda: instruments.calls("pwrite") > before)
     return checkpoint
 
 
@@ -138,14 +139,14 @@ def test_hung_disk_blocks_neither_fence_nor_cancel_and_its_files_stay_barred(tmp
         begin_all(engine, model, tmp_path)
     assert failure.value.errno == errno.EBUSY
     assert time.monotonic() - start < 10
-    io.delay("pwrite", 0)
+    instruments.delay("pwrite", 0)
     assert checkpoint.settled(PATIENCE)
     assert begin_all(engine, model, tmp_path).durable(PATIENCE)
 
 
 def test_close_while_writing_cancels(tmp_path, make_engine):
     engine, model = make_engine(), make_model()
-    io.delay("pwrite", 3000)
+    instruments.delay("pwrite", 3000)
     checkpoint = begin_all(engine, model, tmp_path)
     engine.close(PATIENCE)
     engine.close(PATIENCE)
@@ -163,13 +164,13 @@ def test_close_leaves_a_thread_behind_that_is_stuck_in_the_disk(tmp_path, make_e
     checkpoint, start = begin_hanging(engine, model, tmp_path), time.monotonic()
     engine.close(0.2)
     assert time.monotonic() - start < 5 and "left behind" in caplog.text
-    io.delay("pwrite", 0)
+    instruments.delay("pwrite", 0)
     assert checkpoint.settled(PATIENCE)
 
 
 def test_interrupt_ends_a_wait(tmp_path, make_engine):
     engine, model = make_engine(), make_model()
-    io.delay("pwrite", 60_000_000)
+    instruments.delay("pwrite", 60_000_000)
     checkpoint = begin_all(engine, model, tmp_path)
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
     timer.start()
@@ -244,7 +245,7 @@ def refuses(function, *arguments) -> bool:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_fork_while_writing_disturbs_neither_side(tmp_path, make_engine):
     engine, model = make_engine(), make_model()
-    io.delay("pwrite", 3000)
+    instruments.delay("pwrite", 3000)
     checkpoint = begin_all(engine, model, tmp_path)
 
     def child() -> bool:
@@ -262,14 +263,15 @@ def test_fork_while_writing_disturbs_neither_side(tmp_path, make_engine):
         )
 
     assert [in_child(child) for _ in range(10)] == [0] * 10
-    io.delay("pwrite", 0)
+    instruments.delay("pwrite", 0)
     assert checkpoint.durable(PATIENCE)
     assert read_all(model, tmp_path) == model.contents()
 
 
 def run_script(script: str) -> tuple[int, str]:
     """Exit status and error output of a fresh interpreter."""
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, capture_output=True, text=True, check=False)
+    env = {**os.environ, "PYTHONPATH": python_path()}
+    done = subprocess.run([sys.executable, "-c", script], env=env, timeout=60, capture_output=True, text=True, check=False)
     return done.returncode, done.stderr
 
 
@@ -278,11 +280,12 @@ def test_process_that_ends_while_writing_ends(tmp_path, ending):
     """However a script ends, with work in flight: no crash, no hang."""
     script = f"""
 import os, numpy as np
-from fxckpt.engine import Engine, Sources, io
+import instruments
+from fxckpt.engine import Engine, Sources
 engine = Engine(chunk_bytes=8192, staging_bytes=0)
 array = np.ones(1 << 20, np.uint8)
 plan = engine.plan([(array.nbytes, b"")], [(0, 0, 0, array.nbytes, 1)], 1)
-io.delay("copy", 500); io.delay("pwrite", 500)
+instruments.delay("copy", 500); instruments.delay("pwrite", 500)
 checkpoint = engine.begin(plan, {str(tmp_path)!r}, ["file"])
 checkpoint.emit(0, Sources([(array.ctypes.data, None, None)]))
 {ending}
@@ -297,6 +300,17 @@ def test_engine_that_is_garbage_ends_its_threads(tmp_path):
     del engine
     gc.collect()
     wait_for(lambda: len(os.listdir("/proc/self/task")) <= count - 5)
+
+
+def test_the_engine_that_is_shipped_has_no_instruments():
+    script = """
+import sys
+from fxckpt.engine import crc32c, _lib
+assert crc32c(b"123456789") == 0xE3069283
+assert not [name for name in dir(_lib.load()[1]) if name.startswith("fx_io")]
+assert b"fx_io_fail" not in open(sys.modules["fxckpt.engine._engine"].__file__, "rb").read()
+"""
+    assert run_script(script) == (0, "")
 
 
 def test_missing_extension_is_an_error_that_says_how_to_build_it():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
 from pathlib import Path
 
+import instruments
 import numpy as np
 import pytest
-from engine_model import KB, PATIENCE, begin_all, calm_disk, crcs_of, engines, make_model
+from engine_model import KB, PATIENCE, begin_all, crcs_of, engines, make_model, wait_for
 
 from fxckpt import errors
-from fxckpt.engine import crc32c, crc32c_portable, io, read_verified
+from fxckpt.engine import crc32c, io, read_verified
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def make_engine():
 @pytest.fixture(autouse=True)
 def quiet_disk():
     yield
-    calm_disk()
+    instruments.calm()
 
 
 # ---- checksums and reading ----
@@ -45,14 +47,14 @@ def test_checksum_of_every_length_and_alignment():
     data = bytes(np.random.default_rng(5).integers(0, 256, 1_200_000, dtype=np.uint8))
     turns = [3 * 272, 6 * 272, 3 * 8208, 3 * 349_520]
     stretches = [turn + more for turn in turns for more in (-1, 0, 8, 17, 26_000)]
-    assert crc32c(b"123456789") == crc32c_portable(b"123456789") == 0xE3069283
+    assert crc32c(b"123456789") == instruments.crc32c_portable(b"123456789") == 0xE3069283
     for length in (*range(70), *stretches):
         for skew in (0, 1, 7):
             part = data[skew : skew + length]
-            assert crc32c(part) == crc32c_portable(part), (length, skew)
+            assert crc32c(part) == instruments.crc32c_portable(part), (length, skew)
         if length < 2000:
             expected = crc_reference(data[:length], 77)
-            assert crc32c(data[:length], 77) == crc32c_portable(data[:length], 77) == expected, length
+            assert crc32c(data[:length], 77) == instruments.crc32c_portable(data[:length], 77) == expected, length
     assert crc32c(data[1000:], crc32c(data[:1000])) == crc32c(data)
 
 
@@ -114,9 +116,9 @@ def test_reading_survives_faults_or_says_which(tmp_path):
     path = tmp_path / "file"
     _, record = make_file(path)
     for op, error in (("open", errno.EINVAL), ("pread", errno.EINVAL), ("pread", errno.EINTR), ("pread", 0)):
-        io.fail(1, error, op)
+        instruments.fail(1, error, op)
         read_verified(path, **record, targets=[])
-    io.fail(2, errno.EIO, "pread")
+    instruments.fail(2, errno.EIO, "pread")
     with pytest.raises(OSError) as failure:
         read_verified(path, **record, targets=[])
     assert failure.value.errno == errno.EIO and failure.value.filename == str(path)
@@ -130,7 +132,7 @@ def test_operations_raise_with_name_and_offset(tmp_path):
         io.open(tmp_path / "no/file", os.O_RDONLY)
     assert failure.value.filename == str(tmp_path / "no/file")
     fd = io.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    io.fail(1, errno.ENOSPC, "pwrite")
+    instruments.fail(1, errno.ENOSPC, "pwrite")
     with pytest.raises(OSError) as failure:
         io.pwrite(fd, b"abc", 100)
     assert (failure.value.errno, failure.value.filename, failure.value.offset) == (errno.ENOSPC, str(tmp_path / "file"), 100)
@@ -140,23 +142,62 @@ def test_operations_raise_with_name_and_offset(tmp_path):
             operation(tmp_path / "none")
 
 
+@pytest.mark.parametrize("operation, run", [
+    ("open", lambda fd, path: io.open(path, os.O_RDONLY)),
+    ("close", lambda fd, path: io.close(os.dup(fd))),
+    ("pwrite", lambda fd, path: io.pwrite(fd, b"abc", 7)),
+    ("pread", lambda fd, path: io.pread(fd, 3, 7)),
+    ("ftruncate", lambda fd, path: io.ftruncate(fd, 10)),
+    ("fallocate", lambda fd, path: io.fallocate(fd, 10)),
+    ("fdatasync", lambda fd, path: io.fdatasync(fd)),
+    ("fsync", lambda fd, path: io.fsync_dir(path.parent)),
+    ("rename", lambda fd, path: io.rename(path, path)),
+    ("unlink", lambda fd, path: io.unlink(path)),
+    ("mkdir", lambda fd, path: io.mkdir(path)),
+    ("rmdir", lambda fd, path: io.rmdir(path)),
+])  # fmt: skip
+def test_a_failed_call_says_which_it_was_on_which_file_and_where(tmp_path, operation, run):
+    path = tmp_path / "file"
+    fd = io.open(path, os.O_RDWR | os.O_CREAT)
+    instruments.fail(1, errno.EDQUOT, operation)
+    with pytest.raises(OSError) as failure:
+        run(fd, path)
+    assert io.operation_of(failure.value) == operation
+    assert failure.value.filename == str(tmp_path if operation == "fsync" else path)
+    assert failure.value.offset == (7 if operation in ("pwrite", "pread") else None)
+    io.close(fd)
+
+
+def test_one_can_ask_which_call_a_thread_is_in(tmp_path):
+    fd = io.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    instruments.delay("fsync", 60_000_000)
+    thread = threading.Thread(target=io.fsync, args=(fd,))
+    thread.start()
+    wait_for(lambda: io.running(thread.ident) == "fsync")
+    assert io.running(threading.get_ident()) is None
+    instruments.delay("fsync", 0)
+    thread.join()
+    assert io.running(thread.ident) is None
+    io.close(fd)
+
+
 def test_log_replays_to_the_same_files(tmp_path, make_engine):
     """What is recorded is all that was done, in order: also from two writer threads, across renames."""
     engine, model = make_engine(), make_model(n_files=2)
-    io.record(tmp_path / "log")
+    instruments.record(tmp_path / "log")
     io.mkdir(tmp_path / "a")
     checkpoint = begin_all(engine, model, tmp_path / "a")
     assert checkpoint.durable(PATIENCE)
     fd = io.open(tmp_path / "a/more", os.O_RDWR | os.O_CREAT)
     io.rename(tmp_path / "a", tmp_path / "b")
     io.pwrite(fd, b"after the rename", 3)
-    io.fail(1, errno.EIO, "fsync")
+    instruments.fail(1, errno.EIO, "fsync")
     with pytest.raises(OSError):
         io.fsync(fd)
     io.close(fd)
     io.fsync_dir(tmp_path / "b")
-    io.stop_recording()
-    calls, files = io.read_log(tmp_path / "log"), {}
+    instruments.stop_recording()
+    calls, files = instruments.read_log(tmp_path / "log"), {}
     assert [call.order for call in calls] == list(range(len(calls)))
     for call in calls:
         if call.op == "open" and call.created:
@@ -177,10 +218,10 @@ def test_log_replays_to_the_same_files(tmp_path, make_engine):
 
 def test_every_write_is_before_the_sync_of_its_file(tmp_path, make_engine):
     engine, model = make_engine(threads=3), make_model(n_files=3)
-    io.record(tmp_path / "log")
+    instruments.record(tmp_path / "log")
     assert begin_all(engine, model, tmp_path / "a").durable(PATIENCE)
-    io.stop_recording()
-    calls = io.read_log(tmp_path / "log")
+    instruments.stop_recording()
+    calls = instruments.read_log(tmp_path / "log")
     for name in model.names:
         of_file = [call.op for call in calls if call.path == str(tmp_path / "a" / name)]
         assert of_file[-1] == "fdatasync" and of_file.count("fdatasync") == 1 and "pwrite" in of_file

@@ -19,7 +19,7 @@ from torch import nn
 import fxckpt
 from fxckpt.graph.model.layers import block_of
 from fxckpt.graph.step_graph import UpdateTimer
-from fxckpt.optim import stepper
+from fxckpt.optim import programs
 
 __all__ = ["book"]  # the fixture
 
@@ -144,7 +144,7 @@ def test_the_drawing_and_the_table_in_the_docs_are_what_their_script_makes(book,
 
 
 def test_what_the_passes_did_is_logged(book, caplog, monkeypatch):
-    monkeypatch.setattr(stepper, "_shared_programs", {})  # whatever other tests traced
+    monkeypatch.setattr(programs, "_shared_programs", {})  # whatever other tests traced
     model, batch = Gpt(depth=3), language()
     for block in model.h:
         block.compile(backend=fxckpt.backend, options={"inner": "eager"})

@@ -128,7 +128,7 @@ def test_listening_ends_with_the_first_step_and_leaves_no_hook(book):
     model, batch = Gpt(depth=1), language()
     opt = stepped(model, batch, steps=1, model=model)
     run = opt.ckpt._run
-    assert run._first_backward is None
+    assert run.arrangement._first_backward is None
     version = book.version
     model(**batch).backward()
     opt.step()

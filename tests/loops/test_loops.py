@@ -16,8 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxckpt
 from fxckpt.graph.update import inductor
-from fxckpt.saving.plan import Layout
-from fxckpt.saving.saver import InFlight
+from fxckpt.saving.guard import Guard
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +170,7 @@ def routed(model, forward, opt, steps=range(12)):
 
 def test_a_mixture_of_experts_with_another_subset_at_each_step():
     opt = both(routed, Experts)[0]
-    programs = [p for p in opt.ckpt._run.steppers[0]._programs.values() if isinstance(p, list)]
+    programs = [p for p in opt.ckpt._run.steppers[0].programs.traced.values() if isinstance(p, list)]
     assert [len(p) for p in programs] == [1]
 
 
@@ -217,7 +216,7 @@ def test_weights_swapped_for_their_average_and_back():
 @pytest.mark.parametrize("copied", ["before the next step", "after it begins"])
 def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_named(every, copied, tmp_path):
     """Also when the copies end before the next step looks, and when that step takes a checkpoint itself."""
-    from fxckpt.engine import io
+    import instruments
 
     torch.manual_seed(0)
     model = net()
@@ -225,7 +224,7 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
     plain(model, model, opt, 3)
     opt.ckpt.flush()
     plain(model, model, opt, 2)
-    io.delay("copy", 1_000_000)
+    instruments.delay("copy", 1_000_000)
     plain(model, model, opt, 1)
     opt.ckpt.end_step()
     with torch.no_grad():
@@ -233,7 +232,7 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
     if copied == "before the next step":
         with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
             opt.ckpt.flush()
-    io.delay("copy", 0)
+    instruments.delay("copy", 0)
     plain(model, model, opt, 1)
     if copied == "after it begins":
         with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
@@ -244,20 +243,21 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
 
 def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durable_by_then(tmp_path, monkeypatch):
     """The thread that commits is held where it has seen all copies end and has not looked for changes yet."""
-    check, durable, looked = Layout.check_unchanged, threading.Event(), threading.Event()
+    check, durable, looked = Guard.check_unchanged, threading.Event(), threading.Event()
 
-    def late(layout: Layout, pending: InFlight) -> None:
+    def late(guard: Guard) -> None:
+        (pending,) = opt.ckpt._run.saver.flights.under_way()
         assert pending.copy.durable(60)
         durable.set()
         assert looked.wait(60)
-        check(layout, pending)
+        check(guard)
 
     torch.manual_seed(0)
     model = net()
     opt = fxckpt.compile_step(adamw(model), tmp_path / "d", model=model, every=1, update="native")
     plain(model, model, opt, 3)
     opt.ckpt.flush()
-    monkeypatch.setattr(Layout, "check_unchanged", late)
+    monkeypatch.setattr(Guard, "check_unchanged", late)
     plain(model, model, opt, 1)
     opt.ckpt.end_step()
     assert durable.wait(60)
@@ -457,7 +457,7 @@ def test_half_a_step_of_one_optimizer_is_not_saved_when_another_one_has_stepped(
     opts[0].step()
     opts[1].step()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(opts[0].ckpt._run.steppers[0], "run", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(opts[0].ckpt._run.steppers[0].executor, "run", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         opts[0].step()
     opts[1].step()
     with pytest.raises(fxckpt.SetupError, match="left by an exception in its middle"):

@@ -119,8 +119,8 @@ def test_two_threads_give_the_bits_of_one(tmp_path, two_threads, make, flush):
             stock.step()
     finally:
         torch.set_flush_denormal(False)
-    stepper = ours.ckpt._run.steppers[0]
-    assert any(isinstance(call, _SharedCalls) for call in stepper._all_calls), "nothing was shared: the test shows nothing"
+    calls = ours.ckpt._run.steppers[0].executor.prepared.at_once
+    assert any(isinstance(call, _SharedCalls) for call in calls), "nothing was shared: the test shows nothing"
     for mine, theirs in zip(ours.param_groups[0]["params"], stock.param_groups[0]["params"]):
         assert same_bits(mine, theirs)
         for key, value in stock.state[theirs].items():
@@ -180,5 +180,6 @@ def test_operators_of_a_rehearsal_keep_the_threads_that_its_own_step_has(tmp_pat
     for _ in range(5):
         ours.step()
     stepper = ours.ckpt._run.steppers[0]
-    assert stepper.rehearsal.proven and stepper.whole is None
-    assert stepper._all_calls and not any(isinstance(call, _SharedCalls) for call in stepper._all_calls)
+    assert stepper.strategy.proofs.any() and stepper.whole is None
+    calls = stepper.executor.prepared.at_once
+    assert calls and not any(isinstance(call, _SharedCalls) for call in calls)

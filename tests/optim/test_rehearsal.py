@@ -13,8 +13,8 @@ from digests import differences, stored
 from torch import nn
 
 import fxckpt
-from fxckpt.optim.rehearsal import PROOFS
-from fxckpt.optim.stepper import Stepper
+from fxckpt.optim.rehearsal.proofs import PROOFS
+from fxckpt.optim.rehearsal.step import RehearsedStep
 from fxckpt.store.reader import candidates
 
 LR = 0.05
@@ -494,13 +494,13 @@ def pair(cls, steps=9, **options):
 @pytest.mark.parametrize("cls", SPLIT)
 def test_what_is_proven_is_split_and_has_the_bits_of_its_own_step(cls, monkeypatch):
     whole = []
-    inner = Stepper.compared
-    monkeypatch.setattr(Stepper, "compared", lambda self: (whole.append(1), inner(self))[1])
+    inner = RehearsedStep._run_whole
+    monkeypatch.setattr(RehearsedStep, "_run_whole", lambda self, closure: (whole.append(1), inner(self, closure))[1])
     mine, ours = make(cls)
     fxckpt.compile_step(mine, writer="mock", every=2, update="native")
     train(mine, ours, last=12)
     assert stepper_of(mine).whole is None
-    assert stepper_of(mine).rehearsal.proven
+    assert stepper_of(mine).strategy.proofs.any()
     assert PROOFS <= len(whole) <= 1 + 4 * PROOFS, "it did not stop running whole"
     whole.clear()
     train(mine, ours, 12, 14)
@@ -550,7 +550,7 @@ def test_what_the_optimizer_compiles_is_compiled():
 
 def test_a_branch_that_comes_late_is_compared_before_it_is_split():
     mine = pair(IntInState, 12)
-    assert len({noted for noted, _ in stepper_of(mine).rehearsal._proofs}) == 2
+    assert len({noted for noted, _ in stepper_of(mine).strategy.proofs.done}) == 2
     assert stepper_of(mine).whole is None
 
 
@@ -565,8 +565,8 @@ def test_what_goes_wrong_late_runs_whole_from_there_on():
 
 
 def test_shapes_are_seen_and_then_every_shape_has_its_program():
-    assert stepper_of(pair(PerShape)).rehearsal.by_shape
-    assert not stepper_of(pair(Lion)).rehearsal.by_shape
+    assert stepper_of(pair(PerShape)).strategy.partition.by_shape
+    assert not stepper_of(pair(Lion)).strategy.partition.by_shape
 
 
 @pytest.mark.parametrize("cls", [Lion, StepInGroup, Derived])
@@ -591,7 +591,7 @@ def test_a_closure_is_called_once_and_its_loss_returned(cls):
     theirs, stock, expected, _ = run(lambda opt: None)
     assert (losses, calls) == (expected, [True] * 6)
     check_same(mine, ours, theirs, stock)
-    assert stepper_of(mine).rehearsal.proven
+    assert stepper_of(mine).strategy.proofs.any()
 
 
 def test_a_closure_that_is_called_twice_is_left_to_the_optimizer():
@@ -685,8 +685,8 @@ def test_other_numbers_make_no_new_program():
         mine.step()
         scheduler.step()
         if step == 10:
-            known = dict(stepper_of(mine).rehearsal._programs)
-    assert stepper_of(mine).rehearsal._programs == known
+            known = dict(stepper_of(mine).strategy.casting.programs)
+    assert stepper_of(mine).strategy.casting.programs == known
     assert stepper_of(mine).whole is None
 
 

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import SWALR
 
 import fxckpt
 from fxckpt.graph.update import inductor
+from fxckpt.optim import programs
 
 STEPS, LOADED = 50, 30
 
@@ -84,13 +85,13 @@ def test_fifty_steps_compile_nothing_and_a_resume_has_the_same_bits(name, tmp_pa
     model, forward, opt, scheduler = build(name, tmp_path / "d", 0)
     rates = train(forward, opt, scheduler, 0, 3)
     stepper = opt.ckpt._run.steppers[0]
-    before = sum(map(len, stepper._shared_programs.values())), set(inductor._compiled)
+    before = sum(map(len, programs._shared_programs.values())), set(inductor._compiled)
     assert counters["stats"]["unique_graphs"] == 1
     assert any(member.flat for member in stepper.members), "nothing was compiled, so nothing was tested"
     rates += train(forward, opt, scheduler, 3, STEPS)
     assert counters["stats"]["unique_graphs"] == 1, counters
     assert not counters["recompiles"]
-    assert (sum(map(len, stepper._shared_programs.values())), set(inductor._compiled)) == before
+    assert (sum(map(len, programs._shared_programs.values())), set(inductor._compiled)) == before
     assert len(set(rates)) > 1, "the scheduler did nothing"
     whole = digest(model, opt, scheduler)
     opt.ckpt.shutdown()

@@ -22,7 +22,7 @@ def make(cls, params, update, **options):
 
 
 def calls(opt):
-    return opt.ckpt._run.steppers[0]._all_calls
+    return opt.ckpt._run.steppers[0].executor.prepared.at_once
 
 
 @pytest.mark.parametrize("count", [3, 30])

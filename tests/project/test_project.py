@@ -163,12 +163,46 @@ def test_make_stops_before_installing_when_the_compiler_is_missing(tmp_path, tar
     assert not (tmp_path / ".venv").exists()
 
 
-def test_ci_runs_make_test_and_fails_with_it(tmp_path):
+@pytest.mark.parametrize("fails, called", [("lint", ["lint"]), ("test", ["lint", "test"]), ("neither", ["lint", "test"])])
+def test_ci_runs_make_lint_and_make_test_and_fails_with_them(tmp_path, fails, called):
     fake = tmp_path / "make"
-    fake.write_text('#!/bin/sh\necho "called: $*"\nexit 3\n')
+    fake.write_text(f'#!/bin/sh\necho "called: $*"\n[ "$1" != {fails} ] || exit 3\n')
     fake.chmod(0o755)
     done = run("bash", ROOT / ".ci/run", cwd=tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
-    assert (done.returncode, done.stdout) == (3, "called: test\n")
+    assert done.returncode == (0 if fails == "neither" else 3)
+    assert done.stdout == "".join(f"called: {target}\n" for target in called)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
+def test_python_in_the_documents_compiles(path):
+    for block in re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL):
+        compile(block, path.name, "exec")
+
+
+@pytest.mark.slow
+def test_the_tutorial_resumes_where_it_was_stopped(tmp_path):
+    text = (ROOT / "docs" / "tutorial.md").read_text()
+    (script,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "range(start, 1000)" in each)
+    ending = "print(start, *(float(p.detach().sum()) for p in model.parameters()))"
+    outputs = []
+    for folder, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / "script.py").write_text(script.replace("1000):", f"{steps}):") + ending)
+        done = run(sys.executable, tmp_path / "script.py", cwd=tmp_path / folder, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout.split())
+    assert [each[0] for each in outputs] == ["0", "0", "3"]
+    assert outputs[0][1:] == outputs[2][1:] != outputs[1][1:]
+
+
+def test_links_between_documents_lead_somewhere():
+    dead = [
+        f"{path.name}: {target}"
+        for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
+        if "://" not in target and not (path.parent / target).exists()
+    ]
+    assert dead == []
 
 
 def test_demo_fails_when_a_digest_differs(capsys, monkeypatch):

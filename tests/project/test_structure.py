@@ -19,8 +19,9 @@ ROOMS = (
     {"optim"},
     {"saving"},
     {"run"},
-    {"loading", "handle", "loop"},
-    {"compiled_optimizer", "torch_backend"},
+    {"loading", "handle"},
+    {"checkpointed"},
+    {"compiled_optimizer", "loop", "torch_backend"},
     {"__init__", "__main__"},
 )
 """A room imports from those above it, and from itself."""

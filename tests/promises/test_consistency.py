@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import instruments
 import pytest
 import torch
 from digests import differences, snapshot, stored
@@ -18,9 +19,8 @@ from torch.nn import functional as F
 from waiting import until
 
 import fxckpt
-from fxckpt.engine import io
-from fxckpt.run.run import Run
-from fxckpt.saving.plan import Layout
+from fxckpt.run.emitting import Emitter
+from fxckpt.saving.guard import Guard
 from fxckpt.store.reader import Reader, candidates
 from fxckpt.store.record import decode_state
 
@@ -172,7 +172,7 @@ SLOW = {
 def test_with_slow_writers_every_checkpoint_is_exactly_its_step(slow, staging_mb, max_async, threads, tmp_path):
     trainer = Trainer(tmp_path / "d", staging_mb=staging_mb, max_async=max_async, threads=threads)
     for op, delay in SLOW[slow].items():
-        io.delay(op, delay)
+        instruments.delay(op, delay)
     trainer.train(12, look=4)
     trainer.finish()
     found = trainer.opt.ckpt.statistics()
@@ -182,7 +182,7 @@ def test_with_slow_writers_every_checkpoint_is_exactly_its_step(slow, staging_mb
 
 def test_every_checkpoint_is_kept_and_each_is_exactly_its_step(tmp_path):
     trainer = Trainer(tmp_path / "d", keep=20, max_async=3, forward=eager)
-    io.delay("copy", MS)
+    instruments.delay("copy", MS)
     trainer.train(10, look=10)
     trainer.finish()
     assert len(trainer.checked) == 10
@@ -200,7 +200,7 @@ def test_every_checkpoint_is_kept_and_each_is_exactly_its_step(tmp_path):
 )
 def test_every_optimizer_path_is_fenced(make, tmp_path):
     trainer = Trainer(tmp_path / "d", optimizer=make, staging_mb=0, max_async=2, keep=20)
-    io.delay("copy", 4 * MS)
+    instruments.delay("copy", 4 * MS)
     trainer.train(8, look=8)
     trainer.finish()
     assert len(trainer.checked) == 8
@@ -209,7 +209,7 @@ def test_every_optimizer_path_is_fenced(make, tmp_path):
 @pytest.mark.parametrize("every", [2, 3])
 def test_steps_without_a_checkpoint_wait_for_copies_under_way(every, tmp_path):
     trainer = Trainer(tmp_path / "d", every=every, staging_mb=0, keep=20)
-    io.delay("copy", 4 * MS)
+    instruments.delay("copy", 4 * MS)
     trainer.train(3 * every, look=3 * every)
     trainer.finish()
     assert sorted(found.record.step for found in candidates(tmp_path / "d")) == [every, 2 * every, 3 * every]
@@ -217,11 +217,11 @@ def test_steps_without_a_checkpoint_wait_for_copies_under_way(every, tmp_path):
 
 def test_without_fences_the_same_test_fails(tmp_path, monkeypatch):
     """The tests above can fail."""
-    monkeypatch.setattr(Run, "fence", lambda self, layer, tensors: None)
-    monkeypatch.setattr(Run, "fence_all", lambda self: None)
-    monkeypatch.setattr(Layout, "compare", lambda *_: None)  # it would see the changes and drop what is torn
+    monkeypatch.setattr(Emitter, "fence", lambda self, layer, tensors: None)
+    monkeypatch.setattr(Emitter, "fence_all", lambda self: None)
+    monkeypatch.setattr(Guard, "compare", lambda *_: None)  # it would see the changes and drop what is torn
     trainer = Trainer(tmp_path / "d", staging_mb=0, max_async=2)
-    io.delay("copy", 40 * MS)  # longer than a step takes, on a busy machine too
+    instruments.delay("copy", 40 * MS)  # longer than a step takes, on a busy machine too
     with pytest.raises(AssertionError, match="step"):
         trainer.train(8, look=8)
         trainer.finish()
@@ -233,7 +233,7 @@ def test_several_optimizers_are_one_step(tmp_path):
     model = nn.Sequential(nn.Linear(64, 600), nn.ReLU(), nn.Linear(600, 64))
     first, second = torch.optim.AdamW(model[0].parameters()), torch.optim.SGD(model[2].parameters(), lr=0.1, momentum=0.9)
     fxckpt.compile_step([first, second], tmp_path / "d", model=model, every=1, keep=20, update="native", staging_mb=0, chunk_mb=1)
-    io.delay("copy", 4 * MS)
+    instruments.delay("copy", 4 * MS)
     reference = {}
     for step in range(1, 9):
         model(torch.randn(8, 64)).square().mean().backward()
@@ -286,7 +286,7 @@ def test_a_frozen_parameter_changed_while_it_is_copied_drops_that_checkpoint_and
     trainer = Trainer(tmp_path / "d", staging_mb=0, threads=1)
     trainer.train(2)
     trainer.opt.ckpt.flush()
-    io.delay("copy", 20 * MS)
+    instruments.delay("copy", 20 * MS)
     trainer.step()
     with torch.no_grad():
         trainer.model.frozen.weight.add_(1)
@@ -307,7 +307,7 @@ def test_a_frozen_parameter_changed_while_it_is_copied_drops_that_checkpoint_and
 def test_a_parameter_changed_between_step_and_close_drops_that_checkpoint(tmp_path):
     """Weights are clamped after ``opt.step()``: the emitted values are not those that training goes on with."""
     trainer = Trainer(tmp_path / "d", staging_mb=0, threads=1)
-    io.delay("copy", 20 * MS)
+    instruments.delay("copy", 20 * MS)
     trainer.step()
     with torch.no_grad():
         trainer.model.small.clamp_(0.5, 0.6)
@@ -335,14 +335,14 @@ def test_tensors_replaced_while_they_are_copied_leave_good_checkpoints(replace, 
     trainer = Trainer(tmp_path / "d", staging_mb=0, keep=20, threads=1)
     trainer.train(1)
     trainer.opt.ckpt.flush()
-    io.delay("copy", 25 * MS)
+    instruments.delay("copy", 25 * MS)
     trainer.step()
     trainer.opt.ckpt.end_step()
     REPLACE[replace](trainer)
     trash = [torch.full_like(p, 7.0) for p in trainer.model.parameters()]  # takes memory that was freed too early
     trainer.step()
     del trash
-    io.delay("copy", 0)
+    instruments.delay("copy", 0)
     trainer.train(2)
     trainer.finish()
     assert len(trainer.checked) == 5 and trainer.opt.ckpt.statistics()["checkpoints_failed"] == 0
@@ -391,7 +391,7 @@ def test_a_parameter_that_gets_its_first_gradient_late_is_in_every_checkpoint(tm
     )
     trainer.model.outer.requires_grad_(False)
     trainer.train(2)
-    io.delay("copy", 10 * MS)
+    instruments.delay("copy", 10 * MS)
     trainer.step()
     trainer.model.outer.requires_grad_(True)
     trainer.train(3, look=3)

@@ -11,13 +11,13 @@ import random
 import shutil
 from pathlib import Path
 
+import instruments
 import pytest
 import torch
 from digests import differences, digest, snapshot
 from torch import nn
 
 import fxckpt
-from fxckpt.engine import io
 from fxckpt.store.reader import Reader, candidates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,12 +234,12 @@ def test_a_directory_in_a_file_s_place_makes_it_fall_back(store, trained):
 def test_whichever_read_fails_what_is_loaded_is_one_whole_step(error, store, trained):
     """Also when it fails after live tensors were written to: then all of them are written again."""
     drop_named(store)
-    io.fail(10**9, error, "pread")  # counts from the first use of an instrument
-    before = io.calls("pread")
+    instruments.fail(10**9, error, "pread")  # counts from the first use of an instrument
+    before = instruments.calls("pread")
     load_into_new(store)
-    reads, steps = io.calls("pread") - before, []
+    reads, steps = instruments.calls("pread") - before, []
     for nth in range(1, reads + 1):
-        io.fail(nth, error, "pread")
+        instruments.fail(nth, error, "pread")
         restored, held, counted = load_into_new(store)
         assert restored.step == counted and differences(held, trained[1][restored.step]) == [], f"read {nth}"
         assert (restored.step, len(restored.skipped)) in ((4, 0), (3, 1)), f"read {nth}"

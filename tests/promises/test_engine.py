@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import instruments
 import numpy as np
 import pytest
 from engine_model import (
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxckpt import errors
-from fxckpt.engine import Engine, Sources, crc32c_portable, io
+from fxckpt.engine import Engine, Sources
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_chunks_of_the_default_size(tmp_path):
     engine = Engine()
     checkpoint = begin_all(engine, model, tmp_path)
     assert checkpoint.durable(PATIENCE) and read_all(model, tmp_path) == model.contents()
-    assert checkpoint.crcs(0) == [crc32c_portable(part) for part in parts(model.contents()[0], 4 << 20)]
+    assert checkpoint.crcs(0) == [instruments.crc32c_portable(part) for part in parts(model.contents()[0], 4 << 20)]
     engine.close()
 
 
@@ -139,7 +140,7 @@ def test_memory_changed_after_its_fence_never_reaches_the_file(tmp_path, make_en
     engine, model = make_engine(staging_bytes=staging), make_model()
     plan = model.plan(engine)
     for op, microseconds in slow.items():
-        io.delay(op, microseconds)
+        instruments.delay(op, microseconds)
     in_flight, expected = [], {}
     for step in range(8):
         directory = tmp_path / str(step)
@@ -157,14 +158,14 @@ def test_memory_changed_after_its_fence_never_reaches_the_file(tmp_path, make_en
 
 def test_fence_helps_first_and_does_not_wait_for_the_disk(tmp_path, make_engine):
     engine, model = make_engine(staging_bytes=1 << 20), make_model()
-    io.delay("pwrite", 10_000_000)
+    instruments.delay("pwrite", 10_000_000)
     checkpoint = begin_all(engine, model, tmp_path)
     contents, start = model.contents(), time.monotonic()
     fence(engine, -1)
     for layer in range(len(model.layers)):
         model.update(layer, 9)
     assert time.monotonic() - start < 5 and not checkpoint.durable(0)
-    io.delay("pwrite", 0)
+    instruments.delay("pwrite", 0)
     assert checkpoint.durable(PATIENCE)
     assert read_all(model, tmp_path) == contents
     statistics = engine.statistics()
@@ -174,7 +175,7 @@ def test_fence_helps_first_and_does_not_wait_for_the_disk(tmp_path, make_engine)
 
 def test_fence_without_room_times_out_and_counts_the_stall(tmp_path, make_engine):
     engine, model = make_engine(staging_bytes=0), make_model()
-    io.delay("pwrite", 10_000_000)
+    instruments.delay("pwrite", 10_000_000)
     checkpoint = begin_all(engine, model, tmp_path)
     assert engine.pending() and not engine.fence(5, 0.2)
     assert 0.15 < engine.statistics()["stall_seconds"] < 5
@@ -184,7 +185,7 @@ def test_fence_without_room_times_out_and_counts_the_stall(tmp_path, make_engine
 
 def test_fence_of_a_layer_that_was_not_emitted_passes_at_once(tmp_path, make_engine):
     engine, model = make_engine(staging_bytes=1 << 20), make_model()
-    io.delay("copy", 20_000)
+    instruments.delay("copy", 20_000)
     checkpoint = engine.begin(model.plan(engine), str(tmp_path), model.names)
     checkpoint.emit(0, model.sources(0))
     assert engine.fence(1, 0)
@@ -208,7 +209,7 @@ def test_fence_fails_a_checkpoint_rather_than_wait_for_an_emit_that_may_never_co
 def test_memory_stays_within_its_bound(tmp_path, make_engine, staging):
     engine, model = make_engine(threads=2, staging_bytes=staging), make_model()
     assert engine.memory_bytes == 2 * 8 * KB + staging // (8 * KB) * (8 * KB)
-    io.delay("pwrite", 2000)
+    instruments.delay("pwrite", 2000)
     checkpoint = begin_all(engine, model, tmp_path)
     fence(engine, -1)
     assert engine.statistics()["staging_peak_bytes"] <= staging

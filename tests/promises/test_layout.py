@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 from safetensors.torch import load as load_torch
 
 from fxckpt.errors import Corrupt, SetupError
-from fxckpt.store.layout import BLOCK, ITEM_SIZES, TensorSpec, lay_out, parse_header
+from fxckpt.store.dtypes import DTYPES, item_size
+from fxckpt.store.layout import BLOCK, TensorSpec, lay_out, parse_header
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != "__metadata__")
-TYPES = st.sampled_from(sorted(set(ITEM_SIZES) - {"F8_E8M0"}))  # torch 2.13's safetensors has no name for that one
+TYPES = st.sampled_from(sorted(set(DTYPES) - {"F8_E8M0"}))  # torch 2.13's safetensors has no name for that one
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 SPECS = st.lists(st.tuples(NAMES, TYPES, SHAPES), max_size=12, unique_by=lambda spec: spec[0]).map(
     lambda items: [TensorSpec(*item, layer) for layer, item in enumerate(items)])  # fmt: skip
@@ -54,8 +55,8 @@ def test_files_fill_blocks_without_holes_and_every_tensor_is_aligned(specs):
     at = len(layout.header)
     for placed in layout.tensors:
         assert placed.begin == at
-        assert placed.nbytes == math.prod(placed.spec.shape) * ITEM_SIZES[placed.spec.dtype]
-        assert placed.begin % ITEM_SIZES[placed.spec.dtype] == 0
+        assert placed.nbytes == math.prod(placed.spec.shape) * item_size(placed.spec.dtype)
+        assert placed.begin % item_size(placed.spec.dtype) == 0
         at += placed.nbytes
     assert at == layout.nbytes
 

@@ -15,6 +15,7 @@ from torch.nn.utils import prune
 from waiting import committed
 
 import fxckpt
+from fxckpt.store.reader import Reader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -684,6 +685,20 @@ def test_a_name_is_looked_for_in_the_store_and_not_in_the_path_that_leads_to_it(
     (store / "step-000000001" / "commit.json").write_bytes(b"{}")
     with pytest.raises(fxckpt.NoCheckpoint, match="best"):
         fxckpt.load(store, model=mlp(), name="best")
+
+
+def test_a_load_that_a_trainer_overtakes_again_and_again_does_not_begin_afresh(store, monkeypatch):
+    Training(store).train(2).end()
+    looks = []
+
+    def overtaken(self):
+        looks.append(self)
+        raise fxckpt.NoCheckpoint("taken back")
+
+    monkeypatch.setattr(Reader, "verify", overtaken)
+    with pytest.raises(fxckpt.NoCheckpoint, match="taken back"):
+        fxckpt.load(store, model=mlp())
+    assert len(looks) > 1
 
 
 def test_what_is_loaded_in_inference_mode_can_be_trained(store):

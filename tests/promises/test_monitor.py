@@ -31,7 +31,7 @@ from waiting import committed, until
 import fxckpt
 from fxckpt.engine import Engine
 from fxckpt.engine.ring import Ring, post_into
-from fxckpt.monitor import client, limits, wire
+from fxckpt.monitor import client, limits, link, wire
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
 
@@ -294,11 +294,11 @@ def test_a_killed_monitor_is_noticed_said_and_replaced(tmp_path, caplog):
 
 
 def test_a_monitor_that_stops_for_a_while_costs_checkpoints_in_bounded_time_and_is_used_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(link, "PATIENCE", 1.0)
     monkeypatch.setattr(client, "EXIT_PATIENCE", 5.0)
     training = Training(tmp_path / "d", writer="monitor", staging_mb=8).train(2)
     training.opt.ckpt.flush()
-    training.opt.ckpt._run.saver.stuck_after = 0.5
+    training.opt.ckpt._run.saver.loop.stuck_after = 0.5
     os.kill(training.opt.ckpt._run.store.pid, signal.SIGSTOP)
     training.train(6)
     with pytest.raises(fxckpt.SaveFailed):
@@ -314,18 +314,18 @@ def test_a_monitor_that_stops_for_a_while_costs_checkpoints_in_bounded_time_and_
 
 
 def test_a_message_that_a_stopped_monitor_does_not_read_ends_in_bounded_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "PATIENCE", 1.0)
+    monkeypatch.setattr(link, "PATIENCE", 1.0)
     monkeypatch.setattr(client, "EXIT_PATIENCE", 1.0)
     training = Training(tmp_path / "d", writer="monitor", staging_mb=8).train(1)
     training.opt.ckpt.flush()
-    link = training.opt.ckpt._run.store._link
-    os.kill(link.process.pid, signal.SIGSTOP)
+    connected = training.opt.ckpt._run.store._link
+    os.kill(connected.process.pid, signal.SIGSTOP)
     try:
         with pytest.raises(fxckpt.SaveFailed, match="stopped, or the disk hangs"):
-            link.send({"op": "nothing"}, [bytes(16 << 20)])
+            connected.send({"op": "nothing"}, [bytes(16 << 20)])
     finally:
-        os.kill(link.process.pid, signal.SIGCONT)
-    link.process.wait(30)  # the end of the stream is the end of its work
+        os.kill(connected.process.pid, signal.SIGCONT)
+    connected.process.wait(30)  # the end of the stream is the end of its work
 
 
 def test_a_monitor_killed_with_a_checkpoint_in_flight_costs_that_one_and_raises_if_asked(tmp_path):
@@ -333,7 +333,7 @@ def test_a_monitor_killed_with_a_checkpoint_in_flight_costs_that_one_and_raises_
     step()
     opt.ckpt.flush()
     pid = opt.ckpt._run.store.pid
-    until(lambda: opt.ckpt._run.saver._ready is not None)  # the next step need not ask for a slot
+    until(lambda: opt.ckpt._run.saver.supply.ready is not None)  # the next step need not ask for a slot
     os.kill(pid, signal.SIGSTOP)
     step()
     opt.ckpt.end_step()
@@ -352,8 +352,8 @@ def test_what_the_monitor_cannot_write_fails_that_checkpoint_and_not_the_next(tm
     opt, step = training(tmp_path / "d", max_async=1)
     step()
     opt.ckpt.flush()
-    until(lambda: opt.ckpt._run.saver._ready is not None)
-    shutil.rmtree(opt.ckpt._run.saver._ready.path)
+    until(lambda: opt.ckpt._run.saver.supply.ready is not None)
+    shutil.rmtree(opt.ckpt._run.saver.supply.ready.path)
     step()
     with pytest.raises(fxckpt.SaveFailed, match="No such file"):
         opt.ckpt.flush()

@@ -71,9 +71,20 @@ def a_record(**changes):
     """A record with something in every field."""
     tensor = TensorRecord("model.safetensors", "h.0.weight", 4096 - 24, 24, (2, 3), "F32")
     layers = (LayerRecord(0, "h.0", "update", 7, 1.5, 6, 24, (tensor,)), LayerRecord(1, "bn", "buffers", 7, 1.5, 0, 0, ()))
-    record = Record("id", 12, 11, 7, 9, 6, 1234.5678, 1, 0, (FileRecord("model.safetensors", 4096, 4096, (7,)),),
-    layers,
-                    {"head.weight": "h.0.weight"}, [{"lr": 0.1}], {"a": [1, None]}, None)  # fmt: skip
+    record = Record(
+        store_id="id",
+        generation=12,
+        parent=11,
+        step=7,
+        iteration=9,
+        updates=6,
+        time=1234.5678,
+        files=(FileRecord("model.safetensors", 4096, 4096, (7,)),),
+        layers=layers,
+        ties={"head.weight": "h.0.weight"},
+        optimizers=[{"lr": 0.1}],
+        state={"a": [1, None]},
+    )
     return dataclasses.replace(record, **changes)
 
 

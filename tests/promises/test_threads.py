@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 
+import instruments
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,8 +14,7 @@ from torch import nn
 from waiting import until
 
 import fxckpt
-from fxckpt.engine import io
-from fxckpt.saving import saver
+from fxckpt.saving import saver, training_thread
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import decode_state
 
@@ -92,7 +92,7 @@ def test_weights_that_a_closure_changes_while_they_are_copied_drop_that_checkpoi
         return loss
 
     for step in range(1, 7):
-        io.delay("copy", 20_000 if step > 2 else 0)
+        instruments.delay("copy", 20_000 if step > 2 else 0)
         if left == "by an exception" and step > 3:
             raising = True
             with pytest.raises(ValueError):
@@ -102,7 +102,7 @@ def test_weights_that_a_closure_changes_while_they_are_copied_drop_that_checkpoi
                 model[0].weight.mul_(0.5)
         opt.step(closure)
         seen[step] = model[0].weight.detach().clone()
-    io.delay("copy", 0)
+    instruments.delay("copy", 0)
     with pytest.raises(fxckpt.FxckptError, match="changed in place"):
         opt.ckpt.flush()
     opt.ckpt.shutdown()
@@ -115,21 +115,21 @@ def test_weights_that_a_closure_changes_while_they_are_copied_drop_that_checkpoi
 def test_an_operation_in_place_that_outlasts_the_copy_drops_the_checkpoint(ends, tmp_path, monkeypatch):
     """Operations count themselves when they end: one that runs while the last copy ends has not been counted by then. One that
     begins later is of no interest, whether or not the checkpoint is on the disk yet."""
-    monkeypatch.setattr(saver, "LONGEST", 30.0 if ends == "after the copy" else 0.0)
+    monkeypatch.setattr(training_thread, "LONGEST", 30.0 if ends == "after the copy" else 0.0)
     training = Training(tmp_path)
     training.train(2)
     training.opt.ckpt.flush()
-    io.delay("pwrite", 300_000)
+    instruments.delay("pwrite", 300_000)
     training.train(1)
     training.opt.ckpt.end_step()
-    (pending,) = training.opt.ckpt._run.saver.under_way()
+    (pending,) = training.opt.ckpt._run.saver.flights.under_way()
     if ends == "after the copy":
         assert pending.copy.copied(60)
     else:
-        until(lambda: not pending.versions)
+        until(lambda: "being written" in pending.phase)  # it was looked at
     with torch.no_grad():
         training.model[0].weight.mul_(0.5)
-    io.delay("pwrite", 0)
+    instruments.delay("pwrite", 0)
     if ends == "after the copy":
         with pytest.raises(fxckpt.FxckptError, match="changed in place"):
             training.opt.ckpt.flush()
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_ends_in_the_middle_of_a_step_costs_only_itself(tmp_pa
 
     def on_layer(name, step, tensors):
         if step == 3:
-            for pending in training.opt.ckpt._run.saver.under_way():  # at the second layer it is there no more
+            for pending in training.opt.ckpt._run.saver.flights.under_way():  # at the second layer it is there no more
                 if pending.step == 3:
                     pending.give_up("for this test")
                     assert pending.done.wait(60)

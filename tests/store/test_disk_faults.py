@@ -9,10 +9,10 @@ import logging
 import os
 from pathlib import Path
 
+import instruments
 import pytest
 from storing import all_verify, fast_directory, names, start
 
-from fxckpt.engine import io
 from fxckpt.errors import (
     Corrupt,
     SaveFailed,
@@ -31,7 +31,7 @@ def root(tmp_path):
 @pytest.fixture(autouse=True)
 def no_faults():
     yield
-    io.fail_none()
+    instruments.fail_none()
 
 
 def test_a_slot_whose_sync_failed_is_renamed_and_never_used_again(root, caplog):
@@ -39,7 +39,7 @@ def test_a_slot_whose_sync_failed_is_renamed_and_never_used_again(root, caplog):
     trainer.save(1)
     slot, checkpoint = trainer.begin(2)
     assert checkpoint.durable(10)
-    io.fail(1, errno.EIO, "fsync")
+    instruments.fail(1, errno.EIO, "fsync")
     with pytest.raises(SaveFailed, match=r"fsync .*commit.json.tmp: \[errno 5\]"):
         trainer.finish(2, slot, checkpoint)
     assert [name for name in names(root) if name.endswith(".bad")] == ["slot-1.bad"]
@@ -59,7 +59,7 @@ def test_a_full_disk_fails_one_checkpoint_and_the_slot_is_used_again(root):
     trainer.save(1)
     slot, checkpoint = trainer.begin(2)
     assert checkpoint.durable(10)
-    io.fail(1, errno.ENOSPC, "pwrite")
+    instruments.fail(1, errno.ENOSPC, "pwrite")
     with pytest.raises(SaveFailed) as caught:
         trainer.finish(2, slot, checkpoint)
     assert (caught.value.operation, caught.value.errno, caught.value.offset) == ("pwrite", errno.ENOSPC, 0)
@@ -121,11 +121,11 @@ def test_a_fault_at_the_nth_call_costs_at_most_the_checkpoint_it_hits(root, code
         store = root / f"{nth}"
         if there_before:
             assert run_with_a_fault(store, 1) == 3
-        before = io.calls()
-        io.fail(nth, code)
+        before = instruments.calls()
+        instruments.fail(nth, code)
         acknowledged = run_with_a_fault(store, 4)
-        hit = io.calls() - before >= nth
-        io.fail_none()
+        hit = instruments.calls() - before >= nth
+        instruments.fail_none()
         all_verify(store)
         newest = latest(store)
         assert (newest.generation if newest else 0) >= max(acknowledged, 3 if there_before else 0)

@@ -10,12 +10,12 @@ import threading
 import time
 from pathlib import Path
 
+import instruments
 import numpy as np
 import pytest
 import torch
-from storing import fast_directory, start
+from storing import a_record, fast_directory, start
 
-from fxckpt.engine import io
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore
 from fxckpt.store.files import write_tensors
 from fxckpt.store.layout import parse_header
@@ -32,7 +32,7 @@ def root(tmp_path):
 @pytest.fixture(autouse=True)
 def no_faults():
     yield
-    io.fail_none()
+    instruments.fail_none()
 
 
 @pytest.fixture
@@ -243,19 +243,7 @@ def test_a_file_of_the_right_checksums_but_another_layout_is_found(root):
     file = write_tensors(os.path.join(slot.path, "model.safetensors"), {"w": np.zeros(4, np.float32)})
     wrong = TensorRecord("model.safetensors", "w", 4096 - 16, 16, (2, 2), "F32")
     layer = LayerRecord(0, "w", "update", 1, 1.0, 4, 16, (wrong,))
-    path = trainer.store.commit(
-        slot,
-        step=1,
-        iteration=1,
-        updates=1,
-        time=1.0,
-        files=[file],
-        layers=[layer],
-        ties={},
-        optimizers=None,
-        state=None,
-        state_tensors={},
-    )
+    path = trainer.store.commit(slot, a_record(1, files=(file,), layers=(layer,)), {})
     with pytest.raises(Corrupt, match="in the header and"):
         Reader(path).verify()
     trainer.close()
@@ -264,19 +252,19 @@ def test_a_file_of_the_right_checksums_but_another_layout_is_found(root):
 @pytest.mark.parametrize("code", [errno.EIO, errno.EBADMSG])
 def test_a_read_error_of_the_medium_is_damage(two, code):
     reader = Reader(two / NEWEST)
-    io.fail(2, code, "pread")
+    instruments.fail(2, code, "pread")
     with pytest.raises(Corrupt, match="cannot be read"):
         reader.verify()
     outcomes = []
     for nth in range(1, 9):  # store.json, then each record
-        io.fail(nth, code, "pread")
+        instruments.fail(nth, code, "pread")
         outcomes.append([isinstance(each, Corrupt) for each in candidates(two)])
     assert [True, False] in outcomes and [False, True] in outcomes and [False, False] in outcomes
 
 
 def test_trouble_of_the_reader_is_not_damage(two):
     reader = Reader(two / NEWEST)
-    io.fail(1, errno.EMFILE, "open")
+    instruments.fail(1, errno.EMFILE, "open")
     with pytest.raises(OSError, match="Too many open files"):
         reader.verify()
 
@@ -332,19 +320,7 @@ def test_state_tensors_come_back_from_the_file_exactly(root):
     encoded = encode_state(STATE, tensors, "extra")
     trainer = start(root)
     slot = trainer.store.acquire()
-    path = trainer.store.commit(
-        slot,
-        step=1,
-        iteration=1,
-        updates=1,
-        time=1.0,
-        files=[],
-        layers=[],
-        ties={},
-        optimizers=None,
-        state=encoded,
-        state_tensors=tensors,
-    )
+    path = trainer.store.commit(slot, a_record(1, state=encoded), tensors)
     trainer.close()
     reader = Reader(path)
     reader.verify()

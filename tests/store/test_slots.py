@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from storing import all_verify, fast_directory, inodes, names, overlay, start
+from storing import a_record, all_verify, fast_directory, inodes, names, overlay, start
 
 from fxckpt.errors import (
     SetupError,
@@ -210,19 +210,7 @@ def test_a_slot_taken_before_a_rollback_continues_what_was_loaded(root):
         trainer.save(step)
     slot = trainer.store.acquire()  # ahead of time, as a trainer that does not want to wait for it does
     trainer.store.mark_loaded(1)
-    trainer.store.commit(
-        slot,
-        step=2,
-        iteration=2,
-        updates=2,
-        time=2.0,
-        files=[],
-        layers=[],
-        ties={},
-        optimizers=None,
-        state=None,
-        state_tensors={},
-    )
+    trainer.store.commit(slot, a_record(2), {})
     assert candidates(root)[0].record.parent == 1
     assert [each.generation for each in checkpoints(root)] == [1, 3], "the abandoned one went, not the new one"
     trainer.close()
@@ -268,16 +256,6 @@ def test_a_damaged_checkpoint_goes_before_a_good_older_one(root):
     assert trainer.save(3).parent == root
     assert [each.step for each in checkpoints(root)] == [1, 3]
     assert len(names(root)) == 3
-    trainer.close()
-
-
-def test_a_checkpoint_that_is_found_bad_while_running_goes_first(root):
-    trainer = start(root, keep=2)
-    trainer.save(1)
-    trainer.save(2)
-    trainer.store.mark_bad(2)
-    trainer.save(3)
-    assert [each.step for each in checkpoints(root)] == [1, 3]
     trainer.close()
 
 

@@ -11,13 +11,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import instruments
 import pytest
 from small_models import mlp
 from small_training import Training, all_good
 from storing import names, start
 
 import fxckpt
-from fxckpt.engine import io
 from fxckpt.store.reader import latest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -117,11 +117,11 @@ def test_trouble_that_says_nothing_of_the_disk_s_content_costs_checkpoints_and_n
     training = Training(tmp_path / "d", keep=2).train(2)
     training.opt.ckpt.flush()
     for _ in range(6):  # more than there are slots
-        io.fail(1, code, "open")
+        instruments.fail(1, code, "open")
         training.train(1)
         with contextlib.suppress(fxckpt.SaveFailed, OSError, fxckpt.StoreError):
             training.opt.ckpt.flush()
-        io.fail_none()
+        instruments.fail_none()
     training.train(2)
     training.opt.ckpt.flush()
     assert all_good(tmp_path / "d", training)[0] == 10
@@ -154,7 +154,7 @@ def test_a_process_that_has_no_file_descriptor_left_trains_on_and_saves_again_wh
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_quota_that_only_the_reservation_meets_is_told_too(tmp_path, code):
     trainer = start(tmp_path / "d", keep=1, max_async=1)
-    io.fail(2, code, "fallocate")
+    instruments.fail(2, code, "fallocate")
     with pytest.raises(fxckpt.SetupError, match=os.strerror(code)):
         trainer.store.reserve({"model.safetensors": 1 << 20, "optimizer.safetensors": 1 << 20})
     assert names(tmp_path / "d") == []
@@ -165,7 +165,7 @@ def test_a_quota_that_only_the_reservation_meets_is_told_too(tmp_path, code):
 
 def test_a_file_system_that_cannot_reserve_is_only_asked_for_its_free_space(tmp_path):
     trainer = start(tmp_path / "d", keep=1, max_async=1)
-    io.fail(1, errno.EOPNOTSUPP, "fallocate")
+    instruments.fail(1, errno.EOPNOTSUPP, "fallocate")
     trainer.store.reserve({"model.safetensors": 1 << 20})
     trainer.save(1)
     with pytest.raises(fxckpt.SetupError, match="bytes free"):

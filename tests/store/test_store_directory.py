@@ -11,11 +11,11 @@ import subprocess
 import sys
 import time
 
+import instruments
 import pytest
 from safetensors.torch import load_file
 from storing import fast_directory, names, start
 
-from fxckpt.engine import io
 from fxckpt.errors import (
     Cancelled,
     NotAStore,
@@ -234,10 +234,10 @@ def test_a_failed_open_leaves_no_lock(root):
     trainer.close()
     for nth in (1, 2, 3):  # store.json, the lock, the record
         store = Store(root)
-        io.fail(nth, errno.EMFILE, "open")
+        instruments.fail(nth, errno.EMFILE, "open")
         with pytest.raises(OSError, match="Too many open files"):
             store.open()
-        io.fail_none()
+        instruments.fail_none()
         store.open()
         store.close()
 

@@ -12,6 +12,7 @@ import pytest
 from repository import ROOT
 
 SOURCES = ROOT / "tests" / "engine" / "c"
+ENGINE = sorted(map(str, (ROOT / "csrc").rglob("*.c")))  # with the instruments
 FLAGS = [
     "-std=c11",
     "-D_GNU_SOURCE",
@@ -22,6 +23,7 @@ FLAGS = [
     "-Werror",
     "-fno-sanitize-recover=all",
     "-pthread",
+    "-DFX_TESTING",
     "-I",
     str(ROOT / "csrc"),
 ]

@@ -2,7 +2,7 @@
 
 One transition is what the engine does in one hold of its lock, or one end of a copy, write or sync outside of it. Waits are
 on the two conditions, and only a wake ends them (the engine's waits also time out; here a lost wake-up shows as a
-deadlock). Names are those of csrc/internal.h; ``World`` holds the same fields. The writer that posts to a monitor and
+deadlock). Names are those of csrc/core/internal.h; ``World`` holds the same fields. The writer that posts to a monitor and
 devices have their own tests.
 
 ``explore`` visits every state that can be reached and returns what is wrong with the first bad one, if there is one:

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fxckpt.engine import io
+import instruments
+
 from fxckpt.errors import Corrupt
 from fxckpt.store.reader import Reader
 
@@ -101,7 +102,7 @@ class Disk:
         found = self._find(path)
         return found and found[0].now.get(found[1])
 
-    def replay(self, call: io.Call) -> None:
+    def replay(self, call: instruments.Call) -> None:
         """One call that was carried out."""
         if call.result < 0:
             return
@@ -114,29 +115,29 @@ class Disk:
             found[0].change({found[1]: node})
             self.nodes.append(node)
 
-    def _open(self, call: io.Call) -> None:
+    def _open(self, call: instruments.Call) -> None:
         if call.created:
             self._make(call.path, File())
         elif call.flags & os.O_TRUNC and (file := self.node(call.path)):
             file.pending.append((0, None))
 
-    def _mkdir(self, call: io.Call) -> None:
+    def _mkdir(self, call: instruments.Call) -> None:
         self._make(call.path, Directory())
 
-    def _pwrite(self, call: io.Call) -> None:
+    def _pwrite(self, call: instruments.Call) -> None:
         if file := self.node(call.path):
             file.pending.append((call.offset, call.data))
 
-    def _ftruncate(self, call: io.Call) -> None:
+    def _ftruncate(self, call: instruments.Call) -> None:
         if file := self.node(call.path):
             file.pending.append((call.length, None))
 
-    def _fallocate(self, call: io.Call) -> None:
+    def _fallocate(self, call: instruments.Call) -> None:
         file = self.node(call.path)
         if file and len(apply_writes(file.durable, file.pending)) < call.length:
             file.pending.append((call.length, None))
 
-    def _rename(self, call: io.Call) -> None:
+    def _rename(self, call: instruments.Call) -> None:
         old, new = self._find(call.path), self._find(call.target)
         node = old[0].now[old[1]]
         if old[0] is new[0]:
@@ -145,13 +146,13 @@ class Disk:
             old[0].change({old[1]: None})
             new[0].change({new[1]: node})
 
-    def _unlink(self, call: io.Call) -> None:
+    def _unlink(self, call: instruments.Call) -> None:
         if found := self._find(call.path):
             found[0].change({found[1]: None})
 
     _rmdir = _unlink
 
-    def _fsync(self, call: io.Call) -> None:
+    def _fsync(self, call: instruments.Call) -> None:
         node = self.node(call.path)
         if isinstance(node, File):
             node.durable, node.pending = apply_writes(node.durable, node.pending), []
@@ -335,14 +336,14 @@ class Violation:
     what: str
 
 
-def acknowledged_by(call: io.Call, acknowledged: list[tuple[int, str | None]]) -> None:
+def acknowledged_by(call: instruments.Call, acknowledged: list[tuple[int, str | None]]) -> None:
     """Note what a call acknowledges, if it does (``Trainer.acknowledge``)."""
     if match := re.search(r"/acks/(\d+)(?:-([^~]+))?(?:~.*)?$", call.path):
         acknowledged.append((int(match[1]), match[2]))
 
 
 def explore(
-    log: list[io.Call],
+    log: list[instruments.Call],
     base: str,
     judge: Judge,
     rule: Rule,
@@ -377,11 +378,11 @@ def explore(
 class Edge:
     """``sync`` must have returned before ``before`` begins; both are asked about (call, the name changed last)."""
 
-    sync: Callable[[io.Call, str], bool]
-    before: Callable[[io.Call, str], bool]
+    sync: Callable[[instruments.Call, str], bool]
+    before: Callable[[instruments.Call, str], bool]
 
 
-def with_last(log: list[io.Call]) -> Iterator[tuple[io.Call, str]]:
+def with_last(log: list[instruments.Call]) -> Iterator[tuple[instruments.Call, str]]:
     """Each call with the last change of a name up to it, as "op name"."""
     last = ""
     for call in log:
@@ -390,15 +391,15 @@ def with_last(log: list[io.Call]) -> Iterator[tuple[io.Call, str]]:
         yield call, last
 
 
-def without(log: list[io.Call], edge: Edge) -> list[io.Call]:
+def without(log: list[instruments.Call], edge: Edge) -> list[instruments.Call]:
     """The sync is never made."""
     return [call for call, last in with_last(log) if not edge.sync(call, last)]
 
 
-def late(log: list[io.Call], edge: Edge) -> list[io.Call]:
+def late(log: list[instruments.Call], edge: Edge) -> list[instruments.Call]:
     """The sync is made right behind what it should have come before."""
-    out: list[io.Call] = []
-    held: list[io.Call] = []
+    out: list[instruments.Call] = []
+    held: list[instruments.Call] = []
     for call, last in with_last(log):
         if edge.sync(call, last):
             held.append(call)
@@ -412,7 +413,7 @@ def late(log: list[io.Call], edge: Edge) -> list[io.Call]:
     return out + held
 
 
-def moved(call: io.Call, old: str, new: str) -> io.Call:
+def moved(call: instruments.Call, old: str, new: str) -> instruments.Call:
     """The call on a path below ``old`` as it is when that was renamed to ``new``."""
     inside = call.path == old or call.path.startswith(old + "/")
     return replace(call, path=new + call.path[len(old) :]) if inside else call

@@ -11,13 +11,14 @@ import signal
 import sys
 from pathlib import Path
 
+import instruments
 from storing import recorded_monitors, start
 
 from fxckpt.engine import io
 
 
 def main(root: Path, acks: Path, log: Path, items: int) -> None:
-    io.record(log, append=True)
+    instruments.record(log, append=True)
     with recorded_monitors(log):
         trainer = start(root, acks, keep=1, items=items, writer="monitor")
     print(trainer.store.pid, flush=True)
@@ -28,7 +29,7 @@ def main(root: Path, acks: Path, log: Path, items: int) -> None:
     flying = {step: trainer.begin(step) for step in (2, 3)}
     for step, (slot, checkpoint) in flying.items():
         assert checkpoint.durable(10), "posted"
-        trainer.store.hand_over(slot, **trainer.record(step, checkpoint))
+        trainer.store.commit(slot, trainer.record(step, checkpoint), trainer.state(step))
     io.mkdir(acks / "dead")
     os.kill(os.getpid(), signal.SIGKILL)
 

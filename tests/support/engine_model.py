@@ -9,19 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import instruments
 import numpy as np
 
-from fxckpt.engine import Engine, Sources, crc32c, io
+from fxckpt.engine import Engine, Sources, crc32c
 
 PATIENCE = 30.0
 KB = 1024
-
-
-def calm_disk() -> None:
-    """No fault and no delay is left behind."""
-    io.fail_none()
-    for op in ("copy", "pwrite", "pread", "fdatasync", "open"):
-        io.delay(op, 0)
 
 
 @contextlib.contextmanager
@@ -36,7 +30,7 @@ def engines() -> Iterator[Callable[..., Engine]]:
     try:
         yield make
     finally:
-        calm_disk()
+        instruments.calm()
         for engine in made:
             engine.close(PATIENCE)
 

@@ -249,7 +249,7 @@ def outcome(name: str, options: dict[str, Any], form: str | None, update: str, d
         worst,
         stepper.whole,
         any(m.flat for m in stepper.members),
-        sum(len(p) for p in stepper._programs.values() if isinstance(p, list)),
+        sum(len(p) for p in stepper.programs.traced.values() if isinstance(p, list)),
     )
     assert mine.ckpt.statistics()["checkpoints_failed"] == 0
     assert mine.ckpt.statistics()["checkpoints_started"] == STEPS // 2

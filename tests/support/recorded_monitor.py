@@ -12,6 +12,8 @@ import os
 import sys
 from pathlib import Path
 
+import instruments
+
 from fxckpt.engine import io
 from fxckpt.monitor.process import main
 
@@ -39,7 +41,7 @@ def interruptible(marker: Path) -> None:
     def fsync_dir(path: str) -> None:
         if os.path.basename(path) == "named" and marker.exists():
             os.unlink(marker)
-            io.fail(1, errno.EMFILE, "open")
+            instruments.fail(1, errno.EMFILE, "open")
         real(path)
 
     io.fsync_dir = fsync_dir
@@ -47,7 +49,7 @@ def interruptible(marker: Path) -> None:
 
 if __name__ == "__main__":
     log, *descriptors = sys.argv[1:]
-    io.record(log, append=True)
+    instruments.record(log, append=True)
     watch(os.path.join(os.path.dirname(log), "disk"), Path(log + ".behind"))
     interruptible(Path(log + ".interrupt"))
     sys.exit(main(descriptors))

@@ -15,17 +15,24 @@ import numpy as np
 from repository import SUPPORT
 
 from fxckpt.engine import Engine, Sources, io
-from fxckpt.monitor import client
-from fxckpt.monitor.client import MonitorStore, RemoteSlot
+from fxckpt.monitor import launch
+from fxckpt.monitor.client import MonitorStore
+from fxckpt.monitor.link import RemoteSlot
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.reader import Reader, candidates, latest
-from fxckpt.store.record import FileRecord, LayerRecord, TensorRecord
+from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
 from fxckpt.store.slots import Slot, Store
 
 CHUNK = 4096  # so that each file has several
 RING = 16  # chunks of a monitor's shared memory
 FILES = ("model.safetensors", "optimizer.safetensors")
+
+
+def a_record(step: int, files: tuple[FileRecord, ...] = (), layers: tuple[LayerRecord, ...] = (), **fields: object) -> Record:
+    """What a run says of a checkpoint of this step."""
+    given = {"ties": {}, "optimizers": None, "state": None, **fields}
+    return Record(step=step, iteration=step, updates=step, time=float(step), files=files, layers=layers, **given)
 
 
 class Trainer:
@@ -74,7 +81,7 @@ class Trainer:
         name = slot.name
         try:
             assert checkpoint.durable(10)
-            generation, path = self._commit(slot, **self.record(step, checkpoint), **fields)
+            generation, path = self._commit(slot, self.record(step, checkpoint, **fields), self.state(step))
         except BaseException:
             checkpoint.cancel()
             assert checkpoint.settled(10)
@@ -86,31 +93,22 @@ class Trainer:
             self.acknowledge(generation, name)
         return path
 
-    def record(self, step: int, checkpoint: object) -> dict[str, object]:
-        """What a commit is to say of it."""
-        files = [
+    def record(self, step: int, checkpoint: object, **fields: object) -> Record:
+        """What a commit is to say of it, with further ``fields``."""
+        files = tuple(
             FileRecord(layout.name, layout.nbytes, CHUNK, tuple(checkpoint.crcs(file)))
             for file, layout in enumerate(self.layouts)
-        ]
-        return {
-            "step": step,
-            "iteration": step,
-            "updates": step,
-            "time": float(step),
-            "files": files,
-            "ties": {},
-            "layers": self._layers(step),
-            "optimizers": [{"lr": 0.1}],
-            "state": {"step": step},
-            "state_tensors": {"rng": np.full(700, step)},
-            "world_size": 1,
-            "rank": 0,
-        }
+        )
+        return a_record(step, files, tuple(self._layers(step)), optimizers=[{"lr": 0.1}], state={"step": step}, **fields)
 
-    def _commit(self, slot: Slot, **fields: object) -> tuple[int, Path]:
+    def state(self, step: int) -> dict[str, np.ndarray]:
+        """The tensors of its extra state."""
+        return {"rng": np.full(700, step)}
+
+    def _commit(self, slot: Slot, record: Record, tensors: dict[str, np.ndarray]) -> tuple[int, Path]:
         """The generation that it has from now on, and where it is."""
         generation = slot.generation
-        return generation, self.store.commit(slot, **fields)
+        return generation, self.store.commit(slot, record, tensors)
 
     def acknowledge(self, generation: int, name: str | None = None) -> None:
         """Put it in the log that this checkpoint was promised to somebody."""
@@ -144,10 +142,10 @@ class MonitoredTrainer(Trainer):
     """The same, with a monitor that writes and commits."""
 
     def _begun(self, slot: RemoteSlot, checkpoint: object) -> None:
-        self.store.begin(slot, checkpoint, self.layouts)
+        self.store.begin(slot, checkpoint.id, self.layouts)
 
-    def _commit(self, slot: RemoteSlot, **fields: object) -> tuple[int, Path]:
-        self.store.hand_over(slot, **fields)
+    def _commit(self, slot: RemoteSlot, record: Record, tensors: dict[str, np.ndarray]) -> tuple[int, Path]:
+        self.store.commit(slot, record, tensors)
         assert slot.ended(10)
         return slot.generation, Path(slot.path)
 
@@ -186,12 +184,12 @@ def fast_directory(fallback: Path) -> Iterator[Path]:
 @contextmanager
 def recorded_monitors(log: Path) -> Iterator[None]:
     """Monitors that are started meanwhile append their calls to this log."""
-    before, script = client.PROGRAM, SUPPORT / "recorded_monitor.py"
-    client.PROGRAM = (str(script), str(log))
+    before, script = launch.PROGRAM, SUPPORT / "recorded_monitor.py"
+    launch.PROGRAM = (str(script), str(log))
     try:
         yield
     finally:
-        client.PROGRAM = before
+        launch.PROGRAM = before
 
 
 def names(root: Path) -> list[str]:

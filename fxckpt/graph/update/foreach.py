@@ -4,7 +4,7 @@ Each operator of the body becomes its ``_foreach`` form. On CPU those are loops 
 single-tensor operators call ("slow path" in ATen's ForeachOpsKernels.cpp), so the bits are the same and only Python's
 share is gone: for a 64x64 parameter, most of the time.
 
-What a rehearsal noted (graph/tape.py) may hold any operator. There, list kernels over one tensor become list kernels over all,
+What a rehearsal noted (optim/rehearsal) may hold any operator. There, list kernels over one tensor become list kernels over all,
 and an operator that has no list form runs in a loop.
 """
 

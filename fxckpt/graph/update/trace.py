@@ -59,7 +59,7 @@ class Signature:
     """All that decides which code an update runs. Numeric values are not part of it, their structure is."""
 
     optimizer: type
-    implementation: str  # "single", "foreach" or "fused"; "rehearsed" where it was not traced (graph/tape.py)
+    implementation: str  # "single", "foreach" or "fused"; "rehearsed" where it was not traced (optim/rehearsal)
     constants: tuple[tuple[str, Any], ...]  # baked in: flags, strings, None, and numbers that are zero
     numeric: tuple[tuple[Key, bool | None], ...]  # inputs; True: positive, False: negative, None: nothing assumed
     state: tuple[tuple[str, bool], ...]  # key, and whether it is 0-dimensional (a step count)

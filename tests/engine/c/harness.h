@@ -2,7 +2,7 @@
 #ifndef HARNESS_H
 #define HARNESS_H
 
-#include "engine.h"
+#include "testing/instruments.h"
 
 #include <errno.h>
 #include <fcntl.h>

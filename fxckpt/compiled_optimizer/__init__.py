@@ -1,0 +1,132 @@
+"""``compile_step``: what a user calls to have an optimizer checkpoint its training.
+
+``checks`` looks at the arguments, ``start`` opens the engine and the store, ``types`` says to type checkers what comes back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+
+from fxckpt.checkpointed import attach
+from fxckpt.compat import cuda
+from fxckpt.compat.optimizers import rebind_scheduler_wrapper
+from fxckpt.compiled_optimizer.checks import check
+from fxckpt.compiled_optimizer.start import say, start
+from fxckpt.compiled_optimizer.types import typed
+from fxckpt.config import Config, default_directory, disabled
+from fxckpt.handle import Handle
+from fxckpt.run.run import Run, live_runs
+from fxckpt.saving.stores import NullStore
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+
+@typed
+def compile_step(
+    opt: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    dir: str | os.PathLike[str] | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    every: int | Literal["auto", "continuous"] = "auto",
+    keep: int = 2,
+    keep_every: int | None = None,
+    keep_minutes: float | None = None,
+    keep_best: str | tuple[str, str] | None = None,
+    writer: Literal["thread", "monitor", "mock"] = "thread",
+    extra: Mapping[str, object] | None = None,
+    layer: Literal["module", "block"] | Callable[[str], str] = "module",
+    on_layer: Callable[[str, int, dict[str, torch.Tensor]], object] | None = None,
+    update: Literal["native", "inductor"] | None = None,
+    threads: int = 2,
+    chunk_mb: int = 4,
+    staging_mb: int | None = None,
+    max_async: int = 2,
+    preset: Literal["throughput", "latency", "memory"] | None = None,
+    on_error: Literal["warn", "raise"] = "warn",
+    fresh: bool = False,
+) -> object:
+    """Checkpoint training layer by layer inside ``opt.step()``.
+
+    Args:
+        opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step.
+        dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``.
+        model: the module being trained, compiled or wrapped or not. Names every tensor, and adds what the optimizer
+            does not hold: frozen parameters and buffers. Without it both come from the compiled graphs.
+        every: ``N`` (each N-th optimizer step, waiting when the disk is behind), ``"auto"`` (at most once a minute,
+            within a stall budget of 1 %) or ``"continuous"`` (the same budget, no minimum interval).
+        keep: good checkpoints to keep. With 1, rot on the disk cannot be survived.
+        keep_every, keep_minutes: keep for good, beyond ``keep``, the first checkpoint at or behind each multiple of so
+            many steps, or of so many minutes of the clock (UTC).
+        keep_best: keep the best checkpoint by a metric given with ``opt.ckpt.note``: ``"loss"`` (the lowest), or
+            ``("accuracy", "max")``.
+        writer: ``"thread"`` writes from this process; ``"monitor"`` from a separate one, which finishes what it was given
+            even if this one is killed (docs/monitor.md); ``"mock"`` does all but the write.
+        extra: objects with ``state_dict``/``load_state_dict``, and ``torch.Generator`` or numpy generators, by name.
+        layer: ``"module"``, ``"block"``, or a function from a parameter's name to its layer's.
+        on_layer: called as ``on_layer(layer_name, step, tensors)`` for each layer of each checkpoint, with copies (by
+            key: ``"h.0.weight"``, ``"exp_avg/h.0.weight"``) that it may keep.
+        update: ``None`` keeps the kernels that flags ask for and compiles the rest; ``"native"`` or ``"inductor"``
+            (what Inductor cannot take stays native, said once).
+        threads, chunk_mb, staging_mb, max_async: writer threads, MiB per chunk, MiB for what a fence copies itself
+            (default 32), checkpoints in flight. ``preset``: ``"throughput"``, ``"latency"`` or ``"memory"`` sets all four.
+        on_error: ``"warn"`` logs a failed checkpoint and trains on; ``"raise"`` raises it at the next step.
+        fresh: start over in a directory that holds checkpoints, without loading one.
+
+    Returns:
+        ``opt`` itself (or the list), its class swapped for a subclass; ``opt.ckpt`` is the run's :class:`~fxckpt.Handle`.
+
+    Raises:
+        SetupError: wrong arguments. StoreLocked: another trainer writes there. NotAStore: the directory holds something
+        else. EngineMissing: the C engine is not built. Nothing falls back silently. At the first checkpoint, NoSpace: the
+        disk has no room for ``keep + max_async`` of them.
+    """
+    config = Config(
+        preset=preset,
+        every=every,
+        keep=keep,
+        keep_every=keep_every,
+        keep_minutes=keep_minutes,
+        keep_best=keep_best,
+        writer=writer,
+        layer=layer,
+        on_layer=on_layer,
+        update=update,
+        threads=threads,
+        chunk_mb=chunk_mb,
+        staging_mb=staging_mb,
+        max_async=max_async,
+        on_error=on_error,
+        fresh=fresh,
+    )
+    optimizers = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model)
+    directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
+    devices = cuda.Devices()
+    ordinals = devices.all_of(p for each in optimizers for group in each.param_groups for p in group["params"])
+    engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
+    run = Run(optimizers, directory, model, extra, config, engine, store, devices)
+    handle = Handle(run)
+    for each in optimizers:
+        attach(each, handle)
+        rebind_scheduler_wrapper(each)
+    say(run)
+    return opt
+
+
+def _shutdown_all() -> None:
+    """At exit: finish what was started. ``sys.last_value`` is set when an exception ended the script."""
+    unfinished = getattr(sys, "last_value", None) is not None
+    for run in list(live_runs):
+        try:
+            run.shutdown(unfinished=unfinished)
+        except Exception as error:
+            log.error("fxckpt: at exit: %s", error)
+
+
+atexit.register(_shutdown_all)

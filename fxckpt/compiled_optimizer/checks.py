@@ -1,0 +1,90 @@
+"""What ``compile_step`` refuses at once: what is no optimizer, wraps one, is taken already, or cannot be stored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from fxckpt.checkpointed import Checkpointed
+from fxckpt.compat.modules import named_parameters
+from fxckpt.config import disabled
+from fxckpt.errors import SetupError
+from fxckpt.run.run import live_runs
+from fxckpt.saving.inventory import storable
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+
+def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optimizer]:
+    """The optimizers, once they and the model can make a run; raises SetupError if not."""
+    if not optimizers:
+        raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
+    checked = [_free_optimizer(each) for each in optimizers]
+    if model is not None and not isinstance(model, torch.nn.Module):
+        raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
+    names = {} if model is None else {id(p): name for name, p in named_parameters(model)}
+    _check_parameters(checked, names)
+    _warn_of_other_runs(names)
+    return checked
+
+
+def _free_optimizer(opt: object) -> torch.optim.Optimizer:
+    """``opt``, if it is an optimizer that steps itself and belongs to no run."""
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise SetupError(
+            f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}. "
+            "If it wraps an optimizer, pass the inner one."
+        )
+    if (inner := _wrapped(opt)) is not None:
+        raise SetupError(
+            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the "
+            f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
+            "wrapped or with wrapper.optimizer, and train with the wrapper as before."
+        )
+    if isinstance(opt, Checkpointed) and "_fxckpt_handle" in opt.__dict__ and not opt.ckpt._run.status.stopped:
+        raise SetupError(f"this {type(opt).__name__} already belongs to {opt.ckpt!r}; call opt.ckpt.shutdown() first")
+    return opt
+
+
+def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
+    """The optimizer that ``opt`` hands its steps to, as Accelerate's, Lightning's and Fabric's wrappers do; else None."""
+    for attribute in ("optimizer", "_optimizer", "optim"):
+        inner = getattr(opt, attribute, None)
+        if isinstance(inner, torch.optim.Optimizer) and inner is not opt:
+            return inner
+    return None
+
+
+def _check_parameters(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> None:
+    """Each parameter can be stored, and is in one optimizer only."""
+    seen: set[int] = set()
+    places = (
+        (i, j, k, p)
+        for i, opt in enumerate(optimizers)
+        for j, group in enumerate(opt.param_groups)
+        for k, p in enumerate(group["params"])
+    )
+    for i, j, k, param in places:
+        name = names.get(id(param), f"parameter {k} of group {j} of optimizer {i}")
+        if id(param) in seen:
+            raise SetupError(f"{name} is in two optimizers of the run; its checkpoint could not say which step it is from")
+        seen.add(id(param))
+        if not disabled():
+            storable(param, name)
+
+
+def _warn_of_other_runs(names: dict[int, str]) -> None:
+    """Say so if another run trains a parameter of this model."""
+    if disabled():
+        return
+    for run in live_runs:
+        if not run.status.stopped and (shared := [names[i] for i in run.trained() if i in names]):
+            log.warning(
+                "fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
+                "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "
+                "other run down with opt.ckpt.shutdown()",
+                shared[0],
+                run.directory,
+            )

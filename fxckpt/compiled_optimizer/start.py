@@ -1,0 +1,95 @@
+"""Starts what a run writes with, the engine and the store, and says in one line what was started."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from fxckpt.compat import cuda
+from fxckpt.compat.ranks import rank, world_size
+from fxckpt.config import Config
+from fxckpt.errors import SetupError, StoreLocked
+from fxckpt.run.run import Run
+from fxckpt.saving.engines import CheckpointEngine
+from fxckpt.saving.stores import CheckpointStore, NullStore
+from fxckpt.store.lock import wait_for_monitor
+from fxckpt.store.slots import Store
+
+if TYPE_CHECKING:
+    from fxckpt.engine import Engine
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+BESIDE, RECORD = 24 << 20, 16 << 10
+"""Bytes beside the engine's buffers: the store's code and its threads (9 MiB measured with 16 parameters), and for each
+parameter what stands of it and its state in the records in flight."""
+
+
+def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]) -> tuple[CheckpointEngine, CheckpointStore]:
+    """The engine and the store, or the error that says why not. With a monitor, the engine writes nothing itself."""
+    from fxckpt.engine import Engine
+
+    chunk, staging = config.chunk_mb << 20, config.staging_bytes
+    if ordinals:
+        staging = max(cuda.STAGING if config.staging_mb is None else staging, cuda.LEAST_CHUNKS * chunk)
+    engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer != "thread")
+    store = _store(directory, config, engine)
+    try:
+        wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
+        for ordinal in sorted(ordinals):
+            engine.open_device(ordinal, devices.driver)
+    except BaseException as error:
+        engine.close()
+        store.close()
+        if isinstance(error, StoreLocked) and world_size() > 1:
+            raise SetupError(
+                f"{error}\nThis is rank {rank()} of {world_size()}: give every rank a directory "
+                "of its own (for example f'checkpoints/rank{rank}')."
+            ) from error
+        raise
+    return engine, store
+
+
+def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
+    """What writes to the directory, if anything does."""
+    if config.writer == "mock":
+        return NullStore()
+    options: dict[str, Any] = {
+        "keep": config.keep,
+        "max_async": config.max_async,
+        "fresh": config.fresh,
+        "keep_every": config.keep_every,
+        "keep_minutes": config.keep_minutes,
+        "keep_best": config.keep_best,
+    }
+    if config.writer == "monitor":
+        from fxckpt.monitor.client import MonitorStore
+
+        return MonitorStore(directory, engine, threads=config.threads, **options)
+    return Store(directory, **options)
+
+
+def say(run: Run) -> None:
+    """What was started, in one line, with the memory it may take."""
+    if run.engine is None:
+        log.warning("fxckpt is off (FXCKPT_DISABLE=1): no checkpoints")
+        return
+    config = run.config
+    beside = BESIDE + RECORD * len(run.trained())
+    log.info(
+        "fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; memory at most %d MiB (%d threads x %d MiB + %d MiB "
+        "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=",
+        run.directory,
+        config.every,
+        config.keep,
+        config.writer,
+        run.engine.memory_bytes + beside >> 20,
+        config.threads,
+        config.chunk_mb,
+        run.engine.staging_bytes >> 20,
+        beside >> 20,
+    )
+    if config.keep == 1:
+        log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
+    if config.writer == "mock":
+        log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')

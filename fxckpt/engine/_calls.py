@@ -1,0 +1,40 @@
+"""Calls of the engine that wait, or fail: waits in slices, failures as exceptions, streams as C arrays."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fxckpt.engine._lib import FFI
+from fxckpt.errors import SaveFailed
+
+SLICE = 0.1  # seconds that any wait of the package lasts at a time, so that Ctrl-C is served
+LONGEST = 1e9  # seconds; what an infinite timeout becomes
+
+Streams = Mapping[int, int]
+"""The stream that each CUDA device trains on: device number -> the driver's handle (0: the legacy default stream)."""
+
+
+def in_slices(call: Callable[[int], int], timeout: float) -> int:
+    """Repeats a wait of the engine, ``call(nanoseconds)``, until it answers other than 0 or time is over."""
+    deadline = time.monotonic() + min(timeout, LONGEST)
+    while True:
+        left = max(deadline - time.monotonic(), 0.0)
+        answer = call(int(min(left, SLICE) * 1e9))
+        if answer or left <= SLICE:
+            return answer
+
+
+def failure(ffi: FFI, error: Any) -> SaveFailed:
+    """The exception for a filled-in ``struct fx_error``."""
+    operation, path = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
+    return SaveFailed(operation, path, error.offset if error.offset >= 0 else None, error.err)
+
+
+def stream_array(ffi: FFI, streams: Streams | None) -> tuple[Any, int]:
+    """The C array of streams, and their number."""
+    if not streams:
+        return ffi.NULL, 0
+    return ffi.new("struct fx_stream[]", list(streams.items())), len(streams)

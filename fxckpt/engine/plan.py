@@ -1,0 +1,92 @@
+"""What a checkpoint is made of: where tensors lie in its files (Plan), and where in memory (Sources)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fxckpt.engine._lib import FFI, load
+from fxckpt.errors import SetupError
+
+Item = tuple[int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
+"""A tensor in memory: address, sizes, strides in bytes; None, None: contiguous."""
+
+
+def fill_view(ffi: FFI, view: Any, item: Item, keep: list[Any]) -> None:
+    """Fills in a ``struct fx_view``; the arrays it points to are appended to ``keep``."""
+    address, sizes, strides = item
+    view.address = ffi.cast("char *", address)
+    view.ndim = -1
+    if sizes is None:
+        return
+    if strides is None or len(sizes) != len(strides) or len(sizes) > 64:
+        raise SetupError(f"sizes {sizes} and strides {strides} must have the same length, at most 64")
+    view.ndim = len(sizes)
+    view.sizes, view.strides = arrays = ffi.new("int64_t[]", list(sizes)), ffi.new("int64_t[]", list(strides))
+    keep.extend(arrays)
+
+
+class Sources:
+    """Where one layer's tensors lie: ``(address, sizes, strides in bytes)`` each; None, None: contiguous.
+
+    Addresses are fixed when it is built; the caller keeps the tensors alive. ``devices``: for each tensor the number
+    of the CUDA device it lies on, or None for host memory; tensors on devices must be contiguous.
+    """
+
+    def __init__(self, items: Sequence[Item], devices: Sequence[int | None] | None = None):
+        ffi, lib = load()
+        keep: list[Any] = []
+        views = ffi.new("struct fx_view[]", max(len(items), 1))
+        for view, item in zip(views, items):
+            fill_view(ffi, view, item, keep)
+        for view, device in zip(views, devices or ()):
+            view.device = 0 if device is None else device + 1
+        self.devices = frozenset(device for device in devices or () if device is not None)
+        pointer = lib.fx_sources_new(views, len(items))
+        if pointer == ffi.NULL:
+            raise MemoryError("sources")
+        self._pointer = ffi.gc(pointer, lib.fx_sources_free)
+
+
+class Plan:
+    """Immutable geometry of a checkpoint's files; made by :meth:`Engine.plan`, shared by many checkpoints.
+
+    ``file_chunks``: the chunks of each file, in the plan's numbering.
+    """
+
+    def __init__(
+        self,
+        chunk_bytes: int,
+        files: Sequence[tuple[int, bytes]],
+        tensors: Sequence[tuple[int, int, int, int, int]],
+        layers: int,
+    ):
+        ffi, lib = load()
+        headers = [ffi.from_buffer(header) for _, header in files]
+        sizes = [(nbytes, header, len(header)) for (nbytes, _), header in zip(files, headers)]
+        c_files = ffi.new("struct fx_file[]", sizes or 1)
+        c_tensors = ffi.new("struct fx_tensor[]", [tuple(tensor) for tensor in tensors] or 1)
+        out, error = ffi.new("struct fx_plan **"), ffi.new("struct fx_error *")
+        if lib.fx_plan_new(c_files, len(files), c_tensors, len(tensors), layers, chunk_bytes, out, error):
+            at = f" (number {error.offset})" if error.offset >= 0 else ""
+            raise SetupError(ffi.string(error.operation).decode() + at)
+        self._pointer = ffi.gc(out[0], lib.fx_plan_free)
+        self.chunks: int = lib.fx_plan_chunks(self._pointer)
+        self.file_chunks: tuple[range, ...] = tuple(map(self._chunks_of, range(len(files))))
+
+    def _chunks_of(self, file: int) -> range:
+        ffi, lib = load()
+        first, count = ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        lib.fx_plan_file_chunks(self._pointer, file, first, count)
+        return range(first[0], first[0] + count[0])
+
+    def _known(self, known: Sequence[Mapping[int, int]] | None) -> tuple[Any, Any]:
+        """The C arrays of :meth:`Engine.begin`'s ``known``: which chunks, and their CRCs."""
+        ffi, _ = load()
+        if not known or not any(known):
+            return ffi.NULL, ffi.NULL
+        has, crcs = ffi.new("uint8_t[]", self.chunks), ffi.new("uint32_t[]", self.chunks)
+        for chunks, table in zip(self.file_chunks, known):
+            for index, crc in table.items():
+                has[chunks[index]], crcs[chunks[index]] = 1, crc
+        return has, crcs

@@ -1,0 +1,208 @@
+"""Put what was read and checked into the live objects: bytes, optimizers' states, extras, buffers, what is frozen."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt.compat.modules import every_module, extra_state_modules
+from fxckpt.loading.match import Match, empty_buffer
+from fxckpt.loading.schema import Saved
+from fxckpt.loading.target import Target
+from fxckpt.run import extra_state
+from fxckpt.saving.inventory import TORCH_DTYPES, storable
+from fxckpt.saving.plan import source_items
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
+from fxckpt.store.reader import Reader
+from fxckpt.store.record import TensorRecord
+
+log = logging.getLogger("fxckpt")
+
+State = dict[str, Any]
+"""What an optimizer keeps for one parameter."""
+
+
+# -- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
+    """Verify the files of tensors while reading them into place. What lies on a device is read to the host first, one file
+    at a time."""
+    writable = {key: storable(t) for key, t in tensors.items()}
+    for file in (MODEL, OPTIMIZER):
+        mine = {key: t for key, t in writable.items() if key[0] == file}
+        landing = {key: t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for key, t in mine.items()}
+        with torch.no_grad():
+            reader.read_into(dict(zip(landing, source_items(list(landing.values())))), file)
+            for key, tensor in mine.items():
+                if landing[key] is not tensor:
+                    tensor.copy_(landing[key])
+
+
+def read_later(reader: Reader, later: Sequence[TensorRecord]) -> dict[str, torch.Tensor]:
+    """New tensors by key, for those whose owners are not known yet; they are few: buffers and frozen parameters."""
+    held = {t.key: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in later}
+    if held:
+        reader.read_into({(MODEL, key): source_items([t])[0] for key, t in held.items()}, MODEL)
+    return held
+
+
+# -- optimizers -----------------------------------------------------------------------------------------------------
+
+
+def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, State]]:
+    """Make every optimizer's state as the record describes it, by its parameter's id, and add its tensors, still empty, to
+    what is read.
+
+    A live tensor of the same shape, type and strides is kept, so that no second copy exists during a rollback.
+    """
+    out = []
+    for index, (old, opt) in enumerate(zip(saved.optimizers, target.optimizers)):
+        states: dict[int, State] = {}
+        for group in opt.param_groups:
+            for param in group["params"]:
+                name = match.stored.get(target.inventory.name_of(param))
+                if name is not None and name in old["state"]:
+                    places = {key: saved.places.get(state_key(index, key, name)) for key in old["state"][name]["keys"]}
+                    states[id(param)] = _make_state(places, old["state"][name], param, group, opt.state.get(param, {}), match)
+        out.append(states)
+    return out
+
+
+def _make_state(
+    places: Mapping[str, TensorRecord | None],
+    description: Mapping[str, Any],
+    param: torch.Tensor,
+    group: Mapping[str, Any],
+    live: Mapping[str, Any],
+    match: Match,
+) -> State:
+    """The state of one parameter. ``places``: where each value lies in a file; None: it is a plain one of the record."""
+    made: State = {}
+    for key, place in places.items():
+        if place is None:
+            made[key] = description["plain"][key]
+            continue
+        device = _device_of_state(key, place, description, param, group)
+        made[key] = _state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device)
+        match.tensors[OPTIMIZER, place.key] = made[key]
+    return made
+
+
+def _device_of_state(
+    key: str, place: TensorRecord, description: Mapping[str, Any], param: torch.Tensor, group: Mapping[str, Any]
+) -> torch.device:
+    """Where a state belongs: with its parameter, unless it was kept on the host. Step counts follow torch's own rule
+    (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
+    if key == "step" and not place.shape:
+        beside = bool(group.get("fused") or group.get("capturable"))
+    else:
+        beside = key not in description.get("host", ())
+    return param.device if beside else torch.device("cpu")
+
+
+def _state_tensor(
+    place: TensorRecord, strides: Sequence[int] | None, live: Any, is_complex: bool, device: torch.device
+) -> torch.Tensor:
+    """An uninitialised tensor as the record describes it, or the live one if it is just so."""
+    shape, dtype = tuple(place.shape), TORCH_DTYPES[place.dtype]
+    if is_complex:
+        shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
+    like = torch.empty(shape, dtype=dtype, device="meta")
+    layout = tuple(strides) if strides is not None and _is_dense(shape, strides) else like.stride()
+    wanted = (shape, dtype, layout, device)
+    if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == wanted:
+        return live
+    return torch.empty_strided(shape, layout, dtype=dtype, device=device)
+
+
+def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether these strides take no more memory than the elements: states of torch's optimizers have no others."""
+    if len(shape) != len(strides):
+        return False
+    return sum((size - 1) * stride for size, stride in zip(shape, strides)) < max(math.prod(shape), 1)
+
+
+def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:
+    """Give every optimizer its groups' settings, its state, its gradients' presence, and those that waited for a step."""
+    for old, made, opt in zip(saved.optimizers, states, target.optimizers):
+        present, waiting = set(old["gradients"]), old.get("accumulated", {})
+        opt.state.clear()
+        for group, live in zip(old["groups"], opt.param_groups):
+            _apply_settings(group["settings"], live)
+            for param in live["params"]:
+                if id(param) in made:
+                    opt.state[param] = made[id(param)]
+                stored = match.stored.get(target.inventory.name_of(param))
+                if (held := waiting.get(stored)) is not None and held.shape == param.shape:
+                    param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
+                else:  # to an optimizer a gradient of zeros is not the same as none
+                    param.grad = torch.zeros_like(param) if stored in present else None
+
+
+def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:
+    """Set them; a tensor that fits is filled, as a captured graph may read it."""
+    for key, value in settings.items():
+        live = group.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor) and value.shape == live.shape:
+            live.copy_(value)
+        else:
+            group[key] = value
+
+
+# -- everything else ------------------------------------------------------------------------------------------------
+
+
+def apply_extras(saved: Saved, target: Target) -> None:
+    """Set extras, module extra state and transient buffers, and the random generators last."""
+    early, values = saved.early, {**saved.early["extra"], **saved.late}
+    for each in target.extras:
+        if each.name in values:
+            each.set(values[each.name])
+    if target.model is not None:
+        for name, module in extra_state_modules(target.model):
+            if name in early["modules"]:
+                module.set_extra_state(early["modules"][name])
+        _apply_transient({**early["buffers"], **early.get("remote", {})}, target, dict(every_module(target.model)))
+    if target.optimizers:
+        extra_state.set_random_state(early["random"])
+
+
+def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules: Mapping[str, torch.nn.Module]) -> None:
+    """Set the buffers that are in no state dict. One that is not set yet, or has another shape by now (a cache that grew), is
+    replaced; so is one whose elements share memory (it was expanded)."""
+    for name, value in saved.items():
+        buffer = target.inventory.transient.get(name)
+        if buffer is None:
+            if (empty := empty_buffer(modules, name)) is not None:
+                setattr(*empty, value)
+            continue
+        shared = any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride()))
+        if shared or (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
+            owner, _, attribute = name.rpartition(".")
+            setattr(modules[owner], attribute, value.to(buffer.device))
+            continue
+        with torch.inference_mode(buffer.is_inference()), torch.no_grad():  # inference tensors change in that mode only
+            buffer.copy_(value)
+
+
+def freeze(frozen: Sequence[str] | None, step: int, match: Match, target: Target) -> None:
+    """Let parameters require a gradient as they did at ``step``, when the checkpoint was taken: a script that unfreezes layers
+    ``if step == 1000`` does not come there again. What changes is said. ``frozen`` is None in records of earlier versions."""
+    if frozen is None:
+        return
+    changed: dict[bool, list[str]] = {True: [], False: []}
+    for name, param in {**target.inventory.trained, **target.inventory.frozen}.items():
+        stored = match.stored.get(name)
+        wanted = stored not in frozen
+        if stored is not None and param.requires_grad != wanted:
+            param.requires_grad_(wanted)
+            changed[wanted].append(name)
+    for wanted, found in changed.items():
+        if found:
+            what, some = "trained" if wanted else "frozen", ", ".join(found[:5]) + (" ..." if found[5:] else "")
+            log.warning("fxckpt: these parameters are %s again, as at step %d: %s", what, step, some)

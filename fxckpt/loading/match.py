@@ -1,0 +1,171 @@
+"""Which stored tensor goes where, found before anything is touched, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fxckpt.compat.modules import every_module
+from fxckpt.compat.optimizers import plain_class
+from fxckpt.errors import LayoutMismatch
+from fxckpt.loading.target import Target
+from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, storable
+from fxckpt.store.names import MODEL
+from fxckpt.store.record import Record, TensorRecord
+
+
+@dataclass
+class Match:
+    """Stored tensors and their live ones, and the names of those that have none."""
+
+    tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)  # by file and key
+    stored: dict[str, str] = field(default_factory=dict)  # live name of a trained parameter -> its stored name, if it fits
+    later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
+    filled: list[tuple[torch.nn.Module, str, torch.Tensor]] = field(default_factory=list)  # buffers that are None still
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)  # of another shape or type: lines of a message
+
+
+# -- tensors --------------------------------------------------------------------------------------------------------
+
+
+def match_tensors(record: Record, target: Target) -> Match:
+    """Match stored model tensors with live ones: by name, or for optimizers without a model by position."""
+    out = Match()
+    inventory = target.inventory
+    live = {**inventory.trained, **inventory.frozen, **inventory.buffers}
+    positions = _by_position(record, target) if target.model is None else {}
+    modules = {} if target.model is None else dict(every_module(target.model))
+    aliases = {**record.ties, **{name: alias for alias, name in record.ties.items()}}
+    for key, tensor in {tensor.key: tensor for tensor in record.tensors(MODEL)}.items():
+        name = positions.get(key, key)
+        if name not in live and aliases.get(name) in live:
+            name = aliases[name]
+        if name in live:
+            _match(out, key, tensor, name, live.pop(name))
+        elif target.model is None and target.run is not None:
+            out.later.append(tensor)
+        elif (empty := empty_buffer(modules, name)) is not None and tensor.dtype in TORCH_DTYPES:
+            made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=_device_of(modules[""]))
+            out.tensors[MODEL, key] = made
+            out.filled.append((*empty, made))
+        else:
+            out.unexpected.append(key)
+    shared = {alias for alias, name in inventory.ties.items() if name not in live}
+    out.missing += [name for name in live if name not in shared]
+    return out
+
+
+def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
+    """Note the pair if shape and type agree, the difference if not."""
+    real = storable(tensor)
+    if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
+        out.wrong.append(f"{name}: checkpoint {stored.dtype}{list(stored.shape)}, live {DTYPES[real.dtype]}{list(real.shape)}")
+        return
+    out.tensors[MODEL, key] = tensor
+    out.stored[name] = key
+
+
+def _device_of(model: torch.nn.Module) -> torch.device | None:
+    """Where the first parameter is; None if there is none."""
+    return next((param.device for param in model.parameters()), None)
+
+
+def empty_buffer(modules: Mapping[str, torch.nn.Module], name: str) -> tuple[torch.nn.Module, str] | None:
+    """The module, and the attribute, of a buffer that was registered as None and has not been set by a forward yet."""
+    owner, _, attribute = name.rpartition(".")
+    module = modules.get(owner)
+    if module is None or attribute not in module._buffers or module._buffers[attribute] is not None:
+        return None
+    return module, attribute
+
+
+def _by_position(record: Record, target: Target) -> dict[str, str]:
+    """Stored name -> live name, by the place in the optimizers' groups; none if the names say it themselves."""
+    out: dict[str, str] = {}
+    if set(_places(record)) == set(target.inventory.trained):
+        return out
+    for saved, opt in zip(record.optimizers, target.optimizers):
+        for group, live in zip(saved["groups"], opt.param_groups):
+            for name, param in zip(group["params"], live["params"]):
+                out[name] = target.inventory.name_of(param)
+    return out
+
+
+def _places(record: Record) -> dict[str, tuple[int, int]]:
+    """Optimizer and group of each stored name."""
+    return {
+        name: (i, g)
+        for i, saved in enumerate(record.optimizers)
+        for g, group in enumerate(saved["groups"])
+        for name in group["params"]
+    }
+
+
+# -- what does not fit ----------------------------------------------------------------------------------------------
+
+
+def check_match(match: Match, record: Record, target: Target, strict: bool) -> None:
+    """Raise LayoutMismatch, listing names and shapes side by side, unless what differs may be left out. Then it is added to
+    what is ``missing`` and ``unexpected``."""
+    hard = [] if not strict else [f"  {line}" for line in match.wrong]
+    if strict:
+        hard += [f"  {name}: not in the checkpoint" for name in match.missing]
+        hard += [f"  {name}: only in the checkpoint" for name in match.unexpected]
+    if target.optimizers:
+        hard += _optimizer_problems(record, target, match, strict)
+    hard += _extra_problems(record, target, match, strict)
+    if not strict:
+        match.missing += [line.split(":")[0] for line in match.wrong]
+    if hard:
+        raise LayoutMismatch("the checkpoint of step {} does not fit:\n{}".format(record.step, "\n".join(hard)))
+
+
+def _extra_problems(record: Record, target: Target, match: Match, strict: bool) -> list[str]:
+    """Extras that only one of both has, which are noted; problems if they must fit."""
+    saved = {*record.state["early"]["extra"], *record.state["late"]}  # names: the values are not decoded yet
+    live = [each.name for each in target.extras]
+    missing = [name for name in live if name not in saved]
+    unused = sorted(saved - set(live)) if target.asked else []
+    match.missing += [f"extra/{name}" for name in missing]
+    match.unexpected += [f"extra/{name}" for name in unused]
+    out = [f"  extra[{name!r}]: not in the checkpoint" for name in missing]
+    if target.run is not None:
+        out += [f"  extra/{name}: only in the checkpoint" for name in unused]
+    return out if strict else []
+
+
+def _optimizer_problems(record: Record, target: Target, match: Match, strict: bool) -> list[str]:
+    """Optimizers and groups must be the same, or the state cannot be given to anyone; and what is in them, unless only what
+    fits is asked for and names say whose it is."""
+    saved, live = record.optimizers, target.optimizers
+    if len(saved) != len(live):
+        return [f"  optimizers: checkpoint {len(saved)}, live {len(live)}"]
+    out = []
+    for i, (old, opt) in enumerate(zip(saved, live)):
+        if old["class"] != plain_class(opt).__name__:
+            out.append(f"  optimizer {i}: checkpoint {old['class']}, live {plain_class(opt).__name__}")
+        sizes = [len(g["params"]) for g in old["groups"]], [len(g["params"]) for g in opt.param_groups]
+        if sizes[0] != sizes[1] and (strict or target.model is None or len(sizes[0]) != len(sizes[1])):
+            out.append(f"  optimizer {i}: parameters per group: checkpoint {sizes[0]}, live {sizes[1]}")
+            if len(sizes[0]) > len(sizes[1]):
+                out.append(
+                    "  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
+                    "which step will be loaded, so that the script can call add_param_group first"
+                )
+    return out + (_moved(record, target, match) if strict else [])
+
+
+def _moved(record: Record, target: Target, match: Match) -> list[str]:
+    """Parameters that are in another optimizer or group than they were, whose settings are not theirs."""
+    before, out = _places(record), []
+    for i, opt in enumerate(target.optimizers):
+        for g, group in enumerate(opt.param_groups):
+            for name in map(target.inventory.name_of, group["params"]):
+                was = before.get(match.stored.get(name, ""), (i, g))
+                if was != (i, g):
+                    out.append(f"  {name}: checkpoint optimizer {was[0]}, group {was[1]}; live optimizer {i}, group {g}")
+    return out

@@ -1,0 +1,72 @@
+"""What a load restores into: the live objects of a run, or those that it was given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fxckpt.compat.modules import unwrap_model
+from fxckpt.errors import SetupError
+from fxckpt.graph.model.book import traces
+from fxckpt.run import extra_state
+from fxckpt.run.run import Run, live_runs, the_run
+from fxckpt.saving.inventory import Inventory, take
+
+StrPath = str | os.PathLike[str]
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Live tensors by name, optimizers and extras; ``run`` if there is one."""
+
+    inventory: Inventory
+    optimizers: Sequence[torch.optim.Optimizer]
+    extras: Sequence[extra_state.Extra]
+    asked: bool  # for extras: else those of the checkpoint are nobody's business
+    run: Run | None
+    model: torch.nn.Module | None
+
+    def untrained_run(self) -> Run | None:
+        """The run, if it has not stepped yet: then nothing live is worth anything."""
+        return self.run if self.run is not None and self.run.clock.attempts == 0 else None
+
+
+def find_target(
+    directory: StrPath | None,
+    model: torch.nn.Module | None,
+    optimizer: Optimizers | None,
+    extra: Mapping[str, object] | None,
+) -> tuple[Target, str]:
+    """What to restore into, and the directory to load from. Raises SetupError if that cannot be told."""
+    place = None if directory is None else os.fsdecode(directory)
+    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    run = _find_run(place, model, given)
+    if run is not None:
+        extras = run.capture.extras if extra is None else extra_state.extras(extra)
+        module = run.model if model is None else unwrap_model(model)
+        inventory = take(module, run.optimizers, traces)
+        return Target(inventory, run.optimizers, extras, True, run, module), run.directory if place is None else place
+    if place is None:
+        raise SetupError("say which directory to load from")
+    module = None if model is None else unwrap_model(model)
+    inventory = take(module, given, traces)
+    return Target(inventory, given, extra_state.extras(extra), extra is not None, None, module), place
+
+
+def _find_run(place: str | None, model: torch.nn.Module | None, given: Sequence[torch.optim.Optimizer]) -> Run | None:
+    """The run of these optimizers; without any, the only one, or the only one that checkpoints there."""
+    run = next((each.ckpt._run for each in given if hasattr(each, "ckpt")), None)
+    if run is not None or given:
+        return run
+    if place is None:
+        return the_run()
+    if model is not None:
+        return None
+    matching = [run for run in live_runs if os.path.abspath(run.directory) == os.path.abspath(place)]
+    if len(matching) != 1:
+        raise SetupError(f"load({place!r}): no run checkpoints there; pass model= (and optimizer=) to say what to load into")
+    return matching[0]

@@ -1,0 +1,233 @@
+"""The socket to the monitor, seen from the trainer: messages, questions and their answers, slots of the other side."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from fxckpt.engine import SLICE
+from fxckpt.errors import SaveFailed
+from fxckpt.monitor import wire
+
+log = logging.getLogger("fxckpt")
+
+PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as training waits for a disk that hangs
+
+
+class RemoteSlot:
+    """A slot of the monitor's store; the ``Slot`` of this side."""
+
+    def __init__(self, key: int, path: str, name: str | None, before: Any):
+        self.key, self.path, self.name = key, path, name
+        self.checkpoint = 0
+        self.generation: int | None = None  # of the checkpoint, once it is committed
+        self.frozen: Any = None
+        self.over = threading.Event()
+        self.error: Exception | None = None
+        self._before = before
+
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
+        """As ``Slot.remember``; goes along when the checkpoint is handed over."""
+        self.frozen = [_digest(token), chunks]
+
+    def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
+        """As ``Slot.recall``."""
+        if self._before is None or self._before[0] != _digest(token):
+            return {}
+        return {name: {int(i): crc for i, crc in chunks.items()} for name, chunks in self._before[1].items()}
+
+    def ended(self, timeout: float) -> bool:
+        """Wait until it is committed; False after ``timeout`` seconds. Raises why it failed."""
+        over = self.over.wait(timeout)
+        if self.error is not None:
+            raise self.error
+        return over
+
+    def end(self, error: Exception | None) -> None:
+        """It is committed, or will not be."""
+        if not self.over.is_set():
+            self.error = error
+            self.over.set()
+
+
+def _digest(token: Hashable) -> str:
+    return hashlib.sha256(repr(token).encode()).hexdigest()
+
+
+class Questions:
+    """Questions to the monitor, and answers that nobody has taken yet. ``changed`` is notified when one comes."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, wire.Message] = {}
+        self._unwanted: set[int] = set()  # their asker was interrupted
+
+    def number(self) -> int:
+        """For the next question."""
+        return next(self._numbers)
+
+    def wait(self, number: int, check: Callable[[], None]) -> wire.Message:
+        """The answer; ``check`` raises when there is no use in waiting on."""
+        with self.changed:
+            while number not in self._answers:
+                check()
+                self.changed.wait(SLICE)
+            return self._answers.pop(number)
+
+    def withdraw(self, number: int) -> wire.Message | None:
+        """Nobody waits any more. Returns the answer if it is there already."""
+        with self.changed:
+            self._unwanted.add(number)
+            return self._answers.pop(number, None)
+
+    def answer(self, message: wire.Message) -> bool:
+        """An answer came; False if nobody wants it."""
+        with self.changed:
+            wanted = message["id"] not in self._unwanted
+            self._unwanted.discard(message["id"])
+            if wanted:
+                self._answers[message["id"]] = message
+                self.changed.notify_all()
+            return wanted
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()
+"""Of this process; a forked child closes its copies of their sockets. The engine's descriptors are closed in C."""
+
+
+def _in_child() -> None:
+    for link in list(_links):
+        link.control.close()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+class Link:
+    """The socket to the monitor, the process behind it, and the thread that listens.
+
+    It knows the store's slots but not the store, so that the thread keeps nothing alive.
+    """
+
+    def __init__(self, control: socket.socket, process: subprocess.Popen[bytes], directory: str):
+        self.control, self.process, self.directory = control, process, directory
+        self.lost: SaveFailed | None = None
+        self.closing = False
+        self._silent = False  # it has not answered in time, and said nothing since
+        self.slots: dict[int, RemoteSlot] = {}
+        self.newest: int | None = None  # generation that it committed last
+        _links.add(self)
+        control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1e6)))
+        self._sending, self._questions = threading.Lock(), Questions()
+        self.thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
+        self.thread.start()
+
+    def send(self, message: wire.Message, blobs: Sequence[Any] = ()) -> None:
+        """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""
+        if not self._sending.acquire(timeout=PATIENCE):
+            raise self._silence()
+        try:
+            wire.send(self.control, message, blobs)
+        except BlockingIOError as error:  # half a frame is sent, and nothing can follow it
+            self.control.shutdown(socket.SHUT_RDWR)
+            raise self._silence() from error
+        except OSError as error:
+            raise self.loss() from error
+        finally:
+            self._sending.release()
+
+    def _silence(self) -> SaveFailed:
+        """The error for a monitor that is stopped, or hangs in the disk."""
+        return SaveFailed(
+            "monitor",
+            self.directory,
+            detail=f"the monitor process {self.process.pid} has said nothing for "
+            f"{PATIENCE:g} s: it is stopped, or the disk hangs",
+        )
+
+    def ask(self, message: wire.Message) -> Any:
+        """Send a question and wait for the answer; raises what the monitor raised. SaveFailed after ``PATIENCE``, and from
+        then on at once, until it says something."""
+        if self._silent and self.lost is None:
+            raise self._silence()
+        number, asked = self._questions.number(), time.monotonic()
+        try:
+            self.send({**message, "id": number})
+            found = self._questions.wait(number, lambda: self._check_answering(asked))
+        except BaseException:
+            if (late := self._questions.withdraw(number)) is not None:
+                self._decline(late)
+            raise
+        if "error" in found:
+            raise wire.unpack_error(found["error"])
+        return found["answer"]
+
+    def _check_answering(self, asked: float) -> None:
+        """Raises SaveFailed if the monitor is gone, or has not answered for ``PATIENCE``."""
+        if self.lost is not None:
+            raise self.loss()
+        if time.monotonic() - asked > PATIENCE:
+            self._silent = True
+            raise self._silence()
+
+    def loss(self) -> SaveFailed:
+        """Why it is gone; a new exception each time, because raising one adds to it."""
+        lost = self.lost
+        return SaveFailed("monitor", self.directory, detail="the monitor process is gone" if lost is None else lost.detail)
+
+    def _listen(self) -> None:
+        while (frame := wire.receive(self.control)) is not None:
+            self._silent = False
+            self._hear(frame[0])
+        self._lose()
+
+    def _hear(self, message: wire.Message) -> None:
+        if "ended" in message:
+            slot = self.slots.pop(message["ended"], None)
+            if message["error"] is None:
+                self.newest = max(self.newest or 0, message["generation"])
+            if slot is not None:
+                slot.generation = message["generation"]
+                slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
+            return
+        if not self._questions.answer(message):
+            self._decline(message)
+
+    def _decline(self, message: wire.Message) -> None:
+        """Nobody waits for this answer any more: if it is a slot, it is given back."""
+        if isinstance(message.get("answer"), dict):
+            try:
+                self.send({"op": "abandon", "key": message["answer"]["key"], "bad": False})
+            except SaveFailed as error:
+                log.debug("%s", error)
+
+    def _lose(self) -> None:
+        """The stream ended, which only the end of the process does."""
+        try:
+            status = self.process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            status = None
+        how = "closed its socket" if status is None else f"exited with status {status}"
+        if status is not None and status < 0:
+            how = f"was ended by signal {-status} ({signal.Signals(-status).name})"
+        detail = f"the monitor process {self.process.pid} {how}"
+        with self._questions.changed:
+            self.lost = SaveFailed("monitor", self.directory, detail=detail)
+            left, self.slots = list(self.slots.values()), {}
+            self._questions.changed.notify_all()
+        for slot in left:
+            slot.end(self.loss())
+        if not self.closing:
+            log.error("fxckpt: %s; checkpoints in flight are lost, those committed are not", detail)

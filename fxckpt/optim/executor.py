@@ -1,0 +1,135 @@
+"""Runs the graph part of a step: the layers' updates, by calls that are made when other parameters take part than before."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import torch
+
+from fxckpt.graph import step_graph
+from fxckpt.graph.model.layers import Layer, Place
+from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.calls import Call, Inputs, calls_for, shared
+from fxckpt.optim.scalar_group import ScalarGroup
+
+log = logging.getLogger("fxckpt")
+
+_version_of = operator.attrgetter("_version")
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """The parameters of one binding in their layers, and the StepGraph that was written for them."""
+
+    graph: step_graph.StepGraph
+    members: list[BoundParam]
+    params: list[torch.Tensor]
+    first: int  # the engine's number of the first layer
+    owned: list[list[BoundParam]]  # by layer
+    counts: list[torch.Tensor]
+    inputs: list[list[torch.Tensor]]  # of each emit
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The calls that update certain parameters, and what those share."""
+
+    made_for: object = None
+    groups: list[ScalarGroup] = field(default_factory=list)
+    branching: list[ScalarGroup] = field(default_factory=list)  # whose program is another one for other counts
+    by_layer: list[list[Call]] = field(default_factory=list)
+    at_once: list[Call] = field(default_factory=list)
+
+
+class Executor:
+    """The StepGraph of one optimizer, and the calls behind its update nodes."""
+
+    def __init__(self, opt: torch.optim.Optimizer):
+        self.opt = opt
+        self._versions: list[int] = []  # of the counts, when they were advanced last
+        self._gradients: Sequence[torch.Tensor | None] = ()  # while a step runs
+        self.arrange([], (), (), 0, {})
+
+    def arrange(
+        self,
+        members: list[BoundParam],
+        layers: Sequence[Layer],
+        edges: Sequence[tuple[str, str]],
+        first: int,
+        places: Mapping[str, Place],
+    ) -> None:
+        """Write the StepGraph for these layers; ``first`` is the engine's number of the first of them."""
+        by_name = {m.name: m for m in members}
+        owned = [[by_name[n] for n in layer.params] for layer in layers]
+        counts = [t for m in members for _, t in m.counts()]
+        inputs = [[t for m in each for _, t in m.tensors()] for each in owned]
+        clocks = tuple(step_graph.UpdateTimer() for _ in layers)
+        numbers, counts_number = range(first, first + len(layers)), first - 1 if counts else None
+        update = functools.partial(self._layer_update, clocks)
+        module = step_graph.build(layers, numbers, counts_number, update, self._scalars)
+        sizes = {layer.name: sum(t.nbytes for t in tensors) for layer, tensors in zip(layers, inputs)}
+        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
+        self.arranged = Arranged(
+            graph, members, [m.param for m in members], first, owned, counts, [counts, *inputs] if counts else inputs
+        )
+        self.prepared = Prepared()  # the calls were another layer's
+        log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
+
+    def _layer_update(self, clocks: Sequence[step_graph.UpdateTimer], index: int) -> Callable[[list[torch.Tensor], Inputs], None]:
+        """The callable of one update node. It changes ``tensors``, to which the calls behind it are bound already."""
+        clock = clocks[index]
+
+        def run(tensors: list[torch.Tensor], step: Inputs) -> None:
+            calls = self.prepared.by_layer[index]
+            if not calls:
+                return  # no gradient, or the own part updated this one
+            start = perf_counter()
+            for call in calls:
+                call(step)
+            clock.add(perf_counter() - start)
+
+        return run
+
+    def prepare(self, made_for: object, group_of: Mapping[int, ScalarGroup]) -> None:
+        """Write the calls of all layers, for the parameters that have a group (by ``BoundParam.index``)."""
+        owned, self._versions = self.arranged.owned, list(map(_version_of, self.arranged.counts))
+        groups = list(dict.fromkeys(group_of.values()))
+        by_layer = [calls_for(each, group_of) for each in owned]
+        at_once = shared(calls_for([m for each in owned for m in each], group_of))
+        self.prepared = Prepared(made_for, groups, [g for g in groups if g.program.outcomes], by_layer, at_once)
+        log.debug(
+            "bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without",
+            len(group_of),
+            len(groups),
+            sum(map(len, by_layer)),
+            len(at_once),
+        )
+
+    def untouched(self) -> bool:
+        """Were the counts changed by nothing but our own steps since these were prepared?"""
+        return list(map(_version_of, self.arranged.counts)) == self._versions
+
+    def run(self, number: int | None, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Update what was prepared, given the gradient of each parameter; ``number`` as in ``Strategy.run``."""
+        self._gradients = gradients
+        try:
+            if number is None:
+                step = self._scalars()
+                for call in self.prepared.at_once:
+                    call(step)
+            else:
+                self.arranged.graph.module.forward(number, *self.arranged.inputs)
+        finally:
+            self._gradients = ()  # whoever drops them has their memory back
+
+    def _scalars(self, counts: Sequence[torch.Tensor] = ()) -> Inputs:
+        """Advance the counts (the graph passes them to show what is changed) and compute every group's scalars."""
+        groups = self.opt.param_groups
+        values = [scalar_group.scalars(groups[scalar_group.group]) for scalar_group in self.prepared.groups]
+        self._versions = list(map(_version_of, self.arranged.counts))
+        return Inputs(values, self._gradients)

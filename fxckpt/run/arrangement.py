@@ -1,0 +1,115 @@
+"""Which tensor is called what, in which order layers are updated, which number each has, and where it lies in the files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fxckpt.config import Config
+from fxckpt.graph.model.arrivals import FirstBackward
+from fxckpt.graph.model.book import traces
+from fxckpt.graph.model.layers import gradient_order, group_layers, layer_edges
+from fxckpt.optim.stepper import Stepper
+from fxckpt.run.emitting import Emitter
+from fxckpt.run.hooks import GradientHooks
+from fxckpt.saving import plan
+from fxckpt.saving.inventory import Inventory, shared_memory, take
+
+
+class Arrangement:
+    """Binds the optimizers' tensors, names them, and numbers their layers; anew whenever one of them was replaced.
+
+    ``inventory`` names every tensor, ``layout`` is the plan of the next checkpoint (None: to be made), ``unsaid`` that
+    something was bound since somebody told the user what runs a step.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], emitter: Emitter, config: Config
+    ):
+        self.model, self.optimizers, self._emitter, self._config = model, optimizers, emitter, config
+        self.steppers = [Stepper(opt, config.update) for opt in optimizers]
+        self.inventory = Inventory()
+        self.layout: plan.Layout | None = None
+        self.unsaid = True
+        self.hooks = GradientHooks()
+        self._layout_key: Any = None
+        self._arranged: Any = None
+        self._first_backward = None if emitter.engine is None else FirstBackward(optimizers)
+
+    def refresh(self, copies: bool = True) -> None:
+        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.
+
+        ``copies``: also where only a copy would notice (``Bindings.stale``).
+        """
+        if self._first_backward is not None:
+            self._learn_arrivals(self._first_backward)
+        stale = [s for s in self.steppers if s.bindings.stale(copies)]
+        key = self._key()
+        if not stale and key == self._arranged:
+            return
+        self._emitter.fence_all()  # copies under way still read the old tensors
+        self.inventory = take(self.model, self.optimizers, traces)
+        sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
+        for stepper in self.steppers if key != self._arranged else stale:
+            stepper.bind(self.inventory.name_of, sharing)
+        self.unsaid = True
+        self._number_layers()
+        self.hooks.hook(self.steppers)
+        self._arranged = self._key()
+
+    def look_for_names(self) -> None:
+        """Before a checkpoint: bind anew if a parameter moved in its model (``torch.nn.utils.prune`` renames it)."""
+        if self.model is None:
+            return
+        self.inventory = take(self.model, self.optimizers, traces)
+        if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.members):
+            self.invalidate()
+
+    def invalidate(self) -> None:
+        """Tensors were replaced: bind all of them anew before the next step."""
+        for stepper in self.steppers:
+            stepper.invalidate()
+
+    def _learn_arrivals(self, first_backward: FirstBackward) -> None:
+        """Tell the book in which order gradients arrived, once they have."""
+        seen = first_backward.order()
+        if seen:
+            first_backward.stop()
+            self._first_backward = None
+            traces.arrived(seen, self.model)
+
+    def _key(self) -> Any:
+        """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
+        return (self._emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
+
+    def _number_layers(self) -> None:
+        """Number the layers of all optimizers in the engine's order (see plan.engine_layers) and write their graphs."""
+        number = 0
+        for stepper in self.steppers:
+            named = [(m.name, m.param) for m in stepper.members]
+            order = gradient_order(named, traces)
+            layers = group_layers(order, self._config.layer)
+            number += any(m.counts() for m in stepper.members)
+            stepper.arrange(layers, layer_edges(layers, traces, named), number, order)
+            number += len(layers)
+        self.layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
+
+    def current_layout(self) -> plan.Layout:
+        """The plan for the tensors as they are bound now; made anew when one was replaced."""
+        emitter = self._emitter
+        self.inventory = take(self.model, self.optimizers, traces)
+        fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
+        moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
+        key = (tuple(s.bound for s in self.steppers), fixed, moving, frozenset(emitter.changed_outside))
+        if key != self._layout_key or self.layout is None:
+            if self.layout is not None:
+                emitter.fence_all()  # layer numbers change their meaning
+            layers = plan.engine_layers(self.steppers, self.inventory, emitter.changed_outside)
+            emitter.open_devices(e.tensor for layer in layers for e in layer.entries)
+            self.layout = plan.make_layout(
+                emitter.engine, layers, self._config.chunk_mb << 20, emitter.changed_outside, emitter.sources
+            )
+            self._layout_key = key
+        return self.layout

@@ -1,0 +1,168 @@
+"""What goes into a checkpoint beside the layers of a step, and when it is taken.
+
+at the end of opt.step()   buffers, random generators, data loaders: the next batch may be drawn before the next forward
+when the step closes       schedulers, scalers and all other extras, param_groups, which gradients exist
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt.compat.modules import extra_state_modules
+from fxckpt.compat.optimizers import plain_class
+from fxckpt.compat.ranks import rank, world_size
+from fxckpt.errors import SetupError
+from fxckpt.run import extra_state
+from fxckpt.run.arrangement import Arrangement
+from fxckpt.run.clock import StepClock
+from fxckpt.run.emitting import Emitter
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.inventory import storable
+from fxckpt.store.record import encode_state
+
+
+class Capture:
+    """Takes a run's state beside parameters and optimizer state: ``early`` at the end of a step, ``late`` when it closes."""
+
+    def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, emitter: Emitter, clock: StepClock):
+        self.extras = extras
+        self._arrangement, self._emitter, self._clock = arrangement, emitter, clock
+        self._early: tuple[Any, dict[str, Any]] = (None, {})
+        # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
+        self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
+        self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
+        self._notes: dict[str, float] = {}  # metrics for the next record
+        self._noting = threading.RLock()
+
+    # -- at the end of a step ----------------------------------------------------------------------------------------
+
+    def early(self, pending: InFlight) -> None:
+        """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
+        the early state."""
+        layout, inventory = pending.layout, self._arrangement.inventory
+        for number, waited in pending.guard.deferred:
+            self._emitter.hand_over(pending, number, waited, copied=True)
+        for number in layout.number("frozen"):
+            self._emitter.hand_over(pending, number, [e.tensor for e in layout.layers[number].entries])
+        pending.guard.note_versions()
+        live = {**inventory.buffers, **inventory.frozen}
+        for number in layout.number("buffers"):
+            names = [e.key for e in layout.layers[number].entries]
+            copies = [storable(live[name], name).contiguous().clone() for name in names]
+            self._emitter.hand_over_copies(pending, number, copies)
+        tensors: dict[str, Any] = {}
+        early = {
+            "random": extra_state.random_state(),
+            "extra": {e.name: e.get() for e in self.extras if e.early},
+            "buffers": {n: t for n, t in inventory.transient.items() if not self._emitter.is_remote(t)},
+            "modules": self._module_states(),
+        }
+        encoded = encode_state(early, tensors, "early")
+        encoded["remote"] = self._encode_remote(pending, tensors)
+        self._early, pending.captured = (encoded, tensors), True
+
+    def _encode_remote(self, pending: InFlight, tensors: dict[str, Any]) -> Any:
+        """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
+        found = {}
+        for name, buffer in self._arrangement.inventory.transient.items():
+            if not self._emitter.is_remote(buffer):
+                continue
+            before = set(tensors)
+            found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
+            for key in set(tensors) - before:
+                tensors[key] = self._emitter.devices.later(buffer)
+        return found
+
+    def _module_states(self) -> dict[str, Any]:
+        model = self._arrangement.model
+        return {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)}
+
+    # -- when it closes ----------------------------------------------------------------------------------------------
+
+    def look_at_gradients(self) -> None:
+        """Note which gradients exist, and keep those that wait for a later step of their optimizer. Only in the thread that
+        trains, or in autograd's own: elsewhere a backward may be setting one at this moment."""
+        self._present = [
+            {
+                m.name: grad if s.accumulated else None
+                for m in s.members
+                if (grad := m.param.grad) is not None and (s.accumulated or not grad.is_sparse)
+            }
+            for s in self._arrangement.steppers
+        ]  # a sparse one that was used is as good as none
+
+    def late(self, pending: InFlight) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The fields of the checkpoint's record, and the tensors of its extra state."""
+        early, tensors = self._early
+        inventory = self._arrangement.inventory
+        early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
+        late = {e.name: e.get() for e in self.extras if not e.early}
+        optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
+        fields = {
+            "step": pending.step,
+            "iteration": self._clock.iteration_of(pending.step),
+            "updates": self._clock.applied.promise(),
+            "time": time.time(),
+            "world_size": world_size(),
+            "rank": rank(),
+            "layers": pending.layout.records(pending.step),
+            "ties": dict(inventory.ties),
+            "optimizers": optimizers,
+            "state": {"early": early, "late": encode_state(late, tensors, "late")},
+            "metrics": self._take_notes(),
+        }
+        self._present = [dict.fromkeys(each) for each in self._present]
+        return fields, tensors
+
+    def _optimizer_record(self, index: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        """What of an optimizer is not in a file of tensors, encoded: its groups, plain state values, which gradients exist, and
+        those that wait for a later step of it: it steps at every fourth iteration, and another optimizer leads."""
+        stepper = self._arrangement.steppers[index]
+        members = iter(stepper.members)
+        groups = [
+            {
+                "params": [next(members).name for _ in group["params"]],
+                "settings": {k: v for k, v in group.items() if k not in ("params", "param_names")},
+            }
+            for group in stepper.opt.param_groups
+        ]
+        if stepper.bound != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.members):
+            states = {m.name: m.describe() for m in stepper.members if m.state}
+            self._described[index] = (stepper.bound, encode_state(states, tensors, f"optimizers/{index}/state"))
+        record = {
+            "class": plain_class(stepper.opt).__name__,
+            "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
+            "state": self._described[index][1],  # for hundreds of tensors this is worth making once
+            "gradients": list(self._present[index]),
+        }
+        if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
+            record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
+        return record
+
+    # -- metrics -----------------------------------------------------------------------------------------------------
+
+    def note(self, metrics: Mapping[str, Any]) -> None:
+        """Metrics for the record of the checkpoint that closes next. Raises SetupError for what is not one number."""
+        noted = {name: _as_float(name, value) for name, value in metrics.items()}
+        with self._noting:
+            self._notes = {**self._notes, **noted}
+
+    def _take_notes(self) -> dict[str, float]:
+        with self._noting:
+            notes, self._notes = self._notes, {}
+        return notes
+
+
+def _as_float(name: str, value: Any) -> float:
+    """A metric's value. Raises SetupError for what is not one number."""
+    try:
+        if isinstance(value, str):
+            raise TypeError("a string")
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise SetupError(f"note({name}=...) takes a number or a tensor with one element, not {value!r:.100}") from error

@@ -1,0 +1,156 @@
+"""When a step is complete ("closes"), and what happens to its checkpoint then.
+
+A step is complete later than ``opt.step()`` returns, because a scheduler, a scaler or an EMA changes after it: when the
+first gradient of the next backward arrives, at the next ``opt.step()``, or at ``flush``, ``save``, ``shutdown``,
+``end_step`` and the end of an iteration of ``fxckpt.steps``. Inside such an iteration only its end closes.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from fxckpt.errors import FxckptError
+from fxckpt.run.arrangement import Arrangement
+from fxckpt.run.capture import Capture
+from fxckpt.run.clock import RunStatus, StepClock
+from fxckpt.run.emitting import Emitter
+from fxckpt.saving.guard import Changed
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.saver import Saver
+
+
+class Closing:
+    """Holds the checkpoint whose layers were emitted and whose step has not closed yet.
+
+    ``between_steps`` is held by a step, and by what another thread may do only between two of them.
+    """
+
+    def __init__(
+        self, capture: Capture, arrangement: Arrangement, emitter: Emitter, saver: Saver, clock: StepClock, status: RunStatus
+    ):
+        self._capture, self._arrangement, self._emitter = capture, arrangement, emitter
+        self._saver, self._clock, self._status = saver, clock, status
+        self.between_steps = threading.RLock()
+        self._lock = threading.RLock()
+        self._open: InFlight | None = None
+        self._capturable = False  # all that a checkpoint takes could be captured at least once
+
+    @property
+    def is_open(self) -> bool:
+        """Is there a checkpoint whose step has not closed?"""
+        return self._open is not None
+
+    def gradient_arrived(self, index: int) -> None:
+        """The next backward has begun: what the step before it left is complete."""
+        self._saver.trainer.progress_ticks += 1
+        if self._open is not None and not self._clock.in_iteration:
+            self.close_step(in_backward=True)
+        self._arrangement.steppers[index].accumulated = True
+
+    def open(self, pending: InFlight) -> None:
+        """All layers of this checkpoint were emitted: what is captured at the end of ``opt.step()`` is taken now, and the
+        rest when the step closes."""
+        pending.guard.note_versions()
+        with self._lock:  # a backward that goes on in another thread closes it only when all is captured
+            if not self._clock.in_iteration:
+                try:
+                    self._capture.early(pending)
+                except Exception as error:
+                    self._not_captured(pending, error)
+            self._emitter.current, self._open = None, pending
+
+    def close_step(self, in_backward: bool = False) -> None:
+        """The state after the last optimizer step is complete: capture what changes after it, and hand it over.
+
+        Whether a gradient exists is asked in the thread that trains, or by autograd itself (``in_backward``), for elsewhere a
+        backward may be setting it at this moment. Another thread takes what was found there last.
+        """
+        with self._lock:
+            pending, self._open = self._open, None
+            if pending is None or pending.given_up is not None or not self._status.active:
+                return
+            try:
+                if not pending.captured:
+                    self._capture.early(pending)
+                self._check(pending)
+                if in_backward or self._may_look_at_gradients():
+                    self._capture.look_at_gradients()
+                record, tensors = self._capture.late(pending)
+            except Changed as error:
+                self._emitter.discard(pending, error)
+                return
+            except Exception as error:
+                if pending.given_up is None:  # else it ended meanwhile, for a reason of its own
+                    self._not_captured(pending, error)
+                return
+            except BaseException:
+                pending.give_up("its state could not be captured")
+                raise
+            pending.close(record, tensors)
+            self._capturable = True
+        if self._status.ending is not None:
+            self._status.ending.step_closed()
+
+    def end_step(self, timeout: float | None = None) -> None:
+        """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds
+        or, without one, after those for which training itself waits."""
+        limit = 2 * self._saver.loop.stuck_after if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
+        if not self.between_steps.acquire(timeout=limit):
+            raise TimeoutError(f"opt.step() has not ended after {limit:.3g} s")
+        try:
+            self.close_step()
+        finally:
+            self.between_steps.release()
+
+    def give_up(self, why: str) -> None:
+        """The iteration went on where its checkpoint cannot follow."""
+        if self._open is not None:
+            self._open.give_up(why)
+            self._open = None
+
+    def drop(self, why: str) -> None:
+        """Tensors are about to be replaced: wait for copies, and drop a checkpoint whose step has not closed."""
+        with self._lock:
+            pending, self._open = self._open, None
+        if pending is not None:
+            pending.give_up(why)
+        self._emitter.fence_all()
+
+    def abort(self, why: str) -> None:
+        """An exception inside a step: its checkpoint is dropped, its fences are released."""
+        self._emitter.current = None
+        for pending in self._saver.flights.under_way():  # Ctrl-C may come before the one that was begun is known here
+            if pending is not self._open and not pending.closed.is_set():
+                pending.give_up(why)
+
+    def inside_a_step(self) -> bool:
+        """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
+        return self._emitter.current is not None and threading.current_thread() is self._saver.trainer.thread
+
+    def _may_look_at_gradients(self) -> bool:
+        """Is this the thread that trains, or has that one ended?"""
+        return threading.current_thread() is self._saver.trainer.thread or not self._saver.trainer.thread.is_alive()
+
+    def _not_captured(self, pending: InFlight, error: Exception) -> None:
+        """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
+        raised; once it could be captured it is a failed save, of which training does not die."""
+        pending.give_up(f"its state could not be captured: {error}")
+        if not self._capturable:
+            raise error
+        self._saver.tally.note_failure(pending.step, error)
+
+    def _check(self, pending: InFlight) -> None:
+        """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
+        layout = pending.layout
+        if pending.copy.emitted() != len(layout.layers):
+            raise FxckptError(
+                f"step {pending.step}: {pending.copy.emitted()} of {len(layout.layers)} layers were emitted; "
+                "was dead code elimination run on the StepGraph?"
+            )
+        for number in layout.number("update"):
+            pending.guard.compare(number)
+        if replaced := [name for stepper in self._arrangement.steppers for name in stepper.replaced()]:
+            raise Changed(
+                f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
+                f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)"
+            )

@@ -1,0 +1,158 @@
+"""The port behind a StepGraph's ops: waits for copies, hands layers to the engine, notices changes made in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+
+from fxckpt.compat import cuda
+from fxckpt.engine import SLICE
+from fxckpt.errors import Cancelled, FxckptError
+from fxckpt.graph import ops
+from fxckpt.optim.stepper import Stepper
+from fxckpt.saving import plan
+from fxckpt.saving.guard import Changed
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.inventory import storable
+from fxckpt.saving.saver import Saver
+
+OnLayer = Callable[[str, int, dict[str, torch.Tensor]], object]
+
+
+class Emitter:
+    """Hands the layers of the checkpoint under way to the engine, and guards what is being copied.
+
+    ``current`` is the checkpoint being emitted, inside ``opt.step()`` or ``save``; ``changed_outside`` the keys of tensors
+    that were seen to change outside ``opt.step()``; ``number`` is what StepGraphs pass to the ops.
+    """
+
+    def __init__(self, engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
+        self.engine, self.saver, self.devices = engine, saver, devices
+        self.ordinals: set[int] = set()  # the devices that the run's tensors lie on
+        self.current: InFlight | None = None
+        self.changed_outside: set[str] = set()
+        self.number = ops.register_port(self)
+        self.callback_error: Exception | None = None  # what on_layer raised in this step
+        self._on_layer = on_layer
+
+    # -- the ops -----------------------------------------------------------------------------------------------------
+
+    def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Wait until every copy of this layer is done."""
+        self._wait(layer)
+
+    def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Hand a layer to the engine, if a checkpoint is being taken."""
+        if self.current is not None:
+            self.hand_over(self.current, layer, tensors)
+
+    # -- waiting, and what may change meanwhile ----------------------------------------------------------------------
+
+    def fence_all(self) -> None:
+        """Look for changes, and wait until nothing is being copied."""
+        self.look_for_changes()
+        self._wait(-1)
+
+    def _wait(self, layer: int) -> None:
+        """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk), or from here
+        if the committer hangs itself."""
+        if self.engine is None or not self.engine.pending():
+            return
+        streams, waited = self._streams(), None
+        while not self.engine.fence(layer, SLICE, streams):
+            waited = waited or self.saver.flights.patience()
+            if waited.over():
+                self.saver.flights.drop_all("the disk hangs")
+
+    def look_for_changes(self, numbers: Iterable[int] | None = None, layout: plan.Layout | None = None) -> None:
+        """Drop checkpoints under way of which a tensor is not as its step left it; after this it may change.
+
+        ``numbers``: the layers of the optimizer that is about to step, as ``layout`` numbers them; without them all layers.
+        They are looked at together, before the first is updated: views of one buffer have one version counter.
+        """
+        for pending in self.saver.flights.under_way():
+            if pending is self.current or (numbers is not None and pending.layout is not layout):
+                continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
+            layers = pending.layout.number("update") if numbers is None else numbers
+            pending.guard.let_go(layers, partial(self.discard, pending))
+
+    def watch_again(self) -> None:
+        """A step was left in its middle: what it has not waited for is being copied still, and must not change unseen."""
+        for pending in self.saver.flights.under_way():
+            pending.guard.watch_again()
+
+    def discard(self, pending: InFlight, error: Changed) -> None:
+        """A tensor of this checkpoint changed."""
+        if pending.given_up is None and not isinstance(error, Cancelled) and pending.fail(error):
+            self.saver.tally.note_failure(pending.step, error)
+        pending.give_up(str(error))
+
+    # -- handing over ------------------------------------------------------------------------------------------------
+
+    def hand_over(self, pending: InFlight, layer: int, tensors: Sequence[torch.Tensor], copied: bool = False) -> None:
+        """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``.
+
+        What was seen to change outside ``opt.step()`` is handed over at the end of the iteration, ``copied``, since nothing
+        fences such changes. Without ``fxckpt.steps`` there is no instant at which the change is known to have been made.
+        """
+        found = pending.layout.layers[layer]
+        guard = pending.guard
+        if guard.turn and found.kind == "update" and not copied and any(e.key in self.changed_outside for e in found.entries):
+            guard.deferred.append((layer, tensors))
+            return
+        if len(found.entries) != len(tensors):
+            raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
+        if found.kind != "counts" and not copied:
+            guard.watch(layer, tensors)
+        sources = found.sources
+        if sources is None or copied:
+            # On a device the copy is made in order on the current stream.
+            copies = [storable(t).clone(memory_format=torch.contiguous_format) for t in tensors]
+            guard.copies += copies
+            sources = self.sources(copies)
+        pending.emit(layer, sources, self._streams() if sources.devices else None)
+        if self._on_layer is not None and found.kind == "update":
+            try:
+                self._on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
+            except Exception as error:
+                self.callback_error = self.callback_error or error
+
+    def hand_over_copies(self, pending: InFlight, layer: int, copies: list[torch.Tensor]) -> None:
+        """Hand over a snapshot made for this checkpoint alone."""
+        pending.guard.copies += copies
+        pending.emit(layer, self.sources(copies), self._streams())
+
+    def emit_stepper(self, stepper: Stepper) -> None:
+        """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
+        counted = len(stepper.layer_tensors()) - len(stepper.layers)
+        for offset, tensors in enumerate(stepper.layer_tensors()):
+            self.emit(stepper.first_layer - counted + offset, tensors)
+
+    # -- devices -----------------------------------------------------------------------------------------------------
+
+    def open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make the engine ready for every device that the run's tensors lie on now."""
+        self.ordinals |= self.devices.all_of(tensors)
+        for ordinal in sorted(self.ordinals):
+            self.engine.open_device(ordinal, self.devices.driver)
+
+    def sources(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What the engine reads: addresses, and the device of each. None if that must be copied in memory first: a device
+        copies whole ranges, and files are in row-major order."""
+        from fxckpt.engine import Sources
+
+        devices = [self.devices.of(t) for t in tensors]
+        if any(device is not None and not t.is_contiguous() for t, device in zip(tensors, devices)):
+            return None
+        return Sources(plan.source_items(tensors), devices)
+
+    def _streams(self) -> dict[int, int]:
+        """The stream that each device trains on now."""
+        return self.devices.streams(self.ordinals) if self.ordinals else {}
+
+    def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
+        """Is it a tensor on a device?"""
+        return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None

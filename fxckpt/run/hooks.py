@@ -1,0 +1,83 @@
+"""What autograd and a GradScaler tell a run: a gradient arrives, an attempt was skipped.
+
+Both hold the run weakly: they live as long as the parameters and the scaler do.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fxckpt.compat.dynamo import untraced
+from fxckpt.compat.optimizers import count_skipped_attempts
+from fxckpt.compat.tensors import gradient_accumulator
+from fxckpt.optim.stepper import Stepper
+
+
+class GradientListener(Protocol):
+    """Who is told of gradients."""
+
+    def gradient_arrived(self, index: int) -> None:
+        """A gradient reached a parameter of the optimizer of that number. Called by autograd, in its thread."""
+
+
+class GradientHooks:
+    """Hooks on autograd's accumulation nodes, one for each parameter; Dynamo does not see them.
+
+    See ``compat.tensors.gradient_accumulator``.
+    """
+
+    def __init__(self) -> None:
+        self._listener: Callable[[], GradientListener | None] = lambda: None
+        self._hooked: dict[int, Any] = {}  # parameter -> its node; the hook lives as long as the node does
+
+    def tell(self, listener: GradientListener) -> None:
+        """Tell this one from now on, while it lives."""
+        self._listener = weakref.ref(listener)
+
+    def hook(self, steppers: Iterable[Stepper]) -> None:
+        """Hook every parameter that has no hook yet."""
+        for index, stepper in enumerate(steppers):
+            arrived = self._hook_of(index)
+            for param in (m.param for m in stepper.members):
+                if not param.requires_grad:
+                    continue
+                node = gradient_accumulator(param)  # another one after param.data changed its type
+                if self._hooked.get(id(param)) is not node:
+                    node.register_prehook(arrived)
+                    self._hooked[id(param)] = node
+
+    def _hook_of(self, index: int) -> Callable[..., None]:
+        whom = self._listener
+
+        @untraced
+        def arrived(*_: Any) -> None:
+            listener = whom()
+            if listener is not None:
+                listener.gradient_arrived(index)
+
+        return arrived
+
+
+class SkipListener(Protocol):
+    """Who is told of attempts that were no calls."""
+
+    def attempt_skipped(self) -> None:
+        """A scaler found an inf and did not call ``opt.step()``."""
+
+
+def watch_scalers(extra: Mapping[str, Any] | None, optimizers: Sequence[torch.optim.Optimizer], listener: SkipListener) -> None:
+    """A GradScaler that finds an inf does not call ``step``; count the attempt where the scaler decides."""
+    this = weakref.ref(listener)
+
+    def skipped() -> None:
+        found = this()
+        if found is not None:
+            found.attempt_skipped()
+
+    for value in (extra or {}).values():
+        if isinstance(value, torch.amp.GradScaler):
+            count_skipped_attempts(value, optimizers[-1], skipped)

@@ -1,0 +1,100 @@
+"""What is done with each checkpoint on the thread that commits: Committer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from fxckpt.engine import SLICE
+from fxckpt.errors import Cancelled
+from fxckpt.saving import tracing
+from fxckpt.saving.flights import Flights
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.slot_supply import SlotSupply
+from fxckpt.saving.stores import CheckpointStore
+from fxckpt.saving.tally import Tally
+from fxckpt.store.commit_loop import give_back
+from fxckpt.store.record import FileRecord, Record
+
+log = logging.getLogger("fxckpt")
+
+
+class Committer:
+    """Waits until a checkpoint's step has closed, its bytes are copied, unchanged and durable; commits it, counts it and gets
+    the next slot ready."""
+
+    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally):
+        self._store, self._supply, self._flights, self._tally = store, supply, flights, tally
+
+    def commit(self, pending: InFlight) -> None:
+        """Take it to the commit. Raises what went wrong; Cancelled if it was given up."""
+        while not self._or_lost(pending, pending.closed.wait(SLICE)):
+            continue
+        _check_wanted(pending)
+        pending.phase = "being copied out of memory"
+        self._wait(pending, lambda: pending.copy.copied(SLICE))
+        self._flights.trainer.let_come_by(pending.layout.largest())
+        pending.guard.check_unchanged()
+        _check_wanted(pending)  # a later step looked first: what is on disk already, cancel() does not undo
+        if not self._store.hands_over:
+            self._tally.last_handed_over = pending.step
+        pending.phase = f"being written to {pending.path or 'nowhere'}"
+        self._wait(pending, lambda: pending.copy.durable(SLICE))
+        files = _file_records(pending)
+        tensors = {key: value() if callable(value) else value for key, value in pending.record.pop("state_tensors").items()}
+        fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
+        started, tracer = time.monotonic_ns(), self._flights.tracer
+        pending.phase = f"being committed in {pending.path}"
+        self._store.commit(pending.slot, Record(files=files, **fields), tensors)
+        self._tally.last_handed_over = pending.step
+        self._wait(pending, lambda: pending.slot.ended(SLICE))
+        if pending.slot.generation is None:
+            return
+        if tracer is not None:
+            tracer.add(f"commit of step {pending.step}", tracing.COMMITS, started, step=pending.step)
+        self._tally.last_committed = pending.step
+
+    def _wait(self, pending: InFlight, ready: Callable[[], bool]) -> None:
+        """Wait for the engine or the disk; see ``CommitLoop.wait``."""
+        self._flights.loop.wait(pending, lambda: self._or_lost(pending, ready()))
+
+    def _or_lost(self, pending: InFlight, ready: bool) -> bool:
+        """Is it ready? Raises why it will not be, if it went with the process that writes it."""
+        if not ready and pending.slot.error is not None:
+            pending.give_up("the monitor could not write it")
+            raise pending.slot.error
+        return ready
+
+    def end(self, pending: InFlight, error: Exception | None) -> None:
+        """Return the slot, count, log, let waiters go on; then prepare."""
+        dropped = isinstance(error, Cancelled) or (error is not None and not pending.fail(error))
+        if error is not None:
+            pending.phase = f"being given up in {pending.path}"
+            give_back(self._store, pending.slot, pending.copy, error)
+        pending.error = error = error and (pending.failure or error)
+        with self._flights.changed:
+            if error is None:
+                self._tally.committed += pending.slot.generation is not None
+            elif dropped:
+                self._tally.skipped += pending.failure is None
+                log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
+            else:
+                self._tally.note_failure(pending.step, error)
+            self._flights.remove(pending)
+        self._supply.prepare(lambda: not self._flights.loop.ending and self._flights.flying() < self._flights.max_async)
+
+
+def _check_wanted(pending: InFlight) -> None:
+    """Raises Cancelled if it was given up."""
+    if pending.given_up is not None:
+        raise Cancelled(pending.given_up)
+
+
+def _file_records(pending: InFlight) -> tuple[FileRecord, ...]:
+    """The files with the checksums of their chunks; the slot remembers those that hold nothing but frozen parameters."""
+    layout = pending.layout
+    crcs = [pending.copy.crcs(i) for i in range(len(layout.files))]
+    if layout.frozen_token is not None:
+        pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
+    return tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))

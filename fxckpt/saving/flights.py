@@ -1,0 +1,116 @@
+"""The checkpoints in flight, how many there may be, and every wait for them: Flights."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable
+
+from fxckpt.engine import SLICE
+from fxckpt.errors import SaveFailed
+from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.tracing import Tracer
+from fxckpt.saving.training_thread import TrainingThread
+from fxckpt.store.commit_loop import CommitLoop, StallDetector
+
+
+class Flights:
+    """Checkpoints begun and not ended yet, oldest first, ``max_async`` at most; ``loop`` commits them in this order.
+
+    ``changed`` is their lock, and notified when one ends. ``tracer`` is there while somebody records.
+    """
+
+    def __init__(self, loop: CommitLoop[InFlight], max_async: int, trainer: TrainingThread):
+        self.loop, self.max_async, self.trainer = loop, max_async, trainer
+        self.changed = threading.Condition()
+        self.tracer: Tracer | None = None
+        self._flying: list[InFlight] = []
+        self._hung: Hashable = None  # the signs of progress when a wait was given up
+
+    def flying(self) -> int:
+        """How many there are."""
+        with self.changed:
+            return len(self._flying)
+
+    def under_way(self) -> list[InFlight]:
+        """All of them. Only the training thread begins one."""
+        if not self._flying:
+            return []
+        with self.changed:
+            return list(self._flying)
+
+    def add(self, pending: InFlight) -> None:
+        """One more, to be committed after all others."""
+        with self.changed:
+            self._flying.append(pending)
+            self.loop.put(pending)
+
+    def remove(self, pending: InFlight) -> None:
+        """It has ended; ``changed`` is held."""
+        self._flying.remove(pending)
+        pending.release()
+        self.changed.notify_all()
+
+    def drop_all(self, why: str) -> None:
+        """Give up every one."""
+        for pending in self.under_way():
+            pending.give_up(why)
+
+    # -- waiting -----------------------------------------------------------------------------------------------------
+
+    def patience(self) -> StallDetector:
+        """For one wait. Longer than the loop's own, which ends what hangs where it can be ended."""
+        return StallDetector(2 * self.loop.stuck_after, self._signs)
+
+    def _signs(self) -> Hashable:
+        """Changes when anything in flight makes progress."""
+        return self.loop.written(), tuple((p.step, p.phase) for p in list(self._flying))
+
+    def what_is_stuck(self) -> str:
+        """Each checkpoint in flight with what is being waited for, and the file operation that the committer is in."""
+        each = "; ".join(f"step {p.step} is {p.phase}" for p in list(self._flying))
+        return f"{each}{self.loop.operation()}"
+
+    def _hangs(self, waited: StallDetector) -> bool:
+        """Whether training is to stop waiting; it does not wait a second time on what hung before and has not moved."""
+        if self._hung == (signs := self._signs()) or waited.over():
+            self._hung = signs
+            return True
+        return False
+
+    def wait_for_room(self) -> None:
+        """Until one more may begin. Raises SaveFailed if none of them moves."""
+        waited = None
+        with self.trainer.waiting(), self.changed:
+            while len(self._flying) >= self.max_async:
+                waited = waited or self.patience()
+                if self._hangs(waited):
+                    raise SaveFailed("wait", self._flying[0].path, detail=f"the disk hangs: {self.what_is_stuck()}")
+                self.changed.wait(SLICE)
+
+    def wait_for_all(self, timeout: float | None, unclosed: bool = True) -> None:
+        """Wait until all that is in flight now has ended; without ``unclosed``, all whose step has closed.
+
+        Raises TimeoutError, which names the steps and what is stuck, after ``timeout`` seconds, or without one once nothing has
+        moved for as long as ``patience`` has.
+        """
+        began, waited = time.monotonic(), self.patience()
+        with self.trainer.waiting(), self.changed:
+            started = {p for p in self._flying if unclosed or p.closed.is_set()}  # another thread may train on, and begin more
+            while left := [p for p in self._flying if p in started]:
+                late = timeout is not None and time.monotonic() - began >= timeout
+                if late or (timeout is None and waited.over()):
+                    steps = ", ".join(str(p.step) for p in left)
+                    raise TimeoutError(
+                        f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
+                        f"durable yet: {self.what_is_stuck()}"
+                    )
+                self.changed.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))
+
+    def wait_for(self, pending: InFlight) -> None:
+        """Until this one is committed or has failed. Raises TimeoutError as ``wait_for_all`` does."""
+        waited = self.patience()
+        with self.trainer.waiting():
+            while not pending.done.wait(SLICE):
+                if waited.over():
+                    raise TimeoutError(f"the checkpoint of step {pending.step} is not durable yet: {self.what_is_stuck()}")

@@ -1,0 +1,71 @@
+"""One checkpoint between its first emit and its end: InFlight."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxckpt.engine import Sources
+from fxckpt.saving.engines import EngineCopy, Streams
+from fxckpt.saving.guard import Guard
+from fxckpt.saving.plan import Layout
+from fxckpt.saving.stores import CheckpointSlot
+
+
+@dataclass(eq=False)
+class InFlight:
+    """One checkpoint under way: what it is written from and to, and how far it has come."""
+
+    step: int
+    layout: Layout
+    slot: CheckpointSlot
+    copy: EngineCopy
+    guard: Guard
+    captured: bool = False  # buffers and early state are in
+    record: dict[str, Any] = field(default_factory=dict)  # fields and extra state's tensors; callables are asked at the commit
+    closed: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    phase: str = "waiting for its step to close"  # what the committer is at, for messages
+    given_up: str | None = None
+    failure: Exception | None = None  # what it failed of, counted and logged
+    error: Exception | None = None  # why it was not committed, once it is done
+    lock: threading.RLock = field(default_factory=threading.RLock)  # between emits, give_up and release; handlers of signals, too
+
+    @property
+    def path(self) -> str:
+        """The directory that it is written to; empty if there is none."""
+        return self.slot.path
+
+    def emit(self, layer: int, sources: Sources, streams: Streams | None) -> None:
+        """Hand a layer to the engine; nothing once it has ended, which it may in the middle of a step (its monitor died)."""
+        with self.lock:
+            if not self.done.is_set():
+                self.copy.emit(layer, sources, streams)
+
+    def close(self, record: dict[str, Any], tensors: dict[str, Any]) -> None:
+        """The step is complete: with this the checkpoint can be committed."""
+        self.record = {**record, "state_tensors": tensors}
+        self.closed.set()
+
+    def fail(self, error: Exception) -> bool:
+        """Note what it failed of; False if that was known, and counted, already."""
+        with self.lock:
+            first = self.failure is None
+            self.failure = self.failure or error
+        return first
+
+    def give_up(self, why: str) -> None:
+        """Drop it: fences are released at once, the committer returns its slot."""
+        with self.lock:
+            if self.given_up is not None or self.done.is_set():
+                return
+            self.given_up = why
+            self.copy.cancel()
+        self.closed.set()
+
+    def release(self) -> None:
+        """Free the engine's side; nothing may cancel it afterwards."""
+        with self.lock:
+            self.done.set()
+            self.copy.release()

@@ -1,0 +1,114 @@
+"""What a run asks of a store, and the store that writes nothing.
+
+``writer="thread"`` has ``fxckpt.store.slots.Store``, ``"monitor"`` has ``fxckpt.monitor.client.MonitorStore``, ``"mock"`` the
+``NullStore`` of this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
+
+from fxckpt.store.commit_loop import OwnSlot
+from fxckpt.store.layout import FileLayout
+from fxckpt.store.raw import Tensor
+from fxckpt.store.record import Record
+
+
+class CheckpointSlot(Protocol):
+    """A directory that one checkpoint is written in."""
+
+    @property
+    def path(self) -> str:
+        """Where it is now; empty if nothing is written."""
+
+    @property
+    def generation(self) -> int | None:
+        """Of the checkpoint, once it is committed; None where nothing is."""
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it in the process that writes, if that is another one."""
+
+    def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
+        """What its files hold already, ``{file: {chunk: crc}}``, as remembered with an equal token."""
+
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
+        """Note what was just written."""
+
+    def ended(self, timeout: float) -> bool:
+        """Wait until what was handed to ``commit`` is a checkpoint; False after ``timeout`` seconds. Raises why it failed."""
+
+
+class CheckpointStore(Protocol):
+    """Gives slots out and makes them checkpoints. ``hands_over``: another process does so, and a checkpoint is safe from the end
+    of this one once ``commit`` returned."""
+
+    root: str
+    hands_over: bool
+
+    def open(self) -> None:
+        """Take the directory. Raises NotAStore, StoreLocked."""
+
+    def close(self) -> None:
+        """Give it back. Idempotent."""
+
+    def require_loaded(self) -> None:
+        """Raise StoreNotLoaded if there are checkpoints that nobody loaded."""
+
+    def mark_loaded(self, generation: int | None) -> None:
+        """What comes next continues this checkpoint; None: there was none."""
+
+    def reserve(self, files: Mapping[str, int]) -> None:
+        """Set space aside for these files (name: bytes) of all slots. Raises NoSpace, SaveFailed."""
+
+    def acquire(self, name: str | None = None) -> CheckpointSlot:
+        """A slot for the next checkpoint; ``name`` makes it a named save. Raises StoreError, SaveFailed, SetupError."""
+
+    def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
+        """The engine has begun the checkpoint of this ``id``, which goes into the slot."""
+
+    def commit(self, slot: OwnSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> object:
+        """Make the slot, whose files are durable, a checkpoint, which it is when the slot has ``ended``. ``record``: what the
+        run says of it."""
+
+    def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
+        """Take a slot back; ``bad``: what it holds is in doubt."""
+
+
+class NullSlot:
+    """A slot of the ``NullStore``: no directory, and nothing that it could hold."""
+
+    path = ""
+    generation = None
+    error = None
+
+    def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
+        """Nothing is known."""
+        return {}
+
+    def ended(self, timeout: float) -> bool:
+        """At once."""
+        return True
+
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None: ...
+
+
+class NullStore:
+    """A store that writes nothing: for ``writer="mock"``, and where fxckpt is turned off."""
+
+    root = ""
+    hands_over = False
+
+    def acquire(self, name: str | None = None) -> NullSlot:
+        """A slot without a directory."""
+        return NullSlot()
+
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def require_loaded(self) -> None: ...
+    def mark_loaded(self, generation: int | None) -> None: ...
+    def reserve(self, files: Mapping[str, int]) -> None: ...
+    def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
+    def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
+    def abandon(self, slot: NullSlot, *, bad: bool) -> None: ...

@@ -1,0 +1,149 @@
+"""The loop that commits: one thread takes checkpoints to their commit in order, in the trainer and in the monitor's process.
+
+What a commit consists of differs between the two; it comes in as ``Work``. Every wait is made of slices, so that a disk that
+hangs ends the checkpoint and not the thread.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, Generic, Protocol, TypeVar
+
+from fxckpt.engine import io
+from fxckpt.errors import SaveFailed
+from fxckpt.store.slot import retires_slot
+
+STUCK_AFTER = 300.0
+"""Seconds without a byte written after which a checkpoint is given up."""
+
+SETTLE = 10.0
+"""Seconds to wait for writes of a checkpoint that was given up, before its slot is put aside for good."""
+
+OwnSlot = Any
+"""A slot that the same store's ``acquire`` gave: each store knows its own kind."""
+
+
+class Copy(Protocol):
+    """What gives a slot back needs to know of the engine's side of a checkpoint."""
+
+    def cancel(self) -> None:
+        """Give it up; nothing if it is over."""
+
+    def settled(self, timeout: float) -> bool:
+        """Wait until no thread will touch its files again; False after ``timeout`` seconds."""
+
+
+class SlotOwner(Protocol):
+    """A store, as far as it takes slots back."""
+
+    def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
+        """Take back a slot that was not committed; ``bad``: what it holds is in doubt, nobody may use it again."""
+
+
+class Committable(Protocol):
+    """A checkpoint in flight, as far as the loop knows it."""
+
+    @property
+    def path(self) -> str:
+        """The directory that it is written to."""
+
+    def give_up(self, why: str) -> None:
+        """Stop copying and writing."""
+
+
+F = TypeVar("F", bound=Committable)
+F_contra = TypeVar("F_contra", bound=Committable, contravariant=True)
+
+
+class Work(Protocol[F_contra]):
+    """What is done with each checkpoint, on the thread that commits."""
+
+    def commit(self, flight: F_contra) -> None:
+        """Wait for what it needs, and commit it. Raises what went wrong."""
+
+    def end(self, flight: F_contra, error: Exception | None) -> None:
+        """It is over: committed, or ended by this error."""
+
+
+class StallDetector:
+    """Notices that nothing moves: ``over()`` once ``signs()`` has not changed for so many seconds."""
+
+    def __init__(self, seconds: float, signs: Callable[[], Hashable]):
+        self._seconds, self._signs = seconds, signs
+        self._last, self._since = signs(), time.monotonic()
+
+    def over(self) -> bool:
+        """Has nothing changed for too long?"""
+        now = self._signs()
+        if now != self._last:
+            self._last, self._since = now, time.monotonic()
+        return time.monotonic() - self._since > self._seconds
+
+
+class CommitLoop(Generic[F]):
+    """Does the work of each checkpoint that is put in, one after the other, on a thread of its own.
+
+    ``written`` changes with every byte that reaches the disk, ``stuck_after`` is in seconds.
+    """
+
+    def __init__(self, written: Callable[[], float], stuck_after: float = STUCK_AFTER):
+        self.stuck_after = stuck_after
+        self.ending = False  # nothing will be put in any more
+        self.written = written
+        self._queue: queue.SimpleQueue[F | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, work: Work[F]) -> None:
+        """Start the thread, if it does not run."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, args=(work,), name="fxckpt-commit", daemon=True)
+            self._thread.start()
+
+    def put(self, flight: F) -> None:
+        """The next one to commit."""
+        self._queue.put(flight)
+
+    def end(self, timeout: float | None = None) -> bool:
+        """Finish what was put in, and end the thread; False if it is stuck after ``timeout`` seconds."""
+        self.ending = True
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(timeout)
+        return not self.alive()
+
+    def alive(self) -> bool:
+        """Does the thread run?"""
+        return self._thread is not None and self._thread.is_alive()
+
+    def operation(self) -> str:
+        """The file operation that the thread is in, for messages: ``", in fsync"``; empty if it is in none."""
+        found = None if self._thread is None else io.running(self._thread.ident)
+        return "" if found is None else f", in {found}"
+
+    def wait(self, flight: F, ready: Callable[[], bool]) -> None:
+        """Call ``ready``, which waits for a slice, until it says so. Gives the checkpoint up and raises SaveFailed once nothing
+        was written for ``stuck_after`` seconds: a disk that hangs costs this checkpoint, not training."""
+        stalled = StallDetector(self.stuck_after, self.written)
+        while not ready():
+            if stalled.over():
+                flight.give_up("the disk hangs")
+                raise SaveFailed("write", flight.path, detail=f"nothing was written for {self.stuck_after:g} s; gave up")
+
+    def _run(self, work: Work[F]) -> None:
+        while (flight := self._queue.get()) is not None:
+            try:
+                work.commit(flight)
+            except Exception as error:
+                work.end(flight, error)
+            else:
+                work.end(flight, None)
+
+
+def give_back(store: SlotOwner, slot: OwnSlot, copy: Copy, error: BaseException) -> None:
+    """Return the slot of a checkpoint that ended with this error. A write that hangs in the disk may still land: until it has,
+    nobody else may have the slot's files."""
+    copy.cancel()
+    store.abandon(slot, bad=not copy.settled(SETTLE) or retires_slot(error))
