@@ -1,5 +1,6 @@
-"""What a run asks about CUDA: which device a tensor lies on, which stream that device trains on, and values that are
-still being computed there. The copies themselves are the engine's (csrc/cuda/cuda.c); this is the seam for tests, too.
+"""CUDA: which device a tensor lies on, which stream that device trains on, and values that are still being computed there.
+
+The copies themselves are the engine's; this is the seam for tests, too.
 
 Nothing here is imported or initialised unless a tensor of the run lies on a device.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cffi import FFI  # type: ignore[import-untyped]
+from cffi import FFI
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-pthread", "-D_GNU_SOURCE"]

@@ -9,12 +9,27 @@ never on how the process came there: so a step after a restart is the same step.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+import logging
+import operator
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
+from fxckpt.compat import cuda
 from fxckpt.compat.optimizers import stock_step
+from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.executor import Executor
+from fxckpt.optim.programs import ProgramCache
+from fxckpt.optim.scalar_group import ScalarGroup
+
+log = logging.getLogger("fxckpt")
+
+_gradient_of = operator.attrgetter("grad")
+"""For ``map``: what runs for each parameter at every step runs at C speed."""
+
+_DENSE = {torch.strided, None}
 
 Closure = Callable[[], object]
 """What ``opt.step(closure)`` is given: it evaluates the model again, and returns the loss."""
@@ -70,6 +85,97 @@ class WholeStep:
 def whole_words(reason: str | None) -> str:
     """What a whole step is called in the log."""
     return f"its own step, whole ({reason}), then every layer is handed over"
+
+
+class SplitStep:
+    """The strategy for classes of ``torch.optim`` that can be traced: their own step for parameters that have no state yet or a
+    sparse gradient, the StepGraph for all others."""
+
+    whole = None
+
+    def __init__(self, opt: torch.optim.Optimizer, programs: ProgramCache, executor: Executor):
+        self.opt, self.programs, self.executor = opt, programs, executor
+        self._gradients: list[torch.Tensor | None] = []  # of all parameters; none where the own part has run since
+        self._complete = False  # none of them is missing, as far as is known
+        self._done: set[int] = set()  # parameters that the own part of this step updated
+
+    def calls_closure_first(self) -> bool:
+        """Those of ``torch.optim`` whose step is split call it once, before all else."""
+        return True
+
+    def own_part(self, closure: Closure | None) -> OwnPart | None:
+        """The optimizer's own step, on the parameters whose state it must make or whose gradient is sparse."""
+        arranged, self._done = self.executor.arranged, set()
+        gradients = self._gradients = list(map(_gradient_of, arranged.params))
+        layouts = set(map(getattr, gradients, itertools.repeat("layout"), itertools.repeat(None)))
+        self._complete = None not in layouts
+        if layouts <= _DENSE and not self.programs.missing:
+            return None
+        chosen = [
+            m
+            for m, grad in zip(arranged.members, gradients)
+            if grad is not None and (m.program is None or grad.layout != torch.strided)
+        ]
+        return functools.partial(self._step_of, chosen, closure) if chosen else None
+
+    def _step_of(self, members: Sequence[BoundParam], closure: Closure | None) -> object:
+        """The optimizer's own step on these parameters alone; they are left out of this step's graph part."""
+        log.debug(
+            "the stock step updates %d parameters, which have no state yet or no dense gradient: %s ...",
+            len(members),
+            members[0].name,
+        )
+        chosen = {id(m.param) for m in members}
+        groups = self.opt.param_groups
+        saved = [g["params"] for g in groups]
+        try:
+            for group in groups:
+                group["params"] = [p for p in group["params"] if id(p) in chosen]
+            loss = own_step(self.opt, closure)
+        finally:
+            for group, params in zip(groups, saved):
+                group["params"] = params
+        self._done, self._gradients, self._complete = chosen, [], False
+        return loss
+
+    def run(self, number: int | None) -> bool:
+        """Update everything that has a gradient and was not updated by the own part; most steps find the calls of the step
+        before."""
+        executor, prepared, groups, done = self.executor, self.executor.prepared, self.opt.param_groups, self._done
+        gradients, self._gradients = self._gradients or list(map(_gradient_of, executor.arranged.params)), []
+        mask = [True] * len(gradients) if self._complete else [g is not None for g in gradients]
+        if done:
+            mask = [present and id(p) not in done for present, p in zip(mask, executor.arranged.params)]
+        if (
+            mask != prepared.made_for
+            or not executor.untouched()
+            or (prepared.branching and not all(group.holds(groups[group.group]) for group in prepared.branching))
+        ):
+            self._prepare(mask)
+        executor.run(number, gradients)
+        return True
+
+    def _prepare(self, mask: list[bool]) -> None:
+        """Have the calls for these parameters, put together by their group, program and counts."""
+        members = [m for m, present in zip(self.executor.arranged.members, mask) if present]
+        programs = [self.programs.follow(member) for member in members]
+        values = cuda.count_values([[m.state[key] for key in program.counts] for m, program in zip(members, programs)])
+        groups: dict[object, ScalarGroup] = {}
+        group_of: dict[int, ScalarGroup] = {}
+        for member, program, counts in zip(members, programs, values):
+            key = (member.group, program.key, counts)
+            if key in groups:
+                groups[key].add(member)
+            else:
+                groups[key] = ScalarGroup(len(groups), member, program)
+            group_of[member.index] = groups[key]
+        self.executor.prepare(mask, group_of)
+
+    def describe(self) -> str:
+        """Which kernels update the layers."""
+        members, layers = self.executor.arranged.members, self.executor.arranged.graph.layers
+        kinds = sorted({"Inductor" if m.flat else f"native {m.implementation}" for m in members if m.program is not None})
+        return f"{' and '.join(kinds)}, {len(layers)} layers" if kinds else ""
 
 
 def own_step(opt: torch.optim.Optimizer, closure: Closure | None) -> object:

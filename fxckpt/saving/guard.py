@@ -84,10 +84,6 @@ class Guard:
             self._versions.clear()  # what changes from here on, no copy sees
         self.copies.clear()
 
-    def is_over(self) -> bool:
-        """Was everything found unchanged, so that nothing is watched any more?"""
-        return not self._versions
-
     def compare(self, layer: int) -> None:
         """Raises Changed if a tensor of this layer has another version than after its step."""
         tensors, versions = self._versions.get(layer, ((), []))

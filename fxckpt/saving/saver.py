@@ -32,14 +32,11 @@ class Saver:
     def __init__(self, engine: CheckpointEngine | None, store: CheckpointStore, *, max_async: int):
         self.engine, self.store = engine, store
         self.tally, self.trainer = Tally(), TrainingThread()
-        self.loop: CommitLoop[InFlight] = CommitLoop(self._bytes_written)
+        self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
         self.flights = Flights(self.loop, max_async, self.trainer)
         self.supply = SlotSupply(store)
         self._committer = Committer(store, self.supply, self.flights, self.tally)
         self._pid = os.getpid()
-
-    def _bytes_written(self) -> int:
-        return 0 if self.engine is None else self.engine.statistics()["bytes_written"]
 
     def stall_seconds(self) -> float:
         """Time the training thread has waited for us so far."""

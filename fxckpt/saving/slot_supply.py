@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 from fxckpt.errors import FxckptError, NoSpace, SaveFailed
+from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import CommitLoop
@@ -28,7 +29,7 @@ class SlotSupply:
         self._reserved: dict[str, int] | None = None  # what the store has set space aside for
 
     @contextlib.contextmanager
-    def held(self, loop: CommitLoop) -> Iterator[None]:
+    def held(self, loop: CommitLoop[InFlight]) -> Iterator[None]:
         """Around the beginning of a checkpoint. Raises SaveFailed if the loop's thread hangs while it prepares a slot."""
         if not self._lock.acquire(timeout=2 * loop.stuck_after):
             raise SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{loop.operation()}")

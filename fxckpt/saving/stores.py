@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from fxckpt.store.commit_loop import OwnSlot
 from fxckpt.store.layout import FileLayout
+from fxckpt.store.raw import Tensor
 from fxckpt.store.record import Record
 
 
@@ -67,7 +68,7 @@ class CheckpointStore(Protocol):
     def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine has begun the checkpoint of this ``id``, which goes into the slot."""
 
-    def commit(self, slot: OwnSlot, record: Record, state_tensors: Mapping[str, Any]) -> object:
+    def commit(self, slot: OwnSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> object:
         """Make the slot, whose files are durable, a checkpoint, which it is when the slot has ``ended``. ``record``: what the
         run says of it."""
 
@@ -76,7 +77,7 @@ class CheckpointStore(Protocol):
 
 
 class NullSlot:
-    """A slot of the ``NullStore``: no directory."""
+    """A slot of the ``NullStore``: no directory, and nothing that it could hold."""
 
     path = ""
     generation = None
@@ -86,12 +87,11 @@ class NullSlot:
         """Nothing is known."""
         return {}
 
-    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
-        """Nothing was written."""
-
     def ended(self, timeout: float) -> bool:
         """At once."""
         return True
+
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None: ...
 
 
 class NullStore:
@@ -100,30 +100,15 @@ class NullStore:
     root = ""
     hands_over = False
 
-    def open(self) -> None:
-        """Nothing to open."""
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-    def require_loaded(self) -> None:
-        """There is nothing to load."""
-
-    def mark_loaded(self, generation: int | None) -> None:
-        """There is no lineage."""
-
-    def reserve(self, files: Mapping[str, int]) -> None:
-        """Nothing takes space."""
-
     def acquire(self, name: str | None = None) -> NullSlot:
         """A slot without a directory."""
         return NullSlot()
 
-    def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
-        """Nobody is to be told."""
-
-    def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Any]) -> None:
-        """Nothing becomes a checkpoint."""
-
-    def abandon(self, slot: NullSlot, *, bad: bool) -> None:
-        """Nothing to give back."""
+    def open(self) -> None: ...
+    def close(self) -> None: ...
+    def require_loaded(self) -> None: ...
+    def mark_loaded(self, generation: int | None) -> None: ...
+    def reserve(self, files: Mapping[str, int]) -> None: ...
+    def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
+    def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
+    def abandon(self, slot: NullSlot, *, bad: bool) -> None: ...

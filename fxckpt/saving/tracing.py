@@ -107,7 +107,7 @@ class Tracer:
 def _profile(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What torch.profiler exported."""
     try:
-        found = json.loads(Path(path).read_text())
+        found: dict[str, Any] = json.loads(Path(path).read_text())
         found["traceEvents"].__iter__()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise SetupError(f"beside={os.fspath(path)!r} is no Chrome trace of torch.profiler: {error}") from error

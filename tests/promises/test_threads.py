@@ -126,7 +126,7 @@ def test_an_operation_in_place_that_outlasts_the_copy_drops_the_checkpoint(ends,
     if ends == "after the copy":
         assert pending.copy.copied(60)
     else:
-        until(pending.guard.is_over)
+        until(lambda: "being written" in pending.phase)  # it was looked at
     with torch.no_grad():
         training.model[0].weight.mul_(0.5)
     instruments.delay("pwrite", 0)

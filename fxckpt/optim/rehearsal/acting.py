@@ -25,8 +25,9 @@ _OURS = {"state", "param_groups", "step", "_fxckpt_handle", "grad_scale", "found
 
 @dataclass
 class Role:
-    """What one stand-in did in one rehearsal."""
+    """What the stand-in of a part did in one rehearsal."""
 
+    part: Part
     tape: Tape
     scalars: list[Any]
     plain: dict[str, Any]  # the values of its state that are no tensors
@@ -88,8 +89,7 @@ class Stage:
             values.refuse_objects(name, value, identities)
         clone: Any = object.__new__(plain_class(self.opt))
         vars(clone).update({k: values.copy(v, memo) for k, v in kept.items()})
-        for name in (k for k in vars(self.opt) if k.startswith("_optimizer_")):
-            vars(clone)[name] = collections.OrderedDict()
+        vars(clone).update({k: collections.OrderedDict() for k in vars(self.opt) if k.startswith("_optimizer_")})
         return clone, kept
 
     def _groups(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -97,9 +97,9 @@ class Stage:
         memo: dict[int, Any] = {}
         groups = [{k: values.copy(v, memo) for k, v in g.items() if k != "params"} for g in self.opt.param_groups]
         for index, group in enumerate(groups):
-            group["params"] = [part.stand_in.param for part in parts if part.group == index]
+            group["params"] = [part.stand_in.param for part in parts if part.first.group == index]
             if "param_names" in group:
-                group["param_names"] = [group["param_names"][part.position] for part in parts if part.group == index]
+                group["param_names"] = [group["param_names"][part.position] for part in parts if part.first.group == index]
         return groups
 
     def _changed(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -175,4 +175,4 @@ def _role(clone: Any, part: Part, before: dict[str, Any], counts: dict[str, torc
     noted = part.stand_in.tape()
     if not part.present and (noted or not values.same(plain, part.plain)):
         raise NotTraceable("it changes parameters that have no gradient")
-    return Role(noted, part.stand_in.scalars, plain, counts)
+    return Role(part, noted, part.stand_in.scalars, plain, counts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,8 +15,7 @@ from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import Signature
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Role
-from fxckpt.optim.rehearsal.parts import Part
-from fxckpt.optim.rehearsal.stand_in import Hole, Items, Name, Ref, StandIn
+from fxckpt.optim.rehearsal.stand_in import Hole, Ref, StandIn
 from fxckpt.optim.scalar_group import ScalarGroup
 
 log = logging.getLogger("fxckpt")
@@ -25,10 +24,10 @@ log = logging.getLogger("fxckpt")
 class Cast(ScalarGroup):
     """A part with its program: the scalars of a step are those that its rehearsal found."""
 
-    def __init__(self, index: int, part: Part, program: Program, role: Role):
-        super().__init__(index, part.first, program)
-        self.part, self.role = part, role
-        self.columns = {key: [m.state[key] for m in part.members] for key in role.counts}
+    def __init__(self, index: int, role: Role, program: Program):
+        super().__init__(index, role.part.first, program)
+        self.role, self.members = role, role.part.members
+        self.columns = {key: [m.state[key] for m in self.members] for key in role.counts}
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns this step's numbers."""
@@ -45,40 +44,34 @@ class Casting:
         self.programs: dict[object, Program] = {}
         self._casts: list[Cast] = []
 
-    def casts(self, parts: Sequence[Part], found: Found) -> list[Cast]:
+    def casts(self, found: Found) -> list[Cast]:
         """The parts that take part, with their programs; the same list as long as nothing but numbers changes."""
-        present = [(part, self._program(part, role), role) for part, role in zip(parts, found.roles) if part.present]
-        kept = [(cast.part, cast.program) for cast in self._casts]
-        if len(kept) != len(present) or any(a is not c or b is not d for (a, b), (c, d, _) in zip(kept, present)):
+        present = [(role, self._program(role)) for role in found.roles if role.part.present]
+        kept = [(id(cast.members), id(cast.program)) for cast in self._casts]
+        if kept != [(id(role.part.members), id(program)) for role, program in present]:
             self._casts = [Cast(index, *each) for index, each in enumerate(present)]
-        for cast, (_, _, role) in zip(self._casts, present):
+        for cast, (role, _) in zip(self._casts, present):
             cast.role = role
         return self._casts
 
-    def _program(self, part: Part, role: Role) -> Program:
-        key = role.tape, part.first.param.dtype, part.first.param.device
+    def _program(self, role: Role) -> Program:
+        param = role.part.first.param
+        key = role.tape, param.dtype, param.device
         if key not in self.programs:
-            found = self.programs[key] = program_of(part.stand_in, plain_class(self.opt))
-            log.debug(
-                "noted %s (%s): %d operators, %d scalars, inputs %s",
-                plain_class(self.opt).__name__,
-                part.first.param.dtype,
-                len(role.tape),
-                found.scalars,
-                found.inputs,
-            )
+            self.programs[key] = program_of(role.part.stand_in, plain_class(self.opt))
+            log.debug("noted %s: %d operators on %s", plain_class(self.opt).__name__, len(role.tape), self.programs[key].inputs)
         return self.programs[key]
 
-    def take_over(self, parts: Sequence[Part], found: Found) -> None:
+    def take_over(self, found: Found) -> None:
         """What the step did in Python, in the optimizer's own groups and states."""
         for group, changed in zip(self.opt.param_groups, found.groups):
             for key, value in changed.items():
                 values.assign(group, key, value)
-        for part, role in zip(parts, found.roles):
+        for role in found.roles:
             for key, value in role.plain.items():
-                if part.plain[key] is not value:
-                    part.plain[key] = value
-                    for member in part.members:
+                if role.part.plain[key] is not value:
+                    role.part.plain[key] = value
+                    for member in role.part.members:
                         member.state[key] = value
 
 
@@ -87,11 +80,12 @@ def program_of(stand_in: StandIn, cls: type) -> Program:
 
     It has no host part: the scalars are what the rehearsal of the step found.
     """
-    tape, param = stand_in.tape(), stand_in.param
-    graph, inputs = fx.Graph(), {}
-    for name in dict.fromkeys([("param", None), ("grad", None), *_inputs(tape)]):
-        inputs[name] = graph.placeholder(str(name[1] if name[0] == "state" else name[0]))
-    holes = [graph.placeholder(f"scalar{i}") for i in range(sum(map(_count_holes, tape)))]
+    graph, param = fx.Graph(), stand_in.param
+    leaves = list(_leaves(stand_in.tape()))
+    read = [leaf.name for leaf in leaves if isinstance(leaf, Ref) and not isinstance(leaf.name[0], int)]
+    names = dict.fromkeys([("param", None), ("grad", None), *read])
+    inputs = {name: graph.placeholder(str(name[1] if name[0] == "state" else name[0])) for name in names}
+    holes = [graph.placeholder(f"scalar{i}") for i in range(sum(isinstance(leaf, Hole) for leaf in leaves))]
     left, made = iter(holes), list[fx.Node]()
 
     def decode(value: Any) -> Any:
@@ -102,9 +96,7 @@ def program_of(stand_in: StandIn, cls: type) -> Program:
             return made[index] if output is None else graph.call_function(operator.getitem, (made[index], output))
         if isinstance(value, Hole):
             return next(left)
-        if isinstance(value, Items):
-            return [decode(v) for v in value.items]
-        return value
+        return [decode(v) for v in value] if isinstance(value, tuple) else value
 
     for op, out, _ in stand_in.noted:
         args = tuple(decode(a) for a in op.args)
@@ -112,29 +104,17 @@ def program_of(stand_in: StandIn, cls: type) -> Program:
         made[-1].meta["val"] = out
     graph.output(())
     graph.lint()
-    nothing = fx.Graph()
+    nothing, root = fx.Graph(), torch.nn.Module()
     nothing.output(())
-    root = torch.nn.Module()
+    host, body = fx.GraphModule(root, nothing, "Scalars"), fx.GraphModule(root, graph, "Update")
     signature = Signature(cls, "rehearsed", (), (), (), param.dtype, str(param.device))
-    return Program(
-        signature,
-        "each",
-        fx.GraphModule(root, nothing, "Scalars"),
-        fx.GraphModule(root, graph, "Update"),
-        (),
-        tuple(inputs),
-        len(holes),
-    )
+    return Program(signature, "each", host, body, (), tuple(inputs), len(holes))
 
 
-def _inputs(value: Any) -> list[Name]:
-    """Parameter, gradient and states that a tape reads, in order."""
-    if isinstance(value, Ref):
-        return [] if isinstance(value.name[0], int) else [value.name]
-    return [name for v in value for name in _inputs(v)] if isinstance(value, tuple) else []
-
-
-def _count_holes(value: Any) -> int:
-    if isinstance(value, Hole):
-        return 1
-    return sum(map(_count_holes, value)) if isinstance(value, tuple) else 0
+def _leaves(value: Any) -> Iterator[Ref | Hole]:
+    """The tensors and numbers of a tape, in order."""
+    if isinstance(value, (Ref, Hole)):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _leaves(each)

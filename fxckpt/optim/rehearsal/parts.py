@@ -35,11 +35,6 @@ class Part:
         """Whose counts and shapes stand for all."""
         return self.members[0]
 
-    @property
-    def group(self) -> int:
-        """The number of its parameter group."""
-        return self.members[0].group
-
 
 class Partition:
     """The parts of one optimizer, kept while nothing that decides them changes."""

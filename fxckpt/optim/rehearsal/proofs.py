@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from fxckpt.optim.calls import Inputs, calls_for
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Stage
 from fxckpt.optim.rehearsal.casting import Cast
-from fxckpt.optim.rehearsal.parts import Part, Partition, alone
+from fxckpt.optim.rehearsal.parts import Partition, alone
 
 PROOFS = 2
 """Steps in which programs are compared with the optimizer's own step before they take its place."""
@@ -36,28 +35,27 @@ class Proofs:
         """Was some step proven?"""
         return any(count >= PROOFS for count in self.done.values())
 
-    def hold(self, parts: Sequence[Part], found: Found) -> bool:
+    def hold(self, found: Found) -> bool:
         """Was all of this step proven? Raises NotTraceable for a step that does something else every time."""
-        known = all(id(m.param) in self._compared for p in parts if p.present for m in p.members)
-        if known and all(self.done[each] >= PROOFS for each in _situations(parts, found)):
+        if _params(found) <= self._compared and all(self.done[each] >= PROOFS for each in _situations(found)):
             return True
         if len(self.done) > MOST:
             raise NotTraceable(f"it asked for {len(self.done)} different sequences of operators")
         return False
 
-    def add(self, parts: Sequence[Part], found: Found) -> int:
+    def add(self, found: Found) -> int:
         """This step had the right bits; returns how often the least proven situation of it was compared."""
-        self._compared |= {id(m.param) for p in parts if p.present for m in p.members}
-        self.done.update(situations := _situations(parts, found))
+        self._compared |= _params(found)
+        self.done.update(situations := _situations(found))
         return min(self.done[each] for each in situations)
 
-    def foresee(self, parts: Sequence[Part], found: Found, casts: Sequence[Cast]) -> list[Any]:
+    def foresee(self, found: Found, casts: Sequence[Cast]) -> list[Any]:
         """Digests of everything after the step, by the programs, on copies: one member at a time, for its memory."""
         scalars = [tuple(cast.role.scalars) for cast in casts]
         after: dict[int, list[Any]] = {}
         with torch.no_grad():
             for cast in casts:
-                for member in cast.part.members:
+                for member in cast.members:
                     twin = _twin(member)
                     for key, count in cast.role.counts.items():
                         twin.state[key].copy_(count)
@@ -70,25 +68,31 @@ class Proofs:
             {k: values.copy(v, {}) for k, v in {**g, **c}.items() if k != "params"}
             for g, c in zip(self.opt.param_groups, found.groups)
         ]
-        return [*(after.get(m.index) or _digests(m) for part in parts for m in part.members), groups]
+        return [*(after.get(m.index) or _digests(m) for role in found.roles for m in role.part.members), groups]
 
-    def observe(self, parts: Sequence[Part]) -> list[Any]:
+    def observe(self, found: Found) -> list[Any]:
         """The same of what lies there now."""
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.opt.param_groups]
-        return [*(_digests(m) for part in parts for m in part.members), groups]
+        return [*(_digests(m) for role in found.roles for m in role.part.members), groups]
 
 
-def _situations(parts: Sequence[Part], found: Found) -> set[object]:
+def _params(found: Found) -> set[int]:
+    """The ids of the parameters that take part."""
+    return {id(m.param) for role in found.roles if role.part.present for m in role.part.members}
+
+
+def _situations(found: Found) -> set[object]:
     """What has to be proven for this step."""
-    used = collections.Counter((p.group, role.tape) for p, role in zip(parts, found.roles) if p.present)
+    used = collections.Counter((role.part.first.group, role.tape) for role in found.roles if role.part.present)
     return {(noted, count > 1) for (_, noted), count in used.items()}
 
 
-def compare_all(stage: Stage, partition: Partition, parts: Sequence[Part], found: Found, closure: bool) -> None:
+def compare_all(stage: Stage, partition: Partition, found: Found, closure: bool) -> None:
     """Rehearse with a stand-in for each parameter, and two at least for each part. Raises NotTraceable if one of them
     does something else than its part's, or if something changes that no step may change."""
-    cast = sorted(((m.index, m, p, r) for p, r in zip(parts, found.roles) for m in p.members), key=operator.itemgetter(0))
-    players = [(alone(m, p), r) for _, m, p, r in cast for _ in range(2 if p.present and len(p.members) == 1 else 1)]
+    everyone = sorted(((m, role) for role in found.roles for m in role.part.members), key=lambda each: each[0].index)
+    twice = [id(role) for role in found.roles if role.part.present and len(role.part.members) == 1]
+    players = [(alone(m, role.part), role) for m, role in everyone for _ in range(1 + (id(role) in twice))]
     all_of_them = stage.act([player for player, _ in players], closure, guarded=True)
     if all_of_them.by_shape and not partition.by_shape:
         partition.by_shape = True

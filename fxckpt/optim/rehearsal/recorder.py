@@ -19,7 +19,7 @@ import torch
 from fxckpt.compat.tracing import fake_mode, is_stand_in
 from fxckpt.graph.update.foreach import data_of
 from fxckpt.graph.update.trace import NotTraceable
-from fxckpt.optim.rehearsal.stand_in import Hole, Items, Op, Ref, StandIn
+from fxckpt.optim.rehearsal.stand_in import Hole, Op, Ref, StandIn
 
 _TOLD = (
     "dtype device layout grad grad_fn is_leaf requires_grad is_sparse is_sparse_csr is_cuda is_cpu is_mps is_xpu is_meta "
@@ -51,11 +51,16 @@ _REFUSED[_VERSION] = "reads a version counter"
 
 
 @functools.cache
-def _kinds(target: Any) -> tuple[tuple[str, ...], dict[str, str], frozenset[int | str]]:
-    """Of an operator: its arguments' types by position and by name, and which of them it writes to (by both)."""
-    arguments = target._schema.arguments
-    written = {key for i, a in enumerate(arguments) if a.is_write for key in (i, a.name)}
-    return tuple(str(a.type) for a in arguments), {a.name: str(a.type) for a in arguments}, frozenset(written)
+def _kinds(target: Any) -> tuple[dict[int | str, str], frozenset[int | str]]:
+    """Of an operator, by position and by name: its arguments' types, and which of them it writes to."""
+    arguments = [] if target is data_of else [(key, a) for i, a in enumerate(target._schema.arguments) for key in (i, a.name)]
+    return {key: str(a.type) for key, a in arguments}, frozenset(key for key, a in arguments if a.is_write)
+
+
+def _written(target: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors that an operator writes to."""
+    written = _kinds(target)[1]
+    return _tensors([value for key, value in [*enumerate(args), *kwargs.items()] if key in written])
 
 
 class Recorder:
@@ -130,10 +135,8 @@ class Recorder:
 
     def _on_host(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Compute with counts and hyperparameters; only what this rehearsal made may change."""
-        written = _kinds(func)[2]
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            if key in written and any(id(t) not in self.host for t in _tensors(value)):
-                raise self.refuse(f"it changes a tensor that is no parameter's ({func})")
+        if any(id(t) not in self.host for t in _written(func, args, kwargs)):
+            raise self.refuse(f"it changes a tensor that is no parameter's ({func})")
         counted = {id(o): o for t in _tensors((args, kwargs)) if (o := self.host.get(id(t), (None, None))[1]) is not None}
         listed = func._schema.name.startswith("aten::_foreach_")
         if len(counted) > 1 and not listed:
@@ -161,10 +164,8 @@ class Recorder:
         return outs if func._schema.returns else None
 
     def _body(self, owner: StandIn, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        written = _kinds(func)[2]
-        for key, value in [*enumerate(args), *kwargs.items()]:
-            if key in written and any(self._owner(t) is None for t in _tensors(value)):
-                raise self.refuse(f"a count or hyperparameter of it depends on the values of a tensor ({func})")
+        if any(self._owner(t) is None for t in _written(func, args, kwargs)):
+            raise self.refuse(f"a count or hyperparameter of it depends on the values of a tensor ({func})")
 
         def compute() -> Any:
             try:
@@ -179,9 +180,9 @@ class Recorder:
 
     def _noted(self, owner: StandIn, func: Any, args: tuple, kwargs: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """Put an operator on the owner's tape."""
-        kinds, named = ((), {}) if func is data_of else _kinds(func)[:2]
-        encoded = tuple(self._encode(a, kinds[i] if i < len(kinds) else "", owner) for i, a in enumerate(args))
-        op = Op(func, encoded, tuple((k, self._encode(a, named.get(k, ""), owner)) for k, a in kwargs.items()))
+        kinds = _kinds(func)[0]
+        encoded = tuple(self._encode(a, kinds.get(i, ""), owner) for i, a in enumerate(args))
+        op = Op(func, encoded, tuple((k, self._encode(a, kinds.get(k, ""), owner)) for k, a in kwargs.items()))
         out = owner.next(op, compute)
         for tensor in _tensors(out):
             self.owner[id(tensor)] = owner
@@ -197,7 +198,7 @@ class Recorder:
             owner.scalars.append(value.clone())  # as it is now: the step may change it later
             return Hole(value.dtype)
         if isinstance(value, (list, tuple)):
-            return Items(tuple(self._encode(v, kind, owner) for v in value))
+            return tuple(self._encode(v, kind, owner) for v in value)
         if isinstance(value, bool) or not isinstance(value, (int, float, complex)):
             return value
         if isinstance(value, int) and "int" in kind:

@@ -32,14 +32,8 @@ class Hole(NamedTuple):
     dtype: torch.dtype | None
 
 
-class Items(NamedTuple):
-    """A list as an argument."""
-
-    items: tuple
-
-
 class Op(NamedTuple):
-    """One operator of a tape."""
+    """One operator of a tape; an argument is a Ref, a Hole, a tuple of them in place of a list, or a constant."""
 
     target: Any
     args: tuple
@@ -58,13 +52,10 @@ class StandIn:
 
     def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
         self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
-        self.grad = None if grad is None else stand_in(grad)
-        self.param.grad = self.grad
+        self.param.grad = None if grad is None else stand_in(grad)
         self.tensors = {key: stand_in(value) for key, value in state.items()}
-        self.names: dict[int, Name] = {id(self.param): ("param", None)}
-        if self.grad is not None:
-            self.names[id(self.grad)] = ("grad", None)
-        self.names |= {id(t): ("state", key) for key, t in self.tensors.items()}
+        self.names: dict[int, Name] = {id(t): ("state", key) for key, t in self.tensors.items()}
+        self.names |= {id(self.param): ("param", None), id(self.param.grad): ("grad", None)}
         self.noted: list[tuple[Op, Any, list[int]]] = []  # operator, what it returned, ids of its new tensors
         self.at = 0
         self.scalars: list[Any] = []
@@ -78,7 +69,7 @@ class StandIn:
         """What ``op`` returns: as last time if the tape goes on as it did, else ``compute()``, which is named and noted."""
         if self.at < len(self.noted) and self.noted[self.at][0] == op:
             self.at += 1
-            return self.noted[self.at - 1][1] if not _is_view(op.target) else self._again(compute())
+            return self._again(compute()) if _is_view(op.target) else self.noted[self.at - 1][1]
         self._forget()
         out = compute()
         new = []

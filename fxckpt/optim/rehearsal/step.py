@@ -29,7 +29,7 @@ from fxckpt.optim.executor import Executor
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Stage
 from fxckpt.optim.rehearsal.casting import Casting
-from fxckpt.optim.rehearsal.parts import Mask, Part, Partition
+from fxckpt.optim.rehearsal.parts import Mask, Partition
 from fxckpt.optim.rehearsal.proofs import PROOFS, Proofs, compare_all
 from fxckpt.optim.strategy import Closure, EvaluatedClosure, OwnPart, own_step, whole_words
 
@@ -45,7 +45,7 @@ class RehearsedStep:
         self.partition, self.stage, self.casting, self.proofs = Partition(opt), Stage(opt), Casting(opt), Proofs(opt)
         self._excused: set[int] = set()  # parameters of which one step, which may be their first, could not be rehearsed
         self._closure_first: bool | None = None  # it calls its closure once, before all else
-        self._pending: tuple[list[Part], Found] | None = None  # to be compared with the step that runs whole
+        self._pending: Found | None = None  # to be compared with the step that runs whole
         self._splits = False  # the step under way
 
     def refuse(self, reason: str) -> None:
@@ -94,30 +94,29 @@ class RehearsedStep:
         shaped = self.partition.by_shape
         mask = [None if g is None else (g.dtype, g.stride() if shaped else None) for g in gradients]
         try:
-            parts, found = self._act(members, mask, closure)
-            if not self.proofs.hold(parts, found):
-                compare_all(self.stage, self.partition, parts, found, closure)
-                self._pending = parts, found
+            found = self._act(members, mask, closure)
+            if not self.proofs.hold(found):
+                compare_all(self.stage, self.partition, found, closure)
+                self._pending = found
                 return False
         except MakesState:
             return False
         except Exception as error:  # NotTraceable, or what nobody thought of: training goes on, and it is said
             self._refuse_or_wait(error, mask)
             return False
-        self.casting.take_over(parts, found)
-        casts = self.casting.casts(parts, found)
+        self.casting.take_over(found)
+        casts = self.casting.casts(found)
         if casts is not self.executor.prepared.made_for:
-            self.executor.prepare(casts, {m.index: cast for cast in casts for m in cast.part.members})
+            self.executor.prepare(casts, {m.index: cast for cast in casts for m in cast.members})
         return True
 
-    def _act(self, members: list[BoundParam], mask: Mask, closure: bool) -> tuple[list[Part], Found]:
+    def _act(self, members: list[BoundParam], mask: Mask, closure: bool) -> Found:
         """One stand-in for each part; by shape if the step looks at shapes."""
         same = self.executor.untouched()
         while True:
-            parts = self.partition.of(members, mask, same)
-            found = self.stage.act(parts, closure, not self.proofs.any())
+            found = self.stage.act(self.partition.of(members, mask, same), closure, not self.proofs.any())
             if not found.by_shape or self.partition.by_shape:
-                return parts, found
+                return found
             self.partition.by_shape, same = True, False
 
     def _run_whole(self, closure: Closure | None) -> object:
@@ -125,22 +124,17 @@ class RehearsedStep:
         pending, self._pending, expected = self._pending, None, None
         if pending is not None:
             try:
-                expected = self.proofs.foresee(*pending, self.casting.casts(*pending))
+                expected = self.proofs.foresee(pending, self.casting.casts(pending))
             except Exception as error:
                 self.refuse(f"its operators cannot run again: {type(error).__name__}: {error}")
         returned = own_step(self.opt, closure)
         if pending is None or expected is None:
             return returned
-        if not values.same(self.proofs.observe(pending[0]), expected):
+        if not values.same(self.proofs.observe(pending), expected):
             self.refuse("a rehearsal of it does not end with the bits that its step ends with")
             return returned
-        log.debug(
-            "rehearsed %s: %d parts, %d of %d comparisons with its own step done",
-            plain_class(self.opt).__name__,
-            len(pending[0]),
-            self.proofs.add(*pending),
-            PROOFS,
-        )
+        name, count = plain_class(self.opt).__name__, self.proofs.add(pending)
+        log.debug("rehearsed %s: %d of %d comparisons with its own step done", name, count, PROOFS)
         return returned
 
     def run(self, number: int | None) -> bool:
