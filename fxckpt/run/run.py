@@ -168,7 +168,7 @@ class Run:
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:
         """What comes next continues this checkpoint of ``directory``; None: there was none to load. What is loaded from another
         store than the run's own begins a lineage here, and does not stand in for what lies here and was not loaded."""
-        if self.store is not None and os.path.realpath(directory) == os.path.realpath(self.directory):
+        if os.path.realpath(directory) == os.path.realpath(self.directory):
             self.store.mark_loaded(generation)
 
 
