@@ -17,7 +17,7 @@ from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.calls import Call, Inputs, calls_for, shared
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _version_of = operator.attrgetter("_version")
 
@@ -65,10 +65,10 @@ class Executor:
         module = step_graph.build(layers, first, functools.partial(self._layer_update, clocks), self._scalars, bool(counts))
         sizes = {layer.name: sum(t.nbytes for t in tensors) for layer, tensors in zip(layers, inputs)}
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks)
-        self.arranged = Arranged(
+        self.arranged: Arranged = Arranged(
             graph, members, [m.param for m in members], first, owned, counts, [counts, *inputs] if counts else inputs
         )
-        self.prepared = Prepared()  # the calls were another layer's
+        self.prepared: Prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
 
     def _layer_update(self, clocks: Sequence[step_graph.UpdateTimer], index: int) -> Callable[[list[torch.Tensor], Inputs], None]:

@@ -19,7 +19,7 @@ from fxckpt.optim.rehearsal.parts import Part
 from fxckpt.optim.rehearsal.stand_in import Hole, Items, Name, Ref, StandIn
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Cast(ScalarGroup):
@@ -27,8 +27,9 @@ class Cast(ScalarGroup):
 
     def __init__(self, index: int, part: Part, program: Program, role: Role):
         super().__init__(index, part.first, program)
-        self.part, self.role = part, role
-        self.columns = {key: [m.state[key] for m in part.members] for key in role.counts}
+        self.part: Part = part
+        self.role: Role = role
+        self.columns: dict[str, list[Any]] = {key: [m.state[key] for m in part.members] for key in role.counts}
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns this step's numbers."""

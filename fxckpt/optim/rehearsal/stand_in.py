@@ -35,15 +35,15 @@ class Hole(NamedTuple):
 class Items(NamedTuple):
     """A list as an argument."""
 
-    items: tuple
+    items: tuple[Any, ...]
 
 
 class Op(NamedTuple):
     """One operator of a tape."""
 
     target: Any
-    args: tuple
-    kwargs: tuple
+    args: tuple[Any, ...]
+    kwargs: tuple[Any, ...]
 
 
 Tape = tuple[Op, ...]
@@ -57,16 +57,16 @@ class StandIn:
     """
 
     def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
-        self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
-        self.grad = None if grad is None else stand_in(grad)
+        self.param: torch.nn.Parameter = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
+        self.grad: torch.Tensor | None = None if grad is None else stand_in(grad)
         self.param.grad = self.grad
-        self.tensors = {key: stand_in(value) for key, value in state.items()}
+        self.tensors: dict[str, torch.Tensor] = {key: stand_in(value) for key, value in state.items()}
         self.names: dict[int, Name] = {id(self.param): ("param", None)}
         if self.grad is not None:
             self.names[id(self.grad)] = ("grad", None)
         self.names |= {id(t): ("state", key) for key, t in self.tensors.items()}
         self.noted: list[tuple[Op, Any, list[int]]] = []  # operator, what it returned, ids of its new tensors
-        self.at = 0
+        self.at: int = 0
         self.scalars: list[Any] = []
         self._tape: Tape | None = None
 
