@@ -21,7 +21,7 @@ from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import Record
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 EXIT_PATIENCE = 60.0  # seconds that the monitor may take to end after everything in flight was waited for
 FUTILE = 3  # monitors in a row that may end without having committed anything, before no more is started
@@ -36,7 +36,7 @@ class MonitorStore:
     hands_over = True  # another process commits
 
     def __init__(self, directory: str, engine: Engine, *, threads: int, **options: Any):
-        self.root = os.path.abspath(os.fspath(directory))
+        self.root: str = os.path.abspath(os.fspath(directory))
         self._engine, self._threads, self._options = engine, threads, options
         self._slots = engine.staging_bytes // engine.chunk_bytes
         self._pid = os.getpid()

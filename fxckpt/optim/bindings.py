@@ -28,7 +28,7 @@ class Bindings:
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt
         self.members: list[BoundParam] = []
-        self.number = 0  # how often tensors were bound: what was made for another binding is void
+        self.number: int = 0  # how often tensors were bound: what was made for another binding is void
         self._state: object = None
         self._states: list[dict[str, Any]] = []
         self._params: list[object] = []  # those of the groups, and _END
@@ -82,7 +82,8 @@ class GroupStructure:
     """What of an optimizer's parameter groups decides which code runs, and whether that has changed."""
 
     def __init__(self, opt: torch.optim.Optimizer, traced: bool):
-        self.opt, self._traced = opt, traced
+        self.opt: torch.optim.Optimizer = opt
+        self._traced = traced
         self._structure: list[tuple] = []
         self._names: list[str] = []  # of the entries of the groups, when they were compared last, ...
         self._values: list[object] = []  # ... and their values

@@ -17,7 +17,7 @@ from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.calls import Call, Inputs, calls_for, shared
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _version_of = operator.attrgetter("_version")
 

@@ -63,7 +63,8 @@ class WholeStep:
     """The strategy that splits nothing: the optimizer's own step, on all of its parameters."""
 
     def __init__(self, opt: torch.optim.Optimizer, whole: str | None = None):
-        self.opt, self.whole = opt, whole
+        self.opt: torch.optim.Optimizer = opt
+        self.whole: str | None = whole
 
     def calls_closure_first(self) -> bool:
         """The optimizer calls it, when and as often as it likes."""
@@ -188,7 +189,8 @@ class EvaluatedClosure:
     """A closure whose first call was made before the step, and gave ``loss``."""
 
     def __init__(self, closure: Closure, loss: object):
-        self.closure, self.first = closure, [loss]
+        self.closure: Closure = closure
+        self.first: list[object] = [loss]
 
     def __call__(self) -> object:
         return self.first.pop() if self.first else self.closure()

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from fxckpt.errors import SetupError
 from fxckpt.saving.engines import CheckpointEngine
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 SPANS = 200_000
 """Spans kept, at most: about 13 MiB. What comes later is counted, and the file says how many there were."""

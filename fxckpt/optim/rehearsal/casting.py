@@ -18,7 +18,7 @@ from fxckpt.optim.rehearsal.acting import Found, Role
 from fxckpt.optim.rehearsal.stand_in import Hole, Ref, StandIn
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Cast(ScalarGroup):
