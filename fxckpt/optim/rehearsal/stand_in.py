@@ -36,8 +36,8 @@ class Op(NamedTuple):
     """One operator of a tape; an argument is a Ref, a Hole, a tuple of them in place of a list, or a constant."""
 
     target: Any
-    args: tuple
-    kwargs: tuple
+    args: tuple[Any, ...]
+    kwargs: tuple[Any, ...]
 
 
 Tape = tuple[Op, ...]
