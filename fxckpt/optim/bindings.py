@@ -84,7 +84,7 @@ class GroupStructure:
     def __init__(self, opt: torch.optim.Optimizer, traced: bool):
         self.opt: torch.optim.Optimizer = opt
         self._traced = traced
-        self._structure: list[tuple] = []
+        self._structure: list[tuple[Any, ...]] = []
         self._names: list[str] = []  # of the entries of the groups, when they were compared last, ...
         self._values: list[object] = []  # ... and their values
 
@@ -105,10 +105,10 @@ class GroupStructure:
         self._names, self._values = ([], []) if changed or lists else (names, values)
         return changed
 
-    def _now(self) -> list[tuple]:
+    def _now(self) -> list[tuple[Any, ...]]:
         return [self._of(group) if self._traced else (len(group["params"]),) for group in self.opt.param_groups]
 
-    def _of(self, group: dict[str, Any]) -> tuple:
+    def _of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """How many parameters a group has, its flags and integers, which of its other numbers are zero or negative, and the
         types and shapes of its tensors."""
         numbers = tuple((key, (value > 0) - (value < 0)) for key, value in numeric_items(group) if key[0] != "lr")

@@ -48,7 +48,7 @@ class ScalarGroup:
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns the scalars as doubles, and puts them where compiled code looks."""
-        values = self._host(*self.representative, *self.program.values(group))
+        values: tuple[Any, ...] = self._host(*self.representative, *self.program.values(group))
         if self.spreads is None:
             self.spreads = [_spread(source, column) for source, column in zip(self.representative, self.others) if column]
         for spread in self.spreads:

@@ -96,7 +96,7 @@ class SplitStep:
 
     def __init__(self, opt: torch.optim.Optimizer, programs: ProgramCache, executor: Executor):
         self.opt, self.programs, self.executor = opt, programs, executor
-        self._gradients: list[torch.Tensor | None] = []  # of all parameters; none where the own part has run since
+        self._gradients: list[torch.Tensor | None] = []  # of all parameters; not kept over an own part
         self._complete = False  # none of them is missing, as far as is known
         self._done: set[int] = set()  # parameters that the own part of this step updated
 
@@ -112,12 +112,12 @@ class SplitStep:
         self._complete = None not in layouts
         if layouts <= _DENSE and not self.programs.missing:
             return None
-        chosen = [
-            m
-            for m, grad in zip(arranged.members, gradients)
-            if grad is not None and (m.program is None or grad.layout != torch.strided)
-        ]
-        return functools.partial(self._step_of, chosen, closure) if chosen else None
+        present = [(m, grad) for m, grad in zip(arranged.members, gradients) if grad is not None]
+        chosen = [m for m, grad in present if m.program is None or grad.layout != torch.strided]
+        if not chosen:
+            return None
+        self._gradients, self._complete = [], False
+        return functools.partial(self._step_of, chosen, closure)
 
     def _step_of(self, members: Sequence[BoundParam], closure: Closure | None) -> object:
         """The optimizer's own step on these parameters alone; they are left out of this step's graph part."""
@@ -136,7 +136,7 @@ class SplitStep:
         finally:
             for group, params in zip(groups, saved):
                 group["params"] = params
-        self._done, self._gradients, self._complete = chosen, [], False
+        self._done = chosen
         return loss
 
     def run(self, number: int | None) -> bool:
