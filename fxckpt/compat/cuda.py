@@ -15,8 +15,8 @@ import torch
 from fxckpt.errors import SetupError
 
 STAGING = 256 << 20
-"""Bytes of pinned memory, unless staging_mb says otherwise: a bus copies faster than a disk writes, and a fence waits on
-the host only when no chunk is free for a layer's copy."""
+"""Bytes of pinned memory, unless staging_mb says otherwise: a bus copies faster than a disk writes, and a fence waits on the host
+only when no chunk is free for a layer's copy."""
 
 LEAST_CHUNKS = 8
 """A chunk that several layers share holds its buffer until the last of them; with fewer there might be none for others."""
@@ -29,10 +29,8 @@ class Devices:
         self.driver = os.environ.get("FXCKPT_CUDA_DRIVER") or None
 
     def of(self, tensor: torch.Tensor) -> int | None:
-        """The driver's number of the device the tensor lies on; None for host memory.
-
-        torch numbers devices as the driver does: both see what CUDA_VISIBLE_DEVICES leaves, MIG instances included.
-        """
+        """The driver's number of the device the tensor lies on; None for host memory. torch numbers devices as the driver does:
+        both see what CUDA_VISIBLE_DEVICES leaves, MIG instances included."""
         return tensor.device.index if tensor.device.type == "cuda" else None
 
     def all_of(self, tensors: Iterable[torch.Tensor]) -> set[int]:

@@ -19,12 +19,10 @@ from fxckpt.compat.modules import unwrap_model
 
 
 def untraced(function: Callable) -> Callable:
-    """``torch.compiler.disable``, at no cost while nothing is compiled: it takes a tenth of a millisecond when its code is
-    cold, as it is after a backward pass.
-
-    Dynamo sees a frame only while a callback is set. The attribute is what it looks for where it would inline a call, and
-    ``skip_code`` keeps it from the frame itself; all three are private. Without them: ``torch.compiler.disable`` itself.
-    """
+    """``torch.compiler.disable``, at no cost while nothing is compiled: it takes a tenth of a millisecond when its code is cold,
+    as it is after a backward pass. Dynamo sees a frame only while a callback is set. The attribute is what it looks for where it
+    would inline a call, and ``skip_code`` keeps it from the frame itself; all three are private. Without them:
+    ``torch.compiler.disable`` itself."""
     disabled = torch.compiler.disable(function)
     try:
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
@@ -44,12 +42,9 @@ def untraced(function: Callable) -> Callable:
 
 
 def called_modules() -> list[torch.nn.Module]:
-    """The modules whose call is under way on this thread, outermost first.
-
-    Read from the stack, since no API tells a backend which model it compiles. ``Module.__call__`` is a frame
-    of its own in front of every forward, hooked or compiled, so other methods of a module (a trainer's) do
-    not count.
-    """
+    """The modules whose call is under way on this thread, outermost first. Read from the stack, since no API tells a backend
+    which model it compiles. ``Module.__call__`` is a frame of its own in front of every forward, hooked or compiled, so other
+    methods of a module (a trainer's) do not count."""
     code = torch.nn.Module.__call__.__code__
     frame, found = inspect.currentframe(), []
     while frame is not None:
@@ -60,11 +55,9 @@ def called_modules() -> list[torch.nn.Module]:
 
 
 def graph_input(node: fx.Node, example: Any) -> tuple[Any, Any]:
-    """``(live object, Dynamo's source or None)`` of a placeholder; valid during the backend call only.
-
-    ``grapharg`` is Dynamo's record of the input. It still holds the live parameter where the example does
-    not: DDP's splits are compiled with fake examples. In the second split an activation has no ``grapharg``.
-    """
+    """``(live object, Dynamo's source or None)`` of a placeholder; valid during the backend call only. ``grapharg`` is Dynamo's
+    record of the input. It still holds the live parameter where the example does not: DDP's splits are compiled with fake
+    examples. In the second split an activation has no ``grapharg``."""
     arg = node.meta.get("grapharg")
     if arg is None:
         return example, None
@@ -85,10 +78,8 @@ def compiling_scope() -> dict[str, dict[str, Any]] | None:
 
 
 def compiled_module() -> weakref.ref | None:
-    """The module whose method Dynamo compiles right now: the ``self`` of that frame. None where there is none.
-
-    With ``block.compile()`` this is the block; the outermost module being called is the whole model.
-    """
+    """The module whose method Dynamo compiles right now: the ``self`` of that frame. None where there is none. With
+    ``block.compile()`` this is the block; the outermost module being called is the whole model."""
     scope = compiling_scope()
     owner = None if scope is None else scope["L"].get("self")
     return weakref.ref(unwrap_model(owner)) if isinstance(owner, torch.nn.Module) else None
@@ -127,20 +118,16 @@ def _follow(value: Any, step: Any) -> Any:
 
 def compile_under_way() -> tuple[int | None, weakref.ref | None]:
     """``(frame, token)``: a recompile keeps the frame and has another token; DDP's splits of a compile share both.
-
-    ``torch.compiler`` offers no name for either. The frame's number starts again at 0 after
-    ``torch._dynamo.reset()``; the token is Dynamo's context of this one compile.
-    """
+    ``torch.compiler`` offers no name for either. The frame's number starts again at 0 after ``torch._dynamo.reset()``; the token
+    is Dynamo's context of this one compile."""
     current = torch._guards.CompileContext.current_compile_id()
     context = torch._guards.TracingContext.try_get()
     return getattr(current, "frame_id", None), None if context is None else weakref.ref(context)
 
 
 def input_index(desc: Any) -> int | None:
-    """Dynamo's placeholder index behind an AOTAutograd input descriptor, through subclass and view unpacking.
-
-    The descriptors are AOTAutograd's only record of which placeholder of the joint graph is which input.
-    """
+    """Dynamo's placeholder index behind an AOTAutograd input descriptor, through subclass and view unpacking. The descriptors are
+    AOTAutograd's only record of which placeholder of the joint graph is which input."""
     while desc is not None:
         if type(desc).__name__ == "PlainAOTInput":
             return desc.idx

@@ -17,12 +17,12 @@ import torch.fx as fx
 def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple]:
     """The C++ that Inductor writes for ``fn`` on ``example``, sequential, and what it would be called with.
 
-    Returns the C types of the kernel's arguments, its source (one function named ``kernel``), and the arguments of its
-    call: tensors of ``example`` (the very same memory) and lengths. Sizes stay symbolic. Nothing is compiled, and
-    ``example`` is not changed. Raises ValueError where Inductor does not make exactly one kernel of it.
+    Returns the C types of the kernel's arguments, its source (one function named ``kernel``), and the arguments of its call:
+    tensors of ``example`` (the very same memory) and lengths. Sizes stay symbolic. Nothing is compiled, and ``example`` is not
+    changed. Raises ValueError where Inductor does not make exactly one kernel of it.
 
-    ``AsyncCompile.cpp_pybinding`` is where generated C++ goes to the compiler; its wrapper checks every argument in
-    Python at each call, which costs more than updating 64x64 elements, so only the kernel is taken.
+    ``AsyncCompile.cpp_pybinding`` is where generated C++ goes to the compiler; its wrapper checks every argument in Python at
+    each call, which costs more than updating 64x64 elements, so only the kernel is taken.
     """
     from torch._inductor import config, standalone_compile
     from torch._inductor.async_compile import AsyncCompile
@@ -84,8 +84,8 @@ def cache_folder() -> str:
 
 
 def compiler_settings() -> tuple:
-    """All that decides what :func:`load_cpp` makes of a source, but the source: Inductor's settings for C++, the variables
-    it and compilers read, and what this processor can do, for which the code is made."""
+    """All that decides what :func:`load_cpp` makes of a source, but the source: Inductor's settings for C++, the variables it and
+    compilers read, and what this processor can do, for which the code is made."""
     from torch._inductor import config
 
     chosen = sorted((k, repr(v)) for k, v in config.get_config_copy().items() if k.startswith("cpp"))
@@ -104,12 +104,9 @@ def load_cpp(source: str) -> Any:
 
 
 def joint_pass(read: Callable[[fx.Graph], None], users: Any) -> Any:
-    """A ``joint_custom_pre_pass`` that shows the joint graph to ``read``, then runs the user's own pass or passes.
-
-    Inductor has one slot for such a pass, and hashes its ``uuid()`` into the cache keys. Ours never changes
-    the graph, so its part is a constant; a user's pass without a uuid turns the caches off, as it does
-    without us.
-    """
+    """A ``joint_custom_pre_pass`` that shows the joint graph to ``read``, then runs the user's own pass or passes. Inductor has
+    one slot for such a pass, and hashes its ``uuid()`` into the cache keys. Ours never changes the graph, so its part is a
+    constant; a user's pass without a uuid turns the caches off, as it does without us."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     chain = tuple(users) if isinstance(users, (list, tuple)) else () if users is None else (users,)
@@ -134,12 +131,9 @@ def compile_with_inductor(
     options: dict,
     read: Callable[[fx.Graph], None] | None = None,
 ) -> Callable[..., Any]:
-    """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does.
-
-    ``_TorchCompileInductorWrapper`` is what that call makes: it checks the options and turns them and the
-    mode into config patches. ``read`` joins those patches, so they also hold when the backward is compiled
-    later.
-    """
+    """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does. ``_TorchCompileInductorWrapper``
+    is what that call makes: it checks the options and turns them and the mode into config patches. ``read`` joins those patches,
+    so they also hold when the backward is compiled later."""
     import torch._inductor.config as config
 
     wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)
@@ -157,11 +151,8 @@ def compile_with_backend(
     options: dict,
     read: Callable[[fx.Graph], None] | None = None,
 ) -> Callable[..., Any]:
-    """Compile with another backend, as ``torch.compile(backend=compiler)`` does.
-
-    ``lookup_backend`` is what turns a name into a backend. The joint pass is set around the call, for
-    compilers that use Inductor's front end.
-    """
+    """Compile with another backend, as ``torch.compile(backend=compiler)`` does. ``lookup_backend`` is what turns a name into a
+    backend. The joint pass is set around the call, for compilers that use Inductor's front end."""
     from torch._dynamo.backends.registry import lookup_backend
 
     kwargs = {k: v for k, v in {"mode": mode, "options": options}.items() if v and v != "default"}

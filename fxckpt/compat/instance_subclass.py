@@ -11,10 +11,8 @@ from typing import Any
 
 
 def instance_subclass(base: type, body: Mapping[str, Any]) -> type:
-    """A subclass of ``base`` with the members of ``body``; ``base`` itself if it is one already.
-
-    Pickles and copies are of ``base``, without the attributes whose names begin with ``_fxckpt_``.
-    """
+    """A subclass of ``base`` with the members of ``body``; ``base`` itself if it is one already. Pickles and copies are of
+    ``base``, without the attributes whose names begin with ``_fxckpt_``."""
     if "_fxckpt_base" in base.__dict__:
         return base
 

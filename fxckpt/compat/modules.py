@@ -20,10 +20,8 @@ _WRAPPERS = (
 
 
 def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
-    """The model inside torch's own wrapper ``module``, or None if it is no wrapper.
-
-    The attributes that hold it are private; the types are looked up only where their module is imported already.
-    """
+    """The model inside torch's own wrapper ``module``, or None if it is no wrapper. The attributes that hold it are private; the
+    types are looked up only where their module is imported already."""
     for where, name, attribute in _WRAPPERS:
         kind = getattr(sys.modules.get(where), name, None)
         if kind is not None and isinstance(module, kind):
@@ -46,11 +44,9 @@ def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def every_module(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
-    """``(name, module)`` of every place where a module stands, under several names if it stands there several times.
-
-    Wrappers inside the model (``torch.compile(block)`` in a list of blocks) take no part in names, so that a checkpoint does
-    not depend on what was compiled. ``named_children`` would leave out what stands twice in one parent.
-    """
+    """``(name, module)`` of every place where a module stands, under several names if it stands there several times. Wrappers
+    inside the model (``torch.compile(block)`` in a list of blocks) take no part in names, so that a checkpoint does not depend on
+    what was compiled. ``named_children`` would leave out what stands twice in one parent."""
     module = unwrap_model(module)
     yield name, module
     for key, child in module._modules.items():

@@ -26,10 +26,8 @@ GROUP_BOOKKEEPING = frozenset(
 
 def unhooked_step(opt: torch.optim.Optimizer) -> Any:
     """The plain function behind ``type(opt).step``, without the hook wrapper and without the grad-mode wrapper.
-
     ``Optimizer.__init__`` puts ``profile_hook_step`` on the class (marked ``hooked``); under it most optimizers have
-    ``_use_grad_for_differentiable``, which would ask Dynamo for a graph break. Both keep ``__wrapped__``.
-    """
+    ``_use_grad_for_differentiable``, which would ask Dynamo for a graph break. Both keep ``__wrapped__``."""
     step: Any = plain_class(opt).step
     while hasattr(step, "__wrapped__"):
         step = step.__wrapped__
@@ -67,9 +65,7 @@ def is_stock(opt: torch.optim.Optimizer) -> bool:
 
 def inner_hooks(opt: torch.optim.Optimizer) -> bool:
     """Are hooks registered, on ``opt`` or for all optimizers, that the step of one of its base classes would call too?
-
-    ``Optimizer.__init__`` marks each step that it wraps with ``hooked``.
-    """
+    ``Optimizer.__init__`` marks each step that it wraps with ``hooked``."""
     cls = plain_class(opt)
     inner = [step for c in cls.__mro__ if (step := vars(c).get("step")) is not None and step is not cls.step]
     return _has_hooks(opt) and any(getattr(step, "hooked", False) for step in inner)
@@ -91,8 +87,8 @@ def hooked(function: Callable) -> Callable:
     With no hook and no profiler none of that is to be done, and PyTorch's wrapper would take a fifth of a millisecond for it
     after a backward pass, when its code is cold. (An ``ExecutionTraceObserver`` without a profiler cannot be seen: its trace
     lacks the region.) Private: ``Optimizer.profile_hook_step``, the flags of profilers (one is a thread's own, one the legacy
-    profiler does not set), and the mark ``hooked``, without which ``__setstate__`` wraps a second time and hooks fire twice
-    (seen after ``load_state_dict``).
+    profiler does not set), and the mark ``hooked``, without which ``__setstate__`` wraps a second time and hooks fire twice (seen
+    after ``load_state_dict``).
     """
     full, profiler = torch.optim.Optimizer.profile_hook_step(function), torch.autograd.profiler
     by_daemon = "KINETO_USE_DAEMON" in os.environ  # profiles begin from outside then, and set no flag
@@ -113,11 +109,9 @@ def hooked(function: Callable) -> Callable:
 
 def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
     """Make a step wrapper that an LR scheduler put on the *instance* call the class's new step; True if there was one.
-
-    ``LRScheduler.__init__`` stores a wrapper around the old function in ``opt.step``. Deleting it makes the scheduler
-    warn that the step was overridden; so another one takes its place that keeps its mark and sets its flag.
-    Raises SetupError if ``step`` was replaced on the instance by something else.
-    """
+    ``LRScheduler.__init__`` stores a wrapper around the old function in ``opt.step``. Deleting it makes the scheduler warn that
+    the step was overridden; so another one takes its place that keeps its mark and sets its flag. Raises SetupError if ``step``
+    was replaced on the instance by something else."""
     current = opt.__dict__.get("step")
     if current is None:
         return False
@@ -141,10 +135,8 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
 
 def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
     """Call ``skipped()`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
-
     ``GradScaler._maybe_opt_step`` is where that is decided. The class of this one instance is swapped for a subclass, as the
-    optimizer's is; pickles and copies of it are of the plain class.
-    """
+    optimizer's is; pickles and copies of it are of the plain class."""
     base: Any = type(scaler)
     scaler.__class__ = _watched_class(base)
     scaler.__dict__.setdefault("_fxckpt_watchers", []).append((opt, skipped))

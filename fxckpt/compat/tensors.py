@@ -32,10 +32,8 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 
 
 def gradient_accumulator(param: torch.Tensor) -> torch.autograd.graph.Node:
-    """The autograd node that adds a gradient to ``param.grad``; DDP hooks it the same way.
-
-    A hook on the tensor itself is visible to Dynamo; one on this node is not. It lives only while somebody holds it.
-    """
+    """The autograd node that adds a gradient to ``param.grad``; DDP hooks it the same way. A hook on the tensor itself is visible
+    to Dynamo; one on this node is not. It lives only while somebody holds it."""
     with torch.inference_mode(False), torch.enable_grad():
         behind: Any = param.view_as(param).grad_fn
         return behind.next_functions[0][0]

@@ -16,20 +16,16 @@ import torch
 
 
 def modes_active() -> bool:
-    """Does a mode of this thread see operators (a FLOP counter, a device context)? Other threads do not have it.
-
-    The depths of the two stacks are private; the public way to push a mode has no public way to ask.
-    """
+    """Does a mode of this thread see operators (a FLOP counter, a device context)? Other threads do not have it. The depths of
+    the two stacks are private; the public way to push a mode has no public way to ask."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack())
 
 
 @functools.cache
 def _thread_counts() -> tuple[Callable[[int], None], Callable[[int], int] | None] | None:
     """What sets how many threads kernels of the calling thread use: OpenMP's function, and MKL's, which gives back the value
-    before it. None where ATen runs on something else.
-
-    ``torch.set_num_threads`` does not do: it also changes what threads that start later get.
-    """
+    before it. None where ATen runs on something else. ``torch.set_num_threads`` does not do: it also changes what threads that
+    start later get."""
     path = glob.glob(os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.*"))
     library = ctypes.CDLL(path[0]) if path else None
     openmp, mkl = (getattr(library, name, None) for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"))
@@ -51,11 +47,9 @@ def can_use_one_core() -> bool:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Kernels that this thread runs inside use no other thread. Other threads keep what they have.
-
-    A thread that opens a parallel region gets a team of its own; more threads than cores then make OpenMP sleep at
-    every barrier of the process (libgomp throttles its spinning), which takes 20 times as long.
-    """
+    """Kernels that this thread runs inside use no other thread. Other threads keep what they have. A thread that opens a parallel
+    region gets a team of its own; more threads than cores then make OpenMP sleep at every barrier of the process (libgomp
+    throttles its spinning), which takes 20 times as long."""
     before, counts = torch.get_num_threads(), _thread_counts()
     assert counts is not None, "ask can_use_one_core first"
     openmp, mkl = counts

@@ -29,11 +29,9 @@ class FakeTrace:
 
 
 def trace_fake(fn: Callable, args: Sequence[torch.Tensor], script: Sequence[bool] = ()) -> FakeTrace:
-    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles.
-
-    A branch on such a number cannot be decided while tracing: ``script`` says how, first branch first, and what it does
-    not say is taken as true. ``make_fx`` itself would raise GuardOnDataDependentSymNode, and knows no way to be told.
-    """
+    """``make_fx`` of ``fn`` on fake copies of ``args``; ``item()`` gives symbolic doubles. A branch on such a number cannot be
+    decided while tracing: ``script`` says how, first branch first, and what it does not say is taken as true. ``make_fx`` itself
+    would raise GuardOnDataDependentSymNode, and knows no way to be told."""
     import sympy  # type: ignore[import-untyped]
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -68,10 +66,8 @@ def trace_fake(fn: Callable, args: Sequence[torch.Tensor], script: Sequence[bool
 
 
 def branch_node(graph: fx.Graph, expression: Any, symbols: dict[Any, fx.Node]) -> fx.Node:
-    """Compute a sympy ``expression`` at the end of ``graph``, in Python numbers; raises KeyError for an unknown symbol.
-
-    torch writes its own deferred asserts into graphs this way; nothing public turns such an expression into nodes.
-    """
+    """Compute a sympy ``expression`` at the end of ``graph``, in Python numbers; raises KeyError for an unknown symbol. torch
+    writes its own deferred asserts into graphs this way; nothing public turns such an expression into nodes."""
     from torch.utils._sympy.interp import sympy_interp
     from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -95,11 +91,9 @@ class _NumbersIntoTensors(TorchFunctionMode):
 
 @contextlib.contextmanager
 def symbolic_numbers(opt: torch.optim.Optimizer):
-    """While this lasts, the step of ``opt``'s class can compute with symbols where Python would want their values.
-
-    ``max`` and ``min`` branch, ``torch.sym_max`` is one node of a graph; they are replaced in the class's own module, and
-    only in modules of ``torch.optim``.
-    """
+    """While this lasts, the step of ``opt``'s class can compute with symbols where Python would want their values. ``max`` and
+    ``min`` branch, ``torch.sym_max`` is one node of a graph; they are replaced in the class's own module, and only in modules of
+    ``torch.optim``."""
     names = unhooked_step(opt).__globals__
     if not names["__name__"].startswith("torch.optim."):
         yield
@@ -128,10 +122,8 @@ def symbolic_numbers(opt: torch.optim.Optimizer):
 
 @functools.cache
 def fake_mode() -> Any:
-    """The mode in which stand-ins live: tensors with type, shape, strides and device, and no memory.
-
-    ``FakeTensorMode`` is private, and the only thing that computes what an operator would return without running it.
-    """
+    """The mode in which stand-ins live: tensors with type, shape, strides and device, and no memory. ``FakeTensorMode`` is
+    private, and the only thing that computes what an operator would return without running it."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -182,11 +174,9 @@ def _watchers() -> tuple[type, type]:
 @contextlib.contextmanager
 def watched(called: Callable, dispatched: Callable):
     """While this lasts, every call of PyTorch's Python functions goes to ``called(func, args, kwargs)``, attributes of tensors
-    among them, and every operator that runs to ``dispatched(func, args, kwargs)``; they return what the caller gets.
-
-    A function that ``torch.compile`` made raises RuntimeError meanwhile, before Dynamo sees it: it would find the modes, give
-    up, and run that function eagerly ever after. FX's own mark of a trace under way is what such functions ask.
-    """
+    among them, and every operator that runs to ``dispatched(func, args, kwargs)``; they return what the caller gets. A function
+    that ``torch.compile`` made raises RuntimeError meanwhile, before Dynamo sees it: it would find the modes, give up, and run
+    that function eagerly ever after. FX's own mark of a trace under way is what such functions ask."""
     calls, operators = _watchers()
     mark = fx._symbolic_trace
     before, mark._is_fx_tracing_flag = mark._is_fx_tracing_flag, True

@@ -1,9 +1,8 @@
 """Pictures of the layer graph: text for a terminal, dot for graphviz, and SVG without it.
 
-Each box is a layer with its place in the update order; an arrow says that its output reaches another layer in
-the forward. The SVG layout is layered: a layer stands one row below the lowest one that feeds it. A deep
-model would give a strip nobody can read, so rows are folded into columns, read top to bottom and left to
-right.
+Each box is a layer with its place in the update order; an arrow says that its output reaches another layer in the forward. The
+SVG layout is layered: a layer stands one row below the lowest one that feeds it. A deep model would give a strip nobody can read,
+so rows are folded into columns, read top to bottom and left to right.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ def to_text(
     why: Mapping[str, Place] | None = None,
 ) -> str:
     """One line per layer in update order: size, time, parameters, why it stands there, and the layers that its output reaches.
-
-    ``sizes`` are bytes, ``times`` seconds, ``why`` places, all by layer name.
-    """
+    ``sizes`` are bytes, ``times`` seconds, ``why`` places, all by layer name."""
     width = max((len(layer.name) for layer in layers), default=0)
     reasons = {layer.name: f"  {why[layer.name]}" if why else "" for layer in layers}
     longest = max(map(len, reasons.values()), default=0)
@@ -123,9 +120,7 @@ def _layout(
 
 
 def _rows(layers: Sequence[Layer], edges: Edges) -> list[list[str]]:
-    """The layers by their distance from the input, in forward order (the update order backwards) where that
-    is free.
-    """
+    """The layers by their distance from the input, in forward order (the update order backwards) where that is free."""
     names = [layer.name for layer in reversed(layers)]
     depth = dict.fromkeys(names, 0)
     feeds = [(a, b) for a, b in edges if a in depth and b in depth]
@@ -146,9 +141,7 @@ def _rows(layers: Sequence[Layer], edges: Edges) -> list[list[str]]:
 
 
 def _fold(rows: Sequence[list[str]]) -> list[list[list[str]]]:
-    """Cut the rows into equal columns, together about as high as wide; where a block ends, if one does
-    nearby.
-    """
+    """Cut the rows into equal columns, together about as high as wide; where a block ends, if one does nearby."""
     columns = max(1, round(len(rows) / max(12, (len(rows) * 4.5) ** 0.5)))
     height = len(rows) / columns
     blocks = [_block(row[0]) for row in rows]

@@ -26,12 +26,9 @@ COUNTS = "counts"
 
 
 class SideEffectModule(torch.nn.Module):
-    """A callable node of a StepGraph.
-
-    Note [no dead code elimination]: updates return nothing, so to FX they look unused. ``_is_impure`` is what
-    ``Node.is_impure`` asks of a called module; a plain function in its place would be deleted silently by
-    ``eliminate_dead_code``.
-    """
+    """A callable node of a StepGraph. Note [no dead code elimination]: updates return nothing, so to FX they look unused.
+    ``_is_impure`` is what ``Node.is_impure`` asks of a called module; a plain function in its place would be deleted silently by
+    ``eliminate_dead_code``."""
 
     _is_impure = True
 

@@ -2,9 +2,9 @@
 
     scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
 
-Its inputs are the run's number and, for each layer, the list of tensors the layer owns (parameters, then optimizer state),
-so the data flow between the nodes is explicit. On a step on which nothing is pending and nothing starts, the same updates
-run over all layers at once, without a graph (optim/executor.py).
+Its inputs are the run's number and, for each layer, the list of tensors the layer owns (parameters, then optimizer state), so the
+data flow between the nodes is explicit. On a step on which nothing is pending and nothing starts, the same updates run over all
+layers at once, without a graph (optim/executor.py).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from fxckpt.graph.schedule import COUNTS, place_emits_pass, place_fences_pass, v
 
 
 class UpdateTimer:
-    """How long the calls of one update node took on the host: their number, and the shortest in seconds, which is least
-    disturbed by whatever else ran. For a CUDA device: to launch, not to run."""
+    """How long the calls of one update node took on the host: their number, and the shortest in seconds, which is least disturbed
+    by whatever else ran. For a CUDA device: to launch, not to run."""
 
     __slots__ = ("calls", "shortest")
 
@@ -40,13 +40,10 @@ class UpdateTimer:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``).
-
-    ``layers`` in update order; ``order`` the parameter names in the order in which their gradients become final;
-    ``edges`` pairs of layer names, from producer to consumer in the forward pass; ``sizes`` bytes of each layer's
-    tensors, parameters and optimizer state; ``clocks`` one for each layer; ``places`` where each parameter's place in the
-    order came from.
-    """
+    """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``). ``layers`` in update order;
+    ``order`` the parameter names in the order in which their gradients become final; ``edges`` pairs of layer names, from
+    producer to consumer in the forward pass; ``sizes`` bytes of each layer's tensors, parameters and optimizer state; ``clocks``
+    one for each layer; ``places`` where each parameter's place in the order came from."""
 
     layers: tuple[Layer, ...]
     edges: tuple[tuple[str, str], ...]
@@ -101,12 +98,9 @@ def build(
     update: Callable[[int], Callable[..., Any]],
     scalars: Callable[..., Any],
 ) -> fx.GraphModule:
-    """The variant with checkpoint ops.
-
-    ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars.
-    ``numbers`` are the engine's numbers of these layers, ``counts_number`` that of the counts, None when there are none.
-    Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``.
-    """
+    """The variant with checkpoint ops. ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given
+    them and the scalars. ``numbers`` are the engine's numbers of these layers, ``counts_number`` that of the counts, None when
+    there are none. Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``."""
     empty = fx.GraphModule(torch.nn.Module(), fx.Graph(), "StepGraph")
     chosen = step_passes(layers, numbers, counts_number, update, scalars)
     return passes.run(empty, chosen, wanted=("updates", "fences", "emits"))

@@ -50,11 +50,9 @@ class Bindings:
         self._state = None
 
     def stale(self, copies: bool = True) -> bool:
-        """Must tensors be bound anew before the next step? (fence everything first: copies read the old ones)
-
-        Where the tensors of the state lie is asked only for ``copies``, for rehearsals, and where compiled code updates them:
-        PyTorch's own kernels find them wherever they are.
-        """
+        """Must tensors be bound anew before the next step? (fence everything first: copies read the old ones) Where the tensors
+        of the state lie is asked only for ``copies``, for rehearsals, and where compiled code updates them: PyTorch's own kernels
+        find them wherever they are."""
         state = self.opt.state
         params = itertools.chain(itertools.chain.from_iterable(map(_params_of, self.opt.param_groups)), (_END,))
         return (
@@ -109,8 +107,8 @@ class GroupStructure:
         return [self._of(group) if self._traced else (len(group["params"]),) for group in self.opt.param_groups]
 
     def _of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """How many parameters a group has, its flags and integers, which of its other numbers are zero or negative, and the
-        types and shapes of its tensors."""
+        """How many parameters a group has, its flags and integers, which of its other numbers are zero or negative, and the types
+        and shapes of its tensors."""
         numbers = tuple((key, (value > 0) - (value < 0)) for key, value in numeric_items(group) if key[0] != "lr")
         read = settings_of(self.opt) - {"lr"}
         fixed = tuple((name, _fixed(value)) for name, value in group.items() if name in read)

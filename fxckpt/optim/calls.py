@@ -19,8 +19,8 @@ from fxckpt.optim.scalar_group import ScalarGroup
 
 
 class Inputs(NamedTuple):
-    """What differs from step to step: the scalars of each group, by its number, and the gradients by ``BoundParam.index``,
-    None of those that take no part."""
+    """What differs from step to step: the scalars of each group, by its number, and the gradients by ``BoundParam.index``, None
+    of those that take no part."""
 
     scalars: Sequence[tuple[Any, ...]]
     gradients: Sequence[Any]
@@ -51,8 +51,8 @@ def calls_for(members: Sequence[BoundParam], group_of: Mapping[int, ScalarGroup]
 
 
 def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> list[Call]:
-    """PyTorch's own kernels: over small members in groups for two threads, over large ones in groups that fit the cache, or
-    fused over all of them."""
+    """PyTorch's own kernels: over small members in groups for two threads, over large ones in groups that fit the cache, or fused
+    over all of them."""
     program = scalar_group.program
     on_cpu = all(m.param.device.type == "cpu" for m in members)
     listed = over_lists(program) if on_cpu or program.style == "columns" else None

@@ -1,7 +1,7 @@
 """A second thread for calls that keep one core busy each.
 
-PyTorch's kernels use all cores for a large tensor and one for a small one, and let go of the GIL either way. So the
-updates of many small tensors run on two threads at once, with the very calls, and the bits, of one.
+PyTorch's kernels use all cores for a large tensor and one for a small one, and let go of the GIL either way. So the updates of
+many small tensors run on two threads at once, with the very calls, and the bits, of one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ class HelperThread:
         self._piles: SimpleQueue[_Pile] = SimpleQueue()
 
     def run(self, calls: Sequence[Call], values: Any) -> None:
-        """Make all calls, each with ``values`` and without gradients, in no order; raises what one of them raised.
-
-        Returns, or raises, only when no call runs any more.
-        """
+        """Make all calls, each with ``values`` and without gradients, in no order; raises what one of them raised. Returns, or
+        raises, only when no call runs any more."""
         if self._thread is None or not self._thread.is_alive():
             self._piles = SimpleQueue()
             self._thread = threading.Thread(target=_help, args=(self._piles,), name="fxckpt-update", daemon=True)

@@ -22,10 +22,8 @@ _shared_programs: dict[Signature, list[Program]] = {}
 
 
 class ProgramCache:
-    """The programs of one optimizer.
-
-    ``mode``: ``None`` (kept as flagged, compiled where the choice was left to PyTorch), ``"native"``, ``"inductor"``.
-    """
+    """The programs of one optimizer. ``mode``: ``None`` (kept as flagged, compiled where the choice was left to PyTorch),
+    ``"native"``, ``"inductor"``."""
 
     def __init__(self, opt: torch.optim.Optimizer, mode: str | None):
         self.opt: torch.optim.Optimizer = opt
@@ -52,8 +50,8 @@ class ProgramCache:
         return whole
 
     def _choose(self, member: BoundParam) -> None:
-        """Find one parameter's program; none if the stock step made a sparse state. Raises NotTraceable, and MakesState where
-        the stock step has to make its state first."""
+        """Find one parameter's program; none if the stock step made a sparse state. Raises NotTraceable, and MakesState where the
+        stock step has to make its state first."""
         if any(isinstance(v, torch.Tensor) and not is_dense(v) for v in member.state.values()):
             return
         group = self.opt.param_groups[member.group]

@@ -59,8 +59,8 @@ class ScalarGroup:
 
 
 def _spread(source: torch.Tensor, column: list[torch.Tensor]) -> Callable[[], None]:
-    """What gives all of ``column`` the value of ``source``, 0-dimensional as they are. Those that have their addresses
-    checked at every step (counts on the CPU) are written without PyTorch: it takes half a microsecond for each."""
+    """What gives all of ``column`` the value of ``source``, 0-dimensional as they are. Those that have their addresses checked at
+    every step (counts on the CPU) are written without PyTorch: it takes half a microsecond for each."""
     if any(t.device.type != "cpu" or t.dtype != source.dtype for t in (source, *column)):
         return lambda: torch._foreach_copy_(column, [source] * len(column))
     ffi, lib = _lib.load()

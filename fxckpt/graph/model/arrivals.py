@@ -13,10 +13,8 @@ from fxckpt.compat.tensors import gradient_accumulator
 
 
 class FirstBackward:
-    """Listens to the backwards before the first step; once stopped it costs nothing.
-
-    What a compiled region computes arrives all at once, so this orders regions, and what is not compiled.
-    """
+    """Listens to the backwards before the first step; once stopped it costs nothing. What a compiled region computes arrives all
+    at once, so this orders regions, and what is not compiled."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
         self._order: dict[int, None] = {}

@@ -26,12 +26,10 @@ def _of_the_same_class(owner: nn.Module, roots: Sequence[nn.Module]) -> list[nn.
 
 
 class TraceBook:
-    """All that the compiler has shown, merged by parameter identity over graph breaks, splits, recompiles.
-
-    ``listeners`` are called with each new trace inside the backend call, before the graph runs for the first
-    time; an exception of theirs goes up to the user. An entry that is a weak reference
-    (``weakref.WeakMethod``) is dropped when it dies. ``version`` grows with each record.
-    """
+    """All that the compiler has shown, merged by parameter identity over graph breaks, splits, recompiles. ``listeners`` are
+    called with each new trace inside the backend call, before the graph runs for the first time; an exception of theirs goes up
+    to the user. An entry that is a weak reference (``weakref.WeakMethod``) is dropped when it dies. ``version`` grows with each
+    record."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -45,12 +43,9 @@ class TraceBook:
         self._warned = False
 
     def record(self, trace: JointTrace) -> JointTrace:
-        """Take in a new trace and tell the listeners; returns it with its region.
-
-        A recompile of the same frame takes the place of what it recompiles: same frame, another compile of
-        it, and a parameter in common. (Blocks with the same code share a frame, DDP's splits even a compile:
-        they stay apart.)
-        """
+        """Take in a new trace and tell the listeners; returns it with its region. A recompile of the same frame takes the place
+        of what it recompiles: same frame, another compile of it, and a parameter in common. (Blocks with the same code share a
+        frame, DDP's splits even a compile: they stay apart.)"""
         with self._lock:
             self.models.add(trace)
             if trace.params:
@@ -95,9 +90,7 @@ class TraceBook:
                 call(trace)
 
     def annotate(self, trace: JointTrace, reads: Mapping[int, JointRead]) -> None:
-        """Keep the joint graph's positions, by placeholder index, in place of the mirrored ones. No new
-        version.
-        """
+        """Keep the joint graph's positions, by placeholder index, in place of the mirrored ones. No new version."""
         with self._lock:
             if trace.region not in self._regions:
                 return
@@ -130,11 +123,8 @@ class TraceBook:
         return self._arrivals.get(param)
 
     def places(self) -> dict[int, tuple[int, int]]:
-        """A sort key for each region: the order in which their backwards ran.
-
-        That is when a region's last gradient arrived, as far as arrivals are known; a region without any comes right after
-        the region that follows it in the forward.
-        """
+        """A sort key for each region: the order in which their backwards ran. That is when a region's last gradient arrived, as
+        far as arrivals are known; a region without any comes right after the region that follows it in the forward."""
         places, time = {}, -1
         for region in sorted(self._params_regions(), reverse=True):
             trace = self._regions.get(region)
@@ -149,12 +139,10 @@ class TraceBook:
         return set(self._regions).union(*self._params.values())
 
     def arrived(self, params: Sequence[Tensor], model: nn.Module | None = None) -> None:
-        """Take in the order in which the gradients of ``params`` arrived in a backward.
-
-        It places what no graph shows: parameters of modules that are not compiled, and regions among each other. Blocks of
-        one class that are compiled one by one (``block.compile()``) share the first one's code, so the compiler never shows
-        the others: each gets a copy of the first one's trace. ``model`` is searched for them as the known models are.
-        """
+        """Take in the order in which the gradients of ``params`` arrived in a backward. It places what no graph shows: parameters
+        of modules that are not compiled, and regions among each other. Blocks of one class that are compiled one by one
+        (``block.compile()``) share the first one's code, so the compiler never shows the others: each gets a copy of the first
+        one's trace. ``model`` is searched for them as the known models are."""
         with self._lock:
             start = 1 + max(self._arrivals.values(), default=-1)
             self._arrivals.update({p: start + at for at, p in enumerate(params)})
@@ -192,9 +180,7 @@ class TraceBook:
         )
 
     def could_not_read(self, what: str, error: Exception) -> None:
-        """Say once that a graph could not be read. Training goes on; the order falls back to reverse
-        registration.
-        """
+        """Say once that a graph could not be read. Training goes on; the order falls back to reverse registration."""
         level = logging.DEBUG if self._warned else logging.WARNING
         self._warned = True
         log.log(

@@ -1,14 +1,12 @@
-"""What a forward graph says about its parameters: where each is used first, and how data flows between the
-uses.
+"""What a forward graph says about its parameters: where each is used first, and how data flows between the uses.
 
     linear = F.linear(x, w0, b0)       use 0: w0, b0         fed by: nothing
     relu   = torch.relu(linear)        (no parameter: only passes on what reaches it)
     wt     = w1.t()                    made of parameters alone: still "w1"
     y      = relu @ wt                 use 1: w1             fed by: use 0
 
-The graph is Dynamo's: it exists at every compile, also when the AOTAutograd cache is warm and the joint graph
-is never built. It is laid out flat in execution order, with the bodies that checkpointing, ``cond`` and
-nested compile regions hide, and then read.
+The graph is Dynamo's: it exists at every compile, also when the AOTAutograd cache is warm and the joint graph is never built. It
+is laid out flat in execution order, with the bodies that checkpointing, ``cond`` and nested compile regions hide, and then read.
 """
 
 from __future__ import annotations
@@ -29,16 +27,12 @@ _CALLS_ITS_BODIES = frozenset({
     "wrap", "wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_activation_checkpoint",
     "tag_activation_checkpoint", "invoke_subgraph", "cond",
 })  # fmt: skip
-"""Higher-order ops whose last arguments are, one to one, the inputs of each body. The others are one op to
-us.
-"""
+"""Higher-order ops whose last arguments are, one to one, the inputs of each body. The others are one op to us."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """An op where parameters (placeholder indices) meet data; ``inputs`` are the earlier uses that the data
-    comes from.
-    """
+    """An op where parameters (placeholder indices) meet data; ``inputs`` are the earlier uses that the data comes from."""
 
     params: tuple[int, ...]
     inputs: tuple[int, ...]
@@ -46,9 +40,7 @@ class Use:
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward graph, read. Positions count its ops in execution order; parameters are placeholder
-    indices.
-    """
+    """One forward graph, read. Positions count its ops in execution order; parameters are placeholder indices."""
 
     length: int
     reads: Mapping[int, tuple[int, int]]  # first and last op that reads the parameter
@@ -58,10 +50,8 @@ class Forward:
 
 
 def walk(gm: fx.GraphModule, params: Iterable[int]) -> Forward:
-    """Read the graph of ``gm``; ``params``: the indices of the placeholders that are trainable parameters.
-
-    Other placeholders that require grad are activations of an earlier region.
-    """
+    """Read the graph of ``gm``; ``params``: the indices of the placeholders that are trainable parameters. Other placeholders
+    that require grad are activations of an earlier region."""
     params, flat = frozenset(params), _flatten(gm)
     reads: dict[int, tuple[int, int]] = {}
     for at, op in enumerate(flat.ops):
@@ -108,9 +98,8 @@ def _flatten(gm: fx.GraphModule) -> _Flat:
 
 
 def _lay_out(gm: fx.GraphModule, inputs: Sequence[_Ids], ops: list[_Op]) -> dict[fx.Node, list[_Ids]]:
-    """Append the ops of ``gm``, called on ``inputs``, to ``ops``; the values of each node, one per element of
-    a body's several outputs.
-    """
+    """Append the ops of ``gm``, called on ``inputs``, to ``ops``; the values of each node, one per element of a body's several
+    outputs."""
     env: dict[fx.Node, list[_Ids]] = {}
     feed = iter(inputs)
     for node in gm.graph.nodes:
@@ -191,9 +180,7 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _first_uses(flat: _Flat, params: _Ids) -> dict[int, int]:
-    """For each parameter the first op through which a gradient comes back to it; none for what gets no
-    gradient.
-    """
+    """For each parameter the first op through which a gradient comes back to it; none for what gets no gradient."""
     wanted = set(flat.differentiable_outputs)
     first: dict[int, int] = {}
     for at in reversed(range(len(flat.ops))):

@@ -1,10 +1,9 @@
 """What one backend call shows of a training graph.
 
-Two graphs are read. Dynamo's forward graph comes with every compile, so the *order* of layers is taken from
-it alone: autograd runs the backward in the reverse order of the forward, so a gradient is final once the
-backward has passed its parameter's first use. AOTAutograd's joint graph says it exactly
-(``tests/graph/test_joint.py`` checks that both agree), but on a warm cache it is never built; where it is seen, its
-positions are kept beside the order, which stays the same in a cold and a warm process.
+Two graphs are read. Dynamo's forward graph comes with every compile, so the *order* of layers is taken from it alone: autograd
+runs the backward in the reverse order of the forward, so a gradient is final once the backward has passed its parameter's first
+use. AOTAutograd's joint graph says it exactly (``tests/graph/test_joint.py`` checks that both agree), but on a warm cache it is
+never built; where it is seen, its positions are kept beside the order, which stays the same in a cold and a warm process.
 """
 
 from __future__ import annotations
@@ -26,13 +25,9 @@ from fxckpt.graph.model.forward import Forward, Use, walk
 
 @dataclass(frozen=True)
 class ParamTrace:
-    """What one graph says of one parameter.
-
-    ``first_use`` is its first use in the region's forward graph, and decides the order. The other positions
-    count nodes of the joint graph where ``origin`` is "joint"; where it is "dynamo", those of a forward of N
-    ops followed by its mirror image. A partitioner that recomputes may read the parameter once more, later
-    than ``last_read``.
-    """
+    """What one graph says of one parameter. ``first_use`` is its first use in the region's forward graph, and decides the order.
+    The other positions count nodes of the joint graph where ``origin`` is "joint"; where it is "dynamo", those of a forward of N
+    ops followed by its mirror image. A partitioner that recomputes may read the parameter once more, later than ``last_read``."""
 
     name: str
     region: int
@@ -45,13 +40,9 @@ class ParamTrace:
 
 @dataclass(frozen=True)
 class JointTrace:
-    """One backend call: its trainable parameters and buffers, held weakly, and how data flows between their
-    uses.
-
-    ``inputs`` are Dynamo's placeholder indices of ``params``; ``uses`` count parameters as ``params`` does.
-    An inference graph has neither. ``region`` is the graph's place in the order in which forwards run, -1
-    before the book has given one.
-    """
+    """One backend call: its trainable parameters and buffers, held weakly, and how data flows between their uses. ``inputs`` are
+    Dynamo's placeholder indices of ``params``; ``uses`` count parameters as ``params`` does. An inference graph has neither.
+    ``region`` is the graph's place in the order in which forwards run, -1 before the book has given one."""
 
     region: int
     compiled: tuple[int | None, weakref.ref | None]  # see compile_under_way
@@ -88,10 +79,8 @@ class JointRead:
 
 
 def read_joint(graph: fx.Graph | fx.GraphModule) -> dict[int, JointRead]:
-    """What AOTAutograd's joint graph says, by Dynamo placeholder index; nothing for inference and subgraphs.
-
-    A view of a parameter shares its memory, so whoever reads the view reads the parameter.
-    """
+    """What AOTAutograd's joint graph says, by Dynamo placeholder index; nothing for inference and subgraphs. A view of a
+    parameter shares its memory, so whoever reads the view reads the parameter."""
     if isinstance(graph, fx.GraphModule):
         graph = graph.graph
     position = {node: at for at, node in enumerate(graph.nodes)}

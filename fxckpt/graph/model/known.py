@@ -17,10 +17,8 @@ from fxckpt.graph.model.joint import JointTrace, is_frozen
 
 
 class KnownModels:
-    """The models that were seen, held weakly, and by reference what belongs to no model that could be found.
-
-    ``of`` in a method: only of models that own one of these parameters.
-    """
+    """The models that were seen, held weakly, and by reference what belongs to no model that could be found. ``of`` in a method:
+    only of models that own one of these parameters."""
 
     def __init__(self, lock: threading.RLock):
         self._lock = lock  # the book's

@@ -1,8 +1,7 @@
 """Layers: which parameters are updated and checkpointed together, and in which order.
 
-The order is the one in which gradients become final, so that a layer could be updated as soon as its gradient
-is there. It must never be able to fail training: whatever was or was not seen, each parameter appears exactly
-once.
+The order is the one in which gradients become final, so that a layer could be updated as soon as its gradient is there. It must
+never be able to fail training: whatever was or was not seen, each parameter appears exactly once.
 """
 
 from __future__ import annotations
@@ -31,12 +30,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Place:
-    """Why a parameter stands where it does in the update order: what was seen of it, and where.
-
-    ``origin``: "joint" and "dynamo": its region's forward graph, where ``position`` is the op that uses it first (for "joint"
-    AOTAutograd's joint graph was seen too, and its gradient is final at node ``final``); "arrival": its gradient came as number
-    ``position`` of those of the first backward; "registration": it was never seen, and is number ``position`` of its optimizer.
-    """
+    """Why a parameter stands where it does in the update order: what was seen of it, and where. ``origin``: "joint" and "dynamo":
+    its region's forward graph, where ``position`` is the op that uses it first (for "joint" AOTAutograd's joint graph was seen
+    too, and its gradient is final at node ``final``); "arrival": its gradient came as number ``position`` of those of the first
+    backward; "registration": it was never seen, and is number ``position`` of its optimizer."""
 
     origin: str
     position: int
@@ -58,8 +55,8 @@ def gradient_order(named: Sequence[tuple[str, Tensor]], book: TraceBook) -> dict
     2. Parameters outside all regions, among the regions, as their gradients arrived.
     3. Those of which nothing is known, last.
 
-    Ties (weight and bias of one op) are in reverse registration order. A tensor that ``named`` holds twice counts once, under
-    its first name.
+    Ties (weight and bias of one op) are in reverse registration order. A tensor that ``named`` holds twice counts once, under its
+    first name.
     """
     regions = book.places()
     ranks: dict[int, tuple[tuple[bool, tuple[int, int], int, int], str, Place]] = {}
@@ -79,11 +76,9 @@ def gradient_order(named: Sequence[tuple[str, Tensor]], book: TraceBook) -> dict
 
 
 def group_layers(order: Iterable[str], layer: str | Callable[[str], str] = "module") -> tuple[Layer, ...]:
-    """Split ``order`` into layers, sorted by when the last gradient of each becomes final.
-
-    "module": the parameters one module owns directly. "block": those under the outermost list element
-    (``h.0``); what is in no list, by module. Or a function from a parameter's FQN to the name of its layer.
-    """
+    """Split ``order`` into layers, sorted by when the last gradient of each becomes final. "module": the parameters one module
+    owns directly. "block": those under the outermost list element (``h.0``); what is in no list, by module. Or a function from a
+    parameter's FQN to the name of its layer."""
     if not callable(layer) and layer not in _GROUPINGS:
         raise SetupError(f"layer={layer!r}: expected 'module', 'block' or a function of a parameter's name")
     name_of = layer if callable(layer) else _GROUPINGS[layer]
@@ -114,12 +109,9 @@ _GROUPINGS: Mapping[str, Callable[[str], str]] = {"module": module_of, "block": 
 def layer_edges(
     layers: Sequence[Layer], book: TraceBook, named: Iterable[tuple[str, Tensor]] | None = None
 ) -> tuple[tuple[str, str], ...]:
-    """Which layer's output reaches which layer's ops in the forward, through ops that have no parameters.
-
-    Only the edges that no longer path implies, from the layer that is used first to the one used later (a
-    shared layer called again makes no circle). ``named`` says what the names in ``layers`` stand for, if they
-    are not the book's own. Sorted in forward order.
-    """
+    """Which layer's output reaches which layer's ops in the forward, through ops that have no parameters. Only the edges that no
+    longer path implies, from the layer that is used first to the one used later (a shared layer called again makes no circle).
+    ``named`` says what the names in ``layers`` stand for, if they are not the book's own. Sorted in forward order."""
     layer_of = {name: layer.name for layer in layers for name in layer.params}
     owner = {id(tensor): layer_of[name] for name, tensor in (named or book.models.names()) if name in layer_of}
     first_use: dict[str, int] = {}
@@ -133,11 +125,9 @@ def layer_edges(
 
 
 def _flow(traces: Sequence[JointTrace], owner: Mapping[int, str]) -> Iterable[tuple[set[str], set[str]]]:
-    """For each use, in forward order: the layers whose parameters it reads, and those whose output it reads.
-
-    A use without a layer (its parameters are not the optimizer's) passes on what reached it. What reaches a
-    region from an earlier one is taken to come from the outputs of the one before.
-    """
+    """For each use, in forward order: the layers whose parameters it reads, and those whose output it reads. A use without a
+    layer (its parameters are not the optimizer's) passes on what reached it. What reaches a region from an earlier one is taken
+    to come from the outputs of the one before."""
     came: set[str] = set()
     for trace in traces:
         layer = [owner.get(id(ref())) for ref, _ in trace.params]

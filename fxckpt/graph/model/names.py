@@ -1,9 +1,8 @@
 """Names of parameters and buffers, relative to the model a user would save.
 
-``torch.compile``, DDP and their kin wrap a model in a module of their own, and so put ``_orig_mod.`` or
-``module.`` into every name. Such wrappers are recognised by type, never by their text: a user's own attribute
-called ``module`` keeps its name. A tensor that is there twice (tied weights, a shared module) has the first
-name a walk meets.
+``torch.compile``, DDP and their kin wrap a model in a module of their own, and so put ``_orig_mod.`` or ``module.`` into every
+name. Such wrappers are recognised by type, never by their text: a user's own attribute called ``module`` keeps its name. A tensor
+that is there twice (tied weights, a shared module) has the first name a walk meets.
 """
 
 from __future__ import annotations
@@ -44,11 +43,10 @@ def _once(named: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
 def find_roots(sources: Sequence[Any]) -> list[nn.Module]:
     """The models that the graph being compiled belongs to, to be asked inside a backend call.
 
-    First the outermost module that is being called right now. Names relative to it are the same for every
-    region of a model: after a graph break, for a submodule whose own frame is compiled, and for blocks that
-    are compiled one by one (their own names would collide). Then, for a compiled function that no module
-    calls (a whole training step), the first module on the path of each input: ``L['trainer'].model`` for one
-    of its parameters.
+    First the outermost module that is being called right now. Names relative to it are the same for every region of a model:
+    after a graph break, for a submodule whose own frame is compiled, and for blocks that are compiled one by one (their own names
+    would collide). Then, for a compiled function that no module calls (a whole training step), the first module on the path of
+    each input: ``L['trainer'].model`` for one of its parameters.
     """
     found = [unwrap_model(module) for module in called_modules()[:1]]
     scope = compiling_scope()
@@ -73,9 +71,7 @@ def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
 
 def name_from_source(text: str) -> str:
     """The FQN that Dynamo's path to a tensor spells out: what is left where no model can be found.
-
-    ``L['self']._modules['h']._modules['0']._parameters['weight']`` gives ``h.0.weight``.
-    """
+    ``L['self']._modules['h']._modules['0']._parameters['weight']`` gives ``h.0.weight``."""
     at = re.search(r"\._(modules|parameters|buffers)\[", text)
     keys = _KEYS.findall(text[at.start() :] if at else "")
     return ".".join(keys) if keys else text

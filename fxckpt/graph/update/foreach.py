@@ -1,8 +1,8 @@
 """Run a single-tensor update over lists of tensors, with the same kernels and the same bits.
 
 Each operator of the body becomes its ``_foreach`` form. On CPU those are loops in C++ over the very kernels that the
-single-tensor operators call ("slow path" in ATen's ForeachOpsKernels.cpp), so the bits are the same and only Python's
-share is gone: for a 64x64 parameter, most of the time.
+single-tensor operators call ("slow path" in ATen's ForeachOpsKernels.cpp), so the bits are the same and only Python's share is
+gone: for a 64x64 parameter, most of the time.
 
 What a rehearsal noted (optim/rehearsal) may hold any operator. There, list kernels over one tensor become list kernels over all,
 and an operator that has no list form runs in a loop.
@@ -25,9 +25,9 @@ from fxckpt.graph.update.trace import NotTraceable
 aten = torch.ops.aten
 
 GROUP_BYTES = 1 << 21
-"""Bytes of all columns that one group of a list kernel may touch. The operators go over a group one after the other; in
-a group this small each finds in the cache what the last one left there. Measured, AdamW on 200 tensors of 64x64 against
-the stock step: 512 KiB take 1.2 of foreach's time and 0.67 of the single-tensor form's, 2 MiB 1.0 and 0.58; more gain nothing."""
+"""Bytes of all columns that one group of a list kernel may touch. The operators go over a group one after the other; in a group
+this small each finds in the cache what the last one left there. Measured, AdamW on 200 tensors of 64x64 against the stock step:
+512 KiB take 1.2 of foreach's time and 0.67 of the single-tensor form's, 2 MiB 1.0 and 0.58; more gain nothing."""
 
 
 def data_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -91,10 +91,8 @@ def _is_spent(value: fx.Node, reader: fx.Node) -> bool:
 
 
 def widen_to_lists_pass(gm: fx.GraphModule, columns: int, dtypes: Sequence[torch.dtype], loops: bool = False) -> fx.GraphModule:
-    """A body of single-tensor operators with list kernels; raises NotTraceable if an operator of it has none.
-
-    The first ``columns`` inputs are tensors, of ``dtypes``. With ``loops`` any operator without a list form runs in a loop.
-    """
+    """A body of single-tensor operators with list kernels; raises NotTraceable if an operator of it has none. The first
+    ``columns`` inputs are tensors, of ``dtypes``. With ``loops`` any operator without a list form runs in a loop."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     tensors = set(gm.graph.find_nodes(op="placeholder")[:columns])
@@ -213,8 +211,8 @@ PARALLEL = 32768
 
 
 def groups(columns: Sequence[Sequence[torch.Tensor]], threads: int = 1) -> list[slice]:
-    """Cut equally long columns into groups of at most ``GROUP_BYTES``, or of one member that is larger; for several
-    threads into a multiple of their number that are about equally large, where there are so many members."""
+    """Cut equally long columns into groups of at most ``GROUP_BYTES``, or of one member that is larger; for several threads into
+    a multiple of their number that are about equally large, where there are so many members."""
     sizes = [sum(t.nbytes for t in row) for row in zip(*columns)]
     if not sizes:
         return []

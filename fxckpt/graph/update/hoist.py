@@ -1,10 +1,10 @@
 """The passes that split a traced update into scalars, computed once a step on the host, and the tensor work of each layer.
 
-Left inside, the 0-dimensional arithmetic (step count, bias correction) is computed again for every parameter, and by
-Inductor for every element: an AdamW step then takes two to four times as long.
+Left inside, the 0-dimensional arithmetic (step count, bias correction) is computed again for every parameter, and by Inductor for
+every element: an AdamW step then takes two to four times as long.
 
-``host`` advances the step counts of ONE parameter (the representative) and returns the scalars as doubles; whoever runs
-it gives the other parameters of the same count the same new counts. ``body`` is all the rest:
+``host`` advances the step counts of ONE parameter (the representative) and returns the scalars as doubles; whoever runs it gives
+the other parameters of the same count the same new counts. ``body`` is all the rest:
 
 * ``each``: traced for one parameter, called for each;
 * ``columns``: traced for two; every tensor list is a whole *column* (all parameters, all gradients, ...), so the same
@@ -27,12 +27,9 @@ from fxckpt.graph.update.trace import NotTraceable, Role, Signature
 
 @dataclass(frozen=True)
 class Program:
-    """An update ready to run.
-
-    ``host(*counts, *hypers) -> tuple of scalars`` with ``counts`` the representative's 0-dim states, in the order of
-    ``counts``, mutated in place. ``body(*columns, *scalars)`` takes for each entry of ``inputs`` one tensor (``each``)
-    or the list of tensors (``columns``).
-    """
+    """An update ready to run. ``host(*counts, *hypers) -> tuple of scalars`` with ``counts`` the representative's 0-dim states,
+    in the order of ``counts``, mutated in place. ``body(*columns, *scalars)`` takes for each entry of ``inputs`` one tensor
+    (``each``) or the list of tensors (``columns``)."""
 
     signature: Signature
     style: str  # "each" or "columns"
@@ -127,8 +124,8 @@ def snapshot_counts_pass(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def split(gm: fx.GraphModule, signature: Signature) -> Program:
-    """Cut a traced update, all of whose host work may run first, in two. Raises NotTraceable where a tensor decides a scalar or
-    a list is not a whole column."""
+    """Cut a traced update, all of whose host work may run first, in two. Raises NotTraceable where a tensor decides a scalar or a
+    list is not a whole column."""
     host = _HostBuilder(gm, signature)
     body = _BodyBuilder(gm, host)
     body.build()

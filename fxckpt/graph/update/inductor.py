@@ -1,9 +1,9 @@
 """Compile an update's body with Inductor: one kernel for every shape, length and depth.
 
-An elementwise update does not see shapes. Inductor is asked for the C++ of one flat tensor of unknown length, and a
-loop of ours around it takes a whole list of them: it cuts them into blocks that stay in a core's cache and deals the
-blocks out evenly to OpenMP's threads. So a step costs one call from Python, however many parameters there are.
-Scalars come in by address; a Python float would be baked in.
+An elementwise update does not see shapes. Inductor is asked for the C++ of one flat tensor of unknown length, and a loop of ours
+around it takes a whole list of them: it cuts them into blocks that stay in a core's cache and deals the blocks out evenly to
+OpenMP's threads. So a step costs one call from Python, however many parameters there are. Scalars come in by address; a Python
+float would be baked in.
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ _compiled: dict[Any, Update | NotTraceable] = {}
 
 
 def compile_body(program: Program) -> Update:
-    """Inductor's code for ``program``, compiled once in a process and cached on disk by its source.
-
-    Raises NotTraceable when a scalar reaches an operator that has no tensor form, or Inductor makes more than one kernel.
-    """
+    """Inductor's code for ``program``, compiled once in a process and cached on disk by its source. Raises NotTraceable when a
+    scalar reaches an operator that has no tensor form, or Inductor makes more than one kernel."""
     key = program.key
     if key not in _compiled:
         try:
@@ -101,11 +99,9 @@ def _compile(program: Program) -> Update:
 
 
 def _library(program: Program) -> ctypes.CDLL:
-    """The code of this program, from the cache of an earlier process if it is there.
-
-    Before Inductor's own cache finds its file it compiles and runs something for each kind of vector unit, in processes of
-    their own: most of a second. So the file lies here too, by all that it depends on, the processor included.
-    """
+    """The code of this program, from the cache of an earlier process if it is there. Before Inductor's own cache finds its file
+    it compiles and runs something for each kind of vector unit, in processes of their own: most of a second. So the file lies
+    here too, by all that it depends on, the processor included."""
     told = (torch.__version__, program.body.code, program.scalars, program.dtypes, program.signature.dtype, BLOCK, _DRIVER)
     name = hashlib.sha256(repr((*told, compiler_settings())).encode()).hexdigest()
     path = Path(cache_folder(), "fxckpt", f"{name}.so")
@@ -147,10 +143,8 @@ def _generate(program: Program) -> str:
 def driver(
     types: Sequence[str], source: str, call: Sequence[Any], columns: Sequence[torch.Tensor], scalars: Sequence[torch.Tensor]
 ) -> str:
-    """The kernel with the loop around it. ``call`` says what each argument was when it ran on ``columns`` and ``scalars``.
-
-    Raises NotTraceable for an argument that is neither of those nor the length: a temporary of Inductor's.
-    """
+    """The kernel with the loop around it. ``call`` says what each argument was when it ran on ``columns`` and ``scalars``. Raises
+    NotTraceable for an argument that is neither of those nor the length: a temporary of Inductor's."""
     places = {t.data_ptr(): f"row[{i}]" for i, t in enumerate(columns)}
     fixed = {t.data_ptr(): f"scalars[{i}]" for i, t in enumerate(scalars)}
     arguments = []
@@ -171,8 +165,8 @@ def driver(
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Do two tensors of one shape lie in memory in the same order? The strides of dimensions of size 1 mean nothing:
-    a 1x1 convolution's gradient has others than its weight, and so has a momentum cloned from it."""
+    """Do two tensors of one shape lie in memory in the same order? The strides of dimensions of size 1 mean nothing: a 1x1
+    convolution's gradient has others than its weight, and so has a momentum cloned from it."""
     return all(x == y for size, x, y in zip(a.shape, a.stride(), b.stride()) if size != 1)
 
 

@@ -32,10 +32,8 @@ def hoist(gm: fx.GraphModule, signature: Signature) -> Program:
 def specialize(
     opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any], signature: Signature
 ) -> Program:
-    """Trace and split the update for the branches that the step would take with the counts in ``state`` now.
-
-    Raises NotTraceable. List kernels that cannot be told apart per parameter are called with lists of one.
-    """
+    """Trace and split the update for the branches that the step would take with the counts in ``state`` now. Raises NotTraceable.
+    List kernels that cannot be told apart per parameter are called with lists of one."""
     if signature.implementation == "single":
         return _specialize(opt, group, param, state, signature, 1)
     try:

@@ -1,8 +1,8 @@
 """Trace a stock optimizer's own ``step()`` into an FX graph: one graph per signature, not one per parameter.
 
-The optimizer is not rewritten by hand: a shallow clone of it runs under ``make_fx`` with fake tensors. Numeric
-hyperparameters and step counts become symbolic doubles, so what eager computes in Python stays Python arithmetic in the
-graph and nothing of it is baked in.
+The optimizer is not rewritten by hand: a shallow clone of it runs under ``make_fx`` with fake tensors. Numeric hyperparameters
+and step counts become symbolic doubles, so what eager computes in Python stays Python arithmetic in the graph and nothing of it
+is baked in.
 
 Two ways in, because two kinds of kernels exist:
 
@@ -38,14 +38,12 @@ class MakesState(NotTraceable):
 
 
 ELEMENTWISE = frozenset({"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"})
-"""Classes of ``torch.optim`` whose step treats every element alike and keeps all that changes in tensors of its state.
-
-Only then is one trace, made on stand-ins of another shape, right for every parameter.
-"""
+"""Classes of ``torch.optim`` whose step treats every element alike and keeps all that changes in tensors of its state. Only then
+is one trace, made on stand-ins of another shape, right for every parameter."""
 
 BY_SHAPE = frozenset({"Adafactor", "Muon"})
-"""Classes of ``torch.optim`` that treat every parameter apart from the others but not every element alike: traced once
-for each shape, and never compiled."""
+"""Classes of ``torch.optim`` that treat every parameter apart from the others but not every element alike: traced once for each
+shape, and never compiled."""
 
 COUNTS = frozenset({"step", "mu", "eta", "mu_product"})
 """States that are 0-dimensional for every parameter, also for one that is itself 0-dimensional."""
@@ -115,11 +113,8 @@ def tensor_items(group: dict[str, Any]) -> list[tuple[Key, torch.Tensor]]:
 def signature_of(
     opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any], implementation: str
 ) -> Signature:
-    """The signature of one parameter's update.
-
-    Raises NotTraceable for what runs whole: classes not listed above, ``capturable``, ``differentiable``, sparse parameters,
-    and state that is not shaped like its parameter where elements are treated alike.
-    """
+    """The signature of one parameter's update. Raises NotTraceable for what runs whole: classes not listed above, ``capturable``,
+    ``differentiable``, sparse parameters, and state that is not shaped like its parameter where elements are treated alike."""
     cls = plain_class(opt)
     if cls is not getattr(torch.optim, cls.__name__, None):
         raise NotTraceable(f"{cls.__module__}.{cls.__qualname__} is not known to treat parameters apart")
@@ -196,8 +191,8 @@ def trace(
 
     The result changes its inputs in place, and returns how its branches go; ``meta["outcomes"]`` is how they were taken to go.
 
-    ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told
-    from what is common to the list. ``script`` says how branches on step counts and hyperparameters go.
+    ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told from
+    what is common to the list. ``script`` says how branches on step counts and hyperparameters go.
     """
     if count is None:
         count = 1 if signature.implementation == "single" else 2

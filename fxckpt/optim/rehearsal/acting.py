@@ -54,10 +54,8 @@ class Stage:
         return effects.reach(self.opt)
 
     def act(self, parts: Sequence[Part], closure: bool, guarded: bool) -> Found:
-        """Run the step for these parts, each played by its stand-in. Raises NotTraceable.
-
-        ``closure``: call it with one. ``guarded``: look whether anything outside changes.
-        """
+        """Run the step for these parts, each played by its stand-in. Raises NotTraceable. ``closure``: call it with one.
+        ``guarded``: look whether anything outside changes."""
         reach = self._reach
         clone, attributes = self._clone()
         counts = [{key: t.clone() for key, t in part.first.counts()} for part in parts]

@@ -76,10 +76,8 @@ class Casting:
 
 
 def program_of(stand_in: StandIn, cls: type) -> Program:
-    """Its tape as a body that runs on real tensors: ``body(parameter, gradient, *states, *scalars)``.
-
-    It has no host part: the scalars are what the rehearsal of the step found.
-    """
+    """Its tape as a body that runs on real tensors: ``body(parameter, gradient, *states, *scalars)``. It has no host part: the
+    scalars are what the rehearsal of the step found."""
     graph, param = fx.Graph(), stand_in.param
     leaves = list(_leaves(stand_in.tape()))
     read = [leaf.name for leaf in leaves if isinstance(leaf, Ref) and not isinstance(leaf.name[0], int)]

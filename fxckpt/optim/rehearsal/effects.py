@@ -1,7 +1,7 @@
 """Does an optimizer's step change anything outside: globals, class attributes, random generators?
 
-A rehearsal runs the step once more than training does, so it must leave nothing behind. What its code can reach is read from
-the code itself, by name: that asks nothing of generators and globals that other threads use at the same time.
+A rehearsal runs the step once more than training does, so it must leave nothing behind. What its code can reach is read from the
+code itself, by name: that asks nothing of generators and globals that other threads use at the same time.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Reach:
 
 
 def reach(opt: torch.optim.Optimizer) -> Reach:
-    """Follow the step through every function that it names, but PyTorch's. Raises NotTraceable if one of them sets a global
-    or names a random generator."""
+    """Follow the step through every function that it names, but PyTorch's. Raises NotTraceable if one of them sets a global or
+    names a random generator."""
     cls = plain_class(opt)
     found = Reach(classes=tuple(c for c in cls.__mro__ if not _is_library(c.__module__)))
     todo = [function for c in cls.__mro__ for function in _functions(vars(c).get("step"))]
@@ -63,8 +63,8 @@ def _is_library(module: str | None) -> bool:
 
 
 def _named(function: types.FunctionType, cls: type) -> Iterator[tuple[str, Any]]:
-    """Everything that the names in a function's code may stand for: globals, attributes of the class, of modules that it
-    names, and what it holds in cells. Raises NotTraceable for a global that it sets."""
+    """Everything that the names in a function's code may stand for: globals, attributes of the class, of modules that it names,
+    and what it holds in cells. Raises NotTraceable for a global that it sets."""
     codes, names, space = [function.__code__], dict[str, None](), function.__globals__
     for code in codes:
         codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]

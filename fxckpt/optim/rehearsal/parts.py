@@ -21,8 +21,8 @@ Mask = Sequence[Any]
 
 @dataclass
 class Part:
-    """Parameters of one group that are alike; those of an absent part have no gradient in this step, and are there because
-    the step's code may look."""
+    """Parameters of one group that are alike; those of an absent part have no gradient in this step, and are there because the
+    step's code may look."""
 
     members: list[BoundParam]
     position: int  # of its first member among the group's parameters

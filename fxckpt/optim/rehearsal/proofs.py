@@ -88,8 +88,8 @@ def _situations(found: Found) -> set[object]:
 
 
 def compare_all(stage: Stage, partition: Partition, found: Found, closure: bool) -> None:
-    """Rehearse with a stand-in for each parameter, and two at least for each part. Raises NotTraceable if one of them
-    does something else than its part's, or if something changes that no step may change."""
+    """Rehearse with a stand-in for each parameter, and two at least for each part. Raises NotTraceable if one of them does
+    something else than its part's, or if something changes that no step may change."""
     everyone = sorted(((m, role) for role in found.roles for m in role.part.members), key=lambda each: each[0].index)
     twice = [id(role) for role in found.roles if role.part.present and len(role.part.members) == 1]
     players = [(alone(m, role.part), role) for m, role in everyone for _ in range(1 + (id(role) in twice))]

@@ -1,11 +1,11 @@
 """Watches what an optimizer's own ``step()`` asks of PyTorch, on stand-ins that have no memory.
 
-A class that is not of ``torch.optim`` may do anything, so nothing is assumed of it: its step runs, in plain Python, on
-stand-ins of its parameters, gradients and states. What it computes with Python numbers, step counts and tensor
-hyperparameters happens for real. What it asks of stand-ins is put on their tapes.
+A class that is not of ``torch.optim`` may do anything, so nothing is assumed of it: its step runs, in plain Python, on stand-ins
+of its parameters, gradients and states. What it computes with Python numbers, step counts and tensor hyperparameters happens for
+real. What it asks of stand-ins is put on their tapes.
 
-What would make a tape wrong for another tensor raises NotTraceable at once: a value read on the host, an operator over
-two parameters, random numbers, a change of anything that is no stand-in.
+What would make a tape wrong for another tensor raises NotTraceable at once: a value read on the host, an operator over two
+parameters, random numbers, a change of anything that is no stand-in.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def _written(target: Any, args: Args, kwargs: dict[str, Any]) -> list[torch.Tens
 
 
 class Recorder:
-    """Watches one rehearsal. ``peeked``: the step's Python may have seen a shape; ``sized``: a size or a dimension is on a
-    tape. Either way a tape is right for that one shape only."""
+    """Watches one rehearsal. ``peeked``: the step's Python may have seen a shape; ``sized``: a size or a dimension is on a tape.
+    Either way a tape is right for that one shape only."""
 
     def __init__(self, cast: Sequence[StandIn]):
         self.owner: dict[int, StandIn] = {each: stand_in for stand_in in cast for each in stand_in.names}

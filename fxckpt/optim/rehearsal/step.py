@@ -1,9 +1,9 @@
 """The strategy for optimizers that are not of ``torch.optim``: split where that can be shown to change nothing.
 
-Before each step the optimizer's own ``step()`` runs on stand-ins without memory, one for each *part*: parameters of one
-group whose states and counts are alike. What it does in Python, advancing ``group["step"]`` or a ``state["step"]``, happens on
-a copy of the optimizer and is taken over; what it asks of PyTorch becomes the parts' programs. So the numbers of every step
-are computed by the optimizer's own code.
+Before each step the optimizer's own ``step()`` runs on stand-ins without memory, one for each *part*: parameters of one group
+whose states and counts are alike. What it does in Python, advancing ``group["step"]`` or a ``state["step"]``, happens on a copy
+of the optimizer and is taken over; what it asks of PyTorch becomes the parts' programs. So the numbers of every step are computed
+by the optimizer's own code.
 
 A program runs only after it was shown to be right:
 

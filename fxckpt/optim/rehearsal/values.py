@@ -57,8 +57,8 @@ def is_plain(value: Any) -> bool:
 
 
 def refuse_objects(name: str, value: Any, parameters: set[int]) -> None:
-    """Raises NotTraceable for an attribute that a copy of the optimizer would share, and its step might change, and for one
-    that names parameters (``parameters``: their ``id``), since stand-ins have another identity."""
+    """Raises NotTraceable for an attribute that a copy of the optimizer would share, and its step might change, and for one that
+    names parameters (``parameters``: their ``id``), since stand-ins have another identity."""
     if type(value) in CONTAINERS:
         for each in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
             refuse_objects(name, each, parameters)
