@@ -163,7 +163,7 @@ class Handle:
             "copy_seconds": engine["copy_seconds"],
             "write_seconds": engine["write_seconds"],
             "staging_bytes": engine["staging_bytes"],
-            "layers": sum(len(stepper.layers) for stepper in run.steppers),
+            "layers": sum(len(stepper.executor.arranged.graph.layers) for stepper in run.steppers),
             "last_error": None if tally.last_error is None else str(tally.last_error),
         }
 

@@ -1,7 +1,4 @@
-"""What Dynamo and AOTAutograd know of the graph being compiled, and keeping their hands off our frames.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""What Dynamo and AOTAutograd know of the graph being compiled, and keeping their hands off our frames."""
 
 from __future__ import annotations
 
@@ -91,18 +88,13 @@ def first_module(source: Any, scope: dict[str, dict[str, Any]] | None) -> torch.
     while source is not None:
         steps.append(source)
         source = getattr(source, "base", None)
-    value = _start(steps.pop(), scope)
+    start, scope = steps.pop(), scope or {"L": {}, "G": {}}
+    value = (
+        scope["L"].get(start.local_name) if hasattr(start, "local_name") else scope["G"].get(getattr(start, "global_name", ""))
+    )
     while not isinstance(value, torch.nn.Module) and value is not None and steps:
         value = _follow(value, steps.pop())
     return value if isinstance(value, torch.nn.Module) else None
-
-
-def _start(source: Any, scope: dict[str, dict[str, Any]] | None) -> Any:
-    if scope is None:
-        return None
-    if hasattr(source, "local_name"):
-        return scope["L"].get(source.local_name)
-    return scope["G"].get(getattr(source, "global_name", ""))
 
 
 def _follow(value: Any, step: Any) -> Any:

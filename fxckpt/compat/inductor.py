@@ -1,7 +1,4 @@
-"""Inductor: compiling a model's graph, reading its joint graph, and taking one kernel out of it.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""Inductor: compiling a model's graph, reading its joint graph, and taking one kernel out of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Walks through the user's modules: inside torch's wrappers, and the names of what they hold.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""Walks through the user's modules: inside torch's wrappers, and the names of what they hold."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Private parts of ``torch.optim``: steps without their wrappers, hooks, schedulers' and scalers' marks.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""Private parts of ``torch.optim``: steps without their wrappers, hooks, schedulers' and scalers' marks."""
 
 from __future__ import annotations
 

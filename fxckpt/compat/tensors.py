@@ -1,7 +1,4 @@
-"""Private facts about one tensor: its version, its wrappers, the autograd node that adds its gradient.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""Private facts about one tensor: its version, its wrappers, the autograd node that adds its gradient."""
 
 from __future__ import annotations
 

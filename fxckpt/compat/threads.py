@@ -1,7 +1,4 @@
-"""How many threads the kernels of the calling thread use, and which modes it has.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""How many threads the kernels of the calling thread use, and which modes it has."""
 
 from __future__ import annotations
 

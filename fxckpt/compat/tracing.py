@@ -1,7 +1,4 @@
-"""Tracing a step on fake tensors, with numbers that stay symbols.
-
-Feature tests: ``tests/project/test_torch_private.py``.
-"""
+"""Tracing a step on fake tensors, with numbers that stay symbols."""
 
 from __future__ import annotations
 
@@ -14,7 +11,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxckpt.compat.optimizers import unhooked_step
 
@@ -33,7 +32,6 @@ def trace_fake(fn: Callable, args: Sequence[torch.Tensor], script: Sequence[bool
     decided while tracing: ``script`` says how, first branch first, and what it does not say is taken as true. ``make_fx`` itself
     would raise GuardOnDataDependentSymNode, and knows no way to be told."""
     import sympy  # type: ignore[import-untyped]
-    from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
@@ -124,8 +122,6 @@ def symbolic_numbers(opt: torch.optim.Optimizer):
 def fake_mode() -> Any:
     """The mode in which stand-ins live: tensors with type, shape, strides and device, and no memory. ``FakeTensorMode`` is
     private, and the only thing that computes what an operator would return without running it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
@@ -137,38 +133,29 @@ def stand_in(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_stand_in(value: Any) -> bool:
     """Was it made by ``stand_in``, or by an operator from such a one?"""
-    return isinstance(value, _fake_tensor())
+    return isinstance(value, FakeTensor)
 
 
-@functools.cache
-def _fake_tensor() -> type:
-    from torch._subclasses.fake_tensor import FakeTensor
+class _Calls(TorchFunctionMode):
+    """Hands calls of PyTorch's Python functions on."""
 
-    return FakeTensor
+    def __init__(self, called: Callable):
+        super().__init__()
+        self.called = called
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return self.called(func, args, kwargs or {})
 
 
-@functools.cache
-def _watchers() -> tuple[type, type]:
-    """The two modes of ``watched``; ``TorchDispatchMode`` has no public name."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+class _Operators(TorchDispatchMode):
+    """Hands operators on; the mode has no public name."""
 
-    class Calls(TorchFunctionMode):
-        def __init__(self, called: Callable):
-            super().__init__()
-            self.called = called
+    def __init__(self, dispatched: Callable):
+        super().__init__()
+        self.dispatched = dispatched
 
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            return self.called(func, args, kwargs or {})
-
-    class Operators(TorchDispatchMode):
-        def __init__(self, dispatched: Callable):
-            super().__init__()
-            self.dispatched = dispatched
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            return self.dispatched(func, args, kwargs or {})
-
-    return Calls, Operators
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return self.dispatched(func, args, kwargs or {})
 
 
 @contextlib.contextmanager
@@ -177,11 +164,10 @@ def watched(called: Callable, dispatched: Callable):
     among them, and every operator that runs to ``dispatched(func, args, kwargs)``; they return what the caller gets. A function
     that ``torch.compile`` made raises RuntimeError meanwhile, before Dynamo sees it: it would find the modes, give up, and run
     that function eagerly ever after. FX's own mark of a trace under way is what such functions ask."""
-    calls, operators = _watchers()
     mark = fx._symbolic_trace
     before, mark._is_fx_tracing_flag = mark._is_fx_tracing_flag, True
     try:
-        with calls(called), operators(dispatched):
+        with _Calls(called), _Operators(dispatched):
             yield
     finally:
         mark._is_fx_tracing_flag = before

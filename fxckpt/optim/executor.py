@@ -65,7 +65,7 @@ class Executor:
         counts_number: int | None,
         places: Mapping[str, Place],
     ) -> None:
-        """Write the StepGraph for these layers; see ``Stepper.arrange``."""
+        """Write the StepGraph for these layers, by the engine's numbers of them and of the counts (None: there are none)."""
         by_name = {m.name: m for m in members}
         owned = [[by_name[n] for n in layer.params] for layer in layers]
         counts = [t for m in members for _, t in m.counts()]
@@ -74,8 +74,7 @@ class Executor:
         if counts_number is not None:
             handed_over.insert(0, (counts_number, counts))
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
-        update = functools.partial(self._layer_update, clocks)
-        module = step_graph.build(layers, numbers, counts_number, update, self._scalars)
+        module = step_graph.build(layers, numbers, counts_number, functools.partial(self._layer_update, clocks), self._scalars)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
         self.arranged = Arranged(graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over)
         self.prepared = Prepared()  # the calls were another layer's
@@ -103,13 +102,8 @@ class Executor:
         by_layer = [calls_for(each, group_of) for each in owned]
         at_once = shared(calls_for([m for each in owned for m in each], group_of))
         self.prepared = Prepared(made_for, groups, [g for g in groups if g.program.outcomes], by_layer, at_once)
-        log.debug(
-            "bucketed %d parameters (%d sets of scalars): %d calls with checkpoint ops, %d without",
-            len(group_of),
-            len(groups),
-            sum(map(len, by_layer)),
-            len(at_once),
-        )
+        calls = f"{sum(map(len, by_layer))} calls with checkpoint ops, {len(at_once)} without"
+        log.debug("bucketed %d parameters (%d sets of scalars): %s", len(group_of), len(groups), calls)
 
     def untouched(self) -> bool:
         """Were the counts changed by nothing but our own steps since these were prepared?"""

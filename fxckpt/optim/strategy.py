@@ -121,11 +121,8 @@ class SplitStep:
 
     def _step_of(self, members: Sequence[BoundParam], closure: Closure | None) -> object:
         """The optimizer's own step on these parameters alone; they are left out of this step's graph part."""
-        log.debug(
-            "the stock step updates %d parameters, which have no state yet or no dense gradient: %s ...",
-            len(members),
-            members[0].name,
-        )
+        reason = "which have no state yet or no dense gradient"
+        log.debug("the stock step updates %d parameters, %s: %s ...", len(members), reason, members[0].name)
         chosen = {id(m.param) for m in members}
         groups = self.opt.param_groups
         saved = [g["params"] for g in groups]
@@ -147,11 +144,8 @@ class SplitStep:
         mask = [True] * len(gradients) if self._complete else [g is not None for g in gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, executor.arranged.params)]
-        if (
-            mask != prepared.made_for
-            or not executor.untouched()
-            or (prepared.branching and not all(group.holds(groups[group.group]) for group in prepared.branching))
-        ):
+        holds = mask == prepared.made_for and executor.untouched()
+        if not holds or (prepared.branching and not all(group.holds(groups[group.group]) for group in prepared.branching)):
             self._prepare(mask)
         executor.run(number, gradients)
         return True

@@ -65,13 +65,13 @@ class Arrangement:
         if self.model is None:
             return
         self.inventory = take(self.model, self.optimizers, traces)
-        if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.members):
+        if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.bindings.members):
             self.invalidate()
 
     def invalidate(self) -> None:
         """Tensors were replaced: bind all of them anew before the next step."""
         for stepper in self.steppers:
-            stepper.invalidate()
+            stepper.bindings.invalidate()
 
     def _learn_arrivals(self, first_backward: FirstBackward) -> None:
         """Tell the book in which order gradients arrived, once they have."""
@@ -89,21 +89,23 @@ class Arrangement:
         """Give every layer of a step its number, in the order in which steps update them, and write the StepGraphs."""
         numbers = itertools.count()
         for stepper in self.steppers:
-            named = [(m.name, m.param) for m in stepper.members]
+            members = stepper.bindings.members
+            named = [(m.name, m.param) for m in members]
             places = gradient_order(named, traces)
             layers = group_layers(places, self._config.layer)
-            counts_number = next(numbers) if any(m.counts() for m in stepper.members) else None
+            counts_number = next(numbers) if any(m.counts() for m in members) else None
             edges = layer_edges(layers, traces, named)
-            stepper.arrange(layers, edges, [next(numbers) for _ in layers], counts_number, places)
+            stepper.executor.arrange(members, layers, edges, [next(numbers) for _ in layers], counts_number, places)
         self.layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
 
     def _layers(self) -> list[plan.EngineLayer]:
         """All layers by their numbers; those that no step updates come behind the others."""
         numbered: dict[int, plan.EngineLayer] = {}
         for index, stepper in enumerate(self.steppers):
-            if stepper.counts_number is not None:
-                numbered[stepper.counts_number] = plan.counts_layer(index, stepper)
-            numbered.update(zip(stepper.numbers, plan.updated_layers(index, stepper)))
+            arranged = stepper.executor.arranged
+            if arranged.counts_number is not None:
+                numbered[arranged.counts_number] = plan.counts_layer(index, stepper)
+            numbered.update(zip(arranged.numbers, plan.updated_layers(index, stepper)))
         numbered.update(enumerate(plan.other_layers(self.inventory, self._emitter.changed_outside), start=len(numbered)))
         return [numbered[number] for number in range(len(numbered))]
 
@@ -113,7 +115,7 @@ class Arrangement:
         self.inventory = take(self.model, self.optimizers, traces)
         fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
-        key = (tuple(s.bound for s in self.steppers), fixed, moving, frozenset(emitter.changed_outside))
+        key = (tuple(s.bindings.number for s in self.steppers), fixed, moving, frozenset(emitter.changed_outside))
         if key != self._layout_key or self.layout is None:
             if self.layout is not None:
                 emitter.fence_all()  # layer numbers change their meaning

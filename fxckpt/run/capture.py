@@ -90,7 +90,7 @@ class Capture:
         self._present = [
             {
                 m.name: grad if s.accumulated else None
-                for m in s.members
+                for m in s.bindings.members
                 if (grad := m.param.grad) is not None and (s.accumulated or not grad.is_sparse)
             }
             for s in self._arrangement.steppers
@@ -123,7 +123,7 @@ class Capture:
         """What of an optimizer is not in a file of tensors, encoded: its groups, plain state values, which gradients exist, and
         those that wait for a later step of it: it steps at every fourth iteration, and another optimizer leads."""
         stepper = self._arrangement.steppers[index]
-        members = iter(stepper.members)
+        members = iter(stepper.bindings.members)
         groups = [
             {
                 "params": [next(members).name for _ in group["params"]],
@@ -131,9 +131,9 @@ class Capture:
             }
             for group in stepper.opt.param_groups
         ]
-        if stepper.bound != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.members):
-            states = {m.name: m.describe() for m in stepper.members if m.state}
-            self._described[index] = (stepper.bound, encode_state(states, tensors, f"optimizers/{index}/state"))
+        if stepper.bindings.number != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.bindings.members):
+            states = {m.name: m.describe() for m in stepper.bindings.members if m.state}
+            self._described[index] = (stepper.bindings.number, encode_state(states, tensors, f"optimizers/{index}/state"))
         record = {
             "class": plain_class(stepper.opt).__name__,
             "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),

@@ -149,7 +149,7 @@ class Closing:
             )
         for number in layout.number("update"):
             pending.guard.compare(number)
-        if replaced := [name for stepper in self._arrangement.steppers for name in stepper.replaced()]:
+        if replaced := [name for stepper in self._arrangement.steppers for name in stepper.bindings.replaced()]:
             raise Changed(
                 f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
                 f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)"

@@ -127,7 +127,7 @@ class Emitter:
 
     def emit_stepper(self, stepper: Stepper) -> None:
         """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
-        for number, tensors in stepper.handed_over():
+        for number, tensors in stepper.executor.arranged.handed_over:
             self.emit(number, tensors)
 
     # -- devices -----------------------------------------------------------------------------------------------------

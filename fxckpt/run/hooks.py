@@ -42,7 +42,7 @@ class GradientHooks:
         """Hook every parameter that has no hook yet."""
         for index, stepper in enumerate(steppers):
             arrived = self._hook_of(index)
-            for param in (m.param for m in stepper.members):
+            for param in (m.param for m in stepper.bindings.members):
                 if not param.requires_grad:
                     continue
                 node = gradient_accumulator(param)  # another one after param.data changed its type

@@ -106,7 +106,7 @@ class Run:
         """The StepGraph of each optimizer, written anew if something was replaced."""
         with self.closing.between_steps:
             self.arrangement.refresh()
-            return [stepper.graph for stepper in self.steppers]
+            return [stepper.executor.arranged.graph for stepper in self.steppers]
 
     # -- what its handle asks of it ----------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Run:
         self.stepping.schedule.started(step, self.saver.stall_seconds())
         for stepper in self.steppers:
             stepper.halfway, stepper.accumulated = False, True  # its gradients may wait for a step
-            stepper.invalidate()
+            stepper.bindings.invalidate()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:

@@ -160,7 +160,7 @@ class Stepping:
             arrangement.refresh()
             closure = EvaluatedClosure(closure, loss)
         # After the closure, whose forward may change what is being copied.
-        emitter.look_for_changes(stepper.numbers, arrangement.layout)
+        emitter.look_for_changes(stepper.executor.arranged.numbers, arrangement.layout)
         own = strategy.own_part(closure)
         if own is not None:
             emitter.fence_all()

@@ -108,14 +108,14 @@ class Layout:
 
 def counts_layer(index: int, stepper: Stepper) -> EngineLayer:
     """All step counts of the optimizer of this number: they advance before the first layer is updated."""
-    entries = [Entry(1, state_key(index, k, m.name), t, m.name) for m in stepper.members for k, t in m.counts()]
+    entries = [Entry(1, state_key(index, k, m.name), t, m.name) for m in stepper.bindings.members for k, t in m.counts()]
     return EngineLayer("counts", "counts", entries)
 
 
 def updated_layers(index: int, stepper: Stepper) -> list[EngineLayer]:
     """The layers that a step of this optimizer updates, in its order."""
     out = []
-    for layer, members in zip(stepper.layers, stepper.layer_members()):
+    for layer, members in zip(stepper.executor.arranged.graph.layers, stepper.executor.arranged.owned):
         tensors = [(m.name, key, t) for m in members for key, t in m.tensors()]
         entries = [Entry(1, state_key(index, key, name), t, name) if key else Entry(0, name, t, name) for name, key, t in tensors]
         out.append(EngineLayer(layer.name, "update", entries, sum(m.param.numel() for m in members)))

@@ -288,7 +288,7 @@ def test_muon_and_adamw_on_one_model():
     opts = both(loop, optimizer=muon_and_adamw)
     steppers = opts[0].ckpt._run.steppers
     assert [s.whole for s in steppers] == [None, None]
-    assert sorted(n for s in steppers for n in s.graph.order) == sorted(n for n, _ in net().named_parameters())
+    assert sorted(n for s in steppers for n in s.executor.arranged.graph.order) == sorted(n for n, _ in net().named_parameters())
 
 
 def test_two_runs_in_one_process_share_compiled_updates_and_nothing_else(tmp_path, inductor_cache):

@@ -57,7 +57,7 @@ def test_a_later_process_finds_the_generated_code(monkeypatch, tmp_path):
     monkeypatch.setattr(inductor, "_generate", lambda program: pytest.fail("it was generated again"))
     again = make(torch.optim.SGD, params, "inductor", momentum=0.9)
     steps(params, again)
-    assert again.ckpt._run.steppers[0].members[0].flat
+    assert again.ckpt._run.steppers[0].bindings.members[0].flat
 
 
 def test_code_that_is_not_whole_is_made_again(monkeypatch, tmp_path):

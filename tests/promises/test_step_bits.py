@@ -201,7 +201,7 @@ def test_compiled_step_is_within_a_few_roundings_of_the_stock_step():
         mine, ours, theirs, stock = pair(cls, options, update="inductor")
         train(mine, ours)
         train(theirs, stock)
-        assert any(m.flat for m in mine.ckpt._run.steppers[0].members), "nothing was compiled"
+        assert any(m.flat for m in mine.ckpt._run.steppers[0].bindings.members), "nothing was compiled"
         for a, b in zip(ours, stock):
             bound = 16 * torch.finfo(a.dtype).eps * (b.abs() + 1e-2)
             assert ((a - b).abs() <= bound).all()
@@ -224,7 +224,7 @@ def test_compiled_update_gives_each_element_the_same_bits_wherever_blocks_and_th
                 opt.step()
         finally:
             torch.set_num_threads(before)
-        assert all(m.flat for m in opt.ckpt._run.steppers[0].members), "nothing was compiled"
+        assert all(m.flat for m in opt.ckpt._run.steppers[0].bindings.members), "nothing was compiled"
         opt.ckpt.shutdown()
     assert torch.equal(whole, torch.cat([p.detach() for p in parts]))
 

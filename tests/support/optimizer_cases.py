@@ -248,7 +248,7 @@ def outcome(name: str, options: dict[str, Any], form: str | None, update: str, d
         same,
         worst,
         stepper.whole,
-        any(m.flat for m in stepper.members),
+        any(m.flat for m in stepper.bindings.members),
         sum(len(p) for p in stepper.programs.traced.values() if isinstance(p, list)),
     )
     assert mine.ckpt.statistics()["checkpoints_failed"] == 0
