@@ -10,6 +10,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+Reader = Callable[[fx.Graph], None]
+"""Is shown the joint graph."""
+
 
 def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple]:
     """The C++ that Inductor writes for ``fn`` on ``example``, sequential, and what it would be called with.
@@ -100,13 +103,13 @@ def load_cpp(source: str) -> Any:
     return _cpp_cache().load(source)
 
 
-def joint_pass(read: Callable[[fx.Graph], None], users: Any) -> Any:
+def joint_pass(read: Reader, users: Any) -> Any:
     """A ``joint_custom_pre_pass`` that shows the joint graph to ``read``, then runs the user's own pass or passes. Inductor has
     one slot for such a pass, and hashes its ``uuid()`` into the cache keys. Ours never changes the graph, so its part is a
     constant; a user's pass without a uuid turns the caches off, as it does without us."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    chain = tuple(users) if isinstance(users, (list, tuple)) else () if users is None else (users,)
+    chain = users if isinstance(users, (list, tuple)) else [users] if users is not None else []
 
     class JointPass(CustomGraphPass):
         def __call__(self, graph: fx.Graph) -> None:
@@ -122,11 +125,7 @@ def joint_pass(read: Callable[[fx.Graph], None], users: Any) -> Any:
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule,
-    example_inputs: Sequence[Any],
-    mode: str | None,
-    options: dict,
-    read: Callable[[fx.Graph], None] | None = None,
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict, read: Reader | None = None
 ) -> Callable[..., Any]:
     """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does. ``_TorchCompileInductorWrapper``
     is what that call makes: it checks the options and turns them and the mode into config patches. ``read`` joins those patches,
@@ -146,7 +145,7 @@ def compile_with_backend(
     example_inputs: Sequence[Any],
     mode: str | None,
     options: dict,
-    read: Callable[[fx.Graph], None] | None = None,
+    read: Reader | None = None,
 ) -> Callable[..., Any]:
     """Compile with another backend, as ``torch.compile(backend=compiler)`` does. ``lookup_backend`` is what turns a name into a
     backend. The joint pass is set around the call, for compilers that use Inductor's front end."""

@@ -15,9 +15,7 @@ from torch.optim import optimizer
 from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.errors import SetupError
 
-GROUP_BOOKKEEPING = frozenset(
-    {"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
-)
+GROUP_BOOKKEEPING = frozenset("params param_names initial_lr swa_lr base_momentum max_momentum max_lr min_lr".split())
 """Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
 
 
@@ -70,12 +68,8 @@ def inner_hooks(opt: torch.optim.Optimizer) -> bool:
 
 def _has_hooks(opt: torch.optim.Optimizer) -> bool:
     """Are hooks of ``step`` registered, on ``opt`` or for all optimizers? Nothing public lists them."""
-    return bool(
-        opt._optimizer_step_pre_hooks
-        or opt._optimizer_step_post_hooks
-        or optimizer._global_optimizer_pre_hooks
-        or optimizer._global_optimizer_post_hooks
-    )
+    of_all = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
+    return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or of_all)
 
 
 def hooked(function: Callable) -> Callable:

@@ -14,6 +14,8 @@ from html import escape
 from fxckpt.graph.model.layers import Layer, Place, block_of
 
 Edges = Sequence[tuple[str, str]]
+Sizes = Mapping[str, int] | None
+Times = Mapping[str, float] | None
 
 _BOX, _GAP, _ROW, _LINE, _PAD = 34, 12, 52, 15, 24  # px: box height, space between, row, text line, margin
 _CHAR = 6.6  # px a character of the label takes at 11 px monospace
@@ -22,51 +24,42 @@ _TINTS = ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#e0f2fe")
 
 
 def to_text(
-    layers: Sequence[Layer],
-    edges: Edges,
-    sizes: Mapping[str, int] | None = None,
-    times: Mapping[str, float] | None = None,
-    why: Mapping[str, Place] | None = None,
+    layers: Sequence[Layer], edges: Edges, sizes: Sizes = None, times: Times = None, why: Mapping[str, Place] | None = None
 ) -> str:
     """One line per layer in update order: size, time, parameters, why it stands there, and the layers that its output reaches.
     ``sizes`` are bytes, ``times`` seconds, ``why`` places, all by layer name."""
     width = max((len(layer.name) for layer in layers), default=0)
+    notes = _notes(layers, sizes, times)
     reasons = {layer.name: f"  {why[layer.name]}" if why else "" for layer in layers}
     longest = max(map(len, reasons.values()), default=0)
     lines = []
     for at, layer in enumerate(layers, 1):
         reaches = ", ".join(b for a, b in edges if a == layer.name)
-        note = _note(layer.name, sizes, times)
-        lines.append(
-            f"{at:4d}  {layer.name:{width}s}  {note:>18s}  {len(layer.params):3d} tensors"
-            + (f"{reasons[layer.name]:{longest}s}  -> {reaches}" if reaches else reasons[layer.name])
-        )
+        tail = f"{reasons[layer.name]:{longest}s}  -> {reaches}" if reaches else reasons[layer.name]
+        lines.append(f"{at:4d}  {layer.name:{width}s}  {notes[layer.name]:>18s}  {len(layer.params):3d} tensors{tail}")
     return "\n".join(lines)
 
 
-def to_dot(
-    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None, times: Mapping[str, float] | None = None
-) -> str:
+def to_dot(layers: Sequence[Layer], edges: Edges, sizes: Sizes = None, times: Times = None) -> str:
     """A graphviz digraph; layers of one block share a cluster."""
+    labels = _labels(layers, sizes, times)
     lines = ["digraph layers {", '  node [shape=box, style="rounded,filled", fillcolor="#dbeafe", fontname=monospace];']
     for number, (block, members) in enumerate(_blocks(layers).items()):
         inside = len(members) > 1
         if inside:
             lines += [f"  subgraph cluster_{number} {{", f"    label={_quoted(block)};"]
-        for at, layer in members:
-            label = "\n".join(_label(at, layer.name, sizes, times))
-            lines.append(f"  {'  ' * inside}{_quoted(layer.name)} [label={_quoted(label)}];")
+        for name in members:
+            label = _quoted("\n".join(labels[name]))
+            lines.append(f"  {'  ' * inside}{_quoted(name)} [label={label}];")
         if inside:
             lines.append("  }")
     lines += [f"  {_quoted(a)} -> {_quoted(b)};" for a, b in edges]
     return "\n".join([*lines, "}"])
 
 
-def to_svg(
-    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None, times: Mapping[str, float] | None = None
-) -> str:
+def to_svg(layers: Sequence[Layer], edges: Edges, sizes: Sizes = None, times: Times = None) -> str:
     """A self-contained SVG document."""
-    boxes = _layout(layers, edges, sizes, times)
+    boxes = _layout(layers, edges, _labels(layers, sizes, times))
     width = max((box.x + box.width for box in boxes.values()), default=0) + _PAD
     height = max((box.y + _BOX for box in boxes.values()), default=0) + _PAD
     size = f'width="{width:.0f}" height="{height:.0f}"'
@@ -95,15 +88,8 @@ class _Box:
     lines: tuple[str, ...]
 
 
-def _layout(
-    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None, times: Mapping[str, float] | None
-) -> dict[str, _Box]:
-    labels = {layer.name: _label(at, layer.name, sizes, times) for at, layer in enumerate(layers, 1)}
-    tint = {
-        layer.name: _TINTS[number % len(_TINTS)]
-        for number, members in enumerate(_blocks(layers).values())
-        for _, layer in members
-    }
+def _layout(layers: Sequence[Layer], edges: Edges, labels: Mapping[str, tuple[str, ...]]) -> dict[str, _Box]:
+    tint = {name: _TINTS[at % len(_TINTS)] for at, names in enumerate(_blocks(layers).values()) for name in names}
     boxes: dict[str, _Box] = {}
     x = float(_PAD)
     for column, rows in enumerate(_fold(_rows(layers, edges))):
@@ -186,11 +172,11 @@ def _drawn(name: str, box: _Box) -> str:
     )
 
 
-def _blocks(layers: Sequence[Layer]) -> dict[str, list[tuple[int, Layer]]]:
-    """The layers by block, in forward order, each with its place in the update order."""
-    blocks: dict[str, list[tuple[int, Layer]]] = {}
-    for at, layer in reversed(list(enumerate(layers, 1))):
-        blocks.setdefault(_block(layer.name), []).append((at, layer))
+def _blocks(layers: Sequence[Layer]) -> dict[str, list[str]]:
+    """The names of the layers by block, in forward order."""
+    blocks: dict[str, list[str]] = {}
+    for layer in reversed(layers):
+        blocks.setdefault(_block(layer.name), []).append(layer.name)
     return blocks
 
 
@@ -198,18 +184,21 @@ def _block(layer: str) -> str:
     return block_of(layer + ".")  # block_of takes the name of a parameter
 
 
-def _label(at: int, name: str, sizes: Mapping[str, int] | None, times: Mapping[str, float] | None) -> tuple[str, ...]:
-    note = _note(name, sizes, times)
-    return (name, f"update {at}" + (f", {note}" if note else ""))
+def _labels(layers: Sequence[Layer], sizes: Sizes, times: Times) -> dict[str, tuple[str, ...]]:
+    """The two lines in each layer's box."""
+    notes = _notes(layers, sizes, times).items()
+    return {name: (name, f"update {at}" + (f", {note}" if note else "")) for at, (name, note) in enumerate(notes, 1)}
 
 
-def _note(name: str, sizes: Mapping[str, int] | None, times: Mapping[str, float] | None) -> str:
-    parts = []
-    if sizes and name in sizes:
-        parts.append(_bytes(sizes[name]))
-    if times and name in times:
-        parts.append(f"{times[name] * 1e3:.2f} ms")
-    return ", ".join(parts)
+def _notes(layers: Sequence[Layer], sizes: Sizes, times: Times) -> dict[str, str]:
+    """Size and time of each layer, as far as they are known."""
+
+    def note(name: str) -> str:
+        parts = [_bytes(sizes[name])] if sizes and name in sizes else []
+        parts += [f"{times[name] * 1e3:.2f} ms"] if times and name in times else []
+        return ", ".join(parts)
+
+    return {layer.name: note(layer.name) for layer in layers}
 
 
 def _bytes(number: float) -> str:

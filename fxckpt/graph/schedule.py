@@ -67,7 +67,7 @@ def write_updates_pass(
     update: Callable[[int], Callable[..., Any]],
     scalars: Callable[..., Any],
 ) -> fx.GraphModule:
-    """Write the bare step into an empty graph: the scalars, then each layer's update in the order given; see step_graph.build."""
+    """Write the bare step into an empty graph: the scalars, then each layer's update in the order given; see step_graph.step_passes."""
     graph, names = gm.graph, _Names()
     graph.placeholder("run", type_expr=int)
     counts = [] if counts_number is None else [graph.placeholder(COUNTS)]

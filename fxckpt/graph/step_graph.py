@@ -1,6 +1,4 @@
-"""The step as an FX graph that runs: per-layer updates in gradient order, with checkpoint ops in between.
-
-    scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
+"""The step as an FX graph that runs: per-layer updates in gradient order, with checkpoint ops in between (see schedule.py).
 
 Its inputs are the run's number and, for each layer, the list of tensors the layer owns (parameters, then optimizer state), so the
 data flow between the nodes is explicit. On a step on which nothing is pending and nothing starts, the same updates run over all
@@ -40,10 +38,12 @@ class UpdateTimer:
 
 @dataclass(frozen=True)
 class StepGraph:
-    """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``). ``layers`` in update order;
-    ``order`` the parameter names in the order in which their gradients become final; ``edges`` pairs of layer names, from
-    producer to consumer in the forward pass; ``sizes`` bytes of each layer's tensors, parameters and optimizer state; ``clocks``
-    one for each layer; ``places`` where each parameter's place in the order came from."""
+    """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``).
+
+    ``layers`` in update order; ``order`` the parameter names in the order in which their gradients become final; ``edges`` pairs
+    of layer names, from producer to consumer in the forward pass; ``sizes`` bytes of each layer's tensors, parameters and
+    optimizer state; ``clocks`` one for each layer; ``places`` where each parameter's place in the order came from.
+    """
 
     layers: tuple[Layer, ...]
     edges: tuple[tuple[str, str], ...]
@@ -91,21 +91,6 @@ class StepGraph:
         return readable(self.module)
 
 
-def build(
-    layers: Sequence[Layer],
-    numbers: Sequence[int],
-    counts_number: int | None,
-    update: Callable[[int], Callable[..., Any]],
-    scalars: Callable[..., Any],
-) -> fx.GraphModule:
-    """The variant with checkpoint ops. ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given
-    them and the scalars. ``numbers`` are the engine's numbers of these layers, ``counts_number`` that of the counts, None when
-    there are none. Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``."""
-    empty = fx.GraphModule(torch.nn.Module(), fx.Graph(), "StepGraph")
-    chosen = step_passes(layers, numbers, counts_number, update, scalars)
-    return passes.run(empty, chosen, wanted=("updates", "fences", "emits"))
-
-
 def step_passes(
     layers: Sequence[Layer],
     numbers: Sequence[int],
@@ -113,11 +98,21 @@ def step_passes(
     update: Callable[[int], Callable[..., Any]],
     scalars: Callable[..., Any],
 ) -> passes.Chosen:
-    """The passes that make an empty graph a StepGraph; their arguments are those of ``build``."""
+    """The passes that make an empty graph a StepGraph.
+
+    ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars. ``numbers`` are
+    the engine's numbers of these layers, ``counts_number`` that of the counts, None when there are none.
+    """
     given = {"layers": layers, "numbers": numbers, "counts_number": counts_number, "update": update, "scalars": scalars}
     schedule = [] if counts_number is None else [(counts_number, COUNTS)]
     schedule += [(number, layer.name) for number, layer in zip(numbers, layers)]
     return {write_updates_pass: given, place_fences_pass: {}, place_emits_pass: {}, verify_schedule_pass: {"layers": schedule}}
+
+
+def build(chosen: passes.Chosen) -> fx.GraphModule:
+    """The graph that these ``step_passes`` write: ``(run, counts, *layers) -> None``, or without ``counts``."""
+    empty = fx.GraphModule(torch.nn.Module(), fx.Graph(), "StepGraph")
+    return passes.run(empty, chosen, wanted=("updates", "fences", "emits"))
 
 
 def readable(module: fx.GraphModule) -> str:

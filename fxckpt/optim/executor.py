@@ -74,7 +74,8 @@ class Executor:
         if counts_number is not None:
             handed_over.insert(0, (counts_number, counts))
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
-        module = step_graph.build(layers, numbers, counts_number, functools.partial(self._layer_update, clocks), self._scalars)
+        update = functools.partial(self._layer_update, clocks)
+        module = step_graph.build(step_graph.step_passes(layers, numbers, counts_number, update, self._scalars))
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
         self.arranged = Arranged(graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over)
         self.prepared = Prepared()  # the calls were another layer's

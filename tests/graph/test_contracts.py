@@ -157,12 +157,12 @@ def test_layers_in_another_order_are_refused():
 def test_what_a_checkpoint_needs_cannot_be_switched_off(monkeypatch, name):
     monkeypatch.setenv(SWITCH, f"{name}, verify_schedule")
     with pytest.raises(ContractError, match=f"{name}, which provides it, is switched off"):
-        step_graph.build(LAYERS, [5, 9], 4, lambda i: lambda *_: None, list)
+        step_graph.build(step_graph.step_passes(LAYERS, [5, 9], 4, lambda i: lambda *_: None, list))
 
 
 def test_the_verification_can_be_switched_off(monkeypatch):
     monkeypatch.setenv(SWITCH, "verify_schedule")
-    assert steps(step_graph.build(LAYERS, [5, 9], 4, lambda i: lambda *_: None, list)) == steps(
+    assert steps(step_graph.build(step_graph.step_passes(LAYERS, [5, 9], 4, lambda i: lambda *_: None, list))) == steps(
         built("write_updates", "place_fences", "place_emits")
     )
 

@@ -112,7 +112,7 @@ def test_ops_survive_dead_code_elimination():
 
 def test_every_fence_stands_before_its_update_and_every_emit_after():
     layers = [Layer(f"h.{i}", (f"h.{i}.w",)) for i in range(3)]
-    module = step_graph.build(layers, [1, 2, 3], 0, lambda i: lambda *_: None, list)
+    module = step_graph.build(step_graph.step_passes(layers, [1, 2, 3], 0, lambda i: lambda *_: None, list))
     targets = [n.target for n in module.graph.nodes if n.op in ("call_function", "call_module")]
     assert targets[:3] == [ops.ckpt_fence, "scalars", ops.ckpt_emit]
     for i, layer in enumerate(layers):
@@ -122,7 +122,7 @@ def test_every_fence_stands_before_its_update_and_every_emit_after():
 
 def test_layers_whose_names_become_one_identifier_stay_apart():
     layers = [Layer("a.b", ("a.b.w",)), Layer("a_b", ("a_b.w",)), Layer("class", ("class.w",)), Layer("", ("w",))]
-    module = step_graph.build(layers, range(4), None, lambda i: lambda *_: None, list)
+    module = step_graph.build(step_graph.step_passes(layers, range(4), None, lambda i: lambda *_: None, list))
     assert len([n for n in module.graph.nodes if n.op == "placeholder"]) == 5
 
 
@@ -134,7 +134,7 @@ def test_order_holds_every_parameter_once_and_layers_their_sizes():
 
 
 def test_a_kept_graph_of_a_dead_run_says_so():
-    graph = step_graph.build([Layer("a", ("a",))], [0], None, lambda i: lambda *_: None, list)
+    graph = step_graph.build(step_graph.step_passes([Layer("a", ("a",))], [0], None, lambda i: lambda *_: None, list))
     try:
         graph(987654, [torch.ones(1)])
     except RuntimeError as error:

@@ -11,6 +11,7 @@ is laid out flat in execution order, with the bodies that checkpointing, ``cond`
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,12 +90,8 @@ def _flatten(gm: fx.GraphModule) -> _Flat:
     ops: list[_Op] = []
     env = _lay_out(gm, [frozenset({i}) for i in range(len(nodes))], ops)
     results = gm.graph.find_nodes(op="output")[0].all_input_nodes
-    return _Flat(
-        activations,
-        ops,
-        _union(_ids(env, n) for n in results),
-        _union(_ids(env, n) for n in results if _requires_grad(n, default=True)),
-    )
+    outputs = _union(_ids(env, n) for n in results)
+    return _Flat(activations, ops, outputs, _union(_ids(env, n) for n in results if _requires_grad(n, default=True)))
 
 
 def _lay_out(gm: fx.GraphModule, inputs: Sequence[_Ids], ops: list[_Op]) -> dict[fx.Node, list[_Ids]]:
@@ -205,7 +202,7 @@ def _data_flow(flat: _Flat, params: _Ids) -> tuple[tuple[Use, ...], tuple[int, .
         flow = _nearest(_union(came_from.get(i, frozenset()) for i in op.inputs), above)
         if owners:
             uses.append(Use(tuple(sorted(owners)), tuple(sorted(flow))))
-            above.append(_bits(flow) | _covered(flow, above))
+            above.append(_covered(flow, above) | sum(1 << use for use in flow - {EARLIER}))
             flow = frozenset({len(uses) - 1})
         came_from[-1 - at] = flow
     reached = _nearest(_union(came_from.get(i, frozenset()) for i in flat.outputs), above)
@@ -219,11 +216,5 @@ def _nearest(flow: frozenset[int], above: Sequence[int]) -> frozenset[int]:
 
 
 def _covered(flow: frozenset[int], above: Sequence[int]) -> int:
-    bits = 0
-    for use in flow - {EARLIER}:
-        bits |= above[use]
-    return bits
-
-
-def _bits(flow: frozenset[int]) -> int:
-    return sum(1 << use for use in flow - {EARLIER})
+    """The bits of all uses that those of ``flow`` imply."""
+    return functools.reduce(operator.or_, (above[use] for use in flow - {EARLIER}), 0)

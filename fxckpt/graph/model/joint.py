@@ -56,17 +56,12 @@ class JointTrace:
     owner: weakref.ref | None = None
 
     def __str__(self) -> str:
-        rows = sorted((trace for _, trace in self.params), key=lambda t: (-t.first_use, t.grad_final))
-        lines = [
-            f"region {self.region}: {len(rows)} parameters, {len(self.buffers)} buffers",
-            "  first use  first read  last read  gradient final  from    parameter",
-        ]
-        return "\n".join([*lines, *map(_row, rows)])
-
-
-def _row(t: ParamTrace) -> str:
-    positions = f"{t.first_use:9d}  {t.first_read:10d}  {t.last_read:9d}  {t.grad_final:14d}"
-    return f"  {positions}  {t.origin:6s}  {t.name}"
+        lines = [f"region {self.region}: {len(self.params)} parameters, {len(self.buffers)} buffers"]
+        lines += ["  first use  first read  last read  gradient final  from    parameter"]
+        for t in sorted((trace for _, trace in self.params), key=lambda t: (-t.first_use, t.grad_final)):
+            positions = f"{t.first_use:9d}  {t.first_read:10d}  {t.last_read:9d}  {t.grad_final:14d}"
+            lines.append(f"  {positions}  {t.origin:6s}  {t.name}")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -107,26 +102,25 @@ def _gradients(graph: fx.Graph, position: Mapping[fx.Node, int]) -> dict[int, in
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    found, stack = [], [node]
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output":
-                continue
-            found.append(user)
-            if is_view(user):
-                stack.append(user)
+    """The nodes that read the memory of ``node``, through views too."""
+    found = [user for user in node.users if user.op != "output"]
+    for user in found:
+        found += [reader for reader in user.users if is_view(user) and reader.op != "output"]
     return found
 
 
 def read_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace:
     """What Dynamo's graph says. To be called inside the backend call: there its inputs are live."""
-    live = _live_inputs(gm, example_inputs)
-    roots = names.find_roots([source for tensor, source in live.values() if _of_a_module(tensor, source)])
+    pairs = map(graph_input, gm.graph.find_nodes(op="placeholder"), example_inputs)
+    # Its tensor inputs that Dynamo can name, with their sources, by placeholder index.
+    live = {i: (t, source) for i, (t, source) in enumerate(pairs) if isinstance(t, Tensor) and source is not None}
+    buffered = {i: source for i, (_, source) in live.items() if "._buffers[" in source_name(source)}
+    roots = names.find_roots([source for i, (t, source) in live.items() if isinstance(t, nn.Parameter) or i in buffered])
     # A tensor that is in several roots has the name that the first gives it.
     params = {id(t): name for root in reversed(roots) for name, t in names.named_parameters(root)}
     buffers = {id(t): name for root in reversed(roots) for name, t in names.named_buffers(root)}
     if not roots:
-        buffers = {id(t): _spelled(s) for t, s in live.values() if "._buffers[" in source_name(s)}
+        buffers = {id(live[i][0]): _spelled(source) for i, source in buffered.items()}
 
     def held(indices: Iterable[int], known: Mapping[int, str]) -> tuple[tuple[TensorWeakRef, str], ...]:
         wanted = [live[i] for i in indices]
@@ -147,17 +141,6 @@ def read_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace
         outputs=forward.outputs,
         owner=compiled_module(),
     )
-
-
-def _live_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, tuple[Tensor, Any]]:
-    """The graph's tensor inputs that Dynamo can name, with their sources, by placeholder index."""
-    nodes = gm.graph.find_nodes(op="placeholder")
-    pairs = enumerate(graph_input(node, example) for node, example in zip(nodes, example_inputs))
-    return {i: (t, source) for i, (t, source) in pairs if isinstance(t, Tensor) and source is not None}
-
-
-def _of_a_module(tensor: Tensor, source: Any) -> bool:
-    return isinstance(tensor, nn.Parameter) or "._buffers[" in source_name(source)
 
 
 def is_frozen(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,33 +81,25 @@ class Role:
     key: Any = None  # the state's name, or the hyperparameter's key
 
 
-def is_number(value: Any) -> bool:
-    """A numeric hyperparameter: a float, or an int that is not a flag."""
-    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool))
+def _entries(group: dict[str, Any]) -> Iterator[tuple[Key, Any]]:
+    """What a parameter group holds for the arithmetic, by key, tuples taken apart."""
+    for name in sorted(group.keys() - GROUP_BOOKKEEPING):
+        value = group[name]
+        if isinstance(value, (tuple, list)):
+            yield from (((name, i), each) for i, each in enumerate(value))
+        else:
+            yield (name, None), value
 
 
 def numeric_items(group: dict[str, Any]) -> list[tuple[Key, float]]:
-    """The numbers of a parameter group, by key, tuples taken apart. ``lr`` may be an int; other ints are structure."""
-    found: list[tuple[Key, float]] = []
-    for name in sorted(k for k in group if k not in GROUP_BOOKKEEPING):
-        value = group[name]
-        if isinstance(value, float) or (name == "lr" and is_number(value)):
-            found.append(((name, None), float(value)))
-        elif isinstance(value, (tuple, list)):
-            found.extend(((name, i), float(v)) for i, v in enumerate(value) if isinstance(v, float))
-    return found
+    """The numbers of a parameter group, by key. ``lr`` may be an int; other ints are structure, and flags are no numbers."""
+    numbers = ((key, v) for key, v in _entries(group) if isinstance(v, float) or (key == ("lr", None) and type(v) is int))
+    return [(key, float(value)) for key, value in numbers]
 
 
 def tensor_items(group: dict[str, Any]) -> list[tuple[Key, torch.Tensor]]:
-    """The tensors of a parameter group (``lr=torch.tensor(0.1)``), by key, tuples taken apart."""
-    found: list[tuple[Key, torch.Tensor]] = []
-    for name in sorted(k for k in group if k not in GROUP_BOOKKEEPING):
-        value = group[name]
-        if isinstance(value, torch.Tensor):
-            found.append(((name, None), value))
-        elif isinstance(value, (tuple, list)):
-            found.extend(((name, i), v) for i, v in enumerate(value) if isinstance(v, torch.Tensor))
-    return found
+    """The tensors of a parameter group (``lr=torch.tensor(0.1)``), by key."""
+    return [(key, value) for key, value in _entries(group) if isinstance(value, torch.Tensor)]
 
 
 def signature_of(
@@ -129,14 +121,11 @@ def signature_of(
         raise NotTraceable("a mask of a 0-dimensional parameter, which Rprop makes, is read on the host")
     by_shape = cls.__name__ in BY_SHAPE
     numeric: list[tuple[Key, bool | None]] = []
-    zeros = []
     for key, value in numeric_items(group):
         if key[0] == "lr":
             numeric.append((key, None))  # warm-up starts at 0 and no optimizer branches on it: never structure
         elif value != 0:
             numeric.append((key, value > 0))
-        else:
-            zeros.append(key)
     if implementation == "fused" and (held := [key for key, _ in tensor_items(group) if key[0] != "lr"]):
         raise NotTraceable(f"a fused kernel reads {held[0][0]}, a tensor, by its value")
     tensors = [(key, value.dtype, tuple(value.shape)) for key, value in tensor_items(group)]
@@ -196,15 +185,11 @@ def trace(
     """
     if count is None:
         count = 1 if signature.implementation == "single" else 2
-    alike = signature.shape is None
     # Two sizes that no constant would equal by chance: a shape baked into the graph then shows as a failure.
-    params = [_like(param, 7 + 4 * i if alike else None) for i in range(count)]
+    sizes = [7 + 4 * i if signature.shape is None else None for i in range(count)]
+    params = [_like(param, size) for size in sizes]
     states = [
-        {
-            key: torch.empty((), dtype=value.dtype) if scalar else _like(value, 7 + 4 * i if alike else None)
-            for (key, scalar) in signature.state
-            for value in (state[key],)
-        }
+        {k: torch.empty((), dtype=state[k].dtype) if scalar else _like(state[k], sizes[i]) for k, scalar in signature.state}
         for i in range(count)
     ]
     case = _Case(opt, group, signature, params, states)
@@ -358,31 +343,22 @@ def replace_sentinels(graph: fx.Graph, other: fx.Graph, one: dict[Key, float], t
         names[key].meta["role"] = Role("hyper", 0, key)
     if len(graph.nodes) - len(one) != len(other.nodes):
         raise NotTraceable("its graph depends on the values of hyperparameters")
-    twins = zip((n for n in graph.nodes if n not in names.values()), other.nodes)
-    for node, twin in twins:
-        if node.target != twin.target and node.op != "placeholder":
-            raise NotTraceable("its graph depends on the values of hyperparameters")
-        swap = _Swap(one, two, names)
-        node.args = swap(node.args, twin.args)
-        node.kwargs = swap(node.kwargs, twin.kwargs)
+    back_one, back_two = ({v: k for k, v in values.items()} for values in (one, two))
 
-
-class _Swap:
-    """Walk two argument structures side by side; a float that differs must be the same hyperparameter in both."""
-
-    def __init__(self, one: dict[Key, float], two: dict[Key, float], names: dict[Key, fx.Node]):
-        self.back_one = {v: k for k, v in one.items()}
-        self.back_two = {v: k for k, v in two.items()}
-        self.names = names
-
-    def __call__(self, a: Any, b: Any) -> Any:
+    def swap(a: Any, b: Any) -> Any:
+        """Walk two argument structures side by side; a float that differs must be the same hyperparameter in both."""
         if isinstance(a, (list, tuple)):
-            return type(a)(self(x, y) for x, y in zip(a, b))
+            return type(a)(map(swap, a, b))
         if isinstance(a, dict):
-            return {k: self(a[k], b[k]) for k in a}
+            return {k: swap(a[k], b[k]) for k in a}
         if not isinstance(a, float) or a == b:
             return a
-        key = self.back_one.get(a)
-        if key is None or self.back_two.get(b) != key:
+        key = back_one.get(a)
+        if key is None or back_two.get(b) != key:
             raise NotTraceable(f"a constant of its graph, {a}, is computed from hyperparameters")
-        return self.names[key]
+        return names[key]
+
+    for node, twin in zip([n for n in graph.nodes if n not in names.values()], other.nodes):
+        if node.target != twin.target and node.op != "placeholder":
+            raise NotTraceable("its graph depends on the values of hyperparameters")
+        node.args, node.kwargs = swap(node.args, twin.args), swap(node.kwargs, twin.kwargs)
