@@ -15,7 +15,7 @@ from torch.optim import optimizer
 from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.errors import SetupError
 
-GROUP_BOOKKEEPING = frozenset("params param_names initial_lr swa_lr base_momentum max_momentum max_lr min_lr".split())
+GROUP_BOOKKEEPING = {"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
 """Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
 
 

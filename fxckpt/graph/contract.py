@@ -66,9 +66,8 @@ def run_passes(
         gm = each.function(gm, **each.arguments)
         if told:
             before, code = code, gm.code.strip()
-            log.debug(
-                "pass %s: %s", each.name, "no change" if before == code else f"the graph before\n{before}\nand after\n{code}"
-            )
+            changed = "no change" if before == code else f"the graph before\n{before}\nand after\n{code}"
+            log.debug("pass %s: %s", each.name, changed)
     return gm
 
 
@@ -76,10 +75,8 @@ def checked(passes: Sequence[Pass], given: Iterable[str] = (), wanted: Sequence[
     """The passes that are not switched off; raises ContractError where one of them, or the user, lacks what it requires."""
     off, have = switched_off(), set(given)
     chosen = [each for each in passes if each.name not in off]
-    for who, requires, provides in [
-        *((f"the pass {each.name}", each.requires, each.provides) for each in chosen),
-        ("whoever runs the result", wanted, ()),
-    ]:
+    users = [(f"the pass {each.name}", each.requires, each.provides) for each in chosen]
+    for who, requires, provides in [*users, ("whoever runs the result", wanted, ())]:
         for fact in requires:
             if fact not in have:
                 raise ContractError(f"{who} requires {fact!r}, and {_who_provides(fact, passes, off)}")

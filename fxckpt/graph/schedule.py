@@ -46,17 +46,14 @@ def identifier(name: str) -> str:
     return f"_{out}" if out[0].isdigit() or keyword.iskeyword(out) else out
 
 
-class _Names:
-    """Identifiers for layers, each used once, and none that the graph's own code needs."""
-
-    def __init__(self) -> None:
-        self.used = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "run", "scalars", COUNTS}
-
-    def __call__(self, name: str) -> str:
-        base = identifier(name)
-        found = next(label for n in itertools.count(1) if (label := base if n == 1 else f"{base}__{n}") not in self.used)
-        self.used.add(found)
-        return found
+def _labels(layers: Sequence[Layer]) -> list[str]:
+    """An identifier for each layer, none of them twice, and none that the graph's own code needs."""
+    used = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "run", "scalars", COUNTS}
+    labels: list[str] = []
+    for base in (identifier(layer.name) for layer in layers):
+        labels.append(next(label for n in itertools.count(1) if (label := base if n == 1 else f"{base}__{n}") not in used))
+        used.add(labels[-1])
+    return labels
 
 
 def write_updates_pass(
@@ -67,11 +64,10 @@ def write_updates_pass(
     update: Callable[[int], Callable[..., Any]],
     scalars: Callable[..., Any],
 ) -> fx.GraphModule:
-    """Write the bare step into an empty graph: the scalars, then each layer's update in the order given; see step_graph.step_passes."""
-    graph, names = gm.graph, _Names()
+    """Write the bare step into an empty graph: the scalars, then each layer's update; see step_graph.step_passes."""
+    graph, labels = gm.graph, _labels(layers)
     graph.placeholder("run", type_expr=int)
     counts = [] if counts_number is None else [graph.placeholder(COUNTS)]
-    labels = [names(layer.name) for layer in layers]
     owned = [graph.placeholder(label) for label in labels]
     values = _call(gm, "scalars", scalars, *counts)
     if counts_number is not None:

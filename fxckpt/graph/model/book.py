@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from fxckpt.compat.modules import every_module
 from fxckpt.graph.model import names
-from fxckpt.graph.model.joint import JointRead, JointTrace, ParamTrace
-from fxckpt.graph.model.known import KnownModels
+from fxckpt.graph.model.joint import JointRead, JointTrace, ParamTrace, is_frozen
 
 log = logging.getLogger("fxckpt")
 
@@ -23,6 +25,64 @@ def _of_the_same_class(owner: nn.Module, roots: Sequence[nn.Module]) -> list[nn.
     """The other modules of this one's class, each once."""
     found = {id(m): m for root in roots for _, m in every_module(root) if type(m) is type(owner) and m is not owner}
     return list(found.values())
+
+
+class KnownModels:
+    """The models that were seen, held weakly, and by reference what belongs to no model that could be found. ``of`` in a method:
+    only of models that own one of these parameters."""
+
+    def __init__(self, lock: threading.RLock):
+        self._lock = lock  # the book's
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._loose: dict[str, list[tuple[TensorWeakRef, str]]] = defaultdict(list)
+
+    def add(self, trace: JointTrace) -> None:
+        """Take in the models of a new trace; one that is part of another is not kept."""
+        for root in (found for ref in trace.roots if (found := ref()) is not None):
+            parts = {id(m) for m in root.modules()}
+            others = [other for other in self.alive() if id(other) not in parts]
+            inside = any(root is m for other in others for m in other.modules())
+            self._models = [weakref.ref(m) for m in (others if inside else [*others, root])]
+        if not trace.roots:
+            self._loose["params"] += [(ref, param.name) for ref, param in trace.params]
+            self._loose["buffers"] += trace.buffers
+            self._loose["frozen"] += trace.frozen
+
+    def alive(self) -> list[nn.Module]:
+        """The models, less those that died."""
+        return [model for ref in self._models if (model := ref()) is not None]
+
+    def names(self) -> list[tuple[str, nn.Parameter]]:
+        """Each parameter of the models that were seen, with its FQN; with two models, a name may be there twice."""
+        return self._all(names.named_parameters, "params", None)
+
+    def name_of(self, param: Tensor) -> str | None:
+        """The FQN of ``param``, also where no graph has used it (an ``nn.LSTM`` is never compiled)."""
+        return self.names_by_id().get(id(param))
+
+    def names_by_id(self) -> dict[int, str]:
+        """``name_of`` for all parameters at once: finding them takes a walk through the models, however many are asked for."""
+        return {id(param): name for name, param in self.names()}
+
+    def buffers(self, of: Iterable[Tensor] | None = None) -> list[tuple[str, Tensor]]:
+        """The buffers ``state_dict`` would hold, as they are now."""
+        return self._all(names.named_buffers, "buffers", of)
+
+    def transient(self, of: Iterable[Tensor] | None = None) -> list[tuple[str, Tensor]]:
+        """The buffers ``state_dict`` would leave out."""
+        return self._all(partial(names.named_buffers, persistent=False), "transient", of)
+
+    def frozen(self, of: Iterable[Tensor] | None = None) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that do not require grad."""
+        return [(name, p) for name, p in self._all(names.named_parameters, "frozen", of) if is_frozen(p)]
+
+    def _all(self, read: Callable[[nn.Module], list[Any]], loose: str, of: Iterable[Tensor] | None) -> list[Any]:
+        wanted = None if of is None else {id(t) for t in of}
+        with self._lock:
+            models = [m for m in self.alive() if wanted is None or any(id(p) in wanted for p in m.parameters())]
+            found = {id(t): (name, t) for ref, name in self._loose[loose] if (t := ref()) is not None}
+            found |= {id(t): (name, t) for model in models for name, t in read(model)}
+        return list(found.values())
 
 
 class TraceBook:
@@ -102,9 +162,8 @@ class TraceBook:
                 if (tensor := ref()) is not None:
                     self._params.setdefault(tensor, {})[trace.region] = param
             self._regions[trace.region] = replace(trace, params=tuple(params))
-        log.debug(
-            "region %d: the joint graph gave exact positions of %d of %d parameters", trace.region, len(reads), len(trace.params)
-        )
+        exact = f"{len(reads)} of {len(trace.params)} parameters"
+        log.debug("region %d: the joint graph gave exact positions of %s", trace.region, exact)
 
     def lookup(self, param: Tensor) -> ParamTrace | None:
         """What is known of ``param``, from the first region that uses it: there its gradient becomes final."""
@@ -126,17 +185,14 @@ class TraceBook:
         """A sort key for each region: the order in which their backwards ran. That is when a region's last gradient arrived, as
         far as arrivals are known; a region without any comes right after the region that follows it in the forward."""
         places, time = {}, -1
-        for region in sorted(self._params_regions(), reverse=True):
+        named = set(self._regions).union(*self._params.values())  # parameters name regions whose models died since, too
+        for region in sorted(named, reverse=True):
             trace = self._regions.get(region)
             live = [p for ref, _ in (trace.params if trace else ()) if (p := ref()) is not None and p in self._arrivals]
             alone = [p for p in live if len(self._params[p]) == 1]  # one that others share is final in only one of them
             time = max((self._arrivals[p] for p in alone or live), default=time)
             places[region] = (time, -region)
         return places
-
-    def _params_regions(self) -> set[int]:
-        """All regions that a parameter may name, those whose models died since included."""
-        return set(self._regions).union(*self._params.values())
 
     def arrived(self, params: Sequence[Tensor], model: nn.Module | None = None) -> None:
         """Take in the order in which the gradients of ``params`` arrived in a backward. It places what no graph shows: parameters
@@ -165,31 +221,19 @@ class TraceBook:
         if not together or any(p.shape != old.shape for old, p, _ in pairs):
             return
         region, self._next = self._next, self._next + 1
-        params = tuple(
-            (TensorWeakRef(p), replace(param, region=region, name=called.get(id(p), param.name))) for _, p, param in pairs
-        )
+        copies = (replace(param, region=region, name=called.get(id(p), param.name)) for _, p, param in pairs)
+        params = tuple((TensorWeakRef(p), copied) for (_, p, _), copied in zip(pairs, copies))
         self._regions[region] = replace(trace, region=region, params=params, owner=weakref.ref(block))
         for ref, param in params:
             self._params.setdefault(ref(), {})[region] = param
-        log.debug(
-            "region %d: the code of region %d, compiled once, also serves %d parameters like %s",
-            region,
-            trace.region,
-            len(params),
-            params[0][1].name,
-        )
+        code, like = f"the code of region {trace.region}, compiled once", params[0][1].name
+        log.debug("region %d: %s, also serves %d parameters like %s", region, code, len(params), like)
 
     def could_not_read(self, what: str, error: Exception) -> None:
         """Say once that a graph could not be read. Training goes on; the order falls back to reverse registration."""
-        level = logging.DEBUG if self._warned else logging.WARNING
-        self._warned = True
-        log.log(
-            level,
-            "could not read %s (%s: %s). Training is not affected; parameters that were not seen are checkpointed last.",
-            what,
-            type(error).__name__,
-            error,
-        )
+        level, self._warned = logging.DEBUG if self._warned else logging.WARNING, True
+        rest = "Training is not affected; parameters that were not seen are checkpointed last."
+        log.log(level, "could not read %s (%s: %s). %s", what, type(error).__name__, error, rest)
         log.debug("the traceback:", exc_info=error)
 
 

@@ -74,12 +74,7 @@ def _multiply_(tensors: list[torch.Tensor], number: Any) -> Any:
     return torch._foreach_mul_(tensors, torch.as_tensor(number, dtype=torch.float64))
 
 
-_IN_PLACE = {
-    aten.add.Tensor: aten.add_.Tensor,
-    aten.sub.Tensor: aten.sub_.Tensor,
-    aten.mul.Tensor: aten.mul_.Tensor,
-    aten.div.Tensor: aten.div_.Tensor,
-}
+_IN_PLACE = {getattr(aten, name).Tensor: getattr(aten, f"{name}_").Tensor for name in ("add", "sub", "mul", "div")}
 _NEW = frozenset({*_IN_PLACE, aten.sqrt.default, aten.neg.default, aten.abs.default})  # their result is nobody else's memory
 
 
@@ -103,7 +98,9 @@ def widen_to_lists_pass(gm: fx.GraphModule, columns: int, dtypes: Sequence[torch
         form = _form(node, tensors, dtypes)
         if form is not None:
             args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
-            mapping[node] = graph.call_function(form, *_value_by_position(node, args, dict(kwargs)))
+            if node.target in (aten.addcmul_.default, aten.addcdiv_.default):  # their list forms name no scalar
+                args, kwargs = (*args, kwargs.get("value", 1)), {}
+            mapping[node] = graph.call_function(form, args, dict(kwargs))
         elif loops and (copied := _widened(node, tensors, graph, mapping)) is not None:
             mapping[node] = copied
         else:
@@ -197,13 +194,6 @@ def _form(node: fx.Node, tensors: set[fx.Node], dtypes: Sequence[torch.dtype]) -
         reduced = any(dtype in _REDUCED for dtype in (*dtypes, getattr(held, "dtype", None)))
         return _multiply_ if reduced else forms[second]
     return forms.get(second)
-
-
-def _value_by_position(node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """``addcmul`` and ``addcdiv`` name their scalar; their list forms take it as the fourth argument."""
-    if node.target in (aten.addcmul_.default, aten.addcdiv_.default):
-        return (*args, kwargs.pop("value", 1)), kwargs
-    return args, kwargs
 
 
 PARALLEL = 32768

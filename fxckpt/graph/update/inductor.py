@@ -87,12 +87,8 @@ def compile_body(program: Program) -> Update:
 def _compile(program: Program) -> Update:
     began = time.perf_counter()
     library = _library(program)
-    log.debug(
-        "compiled the update of %s for %s in %.1f s",
-        program.signature.optimizer.__name__,
-        program.signature.dtype,
-        time.perf_counter() - began,
-    )
+    name, took = program.signature.optimizer.__name__, time.perf_counter() - began
+    log.debug("compiled the update of %s for %s in %.1f s", name, program.signature.dtype, took)
     function = library.update_all
     function.argtypes, function.restype = [ctypes.c_int64] + [ctypes.c_void_p] * 3, None
     return function

@@ -34,33 +34,26 @@ def specialize(
 ) -> Program:
     """Trace and split the update for the branches that the step would take with the counts in ``state`` now. Raises NotTraceable.
     List kernels that cannot be told apart per parameter are called with lists of one."""
+
+    def settled(count: int) -> Program:
+        """Guess how the branches go, look, and trace again along the right ones."""
+        script: tuple[bool, ...] = ()
+        for _ in range(16):
+            program = hoist(trace(opt, group, param, state, signature, count=count, script=script), signature)
+            truth = program.asks([state[key] for key in program.counts], program.values(group))
+            if truth == program.outcomes:
+                return program
+            script = truth  # right up to the first wrong one, and a good guess from there on
+        raise NotTraceable("its branches do not settle")
+
     if signature.implementation == "single":
-        return _specialize(opt, group, param, state, signature, 1)
+        return settled(1)
     try:
-        return _specialize(opt, group, param, state, signature, 2)
+        return settled(2)
     except MakesState:
         raise
     except NotTraceable:
-        return _specialize(opt, group, param, state, signature, 1)
-
-
-def _specialize(
-    opt: torch.optim.Optimizer,
-    group: dict[str, Any],
-    param: torch.Tensor,
-    state: dict[str, Any],
-    signature: Signature,
-    count: int,
-) -> Program:
-    """Guess how the branches go, look, and trace again along the right ones."""
-    script: tuple[bool, ...] = ()
-    for _ in range(16):
-        program = hoist(trace(opt, group, param, state, signature, count=count, script=script), signature)
-        truth = program.asks([state[key] for key in program.counts], program.values(group))
-        if truth == program.outcomes:
-            return program
-        script = truth  # right up to the first wrong one, and a good guess from there on
-    raise NotTraceable("its branches do not settle")
+        return settled(1)
 
 
 @functools.lru_cache(256)
@@ -68,11 +61,8 @@ def over_lists(program: Program) -> Program | None:
     """The same program with list kernels, or None if an operator of it has none. For CPU tensors only."""
     if program.style == "columns":
         return program
-    arguments = {
-        "columns": len(program.inputs),
-        "dtypes": (program.signature.dtype, *program.dtypes),
-        "loops": program.signature.implementation == "rehearsed",
-    }
+    dtypes, loops = (program.signature.dtype, *program.dtypes), program.signature.implementation == "rehearsed"
+    arguments = {"columns": len(program.inputs), "dtypes": dtypes, "loops": loops}
     try:
         body = passes.run(program.body, {widen_to_lists_pass: arguments}, given=("operators",))
     except NotTraceable:
