@@ -13,13 +13,71 @@ from typing import Any
 import torch
 
 from fxckpt.compat.optimizers import is_stock, settings_of
-from fxckpt.graph.update.trace import numeric_items, tensor_items
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.graph.update.hoist import Program
+from fxckpt.graph.update.trace import is_count, numeric_items, tensor_items
 
 _END = object()
 """Behind the last object, so that one more or one less is another sequence."""
 
 _params_of = operator.itemgetter("params")
+
+
+def is_dense(value: object) -> bool:
+    """Is it a tensor with memory of its own? Sparse gradients make sparse momentum."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided
+
+
+class BoundParam:
+    """A parameter, the tensors of its state as they were when they were bound, and the program that updates them."""
+
+    def __init__(self, name: str, param: torch.Tensor, group: int, index: int, state: dict[str, Any] | None):
+        self.name: str = name
+        self.param: torch.Tensor = param
+        self.group: int = group
+        self.state: dict[str, Any] = {} if state is None else state  # the optimizer's own dict, where it has one
+        self.index = index  # among all of its optimizer
+        self.address: int = param.data_ptr()
+        self.entries: int = len(self.state)
+        tensors = ((k, v) for k, v in sorted(self.state.items()) if is_dense(v))
+        self.items: list[tuple[str, torch.Tensor, int]] = [(key, value, value.data_ptr()) for key, value in tensors]
+        self.program: Program | None = None
+        self.implementation = "single"
+        self.compile = False
+        self.flat = False  # its update is compiled, over its elements in the order of memory
+
+    def stale(self) -> bool:
+        """Was a tensor of it replaced or moved since it was bound? ``Bindings`` asks whether ``state`` is the optimizer's."""
+        if self.param.data_ptr() != self.address or len(self.state) != self.entries:
+            return True
+        get = self.state.get
+        return any(value is not get(key) or value.data_ptr() != address for key, value, address in self.items)
+
+    def bound(self, kind: str, key: str) -> torch.Tensor:
+        """The tensor behind one input of a program; the parameter in place of its gradient, another one at every step."""
+        return self.state[key] if kind == "state" else self.param
+
+    @property
+    def plain(self) -> bool:
+        """Does it have state that is no tensor, or a sparse one, which may change without a new binding?"""
+        return len(self.items) != len(self.state)
+
+    def describe(self) -> dict[str, Any]:
+        """Its state for the record: what it takes, with the files' tensors, to make it anew just as it is."""
+        return {
+            "keys": list(self.state),
+            "strides": {k: tuple(t.stride()) for k, t, _ in self.items if not t.is_contiguous()},
+            "complex": [k for k, t, _ in self.items if t.is_complex()],
+            "plain": {k: v for k, v in self.state.items() if not is_dense(v)},
+            "host": [k for k, t, _ in self.items if t.device.type == "cpu" and self.param.device.type != "cpu"],
+        }
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        """What the layer owns of this parameter: ``("", parameter)`` and its state by key, less the counts."""
+        return [("", self.param)] + [(k, v) for k, v, _ in self.items if not is_count(k, v, self.param)]
+
+    def counts(self) -> list[tuple[str, torch.Tensor]]:
+        """The 0-dimensional states, which advance before all updates."""
+        return [(k, v) for k, v, _ in self.items if is_count(k, v, self.param)]
 
 
 class Bindings:
@@ -33,7 +91,9 @@ class Bindings:
         self._states: list[dict[str, Any]] = []
         self._params: list[object] = []  # those of the groups, and _END
         self._traced = is_stock(opt)  # others may change their groups in every step, and are looked at in every step
-        self._groups = GroupStructure(opt, self._traced)
+        self._structure: list[tuple[Any, ...]] = []  # what of the groups decides which code runs
+        self._names: list[str] = []  # of the entries of the groups, when they were compared last, ...
+        self._values: list[object] = []  # ... and their values
         self._held = HeldTensors(())
 
     def take(self, members: Sequence[BoundParam]) -> None:
@@ -41,7 +101,7 @@ class Bindings:
         self.members = list(members)
         self._state, self._states = self.opt.state, list(self.opt.state.values())
         self._params = [*(m.param for m in members), _END]
-        self._groups.take()
+        self._structure, self._names, self._values = self._structure_now(), [], []
         self._held = HeldTensors(members)
         self.number += 1
 
@@ -59,7 +119,7 @@ class Bindings:
             self._state is not state
             or len(state) != len(self._states)
             or not all(map(operator.is_, state.values(), self._states))
-            or self._groups.changed()
+            or self._restructured()
             or not all(map(operator.is_, params, self._params))
             or self._held.moved(copies or not self._traced)
         )
@@ -75,35 +135,20 @@ class Bindings:
         # Whoever looks at opt.state[p] of a parameter without state makes an empty one: nothing was replaced.
         return [m.name for m in members if m.stale() or (state.get(m.param) or None) is not (m.state or None)]
 
-
-class GroupStructure:
-    """What of an optimizer's parameter groups decides which code runs, and whether that has changed."""
-
-    def __init__(self, opt: torch.optim.Optimizer, traced: bool):
-        self.opt: torch.optim.Optimizer = opt
-        self._traced = traced
-        self._structure: list[tuple[Any, ...]] = []
-        self._names: list[str] = []  # of the entries of the groups, when they were compared last, ...
-        self._values: list[object] = []  # ... and their values
-
-    def take(self) -> None:
-        """It is as it should be now."""
-        self._structure, self._names, self._values = self._now(), [], []
-
-    def changed(self) -> bool:
-        """Is it another one? Most steps find the very objects of the step before."""
+    def _restructured(self) -> bool:
+        """Did the groups change in what decides which code runs? Most steps find the very objects of the step before."""
         groups = self.opt.param_groups
         names = list(itertools.chain.from_iterable(groups))
         values = list(itertools.chain.from_iterable(map(dict.values, groups)))
         if names == self._names and all(map(operator.is_, values, self._values)):
             return False
-        changed = self._structure != self._now()
+        changed = self._structure != self._structure_now()
         # A list may change and stay the same object; the parameters, which are one, are compared one by one elsewhere.
         lists = any(isinstance(value, list) for name, value in zip(names, values) if name != "params")
         self._names, self._values = ([], []) if changed or lists else (names, values)
         return changed
 
-    def _now(self) -> list[tuple[Any, ...]]:
+    def _structure_now(self) -> list[tuple[Any, ...]]:
         return [self._of(group) if self._traced else (len(group["params"]),) for group in self.opt.param_groups]
 
     def _of(self, group: dict[str, Any]) -> tuple[Any, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +12,8 @@ import torch
 
 from fxckpt.graph import step_graph
 from fxckpt.graph.model.layers import Layer, Place
-from fxckpt.optim.bound_param import BoundParam
-from fxckpt.optim.calls import Call, Inputs, calls_for, shared
-from fxckpt.optim.scalar_group import ScalarGroup
+from fxckpt.optim.bindings import BoundParam
+from fxckpt.optim.calls import Call, Inputs, ScalarGroup, calls_for, shared
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -74,16 +72,15 @@ class Executor:
         if counts_number is not None:
             handed_over.insert(0, (counts_number, counts))
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
-        update = functools.partial(self._layer_update, clocks)
-        module = step_graph.build(step_graph.step_passes(layers, numbers, counts_number, update, self._scalars))
+        chosen = step_graph.step_passes(layers, numbers, counts_number, lambda i: self._layer_update(i, clocks[i]), self._scalars)
+        module = step_graph.build(chosen)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
         self.arranged = Arranged(graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over)
         self.prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
 
-    def _layer_update(self, clocks: Sequence[step_graph.UpdateTimer], index: int) -> Callable[[list[torch.Tensor], Inputs], None]:
+    def _layer_update(self, index: int, clock: step_graph.UpdateTimer) -> Callable[[list[torch.Tensor], Inputs], None]:
         """The callable of one update node. It changes ``tensors``, to which the calls behind it are bound already."""
-        clock = clocks[index]
 
         def run(tensors: list[torch.Tensor], step: Inputs) -> None:
             calls = self.prepared.by_layer[index]

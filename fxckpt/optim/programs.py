@@ -13,7 +13,7 @@ from fxckpt.graph.update import inductor
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.specialize import specialize
 from fxckpt.graph.update.trace import MakesState, NotTraceable, Signature, signature_of
-from fxckpt.optim.bound_param import BoundParam, is_dense
+from fxckpt.optim.bindings import BoundParam, is_dense
 
 log: logging.Logger = logging.getLogger("fxckpt")
 

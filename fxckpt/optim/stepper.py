@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fxckpt.compat.optimizers import is_stock, plain_class
-from fxckpt.optim.bindings import Bindings
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.bindings import Bindings, BoundParam
 from fxckpt.optim.executor import Executor
 from fxckpt.optim.programs import ProgramCache
 from fxckpt.optim.rehearsal.step import RehearsedStep

@@ -19,10 +19,10 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.optimizers import stock_step
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.bindings import BoundParam
+from fxckpt.optim.calls import ScalarGroup
 from fxckpt.optim.executor import Executor
 from fxckpt.optim.programs import ProgramCache
-from fxckpt.optim.scalar_group import ScalarGroup
 
 log = logging.getLogger("fxckpt")
 

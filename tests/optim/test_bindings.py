@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fxckpt.optim.bindings import Bindings
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.bindings import Bindings, BoundParam
 
 
 def bind(bindings, flat=False):

@@ -69,11 +69,13 @@ class Stage:
         recorder = Recorder([part.stand_in for part in parts])
         for part, copies in zip(parts, counts):
             part.stand_in.begin()
-            for tensor in copies.values():
-                recorder.add_count(tensor, part.stand_in)
+            recorder.host |= {id(tensor): (tensor, part.stand_in) for tensor in copies.values()}
         with effects.none_outside(self.opt, reach) if guarded else contextlib.nullcontext():
             _run(clone, recorder, _Closure(recorder) if closure else None)
-        _check_attributes(clone, attributes)
+        now = _attributes(clone)
+        changed = [k for k in attributes | now if k not in attributes or k not in now or not values.same(attributes[k], now[k])]
+        if changed:  # a checkpoint holds none of them
+            raise NotTraceable(f"it changes its attribute {changed[0]!r}")
         roles = [_role(clone, part, state, copies) for part, state, copies in zip(parts, states, counts)]
         return Found(roles, self._changed(groups), recorder.peeked or recorder.sized)
 
@@ -150,13 +152,6 @@ def _run(clone: Any, recorder: Recorder, closure: _Closure | None) -> None:
 def _attributes(opt: Any) -> dict[str, Any]:
     """An optimizer's attributes, less groups, state and hooks."""
     return {k: v for k, v in vars(opt).items() if k not in _OURS and not k.startswith("_optimizer_")}
-
-
-def _check_attributes(clone: Any, before: dict[str, Any]) -> None:
-    """Only groups and states may change: a checkpoint holds no attributes. Raises NotTraceable."""
-    now = _attributes(clone)
-    if changed := [k for k in {**before, **now} if k not in before or k not in now or not values.same(before[k], now[k])]:
-        raise NotTraceable(f"it changes its attribute {changed[0]!r}")
 
 
 def _role(clone: Any, part: Part, before: dict[str, Any], counts: dict[str, torch.Tensor]) -> Role:

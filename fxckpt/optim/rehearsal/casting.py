@@ -13,10 +13,10 @@ import torch.fx as fx
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import Signature
+from fxckpt.optim.calls import ScalarGroup
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Role
 from fxckpt.optim.rehearsal.stand_in import Hole, Ref, StandIn
-from fxckpt.optim.scalar_group import ScalarGroup
 
 log: logging.Logger = logging.getLogger("fxckpt")
 

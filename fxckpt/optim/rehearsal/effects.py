@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from fxckpt.compat.optimizers import plain_class
@@ -51,7 +52,10 @@ def reach(opt: torch.optim.Optimizer) -> Reach:
         if len(seen) > MOST:
             raise NotTraceable(f"its step reaches more than {MOST} functions")
         for name, value in _named(function, cls):
-            _look_at(name, value, found)
+            if _is_random(value):
+                raise NotTraceable(f"it may draw random numbers: it names {name!r}")
+            if _is_container(value):
+                found.containers.append((name, value))
             todo += _functions(value)
     return found
 
@@ -85,15 +89,16 @@ def _named(function: types.FunctionType, cls: type) -> Iterator[tuple[str, Any]]
             yield name, cell.cell_contents
 
 
-def _look_at(name: str, value: Any, found: Reach) -> None:
-    """Raises NotTraceable for random generators."""
-    numpy = sys.modules.get("numpy")
-    kinds = (random.Random,) if numpy is None else (random.Random, numpy.random.Generator, numpy.random.RandomState)
+def _is_random(value: Any) -> bool:
+    """Is it a random generator, a method of one, or a module of them?"""
+    kinds = random.Random, np.random.Generator, np.random.RandomState
     owner = getattr(value, "__self__", None)
-    if isinstance(value, kinds) or isinstance(owner, kinds) or value is random or (numpy is not None and value is numpy.random):
-        raise NotTraceable(f"it may draw random numbers: it names {name!r}")
-    if type(value) in values.CONTAINERS and hasattr(value, "clear"):
-        found.containers.append((name, value))
+    return isinstance(value, kinds) or isinstance(owner, kinds) or value is random or value is np.random
+
+
+def _is_container(value: Any) -> bool:
+    """Can its elements change?"""
+    return type(value) in values.CONTAINERS and hasattr(value, "clear")
 
 
 def _functions(value: Any) -> list[types.FunctionType]:
@@ -118,7 +123,7 @@ def none_outside(opt: torch.optim.Optimizer, found: Reach) -> Iterator[None]:
     changes meanwhile."""
     before = [(cls, dict(vars(cls))) for cls in found.classes]
     named = [*found.containers, *((k, v) for _, attributes in before for k, v in attributes.items())]
-    held = [(name, value, value.copy()) for name, value in named if type(value) in values.CONTAINERS and hasattr(value, "clear")]
+    held = [(name, value, value.copy()) for name, value in named if _is_container(value)]
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.graph.update.trace import NotTraceable, is_count
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.stand_in import StandIn
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fxckpt.graph.update.trace import MakesState, NotTraceable
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import Inputs, calls_for
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Stage

@@ -78,10 +78,6 @@ class Recorder:
         self.operators: int = 0
         self.refusal: NotTraceable | None = None  # kept, should the step catch it
 
-    def add_count(self, tensor: torch.Tensor, owner: StandIn) -> None:
-        """A copy of a step count, which the step may read and change."""
-        self.host[id(tensor)] = (tensor, owner)
-
     def refuse(self, why: str) -> NotTraceable:
         """The exception to raise."""
         self.refusal = self.refusal or NotTraceable(why)

@@ -24,7 +24,7 @@ import torch
 
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.trace import MakesState, NotTraceable
-from fxckpt.optim.bound_param import BoundParam
+from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.executor import Executor
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Stage
