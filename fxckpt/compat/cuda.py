@@ -1,9 +1,5 @@
-"""CUDA: which device a tensor lies on, which stream that device trains on, and values that are still being computed there.
-
-The copies themselves are the engine's; this is the seam for tests, too.
-
-Nothing here is imported or initialised unless a tensor of the run lies on a device.
-"""
+"""CUDA: which device a tensor lies on, which stream that device trains on, and values that are still being computed there. The
+copies themselves are the engine's. Nothing here is initialised unless a tensor of the run lies on a device."""
 
 from __future__ import annotations
 

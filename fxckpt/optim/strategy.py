@@ -80,12 +80,7 @@ class WholeStep:
 
     def describe(self) -> str:
         """That it is whole, and why."""
-        return whole_words(self.whole)
-
-
-def whole_words(reason: str | None) -> str:
-    """What a whole step is called in the log."""
-    return f"its own step, whole ({reason}), then every layer is handed over"
+        return f"its own step, whole ({self.whole}), then every layer is handed over"
 
 
 class SplitStep:

@@ -2,13 +2,6 @@
 
 Left inside, the 0-dimensional arithmetic (step count, bias correction) is computed again for every parameter, and by Inductor for
 every element: an AdamW step then takes two to four times as long.
-
-``host`` advances the step counts of ONE parameter (the representative) and returns the scalars as doubles; whoever runs it gives
-the other parameters of the same count the same new counts. ``body`` is all the rest:
-
-* ``each``: traced for one parameter, called for each;
-* ``columns``: traced for two; every tensor list is a whole *column* (all parameters, all gradients, ...), so the same
-  graph serves lists of any length.
 """
 
 from __future__ import annotations
@@ -27,9 +20,13 @@ from fxckpt.graph.update.trace import NotTraceable, Role, Signature
 
 @dataclass(frozen=True)
 class Program:
-    """An update ready to run. ``host(*counts, *hypers) -> tuple of scalars`` with ``counts`` the representative's 0-dim states,
-    in the order of ``counts``, mutated in place. ``body(*columns, *scalars)`` takes for each entry of ``inputs`` one tensor
-    (``each``) or the list of tensors (``columns``)."""
+    """An update ready to run, in two graphs.
+
+    ``host(*counts, *hypers) -> tuple of scalars`` advances the 0-dim states of ONE parameter, the representative, in the order of
+    ``counts`` and in place; its caller gives the other parameters of the same count the same new counts. ``body(*columns,
+    *scalars)`` takes for each entry of ``inputs`` one tensor (``each``: called for every parameter), or the list of all
+    parameters' (``columns``: traced for two parameters, it serves lists of any length).
+    """
 
     signature: Signature
     style: str  # "each" or "columns"

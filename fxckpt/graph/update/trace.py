@@ -120,25 +120,19 @@ def signature_of(
     if cls.__name__ == "Rprop" and param.dim() == 0 and not param.is_complex():
         raise NotTraceable("a mask of a 0-dimensional parameter, which Rprop makes, is read on the host")
     by_shape = cls.__name__ in BY_SHAPE
-    numeric: list[tuple[Key, bool | None]] = []
-    for key, value in numeric_items(group):
-        if key[0] == "lr":
-            numeric.append((key, None))  # warm-up starts at 0 and no optimizer branches on it: never structure
-        elif value != 0:
-            numeric.append((key, value > 0))
+    # Warm-up starts at 0, and no optimizer branches on lr: it is never structure.
+    numbers = [(key, value) for key, value in numeric_items(group) if value != 0 or key[0] == "lr"]
+    numeric = tuple((key, None if key[0] == "lr" else value > 0) for key, value in numbers)
     if implementation == "fused" and (held := [key for key, _ in tensor_items(group) if key[0] != "lr"]):
         raise NotTraceable(f"a fused kernel reads {held[0][0]}, a tensor, by its value")
     tensors = [(key, value.dtype, tuple(value.shape)) for key, value in tensor_items(group)]
     moving = {key for key, _ in numeric} | {key for key, _, _ in tensors}
-    constants = tuple(
-        (name, _constant(group[name], name, moving))
-        for name in sorted(group)
-        if name in settings_of(opt) and (name, None) not in moving
-    )
+    names = sorted(name for name in group.keys() & settings_of(opt) if (name, None) not in moving)
+    constants = tuple((name, _constant(group[name], name, moving)) for name in names)
     kept = [(key, value) for key, value in sorted(state.items()) if value is not None]
     kinds = tuple((key, _state_kind(key, value, param, by_shape)) for key, value in kept)
     shape = tuple((tuple(t.shape), t.stride()) for t in (param, *(v for _, v in kept))) if by_shape else None
-    return Signature(cls, implementation, constants, tuple(numeric), kinds, param.dtype, str(param.device), tuple(tensors), shape)
+    return Signature(cls, implementation, constants, numeric, kinds, param.dtype, str(param.device), tuple(tensors), shape)
 
 
 def _constant(value: Any, name: str, moving: set[Key]) -> Any:

@@ -71,7 +71,7 @@ class Stage:
             part.stand_in.begin()
             recorder.host |= {id(tensor): (tensor, part.stand_in) for tensor in copies.values()}
         with effects.none_outside(self.opt, reach) if guarded else contextlib.nullcontext():
-            _run(clone, recorder, _Closure(recorder) if closure else None)
+            _run(clone, recorder, closure)
         now = _attributes(clone)
         changed = [k for k in attributes | now if k not in attributes or k not in now or not values.same(attributes[k], now[k])]
         if changed:  # a checkpoint holds none of them
@@ -115,25 +115,22 @@ class Stage:
         return out
 
 
-class _Closure:
-    """Stands for the user's closure: it must be called once, before the first operator."""
+def _run(clone: Any, recorder: Recorder, with_closure: bool) -> None:
+    """The step, watched. Raises NotTraceable, too, unless it calls its closure just once, before the first operator."""
+    calls, loss = 0, torch.zeros(()) if with_closure else None
 
-    def __init__(self, recorder: Recorder):
-        self.calls, self.loss, self.recorder = 0, torch.zeros(()), recorder
-
-    def __call__(self) -> torch.Tensor:
-        self.calls += 1
-        if self.recorder.operators:
+    def closure() -> torch.Tensor | None:
+        nonlocal calls
+        calls += 1
+        if recorder.operators:
             raise NotTraceable("it calls its closure after it has begun to update")
         if not torch.is_grad_enabled():
             raise NotTraceable("it calls its closure without gradients")
-        return self.loss
+        return loss
 
-
-def _run(clone: Any, recorder: Recorder, closure: _Closure | None) -> None:
     try:
         with watched(recorder.called, recorder.dispatched):
-            returned = own_step(clone, closure)
+            returned = own_step(clone, closure if with_closure else None)
     except NotTraceable:
         raise
     except Exception as error:  # whatever the optimizer's own code does with a stand-in
@@ -143,9 +140,9 @@ def _run(clone: Any, recorder: Recorder, closure: _Closure | None) -> None:
         raise recorder.refusal or NotTraceable(f"{type(error).__name__}: {said[:160]}") from error
     if recorder.refusal is not None:
         raise recorder.refusal
-    if closure is not None and closure.calls != 1:
-        raise NotTraceable(f"it called its closure {closure.calls} times")
-    if returned is not (None if closure is None else closure.loss):
+    if with_closure and calls != 1:
+        raise NotTraceable(f"it called its closure {calls} times")
+    if returned is not loss:
         raise NotTraceable("it returns something else than the closure's loss")
 
 

@@ -9,10 +9,9 @@ A program runs only after it was shown to be right:
 
 * all parameters were rehearsed at once, and each asks for the same with the same numbers as its part's one stand-in;
 * nothing else changed: no attribute, no module global, no class attribute, no random generator;
-* in two steps the whole stock step ran on the real tensors, and left in each of them the bits that the programs left in
-  copies of them.
+* in two steps the whole stock step left in each real tensor the bits that the programs left in a copy of it.
 
-Whatever fails makes the optimizer run its own step whole, for good; so does anything new that fails later.
+Whatever fails, then or later, makes the optimizer run its own step whole, for good.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fxckpt.optim.rehearsal.acting import Found, Stage
 from fxckpt.optim.rehearsal.casting import Casting
 from fxckpt.optim.rehearsal.parts import Mask, Partition
 from fxckpt.optim.rehearsal.proofs import PROOFS, Proofs, compare_all
-from fxckpt.optim.strategy import Closure, EvaluatedClosure, OwnPart, own_step, whole_words
+from fxckpt.optim.strategy import Closure, EvaluatedClosure, OwnPart, WholeStep, own_step
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -150,6 +149,6 @@ class RehearsedStep:
     def describe(self) -> str:
         """Which of the two it is, once it is known."""
         if self.whole is not None:
-            return whole_words(self.whole)
+            return WholeStep(self.opt, self.whole).describe()
         layers = len(self.executor.arranged.graph.layers)
         return f"its own step, rehearsed on stand-ins, native, {layers} layers" if self.proofs.any() else ""
