@@ -17,9 +17,9 @@ from fxckpt.compat.modules import unwrap_model
 
 def untraced(function: Callable) -> Callable:
     """``torch.compiler.disable``, at no cost while nothing is compiled: it takes a tenth of a millisecond when its code is cold,
-    as it is after a backward pass. Dynamo sees a frame only while a callback is set. The attribute is what it looks for where it
-    would inline a call, and ``skip_code`` keeps it from the frame itself; all three are private. Without them:
-    ``torch.compiler.disable`` itself."""
+    as it is after a backward pass. Dynamo sees a frame only while a callback is set, looks for the attribute where it would
+    inline a call, and ``skip_code`` keeps it from the frame itself. All three are private; without them it is the function
+    itself."""
     disabled = torch.compiler.disable(function)
     try:
         from torch._C._dynamo.eval_frame import get_eval_frame_callback

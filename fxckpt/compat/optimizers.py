@@ -77,9 +77,8 @@ def hooked(function: Callable) -> Callable:
 
     With no hook and no profiler none of that is to be done, and PyTorch's wrapper would take a fifth of a millisecond for it
     after a backward pass, when its code is cold. (An ``ExecutionTraceObserver`` without a profiler cannot be seen: its trace
-    lacks the region.) Private: ``Optimizer.profile_hook_step``, the flags of profilers (one is a thread's own, one the legacy
-    profiler does not set), and the mark ``hooked``, without which ``__setstate__`` wraps a second time and hooks fire twice (seen
-    after ``load_state_dict``).
+    lacks the region.) Private: ``profile_hook_step``, the flags of profilers (one is a thread's own, one the legacy profiler does
+    not set), and the mark ``hooked``, without which ``__setstate__`` wraps a second time and hooks fire twice.
     """
     full, profiler = torch.optim.Optimizer.profile_hook_step(function), torch.autograd.profiler
     by_daemon = "KINETO_USE_DAEMON" in os.environ  # profiles begin from outside then, and set no flag

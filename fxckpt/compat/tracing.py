@@ -160,10 +160,10 @@ class _Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def watched(called: Callable, dispatched: Callable):
-    """While this lasts, every call of PyTorch's Python functions goes to ``called(func, args, kwargs)``, attributes of tensors
-    among them, and every operator that runs to ``dispatched(func, args, kwargs)``; they return what the caller gets. A function
-    that ``torch.compile`` made raises RuntimeError meanwhile, before Dynamo sees it: it would find the modes, give up, and run
-    that function eagerly ever after. FX's own mark of a trace under way is what such functions ask."""
+    """While this lasts, calls of PyTorch's Python functions, attributes of tensors among them, go to
+    ``called(func, args, kwargs)`` and operators that run to ``dispatched(func, args, kwargs)``; they return what the caller gets.
+    A function that ``torch.compile`` made raises RuntimeError meanwhile: it asks FX's own mark of a trace under way. Dynamo would
+    find the modes, give up, and run that function eagerly ever after."""
     mark = fx._symbolic_trace
     before, mark._is_fx_tracing_flag = mark._is_fx_tracing_flag, True
     try:

@@ -1,9 +1,8 @@
 """What a pass is: a function from a graph to a graph, with what it requires of the passes before it.
 
-A pass is a public function ``xxx_pass(gm, …) -> gm`` that ends in :func:`finished`, unless it changes nothing, and is tested
-alone. ``passes.py`` has the list of them. Their contracts are checked before the first one runs, so a list that cannot work fails
-with what is missing and who provides it, and not with a wrong graph. ``FXCKPT_DISABLE_PASSES=native_calls,widen_to_lists``
-switches passes off by name, as far as nobody requires them.
+A pass is a public function ``xxx_pass(gm, …) -> gm`` that ends in :func:`finished`, unless it changes nothing. All contracts are
+checked before the first pass runs: a list that cannot work fails with what is missing and who provides it, and not with a wrong
+graph. ``FXCKPT_DISABLE_PASSES=native_calls,widen_to_lists`` switches passes off by name, as far as nobody requires them.
 """
 
 from __future__ import annotations

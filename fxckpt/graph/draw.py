@@ -1,8 +1,8 @@
 """Pictures of the layer graph: text for a terminal, dot for graphviz, and SVG without it.
 
-Each box is a layer with its place in the update order; an arrow says that its output reaches another layer in the forward. The
-SVG layout is layered: a layer stands one row below the lowest one that feeds it. A deep model would give a strip nobody can read,
-so rows are folded into columns, read top to bottom and left to right.
+Each box is a layer with its place in the update order; an arrow says that its output reaches another layer in the forward. In the
+SVG a layer stands one row below the lowest one that feeds it, and rows are folded into columns, read top to bottom and then left
+to right: a deep model would give a strip nobody can read.
 """
 
 from __future__ import annotations

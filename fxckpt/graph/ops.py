@@ -5,12 +5,10 @@
     update_h_0([w, exp_avg, ...], scalars)          # change it in place
     ckpt_emit([w, exp_avg, ...], run, 3, "h.0")     # hand it to the engine; the copy runs during the next iteration
 
-Both take the layer's tensors, though the engine knows their addresses already: the arguments are what tells a reader, and a later
-pass, which values each op orders. They return nothing, so every place that removes unused nodes must be told that they have
-effects: see ``has_side_effect`` below, and never run dead code elimination on a StepGraph.
-
-They live between the compiled pieces, never inside one: inside an Inductor graph an op that reads a mutated input may see a
-temporary that is copied back at the end. ``run`` is the number under which a live run registered its port.
+Both take the layer's tensors, though the engine knows their addresses, to show which values each op orders. They return nothing,
+so whatever removes unused nodes must be told that they have effects: see ``has_side_effect`` below, and never run dead code
+elimination on a StepGraph. They live between the compiled pieces, never inside one: there, an op that reads a mutated input may
+see a temporary that is copied back at the end. ``run`` is the number under which a live run registered its port.
 """
 
 from __future__ import annotations

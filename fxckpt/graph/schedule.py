@@ -2,8 +2,7 @@
 
     scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
 
-Every update node carries ``meta["layer"]``, the engine's number and the name of what it changes; that is all that the passes
-behind the first one go by.
+Every update node carries ``meta["layer"]``, the engine's number and the name of what it changes, by which the later passes go.
 """
 
 from __future__ import annotations

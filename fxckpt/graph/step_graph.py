@@ -1,8 +1,7 @@
 """The step as an FX graph that runs: per-layer updates in gradient order, with checkpoint ops in between (see schedule.py).
 
 Its inputs are the run's number and, for each layer, the list of tensors the layer owns (parameters, then optimizer state), so the
-data flow between the nodes is explicit. On a step on which nothing is pending and nothing starts, the same updates run over all
-layers at once, without a graph (optim/executor.py).
+data flow between the nodes is explicit. Where nothing is pending and nothing starts, the same updates run without a graph.
 """
 
 from __future__ import annotations

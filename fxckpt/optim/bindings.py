@@ -110,9 +110,8 @@ class Bindings:
         self._state = None
 
     def stale(self, copies: bool = True) -> bool:
-        """Must tensors be bound anew before the next step? (fence everything first: copies read the old ones) Where the tensors
-        of the state lie is asked only for ``copies``, for rehearsals, and where compiled code updates them: PyTorch's own kernels
-        find them wherever they are."""
+        """Must tensors be bound anew before the next step? (Fence everything first: copies read the old ones.) Where those of the
+        state lie is asked only for ``copies``, rehearsals and compiled code: PyTorch's own kernels find them anywhere."""
         state = self.opt.state
         params = itertools.chain(itertools.chain.from_iterable(map(_params_of, self.opt.param_groups)), (_END,))
         return (

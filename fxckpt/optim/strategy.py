@@ -2,8 +2,8 @@
 
 Every step has two parts, either of which may be empty. Its *own part* is the optimizer's own step, on all or some of its
 parameters, once nothing is being copied: nothing guards copies inside it. Its *graph part* updates layer by layer, with fences
-and emits in between. Which parameters are updated by which part depends on the optimizer, its state and the step's inputs, and
-never on how the process came there: so a step after a restart is the same step.
+and emits in between. Optimizer, state and inputs decide which parameters are in which part, and never how the process came
+there: so a step after a restart is the same step.
 """
 
 from __future__ import annotations

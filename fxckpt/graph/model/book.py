@@ -86,10 +86,9 @@ class KnownModels:
 
 
 class TraceBook:
-    """All that the compiler has shown, merged by parameter identity over graph breaks, splits, recompiles. ``listeners`` are
-    called with each new trace inside the backend call, before the graph runs for the first time; an exception of theirs goes up
-    to the user. An entry that is a weak reference (``weakref.WeakMethod``) is dropped when it dies. ``version`` grows with each
-    record."""
+    """All that the compiler has shown, merged by parameter identity over graph breaks, splits, recompiles. ``listeners`` (those
+    that are weak references are dropped when they die) are called with each new trace inside the backend call, before the graph
+    runs for the first time; their exceptions go up to the user. ``version`` grows with each record."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -196,9 +195,8 @@ class TraceBook:
 
     def arrived(self, params: Sequence[Tensor], model: nn.Module | None = None) -> None:
         """Take in the order in which the gradients of ``params`` arrived in a backward. It places what no graph shows: parameters
-        of modules that are not compiled, and regions among each other. Blocks of one class that are compiled one by one
-        (``block.compile()``) share the first one's code, so the compiler never shows the others: each gets a copy of the first
-        one's trace. ``model`` is searched for them as the known models are."""
+        of modules that are not compiled, and regions among each other. Blocks of one class that are compiled one by one share the
+        first one's code, which alone is shown: each gets a copy of its trace. ``model`` is searched for them, too."""
         with self._lock:
             start = 1 + max(self._arrivals.values(), default=-1)
             self._arrivals.update({p: start + at for at, p in enumerate(params)})

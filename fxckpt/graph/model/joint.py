@@ -1,9 +1,9 @@
 """What one backend call shows of a training graph.
 
-Two graphs are read. Dynamo's forward graph comes with every compile, so the *order* of layers is taken from it alone: autograd
-runs the backward in the reverse order of the forward, so a gradient is final once the backward has passed its parameter's first
-use. AOTAutograd's joint graph says it exactly (``tests/graph/test_joint.py`` checks that both agree), but on a warm cache it is
-never built; where it is seen, its positions are kept beside the order, which stays the same in a cold and a warm process.
+Dynamo's forward graph comes with every compile, so the *order* of layers is taken from it alone: autograd runs the backward in
+the reverse order of the forward, so a gradient is final once the backward has passed its parameter's first use. AOTAutograd's
+joint graph says it exactly (``tests/graph/test_joint.py`` checks that both agree), but on a warm cache it is never built: where
+it is seen, its positions are kept beside the order, which is the same in a cold and a warm process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Layers: which parameters are updated and checkpointed together, and in which order.
+"""Layers: which parameters are updated and checkpointed together, in the order in which their gradients become final.
 
-The order is the one in which gradients become final, so that a layer could be updated as soon as its gradient is there. It must
-never be able to fail training: whatever was or was not seen, each parameter appears exactly once.
+It must never be able to fail training: whatever was or was not seen, each parameter appears exactly once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Names of parameters and buffers, relative to the model a user would save.
 
-``torch.compile``, DDP and their kin wrap a model in a module of their own, and so put ``_orig_mod.`` or ``module.`` into every
-name. Such wrappers are recognised by type, never by their text: a user's own attribute called ``module`` keeps its name. A tensor
-that is there twice (tied weights, a shared module) has the first name a walk meets.
+``torch.compile``, DDP and their kin wrap a model in a module of their own, which are recognised by type, never by the text
+they put into names: a user's own attribute called ``module`` keeps its name. A tensor that is there twice (tied weights, a shared
+module) has the first name a walk meets.
 """
 
 from __future__ import annotations
@@ -41,13 +41,10 @@ def _once(named: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
 
 
 def find_roots(sources: Sequence[Any]) -> list[nn.Module]:
-    """The models that the graph being compiled belongs to, to be asked inside a backend call.
-
-    First the outermost module that is being called right now. Names relative to it are the same for every region of a model:
-    after a graph break, for a submodule whose own frame is compiled, and for blocks that are compiled one by one (their own names
-    would collide). Then, for a compiled function that no module calls (a whole training step), the first module on the path of
-    each input: ``L['trainer'].model`` for one of its parameters.
-    """
+    """The models that the graph being compiled belongs to, to be asked inside a backend call. First the outermost module that is
+    being called right now: names relative to it are the same for every region of a model, after a graph break and for submodules
+    and blocks that are compiled one by one (whose own names would collide). Then, for a compiled function that no module calls (a
+    whole training step), the first module on the path of each input: ``L['trainer'].model`` for one of its parameters."""
     found = [unwrap_model(module) for module in called_modules()[:1]]
     scope = compiling_scope()
     for source in sources:
@@ -62,10 +59,9 @@ def _outermost(modules: Sequence[nn.Module]) -> list[nn.Module]:
     kept: list[nn.Module] = []
     known: set[int] = set()
     for module in modules:
-        if id(module) in known:
-            continue
-        kept.append(module)
-        known.update(id(m) for m in module.modules())
+        if id(module) not in known:
+            kept.append(module)
+            known.update(id(m) for m in module.modules())
     return kept
 
 

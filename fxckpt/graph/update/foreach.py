@@ -1,10 +1,8 @@
 """Run a single-tensor update over lists of tensors, with the same kernels and the same bits.
 
 Each operator of the body becomes its ``_foreach`` form. On CPU those are loops in C++ over the very kernels that the
-single-tensor operators call ("slow path" in ATen's ForeachOpsKernels.cpp), so the bits are the same and only Python's share is
-gone: for a 64x64 parameter, most of the time.
-
-What a rehearsal noted (optim/rehearsal) may hold any operator. There, list kernels over one tensor become list kernels over all,
+single-tensor operators call ("slow path" in ATen's ForeachOpsKernels.cpp): only Python's share is gone, for a 64x64 parameter
+most of the time. What a rehearsal noted may hold any operator: there, list kernels over one tensor become list kernels over all,
 and an operator that has no list form runs in a loop.
 """
 

@@ -1,9 +1,8 @@
 """Compile an update's body with Inductor: one kernel for every shape, length and depth.
 
-An elementwise update does not see shapes. Inductor is asked for the C++ of one flat tensor of unknown length, and a loop of ours
-around it takes a whole list of them: it cuts them into blocks that stay in a core's cache and deals the blocks out evenly to
-OpenMP's threads. So a step costs one call from Python, however many parameters there are. Scalars come in by address; a Python
-float would be baked in.
+Inductor is asked for the C++ of one flat tensor of unknown length, since an elementwise update does not see shapes. A loop of
+ours takes a whole list of them, cuts them into blocks that stay in a core's cache and deals those out evenly to OpenMP's threads:
+a step costs one call from Python. Scalars come in by address; a Python float would be baked in.
 """
 
 from __future__ import annotations
@@ -95,9 +94,8 @@ def _compile(program: Program) -> Update:
 
 
 def _library(program: Program) -> ctypes.CDLL:
-    """The code of this program, from the cache of an earlier process if it is there. Before Inductor's own cache finds its file
-    it compiles and runs something for each kind of vector unit, in processes of their own: most of a second. So the file lies
-    here too, by all that it depends on, the processor included."""
+    """The code of this program, from the cache of an earlier process if it is there: by all that it depends on, the processor
+    included. Inductor's own cache would first compile and run something for each kind of vector unit: most of a second."""
     told = (torch.__version__, program.body.code, program.scalars, program.dtypes, program.signature.dtype, BLOCK, _DRIVER)
     name = hashlib.sha256(repr((*told, compiler_settings())).encode()).hexdigest()
     path = Path(cache_folder(), "fxckpt", f"{name}.so")

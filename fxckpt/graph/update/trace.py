@@ -1,12 +1,10 @@
 """Trace a stock optimizer's own ``step()`` into an FX graph: one graph per signature, not one per parameter.
 
-The optimizer is not rewritten by hand: a shallow clone of it runs under ``make_fx`` with fake tensors. Numeric hyperparameters
-and step counts become symbolic doubles, so what eager computes in Python stays Python arithmetic in the graph and nothing of it
-is baked in.
+A shallow clone of the optimizer runs under ``make_fx`` with fake tensors. There are two ways in, since there are two kinds of
+kernels:
 
-Two ways in, because two kinds of kernels exist:
-
-* ``single`` and ``foreach`` take Python scalars through code that FX can follow: the hyperparameters are symbols.
+* ``single`` and ``foreach`` take Python scalars through code that FX can follow: hyperparameters and step counts are symbolic
+  doubles, so what eager computes in Python stays Python arithmetic in the graph, and nothing of it is baked in.
 * ``fused`` hands them to one native operator whose schema takes plain floats. It is traced twice with different
   sentinel values; a constant that differs between the traces is a hyperparameter, one that does not is a constant.
 """
@@ -172,10 +170,9 @@ def trace(
 ) -> fx.GraphModule:
     """Trace ``opt.step()`` for parameters like ``param``; raises NotTraceable with the reason where FX cannot follow.
 
-    The result changes its inputs in place, and returns how its branches go; ``meta["outcomes"]`` is how they were taken to go.
-
-    ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told from
-    what is common to the list. ``script`` says how branches on step counts and hyperparameters go.
+    ``count`` parameters are traced, two of them for list kernels, to tell what differs per parameter from what is common to the
+    list. ``script`` says how branches on step counts and hyperparameters go. The result changes its inputs in place, and returns
+    how its branches go; ``meta["outcomes"]`` is how they were taken to go.
     """
     if count is None:
         count = 1 if signature.implementation == "single" else 2

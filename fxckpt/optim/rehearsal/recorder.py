@@ -1,11 +1,9 @@
 """Watches what an optimizer's own ``step()`` asks of PyTorch, on stand-ins that have no memory.
 
-A class that is not of ``torch.optim`` may do anything, so nothing is assumed of it: its step runs, in plain Python, on stand-ins
-of its parameters, gradients and states. What it computes with Python numbers, step counts and tensor hyperparameters happens for
-real. What it asks of stand-ins is put on their tapes.
-
-What would make a tape wrong for another tensor raises NotTraceable at once: a value read on the host, an operator over two
-parameters, random numbers, a change of anything that is no stand-in.
+Nothing is assumed of a class that is not of ``torch.optim``: its step runs, in plain Python, on stand-ins of its parameters,
+gradients and states. What it computes with numbers, step counts and tensor hyperparameters happens for real; what it asks of
+stand-ins is put on their tapes. What would make a tape wrong for another tensor raises NotTraceable at once: a value read on the
+host, an operator over two parameters, random numbers, a change of anything that is no stand-in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""A parameter without memory, and the tape of what a step asked of it.
+"""A parameter without memory, and the *tape* of what a step asked of it: operators, in which numbers are holes.
 
-For each stand-in a *tape* of operators is noted, in which numbers are holes, and the numbers that stood there this time. A tape
-becomes the body of a ``Program``; the numbers are the scalars of this one step.
+A tape becomes the body of a ``Program``; the numbers that stood there this time are the scalars of this one step.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ Tape = tuple[Op, ...]
 
 
 class StandIn:
-    """The stand-ins of one parameter, its gradient and its state, with the tape that was noted on them last. They are used again
-    at every step: as long as the step asks for the same operators, the results of last time are handed out and nothing is
-    computed."""
+    """The stand-ins of one parameter, its gradient and its state, with the tape that was noted on them last. As long as the step
+    asks for the same operators as last time, last time's results are handed out and nothing is computed."""
 
     def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
         self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
