@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 
+from fxckpt.engine import EngineStatistics
 from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
 from fxckpt.saving.tracing import Tracing
-
-if TYPE_CHECKING:
-    from fxckpt.engine.engine import EngineStatistics
 
 NO_ENGINE: EngineStatistics = {
     "bytes_written": 0, "staging_bytes": 0, "staging_peak_bytes": 0,
@@ -81,8 +79,7 @@ class Handle:
         Raises:
             The first failure that was not raised yet, a SaveFailed or StoreError; TimeoutError after ``timeout``.
         """
-        if self._run.active:
-            self._run.flush(timeout)
+        self._run.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """``flush``, then stop; training goes on without checkpoints. Also runs at exit. Idempotent.
@@ -178,7 +175,7 @@ class Handle:
             A context manager. On entry it raises SetupError if the run is being traced already.
         """
         run = self._run
-        if run.engine is not None and not run.active:
+        if run.engine is not None and not run.status.active:
             raise SetupError("this run takes no checkpoints: there is nothing to trace")
         return Tracing(run.saver.flights, run.engine, path, beside)
 

@@ -1,7 +1,7 @@
 """The engine's life: threads, buffers, devices and counters; what begins checkpoints and fences them (Engine).
 
-A forked child has none of the engine's threads. Every method looks at the process id first; in a child, what
-would use the engine raises :class:`~fxckpt.errors.Cancelled`, and what only waits or cleans up does nothing.
+A forked child has none of the engine's threads. Every method looks at the process id first; in a child, what would use the
+engine raises :class:`~fxckpt.errors.Cancelled`, and what only waits or cleans up does nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from fxckpt.engine._calls import Streams, failure, in_slices, stream_array
-from fxckpt.engine._lib import Lib, load
+from fxckpt.engine._lib import Lib, Streams, failure, in_slices, load, stream_array
 from fxckpt.engine.checkpoint import Checkpoint
-from fxckpt.engine.plan import Plan
+from fxckpt.engine.plan import Placed, Plan
 from fxckpt.errors import Cancelled, SetupError
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -35,8 +34,7 @@ class EngineStatistics(TypedDict):
 
 
 class Engine:
-    """Writer threads and their buffers. ``memory_bytes`` bounds what they allocate: threads times chunk, plus
-    staging.
+    """Writer threads and their buffers. ``memory_bytes`` bounds what they allocate: threads times chunk, plus staging.
 
     Raises :class:`SetupError` for sizes that cannot work, :class:`SaveFailed` if threads cannot start.
     """
@@ -75,13 +73,12 @@ class Engine:
     def _is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
 
-    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[tuple[int, int, int, int, int]], layers: int) -> Plan:
+    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int) -> Plan:
         """Geometry of a checkpoint's files.
 
-        ``files``: (bytes, a multiple of 4096; header that lies at offset 0). ``tensors``: (layer, file,
-        absolute offset, nbytes, itemsize), those of a layer in the order in which its :class:`Sources` has
-        them. Bytes that nothing covers are written as zeros. Raises :class:`SetupError` for what overlaps or
-        does not fit.
+        ``files``: (bytes, a multiple of 4096; header that lies at offset 0). ``tensors``: (layer, file, absolute offset,
+        nbytes, itemsize), those of a layer in the order in which its :class:`Sources` has them. Bytes that nothing covers
+        are written as zeros. Raises :class:`SetupError` for what overlaps or does not fit.
         """
         return Plan(self.chunk_bytes, files, tensors, layers)
 
@@ -112,11 +109,11 @@ class Engine:
         return Checkpoint(self, plan, out[0])
 
     def _say_buffered(self) -> None:
-        if not self._said_buffered and self._statistics().buffered_files:
+        if not self._said_buffered and self.buffered:
             self._said_buffered = True
             log.warning(
-                "This file system refuses O_DIRECT: checkpoints go through the page cache, which is "
-                "slower and costs memory bandwidth. Nothing else changes."
+                "This file system refuses O_DIRECT: checkpoints go through the page cache, which is slower and costs memory "
+                "bandwidth. Nothing else changes."
             )
 
     @property

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from fxckpt.run.arrangement import Arrangement
-from fxckpt.run.emitting import Emitter
 
 log = logging.getLogger("fxckpt")
 
@@ -14,8 +12,8 @@ log = logging.getLogger("fxckpt")
 class Announcer:
     """Says what runs a step, once for each way it runs, and what snapshots may take."""
 
-    def __init__(self, arrangement: Arrangement, emitter: Emitter, max_async: int):
-        self._arrangement, self._emitter, self._max_async = arrangement, emitter, max_async
+    def __init__(self, arrangement: Arrangement, max_async: int):
+        self._arrangement, self._max_async = arrangement, max_async
         self._described: list[tuple[int, str]] = []  # the bindings that were described last
         self._said: set[str] = set()
 
@@ -32,15 +30,11 @@ class Announcer:
         for i, (_, line) in enumerate(bound):
             if line:
                 self._say(line, of=i)
-        moved = [t for s in steppers for _, ts in s.handed_over() for t in ts if self._is_moved(t)]
-        if size := sum(t.nbytes for t in moved) * self._max_async:
-            self._say(
-                "tensors that are not in row-major order are copied on their device first, which takes at most "
-                f"{size / 2**20:.1f} MiB there"
-            )
-
-    def _is_moved(self, tensor: Any) -> bool:
-        return self._emitter.is_remote(tensor) and not tensor.is_contiguous()
+        tensors = [t for s in steppers for _, ts in s.handed_over() for t in ts]
+        remote = self._arrangement.emitter.is_remote
+        if size := sum(t.nbytes for t in tensors if remote(t) and not t.is_contiguous()) * self._max_async:
+            what = "tensors that are not in row-major order are copied on their device first"
+            self._say(f"{what}, which takes at most {size / 2**20:.1f} MiB there")
 
     def _say(self, line: str, of: int = -1) -> None:
         """``of``: the number of the optimizer that it is about; two of one class are two lines."""

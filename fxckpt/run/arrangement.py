@@ -29,7 +29,7 @@ class Arrangement:
     def __init__(
         self, model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], emitter: Emitter, config: Config
     ):
-        self.model, self.optimizers, self._emitter, self._config = model, optimizers, emitter, config
+        self.model, self.optimizers, self.emitter, self._config = model, optimizers, emitter, config
         self.steppers = [Stepper(opt, config.update) for opt in optimizers]
         self.inventory = Inventory()
         self.layout: plan.Layout | None = None
@@ -50,7 +50,7 @@ class Arrangement:
         key = self._key()
         if not stale and key == self._arranged:
             return
-        self._emitter.fence_all()  # copies under way still read the old tensors
+        self.emitter.fence_all()  # copies under way still read the old tensors
         self.inventory = take(self.model, self.optimizers, traces)
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
@@ -83,7 +83,7 @@ class Arrangement:
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
-        return (self._emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
+        return (self.emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
 
     def _number_layers(self) -> None:
         """Give every layer of a step its number, in the order in which steps update them, and write the StepGraphs."""
@@ -104,12 +104,12 @@ class Arrangement:
             if stepper.counts_number is not None:
                 numbered[stepper.counts_number] = plan.counts_layer(index, stepper)
             numbered.update(zip(stepper.numbers, plan.updated_layers(index, stepper)))
-        numbered.update(enumerate(plan.other_layers(self.inventory, self._emitter.changed_outside), start=len(numbered)))
+        numbered.update(enumerate(plan.other_layers(self.inventory, self.emitter.changed_outside), start=len(numbered)))
         return [numbered[number] for number in range(len(numbered))]
 
     def current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
-        emitter = self._emitter
+        emitter = self.emitter
         self.inventory = take(self.model, self.optimizers, traces)
         fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
@@ -119,8 +119,6 @@ class Arrangement:
                 emitter.fence_all()  # layer numbers change their meaning
             layers = self._layers()
             emitter.open_devices(e.tensor for layer in layers for e in layer.entries)
-            self.layout = plan.make_layout(
-                emitter.engine, layers, self._config.chunk_mb << 20, emitter.changed_outside, emitter.sources
-            )
+            self.layout = plan.make_layout(emitter.engine, layers, emitter.changed_outside, emitter.sources)
             self._layout_key = key
         return self.layout

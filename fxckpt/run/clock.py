@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -27,8 +26,8 @@ class Applied:
         """One more attempt; ``skipped`` gives 1 where the device skipped it."""
         if skipped is None:
             self._known += 1
-        else:
-            self._waiting.append(skipped)
+            return
+        self._waiting.append(skipped)
         if len(self._waiting) > 64:
             self._resolve(len(self._waiting) - 32)  # these are iterations behind: nothing to wait for
 
@@ -68,13 +67,6 @@ class StepClock:
         return self.iteration + self.in_iteration if self.counts_iterations else step
 
 
-class Ending(Protocol):
-    """Whoever ends the process once a checkpoint is complete."""
-
-    def step_closed(self) -> None:
-        """The state of a step is complete, and its checkpoint on its way. Called in any thread."""
-
-
 class RunStatus:
     """What the run may do: checkpoints end with ``shutdown`` and in a forked child, steps where a load left a mixture."""
 
@@ -82,7 +74,8 @@ class RunStatus:
         self.enabled, self.pid = enabled, os.getpid()
         self.stopped = False
         self.partially_loaded: str | None = None  # why the live tensors are a mixture that must not be trained
-        self.ending: Ending | None = None  # a signal came: the next checkpoint that is complete is the last
+        # A signal came: the next checkpoint is the last. Told in any thread when its step has closed.
+        self.ending: Callable[[], None] | None = None
 
     @property
     def active(self) -> bool:

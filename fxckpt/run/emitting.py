@@ -9,10 +9,9 @@ from typing import Any, TypeGuard
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.engine import SLICE
+from fxckpt.engine import SLICE, Sources
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
-from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
@@ -57,8 +56,8 @@ class Emitter:
         self._wait(-1)
 
     def _wait(self, layer: int) -> None:
-        """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk), or from here
-        if the committer hangs itself."""
+        """Wait for a layer's copies, or for all (-1). A checkpoint whose copies make no progress is dropped by the committer (a
+        hung disk), or from here if the committer hangs itself."""
         if self.engine is None or not self.engine.pending():
             return
         streams, waited = self._streams(), None
@@ -78,11 +77,6 @@ class Emitter:
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
             layers = pending.layout.number("update") if numbers is None else numbers
             pending.guard.let_go(layers, partial(self.discard, pending))
-
-    def watch_again(self) -> None:
-        """A step was left in its middle: what it has not waited for is being copied still, and must not change unseen."""
-        for pending in self.saver.flights.under_way():
-            pending.guard.watch_again()
 
     def discard(self, pending: InFlight, error: Changed) -> None:
         """A tensor of this checkpoint changed."""
@@ -125,11 +119,6 @@ class Emitter:
         pending.guard.copies += copies
         pending.emit(layer, self.sources(copies), self._streams())
 
-    def emit_stepper(self, stepper: Stepper) -> None:
-        """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
-        for number, tensors in stepper.handed_over():
-            self.emit(number, tensors)
-
     # -- devices -----------------------------------------------------------------------------------------------------
 
     def open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -141,8 +130,6 @@ class Emitter:
     def sources(self, tensors: Sequence[torch.Tensor]) -> Any:
         """What the engine reads: addresses, and the device of each. None if that must be copied in memory first: a device
         copies whole ranges, and files are in row-major order."""
-        from fxckpt.engine import Sources
-
         devices = [self.devices.of(t) for t in tensors]
         if any(device is not None and not t.is_contiguous() for t, device in zip(tensors, devices)):
             return None

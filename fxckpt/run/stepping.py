@@ -23,11 +23,9 @@ from fxckpt.run.announce import Announcer
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, StepClock
 from fxckpt.run.closing import Closing
-from fxckpt.run.emitting import Emitter
 from fxckpt.run.schedule import Schedule
 from fxckpt.saving import tracing
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.saver import Saver
 
 log = logging.getLogger("fxckpt")
 
@@ -35,22 +33,14 @@ log = logging.getLogger("fxckpt")
 class Stepping:
     """Makes the steps of a run's optimizers, with a checkpoint where one is due, and the saves that a user asks for."""
 
-    def __init__(
-        self,
-        arrangement: Arrangement,
-        closing: Closing,
-        emitter: Emitter,
-        saver: Saver,
-        clock: StepClock,
-        status: RunStatus,
-        config: Config,
-    ):
-        self._arrangement, self._closing, self._emitter, self._saver = arrangement, closing, emitter, saver
+    def __init__(self, arrangement: Arrangement, closing: Closing, clock: StepClock, status: RunStatus, config: Config):
+        self._arrangement, self._closing = arrangement, closing
+        self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
         self._clock, self._status, self._config = clock, status, config
         self.schedule = Schedule(config.every)
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
         self._leader = arrangement.steppers[-1]
-        self._announcer = Announcer(arrangement, emitter, config.max_async)
+        self._announcer = Announcer(arrangement, config.max_async)
         self._said_order = False
         self._store_checked = False
 
@@ -60,9 +50,8 @@ class Stepping:
             return own_step(opt, closure)
         if self._emitter.ordinals and self._emitter.devices.capturing():
             raise SetupError(
-                "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
-                "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
-                "opt.step() outside."
+                "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would neither guard "
+                "the copies of a checkpoint nor take one. Capture forward and backward, and call opt.step() outside."
             )
         if torch.is_inference_mode_enabled():  # state made in it could be changed nowhere else, and has no version counter
             with torch.inference_mode(False):
@@ -95,7 +84,8 @@ class Stepping:
             loss = self._advance(stepper, closure, leads)
         except BaseException as error:
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
-            self._emitter.watch_again()
+            for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
+                pending.guard.watch_again()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)
@@ -121,17 +111,16 @@ class Stepping:
 
     def _check_order(self, stepper: Stepper, leads: bool) -> None:
         """With several optimizers: does the one that leads step after the others? Say so if not."""
-        if not leads and self._closing.is_open and self._clock.in_iteration:
+        if not leads and self._closing.open is not None and self._clock.in_iteration:
             self._closing.give_up(f"{type(stepper.opt).__name__} stepped after it in the same turn")
         elif not leads or all(other.stepped for other in self._arrangement.steppers):
             return
         if not self._said_order:
             self._said_order = True
             log.warning(
-                "fxckpt: checkpoints are taken at the step of the last optimizer of the list, the %s; another one has "
-                "not stepped before it. If it steps later in the same iteration, its step is not in the checkpoint: "
-                "put the optimizer that steps last at the end of the list",
-                type(self._leader.opt).__name__,
+                "fxckpt: checkpoints are taken at the step of the last optimizer of the list, the "
+                f"{type(self._leader.opt).__name__}; another one has not stepped before it. If it steps later in the same "
+                "iteration, its step is not in the checkpoint: put the optimizer that steps last at the end of the list"
             )
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
@@ -215,8 +204,9 @@ class Stepping:
         """The other optimizers' layers, and what is captured at the end of ``opt.step()``."""
         for stepper in self._arrangement.steppers:
             if stepper is not stepped:
-                self._emitter.emit_stepper(stepper)
-        self._closing.open(pending)
+                for number, tensors in stepper.handed_over():
+                    self._emitter.emit(number, tensors)
+        self._closing.take(pending)
 
     def _raise_callback_error(self) -> None:
         """Raise what ``on_layer`` raised, now that all layers were updated: half a step is nothing to go on from."""
@@ -242,8 +232,8 @@ class Stepping:
         self._status.refuse_mixture()
         if any(stepper.halfway for stepper in self._arrangement.steppers):
             raise SetupError(
-                "opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
-                "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
+                "opt.step() was left by an exception in its middle: some layers are updated and some are not, which is no step "
+                "to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
             )
         self._closing.close_step()
         if not self._store_checked:

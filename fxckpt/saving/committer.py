@@ -1,4 +1,4 @@
-"""What is done with each checkpoint on the thread that commits: Committer."""
+"""What is done with each checkpoint on the thread that commits."""
 
 from __future__ import annotations
 

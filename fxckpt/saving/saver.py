@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import os
 
+from fxckpt.engine import Engine
 from fxckpt.errors import FxckptError
 from fxckpt.saving.committer import Committer
-from fxckpt.saving.engines import CheckpointEngine
-from fxckpt.saving.flights import Flights
+from fxckpt.saving.flights import Flights, TrainingThread
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.plan import Layout
+from fxckpt.saving.plan import FILES, Layout
 from fxckpt.saving.slot_supply import SlotSupply
 from fxckpt.saving.stores import CheckpointStore
 from fxckpt.saving.tally import Tally
-from fxckpt.saving.training_thread import TrainingThread
 from fxckpt.store.commit_loop import SETTLE, CommitLoop
 from fxckpt.store.slot import retires_slot
 
@@ -29,7 +28,7 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
-    def __init__(self, engine: CheckpointEngine | None, store: CheckpointStore, *, max_async: int):
+    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int):
         self.engine, self.store = engine, store
         self.tally, self.trainer = Tally(), TrainingThread()
         self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
@@ -60,8 +59,7 @@ class Saver:
         slot = self.supply.take(layout, name)
         try:
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
-            known = [on_disk.get(name, {}) for name in layout.names]
-            copy = self.engine.begin(layout.plan, slot.path, layout.names, known)
+            copy = self.engine.begin(layout.plan, slot.path, FILES, [on_disk.get(name, {}) for name in FILES])
             self.store.begin(slot, copy.id, layout.files)
         except BaseException as error:
             self.store.abandon(slot, bad=retires_slot(error))
@@ -94,10 +92,8 @@ class Saver:
             if ended:
                 self.store.close()
             else:
-                log.error(
-                    "fxckpt: the thread that commits is left behind%s; the store stays locked until this process ends",
-                    self.loop.operation(),
-                )
+                left = f"the thread that commits is left behind{self.loop.operation()}"
+                log.error("fxckpt: %s; the store stays locked until this process ends", left)
 
     def abandon(self) -> None:
         """The run is gone: commit what was closed, drop the rest, stop."""
