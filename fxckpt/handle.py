@@ -65,7 +65,7 @@ class Handle:
             SaveFailed: it could not be written. SetupError: a name that cannot be one, or the run was shut down.
             FxckptError: there is a checkpoint of that name.
         """
-        self._run.save(name)
+        self._run.stepping.save(name)
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and return once every checkpoint that was started is durable.
@@ -136,7 +136,10 @@ class Handle:
     @property
     def graphs(self) -> list[StepGraph]:
         """The StepGraph of each optimizer of the run, in the order of the list. Raises SetupError before their first step."""
-        return self._run.graphs()
+        run = self._run
+        with run.closing.between_steps:
+            run.arrangement.refresh()  # written anew if something was replaced
+            return [stepper.graph for stepper in run.steppers]
 
     @property
     def directory(self) -> str:

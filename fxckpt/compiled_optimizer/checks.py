@@ -34,10 +34,8 @@ def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optim
 def _free_optimizer(opt: object) -> torch.optim.Optimizer:
     """``opt``, if it is an optimizer that steps itself and belongs to no run."""
     if not isinstance(opt, torch.optim.Optimizer):
-        raise SetupError(
-            f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}. "
-            "If it wraps an optimizer, pass the inner one."
-        )
+        what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}"
+        raise SetupError(f"{what}. If it wraps an optimizer, pass the inner one.")
     if (inner := _wrapped(opt)) is not None:
         raise SetupError(
             f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the {type(inner).__name__} that steps. Call "

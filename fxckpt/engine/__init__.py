@@ -3,9 +3,8 @@
 engine.py      Engine: threads and buffers; begins checkpoints, fences layers
 plan.py        Plan, Sources: where tensors lie in files, and in memory
 checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
-reading.py     read_verified: reads them back, checked
+reading.py     read_verified: reads them back, checked; crc32c
 ring.py        the memory that a trainer shares with its monitor
-checksum.py    crc32c
 io.py          the table of file operations
 _lib.py        the extension: finds it, waits for it in slices, makes its failures exceptions
 cdef.h         what is declared to cffi; csrc/engine.h is the manual
@@ -15,9 +14,8 @@ build.py       how the extension is built
 from fxckpt.engine import io
 from fxckpt.engine._lib import SLICE, Streams
 from fxckpt.engine.checkpoint import Checkpoint
-from fxckpt.engine.checksum import crc32c
 from fxckpt.engine.engine import Engine, EngineStatistics
 from fxckpt.engine.plan import Plan, Sources
-from fxckpt.engine.reading import read_verified
+from fxckpt.engine.reading import crc32c, read_verified
 
 __all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "Streams", "crc32c", "io", "read_verified"]

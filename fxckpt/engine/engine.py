@@ -50,9 +50,8 @@ class Engine:
     ):
         ffi, lib = load()
         if not 1 <= threads <= 256 or not 0 < chunk_bytes <= 1 << 30 or chunk_bytes % lib.FX_BLOCK:
-            raise SetupError(
-                f"threads={threads} must be 1 to 256, chunk_bytes={chunk_bytes} a multiple of {lib.FX_BLOCK} up to 1 GiB"
-            )
+            chunk = f"chunk_bytes={chunk_bytes} a multiple of {lib.FX_BLOCK} up to 1 GiB"
+            raise SetupError(f"threads={threads} must be 1 to 256, {chunk}")
         if staging_bytes < 0:
             raise SetupError(f"staging_bytes={staging_bytes} must not be negative")
         self._ffi, self._lib, self._pid = ffi, lib, os.getpid()
@@ -105,21 +104,18 @@ class Engine:
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
         if lib.fx_begin(self._pointer, plan._pointer, ffi.new("char *[]", paths), has, crcs, out, error):
             raise failure(ffi, error)
-        self._say_buffered()
-        return Checkpoint(self, plan, out[0])
-
-    def _say_buffered(self) -> None:
         if not self._said_buffered and self.buffered:
             self._said_buffered = True
             log.warning(
                 "This file system refuses O_DIRECT: checkpoints go through the page cache, which is slower and costs memory "
                 "bandwidth. Nothing else changes."
             )
+        return Checkpoint(self, plan, out[0])
 
     @property
     def buffered(self) -> bool:
         """Whether some file system refused O_DIRECT, so that files go through the page cache."""
-        return not self._is_elsewhere() and bool(self._statistics().buffered_files)
+        return bool(self._statistics().buffered_files)
 
     def pending(self) -> bool:
         """Whether any emitted piece of any checkpoint is not copied yet. One atomic read."""
@@ -149,15 +145,14 @@ class Engine:
         path = ffi.NULL if driver is None else ffi.new("char[]", os.fsencode(driver))
         if lib.fx_cuda_open(self._pointer, path, error) or lib.fx_cuda_device(self._pointer, ordinal, error):
             operation, what = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
-            raise SetupError(
-                f"CUDA device {ordinal} cannot be checkpointed: {operation}: {what or os.strerror(error.err)}. "
-                "Set FXCKPT_DISABLE=1 to run without checkpoints."
-            )
+            why = f"{operation}: {what or os.strerror(error.err)}. Set FXCKPT_DISABLE=1 to run without checkpoints."
+            raise SetupError(f"CUDA device {ordinal} cannot be checkpointed: {why}")
         self._devices.add(ordinal)
 
     def _statistics(self) -> Any:
         found = self._ffi.new("struct fx_statistics *")
-        self._lib.fx_engine_statistics(self._pointer, found)
+        if not self._is_elsewhere():
+            self._lib.fx_engine_statistics(self._pointer, found)
         return found
 
     def trace(self, capacity: int) -> None:
@@ -176,7 +171,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """All counters, since the engine was made; zeros in a forked child."""
-        found = self._ffi.new("struct fx_statistics *") if self._is_elsewhere() else self._statistics()
+        found = self._statistics()
         return EngineStatistics(
             bytes_written=found.bytes_written,
             staging_bytes=found.staging_bytes,

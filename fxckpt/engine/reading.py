@@ -1,4 +1,4 @@
-"""Verified reading: no byte reaches a target before its chunk's checksum was right."""
+"""Checksums, and verified reading: no byte reaches a target before its chunk's checksum was right."""
 
 from __future__ import annotations
 
@@ -6,16 +6,32 @@ import errno
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxckpt.engine import io
 from fxckpt.engine._lib import FFI, load
 from fxckpt.engine.plan import fill_view
 from fxckpt.errors import Corrupt, SetupError
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
 
 Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
+
+
+def crc32c(buffer: Buffer, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of a contiguous buffer, continuing from ``crc``; in hardware where possible."""
+    ffi, lib = load()
+    data = ffi.from_buffer(buffer)
+    return int(lib.fx_crc32c(crc, data, len(data)))
+
+
+def crc32c_implementation() -> str:
+    """Which one :func:`crc32c` uses here: ``"sse4.2"``, ``"armv8-crc"`` or ``"portable"``."""
+    ffi, lib = load()
+    return str(ffi.string(lib.fx_crc32c_name()), "ascii")
 
 
 def read_verified(

@@ -17,15 +17,14 @@ CONFUSING = ("PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONPROFILEIMPORTTIME")  # var
 def make_ring(slots: int, slot_bytes: int) -> Ring:
     """Memory for so many chunks. Raises SetupError if there is not as much."""
     size, left = slots * slot_bytes, limits.memory_available()
+    needs = f'writer="monitor" needs {size >> 20} MiB of shared memory'
     advice = "Ask for less with staging_mb, or give the container more memory (the size of /dev/shm does not matter)"
     if size > left:
-        raise SetupError(
-            f'writer="monitor" needs {size >> 20} MiB of shared memory, of which {left >> 20} MiB are free. ' + advice
-        )
+        raise SetupError(f"{needs}, of which {left >> 20} MiB are free. {advice}")
     try:
         return Ring.make(slots, slot_bytes)
     except SaveFailed as error:
-        raise SetupError(f'writer="monitor" needs {size >> 20} MiB of shared memory: {error}. {advice}') from error
+        raise SetupError(f"{needs}: {error}. {advice}") from error
 
 
 def spawn(fds: list[int]) -> subprocess.Popen[bytes]:
@@ -36,12 +35,5 @@ def spawn(fds: list[int]) -> subprocess.Popen[bytes]:
     env["PYTHONPATH"] = os.pathsep.join(os.path.abspath(each) for each in sys.path)
     env["OPENBLAS_NUM_THREADS"] = env["OMP_NUM_THREADS"] = "1"
     # From the root directory: "-m" looks for modules in the working directory first, and keeps its file system busy.
-    return subprocess.Popen(
-        [sys.executable, *PROGRAM, *map(str, fds)],
-        pass_fds=fds,
-        env=env,
-        cwd="/",
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-    )
+    program, null = [sys.executable, *PROGRAM, *map(str, fds)], subprocess.DEVNULL
+    return subprocess.Popen(program, pass_fds=fds, env=env, cwd="/", start_new_session=True, stdin=null, stdout=null)

@@ -10,7 +10,16 @@ INITS = frozenset({"systemd", "init", "launchd", "runit", "openrc-init", "s6-svs
 
 def found() -> list[str]:
     """One sentence for each thing seen here that would take the monitor along."""
-    return [text for text in (_first_process(), _service(), _batch_step(), _group_oom()) if text]
+    out = [text] if (text := _first_process()) else []
+    groups = _read("/proc/self/cgroup")
+    if os.environ.get("INVOCATION_ID") and ".service" in groups:
+        out.append("systemd ends every process of a service when its main process ends, unless KillMode=process is set")
+    if os.environ.get("SLURM_STEP_ID"):
+        out.append("slurm ends every process of a step when the step is cancelled or runs out of time")
+    own = [line[3:] for line in groups.splitlines() if line.startswith("0::")]
+    if any(_read(f"/sys/fs/cgroup{path}/memory.oom.group") == "1" for path in own):
+        out.append("memory.oom.group is set: when memory runs out, the kernel ends every process of this cgroup")
+    return out
 
 
 def _read(path: str) -> str:
@@ -28,36 +37,15 @@ def _first_process() -> str:
     first = _read("/proc/1/comm")
     contained = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv"))) or "container" in os.environ
     if contained and first not in INITS:
-        return (
-            f"this container ends when its process 1 ({first or 'unknown'}) ends, and the monitor with it: "
-            "start the trainer from a process that stays"
-        )
-    return ""
-
-
-def _service() -> str:
-    if os.environ.get("INVOCATION_ID") and ".service" in _read("/proc/self/cgroup"):
-        return "systemd ends every process of a service when its main process ends, unless KillMode=process is set"
-    return ""
-
-
-def _batch_step() -> str:
-    if os.environ.get("SLURM_STEP_ID"):
-        return "slurm ends every process of a step when the step is cancelled or runs out of time"
-    return ""
-
-
-def _group_oom() -> str:
-    for line in _read("/proc/self/cgroup").splitlines():
-        if line.startswith("0::") and _read(f"/sys/fs/cgroup{line[3:]}/memory.oom.group") == "1":
-            return "memory.oom.group is set: when memory runs out, the kernel ends every process of this cgroup"
+        what = f"this container ends when its process 1 ({first or 'unknown'}) ends, and the monitor with it"
+        return f"{what}: start the trainer from a process that stays"
     return ""
 
 
 def memory_available() -> int:
     """Bytes that this process can still have, as the system and its control groups tell: shared memory is taken at once,
     and taking more than there is would not fail but wake the kernel's killer."""
-    left = [_number(line.split()[1]) * 1024 for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
+    left = [int(line.split()[1]) * 1024 for line in _read("/proc/meminfo").splitlines() if line.startswith("MemAvailable:")]
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
@@ -78,7 +66,3 @@ def _room(root: str, path: str, limit: str, usage: str) -> list[int]:
         if path in ("", "/"):
             return out
         path = path.rpartition("/")[0]
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isdigit() else 0

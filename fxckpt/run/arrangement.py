@@ -44,8 +44,10 @@ class Arrangement:
 
         ``copies``: also where only a copy would notice (``Bindings.stale``).
         """
-        if self._first_backward is not None:
-            self._learn_arrivals(self._first_backward)
+        if self._first_backward is not None and (seen := self._first_backward.order()):
+            self._first_backward.stop()  # all gradients arrived: the book takes their order
+            self._first_backward = None
+            traces.arrived(seen, self.model)
         stale = [s for s in self.steppers if s.bindings.stale(copies)]
         key = self._key()
         if not stale and key == self._arranged:
@@ -66,20 +68,8 @@ class Arrangement:
             return
         self.inventory = take(self.model, self.optimizers, traces)
         if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.members):
-            self.invalidate()
-
-    def invalidate(self) -> None:
-        """Tensors were replaced: bind all of them anew before the next step."""
-        for stepper in self.steppers:
-            stepper.invalidate()
-
-    def _learn_arrivals(self, first_backward: FirstBackward) -> None:
-        """Tell the book in which order gradients arrived, once they have."""
-        seen = first_backward.order()
-        if seen:
-            first_backward.stop()
-            self._first_backward = None
-            traces.arrived(seen, self.model)
+            for stepper in self.steppers:
+                stepper.invalidate()
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""

@@ -21,7 +21,6 @@ from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.inventory import storable
 from fxckpt.store.record import encode_state
 
 
@@ -51,9 +50,7 @@ class Capture:
         pending.guard.note_versions()
         live = {**inventory.buffers, **inventory.frozen}
         for number in layout.number("buffers"):
-            names = [e.key for e in layout.layers[number].entries]
-            copies = [storable(live[name], name).contiguous().clone() for name in names]
-            self._emitter.hand_over_copies(pending, number, copies)
+            self._emitter.hand_over(pending, number, [live[e.key] for e in layout.layers[number].entries], copied=True)
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
@@ -134,8 +131,6 @@ class Capture:
         if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
             record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
         return record
-
-    # -- metrics -----------------------------------------------------------------------------------------------------
 
     def note(self, metrics: Mapping[str, Any]) -> None:
         """Metrics for the record of the checkpoint that closes next. Raises SetupError for what is not one number."""

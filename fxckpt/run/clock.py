@@ -1,8 +1,9 @@
-"""The counts of a run, and what it may do at this moment."""
+"""The counts of a run, when a checkpoint is due, and what may be done at this moment."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from dataclasses import dataclass, field
 import torch
 
 from fxckpt.errors import SetupError
+
+MINIMUM_INTERVAL = 60.0  # seconds between checkpoints of every="auto": a disk has a write endurance
+STALL_BUDGET = 0.01  # of training time, for "auto" and "continuous"
 
 
 class Applied:
@@ -67,6 +71,37 @@ class StepClock:
         return self.iteration + self.in_iteration if self.counts_iterations else step
 
 
+class Schedule:
+    """When the next checkpoint is due.
+
+    Every N-th step: due when a multiple of N was reached since the last one. ``"auto"`` and ``"continuous"``: when the
+    interval has passed and the stall that the last checkpoint caused, measured, stays under the budget over the time
+    since. The first one is due at once under ``"continuous"``, after the interval under ``"auto"``.
+    """
+
+    def __init__(self, every: int | str):
+        self.every = every
+        self.waits = not isinstance(every, str)  # wait for a free place in flight, or skip
+        self.interval = MINIMUM_INTERVAL if every == "auto" else 0.0
+        self.last_step = 0
+        self.last_time = time.monotonic()
+        self.last_cost = 0.0  # seconds of stall that the last checkpoint caused
+        self._stall_before: float | None = None
+
+    def due(self, step: int, stall_seconds: float) -> bool:
+        """Is a checkpoint due at this step? ``stall_seconds`` is the run's total so far."""
+        if isinstance(self.every, int):
+            return step // self.every > self.last_step // self.every
+        since = time.monotonic() - self.last_time
+        if self._stall_before is not None:
+            self.last_cost = max(self.last_cost / 2, stall_seconds - self._stall_before)
+        return since >= self.interval and self.last_cost <= STALL_BUDGET * max(since, 1e-3)
+
+    def started(self, step: int, stall_seconds: float) -> None:
+        """A checkpoint of this step was begun (or, with ``load``, found)."""
+        self.last_step, self.last_time, self._stall_before = step, time.monotonic(), stall_seconds
+
+
 class RunStatus:
     """What the run may do: checkpoints end with ``shutdown`` and in a forked child, steps where a load left a mixture."""
 
@@ -93,7 +128,5 @@ class RunStatus:
     def refuse_mixture(self) -> None:
         """Raises SetupError while the model holds parts of a corrupt checkpoint."""
         if self.partially_loaded is not None:
-            raise SetupError(
-                f"the model holds parts of a corrupt checkpoint: {self.partially_loaded}. Build the model, the optimizer and "
-                "the run anew."
-            )
+            what = f"the model holds parts of a corrupt checkpoint: {self.partially_loaded}"
+            raise SetupError(f"{what}. Build the model, the optimizer and the run anew.")

@@ -140,7 +140,6 @@ class Closing:
         for number in layout.number("update"):
             pending.guard.compare(number)
         if replaced := [name for stepper in self._arrangement.steppers for name in stepper.replaced()]:
-            raise Changed(
-                f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
-                f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)"
-            )
+            what = f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed"
+            how = "is discarded (opt.ckpt.end_step() closes it in time)"
+            raise Changed(f"{what}; the checkpoint of step {pending.step} {how}")

@@ -37,8 +37,6 @@ class Emitter:
         self.callback_error: Exception | None = None  # what on_layer raised in this step
         self._on_layer = on_layer
 
-    # -- the ops -----------------------------------------------------------------------------------------------------
-
     def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Wait until every copy of this layer is done."""
         self._wait(layer)
@@ -47,8 +45,6 @@ class Emitter:
         """Hand a layer to the engine, if a checkpoint is being taken."""
         if self.current is not None:
             self.hand_over(self.current, layer, tensors)
-
-    # -- waiting, and what may change meanwhile ----------------------------------------------------------------------
 
     def fence_all(self) -> None:
         """Look for changes, and wait until nothing is being copied."""
@@ -84,10 +80,8 @@ class Emitter:
             self.saver.tally.note_failure(pending.step, error)
         pending.give_up(str(error))
 
-    # -- handing over ------------------------------------------------------------------------------------------------
-
     def hand_over(self, pending: InFlight, layer: int, tensors: Sequence[torch.Tensor], copied: bool = False) -> None:
-        """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``.
+        """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``. ``copied``: a copy to the engine, too.
 
         What was seen to change outside ``opt.step()`` is handed over at the end of the iteration, ``copied``, since nothing
         fences such changes. Without ``fxckpt.steps`` there is no instant at which the change is known to have been made.
@@ -104,7 +98,8 @@ class Emitter:
         sources = found.sources
         if sources is None or copied:
             # On a device the copy is made in order on the current stream.
-            copies = [storable(t).clone(memory_format=torch.contiguous_format) for t in tensors]
+            named = zip(found.entries, tensors)
+            copies = [storable(t, e.key).clone(memory_format=torch.contiguous_format) for e, t in named]
             guard.copies += copies
             sources = self.sources(copies)
         pending.emit(layer, sources, self._streams() if sources.devices else None)
@@ -113,13 +108,6 @@ class Emitter:
                 self._on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
             except Exception as error:
                 self.callback_error = self.callback_error or error
-
-    def hand_over_copies(self, pending: InFlight, layer: int, copies: list[torch.Tensor]) -> None:
-        """Hand over a snapshot made for this checkpoint alone."""
-        pending.guard.copies += copies
-        pending.emit(layer, self.sources(copies), self._streams())
-
-    # -- devices -----------------------------------------------------------------------------------------------------
 
     def open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
         """Make the engine ready for every device that the run's tensors lie on now."""

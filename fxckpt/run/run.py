@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,6 @@ from fxckpt.compat.modules import unwrap_model
 from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
-from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
@@ -28,8 +26,6 @@ from fxckpt.saving import tracing
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
-
-log = logging.getLogger("fxckpt")
 
 live_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 """The runs that ``compile_step`` made and that are still alive: a run lives as long as its optimizers do."""
@@ -68,23 +64,6 @@ class Run:
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
-    # -- what its handle asks of it ----------------------------------------------------------------------------------
-
-    def graphs(self) -> list[StepGraph]:
-        """The StepGraph of each optimizer, written anew if something was replaced."""
-        with self.closing.between_steps:
-            self.arrangement.refresh()
-            return [stepper.graph for stepper in self.steppers]
-
-    def save(self, name: str | None) -> None:
-        """A full checkpoint of the state as it is now, waited for; raises what made it fail. Nothing if all is turned off."""
-        if self.engine is None:
-            log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is saved")
-            return
-        if not self.status.active:
-            raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
-        self.stepping.save(name)
-
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and wait for the checkpoints in flight; from inside ``opt.step()`` (a signal's handler, a hook) for
         those of steps before it. Nothing once it was shut down."""
@@ -116,8 +95,6 @@ class Run:
                 if self.tracing is not None:
                     self.tracing.__exit__()
                 self.saver.stop(timeout, unclosed)
-
-    # -- what a load asks of it --------------------------------------------------------------------------------------
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""

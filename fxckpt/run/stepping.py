@@ -19,11 +19,9 @@ from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.stepper import Stepper
 from fxckpt.optim.strategy import EvaluatedClosure, own_step
-from fxckpt.run.announce import Announcer
 from fxckpt.run.arrangement import Arrangement
-from fxckpt.run.clock import RunStatus, StepClock
+from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
-from fxckpt.run.schedule import Schedule
 from fxckpt.saving import tracing
 from fxckpt.saving.in_flight import InFlight
 
@@ -132,8 +130,6 @@ class Stepping:
         found = getattr(opt, "found_inf", None)
         return found is not None and not self._emitter.is_remote(found) and bool(found.item())
 
-    # -- one update --------------------------------------------------------------------------------------------------
-
     def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
         """One update, with a checkpoint if one is due."""
         arrangement, emitter = self._arrangement, self._emitter
@@ -215,10 +211,13 @@ class Stepping:
             self._closing.drop("on_layer raised")
             raise error
 
-    # -- a save that was asked for -----------------------------------------------------------------------------------
-
     def save(self, name: str | None) -> None:
-        """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
+        """A full checkpoint of the state as it is now, waited for; raises what made it fail. Nothing if all is turned off."""
+        if not self._status.enabled:
+            log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is saved")
+            return
+        if not self._status.active:
+            raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
         with self._closing.between_steps:
             pending = self._hand_everything_over(name)
         self._saver.flights.wait_for(pending)
@@ -252,3 +251,37 @@ class Stepping:
             raise
         self._closing.close_step()
         return pending
+
+
+class Announcer:
+    """Says what runs a step, once for each way it runs, and what snapshots may take."""
+
+    def __init__(self, arrangement: Arrangement, max_async: int):
+        self._arrangement, self._max_async = arrangement, max_async
+        self._described: list[tuple[int, str]] = []  # the bindings that were described last
+        self._said: set[str] = set()
+
+    def announce(self) -> None:
+        """Say what was not said yet."""
+        steppers = self._arrangement.steppers
+        bound = [(s.bound, s.describe()) for s in steppers]
+        self._arrangement.unsaid = False
+        if bound == self._described:
+            return
+        if not self._described and (size := sum(t.nbytes for t in self._arrangement.inventory.buffers.values())) >> 20:
+            self._say(f"snapshots of the model's buffers take at most {size * self._max_async >> 20} MiB more")
+        self._described = bound
+        for i, (_, line) in enumerate(bound):
+            if line:
+                self._say(line, of=i)
+        tensors = [t for s in steppers for _, ts in s.handed_over() for t in ts]
+        remote = self._arrangement.emitter.is_remote
+        if size := sum(t.nbytes for t in tensors if remote(t) and not t.is_contiguous()) * self._max_async:
+            what = "tensors that are not in row-major order are copied on their device first"
+            self._say(f"{what}, which takes at most {size / 2**20:.1f} MiB there")
+
+    def _say(self, line: str, of: int = -1) -> None:
+        """``of``: the number of the optimizer that it is about; two of one class are two lines."""
+        if (key := f"{of} {line}") not in self._said:
+            self._said.add(key)
+            log.info("fxckpt: %s", line)

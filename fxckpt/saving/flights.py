@@ -88,8 +88,6 @@ class Flights:
         for pending in self.under_way():
             pending.give_up(why)
 
-    # -- waiting -----------------------------------------------------------------------------------------------------
-
     def patience(self) -> StallDetector:
         """For one wait. Longer than the loop's own, which ends what hangs where it can be ended."""
         return StallDetector(2 * self.loop.stuck_after, self._signs)
@@ -133,10 +131,8 @@ class Flights:
                 late = timeout is not None and time.monotonic() - began >= timeout
                 if late or (timeout is None and waited.over()):
                     steps = ", ".join(str(p.step) for p in left)
-                    raise TimeoutError(
-                        f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
-                        f"durable yet: {self.what_is_stuck()}"
-                    )
+                    what = f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not durable yet"
+                    raise TimeoutError(f"{what}: {self.what_is_stuck()}")
                 self.changed.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))
 
     def wait_for(self, pending: InFlight) -> None:
