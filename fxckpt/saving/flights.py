@@ -1,17 +1,21 @@
-"""The checkpoints in flight, how many there may be, and every wait for them."""
+"""The checkpoints in flight, how many there may be, every wait for them, and what became of them."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 from fxckpt.engine import SLICE
 from fxckpt.errors import SaveFailed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.tracing import Tracer
 from fxckpt.store.commit_loop import CommitLoop, StallDetector
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 LONGEST, SLOWEST = 0.02, 1e9
 """An operation on a tensor has ended after so many seconds, and one more for each ``SLOWEST`` bytes, where nothing says that
@@ -42,6 +46,48 @@ class TrainingThread:
         ended, before = time.monotonic() + LONGEST + nbytes / SLOWEST, self.progress_ticks
         while self.progress_ticks == before and not self._inside and time.monotonic() < ended:
             time.sleep(0.001)
+
+
+@dataclass
+class Tally:
+    """The counters of ``opt.ckpt.statistics()``, and the first failure that nobody was told of. Steps, seconds."""
+
+    started: int = 0
+    committed: int = 0
+    skipped: int = 0
+    failed: int = 0
+    last_handed_over: int | None = None
+    last_committed: int | None = None
+    last_error: BaseException | None = None
+    unreported: BaseException | None = None
+    wait_seconds: float = 0.0
+
+    def note_failure(self, step: int, error: BaseException) -> None:
+        """A checkpoint failed: say so at once, count it, keep it for ``raise_unreported``."""
+        self.failed += 1
+        self.last_error = error
+        self.unreported = self.unreported or error
+        log.error("fxckpt: the checkpoint of step %d failed: %s", step, error)
+
+    def raise_unreported(self) -> None:
+        """Raise the first failure that nobody has been told of."""
+        error, self.unreported = self.unreported, None
+        if error is not None:
+            raise error
+
+    def forget(self, error: BaseException) -> None:
+        """This failure was raised already."""
+        if self.unreported is error:
+            self.unreported = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the training thread waits for."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_seconds += time.perf_counter() - started
 
 
 class Flights:

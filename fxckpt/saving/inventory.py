@@ -48,25 +48,19 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
     """
     what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
     if is_transformed(tensor):
-        raise SetupError(
-            f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
-            "transform returns. Call compile_step outside, with the parameters themselves."
-        )
+        gone = "it is gone when the transform returns. Call compile_step outside, with the parameters themselves."
+        raise SetupError(f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): {gone}")
     if torch.nn.parameter.is_lazy(tensor):
         raise SetupError(
             f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
             "the lazy modules make their parameters, and call compile_step then"
         )
     if is_wrapper(tensor):
-        raise SetupError(
-            f"{what}a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
-            "which this version does not take apart"
-        )
+        holds = "it holds other tensors in place of memory of its own, which this version does not take apart"
+        raise SetupError(f"{what}a {type(tensor).__name__}: {holds}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise SetupError(
-            f"{what}a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: only dense tensors with memory of "
-            "their own are supported"
-        )
+        kind = f"{tensor.layout} {tensor.dtype} tensor on {tensor.device}"
+        raise SetupError(f"{what}a {kind}: only dense tensors with memory of their own are supported")
     if tensor.is_conj() or tensor.is_neg():
         raise SetupError(
             f"{what}a view that is conjugated or negated when it is read: its memory holds other values. Store what "

@@ -1,8 +1,7 @@
 """Lay a run's tensors out in files: which tensor lies where, and which engine layer it belongs to.
 
-Engine layers, in this order: the counts (if any), the updated layers of every optimizer, frozen parameters, and a
-snapshot of the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; the extra state's file is
-written at the commit.
+Engine layers, in this order: the counts (if any), the updated layers of every optimizer, frozen parameters, and a snapshot of
+the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; the extra state's file is written at the commit.
 """
 
 from __future__ import annotations

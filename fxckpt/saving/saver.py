@@ -11,14 +11,12 @@ import os
 
 from fxckpt.engine import Engine
 from fxckpt.errors import FxckptError
-from fxckpt.saving.committer import Committer
-from fxckpt.saving.flights import Flights, TrainingThread
+from fxckpt.saving.committer import Committer, SlotSupply
+from fxckpt.saving.flights import Flights, Tally, TrainingThread
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import FILES, Layout
-from fxckpt.saving.slot_supply import SlotSupply
 from fxckpt.saving.stores import CheckpointStore
-from fxckpt.saving.tally import Tally
 from fxckpt.store.commit_loop import SETTLE, CommitLoop
 from fxckpt.store.slot import retires_slot
 
