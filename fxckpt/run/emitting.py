@@ -14,6 +14,7 @@ from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
+from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
@@ -29,12 +30,14 @@ class Emitter:
     that were seen to change outside ``opt.step()``; ``number`` is what StepGraphs pass to the ops.
     """
 
-    def __init__(self, engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
-        self.engine, self.saver, self.devices = engine, saver, devices
+    def __init__(self, engine: CheckpointEngine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
+        self.saver: Saver = saver
+        self.devices: cuda.Devices = devices
+        self.engine = engine
         self.ordinals: set[int] = set()  # the devices that the run's tensors lie on
         self.current: InFlight | None = None
         self.changed_outside: set[str] = set()
-        self.number = ops.register_port(self)
+        self.number: int = ops.register_port(self)
         self.callback_error: Exception | None = None  # what on_layer raised in this step
         self._on_layer = on_layer
 
