@@ -29,11 +29,13 @@ class RemoteSlot:
     """A slot of the monitor's store; what each method does: see ``fxckpt.saving.stores.CheckpointSlot``."""
 
     def __init__(self, key: int, path: str, name: str | None, before: Sequence[Any] | None):
-        self.key, self.path, self.name = key, path, name
+        self.key: int = key
+        self.path: str = path
+        self.name: str | None = name
         self.checkpoint = 0
         self.generation: int | None = None  # of the checkpoint, once it is committed
         self.frozen: list[Any] | None = None  # token and chunks to remember
-        self.over = threading.Event()
+        self.over: threading.Event = threading.Event()
         self.error: Exception | None = None
         self._before = before
 

@@ -81,11 +81,11 @@ class Schedule:
 
     def __init__(self, every: int | str):
         self.every = every
-        self.waits = not isinstance(every, str)  # wait for a free place in flight, or skip
-        self.interval = MINIMUM_INTERVAL if every == "auto" else 0.0
-        self.last_step = 0
-        self.last_time = time.monotonic()
-        self.last_cost = 0.0  # seconds of stall that the last checkpoint caused
+        self.waits: bool = not isinstance(every, str)  # wait for a free place in flight, or skip
+        self.interval: float = MINIMUM_INTERVAL if every == "auto" else 0.0
+        self.last_step: int = 0
+        self.last_time: float = time.monotonic()
+        self.last_cost: float = 0.0  # seconds of stall that the last checkpoint caused
         self._stall_before: float | None = None
 
     def due(self, step: int, stall_seconds: float) -> bool:
@@ -106,7 +106,8 @@ class RunStatus:
     """What the run may do: checkpoints end with ``shutdown`` and in a forked child, steps where a load left a mixture."""
 
     def __init__(self, enabled: bool):
-        self.enabled, self.pid = enabled, os.getpid()
+        self.enabled: bool = enabled
+        self.pid: int = os.getpid()
         self.stopped = False
         self.partially_loaded: str | None = None  # why the live tensors are a mixture that must not be trained
         # A signal came: the next checkpoint is the last. Told in any thread when its step has closed.

@@ -26,7 +26,7 @@ class Closing:
     def __init__(self, capture: Capture, arrangement: Arrangement, clock: StepClock, status: RunStatus):
         self._capture, self._arrangement, self._clock, self._status = capture, arrangement, clock, status
         self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
-        self.between_steps = threading.RLock()
+        self.between_steps: threading.RLock = threading.RLock()
         self.open: InFlight | None = None
         self._lock = threading.RLock()
         self._capturable = False  # all that a checkpoint takes could be captured at least once

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.engine import SLICE, Sources
+from fxckpt.engine import SLICE, Engine, Sources
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
 from fxckpt.saving import plan
@@ -28,12 +28,14 @@ class Emitter:
     that were seen to change outside ``opt.step()``; ``number`` is what StepGraphs pass to the ops.
     """
 
-    def __init__(self, engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
-        self.engine, self.saver, self.devices = engine, saver, devices
+    def __init__(self, engine: Engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
+        self.saver: Saver = saver
+        self.devices: cuda.Devices = devices
+        self.engine = engine
         self.ordinals: set[int] = set()  # the devices that the run's tensors lie on
         self.current: InFlight | None = None
         self.changed_outside: set[str] = set()
-        self.number = ops.register_port(self)
+        self.number: int = ops.register_port(self)
         self.callback_error: Exception | None = None  # what on_layer raised in this step
         self._on_layer = on_layer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -14,6 +14,7 @@ from fxckpt.compat.modules import unwrap_model
 from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
+from fxckpt.optim.stepper import Stepper
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
@@ -46,21 +47,26 @@ class Run:
         devices: cuda.Devices,
     ):
         extras = extra_state.extras(extra)  # raises for what has no state, before anything is taken
-        self.optimizers, self.directory, self.config = list(optimizers), directory, config
-        self.engine, self.store = engine, store
-        self.clock, self.status = StepClock(), RunStatus(engine is not None)
-        self.saver = Saver(engine, store, max_async=config.max_async)
-        self.emitter = Emitter(engine, self.saver, devices, config.on_layer)
+        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
+        self.directory: str = directory
+        self.config: Config = config
+        self.engine: Engine | None = engine
+        self.store: CheckpointStore = store
+        self.clock: StepClock = StepClock()
+        self.status: RunStatus = RunStatus(engine is not None)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async)
+        self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
-        self.arrangement = Arrangement(None if model is None else unwrap_model(model), self.optimizers, self.emitter, config)
-        self.capture = Capture(extras, self.arrangement, self.clock)
-        self.closing = Closing(self.capture, self.arrangement, self.clock, self.status)
-        self.stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
-        self.steppers = self.arrangement.steppers  # one for each optimizer, in their order
+        module = None if model is None else unwrap_model(model)
+        self.arrangement: Arrangement = Arrangement(module, self.optimizers, self.emitter, config)
+        self.capture: Capture = Capture(extras, self.arrangement, self.clock)
+        self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
+        self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
+        self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
         watch_scalers(extra, self.optimizers[-1], self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
-        self.tracing = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
+        self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 

@@ -25,7 +25,7 @@ from fxckpt.run.closing import Closing
 from fxckpt.saving import tracing
 from fxckpt.saving.in_flight import InFlight
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Stepping:
@@ -35,7 +35,7 @@ class Stepping:
         self._arrangement, self._closing = arrangement, closing
         self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
         self._clock, self._status, self._config = clock, status, config
-        self.schedule = Schedule(config.every)
+        self.schedule: Schedule = Schedule(config.every)
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
         self._leader = arrangement.steppers[-1]
         self._announcer = Announcer(arrangement, config.max_async)
