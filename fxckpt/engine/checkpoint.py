@@ -70,10 +70,8 @@ class Checkpoint:
         raise raised
 
     def copied(self, timeout: float) -> bool:
-        """Waits until every layer is emitted and copied; False after ``timeout`` seconds.
-
-        Raises :class:`SaveFailed` if the checkpoint failed, :class:`Cancelled` if it was given up.
-        """
+        """Waits until every layer is emitted and copied; False after ``timeout`` seconds. Raises :class:`SaveFailed` if the
+        checkpoint failed, :class:`Cancelled` if it was given up."""
         return self._wait(self._lib.fx_copied, timeout)
 
     def durable(self, timeout: float) -> bool:
@@ -81,10 +79,8 @@ class Checkpoint:
         return self._wait(self._lib.fx_durable, timeout)
 
     def settled(self, timeout: float) -> bool:
-        """Waits until it is over and no thread will touch its files again; False after ``timeout`` seconds.
-
-        Only then may others write to them: after a failure or a cancel, a write that hangs in the disk may still land.
-        """
+        """Waits until it is over and no thread will touch its files again; False after ``timeout`` seconds. Only then may others
+        write to them: after a failure or a cancel, a write that hangs in the disk may still land."""
         if self._is_elsewhere() or not self._finalizer.alive:
             return True
         return in_slices(lambda ns: self._lib.fx_settled(self._pointer, ns), timeout) == 1

@@ -182,10 +182,8 @@ class Engine:
         )
 
     def close(self, timeout: float = 60.0) -> None:
-        """Cancels what is in flight and ends the threads. Idempotent; does nothing in a forked child.
-
-        A thread that is stuck in the disk for longer than ``timeout`` is left behind, and logged.
-        """
+        """Cancels what is in flight and ends the threads. Idempotent; does nothing in a forked child. A thread that is stuck in
+        the disk for longer than ``timeout`` is left behind, and logged."""
         if self._is_elsewhere():
             return
         if not in_slices(lambda ns: self._lib.fx_engine_close(self._pointer, ns), timeout):

@@ -90,10 +90,8 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def post_into(engine: Engine, ring: Ring, monitor: int) -> None:
-    """The trainer's engine (``mock=True``, ``staging_bytes`` the ring's) fills slots and posts them.
-
-    ``monitor`` is the monitor's pidfd: when it ends, checkpoints that were not posted in full fail with EPIPE.
-    """
+    """The trainer's engine (``mock=True``, ``staging_bytes`` the ring's) fills slots and posts them. ``monitor`` is the
+    monitor's pidfd: when it ends, checkpoints that were not posted in full fail with EPIPE."""
     _succeed(load()[1].fx_relay_trainer, engine._pointer, ring._pointer, ring.posted, ring.freed, monitor)
     engine._ring = ring
 

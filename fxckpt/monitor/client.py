@@ -13,8 +13,7 @@ from typing import Any
 from fxckpt.engine import Engine
 from fxckpt.engine.ring import Ring, post_into, release, revive
 from fxckpt.errors import Cancelled, FxckptError, SaveFailed, SetupError
-from fxckpt.monitor import limits
-from fxckpt.monitor.launch import make_ring, spawn
+from fxckpt.monitor.launch import limits, make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
@@ -90,7 +89,7 @@ class MonitorStore:
             post_into(self._engine, ring, monitor) if first else revive(self._engine, monitor)  # they duplicate it
         finally:
             os.close(monitor)
-        for text in limits.found() if first else ():
+        for text in limits() if first else ():
             log.warning("fxckpt: what the monitor cannot survive: %s", text)
         return link
 

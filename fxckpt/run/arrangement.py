@@ -43,10 +43,8 @@ class Arrangement:
         self._first_backward: FirstBackward | None = None if emitter.engine is None else FirstBackward(optimizers)
 
     def refresh(self, copies: bool = True) -> None:
-        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.
-
-        ``copies``: also where only a copy would notice (``Bindings.stale``).
-        """
+        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed. ``copies``:
+        also where only a copy would notice (``Bindings.stale``)."""
         if self._first_backward is not None and (seen := self._first_backward.order()):
             self._first_backward.stop()  # all gradients arrived: the book takes their order
             self._first_backward = None

@@ -33,20 +33,12 @@ class Applied:
             return
         self._waiting.append(skipped)
         if len(self._waiting) > 64:
-            self._resolve(len(self._waiting) - 32)  # these are iterations behind: nothing to wait for
-
-    def _resolve(self, count: int) -> None:
-        done, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._known += sum(not bool(flag().item()) for flag in done)
+            done, self._waiting = self._waiting[:-32], self._waiting[-32:]  # iterations behind: nothing to wait for
+            self._known += sum(not bool(flag().item()) for flag in done)
 
     def set(self, count: int) -> None:
         """Start over from ``count``."""
         self._known, self._waiting = count, []
-
-    def now(self) -> int:
-        """The number; waits for the device if it must."""
-        self._resolve(len(self._waiting))
-        return self._known
 
     def promise(self) -> Callable[[], int]:
         """A function that gives the number as of now, to be called later and perhaps in another thread."""

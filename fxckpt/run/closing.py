@@ -64,7 +64,8 @@ class Closing:
                 if not pending.captured:
                     self._capture.early(pending)
                 self._check(pending)
-                if in_backward or self._may_look_at_gradients():
+                trains = self._saver.trainer.thread
+                if in_backward or threading.current_thread() is trains or not trains.is_alive():
                     self._capture.look_at_gradients()
                 record, tensors = self._capture.late(pending)
             except Changed as error:
@@ -117,11 +118,6 @@ class Closing:
     def inside_a_step(self) -> bool:
         """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
         return self._emitter.current is not None and threading.current_thread() is self._saver.trainer.thread
-
-    def _may_look_at_gradients(self) -> bool:
-        """Is this the thread that trains, or has that one ended?"""
-        trains = self._saver.trainer.thread
-        return threading.current_thread() is trains or not trains.is_alive()
 
     def _not_captured(self, pending: InFlight, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and

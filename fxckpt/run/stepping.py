@@ -183,7 +183,8 @@ class Stepping:
     def _begin(self) -> InFlight | None:
         """Begin the checkpoint of the step that is about to run."""
         step = self._clock.attempts + 1
-        if not self.schedule.waits and not self._status.ending and self._saver.flights.flying() >= self._config.max_async:
+        flights = self._saver.flights
+        if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
             self._saver.tally.skipped += 1
             return None
         try:

@@ -140,7 +140,8 @@ class Committer:
             else:
                 self._tally.note_failure(pending.step, error)
             self._flights.remove(pending)
-        self._supply.prepare(lambda: not self._flights.loop.ending and self._flights.flying() < self._flights.max_async)
+        flights = self._flights
+        self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)
 
 
 def _check_wanted(pending: InFlight) -> None:

@@ -105,11 +105,6 @@ class Flights:
         self._flying: list[InFlight] = []
         self._hung: Hashable = None  # the signs of progress when a wait was given up
 
-    def flying(self) -> int:
-        """How many there are."""
-        with self.changed:
-            return len(self._flying)
-
     def under_way(self) -> list[InFlight]:
         """All of them. Only the training thread begins one."""
         if not self._flying:

@@ -42,10 +42,8 @@ class Saver:
         return self.tally.wait_seconds + (0.0 if self.engine is None else self.engine.statistics()["stall_seconds"])
 
     def begin(self, step: int, layout: Layout, name: str | None = None) -> InFlight:
-        """Start a checkpoint, once fewer than ``max_async`` are in flight; ``name`` makes it a named save.
-
-        Raises SaveFailed if none of them ends, or if the slot or its files cannot be had.
-        """
+        """Start a checkpoint, once fewer than ``max_async`` are in flight; ``name`` makes it a named save. Raises SaveFailed if
+        none of them ends, or if the slot or its files cannot be had."""
         with self.tally.waiting():
             self.flights.wait_for_room()
             with self.supply.held(self.loop):
@@ -78,10 +76,8 @@ class Saver:
         self.tally.raise_unreported()
 
     def stop(self, timeout: float | None, unclosed: bool = True) -> None:
-        """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up.
-
-        A committer that is stuck in a system call is left behind, and keeps the store's lock: it may still rename.
-        """
+        """End the committer, the engine and the store; what is still in flight after ``timeout`` is given up. A committer that
+        is stuck in a system call is left behind, and keeps the store's lock: it may still rename."""
         try:
             self.flush(timeout, unclosed)
         finally:

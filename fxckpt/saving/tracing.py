@@ -60,10 +60,8 @@ class Tracer:
                 self._dropped += 1
 
     def write(self, path: StrPath, beside: StrPath | None = None) -> None:
-        """Stop, and write what was recorded; ``beside``: a Chrome trace of ``torch.profiler`` to be shown with it.
-
-        Raises SetupError if that is no such file, OSError if ``path`` cannot be written.
-        """
+        """Stop, and write what was recorded; ``beside``: a Chrome trace of ``torch.profiler`` to be shown with it. Raises
+        SetupError if that is no such file, OSError if ``path`` cannot be written."""
         spans, dropped = self._engine.take_spans()
         self._engine.trace(0)
         with self._lock:
