@@ -3,6 +3,7 @@
 engine.py      Engine: threads and buffers; begins checkpoints, fences layers
 plan.py        Plan, Sources: where tensors lie in files, and in memory
 checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
+fetch.py       Fetch: one value of a CUDA device on its way to the host
 reading.py     read_verified: reads them back, checked
 ring.py        the memory that a trainer shares with its monitor
 checksum.py    crc32c

@@ -153,6 +153,20 @@ class Emitter:
         """The stream that each device trains on now."""
         return self.devices.streams(self.ordinals) if self.ordinals else {}
 
+    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The value that a tensor on a device has after what was put into its stream so far. The result waits for it, in any
+        thread, and gives a tensor in host memory."""
+        source, ordinal = tensor.detach().resolve_conj().resolve_neg().contiguous(), self.devices.of(tensor)
+        shape, dtype = source.shape, source.dtype
+        fetch = self.engine.fetch(source.data_ptr(), source.nbytes, ordinal, self.devices.streams((ordinal,))[ordinal])
+
+        def value() -> torch.Tensor:
+            host = torch.empty(shape, dtype=dtype, device="cpu")
+            fetch.read_into(host.data_ptr())
+            return host
+
+        return value
+
     def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""
         return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None
