@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 MODULE_STATE = {
-    "fxckpt.graph.model.joint:traces": "what the compiler has shown, by parameter identity: it compiles before a run exists",
+    "fxckpt.graph.model.book:traces": "what the compiler has shown, by parameter identity: it compiles before a run exists",
     "fxckpt.graph.ops:_PORTS": "the number by which a StepGraph's ops find their run (weak)",
     "fxckpt.optim.programs:_shared_programs": "traced updates, which further runs of the same optimizer use again",
     "fxckpt.optim.helper_thread:helper": "the second thread for calls of many small tensors, started at first use",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -14,6 +13,15 @@ from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
 from fxckpt.saving.tracing import Tracing
+
+if TYPE_CHECKING:
+    from fxckpt.engine.engine import EngineStatistics
+
+NO_ENGINE: EngineStatistics = {
+    "bytes_written": 0, "staging_bytes": 0, "staging_peak_bytes": 0,
+    "copy_seconds": 0.0, "write_seconds": 0.0, "stall_seconds": 0.0,
+}  # fmt: skip
+"""Where fxckpt is off."""
 
 
 class Statistics(TypedDict):
@@ -141,7 +149,7 @@ class Handle:
     def statistics(self) -> Statistics:
         """The run's counters so far. Cheap, and allowed from any thread."""
         run, tally = self._run, self._run.saver.tally
-        engine: Mapping[str, Any] = {} if run.engine is None else dict(run.engine.statistics())
+        engine = run.engine.statistics() if run.engine is not None else NO_ENGINE
         return {
             "steps": run.clock.attempts,
             "checkpoints_started": tally.started,
@@ -150,11 +158,11 @@ class Handle:
             "checkpoints_failed": tally.failed,
             "last_handed_over_step": tally.last_handed_over,
             "last_committed_step": tally.last_committed,
-            "bytes_written": int(engine.get("bytes_written", 0)),
-            "stall_seconds": tally.wait_seconds + engine.get("stall_seconds", 0.0),
-            "copy_seconds": engine.get("copy_seconds", 0.0),
-            "write_seconds": engine.get("write_seconds", 0.0),
-            "staging_bytes": int(engine.get("staging_bytes", 0)),
+            "bytes_written": engine["bytes_written"],
+            "stall_seconds": tally.wait_seconds + engine["stall_seconds"],
+            "copy_seconds": engine["copy_seconds"],
+            "write_seconds": engine["write_seconds"],
+            "staging_bytes": engine["staging_bytes"],
             "layers": sum(len(stepper.layers) for stepper in run.steppers),
             "last_error": None if tally.last_error is None else str(tally.last_error),
         }

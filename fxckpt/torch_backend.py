@@ -44,18 +44,19 @@ def backend(
 
 
 def reset() -> None:
-    """What ``torch._dynamo.reset()`` calls on the backends in use."""
+    """Forget what Inductor keeps; ``torch._dynamo.reset()`` asks the backends in use."""
     from fxckpt.compat.inductor import reset_cudagraphs
 
     reset_cudagraphs()
 
 
-backend.reset = reset  # type: ignore[attr-defined]  # torch looks for it there
+vars(backend)["reset"] = reset  # what torch._dynamo.reset() looks for
 
 
 def _record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace | None:
     """Put the forward graph into the book, which tells the runs. A run may refuse: its exception goes up."""
-    from fxckpt.graph.model.joint import read_dynamo, traces
+    from fxckpt.graph.model.book import traces
+    from fxckpt.graph.model.joint import read_dynamo
 
     try:
         trace = read_dynamo(gm, example_inputs)
@@ -67,7 +68,8 @@ def _record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace | N
 
 def _reader(trace: JointTrace | None) -> Callable[[fx.Graph], None]:
     """What looks at the joint graph when (and if) it is built."""
-    from fxckpt.graph.model.joint import read_joint, traces
+    from fxckpt.graph.model.book import traces
+    from fxckpt.graph.model.joint import read_joint
 
     def read(graph: fx.Graph) -> None:
         try:

@@ -195,7 +195,7 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
 
 def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
     """``torch.distributed.checkpoint``: ``{"model": …}`` and, if asked for, ``"optimizer"`` by parameter names."""
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     state: dict[str, Any] = {"model": source.model()}
     if args.optimizer:
@@ -203,7 +203,7 @@ def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
         state["optimizer"] = optimizers[0] if len(optimizers) == 1 else dict(enumerate(optimizers))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
-        dcp.save(state, checkpoint_id=path, no_dist=True)
+        save(state, checkpoint_id=path, no_dist=True)
 
 
 def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
-"""What a run asks about CUDA: which device a tensor lies on, which stream that device trains on, whether a graph is captured.
-Copies and waits are the engine's (csrc/cuda): in its threads, and in the committer's, no call of torch's CUDA runtime is
-made. This is the seam for tests, too.
+"""CUDA: which device a tensor lies on, which stream that device trains on, and whether a graph is being captured.
+
+Copies and waits are the engine's: in its threads, and in the committer's, torch's CUDA runtime is not called. This is the seam
+for tests, too.
 
 Nothing here is imported or initialised unless a tensor of the run lies on a device.
 """

@@ -32,15 +32,15 @@ def untraced(function: Callable) -> Callable:
     except ImportError:
         return disabled
 
-    @functools.wraps(function)
     def quick(*args: Any, **kwargs: Any) -> Any:
         if get_eval_frame_callback() is None:
             return function(*args, **kwargs)
         return disabled(*args, **kwargs)
 
-    quick._torchdynamo_disable, quick._torchdynamo_disable_msg = True, None
+    wrapped: Any = functools.wraps(function)(quick)
+    wrapped._torchdynamo_disable, wrapped._torchdynamo_disable_msg = True, None
     skip_code(quick.__code__)
-    return quick
+    return wrapped
 
 
 def called_modules() -> list[torch.nn.Module]:
@@ -111,7 +111,7 @@ def _start(source: Any, scope: dict[str, dict[str, Any]] | None) -> Any:
         return None
     if hasattr(source, "local_name"):
         return scope["L"].get(source.local_name)
-    return scope["G"].get(getattr(source, "global_name", None))
+    return scope["G"].get(getattr(source, "global_name", ""))
 
 
 def _follow(value: Any, step: Any) -> Any:

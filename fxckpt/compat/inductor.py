@@ -32,7 +32,8 @@ def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list
         gm = make_fx(fn, tracing_mode="symbolic")(*example)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     calls: list[tuple[list[str], str, tuple]] = []
-    original = AsyncCompile.cpp_pybinding
+    owner: Any = AsyncCompile
+    original = owner.cpp_pybinding
 
     def capture(this: Any, argtypes: list[str], source: str) -> Callable:
         def kernel(*args: Any) -> Any:
@@ -44,12 +45,12 @@ def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list
 
         return kernel
 
-    AsyncCompile.cpp_pybinding = capture
+    owner.cpp_pybinding = capture
     try:
         with config.patch({"cpp.threads": 1, "cpp_wrapper": False}):
             compiled = standalone_compile(gm, inputs, dynamic_shapes="from_graph")
     finally:
-        AsyncCompile.cpp_pybinding = original
+        owner.cpp_pybinding = original
     _capturing.append(calls)
     try:
         compiled(*example)
@@ -64,7 +65,7 @@ _capturing: list[list] = []  # where the kernels of inductor_kernel note their c
 
 
 @functools.cache
-def _cpp_cache() -> type:
+def _cpp_cache() -> Any:
     """Inductor's compiler driver with its flags for kernels: cached on disk by source, shared between processes."""
     from torch._inductor.codecache import CppCodeCache
 
@@ -141,7 +142,7 @@ def compile_with_inductor(
     """
     import torch._inductor.config as config
 
-    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)
     if read is not None:
         user = wrapper.config.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
         wrapper.config["joint_custom_pre_pass"] = joint_pass(read, user)
@@ -164,7 +165,7 @@ def compile_with_backend(
     from torch._dynamo.backends.registry import lookup_backend
 
     kwargs = {k: v for k, v in {"mode": mode, "options": options}.items() if v and v != "default"}
-    function = lookup_backend(compiler)
+    function: Any = lookup_backend(compiler)
     if read is None:
         return function(gm, example_inputs, **kwargs)
     import torch._inductor.config as config

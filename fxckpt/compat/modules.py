@@ -1,4 +1,4 @@
-"""The user's modules inside torch's wrappers, and the names of what they hold.
+"""Walks through the user's modules: inside torch's wrappers, and the names of what they hold.
 
 Feature tests: ``tests/project/test_torch_private.py``.
 """
@@ -6,6 +6,7 @@ Feature tests: ``tests/project/test_torch_private.py``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -44,7 +45,7 @@ def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def every_module(module: torch.nn.Module, name: str = ""):
+def every_module(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
     """``(name, module)`` of every place where a module stands, under several names if it stands there several times.
 
     Wrappers inside the model (``torch.compile(block)`` in a list of blocks) take no part in names, so that a checkpoint does
@@ -57,14 +58,14 @@ def every_module(module: torch.nn.Module, name: str = ""):
             yield from every_module(child, f"{name}.{key}" if name else key)
 
 
-def named_parameters(model: torch.nn.Module):
+def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """``(name, parameter)`` of every parameter, ties included, by the names of ``every_module``."""
     for prefix, module in every_module(model):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
             yield f"{prefix}.{name}" if prefix else name, param
 
 
-def named_buffers(model: torch.nn.Module):
+def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """``(name, buffer, persistent)`` of every buffer, ties included, by the names of ``every_module``."""
     for prefix, module in every_module(model):
         for persistent in (True, False):
@@ -72,7 +73,7 @@ def named_buffers(model: torch.nn.Module):
                 yield f"{prefix}.{name}" if prefix else name, buffer, persistent
 
 
-def extra_state_modules(model: torch.nn.Module):
+def extra_state_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """``(name, module)`` of modules that keep more than tensors in their state dict (``get_extra_state``)."""
     for name, module in every_module(model):
         if type(module).get_extra_state is not torch.nn.Module.get_extra_state:

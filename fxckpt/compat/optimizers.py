@@ -24,13 +24,13 @@ GROUP_BOOKKEEPING = frozenset(
 """Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
 
 
-def unhooked_step(opt: torch.optim.Optimizer):
+def unhooked_step(opt: torch.optim.Optimizer) -> Any:
     """The plain function behind ``type(opt).step``, without the hook wrapper and without the grad-mode wrapper.
 
     ``Optimizer.__init__`` puts ``profile_hook_step`` on the class (marked ``hooked``); under it most optimizers have
     ``_use_grad_for_differentiable``, which would ask Dynamo for a graph break. Both keep ``__wrapped__``.
     """
-    step = plain_class(opt).step
+    step: Any = plain_class(opt).step
     while hasattr(step, "__wrapped__"):
         step = step.__wrapped__
     return step
@@ -39,21 +39,22 @@ def unhooked_step(opt: torch.optim.Optimizer):
 def settings_of(opt: torch.optim.Optimizer) -> frozenset[str]:
     """The entries of a parameter group that a class of ``torch.optim`` can read: what it takes, and what it has as defaults.
     Users keep more in their groups: a name, a factor for a scheduler, tables."""
-    return (_arguments_of(plain_class(opt)) | opt.defaults.keys()) - GROUP_BOOKKEEPING
+    cls: Any = plain_class(opt)
+    return (_arguments_of(cls) | opt.defaults.keys()) - GROUP_BOOKKEEPING
 
 
 @functools.cache
 def _arguments_of(cls: type) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.__init__).parameters)
+    return frozenset(inspect.signature(cls).parameters)
 
 
-def stock_step(opt: torch.optim.Optimizer):
+def stock_step(opt: torch.optim.Optimizer) -> Callable[..., Any]:
     """The stock step as a user would call it, less the hooks (they fire once, in our own wrapper)."""
-    step = plain_class(opt).step
+    step: Any = plain_class(opt).step
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
-def plain_class(opt: torch.optim.Optimizer) -> type:
+def plain_class(opt: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
     """The class the user made: the first one of the MRO that is not ours."""
     return next(c for c in type(opt).__mro__ if "_fxckpt_base" not in c.__dict__)
 
@@ -96,9 +97,8 @@ def hooked(function: Callable) -> Callable:
     full, profiler = torch.optim.Optimizer.profile_hook_step(function), torch.autograd.profiler
     by_daemon = "KINETO_USE_DAEMON" in os.environ  # profiles begin from outside then, and set no flag
 
-    @functools.wraps(function)
     def wrapper(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if profiler._is_profiler_enabled or torch.autograd._profiler_enabled() or by_daemon or _has_hooks(self):
+        if profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled() or by_daemon or _has_hooks(self):
             return full(self, *args, **kwargs)
         out = function(self, *args, **kwargs)
         if _has_hooks(self):  # registered meanwhile, by a closure
@@ -106,8 +106,9 @@ def hooked(function: Callable) -> Callable:
                 hook(self, (self, *args), kwargs)
         return out
 
-    wrapper.hooked = True
-    return wrapper
+    wrapped: Any = functools.wraps(function)(wrapper)
+    wrapped.hooked = True
+    return wrapped
 
 
 def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
@@ -127,14 +128,14 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
         )
     owner = weakref.ref(opt)
 
-    @functools.wraps(type(opt).step)
-    def step(*args, **kwargs):
-        this = owner()
+    def step(*args: Any, **kwargs: Any) -> Any:
+        this: Any = owner()
         this._opt_called = True
         return type(this).step(this, *args, **kwargs)
 
-    step._wrapped_by_lr_sched = True
-    opt.step = step
+    wrapped: Any = functools.wraps(type(opt).step)(step)
+    wrapped._wrapped_by_lr_sched = True
+    vars(opt)["step"] = wrapped
     return True
 
 
@@ -144,15 +145,16 @@ def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Cal
     ``GradScaler._maybe_opt_step`` is where that is decided. The class of this one instance is swapped for a subclass, as the
     optimizer's is; pickles and copies of it are of the plain class.
     """
-    scaler.__class__ = _watched_class(type(scaler))
+    base: Any = type(scaler)
+    scaler.__class__ = _watched_class(base)
     scaler.__dict__.setdefault("_fxckpt_watchers", []).append((opt, skipped))
 
 
 @functools.cache
-def _watched_class(base: type) -> type:
+def _watched_class(base: Any) -> type:
     """A scaler's class that tells its watchers."""
 
-    def maybe(self, optimizer, optimizer_state, *args, **kwargs):
+    def maybe(self: Any, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         told = [skipped for watched, skipped in self._fxckpt_watchers if watched is optimizer]
         found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
         out = base._maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs)

@@ -6,6 +6,7 @@ Feature tests: ``tests/project/test_torch_private.py``.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -30,10 +31,11 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and is_traceable_wrapper_subclass(tensor)
 
 
-def gradient_accumulator(param: torch.Tensor):
+def gradient_accumulator(param: torch.Tensor) -> torch.autograd.graph.Node:
     """The autograd node that adds a gradient to ``param.grad``; DDP hooks it the same way.
 
     A hook on the tensor itself is visible to Dynamo; one on this node is not. It lives only while somebody holds it.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        return param.view_as(param).grad_fn.next_functions[0][0]
+        behind: Any = param.view_as(param).grad_fn
+        return behind.next_functions[0][0]

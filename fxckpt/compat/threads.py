@@ -10,7 +10,7 @@ import ctypes
 import functools
 import glob
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -50,13 +50,15 @@ def can_use_one_core() -> bool:
 
 
 @contextlib.contextmanager
-def one_core():
+def one_core() -> Iterator[None]:
     """Kernels that this thread runs inside use no other thread. Other threads keep what they have.
 
     A thread that opens a parallel region gets a team of its own; more threads than cores then make OpenMP sleep at
     every barrier of the process (libgomp throttles its spinning), which takes 20 times as long.
     """
-    before, (openmp, mkl) = torch.get_num_threads(), _thread_counts()
+    before, counts = torch.get_num_threads(), _thread_counts()
+    assert counts is not None, "can_use_one_core() says whether this works"
+    openmp, mkl = counts
     openmp(1)
     mkl_before = mkl(1) if mkl is not None else 0
     try:

@@ -88,7 +88,7 @@ class _NumbersIntoTensors(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.as_tensor and isinstance(args[0], (torch.SymFloat, torch.SymInt)):
-            return torch.scalar_tensor(args[0], **{"dtype": torch.get_default_dtype(), **kwargs})
+            return torch.scalar_tensor(args[0], **{"dtype": torch.get_default_dtype(), **kwargs})  # type: ignore[arg-type]
         return func(*args, **kwargs)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fxckpt.graph.model.layers import Layer, block_of
+from fxckpt.graph.model.layers import Layer, Place, block_of
 
 Edges = Sequence[tuple[str, str]]
 
@@ -23,20 +23,26 @@ _TINTS = ("#dbeafe", "#dcfce7", "#fef3c7", "#fce7f3", "#ede9fe", "#e0f2fe")
 
 
 def to_text(
-    layers: Sequence[Layer], edges: Edges, sizes: Mapping[str, int] | None = None, times: Mapping[str, float] | None = None
+    layers: Sequence[Layer],
+    edges: Edges,
+    sizes: Mapping[str, int] | None = None,
+    times: Mapping[str, float] | None = None,
+    why: Mapping[str, Place] | None = None,
 ) -> str:
-    """One line per layer in update order: size, time, parameters, and the layers that its output reaches.
+    """One line per layer in update order: size, time, parameters, why it stands there, and the layers that its output reaches.
 
-    ``sizes`` are bytes, ``times`` seconds, both by layer name.
+    ``sizes`` are bytes, ``times`` seconds, ``why`` places, all by layer name.
     """
     width = max((len(layer.name) for layer in layers), default=0)
+    reasons = {layer.name: f"  {why[layer.name]}" if why else "" for layer in layers}
+    longest = max(map(len, reasons.values()), default=0)
     lines = []
     for at, layer in enumerate(layers, 1):
         reaches = ", ".join(b for a, b in edges if a == layer.name)
         note = _note(layer.name, sizes, times)
         lines.append(
             f"{at:4d}  {layer.name:{width}s}  {note:>18s}  {len(layer.params):3d} tensors"
-            + (f"  -> {reaches}" if reaches else "")
+            + (f"{reasons[layer.name]:{longest}s}  -> {reaches}" if reaches else reasons[layer.name])
         )
     return "\n".join(lines)
 
@@ -81,6 +87,8 @@ def to_svg(
 
 @dataclass(frozen=True)
 class _Box:
+    """Where the SVG shows a layer, and what stands in it."""
+
     x: float
     y: float
     width: float

@@ -1,47 +1,25 @@
-"""Write the step as an FX graph: per-layer updates in gradient order, with checkpoint ops in between.
+"""The step as an FX graph that runs: per-layer updates in gradient order, with checkpoint ops in between.
 
     scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
 
-The graph is what runs. Its inputs are the run's number and, for each layer, the list of tensors the layer owns
-(parameters, then optimizer state), so the data flow between the nodes is explicit. On a step on which nothing is pending
-and nothing starts, the same updates run over all layers at once, without a graph (optim/executor.py).
+Its inputs are the run's number and, for each layer, the list of tensors the layer owns (parameters, then optimizer state),
+so the data flow between the nodes is explicit. On a step on which nothing is pending and nothing starts, the same updates
+run over all layers at once, without a graph.
 """
 
 from __future__ import annotations
 
-import itertools
-import keyword
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from fxckpt.graph import ops
-from fxckpt.graph.model.layers import Layer
-
-COUNTS = "counts"
-"""Name of the pseudo-layer of all 0-dimensional states (step counts): they advance first, for all layers at once."""
-
-
-class SideEffectModule(torch.nn.Module):
-    """A callable node of a StepGraph.
-
-    Note [no dead code elimination]: updates return nothing, so to FX they look unused. ``_is_impure`` is what
-    ``Node.is_impure`` asks of a called module; a plain function in its place would be deleted silently by
-    ``eliminate_dead_code``.
-    """
-
-    _is_impure = True
-
-    def __init__(self, function: Callable[..., Any]):
-        super().__init__()
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:  # a module's own call looks for hooks, at every step
-        return self.function(*args)
+from fxckpt.graph import draw, passes
+from fxckpt.graph.model.layers import Layer, Place
+from fxckpt.graph.schedule import COUNTS, place_emits_pass, place_fences_pass, verify_schedule_pass, write_updates_pass
 
 
 class UpdateTimer:
@@ -66,7 +44,8 @@ class StepGraph:
 
     ``layers`` in update order; ``order`` the parameter names in the order in which their gradients become final;
     ``edges`` pairs of layer names, from producer to consumer in the forward pass; ``sizes`` bytes of each layer's
-    tensors, parameters and optimizer state; ``clocks`` one for each layer.
+    tensors, parameters and optimizer state; ``clocks`` one for each layer; ``places`` where each parameter's place in the
+    order came from.
     """
 
     layers: tuple[Layer, ...]
@@ -74,6 +53,7 @@ class StepGraph:
     module: fx.GraphModule
     sizes: dict[str, int] = field(default_factory=dict)
     clocks: tuple[UpdateTimer, ...] = ()
+    places: Mapping[str, Place] = field(default_factory=dict)
 
     @property
     def times(self) -> dict[str, float]:
@@ -87,26 +67,26 @@ class StepGraph:
         return tuple(name for layer in self.layers for name in layer.params)
 
     @property
+    def why(self) -> dict[str, Place]:
+        """Where each layer's place in the order came from, which is its last parameter's, and then each parameter's own."""
+        return {layer.name: self.places[layer.params[-1]] for layer in self.layers if self.places} | {**self.places}
+
+    @property
     def graph(self) -> fx.Graph:
         """The FX graph with checkpoint ops."""
         return self.module.graph
 
     def dot(self) -> str:
         """The layer dependency graph in Graphviz's language."""
-        from fxckpt.graph import draw
-
         return draw.to_dot(self.layers, self.edges, self.sizes, self.times)
 
     def table(self) -> str:
-        """One line a layer, in update order: size, update time, number of parameters, what its output reaches."""
-        from fxckpt.graph import draw
-
-        return draw.to_text(self.layers, self.edges, self.sizes, self.times)
+        """One line a layer, in update order: size, update time, number of parameters, why it stands there, and what its output
+        reaches."""
+        return draw.to_text(self.layers, self.edges, self.sizes, self.times, self.why)
 
     def draw(self, path: str) -> None:
         """Write the layer dependency graph to ``path`` as SVG."""
-        from fxckpt.graph import draw
-
         with open(path, "w", encoding="utf-8") as file:
             file.write(draw.to_svg(self.layers, self.edges, self.sizes, self.times))
 
@@ -114,61 +94,36 @@ class StepGraph:
         return readable(self.module)
 
 
-def identifier(name: str) -> str:
-    """A layer's name as a Python identifier: ``h.0.attn`` -> ``h_0_attn``."""
-    out = re.sub(r"\W", "_", name) or "root"
-    return f"_{out}" if out[0].isdigit() or keyword.iskeyword(out) else out
-
-
-class _Names:
-    """Identifiers for layers, each used once, and none that the graph's own code needs."""
-
-    def __init__(self) -> None:
-        self.used = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "run", "scalars", COUNTS}
-
-    def __call__(self, name: str) -> str:
-        base = identifier(name)
-        found = next(label for n in itertools.count(1) if (label := base if n == 1 else f"{base}__{n}") not in self.used)
-        self.used.add(found)
-        return found
-
-
 def build(
-    layers: Sequence[Layer], first: int, update: Callable[[int], Callable], scalars: Callable, counts: bool
+    layers: Sequence[Layer],
+    numbers: Sequence[int],
+    counts_number: int | None,
+    update: Callable[[int], Callable[..., Any]],
+    scalars: Callable[..., Any],
 ) -> fx.GraphModule:
     """The variant with checkpoint ops.
 
     ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars.
-    ``first`` is the engine's number of the first of these layers; the counts, when there are any, come before it.
+    ``numbers`` are the engine's numbers of these layers, ``counts_number`` that of the counts, None when there are none.
     Signature of the result: ``(run, counts, *layers) -> None``, or without ``counts``.
     """
-    graph, root, names = fx.Graph(), torch.nn.Module(), _Names()
-    run = graph.placeholder("run", type_expr=int)
-    counted = graph.placeholder(COUNTS) if counts else None
-    labels = [names(layer.name) for layer in layers]
-    owned = [graph.placeholder(label) for label in labels]
-    if counted is not None:
-        graph.call_function(ops.ckpt_fence, (counted, run, first - 1, COUNTS))
-    values = _call(graph, root, "scalars", scalars, () if counted is None else (counted,))
-    if counted is not None:
-        graph.call_function(ops.ckpt_emit, (counted, run, first - 1, COUNTS))
-    for i, (layer, label, tensors) in enumerate(zip(layers, labels, owned)):
-        graph.call_function(ops.ckpt_fence, (tensors, run, first + i, layer.name))
-        _call(graph, root, f"update_{label}", update(i), (tensors, values))
-        graph.call_function(ops.ckpt_emit, (tensors, run, first + i, layer.name))
-    return _finish(graph, root, "StepGraph")
+    empty = fx.GraphModule(torch.nn.Module(), fx.Graph(), "StepGraph")
+    chosen = step_passes(layers, numbers, counts_number, update, scalars)
+    return passes.run(empty, chosen, wanted=("updates", "fences", "emits"))
 
 
-def _call(graph: fx.Graph, root: torch.nn.Module, name: str, function: Callable, args: tuple) -> fx.Node:
-    """A ``call_module`` node; see Note [no dead code elimination]."""
-    root.add_module(name, SideEffectModule(function))
-    return graph.create_node("call_module", name, args, name=name)
-
-
-def _finish(graph: fx.Graph, root: torch.nn.Module, name: str) -> fx.GraphModule:
-    graph.output(None)
-    graph.lint()
-    return fx.GraphModule(root, graph, name)
+def step_passes(
+    layers: Sequence[Layer],
+    numbers: Sequence[int],
+    counts_number: int | None,
+    update: Callable[[int], Callable[..., Any]],
+    scalars: Callable[..., Any],
+) -> passes.Chosen:
+    """The passes that make an empty graph a StepGraph; their arguments are those of ``build``."""
+    given = {"layers": layers, "numbers": numbers, "counts_number": counts_number, "update": update, "scalars": scalars}
+    schedule = [] if counts_number is None else [(counts_number, COUNTS)]
+    schedule += [(number, layer.name) for number, layer in zip(numbers, layers)]
+    return {write_updates_pass: given, place_fences_pass: {}, place_emits_pass: {}, verify_schedule_pass: {"layers": schedule}}
 
 
 def readable(module: fx.GraphModule) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import traces
 from fxckpt.saving.inventory import storable, take
 
 

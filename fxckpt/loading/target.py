@@ -10,7 +10,7 @@ import torch
 
 from fxckpt.compat.modules import unwrap_model
 from fxckpt.errors import SetupError
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import traces
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run, live_runs, the_run
 from fxckpt.saving.inventory import Inventory, take

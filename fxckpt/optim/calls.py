@@ -12,6 +12,7 @@ import torch
 from fxckpt.compat.threads import can_use_one_core, modes_active
 from fxckpt.graph.update import foreach, inductor
 from fxckpt.graph.update.hoist import Program
+from fxckpt.graph.update.specialize import by_methods, over_lists
 from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.helper_thread import helper
 from fxckpt.optim.scalar_group import ScalarGroup
@@ -54,7 +55,7 @@ def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> l
     fused over all of them."""
     program = scalar_group.program
     on_cpu = all(m.param.device.type == "cpu" for m in members)
-    listed = foreach.over_lists(program) if on_cpu or program.style == "columns" else None
+    listed = over_lists(program) if on_cpu or program.style == "columns" else None
     if listed is None:
         return [_EachCall(scalar_group, program, members)]
     if not on_cpu:
@@ -84,7 +85,7 @@ def _large_calls(
     groups, each = [members[part] for part in foreach.groups(rows)], scalar_group.program.style == "each"
     alone = [group[0] for group in groups if each and len(group) == 1]
     together = [group for group in groups if not (each and len(group) == 1)]
-    calls: list[Call] = [_EachCall(scalar_group, foreach.by_methods(scalar_group.program), alone)] if alone else []
+    calls: list[Call] = [_EachCall(scalar_group, by_methods(scalar_group.program), alone)] if alone else []
     return [*calls, _ColumnsCall(scalar_group, listed, together)] if together else calls
 
 

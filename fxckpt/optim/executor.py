@@ -12,7 +12,7 @@ from time import perf_counter
 import torch
 
 from fxckpt.graph import step_graph
-from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.model.layers import Layer, Place
 from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.calls import Call, Inputs, calls_for, shared
 from fxckpt.optim.scalar_group import ScalarGroup
@@ -29,10 +29,11 @@ class Arranged:
     graph: step_graph.StepGraph
     members: list[BoundParam]
     params: list[torch.Tensor]
-    first: int  # the engine's number of the first layer
+    numbers: Sequence[int]  # the engine's, of the layers
+    counts_number: int | None  # and of the counts
     owned: list[list[BoundParam]]  # by layer
     counts: list[torch.Tensor]
-    inputs: list[list[torch.Tensor]]  # of each emit
+    handed_over: list[tuple[int, list[torch.Tensor]]]  # in each emit, by the engine's number
 
 
 @dataclass(frozen=True)
@@ -53,21 +54,30 @@ class Executor:
         self.opt = opt
         self._versions: list[int] = []  # of the counts, when they were advanced last
         self._gradients: Sequence[torch.Tensor | None] = ()  # while a step runs
-        self.arrange([], (), (), 0)
+        self.arrange([], (), (), (), None, {})
 
-    def arrange(self, members: list[BoundParam], layers: Sequence[Layer], edges: Sequence[tuple[str, str]], first: int) -> None:
-        """Write the StepGraph for these layers; ``first`` is the engine's number of the first of them."""
+    def arrange(
+        self,
+        members: list[BoundParam],
+        layers: Sequence[Layer],
+        edges: Sequence[tuple[str, str]],
+        numbers: Sequence[int],
+        counts_number: int | None,
+        places: Mapping[str, Place],
+    ) -> None:
+        """Write the StepGraph for these layers; see ``Stepper.arrange``."""
         by_name = {m.name: m for m in members}
         owned = [[by_name[n] for n in layer.params] for layer in layers]
         counts = [t for m in members for _, t in m.counts()]
-        inputs = [[t for m in each for _, t in m.tensors()] for each in owned]
+        handed_over = [(number, [t for m in each for _, t in m.tensors()]) for number, each in zip(numbers, owned)]
+        sizes = {layer.name: sum(t.nbytes for t in tensors) for layer, (_, tensors) in zip(layers, handed_over)}
+        if counts_number is not None:
+            handed_over.insert(0, (counts_number, counts))
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
-        module = step_graph.build(layers, first, functools.partial(self._layer_update, clocks), self._scalars, bool(counts))
-        sizes = {layer.name: sum(t.nbytes for t in tensors) for layer, tensors in zip(layers, inputs)}
-        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks)
-        self.arranged = Arranged(
-            graph, members, [m.param for m in members], first, owned, counts, [counts, *inputs] if counts else inputs
-        )
+        update = functools.partial(self._layer_update, clocks)
+        module = step_graph.build(layers, numbers, counts_number, update, self._scalars)
+        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
+        self.arranged = Arranged(graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over)
         self.prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
 
@@ -114,7 +124,7 @@ class Executor:
                 for call in self.prepared.at_once:
                     call(step)
             else:
-                self.arranged.graph.module.forward(number, *self.arranged.inputs)
+                self.arranged.graph.module.forward(number, *(tensors for _, tensors in self.arranged.handed_over))
         finally:
             self._gradients = ()  # whoever drops them has their memory back
 

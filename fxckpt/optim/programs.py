@@ -10,7 +10,8 @@ import torch
 from fxckpt.compat.optimizers import default_implementation, is_stock
 from fxckpt.errors import SetupError
 from fxckpt.graph.update import inductor
-from fxckpt.graph.update.hoist import Program, specialize
+from fxckpt.graph.update.hoist import Program
+from fxckpt.graph.update.specialize import specialize
 from fxckpt.graph.update.trace import MakesState, NotTraceable, Signature, signature_of
 from fxckpt.optim.bound_param import BoundParam, is_dense
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fxckpt.compat.optimizers import is_stock, plain_class
-from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.model.layers import Layer, Place
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.optim.bindings import Bindings
 from fxckpt.optim.bound_param import BoundParam
@@ -85,9 +85,16 @@ class Stepper:
         """Names of the parameters whose tensors are not those that were bound."""
         return self.bindings.replaced()
 
-    def arrange(self, layers: Sequence[Layer], edges: Sequence[tuple[str, str]], first: int) -> None:
-        """Write the StepGraph for these layers; ``first`` is the engine's number of the first of them."""
-        self.executor.arrange(self.members, layers, edges, first)
+    def arrange(
+        self,
+        layers: Sequence[Layer],
+        edges: Sequence[tuple[str, str]],
+        numbers: Sequence[int],
+        counts_number: int | None,
+        places: Mapping[str, Place],
+    ) -> None:
+        """Write the StepGraph for these layers, by the engine's numbers of them and of the counts (None: there are none)."""
+        self.executor.arrange(self.members, layers, edges, numbers, counts_number, places)
 
     def describe(self) -> str:
         """One line: what runs a step; empty while no state exists yet to tell."""
@@ -122,18 +129,19 @@ class Stepper:
         return self.graph.layers
 
     @property
-    def first_layer(self) -> int:
-        """The engine's number of the first layer."""
-        return self.executor.arranged.first
-
-    def numbers(self) -> range:
+    def numbers(self) -> Sequence[int]:
         """The engine's numbers of the layers."""
-        return range(self.first_layer, self.first_layer + len(self.layers))
+        return self.executor.arranged.numbers
+
+    @property
+    def counts_number(self) -> int | None:
+        """The engine's number of the counts, None if there are none."""
+        return self.executor.arranged.counts_number
 
     def layer_members(self) -> list[list[BoundParam]]:
         """The parameters of each layer, in layer order."""
         return self.executor.arranged.owned
 
-    def layer_tensors(self) -> list[list[torch.Tensor]]:
-        """What the graph hands to each emit: the counts first, when there are any."""
-        return self.executor.arranged.inputs
+    def handed_over(self) -> list[tuple[int, list[torch.Tensor]]]:
+        """What the graph hands to each emit, by the engine's number: the counts first, when there are any."""
+        return self.executor.arranged.handed_over

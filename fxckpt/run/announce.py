@@ -32,7 +32,7 @@ class Announcer:
         for i, (_, line) in enumerate(bound):
             if line:
                 self._say(line, of=i)
-        moved = [t for s in steppers for ts in s.layer_tensors() for t in ts if self._is_moved(t)]
+        moved = [t for s in steppers for _, ts in s.handed_over() for t in ts if self._is_moved(t)]
         if size := sum(t.nbytes for t in moved) * self._max_async:
             self._say(
                 "tensors that are not in row-major order are copied on their device first, which takes at most "

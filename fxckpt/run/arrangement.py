@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from fxckpt.config import Config
 from fxckpt.graph.model.arrivals import FirstBackward
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import traces
 from fxckpt.graph.model.layers import gradient_order, group_layers, layer_edges
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run.emitting import Emitter
@@ -85,15 +86,26 @@ class Arrangement:
         return (self._emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
 
     def _number_layers(self) -> None:
-        """Number the layers of all optimizers in the engine's order (see plan.engine_layers) and write their graphs."""
-        number = 0
+        """Give every layer of a step its number, in the order in which steps update them, and write the StepGraphs."""
+        numbers = itertools.count()
         for stepper in self.steppers:
             named = [(m.name, m.param) for m in stepper.members]
-            layers = group_layers(gradient_order(named, traces), self._config.layer)
-            number += any(m.counts() for m in stepper.members)
-            stepper.arrange(layers, layer_edges(layers, traces, named), number)
-            number += len(layers)
+            places = gradient_order(named, traces)
+            layers = group_layers(places, self._config.layer)
+            counts_number = next(numbers) if any(m.counts() for m in stepper.members) else None
+            edges = layer_edges(layers, traces, named)
+            stepper.arrange(layers, edges, [next(numbers) for _ in layers], counts_number, places)
         self.layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
+
+    def _layers(self) -> list[plan.EngineLayer]:
+        """All layers by their numbers; those that no step updates come behind the others."""
+        numbered: dict[int, plan.EngineLayer] = {}
+        for index, stepper in enumerate(self.steppers):
+            if stepper.counts_number is not None:
+                numbered[stepper.counts_number] = plan.counts_layer(index, stepper)
+            numbered.update(zip(stepper.numbers, plan.updated_layers(index, stepper)))
+        numbered.update(enumerate(plan.other_layers(self.inventory, self._emitter.changed_outside), start=len(numbered)))
+        return [numbered[number] for number in range(len(numbered))]
 
     def current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
@@ -105,7 +117,7 @@ class Arrangement:
         if key != self._layout_key or self.layout is None:
             if self.layout is not None:
                 emitter.fence_all()  # layer numbers change their meaning
-            layers = plan.engine_layers(self.steppers, self.inventory, emitter.changed_outside)
+            layers = self._layers()
             emitter.open_devices(e.tensor for layer in layers for e in layer.entries)
             self.layout = plan.make_layout(
                 emitter.engine, layers, self._config.chunk_mb << 20, emitter.changed_outside, emitter.sources

@@ -127,9 +127,8 @@ class Emitter:
 
     def emit_stepper(self, stepper: Stepper) -> None:
         """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
-        counted = len(stepper.layer_tensors()) - len(stepper.layers)
-        for offset, tensors in enumerate(stepper.layer_tensors()):
-            self.emit(stepper.first_layer - counted + offset, tensors)
+        for number, tensors in stepper.handed_over():
+            self.emit(number, tensors)
 
     # -- devices -----------------------------------------------------------------------------------------------------
 

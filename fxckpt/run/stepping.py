@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.optimizers import stock_step
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import EvaluatedClosure
+from fxckpt.optim.strategy import EvaluatedClosure, own_step
 from fxckpt.run.announce import Announcer
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, StepClock
@@ -58,7 +57,7 @@ class Stepping:
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks. Returns what the closure returned."""
         if os.getpid() != self._status.pid or not self._status.enabled:
-            return stock_step(opt)(opt) if closure is None else stock_step(opt)(opt, closure)
+            return own_step(opt, closure)
         if self._emitter.ordinals and self._emitter.devices.capturing():
             raise SetupError(
                 "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
@@ -161,7 +160,7 @@ class Stepping:
             arrangement.refresh()
             closure = EvaluatedClosure(closure, loss)
         # After the closure, whose forward may change what is being copied.
-        emitter.look_for_changes(stepper.numbers(), arrangement.layout)
+        emitter.look_for_changes(stepper.numbers, arrangement.layout)
         own = strategy.own_part(closure)
         if own is not None:
             emitter.fence_all()

@@ -15,7 +15,7 @@ from fxckpt.compat import cuda
 from fxckpt.compat.modules import named_buffers, named_parameters
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError
-from fxckpt.graph.model.joint import TraceBook
+from fxckpt.graph.model.book import TraceBook
 from fxckpt.store.dtypes import OF_MODELS
 
 DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in OF_MODELS.items()}
@@ -147,11 +147,11 @@ def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) ->
 def _seen_by_compiler(book: TraceBook, optimizers: Sequence[torch.optim.Optimizer], trained: set[int], found: Inventory) -> None:
     """Without a model: frozen parameters and buffers of the modules whose graphs read one of our parameters."""
     ours = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
-    for name, param in book.frozen(of=ours):
+    for name, param in book.models.frozen(of=ours):
         if id(param) not in trained:
             found.frozen.setdefault(name, param)
-    found.buffers.update(book.buffers(of=ours))
-    found.transient.update(book.transient(of=ours))
+    found.buffers.update(book.models.buffers(of=ours))
+    found.transient.update(book.models.transient(of=ours))
 
 
 def _optimizer_names(
@@ -170,7 +170,7 @@ def _optimizer_names(
                 seen.add(id(param))
                 name = next((n for n in (names.get(id(param)), given[k]) if n and n not in used), None)
                 if name is None:
-                    compiled = book.names_by_id() if compiled is None else compiled
+                    compiled = book.models.names_by_id() if compiled is None else compiled
                     name = compiled.get(id(param))
                     name = None if name in used else name
                 if name is None:

@@ -106,27 +106,30 @@ class Layout:
         return tuple(out)
 
 
-def engine_layers(steppers: Sequence[Stepper], inventory: Inventory, changed_outside: set[str]) -> list[EngineLayer]:
-    """All layers of a run in the order in which they are numbered (see ``arrange`` in run.py)."""
-    out: list[EngineLayer] = []
-    for index, stepper in enumerate(steppers):
-        counts = [Entry(1, state_key(index, k, m.name), t, m.name) for m in stepper.members for k, t in m.counts()]
-        if counts:
-            out.append(EngineLayer("counts", "counts", counts))
-        for layer, members in zip(stepper.layers, stepper.layer_members()):
-            entries = [
-                Entry(0 if key == "" else 1, m.name if key == "" else state_key(index, key, m.name), t, m.name)
-                for m in members
-                for key, t in m.tensors()
-            ]
-            out.append(EngineLayer(layer.name, "update", entries, sum(m.param.numel() for m in members)))
+def counts_layer(index: int, stepper: Stepper) -> EngineLayer:
+    """All step counts of the optimizer of this number: they advance before the first layer is updated."""
+    entries = [Entry(1, state_key(index, k, m.name), t, m.name) for m in stepper.members for k, t in m.counts()]
+    return EngineLayer("counts", "counts", entries)
+
+
+def updated_layers(index: int, stepper: Stepper) -> list[EngineLayer]:
+    """The layers that a step of this optimizer updates, in its order."""
+    out = []
+    for layer, members in zip(stepper.layers, stepper.layer_members()):
+        tensors = [(m.name, key, t) for m in members for key, t in m.tensors()]
+        entries = [Entry(1, state_key(index, key, name), t, name) if key else Entry(0, name, t, name) for name, key, t in tensors]
+        out.append(EngineLayer(layer.name, "update", entries, sum(m.param.numel() for m in members)))
+    return out
+
+
+def other_layers(inventory: Inventory, changed_outside: set[str]) -> list[EngineLayer]:
+    """What no step updates: frozen parameters by module, then the buffers with those parameters that change all the same."""
     moving = {n: t for n, t in inventory.frozen.items() if n in changed_outside}
+    out = []
     for owner, tensors in _by_owner({n: t for n, t in inventory.frozen.items() if n not in changed_outside}).items():
         out.append(EngineLayer(owner, "frozen", [Entry(0, n, t) for n, t in tensors], sum(t.numel() for _, t in tensors)))
     buffers = [Entry(0, n, t) for n, t in {**inventory.buffers, **moving}.items()]
-    if buffers:
-        out.append(EngineLayer("buffers", "buffers", buffers))
-    return out
+    return [*out, EngineLayer("buffers", "buffers", buffers)] if buffers else out
 
 
 def _by_owner(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:

@@ -211,7 +211,7 @@ for step in range(start, 10):
     opt.zero_grad()
     report(step, loss)
 opt.ckpt.flush()
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import traces
 print("DIGEST splits", len(traces.traces()))
 print("DIGEST layers", digest([layer.name for layer in opt.ckpt.graph.layers]))
 finish(m, opt)

@@ -49,7 +49,7 @@ if kind == "plain":
     step = torch.compile(net)
 else:
     import fxckpt
-    from fxckpt.graph.model.joint import traces
+    from fxckpt.graph.model.book import traces
     from fxckpt.graph.model.layers import gradient_order
     step = torch.compile(net, backend=kind if kind == "fxckpt" else fxckpt.backend)
 reports = []
@@ -61,7 +61,7 @@ for again in range(2 if kind == "plain" else 1):
               "graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values()),
               "bits": [y.tolist()] + [p.grad.tolist() for p in net.parameters()]}
     if kind != "plain":
-        report["order"] = gradient_order(list(net.named_parameters()), traces)
+        report["order"] = tuple(gradient_order(list(net.named_parameters()), traces))
         report["origin"] = sorted({t.origin for trace in traces.traces() for _, t in trace.params})
     reports.append(report)
     torch._dynamo.reset()

@@ -9,7 +9,7 @@ import expecttest
 import pytest
 
 from fxckpt.graph.draw import to_dot, to_svg, to_text
-from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.model.layers import Layer, Place
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -43,6 +43,17 @@ class Golden(expecttest.TestCase):
    2  h.0.up             146 KiB    1 tensors  -> head
    3  h.0.ln               512 B    1 tensors  -> h.0.up
    4  wte                3.0 MiB    1 tensors  -> h.0.ln""",
+        )
+
+    def test_text_with_reasons(self):
+        layers, edges = deep(1, ("ln",))
+        places = [Place("arrival", 3), Place("joint", 12, 0, 153), Place("registration", 0)]
+        self.assertExpectedInline(
+            to_text(layers, edges, why={layer.name: place for layer, place in zip(layers, places)}),
+            """\
+   1  head                          1 tensors  arrived #3
+   2  h.0.ln                        1 tensors  graph 0 op 12 (joint 153)  -> head
+   3  wte                           1 tensors  never seen #0              -> h.0.ln""",
         )
 
     def test_dot(self):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxckpt.graph.model.joint as joint
-from fxckpt.graph.model.joint import traces
+from fxckpt.graph.model.book import TraceBook, traces
 from fxckpt.graph.model.layers import gradient_order
 from fxckpt.torch_backend import backend
 
@@ -24,9 +24,9 @@ __all__ = ["book"]  # the fixture
 
 def disagreements(model):
     """Pairs of parameters whose order by first use is not that of the joint graph; ties agree with anything."""
-    traces = [t for _, p in model.named_parameters() if (t := traces.lookup(p)) is not None]
-    assert all(t.origin == "joint" for t in traces)
-    return [(a, b) for a in traces for b in traces if a.first_use > b.first_use and a.grad_final > b.grad_final]
+    seen = [t for _, p in model.named_parameters() if (t := traces.lookup(p)) is not None]
+    assert all(t.origin == "joint" for t in seen)
+    return [(a, b) for a in seen for b in seen if a.first_use > b.first_use and a.grad_final > b.grad_final]
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -41,7 +41,7 @@ def test_the_forward_and_the_joint_graph_agree_on_the_order(kind):
 @given(st.lists(st.sampled_from(Program.OPS), min_size=2, max_size=9), st.integers(0, 999))
 def test_the_forward_and_the_joint_graph_agree_for_any_program(steps, seed):
     torch._dynamo.reset()
-    traces.__dict__.update(joint.TraceBook().__dict__)
+    traces.__dict__.update(TraceBook().__dict__)
     model = Program(["linear", *steps], seed)
     loss = compiled(model)(torch.randn(3, D))
     assume(loss.requires_grad)  # a program that ends in detach has nothing to agree about
@@ -96,10 +96,10 @@ def test_after_a_graph_break_the_later_region_comes_first(book):
     model = GPT(breaks=True)
     compiled(model, inner="eager")(batch()).backward()
     assert len(book.traces()) == 3
-    order = gradient_order(list(model.named_parameters()), book)
+    order = tuple(gradient_order(list(model.named_parameters()), book))
     whole = GPT()
     compiled(whole, inner="eager")(batch()).backward()
-    assert order == gradient_order(list(whole.named_parameters()), book)
+    assert order == tuple(gradient_order(list(whole.named_parameters()), book))
     assert order[-2:] == ("wpe.weight", "wte.weight")  # the tie is final in the first region, not in the last
 
 
@@ -128,7 +128,7 @@ def test_a_recompile_keeps_what_it_does_not_use(book):
     step(torch.randn(2, D), True).backward()
     step(torch.randn(2, D), False).backward()
     assert len(book.traces()) == 1
-    assert gradient_order(list(model.named_parameters()), book) == ("b.bias", "b.weight", "a.bias", "a.weight")
+    assert tuple(gradient_order(list(model.named_parameters()), book)) == ("b.bias", "b.weight", "a.bias", "a.weight")
 
 
 def test_blocks_compiled_one_by_one_keep_names_of_the_whole_model(book):
@@ -146,8 +146,8 @@ def test_blocks_compiled_one_by_one_keep_names_of_the_whole_model(book):
 
     model = Regional()
     model(torch.randn(2, D)).backward()
-    assert dict(book.names()) == dict(model.named_parameters())
-    order = gradient_order(list(model.named_parameters()), book)
+    assert dict(book.models.names()) == dict(model.named_parameters())
+    order = tuple(gradient_order(list(model.named_parameters()), book))
     assert sorted(order) == sorted(dict(model.named_parameters()))
 
 
@@ -155,8 +155,8 @@ def test_two_models_have_their_own_buffers(book):
     first, second = ConvNet(width=3), ConvNet(width=4)
     for model in (first, second):
         compiled(model, inner="eager")(batch()).backward()
-    assert dict(book.buffers(of=second.parameters())) == dict(second.named_buffers())
-    assert len(book.names()) == len(list(first.parameters())) + len(list(second.parameters()))
+    assert dict(book.models.buffers(of=second.parameters())) == dict(second.named_buffers())
+    assert len(book.models.names()) == len(list(first.parameters())) + len(list(second.parameters()))
 
 
 def test_ddp_splits_are_regions_of_one_compile(book, tmp_path):
@@ -171,9 +171,9 @@ def test_ddp_splits_are_regions_of_one_compile(book, tmp_path):
     finally:
         dist.destroy_process_group()
     assert len(book.traces()) > 1
-    order = gradient_order(list(model.named_parameters()), book)
+    order = tuple(gradient_order(list(model.named_parameters()), book))
     assert order == tuple(reversed(dict(model.named_parameters())))
-    assert book.name_of(model[0].weight) == "inner.0.weight"
+    assert book.models.name_of(model[0].weight) == "inner.0.weight"
 
 
 class _Called(nn.Module):
@@ -205,7 +205,7 @@ def test_names_are_those_of_the_model(book, how, breaks):
     else:
         wrapped = compiled(model, inner="eager")
         (compiled(wrapped, inner="eager") if how == "twice" else wrapped)(x).backward()
-    assert dict(book.names()) == dict(model.named_parameters())
+    assert dict(book.models.names()) == dict(model.named_parameters())
     assert {book.lookup(p).name for p in model.parameters()} == set(dict(model.named_parameters()))
 
 
@@ -253,7 +253,7 @@ def test_a_submodule_without_graphs_still_has_its_name(book):
 
     model = Partly()
     compiled(model, inner="eager")(torch.randn(3, 2, D)).backward()
-    assert book.name_of(model.lstm.weight_hh_l0) == "lstm.weight_hh_l0"
+    assert book.models.name_of(model.lstm.weight_hh_l0) == "lstm.weight_hh_l0"
     assert book.lookup(model.lstm.weight_hh_l0) is None
 
 
@@ -277,12 +277,12 @@ def test_buffers_and_frozen_parameters_are_known_as_they_are_now(book):
     step = compiled(model, inner="eager")
     for _ in range(2):
         step(torch.randn(2, D)).backward()
-    found = dict(book.buffers())
+    found = dict(book.models.buffers())
     assert list(found) == ["count", "mean"]
     assert found["mean"] is model.mean
     assert found["count"].item() == 2
-    assert list(dict(book.transient())) == ["cache"]
-    assert [n for n, _ in book.frozen(of=model.parameters())] == ["frozen.weight", "frozen.bias"]
+    assert list(dict(book.models.transient())) == ["cache"]
+    assert [n for n, _ in book.models.frozen(of=model.parameters())] == ["frozen.weight", "frozen.bias"]
     assert book.lookup(model.frozen.weight) is None
 
 
@@ -292,7 +292,7 @@ def test_an_inference_graph_shows_buffers_and_gives_no_order(book):
         compiled(model)(batch())
     assert book.traces() == ()
     assert book.lookup(model.conv.weight) is None
-    assert dict(book.buffers()) == dict(model.named_buffers())
+    assert dict(book.models.buffers()) == dict(model.named_buffers())
 
 
 def test_nothing_is_kept_alive(book):
@@ -304,7 +304,7 @@ def test_nothing_is_kept_alive(book):
     torch._dynamo.reset()
     gc.collect()
     assert not any(ref() for ref in watched)
-    assert book.names() == []
+    assert book.models.names() == []
     compiled(Shared(), inner="eager")(torch.randn(2, D)).backward()
     assert len(book.traces()) == 1
 
@@ -316,7 +316,7 @@ def test_a_listener_restores_buffers_before_the_forward_runs(book):
     model = Buffers()
 
     def restore(trace):
-        dict(book.buffers())["count"].fill_(41)
+        dict(book.models.buffers())["count"].fill_(41)
 
     book.listeners.append(restore)
     compiled(model, inner="eager")(torch.randn(2, D))
@@ -354,5 +354,5 @@ def test_a_failure_of_ours_is_logged_once_and_training_goes_on(book, monkeypatch
     assert all(p.grad is not None for p in model.parameters())
     (record,) = caplog.records
     assert "cannot read this" in record.getMessage()
-    order = gradient_order(list(model.named_parameters()), book)
+    order = tuple(gradient_order(list(model.named_parameters()), book))
     assert sorted(order) == sorted(dict(model.named_parameters()))

@@ -11,7 +11,7 @@ import sys
 import xml.etree.ElementTree as ET
 
 import torch
-from graph_models import book
+from graph_models import book, front_end
 from model_cases import Gpt, language
 from repository import ROOT
 from torch import nn
@@ -71,6 +71,25 @@ def test_a_clock_keeps_the_shortest_call():
     assert (clock.calls, clock.shortest) == (3, 0.25)
 
 
+def test_why_a_layer_stands_where_it_does_is_printed(book):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.compiled, model.eager, model.unused = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(2, 2)
+    opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters()), writer="mock", every=1, model=model)
+    compiled = torch.compile(model.compiled, backend=fxckpt.backend, options={"inner": front_end})
+    for _ in range(2):
+        model.eager(compiled(torch.ones(3, 4))).sum().backward()
+        opt.step()
+    graph = opt.ckpt.graph
+    origins = {layer.name: graph.why[layer.name].origin for layer in graph.layers}
+    assert origins == {"eager": "arrival", "compiled": "joint", "unused": "registration"}
+    assert [line.split("tensors")[1].strip() for line in graph.table().splitlines()] == [
+        "arrived #1", f"graph 0 op 0 (joint {graph.why['compiled'].final})", "never seen #4",
+    ]  # fmt: skip
+    assert graph.why["unused.bias"].position == 5
+    assert list(graph.why)[3:] == list(graph.order)
+
+
 def test_layers_by_module_by_block_and_by_a_function(book, tmp_path):
     torch.manual_seed(0)
     for layer, expected in (
@@ -105,13 +124,22 @@ def drawing(svg: str) -> tuple[dict[str, str], int]:
     return boxes, len(root.findall("s:path", names))
 
 
-def test_the_drawing_in_the_docs_is_what_its_script_draws(book, tmp_path):
+def without_times(line: str) -> str:
+    return " ".join(re.sub(r", [\d.]+ ms", "", line).split())
+
+
+def test_the_drawing_and_the_table_in_the_docs_are_what_their_script_makes(book, tmp_path):
+    page = (ROOT / "docs" / "graph.md").read_text()
     spec = importlib.util.spec_from_file_location("draw_graph", ROOT / "tools" / "draw_graph.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     graph = module.graph(2)
     graph.draw(str(tmp_path / "now.svg"))
     assert drawing((ROOT / "docs" / "graph.svg").read_text()) == drawing((tmp_path / "now.svg").read_text())
+    first, last = (part.splitlines() for part in re.search(r"```\n(   1 .*?)\.\.\.\n(.*?)```", page, re.DOTALL).groups())
+    table = [without_times(line) for line in graph.table().splitlines()]
+    assert [without_times(line) for line in first] == table[: len(first)]
+    assert [without_times(line) for line in last] == table[-len(last) :]
     assert {block_of(f"{layer.name}.") for layer in graph.layers} == {"wte", "wpe", "ln_f", *(f"h.{i}" for i in range(4))}
 
 

@@ -13,8 +13,12 @@ from fxckpt.graph import step_graph
 from fxckpt.graph.model.forward import EARLIER, Use, walk
 from fxckpt.graph.model.joint import JointRead, read_joint
 from fxckpt.graph.model.layers import Layer
-from fxckpt.graph.update import hoist, inductor
-from fxckpt.graph.update.trace import Role, Traced
+from fxckpt.graph.update import inductor
+from fxckpt.graph.update.foreach import call_methods_pass, widen_to_lists_pass
+from fxckpt.graph.update.hoist import mark_host_pass, native_calls_pass, snapshot_counts_pass
+from fxckpt.graph.update.specialize import hoist
+from fxckpt.graph.update.tensor_scalars import tensor_scalars_pass
+from fxckpt.graph.update.trace import NotTraceable, Role
 
 aten = torch.ops.aten
 
@@ -144,19 +148,21 @@ def test_read_joint_says_nothing_of_a_graph_without_gradients():
 
 def hoisted(build):
     """Hoist a graph over (param, grad, step, lr); ``build(graph, p, g, step, lr)`` adds the update."""
-    graph, roles = fx.Graph(), {}
+    graph = fx.Graph()
     kinds = (("param", None), ("grad", None), ("state", "step"), ("hyper", ("lr", None)))
     values = (torch.zeros(4), torch.zeros(4), torch.zeros(()), 0.1)
     nodes = []
     for (kind, key), value in zip(kinds, values):
         node = graph.placeholder(kind)
         node.meta["val"] = value
-        roles[node] = Role(kind, 0, key)
+        node.meta["role"] = Role(kind, 0, key)
         nodes.append(node)
     build(graph, *nodes)
     graph.output(())
     signature = SimpleNamespace(state=(("step", True),), hyperparameters=(("lr", None),))
-    return hoist.hoist(Traced(graph, roles, 1), signature)
+    gm = graph_module(graph)
+    gm.meta["outcomes"] = ()
+    return hoist(gm, signature)
 
 
 def call(graph, target, *args, val):
@@ -203,7 +209,7 @@ def test_build_calls_every_update_once_in_order_with_the_tensors_and_scalars_it_
     seen = []
     layers = [Layer("b", ("b.w",)), Layer("a", ("a.w",))]
     module = step_graph.build(
-        layers, 1, lambda i: lambda tensors, values: seen.append((i, tensors, values)), lambda counts: ["s", *counts], True
+        layers, [1, 2], 0, lambda i: lambda tensors, values: seen.append((i, tensors, values)), lambda counts: ["s", *counts]
     )
     for node in [n for n in module.graph.nodes if n.op == "call_function"]:
         module.graph.erase_node(node)  # no run stands behind the ops
@@ -223,3 +229,119 @@ def test_build_calls_every_update_once_in_order_with_the_tensors_and_scalars_it_
 )
 def test_layouts_are_compared_by_the_strides_that_mean_something(tensor, other, same):
     assert inductor.same_layout(tensor, other) is same
+
+
+# ---- the passes over an update's body, each alone ------------------------------------------------------------------------
+
+
+def body(build) -> fx.GraphModule:
+    """A body over (param, grad, scalar); ``build(graph, p, g, s)`` adds the operators."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder(name) for name in ("param", "grad", "scalar")]
+    for node in nodes[:2]:
+        node.meta["val"] = torch.zeros(4)
+    build(graph, *nodes)
+    graph.output(())
+    return graph_module(graph)
+
+
+def sgd(graph, p, g, s):
+    """``p -= s * g``, as operators."""
+    step = call(graph, aten.mul.Tensor, g, s, val=torch.zeros(4))
+    call(graph, aten.sub_.Tensor, p, step, val=torch.zeros(4))
+
+
+def test_marks_say_what_runs_on_the_host():
+    graph = fx.Graph()
+    p, step, lr = (graph.placeholder(name) for name in ("param", "step", "lr"))
+    for node, role in ((p, Role("param")), (step, Role("state", 0, "step")), (lr, Role("hyper", 0, ("lr", None)))):
+        node.meta["role"] = role
+    advanced = call(graph, aten.add_.Tensor, step, 1, val=torch.zeros(()))
+    rate = call(graph, operator.mul, lr, 2.0, val=0.2)
+    moved = call(graph, aten.mul_.Tensor, p, rate, val=torch.zeros(4))
+    graph.output(())
+    mark_host_pass(graph_module(graph), ["step"])
+    assert [n.meta["host"] for n in (p, step, lr, advanced, rate, moved)] == [False, True, True, True, True, False]
+
+
+def test_a_branch_on_tensors_is_no_host_work():
+    graph = fx.Graph()
+    p = graph.placeholder("param")
+    p.meta["role"] = Role("param")
+    graph.output((call(graph, operator.gt, p, 0, val=True),))
+    with pytest.raises(NotTraceable, match="branches on the values of a tensor"):
+        mark_host_pass(graph_module(graph), [])
+
+
+def test_a_count_that_is_read_before_it_advances_is_read_from_a_copy():
+    graph = fx.Graph()
+    p, step = graph.placeholder("param"), graph.placeholder("step")
+    p.meta["role"], step.meta["role"] = Role("param"), Role("state", 0, "step")
+    call(graph, aten.mul_.Tensor, p, step, val=torch.zeros(4))
+    call(graph, aten.add_.Tensor, step, 1, val=torch.zeros(()))
+    call(graph, aten.add_.Tensor, p, step, val=torch.zeros(4))
+    graph.output(())
+    gm = snapshot_counts_pass(mark_host_pass(graph_module(graph), ["step"]))
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [
+        aten.clone.default, aten.mul_.Tensor, aten.add_.Tensor, aten.add_.Tensor,
+    ]  # fmt: skip
+    param, count = torch.ones(2), torch.tensor(3.0)
+    gm(param, count)
+    assert (param.tolist(), count.item()) == ([7.0, 7.0], 4.0)
+
+
+def test_operators_become_the_functions_that_pytorch_calls():
+    graph = fx.Graph()
+    counts = graph.placeholder("counts")
+    graph.call_function(aten._foreach_add_.Scalar, (counts, 1))
+    graph.output(())
+    gm = native_calls_pass(graph_module(graph))
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [torch._foreach_add_]
+    column = [torch.tensor(1.0), torch.tensor(2.0)]
+    gm(column)
+    assert [t.item() for t in column] == [2.0, 3.0]
+
+
+def test_a_body_over_lists_has_the_bits_of_the_body_for_each():
+    single, wide = body(sgd), widen_to_lists_pass(body(sgd), 2, [torch.float32] * 3)
+    grads = [torch.randn(3), torch.randn(2, 5)]
+    ones, lists = [torch.ones_like(g) for g in grads], [torch.ones_like(g) for g in grads]
+    for p, g in zip(ones, grads):
+        single(p, g, 0.1)
+    wide(lists, [g.clone() for g in grads], 0.1)
+    assert all(map(torch.equal, ones, lists))
+
+
+def test_an_operator_without_a_list_form_is_refused_by_its_name():
+    gm = body(lambda graph, p, g, s: call(graph, aten.cumsum.default, g, 0, val=torch.zeros(4)))
+    with pytest.raises(NotTraceable, match=r"aten.cumsum.default has no list form"):
+        widen_to_lists_pass(gm, 2, [torch.float32])
+
+
+def test_a_body_by_methods_has_the_bits_of_the_operators():
+    operators, methods = body(sgd), call_methods_pass(body(sgd))
+    assert {n.target for n in methods.graph.nodes if n.op == "call_function"} == {torch.Tensor.mul, torch.Tensor.sub_}
+    one, other, grad = torch.ones(4), torch.ones(4), torch.randn(4)
+    operators(one, grad, 0.1)
+    methods(other, grad, 0.1)
+    assert torch.equal(one, other)
+
+
+def test_a_scalar_becomes_a_tensor_where_inductor_would_bake_it_in():
+    def build(graph, p, g, s):
+        call(graph, aten.add_.Tensor, p, call(graph, aten.addcdiv.default, p, g, g, val=torch.zeros(4)), val=torch.zeros(4))
+        graph.call_function(aten.lerp_.Scalar, (p, g, s))
+
+    gm = tensor_scalars_pass(body(build), 1)
+    assert aten.lerp_.Scalar not in {n.target for n in gm.graph.nodes}
+    assert aten.addcdiv.default in {n.target for n in gm.graph.nodes}, "it reads no scalar"
+    one, other, grad = torch.ones(4), torch.ones(4), torch.rand(4) + 1
+    body(build)(one, grad, 0.25)
+    gm(other, grad, torch.tensor(0.25))
+    torch.testing.assert_close(one, other)
+
+
+def test_an_operator_without_a_form_for_a_tensor_scalar_is_refused_by_its_name():
+    gm = body(lambda graph, p, g, s: graph.call_function(aten.fill_.Scalar, (p, s)))
+    with pytest.raises(NotTraceable, match=r"no tensor form of aten.fill_.Scalar"):
+        tensor_scalars_pass(gm, 1)

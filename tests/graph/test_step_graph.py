@@ -10,8 +10,9 @@ from torch import nn
 import fxckpt
 from fxckpt.graph import ops, step_graph
 from fxckpt.graph.model.layers import Layer
-from fxckpt.graph.update import hoist
-from fxckpt.graph.update.trace import NotTraceable, _replace_sentinels, signature_of, trace
+from fxckpt.graph.schedule import identifier
+from fxckpt.graph.update.specialize import hoist
+from fxckpt.graph.update.trace import NotTraceable, replace_sentinels, signature_of, trace
 
 
 def stepped(every=1, **options):
@@ -56,7 +57,7 @@ def forward(self, run : int, counts, fc2, fc1):
         )
 
     def test_hoisted_scalars_and_body_of_sgd_with_momentum(self):
-        program = hoist.hoist(*traced(torch.optim.SGD, momentum=0.9))
+        program = hoist(*traced(torch.optim.SGD, momentum=0.9))
         self.assertExpectedInline(
             str(program.host.graph).strip(),
             """\
@@ -82,7 +83,7 @@ graph():
         )
 
     def test_fused_kernel_is_kept_with_hyperparameters_as_inputs(self):
-        program = hoist.hoist(*traced(implementation="fused", fused=True))
+        program = hoist(*traced(implementation="fused", fused=True))
         self.assertExpectedInline(
             str(program.body.graph).strip(),
             """\
@@ -111,17 +112,17 @@ def test_ops_survive_dead_code_elimination():
 
 def test_every_fence_stands_before_its_update_and_every_emit_after():
     layers = [Layer(f"h.{i}", (f"h.{i}.w",)) for i in range(3)]
-    module = step_graph.build(layers, 1, lambda i: lambda *_: None, list, True)
+    module = step_graph.build(layers, [1, 2, 3], 0, lambda i: lambda *_: None, list)
     targets = [n.target for n in module.graph.nodes if n.op in ("call_function", "call_module")]
     assert targets[:3] == [ops.ckpt_fence, "scalars", ops.ckpt_emit]
     for i, layer in enumerate(layers):
-        name = f"update_{step_graph.identifier(layer.name)}"
+        name = f"update_{identifier(layer.name)}"
         assert targets[3 + 3 * i : 6 + 3 * i] == [ops.ckpt_fence, name, ops.ckpt_emit]
 
 
 def test_layers_whose_names_become_one_identifier_stay_apart():
     layers = [Layer("a.b", ("a.b.w",)), Layer("a_b", ("a_b.w",)), Layer("class", ("class.w",)), Layer("", ("w",))]
-    module = step_graph.build(layers, 0, lambda i: lambda *_: None, list, False)
+    module = step_graph.build(layers, range(4), None, lambda i: lambda *_: None, list)
     assert len([n for n in module.graph.nodes if n.op == "placeholder"]) == 5
 
 
@@ -133,7 +134,7 @@ def test_order_holds_every_parameter_once_and_layers_their_sizes():
 
 
 def test_a_kept_graph_of_a_dead_run_says_so():
-    graph = step_graph.build([Layer("a", ("a",))], 0, lambda i: lambda *_: None, list, False)
+    graph = step_graph.build([Layer("a", ("a",))], [0], None, lambda i: lambda *_: None, list)
     try:
         graph(987654, [torch.ones(1)])
     except RuntimeError as error:
@@ -167,13 +168,13 @@ def test_numeric_hyperparameters_are_inputs_and_zero_is_structure():
 
 
 def test_two_sentinel_traces_that_disagree_are_refused():
-    graph, roles = fx.Graph(), {}
+    graph = fx.Graph()
     a = graph.placeholder("a")
     graph.call_function(torch.ops.aten.mul_.Tensor, (a, 0.25))
     other = fx.Graph()
     other.call_function(torch.ops.aten.mul_.Tensor, (other.placeholder("a"), 0.5))
     try:
-        _replace_sentinels(graph, other, {("lr", None): 0.1}, {("lr", None): 0.2}, roles)
+        replace_sentinels(graph, other, {("lr", None): 0.1}, {("lr", None): 0.2})
     except NotTraceable as reason:
         assert "computed from hyperparameters" in str(reason)
     else:
@@ -185,7 +186,7 @@ def test_a_list_that_is_no_column_is_refused():
     node = next(n for n in found.graph.nodes if n.target is torch.ops.aten._foreach_sqrt.default)
     node.args = (list(reversed(node.args[0])),)
     try:
-        hoist.hoist(found, signature)
+        hoist(found, signature)
     except NotTraceable as reason:
         assert "not a whole column" in str(reason)
     else:

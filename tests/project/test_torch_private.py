@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import operator
+import re
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 import torch._functorch._aot_autograd.descriptors as descriptors
 import torch._inductor.config as inductor_config
 from graph_models import GPT, D, batch, book, front_end
+from repository import ROOT
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -17,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from fxckpt.compat.dynamo import (
     called_modules,
     compile_under_way,
+    compiled_module,
     compiling_scope,
     first_module,
     gradient_of,
@@ -26,12 +32,51 @@ from fxckpt.compat.dynamo import (
     source_name,
     untraced,
 )
-from fxckpt.compat.inductor import compile_with_backend, reset_cudagraphs
-from fxckpt.compat.modules import _WRAPPERS, own_buffers, unwrap_model, wrapped_module
-from fxckpt.compat.optimizers import inner_hooks, is_stock, unhooked_step
-from fxckpt.compat.tensors import is_transformed, is_wrapper, set_grad_mode
-from fxckpt.compat.threads import modes_active
-from fxckpt.compat.tracing import branch_node, fake_mode, is_stand_in, stand_in, symbolic_numbers, trace_fake, watched
+from fxckpt.compat.inductor import (
+    cache_folder,
+    compile_with_backend,
+    compile_with_inductor,
+    compiler_settings,
+    inductor_kernel,
+    joint_pass,
+    load_cpp,
+    reset_cudagraphs,
+)
+from fxckpt.compat.modules import (
+    _WRAPPERS,
+    every_module,
+    extra_state_modules,
+    named_buffers,
+    named_parameters,
+    own_buffers,
+    unwrap_model,
+    wrapped_module,
+)
+from fxckpt.compat.optimizers import (
+    count_skipped_attempts,
+    default_implementation,
+    hooked,
+    inner_hooks,
+    is_stock,
+    plain_class,
+    rebind_scheduler_wrapper,
+    settings_of,
+    stock_step,
+    unhooked_step,
+)
+from fxckpt.compat.tensors import gradient_accumulator, is_transformed, is_wrapper, set_grad_mode, version_of
+from fxckpt.compat.threads import can_use_one_core, modes_active, one_core
+from fxckpt.compat.tracing import (
+    branch_node,
+    fake_mode,
+    is_stand_in,
+    stand_in,
+    symbolic_float,
+    symbolic_numbers,
+    trace_fake,
+    watched,
+)
+from fxckpt.errors import SetupError
 
 __all__ = ["book"]  # the fixture
 
@@ -323,3 +368,170 @@ def test_dynamo_is_asked_before_it_is_turned_off_with_this_torch():
     function()
     torch.compile(lambda x: (torch._dynamo.graph_break(), function(), x + 1)[2], backend="eager")(torch.ones(1))
     assert seen == [None, None]
+
+
+# ---- what the sections above do not reach ------------------------------------------------------------------------------
+
+SUBJECTS = ("dynamo", "inductor", "modules", "optimizers", "tensors", "threads", "tracing")
+"""Files of fxckpt/compat that touch private parts; ``cuda`` is tested with devices, the others touch none."""
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_private_part_that_is_touched_has_a_test_here(subject):
+    tree = ast.parse((ROOT / "fxckpt" / "compat" / f"{subject}.py").read_text())
+    functions = {n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("_")}
+    assert {name for name in functions if not re.search(rf"\b{name}\(", Path(__file__).read_text())} == set()
+    assert all(ast.get_docstring(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in functions)
+
+
+def test_the_module_whose_method_is_compiled_is_known():
+    spy = Spy(lambda gm, inputs: compiled_module()())
+    model = nn.Sequential(GPT())
+    model[0].compile(backend=spy)
+    model(batch())
+    assert spy.answers == [model[0]]
+    assert compiled_module() is None
+
+
+def test_inductors_kernel_is_taken_out_with_its_call_and_compiles_alone():
+    x, y = torch.rand(1027), torch.rand(1027)
+    before = x.clone()
+
+    def fn(a, b):
+        a.mul_(b)
+        return ()
+
+    types, source, call = inductor_kernel(fn, [x, y])
+    assert torch.equal(x, before), "the example is not changed"
+    assert len(types) == len(call) and " kernel(" in source
+    assert {t.data_ptr() for t in call if isinstance(t, torch.Tensor)} <= {x.data_ptr(), y.data_ptr()}
+    assert [v for v in call if not isinstance(v, torch.Tensor)] == [1027]
+    assert load_cpp(source).kernel
+    with pytest.raises(ValueError, match="made 0 kernels"):
+        inductor_kernel(lambda a: (), [x])
+
+
+def test_inductor_says_where_its_cache_lies_and_how_it_compiles(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert cache_folder() == str(tmp_path)
+    chosen, variables, processor = compiler_settings()
+    assert "cpp.simdlen" in dict(chosen) and "CXX" in dict(variables) and processor
+    with inductor_config.patch({"cpp.simdlen": 1}):
+        assert compiler_settings()[0] != chosen
+
+
+def test_a_users_joint_pass_still_runs_and_decides_whether_caches_are_used():
+    told = []
+    graph = torch.fx.Graph()
+    joint_pass(lambda g: told.append("ours"), [lambda g: told.append("theirs")])(graph)
+    assert told == ["ours", "theirs"]
+    assert joint_pass(print, None).uuid() and joint_pass(print, lambda g: None).uuid() is None
+
+
+def test_the_inductor_backend_compiles_with_its_options_checked():
+    gm = torch.fx.symbolic_trace(nn.Identity())
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        compile_with_inductor(gm, [torch.ones(1)], None, {"no_such_option": 1})
+
+
+def test_modules_stand_under_all_their_names_and_wrappers_under_none():
+    shared = nn.BatchNorm1d(2)
+    model = nn.ModuleDict({"a": shared, "b": torch.compile(nn.Sequential(shared))})
+    assert [name for name, _ in every_module(model)] == ["", "a", "b", "b.0"]
+    assert [name for name, _ in named_parameters(model)] == ["a.weight", "a.bias", "b.0.weight", "b.0.bias"]
+    assert [name for name, _, kept in named_buffers(model) if kept and name.startswith("b")] == [
+        "b.0.running_mean", "b.0.running_var", "b.0.num_batches_tracked",
+    ]  # fmt: skip
+
+
+def test_modules_with_extra_state_are_found():
+    class Counting(nn.Module):
+        def get_extra_state(self):
+            return 3
+
+    assert [name for name, _ in extra_state_modules(nn.Sequential(nn.Linear(1, 1), Counting()))] == ["1"]
+
+
+def test_versions_count_changes_of_the_memory():
+    tensor = torch.zeros(2)
+    before = version_of(tensor)
+    tensor[:1].add_(1)
+    assert version_of(tensor) == before + 1
+    with torch.inference_mode():
+        assert version_of(torch.zeros(2)) == 0
+
+
+def test_the_accumulator_of_a_gradient_is_one_node_that_takes_hooks():
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    node = gradient_accumulator(weight)
+    node.register_prehook(lambda grads: seen.append(grads[0].tolist()))
+    (weight * 3).sum().backward()
+    assert seen == [[3.0, 3.0]]
+    assert gradient_accumulator(weight) is node
+
+
+def test_one_core_holds_for_this_thread_alone_and_ends():
+    if not can_use_one_core():
+        pytest.skip("ATen does not run on OpenMP")
+    before = torch.get_num_threads()
+    with one_core():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_a_step_is_found_under_its_wrappers_and_wrapped_again_with_its_mark():
+    opt = torch.optim.AdamW([nn.Parameter(torch.ones(1))])
+    assert plain_class(opt) is torch.optim.AdamW
+    assert type(opt).step.hooked, "Optimizer.__init__ marks it"
+    assert not getattr(stock_step(opt), "hooked", False) and not hasattr(unhooked_step(opt), "__wrapped__")
+    called = []
+    wrapped = hooked(lambda self, *args: called.append("step"))
+    assert wrapped.hooked
+    opt.register_step_pre_hook(lambda *_: called.append("before"))
+    opt.register_step_post_hook(lambda *_: called.append("after"))
+    wrapped(opt)
+    assert called == ["before", "step", "after"]
+    assert {"lr", "betas", "fused"} <= settings_of(opt) and "params" not in settings_of(opt)
+
+
+def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks():
+    opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    assert not rebind_scheduler_wrapper(opt)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(opt)
+    before = vars(opt)["step"]
+    assert rebind_scheduler_wrapper(opt) and vars(opt)["step"] is not before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it would warn of a step that was not seen
+        opt.step()
+        scheduler.step()
+    opt.step = lambda: None
+    with pytest.raises(SetupError, match="was replaced by"):
+        rebind_scheduler_wrapper(opt)
+
+
+def test_a_scaler_tells_which_attempts_it_skips():
+    weight, skipped = nn.Parameter(torch.ones(1)), []
+    opt, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
+    count_skipped_attempts(scaler, opt, lambda: skipped.append(weight.grad.item()))
+    for factor in (1.0, float("inf"), 1.0):
+        opt.zero_grad()
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.step(opt)
+        scaler.update()
+    assert skipped == [float("inf")]
+
+
+def test_the_default_implementation_is_what_an_optimizer_takes():
+    from torch.optim.optimizer import _default_to_fused_or_foreach
+
+    weight = nn.Parameter(torch.ones(1))
+    _, foreach = _default_to_fused_or_foreach([weight], differentiable=False, use_fused=False)
+    assert default_implementation(weight) == ("foreach" if foreach else "single")
+
+
+def test_a_symbols_sign_decides_branches():
+    def fn(x, momentum):
+        x.mul_(2.0 if symbolic_float(momentum, True) != 0 else 3.0)
+
+    found = trace_fake(fn, [torch.ones(2), torch.tensor(0.9)])
+    assert found.branches == [] and 2.0 in [a for n in found.graph.nodes for a in n.args]

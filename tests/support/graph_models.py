@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fxckpt.graph.model.joint import TraceBook, traces
+from fxckpt.graph.model.book import TraceBook, traces
 from fxckpt.torch_backend import backend
 
 D = 6

@@ -77,12 +77,16 @@ _Ids = frozenset  # of values: i is placeholder i, and -1 - k is the result of o
 
 @dataclass(frozen=True)
 class _Op:
+    """One op of the flat graph: the values it reads."""
+
     inputs: _Ids
     differentiable: bool  # a gradient flows through its result
 
 
 @dataclass(frozen=True)
 class _Flat:
+    """A forward graph without bodies inside: ops in the order in which they run."""
+
     activations: _Ids  # placeholders that require grad
     ops: list[_Op]
     outputs: _Ids
@@ -136,7 +140,7 @@ def _element(node: fx.Node, env: Mapping[fx.Node, list[_Ids]]) -> _Ids | None:
     """The one output of a body that a ``getitem`` picks."""
     if node.target is not operator.getitem or not isinstance(node.args[1], int):
         return None
-    whole = env.get(node.args[0], [])
+    whole = env.get(node.args[0], []) if isinstance(node.args[0], fx.Node) else []
     return whole[node.args[1]] if len(whole) > max(1, node.args[1]) else None
 
 
@@ -158,8 +162,8 @@ def _bodies(gm: fx.GraphModule, node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order op in ``gm`` runs on its last arguments; none for any other op."""
     if getattr(node.target, "__name__", None) not in _CALLS_ITS_BODIES:
         return []
-    found = [getattr(gm, a.target, None) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-    found = [body for body in found if isinstance(body, fx.GraphModule)]
+    held = [getattr(gm, str(a.target), None) for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    found = [body for body in held if isinstance(body, fx.GraphModule)]
     enough = len(tree_leaves(node.args)) - len(found)
     return found if all(0 < _inputs(body) <= enough for body in found) else []
 

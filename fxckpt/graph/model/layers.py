@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fxckpt.errors import SetupError
+from fxckpt.graph.model.book import TraceBook
 from fxckpt.graph.model.forward import EARLIER
-from fxckpt.graph.model.joint import JointTrace, TraceBook
+from fxckpt.graph.model.joint import JointTrace
 
 ROOT = "(root)"
 """The layer of parameters that the model owns directly."""
@@ -28,31 +29,56 @@ class Layer:
     params: tuple[str, ...]
 
 
-def gradient_order(named: Sequence[tuple[str, Tensor]], book: TraceBook) -> tuple[str, ...]:
-    """The names, ordered by when their gradients become final; those of which nothing is known last, in reverse
-    registration order.
+@dataclass(frozen=True)
+class Place:
+    """Why a parameter stands where it does in the update order: what was seen of it, and where.
 
-    Regions come in the order of their backwards: as gradients arrived, else the later in the forward the earlier. Within a
-    region, whose gradients arrive all at once, the later a parameter is used first, the earlier its gradient is final.
-    Parameters outside all regions come as their gradients arrived. Ties (weight and bias of one op) are in reverse
-    registration order. A tensor that ``named`` holds twice counts once, under its first name.
+    ``origin``: "joint" and "dynamo": its region's forward graph, where ``position`` is the op that uses it first (for "joint"
+    AOTAutograd's joint graph was seen too, and its gradient is final at node ``final``); "arrival": its gradient came as number
+    ``position`` of those of the first backward; "registration": it was never seen, and is number ``position`` of its optimizer.
     """
-    first: dict[int, tuple[int, str, Tensor]] = {}
-    for at, (name, tensor) in enumerate(named):
-        first.setdefault(id(tensor), (at, name, tensor))
-    places = book.places()
 
-    def key(entry: tuple[int, str, Tensor]) -> tuple[bool, tuple[int, int], int, int]:
-        at, _, tensor = entry
+    origin: str
+    position: int
+    region: int | None = None
+    final: int | None = None
+
+    def __str__(self) -> str:
+        if self.region is not None:
+            return f"graph {self.region} op {self.position}" + (f" (joint {self.final})" if self.origin == "joint" else "")
+        return f"{'arrived' if self.origin == 'arrival' else 'never seen'} #{self.position}"
+
+
+def gradient_order(named: Sequence[tuple[str, Tensor]], book: TraceBook) -> dict[str, Place]:
+    """The names, ordered by when their gradients become final, and why each stands where it does: the one rule of the order.
+
+    1. What compiled regions use. Regions come in the order of their backwards: as gradients arrived, else the later in the
+       forward the earlier. Within a region, whose gradients arrive all at once, the later a parameter is used first, the earlier
+       its gradient is final. The joint graph says the same, where it is seen; on a warm cache it is not, so it decides nothing.
+    2. Parameters outside all regions, among the regions, as their gradients arrived.
+    3. Those of which nothing is known, last.
+
+    Ties (weight and bias of one op) are in reverse registration order. A tensor that ``named`` holds twice counts once, under
+    its first name.
+    """
+    regions = book.places()
+    ranks: dict[int, tuple[tuple[bool, tuple[int, int], int, int], str, Place]] = {}
+    for at, (name, tensor) in enumerate(named):
+        if id(tensor) in ranks:
+            continue
         trace, arrival = book.lookup(tensor), book.arrival(tensor)
         if trace is not None:
-            return False, places[trace.region], -trace.first_use, -at
-        return (True, (0, 0), 0, -at) if arrival is None else (False, (arrival, 0), 0, -at)
+            place = Place(trace.origin, trace.first_use, trace.region, trace.grad_final if trace.origin == "joint" else None)
+            rank = False, regions[trace.region], -trace.first_use, -at
+        elif arrival is not None:
+            place, rank = Place("arrival", arrival), (False, (arrival, 0), 0, -at)
+        else:
+            place, rank = Place("registration", at), (True, (0, 0), 0, -at)
+        ranks[id(tensor)] = rank, name, place
+    return {name: place for _, name, place in sorted(ranks.values(), key=lambda found: found[0])}
 
-    return tuple(name for _, name, _ in sorted(first.values(), key=key))
 
-
-def group_layers(order: Sequence[str], layer: str | Callable[[str], str] = "module") -> tuple[Layer, ...]:
+def group_layers(order: Iterable[str], layer: str | Callable[[str], str] = "module") -> tuple[Layer, ...]:
     """Split ``order`` into layers, sorted by when the last gradient of each becomes final.
 
     "module": the parameters one module owns directly. "block": those under the outermost list element
@@ -95,7 +121,7 @@ def layer_edges(
     are not the book's own. Sorted in forward order.
     """
     layer_of = {name: layer.name for layer in layers for name in layer.params}
-    owner = {id(tensor): layer_of[name] for name, tensor in (named or book.names()) if name in layer_of}
+    owner = {id(tensor): layer_of[name] for name, tensor in (named or book.models.names()) if name in layer_of}
     first_use: dict[str, int] = {}
     edges: set[tuple[str, str]] = set()
     for at, (users, feeders) in enumerate(_flow(book.traces(), owner)):

@@ -9,52 +9,36 @@ name a walk meets.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from fxckpt.compat import modules
 from fxckpt.compat.dynamo import called_modules, compiling_scope, first_module
-from fxckpt.compat.modules import own_buffers, unwrap_model
+from fxckpt.compat.modules import unwrap_model
+
+T = TypeVar("T", bound=Tensor)
 
 _KEYS = re.compile(r"\['?([^'\]]+)'?\]")
 
 
-def named_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Each module once, with its FQN relative to ``root``; wrappers take no part in names, wherever they are."""
-    seen: set[int] = set()
-    stack = [("", root)]
-    while stack:
-        name, module = stack.pop()
-        module = unwrap_model(module)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        yield name, module
-        children = [(f"{name}.{child}" if name else child, m) for child, m in module.named_children()]
-        stack.extend(reversed(children))
-
-
 def named_parameters(root: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Each parameter of ``root`` once, with its clean FQN, in registration order."""
-    return _once((name, module.named_parameters(recurse=False)) for name, module in named_modules(root))
+    return _once(modules.named_parameters(root))
 
 
 def named_buffers(root: nn.Module, persistent: bool = True) -> list[tuple[str, Tensor]]:
     """Each buffer that ``state_dict`` would hold (or would not), once, with its clean FQN."""
-    return _once((name, own_buffers(module, persistent)) for name, module in named_modules(root))
+    return _once((name, buffer) for name, buffer, kept in modules.named_buffers(root) if kept == persistent)
 
 
-def _once(owned: Any) -> list[tuple[str, Any]]:
-    seen: set[int] = set()
-    found = []
-    for prefix, tensors in owned:
-        for name, tensor in tensors:
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            found.append((f"{prefix}.{name}" if prefix else name, tensor))
-    return found
+def _once(named: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
+    """Each tensor under the first of its names."""
+    found: dict[int, tuple[str, T]] = {}
+    for name, tensor in named:
+        found.setdefault(id(tensor), (name, tensor))
+    return list(found.values())
 
 
 def find_roots(sources: Sequence[Any]) -> list[nn.Module]:

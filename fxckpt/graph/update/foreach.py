@@ -10,17 +10,17 @@ and an operator that has no list form runs in a loop.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
 
-from fxckpt.graph.update.hoist import Program, spread
+from fxckpt.graph.contract import finished
+from fxckpt.graph.update.hoist import spread
+from fxckpt.graph.update.trace import NotTraceable
 
 aten = torch.ops.aten
 
@@ -68,7 +68,7 @@ _FORMS: dict[Any, dict[str, Callable]] = {
 _REDUCED = (torch.bfloat16, torch.float16)
 
 
-def _multiply_(tensors: Sequence[torch.Tensor], number: Any) -> Sequence[torch.Tensor]:
+def _multiply_(tensors: list[torch.Tensor], number: Any) -> Any:
     """``t.mul_(number)`` over a list of tensors of a reduced type: it multiplies by the number as float32, as it does by a tensor
     of one element, where ``torch._foreach_mul_(tensors, number)`` rounds the number to the type first."""
     return torch._foreach_mul_(tensors, torch.as_tensor(number, dtype=torch.float64))
@@ -90,59 +90,56 @@ def _is_spent(value: fx.Node, reader: fx.Node) -> bool:
     return fits and value.target in _NEW and set(value.users) == {reader} and reader.all_input_nodes.count(value) == 1
 
 
-@functools.lru_cache(256)
-def over_lists(program: Program) -> Program | None:
-    """The same program with list kernels, or None if an operator of it has none. For CPU tensors only."""
-    if program.style == "columns":
-        return program
-    rehearsed = program.signature.implementation == "rehearsed"
-    graph, mapping = fx.Graph(), {}
-    placeholders = [n for n in program.body.graph.nodes if n.op == "placeholder"]
-    tensors = set(placeholders[: len(program.inputs)])
-    for node in program.body.graph.nodes:
-        if node.op == "call_function":
-            form = _form(node, tensors, (program.signature.dtype, *program.dtypes))
-            if form is not None:
-                args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
-                args, kwargs = _value_by_position(node, args, dict(kwargs))
-                mapping[node] = graph.call_function(form, args, kwargs)
-            elif not rehearsed or (copied := _widened(node, tensors, graph, mapping)) is None:
-                return None
-            else:
-                mapping[node] = copied
-            tensors.add(node)
-        else:
+def widen_to_lists_pass(gm: fx.GraphModule, columns: int, dtypes: Sequence[torch.dtype], loops: bool = False) -> fx.GraphModule:
+    """A body of single-tensor operators with list kernels; raises NotTraceable if an operator of it has none.
+
+    The first ``columns`` inputs are tensors, of ``dtypes``. With ``loops`` any operator without a list form runs in a loop.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    tensors = set(gm.graph.find_nodes(op="placeholder")[:columns])
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
             mapping[node] = graph.node_copy(node, mapping.__getitem__)
-    graph.lint()
-    return replace(program, style="columns", body=fx.GraphModule(torch.nn.Module(), graph, "ListUpdate"))
+            continue
+        form = _form(node, tensors, dtypes)
+        if form is not None:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
+            mapping[node] = graph.call_function(form, *_value_by_position(node, args, dict(kwargs)))
+        elif loops and (copied := _widened(node, tensors, graph, mapping)) is not None:
+            mapping[node] = copied
+        else:
+            raise NotTraceable(f"{node.target} has no list form")
+        tensors.add(node)
+    return finished(fx.GraphModule(torch.nn.Module(), graph, "ListUpdate"))
 
 
-@functools.lru_cache(256)
-def by_methods(program: Program) -> Program:
-    """The same program with methods of ``torch.Tensor``, as PyTorch's own step calls them: for one tensor at a time they take
-    less than operators or lists of one."""
-    graph, mapping = fx.Graph(), {}
-    graph.output(graph.graph_copy(program.body.graph, mapping))
-    for node in program.body.graph.nodes:
+def call_methods_pass(gm: fx.GraphModule) -> fx.GraphModule:
+    """A body with methods of ``torch.Tensor``, as PyTorch's own step calls them: for one tensor at a time they take less than
+    operators or lists of one."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(gm.graph, mapping))
+    for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target in _FORMS:
             target = _over_its_temporary(node) or node.target
             mapping[node].target = getattr(torch.Tensor, target._schema.name.removeprefix("aten::"))
-    graph.lint()
-    return replace(program, body=fx.GraphModule(program.body, graph, "TensorUpdate"))
+    return finished(fx.GraphModule(gm, graph, "TensorUpdate"))
 
 
 def _over_its_temporary(node: fx.Node) -> Any:
     """The operator that writes its result over its first operand, if nobody else wants that; else None."""
-    in_place = _IN_PLACE.get(node.target)
-    return in_place if in_place is not None and _is_spent(node.args[0], node) else None
+    in_place = _IN_PLACE.get(cast(Any, node.target))
+    return in_place if in_place is not None and _is_spent(cast(fx.Node, node.args[0]), node) else None
 
 
 def _widened(node: fx.Node, tensors: set[fx.Node], graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> fx.Node | None:
     """An operator without a list form, over lists: a list kernel on one tensor, its result, or any other one in a loop. None
     where a tensor stands inside an argument."""
+    arguments: list[Any] = [*node.args, *node.kwargs.values()]
     if node.target is operator.getitem:  # the only element of what a list kernel returned
-        return mapping[node.args[0]] if _is_list_kernel(node.args[0].target) else None
-    arguments = [*node.args, *node.kwargs.values()]
+        return mapping[arguments[0]] if _is_list_kernel(arguments[0].target) else None
+    function = cast(Callable[..., Any], node.target)
     if not _is_list_kernel(node.target):
         inside = [v for a in arguments if isinstance(a, (list, tuple)) for v in a if isinstance(v, fx.Node)]
         if inside:
@@ -150,17 +147,17 @@ def _widened(node: fx.Node, tensors: set[fx.Node], graph: fx.Graph, mapping: dic
         args, kwargs = fx.map_arg((node.args, node.kwargs), mapping.__getitem__)
         places = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in tensors]
         names = [k for k, a in node.kwargs.items() if isinstance(a, fx.Node) and a in tensors]
-        return graph.call_function(_loop(node.target, places, names), args, dict(kwargs)) if places else None
+        return graph.call_function(_loop(function, places, names), args, dict(kwargs)) if places else None
     if any(isinstance(a, fx.Node) and a in tensors for a in arguments):
         return None
-    column = mapping[node.args[0][0]]
+    column = mapping[arguments[0][0]]
 
     def wide(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return mapping[value[0]] if value[0] in tensors else graph.call_function(spread, (mapping[value[0]], column))
         return mapping[value] if isinstance(value, fx.Node) else value
 
-    return graph.call_function(node.target, tuple(map(wide, node.args)), {k: wide(v) for k, v in node.kwargs.items()})
+    return graph.call_function(function, tuple(map(wide, node.args)), {k: wide(v) for k, v in node.kwargs.items()})
 
 
 def _is_list_kernel(target: Any) -> bool:
@@ -187,7 +184,8 @@ def _loop(target: Callable, places: Sequence[int], names: Sequence[str]) -> Call
 def _form(node: fx.Node, tensors: set[fx.Node], dtypes: Sequence[torch.dtype]) -> Callable | None:
     """The list form of one operator; None if there is none that does just the same. ``dtypes``: those of its program."""
     forms = _FORMS.get(node.target)
-    if forms is None or not node.args or node.args[0] not in tensors:
+    first = node.args[0] if node.args else None
+    if forms is None or not isinstance(first, fx.Node) or first not in tensors:
         return None
     if "" in forms:
         return forms[""]
@@ -197,7 +195,7 @@ def _form(node: fx.Node, tensors: set[fx.Node], dtypes: Sequence[torch.dtype]) -
     if second == _SCALAR and "alpha" in node.kwargs:
         return None
     if second == _SCALAR and forms is _FORMS[aten.mul_.Tensor]:
-        held = node.args[0].meta.get("val")
+        held = first.meta.get("val")
         reduced = any(dtype in _REDUCED for dtype in (*dtypes, getattr(held, "dtype", None)))
         return _multiply_ if reduced else forms[second]
     return forms.get(second)

@@ -1,4 +1,4 @@
-"""Split a traced update into scalars, computed once a step on the host, and the tensor work of each layer.
+"""The passes that split a traced update into scalars, computed once a step on the host, and the tensor work of each layer.
 
 Left inside, the 0-dimensional arithmetic (step count, bias correction) is computed again for every parameter, and by
 Inductor for every element: an AdamW step then takes two to four times as long.
@@ -14,14 +14,15 @@ it gives the other parameters of the same count the same new counts. ``body`` is
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from fxckpt.graph.update.trace import MakesState, NotTraceable, Role, Signature, Traced, trace
+from fxckpt.graph.contract import finished
+from fxckpt.graph.update.trace import NotTraceable, Role, Signature
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,30 @@ def spread(value: Any, column: Sequence[torch.Tensor]) -> list[Any]:
     return [value] * len(column)
 
 
-def is_host(node: fx.Node, roles: dict[fx.Node, Role], known: set[fx.Node], counts: Iterable[str]) -> bool:
-    """Does this node compute on the host: a number, or an in-place change of a count?"""
-    role = roles.get(node)
+def mark_host_pass(gm: fx.GraphModule, counts: Sequence[str]) -> fx.GraphModule:
+    """Mark each node with ``meta["host"]``: does it compute on the host, a number or an in-place change of a count? Raises
+    NotTraceable where the update branches on anything else."""
+    for node in gm.graph.nodes:
+        node.meta["host"] = _is_host(node, counts)
+    if not all(node.meta["host"] for node in gm.graph.output_node().all_input_nodes):
+        raise NotTraceable("it branches on the values of a tensor")
+    return finished(gm)
+
+
+def _is_host(node: fx.Node, counts: Sequence[str]) -> bool:
+    role = _role(node)
     if role is not None:
         return role.kind == "hyper" or (role.kind == "state" and role.key in counts)
     if node.op == "get_attr":
         return True  # a lifted constant, such as the 1 that list kernels add to their counts
-    if node.op != "call_function" or any(n not in known for n in node.all_input_nodes):
+    if node.op != "call_function" or not all(n.meta["host"] for n in node.all_input_nodes):
         return False
     return node.target is not operator.getitem and _is_small(node.meta.get("val"))
+
+
+def _role(node: fx.Node) -> Role | None:
+    """What a placeholder stands for."""
+    return node.meta.get("role")
 
 
 def _is_small(value: Any) -> bool:
@@ -89,56 +104,52 @@ def _is_small(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) or value.dim() == 0
 
 
-def hoist(traced: Traced, signature: Signature) -> Program:
-    """Split ``traced``; raises NotTraceable where a tensor decides a scalar or a list is not a whole column."""
-    counts = tuple(key for key, scalar in signature.state if scalar)
-    host_nodes: set[fx.Node] = set()
-    for node in traced.graph.nodes:
-        if node.op != "output" and is_host(node, traced.roles, host_nodes, counts):
-            host_nodes.add(node)
-    if any(node not in host_nodes for node, _ in traced.branches):
-        raise NotTraceable("it branches on the values of a tensor")
-    _snapshot_counts(traced, host_nodes)
-    host = _HostBuilder(traced, host_nodes, counts, signature)
-    body = _BodyBuilder(traced, host_nodes, host)
-    body.build()
-    branches = host.finish([host.map[node] for node, _ in traced.branches]) if traced.branches else None
-    host_module, body_module = host.finish(body.scalars), body.finish()
-    dtypes = tuple(node.meta["val"].dtype for node in body.columns.values())
-    return Program(
-        signature,
-        "each" if traced.count == 1 else "columns",
-        host_module,
-        body_module,
-        counts,
-        tuple(body.inputs),
-        len(body.scalars),
-        dtypes,
-        tuple(outcome for _, outcome in traced.branches),
-        branches,
-    )
-
-
-def _snapshot_counts(traced: Traced, host_nodes: set[fx.Node]) -> None:
+def snapshot_counts_pass(gm: fx.GraphModule) -> fx.GraphModule:
     """Where the body reads a count that is changed later in the trace, let it read a copy: all host work runs first."""
-    order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
     root: dict[fx.Node, fx.Node] = {}
     written: dict[fx.Node, int] = {}
-    for node in traced.graph.nodes:
-        if node in host_nodes and _mutates(node):
-            target = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+    for node in gm.graph.nodes:
+        if node.meta["host"] and _mutates(node):
+            target: Sequence[Any] = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
             for each in target:
                 written[root.get(each, each)] = order[node]
             if len(target) == 1:
                 root[node] = root.get(target[0], target[0])
-    for node in [n for n in traced.graph.nodes if n not in host_nodes and n.op == "call_function"]:
+    for node in [n for n in order if not n.meta["host"] and n.op == "call_function"]:
         for read in node.all_input_nodes:
-            if read in host_nodes and written.get(root.get(read, read), -1) > order[node]:
-                with traced.graph.inserting_before(node):
-                    copied = traced.graph.call_function(torch.ops.aten.clone.default, (read,))
-                copied.meta["val"] = read.meta.get("val")
-                host_nodes.add(copied)
+            if read.meta["host"] and written.get(root.get(read, read), -1) > order[node]:
+                with gm.graph.inserting_before(node):
+                    copied = gm.graph.call_function(torch.ops.aten.clone.default, (read,))
+                copied.meta.update(val=read.meta.get("val"), host=True)
                 node.replace_input_with(read, copied)
+    return finished(gm)
+
+
+def split(gm: fx.GraphModule, signature: Signature) -> Program:
+    """Cut a traced update, all of whose host work may run first, in two. Raises NotTraceable where a tensor decides a scalar or
+    a list is not a whole column."""
+    host = _HostBuilder(gm, signature)
+    body = _BodyBuilder(gm, host)
+    body.build()
+    branches = gm.graph.output_node().all_input_nodes
+    return Program(
+        signature,
+        "each" if body.count == 1 else "columns",
+        host.module(body.scalars),
+        body.module(),
+        counts_of(signature),
+        tuple(body.inputs),
+        len(body.scalars),
+        tuple(node.meta["val"].dtype for node in body.columns.values()),
+        gm.meta["outcomes"],
+        host.module([host.map[node] for node in branches]) if branches else None,
+    )
+
+
+def counts_of(signature: Signature) -> tuple[str, ...]:
+    """The 0-dimensional states that the host advances."""
+    return tuple(key for key, scalar in signature.state if scalar)
 
 
 def _mutates(node: fx.Node) -> bool:
@@ -150,20 +161,17 @@ def _mutates(node: fx.Node) -> bool:
 class _HostBuilder:
     """The host graph: every parameter's scalar chain folded onto the representative's, equal nodes made one."""
 
-    def __init__(self, traced: Traced, nodes: set[fx.Node], counts: tuple[str, ...], signature: Signature):
-        self.roles, self.graph = traced.roles, fx.Graph()
-        self.owner = traced.graph.owning_module
+    def __init__(self, gm: fx.GraphModule, signature: Signature):
+        self.graph, self.owner = fx.Graph(), gm
         self.map: dict[fx.Node, fx.Node] = {}
         self.known: dict[Any, fx.Node] = {}
         self.writes = 0  # in-place changes so far: what is read before and after one differs
-        inputs = {("state", key): self.graph.placeholder(key) for key in counts}
-        inputs |= {
-            ("hyper", key): self.graph.placeholder("_".join(str(k) for k in key if k is not None))
-            for key in signature.hyperparameters
-        }
-        for node in traced.graph.nodes:
-            if node in nodes:
-                role = self.roles.get(node)
+        inputs: dict[tuple[str, Any], fx.Node] = {("state", key): self.graph.placeholder(key) for key in counts_of(signature)}
+        for key in signature.hyperparameters:
+            inputs["hyper", key] = self.graph.placeholder("_".join(str(k) for k in key if k is not None))
+        for node in gm.graph.nodes:
+            if node.meta["host"]:
+                role = _role(node)
                 self.map[node] = inputs[role.kind, role.key] if role else self._copy(node)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -171,7 +179,7 @@ class _HostBuilder:
         args = tuple(_fold(a, self.map) for a in node.args)  # each apart: x * x is no list of parameters
         kwargs = _fold(node.kwargs, self.map)
         mutable = _mutates(node)
-        roles = [self.roles[n] for n in node.all_input_nodes if n in self.roles]
+        roles = [role for n in node.all_input_nodes if (role := _role(n)) is not None]
         owners = {role.index for role in roles if role.kind == "state"}
         if mutable and owners and 0 not in owners:
             # Another parameter's count: the representative's was advanced by the twin of this node.
@@ -179,7 +187,7 @@ class _HostBuilder:
             if key not in self.known:
                 raise NotTraceable("the counts of two parameters are advanced differently")
             return self.known[key]
-        key = (node.target, repr(args), repr(kwargs), "write" if mutable else self.writes)
+        key = (node.target, repr(args), repr(kwargs), "write" if mutable else str(self.writes))
         if not mutable and key in self.known:
             return self.known[key]
         self.writes += mutable
@@ -188,30 +196,29 @@ class _HostBuilder:
         self.known[key] = copied
         return copied
 
-    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
+    def module(self, results: Sequence[fx.Node]) -> fx.GraphModule:
         """A module of this graph that returns ``results``: the scalars that the body reads, or how branches go."""
-        graph, copies = fx.Graph(), {}
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
         graph.graph_copy(self.graph, copies)
         graph.output(tuple(copies[node] for node in results))
         for node in reversed(list(graph.nodes)):
             if node.op in ("call_function", "get_attr") and not node.users and not _mutates(node):
                 graph.erase_node(node)
-        _call_as_pytorch_does(graph)
-        return fx.GraphModule(self.owner if self.owner is not None else torch.nn.Module(), graph, "Scalars")
+        return fx.GraphModule(self.owner, graph, "Scalars")
 
 
 _FUNCTIONS = {torch.ops.aten.add_.Tensor: torch.Tensor.add_, torch.ops.aten._local_scalar_dense.default: torch.Tensor.item}
 
 
-def _call_as_pytorch_does(graph: fx.Graph) -> None:
+def native_calls_pass(gm: fx.GraphModule) -> fx.GraphModule:
     """Call what PyTorch's own step calls, ``torch._foreach_add_``, where that was traced as an operator: the operator is the
     same, but takes its arguments apart several times as slowly, 10 us for one and 100 us for 200 tensors."""
-    for node in graph.nodes:
+    for node in gm.graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload):
             name = node.target._schema.name.removeprefix("aten::")
             listed = getattr(torch, name, node.target) if name.startswith(("_foreach_", "_fused_")) else node.target
             node.target = _FUNCTIONS.get(node.target, listed)
-    graph.lint()
+    return finished(gm)
 
 
 def _fold(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
@@ -231,9 +238,9 @@ def _fold(value: Any, mapping: dict[fx.Node, fx.Node]) -> Any:
 class _BodyBuilder:
     """The tensor graph, with scalars as inputs and (for list kernels) columns in place of tensors."""
 
-    def __init__(self, traced: Traced, host_nodes: set[fx.Node], host: _HostBuilder):
-        self.traced, self.host_nodes, self.host = traced, host_nodes, host
-        self.graph = fx.Graph()
+    def __init__(self, gm: fx.GraphModule, host: _HostBuilder):
+        self.traced, self.host, self.graph = gm.graph, host, fx.Graph()
+        self.count = sum(role.kind == "param" for n in gm.graph.nodes if (role := _role(n)) is not None)
         self.map: dict[fx.Node, fx.Node] = {}
         self.inputs: list[tuple[str, Any]] = []
         self.scalars: list[fx.Node] = []
@@ -243,10 +250,10 @@ class _BodyBuilder:
     def build(self) -> None:
         """Copy every node that is not the host's."""
         self._declare_inputs()
-        for node in self.traced.graph.nodes:
-            if node in self.host_nodes or node.op in ("placeholder", "output"):
+        for node in self.traced.nodes:
+            if node.meta["host"] or node.op in ("placeholder", "output"):
                 continue
-            if node.target is operator.getitem and self.traced.count > 1:
+            if node.target is operator.getitem and self.count > 1:
                 continue  # an element of a column; lists of them are folded back where they are used
             copied = self.graph.create_node(node.op, node.target, self._arg(node.args), self._arg(node.kwargs))
             copied.meta["val"] = node.meta.get("val")
@@ -254,10 +261,10 @@ class _BodyBuilder:
 
     def _declare_inputs(self) -> None:
         """Placeholders first: one for each column that the tensor work reads, then one for each scalar it reads."""
-        body = [n for n in self.traced.graph.nodes if n not in self.host_nodes and n.op == "call_function"]
+        body = [n for n in self.traced.nodes if not n.meta["host"] and n.op == "call_function"]
         read = dict.fromkeys(i for n in body for i in n.all_input_nodes)
-        for node in self.traced.graph.nodes:
-            role = self.traced.roles.get(node)
+        for node in self.traced.nodes:
+            role = _role(node)
             if role is None or role.kind == "hyper" or node not in read:
                 continue
             name = (role.kind, role.key)
@@ -267,8 +274,7 @@ class _BodyBuilder:
                 self.columns[name].meta["val"] = node.meta.get("val")
                 self.inputs.append(name)
         for node in read:
-            role = self.traced.roles.get(node)
-            if node in self.host_nodes and (role is None or role.kind == "hyper"):
+            if _is_scalar(node):
                 value = self.host.map[node]
                 if value not in self.placed:
                     self.placed[value] = self.graph.placeholder(f"scalar{len(self.scalars)}")
@@ -288,11 +294,10 @@ class _BodyBuilder:
 
     def _node(self, node: fx.Node) -> fx.Node:
         """A lone value: a scalar, an earlier result, or (for one parameter) an input."""
-        role = self.traced.roles.get(node)
-        if node in self.host_nodes and (role is None or role.kind == "hyper"):
+        if _is_scalar(node):
             return self.placed[self.host.map[node]]
-        if role is not None:
-            if self.traced.count > 1:
+        if (role := _role(node)) is not None:
+            if self.count > 1:
                 raise NotTraceable("a list kernel's graph uses one parameter apart from the others")
             return self.columns[role.kind, role.key]
         if node not in self.map:
@@ -301,57 +306,32 @@ class _BodyBuilder:
 
     def _list(self, items: list) -> Any:
         """A list argument: of one parameter's tensors, or a whole column."""
-        if not items or self.traced.count == 1:
+        if not items or self.count == 1:
             return [self._arg(v) for v in items]
         if all(not isinstance(v, fx.Node) for v in items):
             return items
-        if len(items) != self.traced.count:
-            raise NotTraceable(f"a list of {len(items)} where {self.traced.count} parameters were traced")
-        roles = [self.traced.roles.get(v) for v in items]
-        if all(r is not None and r.kind != "hyper" for r in roles):
-            first = roles[0]
-            if [(r.kind, r.index, r.key) for r in roles] == [(first.kind, i, first.key) for i in range(len(items))]:
-                return self.columns[first.kind, first.key]
+        if not all(isinstance(v, fx.Node) for v in items):
+            raise NotTraceable("a list kernel's argument mixes constants and tensors")
+        if len(items) != self.count:
+            raise NotTraceable(f"a list of {len(items)} where {self.count} parameters were traced")
+        first = _role(items[0])
+        column = [] if first is None else [Role(first.kind, i, first.key) for i in range(len(items))]
+        if first is not None and first.kind != "hyper" and [_role(v) for v in items] == column:
+            return self.columns[first.kind, first.key]
         if all(v.target is operator.getitem and v.args == (items[0].args[0], i) for i, v in enumerate(items)):
             return self.map[items[0].args[0]]
-        scalars = {self._node(v) for v in items if v in self.host_nodes}
-        if len(scalars) == 1 and all(v in self.host_nodes for v in items):
+        scalars = {self._node(v) for v in items if v.meta["host"]}
+        if len(scalars) == 1 and all(v.meta["host"] for v in items):
             return self.graph.call_function(spread, (scalars.pop(), self.columns["param", None]))
         raise NotTraceable("a list kernel's argument is not a whole column")
 
-    def finish(self) -> fx.GraphModule:
+    def module(self) -> fx.GraphModule:
         """The body returns nothing: it works in place."""
         self.graph.output(())
-        if self.traced.count > 1:  # the other ones may be compiled, from the operators
-            _call_as_pytorch_does(self.graph)
-        self.graph.lint()
         return fx.GraphModule(torch.nn.Module(), self.graph, "Update")
 
 
-def specialize(
-    opt: torch.optim.Optimizer, group: dict[str, Any], param: torch.Tensor, state: dict[str, Any], signature: Signature
-) -> Program:
-    """Trace and split the update for the branches that the step would take with the counts in ``state`` now.
-
-    Raises NotTraceable. List kernels that cannot be told apart per parameter are called with lists of one.
-    """
-    if signature.implementation == "single":
-        return _specialize(opt, group, param, state, signature, 1)
-    try:
-        return _specialize(opt, group, param, state, signature, 2)
-    except MakesState:
-        raise
-    except NotTraceable:
-        return _specialize(opt, group, param, state, signature, 1)
-
-
-def _specialize(opt, group, param, state, signature: Signature, count: int) -> Program:
-    """Guess how the branches go, look, and trace again along the right ones."""
-    script: tuple[bool, ...] = ()
-    for _ in range(16):
-        program = hoist(trace(opt, group, param, state, signature, count=count, script=script), signature)
-        truth = program.asks([state[key] for key in program.counts], program.values(group))
-        if truth == program.outcomes:
-            return program
-        script = truth  # right up to the first wrong one, and a good guess from there on
-    raise NotTraceable("its branches do not settle")
+def _is_scalar(node: fx.Node) -> bool:
+    """A value that the host hands to the body: all of its values but the counts themselves."""
+    role = _role(node)
+    return node.meta["host"] and (role is None or role.kind == "hyper")

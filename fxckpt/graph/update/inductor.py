@@ -21,68 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx as fx
 
 from fxckpt.compat.inductor import cache_folder, compiler_settings, inductor_kernel, load_cpp
+from fxckpt.graph import passes
 from fxckpt.graph.update.hoist import Program
+from fxckpt.graph.update.tensor_scalars import tensor_scalars_pass
 from fxckpt.graph.update.trace import NotTraceable
 
 log = logging.getLogger("fxckpt")
 
 BLOCK = 16384
 """Elements of one piece of work. AdamW in single precision touches 256 KiB for it, half of a usual second-level cache."""
-
-aten = torch.ops.aten
-
-
-def _at_least(x: torch.Tensor, low: Any) -> torch.Tensor:
-    return torch.maximum(x, low) if isinstance(low, torch.Tensor) else x.clamp(min=low)
-
-
-def _at_most(x: torch.Tensor, high: Any) -> torch.Tensor:
-    return torch.minimum(x, high) if isinstance(high, torch.Tensor) else x.clamp(max=high)
-
-
-_TENSOR_FORMS: dict[Any, Callable[..., torch.Tensor]] = {
-    # The Scalar overloads want a Python number; these compute the same formula, as eager's kernels write it.
-    aten.lerp_.Scalar: lambda x, end, weight: x.add_((end - x) * weight),
-    aten.lerp.Scalar: lambda x, end, weight: x + (end - x) * weight,
-    aten.addcmul_.default: lambda x, a, b, value: x.add_(a * value * b),
-    aten.addcmul.default: lambda x, a, b, value: x + a * value * b,
-    aten.addcdiv_.default: lambda x, a, b, value: x.add_(a * value / b),
-    aten.addcdiv.default: lambda x, a, b, value: x + a * value / b,
-    aten.add_.Tensor: lambda x, y, alpha=None: x.add_(y if alpha is None else y * alpha),
-    aten.add.Tensor: lambda x, y, alpha=None: x + (y if alpha is None else y * alpha),
-    aten.sub_.Tensor: lambda x, y, alpha=None: x.sub_(y if alpha is None else y * alpha),
-    aten.sub.Tensor: lambda x, y, alpha=None: x - (y if alpha is None else y * alpha),
-    aten.mul_.Tensor: lambda x, y: x.mul_(y),
-    aten.mul.Tensor: lambda x, y: x * y,
-    aten.div_.Tensor: lambda x, y: x.div_(y),
-    aten.div.Tensor: lambda x, y: x / y,
-    aten.eq.Scalar: lambda x, y: x == y,
-    aten.clamp_.default: lambda x, low, high: x.copy_(_at_most(_at_least(x, low), high)),
-    aten.index_put_.default: lambda x, mask, value: x.copy_(torch.where(mask[0], value, x)),
-    aten.pow.Tensor_Scalar: lambda x, y: x**y,
-}
-
-
-class _ScalarsAsTensors(fx.Interpreter):
-    """Run a body with 0-dim tensors where it was traced with floats."""
-
-    def __init__(self, body: fx.GraphModule, scalars: int):
-        super().__init__(body)
-        placeholders = [n for n in body.graph.nodes if n.op == "placeholder"]
-        self.moving = set(placeholders[len(placeholders) - scalars :])
-
-    def run_node(self, n: fx.Node) -> Any:
-        """Translate the operators that read a scalar, run the others as they are."""
-        if n.op != "call_function" or not self.moving.intersection(n.all_input_nodes):
-            return super().run_node(n)
-        form = _TENSOR_FORMS.get(n.target)
-        if form is None:
-            raise NotTraceable(f"no tensor form of {n.target} with a changing scalar")
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        return form(*args, **kwargs)
 
 
 def scalar_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -179,11 +128,11 @@ def _generate(program: Program) -> str:
         raise NotTraceable("its elements are not all treated alike")
     if program.signature.dtype.is_complex:
         raise NotTraceable("Inductor has no complex kernels")
-    body = _ScalarsAsTensors(program.body, program.scalars)
+    chosen: passes.Chosen = {tensor_scalars_pass: {"scalars": program.scalars}}
+    body = passes.run(program.body, chosen, given=("operators",), wanted=("tensor scalars",))
 
-    def update(*flat: torch.Tensor) -> tuple:
-        body.run(*flat)
-        return ()
+    def update(*flat: torch.Tensor) -> Any:  # make_fx takes functions
+        return body.forward(*flat)
 
     length = 1027  # not a multiple of a vector, and no number that could stand for something else
     columns = [torch.zeros(length, dtype=dtype) for dtype in program.dtypes]

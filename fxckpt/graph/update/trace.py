@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,21 +76,11 @@ class Signature:
 
 @dataclass(frozen=True)
 class Role:
-    """What a placeholder of a traced update stands for."""
+    """What a placeholder of a traced update stands for; the placeholder carries it as ``meta["role"]``."""
 
     kind: str  # "param", "grad", "state" or "hyper"
     index: int = 0  # which of the traced parameters
     key: Any = None  # the state's name, or the hyperparameter's key
-
-
-@dataclass(frozen=True)
-class Traced:
-    """An update as the optimizer wrote it: ``graph`` mutates its inputs and returns nothing."""
-
-    graph: fx.Graph
-    roles: dict[fx.Node, Role]
-    count: int  # how many parameters were traced together
-    branches: tuple[tuple[fx.Node, bool], ...] = ()  # a truth value at the end of the graph, and what was assumed of it
 
 
 def is_number(value: Any) -> bool:
@@ -143,7 +133,8 @@ def signature_of(
     if cls.__name__ == "Rprop" and param.dim() == 0 and not param.is_complex():
         raise NotTraceable("a mask of a 0-dimensional parameter, which Rprop makes, is read on the host")
     by_shape = cls.__name__ in BY_SHAPE
-    numeric, zeros = [], []
+    numeric: list[tuple[Key, bool | None]] = []
+    zeros = []
     for key, value in numeric_items(group):
         if key[0] == "lr":
             numeric.append((key, None))  # warm-up starts at 0 and no optimizer branches on it: never structure
@@ -200,8 +191,10 @@ def trace(
     *,
     count: int | None = None,
     script: Sequence[bool] = (),
-) -> Traced:
+) -> fx.GraphModule:
     """Trace ``opt.step()`` for parameters like ``param``; raises NotTraceable with the reason where FX cannot follow.
+
+    The result changes its inputs in place, and returns how its branches go; ``meta["outcomes"]`` is how they were taken to go.
 
     ``single`` is traced for one parameter, list kernels for two (``count``), so that what differs per parameter can be told
     from what is common to the list. ``script`` says how branches on step counts and hyperparameters go.
@@ -246,9 +239,16 @@ def _settings(group: dict[str, Any], values: dict[Key, Any], signature: Signatur
     return out
 
 
-def _run_clone(opt, step, params, grads, states, settings) -> None:
+def _run_clone(
+    opt: torch.optim.Optimizer,
+    step: Callable[..., Any],
+    params: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    states: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
     """Run the stock step of a shallow clone; raises NotTraceable if that makes or drops state (a first step)."""
-    clone = copy.copy(opt)
+    clone: Any = copy.copy(opt)
     for param, grad in zip(params, grads):
         param.grad = grad
     clone.param_groups = [{**settings, "params": params}]
@@ -268,31 +268,50 @@ def _flat_names(states: Sequence[dict[str, Any]], signature: Signature) -> list[
     return roles + [Role("hyper", 0, key) for key, _, _ in signature.tensors]
 
 
-def _make_fx(fn, args, roles: list[Role], script: Sequence[bool] = ()) -> tuple[FakeTrace, dict[fx.Node, Role]]:
-    """Trace ``fn(*args)`` on fake tensors and name each placeholder for its role."""
+def _make_fx(
+    fn: Callable[..., None], args: Sequence[torch.Tensor], roles: Sequence[Role], script: Sequence[bool] = ()
+) -> FakeTrace:
+    """Trace ``fn(*args)`` on fake tensors and give each placeholder its role."""
     try:
         found = trace_fake(fn, args, script)
     except NotTraceable:
         raise
     except Exception as error:  # whatever the optimizer's own code does with a symbol
         raise NotTraceable(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160]}") from error
-    placeholders = [n for n in found.graph.nodes if n.op == "placeholder"]
+    placeholders = found.graph.find_nodes(op="placeholder")
     if len(placeholders) != len(roles):
         raise NotTraceable(f"{len(placeholders)} traced inputs for {len(roles)} given ones")
-    return found, dict(zip(placeholders, roles))
+    for node, role in zip(placeholders, roles):
+        node.meta["role"] = role
+    return found
 
 
-def _stand_ins(params, states, signature: Signature) -> list[torch.Tensor]:
+def _traced(graph: fx.Graph, branches: Sequence[fx.Node], outcomes: Sequence[bool]) -> fx.GraphModule:
+    """The result of ``trace``."""
+    graph.output_node().args = (tuple(branches),)
+    gm = fx.GraphModule(graph.owning_module or torch.nn.Module(), graph, "TracedUpdate")
+    gm.meta["outcomes"] = tuple(outcomes)
+    return gm
+
+
+def _stand_ins(params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], signature: Signature) -> list[torch.Tensor]:
     """The tensors to trace with: parameters, gradients, states, tensor hyperparameters."""
     held = [torch.empty(shape, dtype=dtype) for _, dtype, shape in signature.tensors]
     return [*params, *(torch.empty_like(p) for p in params), *(t for s in states for t in s.values()), *held]
 
 
-def _trace_with_symbols(opt, group, params, states, signature: Signature, script: Sequence[bool]) -> Traced:
+def _trace_with_symbols(
+    opt: torch.optim.Optimizer,
+    group: dict[str, Any],
+    params: Sequence[torch.Tensor],
+    states: Sequence[dict[str, Any]],
+    signature: Signature,
+    script: Sequence[bool],
+) -> fx.GraphModule:
     """Hyperparameters as symbolic doubles: ``t.item()`` of a fake 0-dim tensor."""
     step = unhooked_step(opt)
 
-    def fn(*flat):
+    def fn(*flat: Any) -> None:
         ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
         states_in = [{key: rest.pop(0) for key in s} for s in states]
         values = {key: rest.pop(0) for key, _, _ in signature.tensors}
@@ -305,18 +324,19 @@ def _trace_with_symbols(opt, group, params, states, signature: Signature, script
     hypers = [torch.empty((), dtype=torch.float64) for _ in signature.numeric]
     roles = _flat_names(states, signature)
     roles += [Role("hyper", 0, key) for key, _ in signature.numeric]
-    found, named = _make_fx(fn, [*_stand_ins(params, states, signature), *hypers], roles, script)
-    _hypers_as_floats(found, named, {key for key, _ in signature.numeric})
+    found = _make_fx(fn, [*_stand_ins(params, states, signature), *hypers], roles, script)
+    _hypers_as_floats(found, {key for key, _ in signature.numeric})
     try:
-        branches = tuple((branch_node(found.graph, expression, found.symbols), outcome) for expression, outcome in found.branches)
+        branches = [branch_node(found.graph, expression, found.symbols) for expression, _ in found.branches]
     except KeyError:  # a number that only the branch used
         raise NotTraceable("it branches on the value of a tensor") from None
-    return Traced(found.graph, named, count, branches)
+    return _traced(found.graph, branches, [outcome for _, outcome in found.branches])
 
 
-def _hypers_as_floats(found: FakeTrace, roles: dict[fx.Node, Role], numeric: set[Key]) -> None:
+def _hypers_as_floats(found: FakeTrace, numeric: set[Key]) -> None:
     """Each hyperparameter is read by ``item()`` once; let its placeholder be that float."""
-    for node in [n for n, role in roles.items() if role.kind == "hyper" and role.key in numeric]:
+    roles = ((node, node.meta["role"]) for node in found.graph.find_nodes(op="placeholder"))
+    for node in [n for n, role in roles if role.kind == "hyper" and role.key in numeric]:
         for read in list(node.users):
             for symbol, reader in found.symbols.items():
                 if reader is read:
@@ -325,39 +345,45 @@ def _hypers_as_floats(found: FakeTrace, roles: dict[fx.Node, Role], numeric: set
             found.graph.erase_node(read)
 
 
-def _trace_with_sentinels(opt, group, params, states, signature: Signature) -> Traced:
+def _trace_with_sentinels(
+    opt: torch.optim.Optimizer,
+    group: dict[str, Any],
+    params: Sequence[torch.Tensor],
+    states: Sequence[dict[str, Any]],
+    signature: Signature,
+) -> fx.GraphModule:
     """Hyperparameters as two sets of made-up values; where the two traces differ, a hyperparameter stands."""
     step, keys = unhooked_step(opt), [key for key, _ in signature.numeric]
 
-    def traced(values):
-        def fn(*flat):
+    def traced(values: dict[Key, float]) -> fx.Graph:
+        def fn(*flat: Any) -> None:
             ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
             states_in = [{key: rest.pop(0) for key in s} for s in states]
             held = {key: rest.pop(0) for key, _, _ in signature.tensors}
             _run_clone(opt, step, list(ps), gs, states_in, _settings(group, {**values, **held}, signature))
 
-        found, roles = _make_fx(fn, _stand_ins(params, states, signature), _flat_names(states, signature))
+        found = _make_fx(fn, _stand_ins(params, states, signature), _flat_names(states, signature))
         if found.branches:
             raise NotTraceable("a fused step branches on a step count")
-        return found.graph, roles
+        return found.graph
 
     count = len(params)
     signs = [-1.0 if positive is False else 1.0 for _, positive in signature.numeric]
     one = {key: sign * (0.1037 + 0.0291 * i) for i, (key, sign) in enumerate(zip(keys, signs))}
     two = {key: sign * (0.2113 + 0.0173 * i) for i, (key, sign) in enumerate(zip(keys, signs))}
-    graph, roles = traced(one)
-    _replace_sentinels(graph, traced(two)[0], one, two, roles)
-    return Traced(graph, roles, count)
+    graph = traced(one)
+    replace_sentinels(graph, traced(two), one, two)
+    return _traced(graph, (), ())
 
 
-def _replace_sentinels(graph: fx.Graph, other: fx.Graph, one: dict, two: dict, roles: dict[fx.Node, Role]) -> None:
+def replace_sentinels(graph: fx.Graph, other: fx.Graph, one: dict[Key, float], two: dict[Key, float]) -> None:
     """Put a float placeholder wherever the two traces hold a hyperparameter's two values."""
     first = next(n for n in graph.nodes if n.op != "placeholder")
     names = {}
     for key in one:
         with graph.inserting_before(first):
             names[key] = graph.placeholder("_".join(str(k) for k in key if k is not None))
-        roles[names[key]] = Role("hyper", 0, key)
+        names[key].meta["role"] = Role("hyper", 0, key)
     if len(graph.nodes) - len(one) != len(other.nodes):
         raise NotTraceable("its graph depends on the values of hyperparameters")
     twins = zip((n for n in graph.nodes if n not in names.values()), other.nodes)
@@ -372,7 +398,7 @@ def _replace_sentinels(graph: fx.Graph, other: fx.Graph, one: dict, two: dict, r
 class _Swap:
     """Walk two argument structures side by side; a float that differs must be the same hyperparameter in both."""
 
-    def __init__(self, one, two, names):
+    def __init__(self, one: dict[Key, float], two: dict[Key, float], names: dict[Key, fx.Node]):
         self.back_one = {v: k for k, v in one.items()}
         self.back_two = {v: k for k, v in two.items()}
         self.names = names

@@ -121,7 +121,7 @@ static struct {
     int device;
 } pinned[1024];
 static int n_pinned;
-static uint64_t calls, fail_at, seed = 1, numbers;
+static uint64_t calls, batches, fail_at, seed = 1, numbers;
 static int fail_with, fail_times, retained[DEVICES]; /* fail_times < 0: for good */
 static bool no_host_pointers[DEVICES], one_queue, copying, held;
 static unsigned delay_us;
@@ -584,6 +584,7 @@ CU(cu_batch)(CUdeviceptr *to, CUdeviceptr *from, size_t *n, size_t count, struct
         fail_times = -1;
         return leave(0);
     }
+    batches++;
     for (size_t i = 0; i < count; i++)
         copy(stream, (char *)(uintptr_t)to[i], (char *)(uintptr_t)from[i], n[i]);
     return leave(0);
@@ -742,6 +743,15 @@ EXPORT void fake_hold(int hold) {
 EXPORT uint64_t fake_calls(void) {
     pthread_mutex_lock(&lock);
     uint64_t n = calls;
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+/* Batches of copies since the last question. */
+EXPORT int fake_batches(void) {
+    pthread_mutex_lock(&lock);
+    int n = (int)batches;
+    batches = 0;
     pthread_mutex_unlock(&lock);
     return n;
 }

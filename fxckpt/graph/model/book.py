@@ -1,0 +1,211 @@
+"""The book of all that the compiler has shown in this process: regions, their order, and the parameters in them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
+
+from fxckpt.compat.modules import every_module
+from fxckpt.graph.model import names
+from fxckpt.graph.model.joint import JointRead, JointTrace, ParamTrace
+from fxckpt.graph.model.known import KnownModels
+
+log = logging.getLogger("fxckpt")
+
+
+def _of_the_same_class(owner: nn.Module, roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """The other modules of this one's class, each once."""
+    found = {id(m): m for root in roots for _, m in every_module(root) if type(m) is type(owner) and m is not owner}
+    return list(found.values())
+
+
+class TraceBook:
+    """All that the compiler has shown, merged by parameter identity over graph breaks, splits, recompiles.
+
+    ``listeners`` are called with each new trace inside the backend call, before the graph runs for the first
+    time; an exception of theirs goes up to the user. An entry that is a weak reference
+    (``weakref.WeakMethod``) is dropped when it dies. ``version`` grows with each record.
+    """
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.listeners: list[Callable[[JointTrace], None] | weakref.ref] = []
+        self._lock = threading.RLock()
+        self.models = KnownModels(self._lock)
+        self._regions: dict[int, JointTrace] = {}
+        self._next = 0
+        self._params: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {region: ParamTrace}
+        self._arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> when its gradient arrived, an ordinal
+        self._warned = False
+
+    def record(self, trace: JointTrace) -> JointTrace:
+        """Take in a new trace and tell the listeners; returns it with its region.
+
+        A recompile of the same frame takes the place of what it recompiles: same frame, another compile of
+        it, and a parameter in common. (Blocks with the same code share a frame, DDP's splits even a compile:
+        they stay apart.)
+        """
+        with self._lock:
+            self.models.add(trace)
+            if trace.params:
+                trace = self._place(trace)
+            self.version += 1
+        log.debug("traced a graph with %s", trace)
+        self._tell(trace)
+        return trace
+
+    def _place(self, trace: JointTrace) -> JointTrace:
+        alive = {r: t for r, t in self._regions.items() if any(ref() is not None for ref, _ in t.params)}
+        self._regions = alive
+        region = self._recompiled(trace)
+        if region is None:
+            region, self._next = self._next, self._next + 1
+        else:
+            log.debug("region %d was recompiled: the new graph takes the place of the old one", region)
+        params = tuple((ref, replace(param, region=region)) for ref, param in trace.params)
+        trace = replace(trace, region=region, params=params)
+        self._regions[region] = trace
+        for ref, param in trace.params:
+            self._params.setdefault(ref(), {})[region] = param
+        return trace
+
+    def _recompiled(self, trace: JointTrace) -> int | None:
+        frame, compiling = trace.compiled
+        mine = {id(ref()) for ref, _ in trace.params}
+        for region, old in self._regions.items():
+            if frame is None or old.compiled[0] != frame:
+                continue
+            another = old.compiled[1] is None or compiling is None or old.compiled[1]() is not compiling()
+            if another and any(id(ref()) in mine for ref, _ in old.params):
+                return region
+        return None
+
+    def _tell(self, trace: JointTrace) -> None:
+        for listener in list(self.listeners):
+            call = listener() if isinstance(listener, weakref.ref) else listener
+            if call is None:
+                self.listeners.remove(listener)
+            else:
+                call(trace)
+
+    def annotate(self, trace: JointTrace, reads: Mapping[int, JointRead]) -> None:
+        """Keep the joint graph's positions, by placeholder index, in place of the mirrored ones. No new
+        version.
+        """
+        with self._lock:
+            if trace.region not in self._regions:
+                return
+            params = []
+            for index, (ref, param) in zip(trace.inputs, trace.params):
+                if index in reads:
+                    param = replace(param, **vars(reads[index]), origin="joint")
+                params.append((ref, param))
+                if (tensor := ref()) is not None:
+                    self._params.setdefault(tensor, {})[trace.region] = param
+            self._regions[trace.region] = replace(trace, params=tuple(params))
+        log.debug(
+            "region %d: the joint graph gave exact positions of %d of %d parameters", trace.region, len(reads), len(trace.params)
+        )
+
+    def lookup(self, param: Tensor) -> ParamTrace | None:
+        """What is known of ``param``, from the first region that uses it: there its gradient becomes final."""
+        found = self._params.get(param)
+        if not found:
+            return None
+        return found[next(iter(found)) if len(found) == 1 else max(found, key=self.places().__getitem__)]
+
+    def traces(self) -> tuple[JointTrace, ...]:
+        """The training graphs, in the order in which their forwards run."""
+        places = self.places()
+        return tuple(self._regions[region] for region in sorted(self._regions, key=places.__getitem__, reverse=True))
+
+    def arrival(self, param: Tensor) -> int | None:
+        """The place of ``param`` in the order in which gradients arrived, or None."""
+        return self._arrivals.get(param)
+
+    def places(self) -> dict[int, tuple[int, int]]:
+        """A sort key for each region: the order in which their backwards ran.
+
+        That is when a region's last gradient arrived, as far as arrivals are known; a region without any comes right after
+        the region that follows it in the forward.
+        """
+        places, time = {}, -1
+        for region in sorted(self._params_regions(), reverse=True):
+            trace = self._regions.get(region)
+            live = [p for ref, _ in (trace.params if trace else ()) if (p := ref()) is not None and p in self._arrivals]
+            alone = [p for p in live if len(self._params[p]) == 1]  # one that others share is final in only one of them
+            time = max((self._arrivals[p] for p in alone or live), default=time)
+            places[region] = (time, -region)
+        return places
+
+    def _params_regions(self) -> set[int]:
+        """All regions that a parameter may name, those whose models died since included."""
+        return set(self._regions).union(*self._params.values())
+
+    def arrived(self, params: Sequence[Tensor], model: nn.Module | None = None) -> None:
+        """Take in the order in which the gradients of ``params`` arrived in a backward.
+
+        It places what no graph shows: parameters of modules that are not compiled, and regions among each other. Blocks of
+        one class that are compiled one by one (``block.compile()``) share the first one's code, so the compiler never shows
+        the others: each gets a copy of the first one's trace. ``model`` is searched for them as the known models are.
+        """
+        with self._lock:
+            start = 1 + max(self._arrivals.values(), default=-1)
+            self._arrivals.update({p: start + at for at, p in enumerate(params)})
+            roots = [*self.models.alive(), *([] if model is None else [model])]
+            called = self.models.names_by_id()
+            for trace in list(self._regions.values()):
+                if trace.owner is not None and (owner := trace.owner()) is not None:
+                    for block in _of_the_same_class(owner, roots):
+                        self._reuse(trace, owner, block, called)
+            self.version += 1
+
+    def _reuse(self, trace: JointTrace, owner: nn.Module, block: nn.Module, called: Mapping[int, str]) -> None:
+        """Record that ``owner``'s code also ran for ``block``, if its gradients arrived together and unexplained."""
+        mine = dict(names.named_parameters(block))
+        twins = {id(p): mine[name] for name, p in names.named_parameters(owner) if name in mine}
+        pairs = [(p, twins.get(id(p), p), param) for ref, param in trace.params if (p := ref()) is not None]
+        new = [p for _, p, _ in pairs if p not in self._params]
+        times = sorted(self._arrivals.get(p, -1) for p in new)
+        together = bool(new) and times[0] >= 0 and times[-1] - times[0] == len(new) - 1
+        if not together or any(p.shape != old.shape for old, p, _ in pairs):
+            return
+        region, self._next = self._next, self._next + 1
+        params = tuple(
+            (TensorWeakRef(p), replace(param, region=region, name=called.get(id(p), param.name))) for _, p, param in pairs
+        )
+        self._regions[region] = replace(trace, region=region, params=params, owner=weakref.ref(block))
+        for ref, param in params:
+            self._params.setdefault(ref(), {})[region] = param
+        log.debug(
+            "region %d: the code of region %d, compiled once, also serves %d parameters like %s",
+            region,
+            trace.region,
+            len(params),
+            params[0][1].name,
+        )
+
+    def could_not_read(self, what: str, error: Exception) -> None:
+        """Say once that a graph could not be read. Training goes on; the order falls back to reverse
+        registration.
+        """
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        log.log(
+            level,
+            "could not read %s (%s: %s). Training is not affected; parameters that were not seen are checkpointed last.",
+            what,
+            type(error).__name__,
+            error,
+        )
+        log.debug("the traceback:", exc_info=error)
+
+
+traces = TraceBook()
+"""What the compiler has shown in this process, for all runs."""

@@ -1,0 +1,139 @@
+"""The passes that write a StepGraph: updates in the order of layers, then a fence before and an emit after each of them.
+
+    scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
+
+Every update node carries ``meta["layer"]``, the engine's number and the name of what it changes; that is all that the passes
+behind the first one go by.
+"""
+
+from __future__ import annotations
+
+import itertools
+import keyword
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from fxckpt.graph import ops
+from fxckpt.graph.contract import ContractError, finished
+from fxckpt.graph.model.layers import Layer
+
+COUNTS = "counts"
+"""Name of the pseudo-layer of all 0-dimensional states (step counts): they advance first, for all layers at once."""
+
+
+class SideEffectModule(torch.nn.Module):
+    """A callable node of a StepGraph.
+
+    Note [no dead code elimination]: updates return nothing, so to FX they look unused. ``_is_impure`` is what
+    ``Node.is_impure`` asks of a called module; a plain function in its place would be deleted silently by
+    ``eliminate_dead_code``.
+    """
+
+    _is_impure = True
+
+    def __init__(self, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:  # a module's own call looks for hooks, at every step
+        return self.function(*args)
+
+
+def identifier(name: str) -> str:
+    """A layer's name as a Python identifier: ``h.0.attn`` -> ``h_0_attn``."""
+    out = re.sub(r"\W", "_", name) or "root"
+    return f"_{out}" if out[0].isdigit() or keyword.iskeyword(out) else out
+
+
+class _Names:
+    """Identifiers for layers, each used once, and none that the graph's own code needs."""
+
+    def __init__(self) -> None:
+        self.used = {"self", "torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree", "run", "scalars", COUNTS}
+
+    def __call__(self, name: str) -> str:
+        base = identifier(name)
+        found = next(label for n in itertools.count(1) if (label := base if n == 1 else f"{base}__{n}") not in self.used)
+        self.used.add(found)
+        return found
+
+
+def write_updates_pass(
+    gm: fx.GraphModule,
+    layers: Sequence[Layer],
+    numbers: Sequence[int],
+    counts_number: int | None,
+    update: Callable[[int], Callable[..., Any]],
+    scalars: Callable[..., Any],
+) -> fx.GraphModule:
+    """Write the bare step into an empty graph: the scalars, then each layer's update in the order given; see step_graph.build."""
+    graph, names = gm.graph, _Names()
+    graph.placeholder("run", type_expr=int)
+    counts = [] if counts_number is None else [graph.placeholder(COUNTS)]
+    labels = [names(layer.name) for layer in layers]
+    owned = [graph.placeholder(label) for label in labels]
+    values = _call(gm, "scalars", scalars, *counts)
+    if counts_number is not None:
+        values.meta["layer"] = counts_number, COUNTS
+    for i, (layer, number) in enumerate(zip(layers, numbers)):
+        node = _call(gm, f"update_{labels[i]}", update(i), owned[i], values)
+        node.meta["layer"] = number, layer.name
+    graph.output(None)
+    return finished(gm)
+
+
+def _call(gm: fx.GraphModule, name: str, function: Callable[..., Any], *args: fx.Node) -> fx.Node:
+    """A ``call_module`` node; see Note [no dead code elimination]."""
+    gm.add_module(name, SideEffectModule(function))
+    return gm.graph.create_node("call_module", name, args, name=name)
+
+
+def place_fences_pass(gm: fx.GraphModule) -> fx.GraphModule:
+    """Before each update: wait until the last checkpoint has copied what it changes."""
+    for node in _updates(gm):
+        with gm.graph.inserting_before(node):
+            _place(gm, ops.ckpt_fence, node)
+    return finished(gm)
+
+
+def place_emits_pass(gm: fx.GraphModule) -> fx.GraphModule:
+    """After each update: hand what it changed to the engine."""
+    for node in _updates(gm):
+        with gm.graph.inserting_after(node):
+            _place(gm, ops.ckpt_emit, node)
+    return finished(gm)
+
+
+def _updates(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if "layer" in node.meta]
+
+
+def _place(gm: fx.GraphModule, op: Callable[..., Any], update: fx.Node) -> None:
+    """One op on the tensors of ``update``; the run is the graph's first input."""
+    gm.graph.call_function(op, (update.args[0], next(iter(gm.graph.nodes)), *update.meta["layer"]))
+
+
+def verify_schedule_pass(gm: fx.GraphModule, layers: Sequence[tuple[int, str]]) -> fx.GraphModule:
+    """Change nothing; raise ContractError unless each of ``layers`` (number and name, in update order) is fenced, updated and
+    emitted once, in this order, with the same tensors."""
+    found: dict[tuple[Any, Any], list[tuple[str, Any]]] = {}
+    kinds = {ops.ckpt_fence: "fence", ops.ckpt_emit: "emit"}
+    for node in gm.graph.nodes:
+        if node.target in kinds:
+            tensors, _, *layer = node.args
+            found.setdefault((layer[0], layer[1]), []).append((kinds[node.target], tensors))
+        elif "layer" in node.meta:
+            found.setdefault(node.meta["layer"], []).append(("update", node.args[0]))
+    if list(found) != list(layers):
+        raise ContractError(f"the StepGraph has the layers {list(found)}, and should have {list(layers)}, in this order")
+    for (number, name), steps in found.items():
+        told = [what for what, _ in steps]
+        if told != ["fence", "update", "emit"]:
+            raise ContractError(f"layer {name!r} (number {number}) has {told}, and not one fence, update and emit, in this order")
+        if len({id(tensors) for _, tensors in steps}) != 1:
+            raise ContractError(f"layer {name!r} (number {number}) is not fenced and emitted with the tensors that are updated")
+    return gm
