@@ -20,12 +20,9 @@ struct entry {
 
 static const struct entry entries[] = {FX_DRIVER_ENTRIES(NEEDED, OPTIONAL)};
 
-typedef CUresult get_proc_2(const char *name, void **function, int version, uint64_t flags, int *status);
-typedef CUresult get_proc_1(const char *name, void **function, int version, uint64_t flags);
-
 struct finder {
-    get_proc_2 *newer; /* of CUDA 12 */
-    get_proc_1 *older;
+    fx_get_proc_2 newer;
+    fx_get_proc_1 older;
 };
 
 /* POSIX promises that a function pointer fits; ISO C has no cast for it. */
@@ -34,7 +31,7 @@ static void assign(void *to, void *symbol) { memcpy(to, &symbol, sizeof symbol);
 /* NULL also where the driver calls the search a success: it has no form of it for this version. */
 static void *find(const struct finder *finder, const struct entry *entry) {
     void *function = NULL;
-    int status = 0;
+    CUdriverProcAddressQueryResult status = 0;
     CUresult r = finder->newer
                      ? finder->newer(entry->name, &function, entry->version, FX_CU_LEGACY_STREAM, &status)
                      : finder->older(entry->name, &function, entry->version, FX_CU_LEGACY_STREAM);

@@ -12,6 +12,7 @@ typedef int CUdevice;
 typedef int CUdevice_attribute;
 typedef int CUstreamCaptureMode;
 typedef int CUstreamCaptureStatus; /* 0: it captures nothing */
+typedef int CUdriverProcAddressQueryResult;
 typedef struct CUctx_st *CUcontext;
 typedef struct CUstream_st *CUstream;
 typedef struct CUevent_st *CUevent;
@@ -99,6 +100,11 @@ struct fx_driver {
     CUresult (*MemcpyBatchAsync)(CUdeviceptr *to, CUdeviceptr *from, size_t *n, size_t count, CUmemcpyAttributes *attributes,
                                  size_t *starts, size_t n_attributes, size_t *failed, CUstream stream);
 };
+
+/* How entry points are found: since CUDA 12, and before. */
+typedef CUresult (*fx_get_proc_2)(const char *name, void **function, int version, uint64_t flags,
+                                  CUdriverProcAddressQueryResult *status);
+typedef CUresult (*fx_get_proc_1)(const char *name, void **function, int version, uint64_t flags);
 
 /* Opens the driver (NULL or "": libcuda.so.1) and initialises it. The library stays open for good: the driver
  * does not survive being unloaded. */
