@@ -324,6 +324,11 @@ static bool is_forbidden(const char *what) {
 
 CU(cu_init)(unsigned flags) { return flags ? INVALID_VALUE : 0; }
 
+CU(cu_version)(int *version) {
+    *version = 12080;
+    return 0;
+}
+
 CU(cu_error_name)(CUresult error, const char **name) {
     *name = error == 700   ? "CUDA_ERROR_ILLEGAL_ADDRESS"
             : error == 201 ? "CUDA_ERROR_INVALID_CONTEXT"
@@ -339,6 +344,11 @@ CU(cu_error_name)(CUresult error, const char **name) {
 
 CU(cu_error_text)(CUresult error, const char **text) {
     *text = error == 700 ? "an illegal memory access was encountered" : "the fake driver was told to fail";
+    return 0;
+}
+
+CU(cu_count)(int *count) {
+    *count = devices;
     return 0;
 }
 
@@ -639,8 +649,10 @@ static CUresult lookup(const char *name, void **function, int version) {
     } known[] = {
 #define AT(name, since, f) {name, since, (CUresult(*)(void))(void *)f}
         AT("cuInit", 2000, cu_init),
+        AT("cuDriverGetVersion", 2020, cu_version),
         AT("cuGetErrorName", 6000, cu_error_name),
         AT("cuGetErrorString", 6000, cu_error_text),
+        AT("cuDeviceGetCount", 2000, cu_count),
         AT("cuDeviceGet", 2000, cu_device),
         AT("cuDeviceGetAttribute", 2000, cu_attribute),
         AT("cuDeviceGetPCIBusId", 4010, cu_pci),
