@@ -23,7 +23,7 @@ from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import TensorRecord, decode_state
+from fxckpt.store.record import Record, TensorRecord, decode_state
 
 HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
 
@@ -109,8 +109,11 @@ class Source:
     """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
 
     def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
-        self.reader, self.record, self._held, self._progress = reader, reader.record, held, progress
-        self.count = self.nbytes = 0
+        self.reader: Reader = reader
+        self.record: Record = reader.record
+        self._held, self._progress = held, progress
+        self.count: int = 0
+        self.nbytes: int = 0
         self._state: Any = None
 
     def pieces(self, tensor: TensorRecord) -> Iterator[bytes]:

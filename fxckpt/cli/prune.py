@@ -88,7 +88,7 @@ class Stock:
 
     def __init__(self, directory: str, keep: int, best: str | None, lasting: bool):
         self._keep, self._root = keep, os.path.abspath(directory)
-        self.verified = 0
+        self.verified: int = 0
         found = [each for each in common.look(directory) if self._is_ours(each)]
         records = [each.record for each in found if isinstance(each, Candidate)]
         policy = _policy(keep, best, records)

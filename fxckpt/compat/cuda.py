@@ -27,7 +27,7 @@ class Devices:
     """The CUDA devices of a run. ``driver``: the library to open, ``$FXCKPT_CUDA_DRIVER`` or ``libcuda.so.1``."""
 
     def __init__(self) -> None:
-        self.driver = os.environ.get("FXCKPT_CUDA_DRIVER") or None
+        self.driver: str | None = os.environ.get("FXCKPT_CUDA_DRIVER") or None
 
     def of(self, tensor: torch.Tensor) -> int | None:
         """The driver's number of the device the tensor lies on; None for host memory.

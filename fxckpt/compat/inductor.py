@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 
-def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple]:
+def inductor_kernel(fn: Callable[..., Any], example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple[Any, ...]]:
     """The C++ that Inductor writes for ``fn`` on ``example``, sequential, and what it would be called with.
 
     Returns the C types of the kernel's arguments, its source (one function named ``kernel``), and the arguments of its
@@ -83,7 +83,7 @@ def cache_folder() -> str:
     return cache_dir()
 
 
-def compiler_settings() -> tuple:
+def compiler_settings() -> tuple[Any, ...]:
     """All that decides what :func:`load_cpp` makes of a source, but the source: Inductor's settings for C++, the variables
     it and compilers read, and what this processor can do, for which the code is made."""
     from torch._inductor import config
@@ -131,7 +131,7 @@ def compile_with_inductor(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     mode: str | None,
-    options: dict,
+    options: dict[str, Any],
     read: Callable[[fx.Graph], None] | None = None,
 ) -> Callable[..., Any]:
     """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does.
@@ -150,11 +150,11 @@ def compile_with_inductor(
 
 
 def compile_with_backend(
-    compiler: str | Callable,
+    compiler: str | Callable[..., Any],
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     mode: str | None,
-    options: dict,
+    options: dict[str, Any],
     read: Callable[[fx.Graph], None] | None = None,
 ) -> Callable[..., Any]:
     """Compile with another backend, as ``torch.compile(backend=compiler)`` does.

@@ -18,11 +18,11 @@ def instance_subclass(base: type, body: Mapping[str, Any]) -> type:
     if "_fxckpt_base" in base.__dict__:
         return base
 
-    def reduce_ex(self, protocol):
+    def reduce_ex(self: Any, protocol: int) -> tuple[Any, ...]:
         state = self.__getstate__()
         if isinstance(state, dict):
             state = {key: value for key, value in state.items() if not str(key).startswith("_fxckpt_")}
-        return copyreg._reconstructor, (base, object, None), state  # type: ignore[attr-defined]
+        return copyreg._reconstructor, (base, object, None), state  # type: ignore[attr-defined]  # as object's own does
 
     looks = {"__doc__": base.__doc__, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), {**looks, "_fxckpt_base": base, "__reduce_ex__": reduce_ex, **body})

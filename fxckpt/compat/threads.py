@@ -57,7 +57,7 @@ def one_core() -> Iterator[None]:
     every barrier of the process (libgomp throttles its spinning), which takes 20 times as long.
     """
     before, counts = torch.get_num_threads(), _thread_counts()
-    assert counts is not None, "can_use_one_core() says whether this works"
+    assert counts is not None, "ask can_use_one_core first"
     openmp, mkl = counts
     openmp(1)
     mkl_before = mkl(1) if mkl is not None else 0

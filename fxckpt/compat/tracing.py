@@ -34,7 +34,7 @@ def trace_fake(fn: Callable, args: Sequence[torch.Tensor], script: Sequence[bool
     A branch on such a number cannot be decided while tracing: ``script`` says how, first branch first, and what it does
     not say is taken as true. ``make_fx`` itself would raise GuardOnDataDependentSymNode, and knows no way to be told.
     """
-    import sympy
+    import sympy  # type: ignore[import-untyped]
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -86,9 +86,10 @@ class _NumbersIntoTensors(TorchFunctionMode):
     """``torch.as_tensor`` of a symbol: it would ask for the symbol's value, ``scalar_tensor`` takes it as it is."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.as_tensor and isinstance(args[0], (torch.SymFloat, torch.SymInt)):
-            return torch.scalar_tensor(args[0], **{"dtype": torch.get_default_dtype(), **kwargs})  # type: ignore[arg-type]
+        kwargs, value = kwargs or {}, args[0] if args else None
+        if func is torch.as_tensor and isinstance(value, (torch.SymFloat, torch.SymInt)):
+            number: Any = value
+            return torch.scalar_tensor(number, **{"dtype": torch.get_default_dtype(), **kwargs})
         return func(*args, **kwargs)
 
 
@@ -196,7 +197,7 @@ def watched(called: Callable, dispatched: Callable):
         mark._is_fx_tracing_flag = before
 
 
-def symbolic_float(tensor: torch.Tensor, positive: bool | None):
+def symbolic_float(tensor: torch.Tensor, positive: bool | None) -> Any:
     """``tensor.item()`` as a symbol; its sign, when given, is asserted so that ``if momentum != 0`` can be decided."""
     value = tensor.item()
     if positive is not None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fxckpt.engine.checkpoint import Checkpoint
     from fxckpt.engine.checksum import crc32c
     from fxckpt.engine.engine import Engine, EngineStatistics
+    from fxckpt.engine.fetch import Fetch
     from fxckpt.engine.plan import Plan, Sources
     from fxckpt.engine.reading import read_verified
 
@@ -35,11 +36,12 @@ _HOME = {
     "Plan": "plan",
     "Sources": "plan",
     "Checkpoint": "checkpoint",
+    "Fetch": "fetch",
     "read_verified": "reading",
     "crc32c": "checksum",
 }
 
-__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "crc32c", "io", "read_verified"]
+__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Plan", "Sources", "crc32c", "io", "read_verified"]
 
 
 def __getattr__(name: str) -> object:

@@ -41,4 +41,4 @@ def make_builder(name: str = "fxckpt.engine._engine", *, testing: bool = False) 
     return builder
 
 
-ffibuilder = make_builder()
+ffibuilder: FFI = make_builder()

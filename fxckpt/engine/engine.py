@@ -19,7 +19,7 @@ from fxckpt.engine.fetch import Fetch
 from fxckpt.engine.plan import Plan
 from fxckpt.errors import Cancelled, SetupError
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 EXIT_PATIENCE = 10.0  # seconds that an engine which nobody closed may take to end its threads
 
@@ -59,8 +59,9 @@ class Engine:
         if staging_bytes < 0:
             raise SetupError(f"staging_bytes={staging_bytes} must not be negative")
         self._ffi, self._lib, self._pid = ffi, lib, os.getpid()
-        self.chunk_bytes, self.staging_bytes = chunk_bytes, staging_bytes
-        self.memory_bytes = threads * chunk_bytes + staging_bytes // chunk_bytes * chunk_bytes
+        self.chunk_bytes: int = chunk_bytes
+        self.staging_bytes: int = staging_bytes
+        self.memory_bytes: int = threads * chunk_bytes + staging_bytes // chunk_bytes * chunk_bytes
         self._said_buffered = self._said_unbatched = False
         self._devices: set[int] = set()
         options = ffi.new("struct fx_options *", (threads, chunk_bytes, staging_bytes, mock, direct))

@@ -41,7 +41,7 @@ class Sources:
             fill_view(ffi, view, item, keep)
         for view, device in zip(views, devices or ()):
             view.device = 0 if device is None else device + 1
-        self.devices = frozenset(device for device in devices or () if device is not None)
+        self.devices: frozenset[int] = frozenset(device for device in devices or () if device is not None)
         pointer = lib.fx_sources_new(views, len(items))
         if pointer == ffi.NULL:
             raise MemoryError("sources")

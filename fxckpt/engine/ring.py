@@ -34,7 +34,9 @@ class Ring:
 
     def __init__(self, pointer: Any, posted: int, freed: int):
         ffi, lib = load()
-        self.fd, self.posted, self.freed = lib.fx_ring_fd(pointer), posted, freed
+        self.fd: Any = lib.fx_ring_fd(pointer)
+        self.posted: int = posted
+        self.freed: int = freed
         self._pointer = ffi.gc(pointer, lib.fx_ring_free)
         self._finalizer = weakref.finalize(self, _close, posted, freed)
         _rings.add(self)

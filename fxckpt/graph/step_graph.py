@@ -4,7 +4,7 @@
 
 Its inputs are the run's number and, for each layer, the list of tensors the layer owns (parameters, then optimizer state),
 so the data flow between the nodes is explicit. On a step on which nothing is pending and nothing starts, the same updates
-run over all layers at once, without a graph.
+run over all layers at once, without a graph (optim/executor.py).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class UpdateTimer:
     __slots__ = ("calls", "shortest")
 
     def __init__(self) -> None:
-        self.calls, self.shortest = 0, float("inf")
+        self.calls: int = 0
+        self.shortest: float = float("inf")
 
     def add(self, seconds: float) -> None:
         """One more call."""

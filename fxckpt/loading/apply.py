@@ -20,7 +20,7 @@ from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 State = dict[str, Any]
 """What an optimizer keeps for one parameter."""

@@ -10,7 +10,7 @@ from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
 from fxckpt.store.reader import Candidate
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 Found = Candidate | Corrupt
 

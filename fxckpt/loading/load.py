@@ -25,7 +25,7 @@ from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.store import names
 from fxckpt.store.reader import Candidate, Reader, candidates
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _LOOKS = 10  # times that a store is looked at while a trainer takes back what was found there
 

@@ -16,7 +16,7 @@ from fxckpt.store.record import RawTensor, Record
 from fxckpt.store.slot import Slot, retires_slot
 from fxckpt.store.slots import Store
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 @dataclass(eq=False)
@@ -45,7 +45,8 @@ class Checkpoints:
     ``CommitLoop`` commits. ``tell`` sends the trainer a message."""
 
     def __init__(self, store: Store, engine: Engine, ring: Ring, tell: Callable[[wire.Message], None]):
-        self.store, self._engine, self._ring, self._tell = store, engine, ring, tell
+        self.store: Store = store
+        self._engine, self._ring, self._tell = engine, ring, tell
         self._lock = threading.Lock()  # flights, and the life of their copies
         self._flights: dict[int, InFlight] = {}  # by the trainer's number
         self._slots: dict[int, Slot] = {}  # acquired, by key

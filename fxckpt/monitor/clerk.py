@@ -14,7 +14,7 @@ from fxckpt.monitor import wire
 from fxckpt.monitor.checkpoints import Checkpoints
 from fxckpt.store.slots import Store
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Clerk:
@@ -25,7 +25,7 @@ class Clerk:
 
     def __init__(self, control: socket.socket, ring: Ring, wake: Callable[[], None]):
         self.checkpoints: Checkpoints | None = None
-        self.over = False
+        self.over: bool = False
         self._control, self._ring, self._wake = control, ring, wake
         self._sending = threading.Lock()
 

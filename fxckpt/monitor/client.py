@@ -18,9 +18,10 @@ from fxckpt.monitor.launch import make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
-from fxckpt.store.record import Record, raw_tensor
+from fxckpt.store.raw import Tensor, raw_tensor
+from fxckpt.store.record import Record
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 EXIT_PATIENCE = 60.0  # seconds that the monitor may take to end after everything in flight was waited for
 FUTILE = 3  # monitors in a row that may end without having committed anything, before no more is started
@@ -35,7 +36,7 @@ class MonitorStore:
     hands_over = True  # another process commits
 
     def __init__(self, directory: str, engine: Engine, *, threads: int, **options: Any):
-        self.root = os.path.abspath(os.fspath(directory))
+        self.root: str = os.path.abspath(os.fspath(directory))
         self._engine, self._threads, self._options = engine, threads, options
         self._slots = engine.staging_bytes // engine.chunk_bytes
         self._pid = os.getpid()
@@ -140,7 +141,7 @@ class MonitorStore:
         self._call("mark_loaded", generation)
         self._continues = (generation,)
 
-    def _call(self, method: str, *arguments: Any) -> None:
+    def _call(self, method: str, *arguments: object) -> None:
         self._alive().ask({"op": "call", "method": method, "arguments": arguments})
 
     def _alive(self) -> Link:
@@ -189,7 +190,7 @@ class MonitorStore:
             what,
         )
 
-    def commit(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Any]) -> None:
+    def commit(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None:
         """Give the record of a checkpoint whose bytes are all posted. When this returns, the trainer may die; when the slot has
         ``ended``, it is a checkpoint."""
         sealed = record.to_bytes()

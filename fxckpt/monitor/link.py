@@ -20,7 +20,7 @@ from fxckpt.engine import SLICE
 from fxckpt.errors import SaveFailed
 from fxckpt.monitor import wire
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as training waits for a disk that hangs
 
@@ -28,12 +28,14 @@ PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as 
 class RemoteSlot:
     """A slot of the monitor's store; the ``Slot`` of this side."""
 
-    def __init__(self, key: int, path: str, name: str | None, before: Any):
-        self.key, self.path, self.name = key, path, name
+    def __init__(self, key: int, path: str, name: str | None, before: Sequence[Any] | None):
+        self.key: int = key
+        self.path: str = path
+        self.name: str | None = name
         self.checkpoint = 0
         self.generation: int | None = None  # of the checkpoint, once it is committed
-        self.frozen: Any = None
-        self.over = threading.Event()
+        self.frozen: list[Any] | None = None  # token and chunks to remember
+        self.over: threading.Event = threading.Event()
         self.error: Exception | None = None
         self._before = before
 
@@ -69,7 +71,7 @@ class Questions:
     """Questions to the monitor, and answers that nobody has taken yet. ``changed`` is notified when one comes."""
 
     def __init__(self) -> None:
-        self.changed = threading.Condition()
+        self.changed: threading.Condition = threading.Condition()
         self._numbers = itertools.count(1)
         self._answers: dict[int, wire.Message] = {}
         self._unwanted: set[int] = set()  # their asker was interrupted
@@ -122,7 +124,9 @@ class Link:
     """
 
     def __init__(self, control: socket.socket, process: subprocess.Popen[bytes], directory: str):
-        self.control, self.process, self.directory = control, process, directory
+        self.control: socket.socket = control
+        self.process: subprocess.Popen[bytes] = process
+        self.directory: str = directory
         self.lost: SaveFailed | None = None
         self.closing = False
         self._silent = False  # it has not answered in time, and said nothing since
@@ -131,10 +135,10 @@ class Link:
         _links.add(self)
         control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1e6)))
         self._sending, self._questions = threading.Lock(), Questions()
-        self.thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
+        self.thread: threading.Thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
         self.thread.start()
 
-    def send(self, message: wire.Message, blobs: Sequence[Any] = ()) -> None:
+    def send(self, message: wire.Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
         """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""
         if not self._sending.acquire(timeout=PATIENCE):
             raise self._silence()

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from fxckpt.engine.ring import Ring
 from fxckpt.monitor.clerk import Clerk
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Sent to whole groups and sessions to end the trainer; the monitor ends by itself right after it."""

@@ -20,7 +20,7 @@ Message = dict[str, Any]
 _HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes behind it
 
 
-def send(sock: socket.socket, message: Message, blobs: Sequence[Any] = ()) -> None:
+def send(sock: socket.socket, message: Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
     """Send one frame. Returns when all of it is the receiver's, who gets it even if this process ends now.
 
     Raises ``OSError`` when the other side is gone.

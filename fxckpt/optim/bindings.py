@@ -28,7 +28,7 @@ class Bindings:
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt
         self.members: list[BoundParam] = []
-        self.number = 0  # how often tensors were bound: what was made for another binding is void
+        self.number: int = 0  # how often tensors were bound: what was made for another binding is void
         self._state: object = None
         self._states: list[dict[str, Any]] = []
         self._params: list[object] = []  # those of the groups, and _END
@@ -82,8 +82,9 @@ class GroupStructure:
     """What of an optimizer's parameter groups decides which code runs, and whether that has changed."""
 
     def __init__(self, opt: torch.optim.Optimizer, traced: bool):
-        self.opt, self._traced = opt, traced
-        self._structure: list[tuple] = []
+        self.opt: torch.optim.Optimizer = opt
+        self._traced = traced
+        self._structure: list[tuple[Any, ...]] = []
         self._names: list[str] = []  # of the entries of the groups, when they were compared last, ...
         self._values: list[object] = []  # ... and their values
 
@@ -104,10 +105,10 @@ class GroupStructure:
         self._names, self._values = ([], []) if changed or lists else (names, values)
         return changed
 
-    def _now(self) -> list[tuple]:
+    def _now(self) -> list[tuple[Any, ...]]:
         return [self._of(group) if self._traced else (len(group["params"]),) for group in self.opt.param_groups]
 
-    def _of(self, group: dict[str, Any]) -> tuple:
+    def _of(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """How many parameters a group has, its flags and integers, which of its other numbers are zero or negative, and the
         types and shapes of its tensors."""
         numbers = tuple((key, (value > 0) - (value < 0)) for key, value in numeric_items(group) if key[0] != "lr")

@@ -19,11 +19,13 @@ class BoundParam:
     """A parameter, the tensors of its state as they were when they were bound, and the program that updates them."""
 
     def __init__(self, name: str, param: torch.Tensor, group: int, index: int, state: dict[str, Any] | None):
-        self.name, self.param, self.group = name, param, group
+        self.name: str = name
+        self.param: torch.Tensor = param
+        self.group: int = group
         self.state: dict[str, Any] = {} if state is None else state  # the optimizer's own dict, where it has one
         self.index = index  # among all of its optimizer
-        self.address = param.data_ptr()
-        self.entries = len(self.state)
+        self.address: int = param.data_ptr()
+        self.entries: int = len(self.state)
         tensors = ((k, v) for k, v in sorted(self.state.items()) if is_dense(v))
         self.items: list[tuple[str, torch.Tensor, int]] = [(key, value, value.data_ptr()) for key, value in tensors]
         self.program: Program | None = None

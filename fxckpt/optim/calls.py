@@ -77,7 +77,7 @@ def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> l
 
 
 def _large_calls(
-    scalar_group: ScalarGroup, listed: Program, members: Sequence[BoundParam], rows: Sequence[Sequence]
+    scalar_group: ScalarGroup, listed: Program, members: Sequence[BoundParam], rows: Sequence[Sequence[torch.Tensor]]
 ) -> list[Call]:
     """Calls on tensors of which PyTorch gives each to all cores; ``rows`` the members' tensors, by column."""
     if listed.signature.implementation == "fused":  # such a kernel goes over a tensor once, whatever is in the cache

@@ -17,7 +17,7 @@ from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.calls import Call, Inputs, calls_for, shared
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _version_of = operator.attrgetter("_version")
 
@@ -77,8 +77,10 @@ class Executor:
         update = functools.partial(self._layer_update, clocks)
         module = step_graph.build(layers, numbers, counts_number, update, self._scalars)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
-        self.arranged = Arranged(graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over)
-        self.prepared = Prepared()  # the calls were another layer's
+        self.arranged: Arranged = Arranged(
+            graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over
+        )
+        self.prepared: Prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
 
     def _layer_update(self, clocks: Sequence[step_graph.UpdateTimer], index: int) -> Callable[[list[torch.Tensor], Inputs], None]:

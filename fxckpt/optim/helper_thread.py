@@ -99,5 +99,5 @@ def _help(piles: SimpleQueue[_Pile]) -> None:
         del pile, failed  # or tensors live until the next one comes
 
 
-helper = HelperThread()
+helper: HelperThread = HelperThread()
 """The one of this process: steps of one process run one after the other."""

@@ -15,7 +15,7 @@ from fxckpt.graph.update.specialize import specialize
 from fxckpt.graph.update.trace import MakesState, NotTraceable, Signature, signature_of
 from fxckpt.optim.bound_param import BoundParam, is_dense
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _shared_programs: dict[Signature, list[Program]] = {}
 """Traced updates of torch.optim's classes, for all runs of the process."""
@@ -28,9 +28,10 @@ class ProgramCache:
     """
 
     def __init__(self, opt: torch.optim.Optimizer, mode: str | None):
-        self.opt, self.mode = opt, mode
+        self.opt: torch.optim.Optimizer = opt
+        self.mode: str | None = mode
         self.traced: dict[Signature, list[Program] | NotTraceable] = {}  # one for each way to branch, or why there is none
-        self.missing = True  # some parameter has no program
+        self.missing: bool = True  # some parameter has no program
         self._warned = False  # that an update is not compiled
 
     def choose(self, members: Sequence[BoundParam]) -> str | None:

@@ -20,14 +20,18 @@ class ScalarGroup:
     """Parameters of one group that share their program and their step count, so one set of scalars serves them all."""
 
     def __init__(self, index: int, first: BoundParam, program: Program):
-        self.index, self.group, self.program = index, first.group, program
-        self.representative = self._counts(first)  # these stand for all
+        self.index: int = index
+        self.group: int = first.group
+        self.program: Program = program
+        self.representative: list[torch.Tensor] = self._counts(first)  # these stand for all
         self.others: list[list[torch.Tensor]] = [[] for _ in program.counts]
         self.spreads: list[Callable[[], None]] | None = None
         self.compiled = False
         dtype = _NUMPY[inductor.scalar_dtype(program.signature.dtype)]
-        self.values = np.zeros(max(1, program.scalars), dtype)  # what compiled code reads
-        self.addresses = _addresses(self.values.ctypes.data + i * self.values.itemsize for i in range(program.scalars))
+        self.values: np.ndarray[Any, Any] = np.zeros(max(1, program.scalars), dtype)  # what compiled code reads
+        self.addresses: np.ndarray[Any, Any] = _addresses(
+            self.values.ctypes.data + i * self.values.itemsize for i in range(program.scalars)
+        )
         self._host = program.host.forward  # a module call costs more than the arithmetic
 
     def _counts(self, member: BoundParam) -> list[torch.Tensor]:
@@ -44,7 +48,7 @@ class ScalarGroup:
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns the scalars as doubles, and puts them where compiled code looks."""
-        values = self._host(*self.representative, *self.program.values(group))
+        values: tuple[Any, ...] = self._host(*self.representative, *self.program.values(group))
         if self.spreads is None:
             self.spreads = [_spread(source, column) for source, column in zip(self.representative, self.others) if column]
         for spread in self.spreads:

@@ -17,7 +17,7 @@ from fxckpt.optim.programs import ProgramCache
 from fxckpt.optim.rehearsal.step import RehearsedStep
 from fxckpt.optim.strategy import SplitStep, Strategy, WholeStep
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Stepper:
@@ -28,13 +28,13 @@ class Stepper:
 
     def __init__(self, opt: torch.optim.Optimizer, update_mode: str | None):
         self.opt = opt
-        self.bindings = Bindings(opt)
-        self.programs = ProgramCache(opt, update_mode)
-        self.executor = Executor(opt)
+        self.bindings: Bindings = Bindings(opt)
+        self.programs: ProgramCache = ProgramCache(opt, update_mode)
+        self.executor: Executor = Executor(opt)
         self.split: Strategy = (
             SplitStep(opt, self.programs, self.executor) if is_stock(opt) else RehearsedStep(opt, self.executor)
         )
-        self.whole_step = WholeStep(opt)  # where gradients are scaled
+        self.whole_step: WholeStep = WholeStep(opt)  # where gradients are scaled
         self.strategy: Strategy = self.split
         self.stepped = False  # in this process
         self.accumulated = True  # gradients may have arrived since its last step

@@ -24,7 +24,7 @@ from fxckpt.optim.executor import Executor
 from fxckpt.optim.programs import ProgramCache
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _gradient_of = operator.attrgetter("grad")
 """For ``map``: what runs for each parameter at every step runs at C speed."""
@@ -63,7 +63,8 @@ class WholeStep:
     """The strategy that splits nothing: the optimizer's own step, on all of its parameters."""
 
     def __init__(self, opt: torch.optim.Optimizer, whole: str | None = None):
-        self.opt, self.whole = opt, whole
+        self.opt: torch.optim.Optimizer = opt
+        self.whole: str | None = whole
 
     def calls_closure_first(self) -> bool:
         """The optimizer calls it, when and as often as it likes."""
@@ -94,8 +95,10 @@ class SplitStep:
     whole = None
 
     def __init__(self, opt: torch.optim.Optimizer, programs: ProgramCache, executor: Executor):
-        self.opt, self.programs, self.executor = opt, programs, executor
-        self._gradients: list[torch.Tensor | None] = []  # of all parameters; none where the own part has run since
+        self.opt: torch.optim.Optimizer = opt
+        self.programs: ProgramCache = programs
+        self.executor: Executor = executor
+        self._gradients: list[torch.Tensor | None] = []  # of all parameters; not kept over an own part
         self._complete = False  # none of them is missing, as far as is known
         self._done: set[int] = set()  # parameters that the own part of this step updated
 
@@ -111,12 +114,12 @@ class SplitStep:
         self._complete = None not in layouts
         if layouts <= _DENSE and not self.programs.missing:
             return None
-        chosen = [
-            m
-            for m, grad in zip(arranged.members, gradients)
-            if grad is not None and (m.program is None or grad.layout != torch.strided)
-        ]
-        return functools.partial(self._step_of, chosen, closure) if chosen else None
+        present = [(m, grad) for m, grad in zip(arranged.members, gradients) if grad is not None]
+        chosen = [m for m, grad in present if m.program is None or grad.layout != torch.strided]
+        if not chosen:
+            return None
+        self._gradients, self._complete = [], False
+        return functools.partial(self._step_of, chosen, closure)
 
     def _step_of(self, members: Sequence[BoundParam], closure: Closure | None) -> object:
         """The optimizer's own step on these parameters alone; they are left out of this step's graph part."""
@@ -135,7 +138,7 @@ class SplitStep:
         finally:
             for group, params in zip(groups, saved):
                 group["params"] = params
-        self._done, self._gradients, self._complete = chosen, [], False
+        self._done = chosen
         return loss
 
     def run(self, number: int | None) -> bool:
@@ -188,7 +191,8 @@ class EvaluatedClosure:
     """A closure whose first call was made before the step, and gave ``loss``."""
 
     def __init__(self, closure: Closure, loss: object):
-        self.closure, self.first = closure, [loss]
+        self.closure: Closure = closure
+        self.first: list[object] = [loss]
 
     def __call__(self) -> object:
         return self.first.pop() if self.first else self.closure()

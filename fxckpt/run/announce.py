@@ -8,7 +8,7 @@ from typing import Any
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.emitting import Emitter
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Announcer:

@@ -29,15 +29,17 @@ class Arrangement:
     def __init__(
         self, model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], emitter: Emitter, config: Config
     ):
-        self.model, self.optimizers, self._emitter, self._config = model, optimizers, emitter, config
-        self.steppers = [Stepper(opt, config.update) for opt in optimizers]
-        self.inventory = Inventory()
+        self.model: torch.nn.Module | None = model
+        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers
+        self._emitter, self._config = emitter, config
+        self.steppers: list[Stepper] = [Stepper(opt, config.update) for opt in optimizers]
+        self.inventory: Inventory = Inventory()
         self.layout: plan.Layout | None = None
-        self.unsaid = True
-        self.hooks = GradientHooks()
+        self.unsaid: bool = True
+        self.hooks: GradientHooks = GradientHooks()
         self._layout_key: Any = None
         self._arranged: Any = None
-        self._first_backward = None if emitter.engine is None else FirstBackward(optimizers)
+        self._first_backward: FirstBackward | None = None if emitter.engine is None else FirstBackward(optimizers)
 
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.

@@ -79,7 +79,8 @@ class RunStatus:
     """What the run may do: checkpoints end with ``shutdown`` and in a forked child, steps where a load left a mixture."""
 
     def __init__(self, enabled: bool):
-        self.enabled, self.pid = enabled, os.getpid()
+        self.enabled: bool = enabled
+        self.pid: int = os.getpid()
         self.stopped = False
         self.partially_loaded: str | None = None  # why the live tensors are a mixture that must not be trained
         self.ending: Ending | None = None  # a signal came: the next checkpoint that is complete is the last

@@ -31,7 +31,7 @@ class Closing:
     ):
         self._capture, self._arrangement, self._emitter = capture, arrangement, emitter
         self._saver, self._clock, self._status = saver, clock, status
-        self.between_steps = threading.RLock()
+        self.between_steps: threading.RLock = threading.RLock()
         self._lock = threading.RLock()
         self._open: InFlight | None = None
         self._capturable = False  # all that a checkpoint takes could be captured at least once

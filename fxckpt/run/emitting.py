@@ -14,6 +14,7 @@ from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
+from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
@@ -29,12 +30,14 @@ class Emitter:
     that were seen to change outside ``opt.step()``; ``number`` is what StepGraphs pass to the ops.
     """
 
-    def __init__(self, engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
-        self.engine, self.saver, self.devices = engine, saver, devices
+    def __init__(self, engine: CheckpointEngine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
+        self.saver: Saver = saver
+        self.devices: cuda.Devices = devices
+        self.engine = engine
         self.ordinals: set[int] = set()  # the devices that the run's tensors lie on
         self.current: InFlight | None = None
         self.changed_outside: set[str] = set()
-        self.number = ops.register_port(self)
+        self.number: int = ops.register_port(self)
         self.callback_error: Exception | None = None  # what on_layer raised in this step
         self._on_layer = on_layer
 
@@ -155,9 +158,10 @@ class Emitter:
     def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """The value that a tensor on a device has after what was put into its stream so far. The result waits for it, in any
         thread, and gives a tensor in host memory."""
-        source, ordinal = tensor.detach().resolve_conj().resolve_neg().contiguous(), self.devices.of(tensor)
+        source = tensor.detach().resolve_conj().resolve_neg().contiguous()
         shape, dtype = source.shape, source.dtype
-        fetch = self.engine.fetch(source.data_ptr(), source.nbytes, ordinal, self.devices.streams((ordinal,))[ordinal])
+        [(ordinal, stream)] = self.devices.streams(self.devices.all_of([tensor])).items()
+        fetch = self.engine.fetch(source.data_ptr(), source.nbytes, ordinal, stream)
 
         def value() -> torch.Tensor:
             host = torch.empty(shape, dtype=dtype, device="cpu")

@@ -13,7 +13,7 @@ import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -36,7 +36,7 @@ from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 live_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 """The runs that ``compile_step`` made and that are still alive: a run lives as long as its optimizers do."""
@@ -57,22 +57,30 @@ class Run:
         devices: cuda.Devices | None = None,
     ):
         extras = extra_state.extras(extra)  # raises for what has no state, before anything is taken
-        self.optimizers, self.directory, self.config = list(optimizers), directory, config
-        self.engine, self.store = engine, store
-        self.clock, self.status = StepClock(), RunStatus(engine is not None)
-        self.saver = Saver(engine, store, max_async=config.max_async)
-        self.emitter = Emitter(engine, self.saver, devices or cuda.Devices(), config.on_layer)
+        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
+        self.directory: str = directory
+        self.config: Config = config
+        self.engine: CheckpointEngine | None = engine
+        self.store: CheckpointStore = store
+        self.clock: StepClock = StepClock()
+        self.status: RunStatus = RunStatus(engine is not None)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async)
+        self.emitter: Emitter = Emitter(cast(CheckpointEngine, engine), self.saver, devices or cuda.Devices(), config.on_layer)
         self.emitter.ordinals |= self.emitter.devices.all_of(
             p for opt in optimizers for g in opt.param_groups for p in g["params"]
         )
-        self.arrangement = Arrangement(None if model is None else unwrap_model(model), self.optimizers, self.emitter, config)
-        self.capture = Capture(extras, self.arrangement, self.emitter, self.clock)
-        self.closing = Closing(self.capture, self.arrangement, self.emitter, self.saver, self.clock, self.status)
-        self.stepping = Stepping(self.arrangement, self.closing, self.emitter, self.saver, self.clock, self.status, config)
+        self.arrangement: Arrangement = Arrangement(
+            None if model is None else unwrap_model(model), self.optimizers, self.emitter, config
+        )
+        self.capture: Capture = Capture(extras, self.arrangement, self.emitter, self.clock)
+        self.closing: Closing = Closing(self.capture, self.arrangement, self.emitter, self.saver, self.clock, self.status)
+        self.stepping: Stepping = Stepping(
+            self.arrangement, self.closing, self.emitter, self.saver, self.clock, self.status, config
+        )
         self.arrangement.hooks.tell(self.closing)
         watch_scalers(extra, self.optimizers, self.stepping)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
-        self.tracing = tracing.from_environment(self.saver.flights, engine, self.number)
+        self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.number)
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
@@ -168,7 +176,7 @@ class Run:
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:
         """What comes next continues this checkpoint of ``directory``; None: there was none to load. What is loaded from another
         store than the run's own begins a lineage here, and does not stand in for what lies here and was not loaded."""
-        if self.store is not None and os.path.realpath(directory) == os.path.realpath(self.directory):
+        if os.path.realpath(directory) == os.path.realpath(self.directory):
             self.store.mark_loaded(generation)
 
 

@@ -18,11 +18,11 @@ class Schedule:
 
     def __init__(self, every: int | str):
         self.every = every
-        self.waits = not isinstance(every, str)  # wait for a free place in flight, or skip
-        self.interval = MINIMUM_INTERVAL if every == "auto" else 0.0
-        self.last_step = 0
-        self.last_time = time.monotonic()
-        self.last_cost = 0.0  # seconds of stall that the last checkpoint caused
+        self.waits: bool = not isinstance(every, str)  # wait for a free place in flight, or skip
+        self.interval: float = MINIMUM_INTERVAL if every == "auto" else 0.0
+        self.last_step: int = 0
+        self.last_time: float = time.monotonic()
+        self.last_cost: float = 0.0  # seconds of stall that the last checkpoint caused
         self._stall_before: float | None = None
 
     def due(self, step: int, stall_seconds: float) -> bool:

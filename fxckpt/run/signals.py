@@ -14,7 +14,7 @@ from fxckpt.errors import FxckptError, SetupError
 if TYPE_CHECKING:
     from fxckpt.run.run import Run
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Finisher:
@@ -25,7 +25,8 @@ class Finisher:
     """
 
     def __init__(self, run: Run, number: int):
-        self._run, self.number = weakref.ref(run), number
+        self.number: int = number
+        self._run = weakref.ref(run)
         self._waiting = self._closed = False
         try:
             self._before: Any = signal.signal(number, self._arrived)

@@ -29,7 +29,7 @@ from fxckpt.saving import tracing
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.saver import Saver
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Stepping:
@@ -47,7 +47,7 @@ class Stepping:
     ):
         self._arrangement, self._closing, self._emitter, self._saver = arrangement, closing, emitter, saver
         self._clock, self._status, self._config = clock, status, config
-        self.schedule = Schedule(config.every)
+        self.schedule: Schedule = Schedule(config.every)
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
         self._leader = arrangement.steppers[-1]
         self._announcer = Announcer(arrangement, emitter, config.max_async)

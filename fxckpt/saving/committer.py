@@ -17,7 +17,7 @@ from fxckpt.saving.tally import Tally
 from fxckpt.store.commit_loop import give_back
 from fxckpt.store.record import FileRecord, Record
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Committer:

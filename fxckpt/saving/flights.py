@@ -21,8 +21,10 @@ class Flights:
     """
 
     def __init__(self, loop: CommitLoop[InFlight], max_async: int, trainer: TrainingThread):
-        self.loop, self.max_async, self.trainer = loop, max_async, trainer
-        self.changed = threading.Condition()
+        self.loop: CommitLoop[InFlight] = loop
+        self.max_async: int = max_async
+        self.trainer: TrainingThread = trainer
+        self.changed: threading.Condition = threading.Condition()
         self.tracer: Tracer | None = None
         self._flying: list[InFlight] = []
         self._hung: Hashable = None  # the signs of progress when a wait was given up

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from fxckpt.saving.engines import EngineCopy, Streams
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot
+from fxckpt.store.raw import Tensor
 
 
 @dataclass(eq=False)
@@ -43,7 +45,7 @@ class InFlight:
             if not self.done.is_set():
                 self.copy.emit(layer, sources, streams)
 
-    def close(self, record: dict[str, Any], tensors: dict[str, Any]) -> None:
+    def close(self, record: dict[str, Any], tensors: dict[str, Tensor | Callable[[], Tensor]]) -> None:
         """The step is complete: with this the checkpoint can be committed."""
         self.record = {**record, "state_tensors": tensors}
         self.closed.set()

@@ -23,18 +23,20 @@ from fxckpt.saving.training_thread import TrainingThread
 from fxckpt.store.commit_loop import SETTLE, CommitLoop
 from fxckpt.store.slot import retires_slot
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
     def __init__(self, engine: CheckpointEngine | None, store: CheckpointStore, *, max_async: int):
-        self.engine, self.store = engine, store
-        self.tally, self.trainer = Tally(), TrainingThread()
+        self.engine: CheckpointEngine | None = engine
+        self.store: CheckpointStore = store
+        self.tally: Tally = Tally()
+        self.trainer: TrainingThread = TrainingThread()
         self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
-        self.flights = Flights(self.loop, max_async, self.trainer)
-        self.supply = SlotSupply(store)
+        self.flights: Flights = Flights(self.loop, max_async, self.trainer)
+        self.supply: SlotSupply = SlotSupply(store)
         self._committer = Committer(store, self.supply, self.flights, self.tally)
         self._pid = os.getpid()
 

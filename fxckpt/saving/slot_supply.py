@@ -14,7 +14,7 @@ from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import CommitLoop
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class SlotSupply:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from fxckpt.errors import SetupError
 from fxckpt.saving.engines import CheckpointEngine
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 SPANS = 200_000
 """Spans kept, at most: about 13 MiB. What comes later is counted, and the file says how many there were."""
@@ -50,7 +50,7 @@ class Tracer:
         with self._lock:
             self._checkpoints[checkpoint] = step, layers
 
-    def add(self, name: str, track: int, begin_ns: int, **arguments: Any) -> None:
+    def add(self, name: str, track: int, begin_ns: int, **arguments: object) -> None:
         """A span of the run itself, from ``begin_ns`` (monotonic) until now."""
         with self._lock:
             if len(self._spans) < SPANS:

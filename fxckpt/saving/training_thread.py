@@ -16,7 +16,7 @@ class TrainingThread:
     """Which thread trains, and whether it came by: ``progress_ticks`` counts how often it did so, between two operations."""
 
     def __init__(self) -> None:
-        self.thread = threading.current_thread()  # that of the last step
+        self.thread: threading.Thread = threading.current_thread()  # that of the last step
         self.progress_ticks = 0
         self._inside = 0  # it waits in our code
 

@@ -91,7 +91,7 @@ class CommitLoop(Generic[F]):
 
     def __init__(self, written: Callable[[], float], stuck_after: float = STUCK_AFTER):
         self.stuck_after = stuck_after
-        self.ending = False  # nothing will be put in any more
+        self.ending: bool = False  # nothing will be put in any more
         self.written = written
         self._queue: queue.SimpleQueue[F | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None

@@ -10,7 +10,7 @@ class Lineage:
     """The generations of a store: the newest that was given out, and what each of them continues."""
 
     def __init__(self) -> None:
-        self.newest = 0
+        self.newest: int = 0
         self._parents: dict[int, int | None] = {}  # of every generation whose record was there at open
         self._origins: dict[int | None, tuple[int, float] | None] = {}  # step and time of what the next may continue
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from fxckpt.engine import io
 from fxckpt.errors import StoreLocked
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _FLOCK = "hhqqi4x"  # struct flock of Linux on 64 bits: type, whence, start, len, pid
 

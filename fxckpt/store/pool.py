@@ -22,7 +22,7 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, beyond, surplus
 from fxckpt.store.slot import Slot
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 SMALL_FILES = 1 << 20
 """Room that each checkpoint is reckoned to take for its record and its extra state."""
@@ -38,8 +38,11 @@ class Pool:
     """
 
     def __init__(self, root: str, keep: int, max_async: int):
-        self.root, self.keep, self.max_async = root, keep, max_async
-        self.mutex, self.moves = threading.Lock(), threading.RLock()
+        self.root: str = root
+        self.keep: int = keep
+        self.max_async: int = max_async
+        self.mutex: threading.Lock = threading.Lock()
+        self.moves: threading.RLock = threading.RLock()
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
         self.pinned: int | None = None  # the loaded one, which stays until a newer one is committed
         self.since = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up

@@ -31,7 +31,7 @@ from fxckpt.store.layout import Placed, header_bytes, parse_header
 from fxckpt.store.raw import RawTensor
 from fxckpt.store.record import FileRecord, Record
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
 
@@ -170,11 +170,11 @@ class Reader:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(os.path.abspath(path))
+        self.path: Path = Path(os.path.abspath(path))
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
         self._held: dict[str, int] = {}
-        self.record = _parse(self._raw, str(self.path))
+        self.record: Record = _parse(self._raw, str(self.path))
 
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:

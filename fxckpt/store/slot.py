@@ -12,7 +12,7 @@ from fxckpt.engine import io
 from fxckpt.errors import SaveFailed
 from fxckpt.store.files import DAMAGE, in_use, opened
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _SYNCS = frozenset({"fsync", "fdatasync"})
 
@@ -31,10 +31,12 @@ class Slot:
     """
 
     def __init__(self, path: str, number: int | None, name: str | None = None):
-        self.path, self.number, self.name = path, number, name
+        self.path: str = path
+        self.number: int | None = number
+        self.name: str | None = name
         self.generation = -1
         self.target: str | None = None  # the name that a commit is giving it
-        self.suspect = False  # a sync failed, or the disk reported damage: what it holds cannot be known
+        self.suspect: bool = False  # a sync failed, or the disk reported damage: what it holds cannot be known
         self._written: tuple[Hashable, dict[str, dict[int, int]]] | None = None
         self._before: tuple[Hashable, dict[str, dict[int, int]]] | None = None
 

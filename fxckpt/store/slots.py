@@ -39,7 +39,7 @@ from fxckpt.store.slot import Slot
 
 __all__ = ["Slot", "Store"]
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Store:
@@ -54,7 +54,7 @@ class Store:
 
     def __init__(
         self,
-        directory: str | os.PathLike,
+        directory: str | os.PathLike[str],
         *,
         keep: int = 2,
         max_async: int = 2,
@@ -65,8 +65,9 @@ class Store:
     ):
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
-        self.root = os.path.abspath(os.fspath(directory))
-        self.fresh, self.store_id = fresh, ""
+        self.root: str = os.path.abspath(os.fspath(directory))
+        self.fresh: bool = fresh
+        self.store_id: str = ""
         check_store(self.root)
         self._policy = Policy.make(keep, keep_every, keep_minutes, keep_best)
         self._pool = Pool(self.root, keep, max_async)

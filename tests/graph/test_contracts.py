@@ -19,7 +19,7 @@ from fxckpt.graph.model.layers import Layer
 from fxckpt.graph.passes import PASSES, run
 from fxckpt.graph.schedule import place_emits_pass, place_fences_pass, verify_schedule_pass
 from fxckpt.graph.update import specialize
-from fxckpt.optim import stepper
+from fxckpt.optim import programs
 
 
 def note_pass(gm: fx.GraphModule, seen: list[str], what: str) -> fx.GraphModule:
@@ -179,7 +179,7 @@ def trained(options: dict[str, object]) -> tuple[list[torch.Tensor], set[str]]:
         for p in params:
             p.grad = torch.randn_like(p)
         opt.step()
-    calls = {type(call).__name__ for call in opt.ckpt._run.steppers[0]._all_calls}
+    calls = {type(call).__name__ for call in opt.ckpt._run.steppers[0].executor.prepared.at_once}
     opt.ckpt.shutdown()
     return [p.detach() for p in params], calls
 
@@ -189,7 +189,7 @@ def trained(options: dict[str, object]) -> tuple[list[torch.Tensor], set[str]]:
 def test_a_pass_that_only_saves_time_changes_no_bit_when_it_is_switched_off(monkeypatch, off, options):
     bits, calls = trained(options)
     monkeypatch.setenv(SWITCH, off)
-    monkeypatch.setattr(stepper, "_shared_programs", {})
+    monkeypatch.setattr(programs, "_shared_programs", {})
     for cached in (specialize.over_lists, specialize.by_methods):
         cached.cache_clear()
     without, others = trained(options)

@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
@@ -16,7 +17,7 @@ from fxckpt.graph.model import names
 from fxckpt.graph.model.joint import JointRead, JointTrace, ParamTrace
 from fxckpt.graph.model.known import KnownModels
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 def _of_the_same_class(owner: nn.Module, roots: Sequence[nn.Module]) -> list[nn.Module]:
@@ -34,10 +35,10 @@ class TraceBook:
     """
 
     def __init__(self) -> None:
-        self.version = 0
-        self.listeners: list[Callable[[JointTrace], None] | weakref.ref] = []
+        self.version: int = 0
+        self.listeners: list[Callable[[JointTrace], None] | weakref.ref[Any]] = []
         self._lock = threading.RLock()
-        self.models = KnownModels(self._lock)
+        self.models: KnownModels = KnownModels(self._lock)
         self._regions: dict[int, JointTrace] = {}
         self._next = 0
         self._params: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {region: ParamTrace}
@@ -207,5 +208,5 @@ class TraceBook:
         log.debug("the traceback:", exc_info=error)
 
 
-traces = TraceBook()
+traces: TraceBook = TraceBook()
 """What the compiler has shown in this process, for all runs."""

@@ -54,15 +54,15 @@ class JointTrace:
     """
 
     region: int
-    compiled: tuple[int | None, weakref.ref | None]  # see compile_under_way
+    compiled: tuple[int | None, weakref.ref[Any] | None]  # see compile_under_way
     params: tuple[tuple[TensorWeakRef, ParamTrace], ...]
     inputs: tuple[int, ...]
     buffers: tuple[tuple[TensorWeakRef, str], ...]
     frozen: tuple[tuple[TensorWeakRef, str], ...]
-    roots: tuple[weakref.ref, ...]
+    roots: tuple[weakref.ref[Any], ...]
     uses: tuple[Use, ...]
     outputs: tuple[int, ...]
-    owner: weakref.ref | None = None
+    owner: weakref.ref[Any] | None = None
 
     def __str__(self) -> str:
         rows = sorted((trace for _, trace in self.params), key=lambda t: (-t.first_use, t.grad_final))

@@ -66,7 +66,7 @@ class Signature:
     dtype: torch.dtype
     device: str  # with its number: list kernels take tensors of one device
     tensors: tuple[tuple[Key, torch.dtype, tuple[int, ...]], ...] = ()  # hyperparameters that are tensors (lr=tensor(...))
-    shape: tuple | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
+    shape: tuple[Any, ...] | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
 
     @functools.cached_property
     def hyperparameters(self) -> tuple[Key, ...]:
@@ -212,9 +212,8 @@ def trace(
         }
         for i in range(count)
     ]
-    if signature.implementation == "fused":
-        return _trace_with_sentinels(opt, group, params, states, signature)
-    return _trace_with_symbols(opt, group, params, states, signature, script)
+    case = _Case(opt, group, signature, params, states)
+    return _trace_with_sentinels(case) if signature.implementation == "fused" else _trace_with_symbols(case, script)
 
 
 def _like(tensor: torch.Tensor, size: int | None) -> torch.Tensor:
@@ -239,33 +238,45 @@ def _settings(group: dict[str, Any], values: dict[Key, Any], signature: Signatur
     return out
 
 
-def _run_clone(
-    opt: torch.optim.Optimizer,
-    step: Callable[..., Any],
-    params: Sequence[torch.Tensor],
-    grads: Sequence[torch.Tensor],
-    states: Sequence[dict[str, Any]],
-    settings: dict[str, Any],
-) -> None:
-    """Run the stock step of a shallow clone; raises NotTraceable if that makes or drops state (a first step)."""
-    clone: Any = copy.copy(opt)
-    for param, grad in zip(params, grads):
-        param.grad = grad
-    clone.param_groups = [{**settings, "params": params}]
-    clone.state = {p: dict(s) for p, s in zip(params, states)}
-    step(clone)
-    for param, before in zip(params, states):
-        after = {k for k, v in clone.state[param].items() if v is not None}
-        if after != set(before):
-            raise MakesState(f"its step makes state {sorted(after ^ set(before))}")
+@dataclass(frozen=True)
+class _Case:
+    """A step to trace: the optimizer, and the parameters and states that stand for all of their signature."""
 
+    opt: torch.optim.Optimizer
+    group: dict[str, Any]
+    signature: Signature
+    params: Sequence[torch.Tensor]
+    states: Sequence[dict[str, torch.Tensor]]
 
-def _flat_names(states: Sequence[dict[str, Any]], signature: Signature) -> list[Role]:
-    """Roles of the placeholders in the order of ``_stand_ins``."""
-    count = len(states)
-    roles = [Role("param", i) for i in range(count)] + [Role("grad", i) for i in range(count)]
-    roles += [Role("state", i, key) for i, s in enumerate(states) for key in s]
-    return roles + [Role("hyper", 0, key) for key, _, _ in signature.tensors]
+    def roles(self) -> list[Role]:
+        """What ``run`` takes: parameters, gradients, states, and the hyperparameters that are tensors."""
+        count = range(len(self.params))
+        roles = [Role("param", i) for i in count] + [Role("grad", i) for i in count]
+        roles += [Role("state", i, key) for i in count for key in self.states[i]]
+        return roles + [Role("hyper", 0, key) for key, _, _ in self.signature.tensors]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """A tensor for each of ``roles``."""
+        held = [torch.empty(shape, dtype=dtype) for _, dtype, shape in self.signature.tensors]
+        return [*self.params, *map(torch.empty_like, self.params), *(t for s in self.states for t in s.values()), *held]
+
+    def run(self, flat: Sequence[torch.Tensor], values: dict[Key, Any]) -> None:
+        """Run the stock step of a shallow clone on ``flat`` and numeric hyperparameters; raises MakesState if it makes or drops
+        state (a first step)."""
+        given = dict(zip(self.roles(), flat))
+        params = [given[Role("param", i)] for i in range(len(self.params))]
+        states = [{key: given[Role("state", i, key)] for key in state} for i, state in enumerate(self.states)]
+        held = {key: given[Role("hyper", 0, key)] for key, _, _ in self.signature.tensors}
+        for i, param in enumerate(params):
+            param.grad = given[Role("grad", i)]
+        clone: Any = copy.copy(self.opt)
+        clone.param_groups = [{**_settings(self.group, {**values, **held}, self.signature), "params": params}]
+        clone.state = {param: dict(state) for param, state in zip(params, states)}
+        unhooked_step(self.opt)(clone)
+        for param, before in zip(params, states):
+            after = {k for k, v in clone.state[param].items() if v is not None}
+            if after != set(before):
+                raise MakesState(f"its step makes state {sorted(after ^ set(before))}")
 
 
 def _make_fx(
@@ -294,38 +305,18 @@ def _traced(graph: fx.Graph, branches: Sequence[fx.Node], outcomes: Sequence[boo
     return gm
 
 
-def _stand_ins(params: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], signature: Signature) -> list[torch.Tensor]:
-    """The tensors to trace with: parameters, gradients, states, tensor hyperparameters."""
-    held = [torch.empty(shape, dtype=dtype) for _, dtype, shape in signature.tensors]
-    return [*params, *(torch.empty_like(p) for p in params), *(t for s in states for t in s.values()), *held]
-
-
-def _trace_with_symbols(
-    opt: torch.optim.Optimizer,
-    group: dict[str, Any],
-    params: Sequence[torch.Tensor],
-    states: Sequence[dict[str, Any]],
-    signature: Signature,
-    script: Sequence[bool],
-) -> fx.GraphModule:
+def _trace_with_symbols(case: _Case, script: Sequence[bool]) -> fx.GraphModule:
     """Hyperparameters as symbolic doubles: ``t.item()`` of a fake 0-dim tensor."""
-    step = unhooked_step(opt)
+    roles, numeric = case.roles(), case.signature.numeric
 
-    def fn(*flat: Any) -> None:
-        ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
-        states_in = [{key: rest.pop(0) for key in s} for s in states]
-        values = {key: rest.pop(0) for key, _, _ in signature.tensors}
-        for (key, positive), tensor in zip(signature.numeric, rest):
-            values[key] = symbolic_float(tensor, positive)
-        with symbolic_numbers(opt):
-            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, values, signature))
+    def fn(*flat: torch.Tensor) -> None:
+        values = {key: symbolic_float(tensor, positive) for (key, positive), tensor in zip(numeric, flat[len(roles) :])}
+        with symbolic_numbers(case.opt):
+            case.run(flat, values)
 
-    count = len(params)
-    hypers = [torch.empty((), dtype=torch.float64) for _ in signature.numeric]
-    roles = _flat_names(states, signature)
-    roles += [Role("hyper", 0, key) for key, _ in signature.numeric]
-    found = _make_fx(fn, [*_stand_ins(params, states, signature), *hypers], roles, script)
-    _hypers_as_floats(found, {key for key, _ in signature.numeric})
+    hypers = [torch.empty((), dtype=torch.float64) for _ in numeric]
+    found = _make_fx(fn, [*case.tensors(), *hypers], [*roles, *(Role("hyper", 0, key) for key, _ in numeric)], script)
+    _hypers_as_floats(found, {key for key, _ in numeric})
     try:
         branches = [branch_node(found.graph, expression, found.symbols) for expression, _ in found.branches]
     except KeyError:  # a number that only the branch used
@@ -345,32 +336,18 @@ def _hypers_as_floats(found: FakeTrace, numeric: set[Key]) -> None:
             found.graph.erase_node(read)
 
 
-def _trace_with_sentinels(
-    opt: torch.optim.Optimizer,
-    group: dict[str, Any],
-    params: Sequence[torch.Tensor],
-    states: Sequence[dict[str, Any]],
-    signature: Signature,
-) -> fx.GraphModule:
+def _trace_with_sentinels(case: _Case) -> fx.GraphModule:
     """Hyperparameters as two sets of made-up values; where the two traces differ, a hyperparameter stands."""
-    step, keys = unhooked_step(opt), [key for key, _ in signature.numeric]
 
     def traced(values: dict[Key, float]) -> fx.Graph:
-        def fn(*flat: Any) -> None:
-            ps, gs, rest = flat[:count], flat[count : 2 * count], list(flat[2 * count :])
-            states_in = [{key: rest.pop(0) for key in s} for s in states]
-            held = {key: rest.pop(0) for key, _, _ in signature.tensors}
-            _run_clone(opt, step, list(ps), gs, states_in, _settings(group, {**values, **held}, signature))
-
-        found = _make_fx(fn, _stand_ins(params, states, signature), _flat_names(states, signature))
+        found = _make_fx(lambda *flat: case.run(flat, values), case.tensors(), case.roles())
         if found.branches:
             raise NotTraceable("a fused step branches on a step count")
         return found.graph
 
-    count = len(params)
-    signs = [-1.0 if positive is False else 1.0 for _, positive in signature.numeric]
-    one = {key: sign * (0.1037 + 0.0291 * i) for i, (key, sign) in enumerate(zip(keys, signs))}
-    two = {key: sign * (0.2113 + 0.0173 * i) for i, (key, sign) in enumerate(zip(keys, signs))}
+    signs = {key: -1.0 if positive is False else 1.0 for key, positive in case.signature.numeric}
+    one = {key: sign * (0.1037 + 0.0291 * i) for i, (key, sign) in enumerate(signs.items())}
+    two = {key: sign * (0.2113 + 0.0173 * i) for i, (key, sign) in enumerate(signs.items())}
     graph = traced(one)
     replace_sentinels(graph, traced(two), one, two)
     return _traced(graph, (), ())

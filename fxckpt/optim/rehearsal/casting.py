@@ -13,12 +13,13 @@ import torch.fx as fx
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import Signature
+from fxckpt.optim.bound_param import BoundParam
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Role
 from fxckpt.optim.rehearsal.stand_in import Hole, Ref, StandIn
 from fxckpt.optim.scalar_group import ScalarGroup
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Cast(ScalarGroup):
@@ -26,8 +27,9 @@ class Cast(ScalarGroup):
 
     def __init__(self, index: int, role: Role, program: Program):
         super().__init__(index, role.part.first, program)
-        self.role, self.members = role, role.part.members
-        self.columns = {key: [m.state[key] for m in self.members] for key in role.counts}
+        self.role: Role = role
+        self.members: list[BoundParam] = role.part.members
+        self.columns: dict[str, list[Any]] = {key: [m.state[key] for m in self.members] for key in role.counts}
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns this step's numbers."""

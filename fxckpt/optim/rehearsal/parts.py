@@ -77,7 +77,7 @@ class Partition:
             places[member.group] += 1
         return list(parts.values())
 
-    def _kind(self, member: BoundParam) -> tuple:
+    def _kind(self, member: BoundParam) -> tuple[Any, ...]:
         """Two members of one kind may be one part: what the step's code can see of them is the same."""
         plain = tuple((key, type(value), value) for key, value in plain_state(member).items())
         return plain, _looks(member, True) if self.by_shape else _types(member)
@@ -117,7 +117,7 @@ def _refuse_aliases(members: Sequence[BoundParam]) -> None:
         raise NotTraceable("two of its tensors, states or gradients, are the same memory")
 
 
-def _types(member: BoundParam) -> tuple:
+def _types(member: BoundParam) -> tuple[Any, ...]:
     """All that the step's code can see of a member but shapes and values."""
     grad, param = member.param.grad, member.param
     states = tuple((k, t.dtype, str(t.device), t.requires_grad, is_count(k, t, param), t.dim() == 0) for k, t, _ in member.items)
@@ -125,7 +125,7 @@ def _types(member: BoundParam) -> tuple:
     return *seen, tuple(member.state), states
 
 
-def _looks(member: BoundParam, present: bool) -> tuple:
+def _looks(member: BoundParam, present: bool) -> tuple[Any, ...]:
     """All that a stand-in is made of."""
     grad = member.param.grad if present else None
     tensors = [t for t in (member.param, grad, *(t for _, t, _ in member.items)) if t is not None]

@@ -21,6 +21,8 @@ from fxckpt.graph.update.foreach import data_of
 from fxckpt.graph.update.trace import NotTraceable
 from fxckpt.optim.rehearsal.stand_in import Hole, Op, Ref, StandIn
 
+Args = tuple[Any, ...]
+
 _TOLD = (
     "dtype device layout grad grad_fn is_leaf requires_grad is_sparse is_sparse_csr is_cuda is_cpu is_mps is_xpu is_meta "
     "is_mkldnn is_quantized is_nested"
@@ -57,7 +59,7 @@ def _kinds(target: Any) -> tuple[dict[int | str, str], frozenset[int | str]]:
     return {key: str(a.type) for key, a in arguments}, frozenset(key for key, a in arguments if a.is_write)
 
 
-def _written(target: Any, args: tuple, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+def _written(target: Any, args: Args, kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """The tensors that an operator writes to."""
     written = _kinds(target)[1]
     return _tensors([value for key, value in [*enumerate(args), *kwargs.items()] if key in written])
@@ -70,8 +72,10 @@ class Recorder:
     def __init__(self, cast: Sequence[StandIn]):
         self.owner: dict[int, StandIn] = {each: stand_in for stand_in in cast for each in stand_in.names}
         self.host: dict[int, tuple[torch.Tensor, StandIn | None]] = {}  # tensors with values, and whose count they come from
-        self.peeked = self.sized = self.reads_data = False
-        self.operators = 0
+        self.peeked: bool = False
+        self.sized: bool = False
+        self.reads_data: Any = False
+        self.operators: int = 0
         self.refusal: NotTraceable | None = None  # kept, should the step catch it
 
     def add_count(self, tensor: torch.Tensor, owner: StandIn) -> None:
@@ -85,7 +89,7 @@ class Recorder:
 
     # -- calls --
 
-    def called(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def called(self, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         """One of PyTorch's Python functions, or an attribute of a tensor."""
         if not any(map(is_stand_in, _tensors((args, kwargs)))):
             return func(*args, **kwargs)
@@ -99,7 +103,7 @@ class Recorder:
 
     # -- operators --
 
-    def dispatched(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def dispatched(self, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         """One operator: computed where it is the host's, noted where it is a stand-in's."""
         if func.namespace == "prim":  # asked by stand-ins themselves: their device
             return _fake(func, args, kwargs)
@@ -133,7 +137,7 @@ class Recorder:
             raise self.refuse("it uses a tensor that no parameter of this step owns")
         return found
 
-    def _on_host(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _on_host(self, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         """Compute with counts and hyperparameters; only what this rehearsal made may change."""
         if any(id(t) not in self.host for t in _written(func, args, kwargs)):
             raise self.refuse(f"it changes a tensor that is no parameter's ({func})")
@@ -150,7 +154,7 @@ class Recorder:
             self.host.setdefault(id(tensor), (tensor, owner))
         return out
 
-    def _over_lists(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _over_lists(self, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         """A list kernel is one operator for each element of its lists."""
         length, outs = len(args[0]), []
         for index in range(length):
@@ -163,7 +167,7 @@ class Recorder:
             outs += list(out) if isinstance(out, (list, tuple)) else []
         return outs if func._schema.returns else None
 
-    def _body(self, owner: StandIn, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _body(self, owner: StandIn, func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
         if any(self._owner(t) is None for t in _written(func, args, kwargs)):
             raise self.refuse(f"a count or hyperparameter of it depends on the values of a tensor ({func})")
 
@@ -178,7 +182,7 @@ class Recorder:
 
         return self._noted(owner, func, args, kwargs, compute)
 
-    def _noted(self, owner: StandIn, func: Any, args: tuple, kwargs: dict[str, Any], compute: Callable[[], Any]) -> Any:
+    def _noted(self, owner: StandIn, func: Any, args: Args, kwargs: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """Put an operator on the owner's tape."""
         kinds = _kinds(func)[0]
         encoded = tuple(self._encode(a, kinds.get(i, ""), owner) for i, a in enumerate(args))
@@ -208,7 +212,7 @@ class Recorder:
         return Hole(None)
 
 
-def _fake(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _fake(func: Any, args: Args, kwargs: dict[str, Any]) -> Any:
     """What the operator would return, without memory."""
     with fake_mode():
         return func(*args, **kwargs)

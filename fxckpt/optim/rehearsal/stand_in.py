@@ -36,8 +36,8 @@ class Op(NamedTuple):
     """One operator of a tape; an argument is a Ref, a Hole, a tuple of them in place of a list, or a constant."""
 
     target: Any
-    args: tuple
-    kwargs: tuple
+    args: tuple[Any, ...]
+    kwargs: tuple[Any, ...]
 
 
 Tape = tuple[Op, ...]
@@ -51,13 +51,13 @@ class StandIn:
     """
 
     def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
-        self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
+        self.param: torch.nn.Parameter = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
         self.param.grad = None if grad is None else stand_in(grad)
-        self.tensors = {key: stand_in(value) for key, value in state.items()}
+        self.tensors: dict[str, torch.Tensor] = {key: stand_in(value) for key, value in state.items()}
         self.names: dict[int, Name] = {id(t): ("state", key) for key, t in self.tensors.items()}
         self.names |= {id(self.param): ("param", None), id(self.param.grad): ("grad", None)}
         self.noted: list[tuple[Op, Any, list[int]]] = []  # operator, what it returned, ids of its new tensors
-        self.at = 0
+        self.at: int = 0
         self.scalars: list[Any] = []
         self._tape: Tape | None = None
 

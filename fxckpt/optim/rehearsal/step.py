@@ -33,16 +33,20 @@ from fxckpt.optim.rehearsal.parts import Mask, Partition
 from fxckpt.optim.rehearsal.proofs import PROOFS, Proofs, compare_all
 from fxckpt.optim.strategy import Closure, EvaluatedClosure, OwnPart, own_step, whole_words
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class RehearsedStep:
     """Rehearses each step, and runs it split once that is proven; whole until then, or for good."""
 
     def __init__(self, opt: torch.optim.Optimizer, executor: Executor):
-        self.opt, self.executor = opt, executor
+        self.opt: torch.optim.Optimizer = opt
+        self.executor: Executor = executor
         self.whole: str | None = None
-        self.partition, self.stage, self.casting, self.proofs = Partition(opt), Stage(opt), Casting(opt), Proofs(opt)
+        self.partition: Partition = Partition(opt)
+        self.stage: Stage = Stage(opt)
+        self.casting: Casting = Casting(opt)
+        self.proofs: Proofs = Proofs(opt)
         self._excused: set[int] = set()  # parameters of which one step, which may be their first, could not be rehearsed
         self._closure_first: bool | None = None  # it calls its closure once, before all else
         self._pending: Found | None = None  # to be compared with the step that runs whole

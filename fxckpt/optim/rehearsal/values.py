@@ -43,8 +43,8 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple, collections.deque)):
         return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, float):
-        return a.hex() == b.hex()
-    return isinstance(a, (*ATOMS, set, frozenset, type(range(0)))) and a == b
+        return bool(a.hex() == b.hex())
+    return isinstance(a, (*ATOMS, set, frozenset, type(range(0)))) and bool(a == b)
 
 
 def is_plain(value: Any) -> bool:
