@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -450,7 +451,7 @@ def run_cases(name: str, device: torch.device, folder: Path, todo: dict[str, Cas
             continue
         store = folder / "store"
         store.mkdir(exist_ok=True)
-        report.part(found, case, lambda f=function, s=store, t=min(left * 0.5, 12.0): f(training, s, t))
+        report.part(found, case, partial(function, training, store, min(left * 0.5, 12.0)))
         with contextlib.suppress(Exception):
             training.plain()
         shutil.rmtree(store, ignore_errors=True)
@@ -528,7 +529,7 @@ def everything(args: argparse.Namespace, device: torch.device, folder: Path, rep
     for index, (worth, run) in enumerate(parts):
         now = time.monotonic()
         share = worth / sum(w for w, _ in parts[index:])
-        report.part({}, f"part {index + 1}", lambda r=run, until=now + max(end - now, 0) * share: r(until))
+        report.part(numbers.setdefault("parts", {}), str(index + 1), partial(run, now + max(end - now, 0) * share))
         if device.type == "cuda":
             torch.cuda.empty_cache()
 

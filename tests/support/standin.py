@@ -101,9 +101,13 @@ def watch_runtime(patch: pytest.MonkeyPatch, driver: FakeDriver) -> None:
             driver.library.fake_runtime_wait()
 
     empty = torch.empty
+
+    def unpinned(*sizes: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        return empty(*sizes, **options)
+
     patch.setattr(torch.cuda, "Event", Event)
     patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    patch.setattr(torch, "empty", lambda *sizes, pin_memory=False, **options: empty(*sizes, **options))
+    patch.setattr(torch, "empty", unpinned)
 
 
 @pytest.fixture(scope="module")
