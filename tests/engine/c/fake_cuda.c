@@ -127,8 +127,12 @@ static bool no_host_pointers[DEVICES], one_queue, copying, held;
 static unsigned delay_us;
 static int violations, devices = 2, pending_ops;
 static char report[512];
-static _Thread_local int stack[STACK], depth;
-static _Thread_local bool relaxed; /* calls here are allowed while another thread captures a graph */
+
+/* Of each thread. In the thread's static block: what a sanitizer believes to know of blocks of libraries that are opened late
+ * depends on the heap, and ends it where it is wrong. */
+#define PER_THREAD static _Thread_local __attribute__((tls_model("initial-exec")))
+PER_THREAD int stack[STACK], depth;
+PER_THREAD bool relaxed; /* calls here are allowed while another thread captures a graph */
 static bool capturing;
 
 /* ---- bookkeeping; lock held ---- */
