@@ -21,7 +21,7 @@ C_CHECK := -std=c11 -D_GNU_SOURCE -Wall -Wextra -Werror -Icsrc -fsyntax-only
 demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 # Here a warning of the C compiler is an error; at users', whose compilers may be newer, it is not.
-test: export FXCKPT_WERROR ?= 1
+test lint: export FXCKPT_WERROR ?= 1
 
 demo: $(ENGINE)
 	@$(PY) examples/demo.py $(ARGS)
