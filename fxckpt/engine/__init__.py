@@ -3,6 +3,7 @@
 engine.py      Engine: threads and buffers; begins checkpoints, fences layers
 plan.py        Plan, Sources: where tensors lie in files, and in memory
 checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
+fetch.py       Fetch: one value of a CUDA device on its way to the host
 reading.py     read_verified: reads them back, checked
 ring.py        the memory that a trainer shares with its monitor
 checksum.py    crc32c
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fxckpt.engine.checkpoint import Checkpoint
     from fxckpt.engine.checksum import crc32c
     from fxckpt.engine.engine import Engine, EngineStatistics
+    from fxckpt.engine.fetch import Fetch
     from fxckpt.engine.plan import Plan, Sources
     from fxckpt.engine.reading import read_verified
 
@@ -34,11 +36,12 @@ _HOME = {
     "Plan": "plan",
     "Sources": "plan",
     "Checkpoint": "checkpoint",
+    "Fetch": "fetch",
     "read_verified": "reading",
     "crc32c": "checksum",
 }
 
-__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "crc32c", "io", "read_verified"]
+__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Plan", "Sources", "crc32c", "io", "read_verified"]
 
 
 def __getattr__(name: str) -> object:
