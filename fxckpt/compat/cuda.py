@@ -1,6 +1,7 @@
-"""CUDA: which device a tensor lies on, which stream that device trains on, and values that are still being computed there.
+"""CUDA: which device a tensor lies on, which stream that device trains on, and whether a graph is being captured.
 
-The copies themselves are the engine's; this is the seam for tests, too.
+Copies and waits are the engine's: in its threads, and in the committer's, torch's CUDA runtime is not called. This is the seam
+for tests, too.
 
 Nothing here is imported or initialised unless a tensor of the run lies on a device.
 """
@@ -8,7 +9,7 @@ Nothing here is imported or initialised unless a tensor of the run lies on a dev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -46,20 +47,6 @@ class Devices:
     def capturing(self) -> bool:
         """Is a CUDA graph being captured on the current stream?"""
         return torch.cuda.is_current_stream_capturing()
-
-    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start copying to the host, in order on the current stream; the result waits, and gives the host tensor."""
-        with torch.cuda.device(tensor.device):
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            host.copy_(tensor.detach(), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-
-        def wait() -> torch.Tensor:
-            event.synchronize()
-            return host
-
-        return wait
 
 
 def check(tensor: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 engine.py      Engine: threads and buffers; begins checkpoints, fences layers
 plan.py        Plan, Sources: where tensors lie in files, and in memory
 checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
+fetch.py       Fetch: one value of a CUDA device on its way to the host
 reading.py     read_verified: reads them back, checked; crc32c
 ring.py        the memory that a trainer shares with its monitor
 io.py          the table of file operations
@@ -15,7 +16,10 @@ from fxckpt.engine import io
 from fxckpt.engine._lib import SLICE, Streams
 from fxckpt.engine.checkpoint import Checkpoint
 from fxckpt.engine.engine import Engine, EngineStatistics
+from fxckpt.engine.fetch import Fetch
 from fxckpt.engine.plan import Plan, Sources
 from fxckpt.engine.reading import crc32c, read_verified
 
-__all__ = ["SLICE", "Checkpoint", "Engine", "EngineStatistics", "Plan", "Sources", "Streams", "crc32c", "io", "read_verified"]
+__all__ = [
+    "SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Plan", "Sources", "Streams", "crc32c", "io", "read_verified",
+]  # fmt: skip

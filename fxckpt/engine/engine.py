@@ -14,6 +14,7 @@ from typing import Any, TypedDict
 
 from fxckpt.engine._lib import Lib, Streams, failure, in_slices, load, stream_array
 from fxckpt.engine.checkpoint import Checkpoint
+from fxckpt.engine.fetch import Fetch
 from fxckpt.engine.plan import Placed, Plan
 from fxckpt.errors import Cancelled, SetupError
 
@@ -58,7 +59,7 @@ class Engine:
         self.chunk_bytes: int = chunk_bytes
         self.staging_bytes: int = staging_bytes
         self.memory_bytes: int = threads * chunk_bytes + staging_bytes // chunk_bytes * chunk_bytes
-        self._said_buffered = False
+        self._said_buffered = self._said_unbatched = False
         self._devices: set[int] = set()
         options = ffi.new("struct fx_options *", (threads, chunk_bytes, staging_bytes, mock, direct))
         out, error = ffi.new("struct fx_engine **"), ffi.new("struct fx_error *")
@@ -104,13 +105,23 @@ class Engine:
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
         if lib.fx_begin(self._pointer, plan._pointer, ffi.new("char *[]", paths), has, crcs, out, error):
             raise failure(ffi, error)
-        if not self._said_buffered and self.buffered:
+        self._say_what_is_slow()
+        return Checkpoint(self, plan, out[0])
+
+    def _say_what_is_slow(self) -> None:
+        found = self._statistics()
+        if found.unbatched_devices and not self._said_unbatched:
+            self._said_unbatched = True
+            log.warning(
+                "The CUDA driver refused to make copies in batches: from here on they are made one by one, which is slower for "
+                "models of many small tensors. Nothing else changes. FXCKPT_CUDA_BATCH=0 never asks for batches."
+            )
+        if found.buffered_files and not self._said_buffered:
             self._said_buffered = True
             log.warning(
                 "This file system refuses O_DIRECT: checkpoints go through the page cache, which is slower and costs memory "
                 "bandwidth. Nothing else changes."
             )
-        return Checkpoint(self, plan, out[0])
 
     @property
     def buffered(self) -> bool:
@@ -148,6 +159,11 @@ class Engine:
             why = f"{operation}: {what or os.strerror(error.err)}. Set FXCKPT_DISABLE=1 to run without checkpoints."
             raise SetupError(f"CUDA device {ordinal} cannot be checkpointed: {why}")
         self._devices.add(ordinal)
+
+    def fetch(self, address: int, nbytes: int, device: int, stream: int) -> Fetch:
+        """Starts to copy memory of an open CUDA device to the host, in order on its ``stream``: what is there after the work
+        that is in it now. Raises nothing; what the driver refused is raised where the value is read."""
+        return Fetch(self._pointer, address, nbytes, (device, stream))
 
     def _statistics(self) -> Any:
         found = self._ffi.new("struct fx_statistics *")

@@ -71,7 +71,7 @@ class Capture:
             before = set(tensors)
             found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
             for key in set(tensors) - before:
-                tensors[key] = self._emitter.devices.later(buffer)
+                tensors[key] = self._emitter.later(buffer)
         return found
 
     # -- when it closes ----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 
 from fxckpt.errors import FxckptError
+from fxckpt.optim.stepper import Stepper
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
 from fxckpt.run.clock import RunStatus, StepClock
@@ -34,9 +35,18 @@ class Closing:
     def gradient_arrived(self, index: int) -> None:
         """The next backward has begun: what the step before it left is complete."""
         self._saver.trainer.progress_ticks += 1
+        stepper = self._arrangement.steppers[index]
+        if not stepper.accumulated or (self.open is not None and not self._clock.in_iteration):
+            self._backward_began(stepper)
+
+    def _backward_began(self, stepper: Stepper) -> None:
+        """A backward that is captured as a CUDA graph leaves no gradient: its replays do, and the step closes at the next
+        ``opt.step()``. To read ``extra=`` objects inside the capture would break it."""
+        if self._emitter.ordinals and self._emitter.devices.capturing():
+            return
         if self.open is not None and not self._clock.in_iteration:
             self.close_step(in_backward=True)
-        self._arrangement.steppers[index].accumulated = True
+        stepper.accumulated = True
 
     def take(self, pending: InFlight) -> None:
         """All layers of this checkpoint were emitted: what is captured at the end of ``opt.step()`` is taken now, and the

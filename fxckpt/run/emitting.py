@@ -129,6 +129,21 @@ class Emitter:
         """The stream that each device trains on now."""
         return self.devices.streams(self.ordinals) if self.ordinals else {}
 
+    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The value that a tensor on a device has after what was put into its stream so far. The result waits for it, in any
+        thread, and gives a tensor in host memory."""
+        source = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        shape, dtype = source.shape, source.dtype
+        [(ordinal, stream)] = self.devices.streams(self.devices.all_of([tensor])).items()
+        fetch = self.engine.fetch(source.data_ptr(), source.nbytes, ordinal, stream)
+
+        def value() -> torch.Tensor:
+            host = torch.empty(shape, dtype=dtype, device="cpu")
+            fetch.read_into(host.data_ptr())
+            return host
+
+        return value
+
     def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""
         return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None

@@ -164,7 +164,8 @@ class Stepping:
             if leads:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
-                self._clock.applied.add(emitter.devices.later(found) if emitter.is_remote(found) else None)
+                skipped = emitter.later(found) if emitter.is_remote(found) and not self._status.stopped else None
+                self._clock.applied.add(skipped)
             if pending is not None:
                 self._emit_rest(pending, stepper if emitted else None)
         finally:
