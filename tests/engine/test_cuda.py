@@ -175,7 +175,7 @@ def test_a_backward_that_is_captured_leaves_the_step_open(tmp_path, device):
     x, y = next(training.loader)
     device.is_capturing = True
     cross_entropy(training.forward(x), y).backward()
-    assert extra.read_in_capture == 0 and training.opt.ckpt._run.closing.is_open
+    assert extra.read_in_capture == 0 and training.opt.ckpt._run.closing.open is not None
     device.is_capturing = False
     extra.value = 5  # what changes between the steps is the checkpoint's of step 2
     training.opt.step()  # after a replay
