@@ -23,7 +23,8 @@ from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import Record, TensorRecord, decode_state
+from fxckpt.store.record import Record, TensorRecord
+from fxckpt.store.typed_json import decode_state
 
 HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
 

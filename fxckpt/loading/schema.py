@@ -18,7 +18,8 @@ from fxckpt.saving.inventory import TORCH_DTYPES
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
 from fxckpt.store.names import OPTIMIZER, state_key
 from fxckpt.store.raw import Tensor
-from fxckpt.store.record import Record, TensorRecord, decode_state
+from fxckpt.store.record import Record, TensorRecord
+from fxckpt.store.typed_json import decode_state
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Is a value that nobody has vouched for what it should be? Small tests, and tests made of tests.
 
-A test takes a value as ``parse_json`` or ``decode_state`` made it and says yes or no. ``need`` and ``members`` turn a no into
-``Malformed`` with words for it; whoever reads a file turns that into ``Corrupt`` with the file's name.
+``need`` and ``members`` turn a no into ``Malformed``; whoever reads a file turns that into ``Corrupt`` with the file's name.
 """
 
 from __future__ import annotations
@@ -34,9 +33,6 @@ def members(value: Any, checks: Mapping[str, Check], what: str) -> dict[str, Any
     return value
 
 
-# ---- tests of tests ----
-
-
 def optional(check: Check) -> Check:
     """None, or what ``check`` wants."""
     return lambda value: value is None or check(value)
@@ -59,9 +55,6 @@ def has(checks: Mapping[str, Check], perhaps: Mapping[str, Check] | None = None)
                           and all(check(value[key]) for key, check in every.items() if key in value))  # fmt: skip
 
 
-# ---- tests ----
-
-
 def is_anything(value: Any) -> bool:
     """For what is looked at later, or by nobody."""
     return True
@@ -73,8 +66,7 @@ def is_str(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """A str that JSON, file systems and safetensors can hold: not one with surrogates, two of which JSON joins into one
-    character."""
+    """A str that JSON, file systems and safetensors can hold: without surrogates, two of which JSON joins into one character."""
     if type(value) is not str:
         return False
     try:
@@ -95,7 +87,6 @@ def is_number(value: Any) -> bool:
 
 
 is_counts: Check = list_of(is_count)
-"""A list of counts."""
 
 
 def is_shape(value: Any) -> bool:

@@ -14,13 +14,8 @@ from fxckpt.store.record import FORMAT, Record
 from fxckpt.store.safe_json import parse_json
 
 _STORE_BYTES = 1 << 16  # store.json has under a hundred
-_TOLERATED = frozenset({".gitkeep", ".gitignore", "lost+found"})  # in a directory that otherwise counts as empty
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a store could have an entry of this name."""
-    fixed = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY} | _TOLERATED
-    return name in fixed or names.step_of(name) is not None or names.slot_number(name) is not None
+_FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY}
+_TOLERATED = {".gitkeep", ".gitignore", "lost+found"}  # in a directory that otherwise counts as empty
 
 
 def read_store_id(root: str) -> str | None:
@@ -47,7 +42,8 @@ def check_store(root: str) -> None:
         raise NotAStore(f"{root} is not a directory")
     if not os.path.exists(root) or read_store_id(root) is not None:
         return
-    foreign = sorted(name for name in os.listdir(root) if not _is_ours(name))
+    others = set(os.listdir(root)) - _FIXED - _TOLERATED
+    foreign = sorted(name for name in others if names.step_of(name) is None and names.slot_number(name) is None)
     if foreign:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
         raise NotAStore(
@@ -62,8 +58,7 @@ def identify(root: str, records: Sequence[Record]) -> str:
     if found is None:
         # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
         sync_ancestors(root)
-        newest = max(records, key=lambda record: record.generation, default=None)
-        found = newest.store_id if newest else uuid.uuid4().hex
+        found = max(records, key=lambda record: record.generation).store_id if records else uuid.uuid4().hex
         content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
         # Not made durable: if it is lost, the id is taken from a record.
         replace_file(os.path.join(root, names.STORE), content.encode(), durable=False)

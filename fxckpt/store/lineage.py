@@ -34,8 +34,8 @@ class Lineage:
         return self._origins.get(generation)
 
     def note(self, record: Record, alive: set[int]) -> None:
-        """What a checkpoint that continues this one has to know. A named save changes nothing for the ordinary ones:
-        somebody may remove it. ``alive``: generations of the checkpoints that are there."""
+        """What a checkpoint that continues this one has to know; ``alive`` are the generations that are there. A named save
+        changes nothing for the ordinary ones: somebody may remove it."""
         own = (record.step, record.time)
         self._origins[record.generation] = own if record.name is None else self._origins.get(record.parent)
         alive = alive | set(self._parents) | {record.generation}

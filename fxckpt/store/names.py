@@ -72,7 +72,7 @@ def subdirectories(path: str) -> list[str]:
 
 
 def committed(root: str) -> list[str]:
-    """Paths of all checkpoint directories of the store, those with names included, whatever is in them."""
+    """Paths of all checkpoint directories of the store, named ones too, whatever is in them."""
     steps = [os.path.join(root, name) for name in subdirectories(root) if step_of(name) is not None]
     named = os.path.join(root, NAMED)
     return steps + [os.path.join(named, name) for name in subdirectories(named) if not name.endswith((PARTIAL, BAD))]

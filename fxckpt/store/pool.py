@@ -79,10 +79,8 @@ class Pool:
     # ---- space ----
 
     def reserve(self, files: Mapping[str, int]) -> None:
-        """Make all slots that may exist, and have the file system set blocks aside for their files (name: bytes).
-
-        Raises ``NoSpace``; what was made for it is removed then.
-        """
+        """Make all slots that may exist, and have the file system set blocks aside for their files (name: bytes). Raises
+        ``NoSpace``; what was made for it is removed then."""
         with self.moves:
             with self.mutex:
                 before = list(self._free)
@@ -125,8 +123,7 @@ class Pool:
     def take(self) -> Slot:
         """A slot to write in. Raises ``StoreError`` if ``max_async`` are in flight, ``SaveFailed``."""
         with self.mutex:
-            in_flight = sum(slot.name is None for slot in self._busy)
-            if in_flight >= self.max_async:
+            if (in_flight := self._in_flight()) >= self.max_async:
                 raise StoreError(f"{in_flight} checkpoints are in flight; commit or abandon one first")
         if (slot := self._take_free()) is not None:
             return slot
@@ -135,10 +132,9 @@ class Pool:
             if (slot := self._take_free()) is not None:
                 return slot
             try:
-                slot = self.make_slot()
+                return self.occupy(self.make_slot())
             except OSError as error:
                 raise SaveFailed("mkdir", os.fsdecode(error.filename), None, error.errno) from error
-            return self.occupy(slot)
 
     def _take_free(self) -> Slot | None:
         """A free slot, occupied; those whose directory somebody removed are forgotten."""
@@ -146,7 +142,9 @@ class Pool:
             while self._free:
                 slot = self._free.pop(0)  # the one that readers had the longest time to leave
                 if os.path.isdir(slot.path):
-                    return self._occupy(slot)
+                    slot.begin()
+                    self._busy.add(slot)
+                    return slot
                 log.warning("%s is gone: somebody removed it. Another one is made", slot.path)
                 self._numbers.discard(slot.number)
         return None
@@ -162,13 +160,9 @@ class Pool:
             self.moves.release()
 
     def occupy(self, slot: Slot) -> Slot:
-        """A slot that is not of the pool, for a named save, is being written."""
+        """A new slot is being written."""
         with self.mutex:
-            return self._occupy(slot)
-
-    def _occupy(self, slot: Slot) -> Slot:
-        self._busy.add(slot)
-        slot.begin()
+            self._busy.add(slot)
         return slot
 
     def is_busy(self, slot: Slot) -> bool:
@@ -202,10 +196,7 @@ class Pool:
         return number
 
     def _make_room(self) -> None:
-        """Free a slot if as many exist as may.
-
-        If that hangs on checkpoints of an earlier life whose worth nobody knows, they are read to find out.
-        """
+        """Free a slot if as many exist as may. Checkpoints of an earlier life are read if it hangs on their worth."""
         if self._condemned > self.keep + self.max_async:
             raise StoreError(
                 f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the "
@@ -235,8 +226,11 @@ class Pool:
     def _count(self) -> int:
         """Slots that exist, those beyond ``keep`` apart."""
         with self.mutex:
-            busy = sum(slot.name is None for slot in self._busy)
-            return len(self._free) + len(self._ordinary()) + busy
+            return len(self._free) + len(self._ordinary()) + self._in_flight()
+
+    def _in_flight(self) -> int:
+        """Slots that are being written, named saves apart; ``mutex`` is held."""
+        return sum(slot.name is None for slot in self._busy)
 
     def _standings(self) -> dict[Slot, CheckpointStatus]:
         """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
@@ -251,15 +245,9 @@ class Pool:
         apart = {id(each) for each in beyond(list(known.values()), self.keep, self.lineage, self.pinned)}
         return [slot for slot, each in known.items() if id(each) not in apart]
 
-    def _exceeds(self) -> bool:
-        """Whether more than ``keep`` checkpoints exist, those beyond it apart."""
-        with self.mutex:
-            return len(self._ordinary()) > self.keep
-
     def generations(self) -> set[int]:
-        """Of the committed ones."""
-        with self.mutex:
-            return {known.generation for known in self._committed.values()}
+        """Of the committed ones; ``mutex`` is held."""
+        return {known.generation for known in self._committed.values()}
 
     # ---- busy → committed → free ----
 
@@ -277,7 +265,7 @@ class Pool:
     def retain(self) -> None:
         """Give up what is more than ``keep``, and remove free slots beyond the limit. No failure here raises."""
         while self._exceeds() and self._give_up_one():
-            pass
+            continue
         while self._count() > self.keep + self.max_async:
             with self.mutex:
                 if not self._free:
@@ -285,8 +273,12 @@ class Pool:
                 slot = self._free.pop()
             self.remove(slot)
         with self.mutex:
-            alive = {known.generation for known in self._committed.values()}
-            self.lineage.intersection_update(alive | {max(self.lineage, default=0)})
+            self.lineage.intersection_update(self.generations() | {max(self.lineage, default=0)})
+
+    def _exceeds(self) -> bool:
+        """Whether more than ``keep`` checkpoints exist, those beyond it apart."""
+        with self.mutex:
+            return len(self._ordinary()) > self.keep
 
     def _give_up_one(self) -> bool:
         """Turn one checkpoint into a free slot (or a bad one, if the disk refuses); False if none may go."""

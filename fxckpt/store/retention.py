@@ -13,14 +13,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from fxckpt.errors import SetupError
+from fxckpt.store.checks import is_number
 
 GOOD, UNKNOWN, BAD = "good", "unknown", "bad"
 MIN, MAX = "min", "max"
 STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
-
 
 KeepBest = str | tuple[str, str] | None
 """As users give it: a metric of which less is better, or (metric, "min" or "max")."""
@@ -42,12 +41,12 @@ class Policy:
     def __post_init__(self) -> None:
         if self.every is not None and (type(self.every) is not int or self.every < 1):
             raise SetupError(f"keep_every={self.every!r}: expected a whole number of steps >= 1, or None")
-        if self.minutes is not None and not (_is_number(self.minutes) and self.minutes > 0):
+        if self.minutes is not None and not (is_number(self.minutes) and self.minutes > 0):
             raise SetupError(f"keep_minutes={self.minutes!r}: expected a number of minutes above 0, or None")
 
     @classmethod
     def make(cls, keep: int, keep_every: int | None, keep_minutes: float | None, keep_best: KeepBest) -> Policy:
-        """From the options as users give them: ``keep_best`` is a metric of which less is better, or (metric, "max")."""
+        """From the options as users give them."""
         best = (keep_best, MIN) if isinstance(keep_best, str) else None if keep_best is None else keep_best
         if best is not None:
             pair = isinstance(best, (tuple, list)) and len(best) == 2 and all(isinstance(each, str) for each in best)
@@ -62,9 +61,8 @@ class Policy:
     def lasting(self, before: tuple[int, float] | None, step: int, time: float) -> str | None:
         """Whether a checkpoint of ``step`` and ``time`` (seconds since 1970) is kept for good, and why.
 
-        It is the first one behind a multiple of ``every`` steps or of ``minutes``, ``before`` being the step and time
-        of the checkpoint it continues: so the decision needs no memory but that one's record, in any life and on any
-        branch, and a step whose checkpoint failed or was not due is made up for by the next.
+        It is the first one behind a multiple of ``every`` steps or of ``minutes``, ``before`` being the step and time of
+        the checkpoint it continues: so one that failed or was not due is made up for by the next, in any life and branch.
         """
         then_step, then = before or (0, time)
         if self.every is not None and step // self.every > then_step // self.every:
@@ -81,10 +79,6 @@ class Policy:
         return value if self.best[1] == MIN else -value
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 @dataclass(frozen=True)
 class CheckpointStatus:
     """What is known of one committed checkpoint. ``generation`` is -1 when its record cannot be read.
@@ -99,9 +93,10 @@ class CheckpointStatus:
     score: float | None = None
 
 
-def surplus(
-    checkpoints: Sequence[CheckpointStatus], keep: int, lineage: Collection[int], pinned: int | None
-) -> CheckpointStatus | None:
+Statuses = Sequence[CheckpointStatus]
+
+
+def surplus(checkpoints: Statuses, keep: int, lineage: Collection[int], pinned: int | None) -> CheckpointStatus | None:
     """The checkpoint to give up first, or None if none may be.
 
     Bad ones go first, then abandoned ones (of a branch that a rollback left: not in ``lineage``), then the oldest.
@@ -109,8 +104,8 @@ def surplus(
     that was loaded, does not go, nor do those ``beyond`` keep.
     """
     good = sum(each.trust == GOOD for each in checkpoints)
-    stay = {each.generation for each in (*newest(checkpoints, keep, lineage, pinned),
-                                         *beyond(checkpoints, keep, lineage, pinned))}  # fmt: skip
+    kept = newest(checkpoints, keep, lineage, pinned) + beyond(checkpoints, keep, lineage, pinned)
+    stay = {each.generation for each in kept}
     for each in sorted(checkpoints, key=lambda c: (c.trust != BAD, c.generation in lineage, c.generation)):
         if pinned is not None and each.generation == pinned:
             continue
@@ -119,22 +114,15 @@ def surplus(
     return None
 
 
-def newest(
-    checkpoints: Sequence[CheckpointStatus], keep: int, lineage: Collection[int], pinned: int | None
-) -> list[CheckpointStatus]:
+def newest(checkpoints: Statuses, keep: int, lineage: Collection[int], pinned: int | None) -> list[CheckpointStatus]:
     """The ``keep`` good ones that stay: the one that was loaded, then those not abandoned, then the newest."""
     good = [each for each in checkpoints if each.trust == GOOD]
     return sorted(good, key=lambda c: (c.generation == pinned, c.generation in lineage, c.generation))[-keep:]
 
 
-def beyond(
-    checkpoints: Sequence[CheckpointStatus], keep: int, lineage: Collection[int], pinned: int | None
-) -> list[CheckpointStatus]:
-    """Those that stay though they are not among the ``newest``: kept for good, or the best.
-
-    Abandoned ones too: a rollback does not make a better checkpoint worse. Of equals the older one is the best, so that
-    it does not change hands for nothing. What does not verify is worth nothing.
-    """
+def beyond(checkpoints: Statuses, keep: int, lineage: Collection[int], pinned: int | None) -> list[CheckpointStatus]:
+    """Those that stay though they are not among the ``newest``: kept for good, or the best (of equals the older one).
+    Abandoned ones too: a rollback does not make a better checkpoint worse."""
     whole = [each for each in checkpoints if each.trust != BAD]
     scored = [each for each in whole if each.score is not None]
     best = min(scored, key=lambda c: (c.score, c.generation), default=None)
@@ -143,17 +131,10 @@ def beyond(
 
 
 def excess(
-    checkpoints: Sequence[CheckpointStatus],
-    keep: int,
-    lineage: Collection[int],
-    pinned: int | None,
-    examine: Callable[[CheckpointStatus], str],
+    checkpoints: Statuses, keep: int, lineage: Collection[int], pinned: int | None, examine: Callable[[CheckpointStatus], str]
 ) -> list[CheckpointStatus]:
-    """All that can be given up until ``keep`` are left beside those beyond it, in order.
-
-    ``examine`` reads a checkpoint of unknown worth and returns what it is: asked, newest first, only when the decision
-    hangs on it.
-    """
+    """All that can be given up until ``keep`` are left beside those beyond it, in order. ``examine`` reads a checkpoint of
+    unknown worth and returns what it is: asked, newest first, only when the decision hangs on it."""
     gone, left = [], list(checkpoints)
     while len(left) - len(apart := beyond(left, keep, lineage, pinned)) > keep:
         chosen = surplus(left, keep, lineage, pinned)
@@ -171,11 +152,8 @@ def excess(
 
 
 def ancestors(parents: Mapping[int, int | None], generation: int) -> set[int]:
-    """``generation`` and those it was trained on from, as far back as ``parents`` tells.
-
-    Past a gap (a parent that is gone) everything counts as abandoned; that changes no decision, because whatever lies
-    behind the gap is older than all before it and would go first anyway.
-    """
+    """``generation`` and those it was trained on from, as far back as ``parents`` tells. Past a gap (a parent that is gone)
+    all counts as abandoned; it is older than all before the gap and would go first anyway."""
     line: set[int] = set()
     at: int | None = generation
     while at is not None and at not in line:

@@ -37,7 +37,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(text: str) -> Any:
-    """Refuse ``NaN`` and ``Infinity``, which are not JSON."""
+    """Refuse ``NaN`` and ``Infinity``."""
     raise ValueError(f"{text} is not JSON")
 
 

@@ -66,6 +66,7 @@ class Store:
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root: str = os.path.abspath(os.fspath(directory))
+        self._named = os.path.join(self.root, names.NAMED)
         self.fresh: bool = fresh
         self.store_id: str = ""
         check_store(self.root)
@@ -74,7 +75,7 @@ class Store:
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
-        self._loaded, self._found = False, 0
+        self._loaded, self._found = False, 0  # whether load was asked, and how many checkpoints an earlier life left
 
     # ---- opening ----
 
@@ -106,13 +107,12 @@ class Store:
     def _sync_what_is_there(self) -> None:
         """Edge O: make the names durable that an earlier life was killed behind, before they are relied on.
 
-        It may have renamed a checkpoint to ``slot-K.partial`` and not have synced that: rewriting the slot would be
-        rewriting the checkpoint, as a power cut can still bring its name back. And what is loaded stays loadable.
+        It may have renamed a checkpoint to ``slot-K.partial`` and not have synced that: a power cut could bring its name
+        back over a slot that is being rewritten. And what is loaded stays loadable.
         """
         io.fsync_dir(self.root)
-        named = os.path.join(self.root, names.NAMED)
-        if os.path.isdir(named):
-            io.fsync_dir(named)
+        if os.path.isdir(self._named):
+            io.fsync_dir(self._named)
 
     def _read_records(self) -> dict[str, Record | None]:
         """The record of each checkpoint directory; None where it is damaged."""
@@ -137,10 +137,9 @@ class Store:
                 log.warning("%s is of another store: it can be loaded, and is never given up", path)
             elif os.path.dirname(path) == self.root:
                 self._pool.adopt_checkpoint(path, self._standing(record, UNKNOWN))
-        named = os.path.join(self.root, names.NAMED)
-        for name in names.subdirectories(named):
+        for name in names.subdirectories(self._named):
             if name.endswith(names.PARTIAL):  # a named save that never was
-                remove_tree(os.path.join(named, name))
+                remove_tree(os.path.join(self._named, name))
         self._pool.since = self._lineage.newest if self.fresh else 0
 
     def _standing(self, record: Record | None, trust: str) -> CheckpointStatus:
@@ -186,8 +185,8 @@ class Store:
     def mark_loaded(self, generation: int | None) -> None:
         """What comes next continues this checkpoint, which was verified; None: there was none to load.
 
-        It stays until a newer one is committed. Later ones of the store, if any, count as abandoned from now on.
-        Commit or abandon what is in flight first; a slot that was acquired and not begun may be kept.
+        It stays until a newer one is committed; later ones of the store count as abandoned from now on. Nothing may be in
+        flight; a slot that was acquired and not begun may be kept.
         """
         with self._pool.mutex:
             self._loaded = True
@@ -214,8 +213,8 @@ class Store:
     def acquire(self, name: str | None = None) -> Slot:
         """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own.
 
-        Raises ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if
-        ``max_async`` are in flight already, ``SaveFailed``.
+        Raises ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if ``max_async``
+        are in flight already, ``SaveFailed``.
         """
         self._check_open()
         self.require_loaded()
@@ -237,13 +236,12 @@ class Store:
     def _take_named(self, name: str) -> Slot:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
         names.check_name(name)
-        directory = os.path.join(self.root, names.NAMED)
-        slot = Slot(os.path.join(directory, name + names.PARTIAL), None, name)
+        slot = Slot(os.path.join(self._named, name + names.PARTIAL), None, name)
         with self._pool.holding(), slot.reporting():
-            if os.path.lexists(os.path.join(directory, name)) or self._pool.is_saving(name):
-                raise SetupError(f"{directory} has a checkpoint {name!r} already: take another name, or remove it")
-            if not os.path.isdir(directory):
-                io.mkdir(directory, 0o755)
+            if os.path.lexists(os.path.join(self._named, name)) or self._pool.is_saving(name):
+                raise SetupError(f"{self._named} has a checkpoint {name!r} already: take another name, or remove it")
+            if not os.path.isdir(self._named):
+                io.mkdir(self._named, 0o755)
             # Edge N. Each time: one that was made may not have been synced, and without that a power cut loses every
             # named save in it.
             io.fsync_dir(self.root)
@@ -270,7 +268,8 @@ class Store:
                 self._publish(slot, record)
             self._pool.committed(slot, self._standing(record, GOOD))
             self._pool.retain()
-            self._lineage.note(record, self._pool.generations())
+            with self._pool.mutex:
+                self._lineage.note(record, self._pool.generations())
             return Path(slot.path)
 
     def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
@@ -279,15 +278,9 @@ class Store:
         # A named save is kept anyway, by its name.
         lasting = None if slot.name is not None else self._policy.lasting(self._lineage.origin(parent), record.step, record.time)
         return dataclasses.replace(
-            record,
-            store_id=self.store_id,
-            generation=slot.generation,
-            parent=parent,
-            files=(*record.files, extra),
-            name=slot.name,
-            lasting=lasting,
-            best_by=self._policy.best,
-        )
+            record, store_id=self.store_id, generation=slot.generation, parent=parent, name=slot.name,
+            files=(*record.files, extra), lasting=lasting, best_by=self._policy.best,
+        )  # fmt: skip
 
     def _seal(self, slot: Slot, record: Record) -> None:
         """Step 3: from here the directory describes itself."""
@@ -308,7 +301,7 @@ class Store:
     def _publish(self, slot: Slot, record: Record) -> None:
         """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
         if slot.name is not None:
-            final = os.path.join(self.root, names.NAMED, slot.name)
+            final = os.path.join(self._named, slot.name)
         else:
             final = os.path.join(self.root, names.step_name(record.step))
             if os.path.lexists(final):  # an earlier life, or a branch that was rolled back, came past this step
@@ -348,29 +341,26 @@ class Store:
     def abandon(self, slot: Slot, *, bad: bool) -> None:
         """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises.
 
-        ``bad`` after EIO or a failed sync: the kernel may have dropped what it could not write, and reading can
-        show what is not on the disk, so the directory is renamed ``.bad`` and never used again.
+        ``bad`` after EIO or a failed sync: the kernel may have dropped what it could not write, and reading can show what
+        is not on the disk, so the directory is renamed ``.bad`` and never used again.
         """
         self._check_owner()
         try:
             with self._pool.holding():
-                self._abandon(slot, bad)
+                if not self._pool.release(slot):
+                    return
+                slot.forget()
+                if slot.target is not None and not os.path.lexists(slot.path):
+                    slot.path = slot.target  # interrupted just behind the rename
+                slot.target = None
+                if bad or slot.suspect:
+                    self._pool.condemn(slot)
+                elif slot.name is not None:
+                    self._pool.remove(slot)
+                else:
+                    self._pool.recycle(slot)
         except StoreError as error:  # it stays as it is, a .partial that this process does not use again
             log.error("%s is not given back: %s", slot.path, error)
-
-    def _abandon(self, slot: Slot, bad: bool) -> None:
-        """``moves`` is held."""
-        if self._pool.release(slot):
-            slot.forget()
-            if slot.target is not None and not os.path.lexists(slot.path):
-                slot.path = slot.target  # interrupted just behind the rename
-            slot.target = None
-            if bad or slot.suspect:
-                self._pool.condemn(slot)
-            elif slot.name is not None:
-                self._pool.remove(slot)
-            else:
-                self._pool.recycle(slot)
 
     def close(self) -> None:
         """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child.
