@@ -77,9 +77,6 @@ def findings(directory: str | None) -> Iterator[Finding]:
     yield _store(directory)
 
 
-# ---- the machine ----
-
-
 def _python() -> Finding:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.release()} on {platform.machine()}"
     return Finding("system", GOOD if sys.platform == "linux" else WRONG, system + f", {os.cpu_count()} processors")
@@ -114,11 +111,10 @@ def _compiler() -> Finding:
 
 def _shared_memory() -> Finding:
     try:
-        found = os.statvfs("/dev/shm")
+        free, total = common.space("/dev/shm")
     except OSError as error:
         return Finding("/dev/shm", NOTE, f"not there: {error.strerror}")
-    return Finding("/dev/shm", GOOD, f"{common.human(found.f_bavail * found.f_frsize)} of "
-                                     f"{common.human(found.f_blocks * found.f_frsize)} free")  # fmt: skip
+    return Finding("/dev/shm", GOOD, f"{common.human(free)} of {common.human(total)} free")
 
 
 def _cuda() -> Finding:
@@ -141,16 +137,12 @@ def _device_name(cuda: ctypes.CDLL, index: int) -> str:
     return name.value.decode(errors="replace")
 
 
-# ---- the disk ----
-
-
 def _space(there: str) -> Finding:
-    found = os.statvfs(there)
-    free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-    detail = f"{common.human(free)} of {common.human(total)} free on {there}"
-    if found.f_flag & os.ST_RDONLY:
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
         return Finding("space", WRONG, f"{there} is mounted read-only")
-    return Finding("space", NOTE if free < total / 20 else GOOD, detail)
+    free, total = common.space(there)
+    verdict = NOTE if free < total / 20 else GOOD
+    return Finding("space", verdict, f"{common.human(free)} of {common.human(total)} free on {there}")
 
 
 def _direct(folder: str) -> Finding:
@@ -182,8 +174,8 @@ def _lease(folder: str) -> Finding:
 
 def _sync(folder: str) -> Finding:
     """The median of a few syncs of a small file."""
-    path, times = os.path.join(folder, "sync"), []
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    times = []
+    fd = os.open(os.path.join(folder, "sync"), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         for _ in range(5):
             begun = time.perf_counter()

@@ -38,13 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=sorted(_FORMATS), required=True, help="what to write")
     parser.add_argument("--which", metavar="WHICH", help=common.WHICH)
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state too (torch, dcp)")
-    parser.add_argument(
-        "--shard",
-        type=common.amount,
-        default=5 * 10**9,
-        metavar="SIZE",
-        help="safetensors: begin a new file after so many bytes (default: 5GB)",
-    )
+    shard = "safetensors: begin a new file after so many bytes (default: 5GB)"
+    parser.add_argument("--shard", type=common.amount, default=5 * 10**9, metavar="SIZE", help=shard)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -66,7 +61,10 @@ def run(args: argparse.Namespace) -> int:
         os.rename(partial, args.out)
         io.fsync_dir(parent)
     except BaseException:
-        _remove(partial)
+        if os.path.isdir(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif os.path.lexists(partial):
+            os.unlink(partial)
         raise
     found = {"out": os.path.abspath(args.out), "format": args.format, "step": reader.record.step, "from": str(reader.path),
              "tensors": source.count, "nbytes": source.nbytes}  # fmt: skip
@@ -99,23 +97,14 @@ def _sync(path: str) -> None:
         io.fsync(fd)
 
 
-def _remove(path: str) -> None:
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        os.unlink(path)
-
-
 class Source:
     """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
 
     def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
-        self.reader: Reader = reader
         self.record: Record = reader.record
-        self._held, self._progress = held, progress
+        self._reader, self._held, self._progress = reader, held, progress
         self.count: int = 0
         self.nbytes: int = 0
-        self._state: Any = None
 
     def pieces(self, tensor: TensorRecord) -> Iterator[bytes]:
         """The bytes of a tensor, some at a time."""
@@ -136,43 +125,35 @@ class Source:
             return torch.empty(record.shape, dtype=dtype)
         return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(record.shape)
 
-    def decoded(self, value: Any) -> Any:
-        """An encoded value of the record."""
-        if self._state is None:
-            self._state = self.reader.state_tensors()
-        return decode_state(value, self._state)
-
     def model(self) -> dict[str, Any]:
         """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""
         found = {record.key: self.tensor(record) for record in self.record.tensors(MODEL)}
         found |= {alias: found[name] for alias, name in self.record.ties.items() if name in found}
-        for name, state in self.decoded(self.record.state)["early"]["modules"].items():
+        extra = decode_state(self.record.state, self._reader.state_tensors())
+        for name, state in extra["early"]["modules"].items():
             found[f"{name}._extra_state" if name else "_extra_state"] = state
         return found
 
     def optimizers(self) -> list[dict[str, Any]]:
         """For each optimizer its groups (parameters by name) and its state by parameter's name."""
         places = {record.key: record for record in self.record.tensors(OPTIMIZER)}
-        return [self._optimizer(index, saved, places) for index, saved in enumerate(self.decoded(self.record.optimizers))]
-
-    def _optimizer(self, index: int, saved: Mapping[str, Any], places: Mapping[str, TensorRecord]) -> dict[str, Any]:
-        states: dict[str, dict[str, Any]] = {}
-        for name, described in saved["state"].items():
-            states[name] = {}
-            for key in described["keys"]:
-                place = places.get(state_key(index, key, name))
-                states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
-        groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
-        return {"state": states, "param_groups": groups}
+        found = []
+        for index, saved in enumerate(decode_state(self.record.optimizers, self._reader.state_tensors())):
+            states: dict[str, dict[str, Any]] = {name: {} for name in saved["state"]}
+            for name, described in saved["state"].items():
+                for key in described["keys"]:
+                    place = places.get(state_key(index, key, name))
+                    states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
+            groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
+            found.append({"state": states, "param_groups": groups})
+        return found
 
     def _state_tensor(self, place: TensorRecord, key: str, described: Mapping[str, Any]) -> Any:
+        """One tensor of an optimizer's state."""
         import torch
 
         tensor = self.tensor(place)
         return torch.view_as_complex(tensor) if key in described["complex"] else tensor
-
-
-# ---- formats ----
 
 
 def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
@@ -185,14 +166,14 @@ def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
         torch.save(model, path)
         return
     optimizers = [_by_number(each) for each in source.optimizers()]
-    torch.save({"model": model, "optimizer": optimizers[0] if len(optimizers) == 1 else optimizers,
-                "step": source.record.step}, path)  # fmt: skip
+    optimizer = optimizers[0] if len(optimizers) == 1 else optimizers
+    torch.save({"model": model, "optimizer": optimizer, "step": source.record.step}, path)
 
 
 def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
     """torch numbers the parameters of an optimizer's state dict, over all groups."""
-    numbers = {name: number for number, name in enumerate(
-        name for group in optimizer["param_groups"] for name in group["params"])}  # fmt: skip
+    parameters = [name for group in optimizer["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(parameters)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]]
     return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
 

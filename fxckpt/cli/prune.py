@@ -8,6 +8,7 @@ trainer runs it stops with exit status 5, and the trainer prunes by itself. --dr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 from collections.abc import Sequence
@@ -89,64 +90,55 @@ class Stock:
     def __init__(self, directory: str, keep: int, best: str | None, lasting: bool):
         self._keep, self._root = keep, os.path.abspath(directory)
         self.verified: int = 0
-        found = [each for each in common.look(directory) if self._is_ours(each)]
+        own = read_store_id(self._root)
+        # Named saves, and what another store wrote, are not ours to give up.
+        found = [each for each in common.look(directory) if os.path.dirname(common.path_of(each)) == self._root
+                 and (isinstance(each, Corrupt) or own in (None, each.record.store_id))]  # fmt: skip
         records = [each.record for each in found if isinstance(each, Candidate)]
         policy = _policy(keep, best, records)
         self._parents = {record.generation: record.parent for record in records}
-        self._standings: dict[str, CheckpointStatus] = {}
-        for each in found:
-            if isinstance(each, Corrupt):
-                self._standings[common.path_of(each)] = CheckpointStatus(-1, None, BAD)
-                continue
-            record = each.record
-            self._standings[common.path_of(each)] = CheckpointStatus(record.generation, record.parent, UNKNOWN,
-                                                       record.lasting is not None and not lasting,
-                                                       policy.score(record.metrics))  # fmt: skip
-
-    def _is_ours(self, each: Candidate | Corrupt) -> bool:
-        """Named saves, and what another store wrote, are not ours to give up."""
-        if os.path.dirname(common.path_of(each)) != self._root:
-            return False
-        own = read_store_id(self._root)
-        return isinstance(each, Corrupt) or own in (None, each.record.store_id)
+        self._paths: dict[int, str] = {}
+        self._known: dict[int, CheckpointStatus] = {}
+        for number, each in enumerate(found, -len(found)):
+            known = CheckpointStatus(number, None, BAD)  # a damaged record: told apart by a number below 0
+            if isinstance(each, Candidate):
+                record, kept = each.record, each.record.lasting is not None and not lasting
+                score = policy.score(record.metrics)
+                known = CheckpointStatus(record.generation, record.parent, UNKNOWN, kept, score)
+            self._paths[known.generation] = common.path_of(each)
+            self._known[known.generation] = known
 
     def excess(self) -> list[tuple[str, str]]:
         """(path, why) of what goes. Raises Corrupt if nothing verifies: then nothing is given up."""
         newest = self._newest_good()
         if newest is None:
-            if self._standings:
+            if self._known:
                 raise Corrupt(self._root, "no checkpoint verifies, so none is removed")
             return []
         lineage = ancestors(self._parents, newest)
-        there = list(self._standings.values())
-        gone = excess(there, self._keep, lineage, newest, self._examine)
-        damaged = {id(known): path for path, known in self._standings.items()}  # these share the generation -1
-        whole = {known.generation: path for path, known in self._standings.items()}
-        return [(damaged[id(each)] if each.generation < 0 else whole[each.generation], self._why(each, lineage)) for each in gone]
+        out = []
+        for each in excess(list(self._known.values()), self._keep, lineage, newest, self._examine):
+            why = "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
+            out.append((self._paths[each.generation], why))
+        return out
 
     def _newest_good(self) -> int | None:
         """The generation of the newest one that verifies; what is found on the way is noted."""
-        for path, known in sorted(self._standings.items(), key=lambda item: item[1].generation, reverse=True):
+        for generation, known in sorted(self._known.items(), reverse=True):
             if known.trust != BAD:
-                trust = self._examine(known)
-                self._standings[path] = CheckpointStatus(known.generation, known.parent, trust, known.lasting, known.score)
-                if trust == GOOD:
-                    return known.generation
+                self._known[generation] = dataclasses.replace(known, trust=self._examine(known))
+                if self._known[generation].trust == GOOD:
+                    return generation
         return None
 
     def _examine(self, known: CheckpointStatus) -> str:
         """Read it."""
-        path = next(path for path, each in self._standings.items() if each.generation == known.generation)
         self.verified += 1
         try:
-            common.verify(path)
+            common.verify(self._paths[known.generation])
         except Corrupt:
             return BAD
         return GOOD
-
-    @staticmethod
-    def _why(each: CheckpointStatus, lineage: set[int]) -> str:
-        return "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
 
 
 def _policy(keep: int, best: str | None, records: Sequence[Any]) -> Policy:

@@ -39,20 +39,16 @@ def _chosen(args: argparse.Namespace) -> list[str | Corrupt]:
     return [each if isinstance(each, Corrupt) else str(each.path) for each in reversed(common.look(args.dir))]
 
 
-def _verify(chosen: str | Corrupt) -> dict:
+def _verify(chosen: str | Corrupt) -> dict[str, Any]:
     """The verdict on one checkpoint: good, damaged, or gone."""
-    if isinstance(chosen, Corrupt):
-        return _result(os.path.dirname(chosen.path), chosen)
+    path = os.path.dirname(chosen.path) if isinstance(chosen, Corrupt) else chosen
     try:
-        common.verify(chosen)
-        return _result(chosen, None)
-    except (Corrupt, NoCheckpoint) as error:
-        return _result(chosen, error)
-
-
-def _result(path: str, error: Exception | None) -> dict:
-    verdict = "good" if error is None else "damaged" if isinstance(error, Corrupt) else "gone"
-    found: dict[str, Any] = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
-    if isinstance(error, Corrupt):
-        found |= {"file": os.path.basename(error.path), "layer": error.layer, "offset": error.offset, "reason": error.reason}
-    return found
+        if isinstance(chosen, Corrupt):
+            raise chosen
+        common.verify(path)
+        return {"path": path, "verdict": "good", "detail": None}
+    except NoCheckpoint as error:
+        return {"path": path, "verdict": "gone", "detail": str(error)}
+    except Corrupt as error:
+        return {"path": path, "verdict": "damaged", "detail": str(error), "file": os.path.basename(error.path),
+                "layer": error.layer, "offset": error.offset, "reason": error.reason}  # fmt: skip
