@@ -32,7 +32,7 @@ COMMITS = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="a directory on the disk, for instance that of the store")
-    size = {"type": common.amount, "metavar": "SIZE"}
+    size: dict[str, Any] = {"type": common.amount, "metavar": "SIZE"}
     parser.add_argument("--size", **size, default=256 << 20, help="bytes to write each time (default: 256MiB)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to overwrite (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="writer threads (default: 2)")
