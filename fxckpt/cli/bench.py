@@ -67,16 +67,13 @@ def measure(directory: str, nbytes: int, seconds: float, threads: int, chunk: in
     if free < nbytes + (64 << 20):
         needed = f"{common.human(nbytes)} and 64 MB more are needed: use a smaller --size"
         raise SetupError(f"{directory} has {common.human(free)} left; {needed}")
-    folder = tempfile.mkdtemp(prefix=".fxckpt-bench-", dir=directory)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".fxckpt-bench-", dir=directory, ignore_cleanup_errors=True) as folder:
         return _measure(folder, nbytes, seconds, threads, chunk)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int) -> dict[str, Any]:
     """Bytes per second, and seconds of a commit."""
-    from fxckpt.engine import Engine, Sources
+    from fxckpt.engine import Engine, Sources, read_verified
 
     data = np.random.default_rng(0).integers(0, 256, nbytes - BLOCK, np.uint8)  # nothing that a disk can compress
     engine = Engine(threads=threads, chunk_bytes=chunk, staging_bytes=0)
@@ -101,7 +98,11 @@ def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int)
             while len(overwrites) < ROUNDS or time.perf_counter() - begun < seconds:
                 overwrites.append(write()[0])
                 progress.advance(int(100 * nbytes / overwrites[-1]))
-        reads = [_read(os.path.join(folder, "data"), nbytes, chunk, crcs, threads) for _ in range(ROUNDS)]
+        path, reads = os.path.join(folder, "data"), []
+        for _ in range(ROUNDS):
+            begun = time.perf_counter()
+            read_verified(path, nbytes=nbytes, chunk_bytes=chunk, crcs=crcs, targets=[], threads=threads)
+            reads.append(nbytes / (time.perf_counter() - begun))
         commits = [_commit(folder) for _ in range(COMMITS)]
         return {
             "nbytes": nbytes, "o_direct": not engine.buffered, "write_new_bytes_per_second": fresh,
@@ -112,15 +113,6 @@ def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int)
         }  # fmt: skip
     finally:
         engine.close()
-
-
-def _read(path: str, nbytes: int, chunk: int, crcs: list[int], threads: int) -> float:
-    """Bytes per second of a verified read."""
-    from fxckpt.engine import read_verified
-
-    begun = time.perf_counter()
-    read_verified(path, nbytes=nbytes, chunk_bytes=chunk, crcs=crcs, targets=[], threads=threads)
-    return nbytes / (time.perf_counter() - begun)
 
 
 def _commit(folder: str) -> float:

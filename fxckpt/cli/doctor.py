@@ -68,12 +68,9 @@ def findings(directory: str | None) -> Iterator[Finding]:
     if not os.access(there, os.W_OK):
         yield Finding("writing", WRONG, f"no permission to write in {there}")
         return
-    folder = tempfile.mkdtemp(prefix=".fxckpt-doctor-", dir=there)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".fxckpt-doctor-", dir=there, ignore_cleanup_errors=True) as folder:
         for probe in (_direct, _lease, _sync):
             yield probe(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     yield _store(directory)
 
 
@@ -118,7 +115,7 @@ def _shared_memory() -> Finding:
 
 
 def _cuda() -> Finding:
-    """Ask the driver, as the engine would: no torch, no toolkit."""
+    """Ask the driver, as the engine would."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -127,14 +124,12 @@ def _cuda() -> Finding:
     status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
         return Finding("CUDA", NOTE, f"a driver, but no device (CUresult {status})")
-    return Finding("CUDA", GOOD, ", ".join(_device_name(cuda, i) for i in range(count.value)))
-
-
-def _device_name(cuda: ctypes.CDLL, index: int) -> str:
-    device, name = ctypes.c_int(0), ctypes.create_string_buffer(100)
-    if cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetName(name, 100, device):
-        return f"device {index}"
-    return name.value.decode(errors="replace")
+    found = []
+    for index in range(count.value):
+        device, name = ctypes.c_int(0), ctypes.create_string_buffer(100)
+        failed = cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetName(name, 100, device)
+        found.append(f"device {index}" if failed else name.value.decode(errors="replace"))
+    return Finding("CUDA", GOOD, ", ".join(found))
 
 
 def _space(there: str) -> Finding:

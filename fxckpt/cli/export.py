@@ -115,15 +115,14 @@ class Source:
             self._progress.advance(len(piece))
             yield piece
 
-    def tensor(self, record: TensorRecord) -> Any:
-        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers."""
+    def tensor(self, record: TensorRecord, is_complex: bool = False) -> Any:
+        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers; a state can be made complex."""
         import torch
 
-        raw = bytearray().join(self.pieces(record))
-        dtype = getattr(torch, DTYPES[record.dtype].torch)
-        if not raw:
-            return torch.empty(record.shape, dtype=dtype)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(record.shape)
+        tensor = torch.empty(record.shape, dtype=getattr(torch, DTYPES[record.dtype].torch))
+        if raw := bytearray().join(self.pieces(record)):
+            tensor = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype).reshape(record.shape)
+        return torch.view_as_complex(tensor) if is_complex else tensor
 
     def model(self) -> dict[str, Any]:
         """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""
@@ -143,17 +142,11 @@ class Source:
             for name, described in saved["state"].items():
                 for key in described["keys"]:
                     place = places.get(state_key(index, key, name))
-                    states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
+                    is_complex = key in described["complex"]
+                    states[name][key] = described["plain"][key] if place is None else self.tensor(place, is_complex)
             groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
             found.append({"state": states, "param_groups": groups})
         return found
-
-    def _state_tensor(self, place: TensorRecord, key: str, described: Mapping[str, Any]) -> Any:
-        """One tensor of an optimizer's state."""
-        import torch
-
-        tensor = self.tensor(place)
-        return torch.view_as_complex(tensor) if key in described["complex"] else tensor
 
 
 def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
@@ -198,12 +191,17 @@ def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(source, os.path.join(path, name), shard)
-        index |= {tensor.key: name for tensor in shard}
+        specs = [TensorSpec(tensor.key, tensor.dtype, tensor.shape, 0) for tensor in shard]
+        layout = lay_out(name, specs, {"format": "pt"})  # readers of Hugging Face want to be told that this is PyTorch's
+        by_key = {tensor.key: tensor for tensor in shard}
+        with open(os.path.join(path, name), "wb") as file:
+            file.write(layout.header)
+            for placed in layout.tensors:
+                file.writelines(source.pieces(by_key[placed.spec.key]))
+        index |= dict.fromkeys(by_key, name)
     content = {"metadata": {"total_size": source.nbytes}, "weight_map": dict(sorted(index.items()))}
-    with open(os.path.join(path, INDEX), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    with open(os.path.join(path, INDEX), "w", encoding="utf-8") as text:
+        text.write(json.dumps(content, indent=2) + "\n")
 
 
 def _shards(tensors: list[TensorRecord], limit: int) -> list[list[TensorRecord]]:
@@ -217,17 +215,6 @@ def _shards(tensors: list[TensorRecord], limit: int) -> list[list[TensorRecord]]
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
-
-
-def _write_shard(source: Source, path: str, tensors: list[TensorRecord]) -> None:
-    specs = [TensorSpec(tensor.key, tensor.dtype, tensor.shape, 0) for tensor in tensors]
-    # Readers of Hugging Face want to be told that this is PyTorch's.
-    layout = lay_out(os.path.basename(path), specs, {"format": "pt"})
-    by_key = {tensor.key: tensor for tensor in tensors}
-    with open(path, "wb") as file:
-        file.write(layout.header)
-        for placed in layout.tensors:
-            file.writelines(source.pieces(by_key[placed.spec.key]))
 
 
 _FORMATS = {"torch": _torch, "safetensors": _safetensors, "dcp": _dcp}

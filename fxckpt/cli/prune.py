@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from fxckpt.cli import common
@@ -54,8 +53,8 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     stock, going = _decide(args)
     slots = _with_suffix(args.dir, names.PARTIAL)
     bad = _with_suffix(args.dir, names.BAD) if args.bad else []
-    rows: list[dict[str, Any]] = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in
-            [*going, *((path, "waiting slot") for path in slots), *((path, "bad") for path in bad)]]  # fmt: skip
+    reasons = {**dict(going), **dict.fromkeys(slots, "waiting slot"), **dict.fromkeys(bad, "bad")}
+    rows: list[dict[str, Any]] = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in reasons.items()]
     if store is not None:
         store.discard([path for path, _ in going])
         for path in bad:
@@ -63,10 +62,14 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     left = [row for row in rows if store is not None and os.path.lexists(row["path"])]
     rows = [row for row in rows if row not in left]
     if args.json:
-        common.print_json({"removed": rows, "left": [row["path"] for row in left], "dry_run": args.dry_run,
-                           "verified": stock.verified})  # fmt: skip
+        remaining = [row["path"] for row in left]
+        common.print_json({"removed": rows, "left": remaining, "dry_run": args.dry_run, "verified": stock.verified})
     else:
-        _print(rows, args.dry_run)
+        for row in rows:
+            did = "would remove" if args.dry_run else "removed"
+            print(f"{did} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
+        total = common.human(sum(row["nbytes"] for row in rows))
+        print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
     for row in left:
         print(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
     return common.FAILED if left else common.OK
@@ -95,7 +98,10 @@ class Stock:
         found = [each for each in common.look(directory) if os.path.dirname(common.path_of(each)) == self._root
                  and (isinstance(each, Corrupt) or own in (None, each.record.store_id))]  # fmt: skip
         records = [each.record for each in found if isinstance(each, Candidate)]
-        policy = _policy(keep, best, records)
+        policy = Policy(keep, best=next((record.best_by for record in records), None))  # as the newest run kept its best
+        if best is not None:
+            metric, _, direction = best.partition(":")
+            policy = Policy.make(keep, None, None, None if best == "none" else (metric, direction or MIN))
         self._parents = {record.generation: record.parent for record in records}
         self._paths: dict[int, str] = {}
         self._known: dict[int, CheckpointStatus] = {}
@@ -141,16 +147,6 @@ class Stock:
         return GOOD
 
 
-def _policy(keep: int, best: str | None, records: Sequence[Any]) -> Policy:
-    """By the option, else by what the newest record says its run kept the best by."""
-    if best == "none":
-        return Policy(keep)
-    if best is not None:
-        metric, _, direction = best.partition(":")
-        return Policy.make(keep, None, None, (metric, direction or MIN))
-    return Policy(keep, best=next((record.best_by for record in records), None))
-
-
 def _with_suffix(directory: str, suffix: str) -> list[str]:
     return [os.path.join(os.path.abspath(directory), name) for name in names.subdirectories(directory)
             if name.endswith(suffix) and names.slot_number(name) is not None]  # fmt: skip
@@ -162,10 +158,3 @@ def _size(path: str) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file(follow_symlinks=False))
     except FileNotFoundError:
         return 0
-
-
-def _print(rows: list[dict], dry_run: bool) -> None:
-    for row in rows:
-        print(f"{'would remove' if dry_run else 'removed'} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
-    total = common.human(sum(row["nbytes"] for row in rows))
-    print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")

@@ -5,8 +5,7 @@ file                    owns
 ======================  ==================================================================================
 ``names``               what files, directories and keys are called
 ``dtypes``              types of elements: safetensors', torch's and numpy's names, sizes
-``checks``              is a value that nobody has vouched for what it should be
-``safe_json``           JSON from such a file, bounded
+``checks``              what nobody has vouched for: JSON, bounded, and whether values are what they should be
 ``raw``                 a tensor as bytes
 ``layout``              where each tensor lies in a safetensors file
 ``typed_json``          Python values as JSON that brings back exactly what it was given

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
+from fxckpt.store.checks import MAX_BYTES
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import FileRecord
-from fxckpt.store.safe_json import MAX_BYTES
 
 CHUNK_BYTES = 4 << 20
 """The unit of checksums in the files that the store writes itself."""

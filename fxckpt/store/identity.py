@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from fxckpt.errors import Corrupt, NotAStore
 from fxckpt.store import names
+from fxckpt.store.checks import parse_json
 from fxckpt.store.files import read_small, replace_file, sync_ancestors
 from fxckpt.store.record import FORMAT, Record
-from fxckpt.store.safe_json import parse_json
 
 _STORE_BYTES = 1 << 16  # store.json has under a hundred
 _FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY}

@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt, SetupError
-from fxckpt.store.checks import is_counts, is_shape
+from fxckpt.store.checks import is_counts, is_shape, parse_json
 from fxckpt.store.dtypes import DTYPES, item_size
-from fxckpt.store.safe_json import parse_json
 
 BLOCK = 4096
 """The size of every file is a multiple of this many bytes."""

@@ -33,11 +33,11 @@ from fxckpt.store.checks import (
     members,
     need,
     optional,
+    parse_json,
 )
 from fxckpt.store.dtypes import DTYPES, item_size
 from fxckpt.store.layout import BLOCK
 from fxckpt.store.retention import MAX, MIN, MINUTES, STEPS
-from fxckpt.store.safe_json import parse_json
 from fxckpt.store.typed_json import MAX_DEPTH, decode_state, encode_state
 
 FORMAT = 1

@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.errors import Corrupt, StateError
+from fxckpt.store.checks import depth_of
 from fxckpt.store.raw import raw_tensor
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
-from fxckpt.store.safe_json import depth_of
 from fxckpt.store.typed_json import decode_state, encode_state
 
 
