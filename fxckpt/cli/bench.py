@@ -132,11 +132,9 @@ def _commit(folder: str) -> float:
 
 
 def interval(disk: dict[str, Any], state: int, step: float) -> dict[str, Any]:
-    """What follows for a checkpoint of ``state`` bytes and a training step of ``step`` seconds.
-
-    The disk writes one checkpoint while the next steps run. A crash then loses at most the steps of two intervals: the one
-    that is being written, and the one that is being trained.
-    """
+    """What follows for a checkpoint of ``state`` bytes and a training step of ``step`` seconds. The disk writes one checkpoint
+    while the next steps run. A crash then loses at most the steps of two intervals: the one that is being written, and the one
+    that is being trained."""
     if step <= 0 or state <= 0:
         raise SetupError("--state and --step must be above 0")
     seconds = state / disk["overwrite_bytes_per_second"] + disk["commit_seconds"]

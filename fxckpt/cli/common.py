@@ -42,10 +42,8 @@ def is_checkpoint(directory: str) -> bool:
 
 
 def open_checkpoint(directory: str, which: str | None) -> Reader:
-    """The checkpoint that the command line names, its record verified. Raises NoCheckpoint, Corrupt, NotAStore.
-
-    The newest one of a store is the newest whose record verifies; anything else that is damaged raises.
-    """
+    """The checkpoint that the command line names, its record verified. Raises NoCheckpoint, Corrupt, NotAStore. The newest one
+    of a store is the newest whose record verifies; anything else that is damaged raises."""
     if is_checkpoint(directory):
         if which is not None:
             raise SetupError(f"{directory} is one checkpoint; name the store to choose {which!r} in it")

@@ -81,10 +81,8 @@ class StallDetector:
 
 
 class CommitLoop(Generic[F]):
-    """Does the work of each checkpoint that is put in, one after the other, on a thread of its own.
-
-    ``written`` changes with every byte that reaches the disk, ``stuck_after`` is in seconds.
-    """
+    """Does the work of each checkpoint that is put in, one after the other, on a thread of its own. ``written`` changes with
+    every byte that reaches the disk, ``stuck_after`` is in seconds."""
 
     def __init__(self, written: Callable[[], float], stuck_after: float = STUCK_AFTER):
         self.stuck_after = stuck_after

@@ -60,10 +60,8 @@ def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
 
 
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory.
-
-    Not ``durable``: a power cut may leave an empty or torn file under this name.
-    """
+    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory. Not
+    ``durable``: a power cut may leave an empty or torn file under this name."""
     temporary = path + names.TEMPORARY
     with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         io.pwrite(fd, data, 0)
@@ -110,11 +108,9 @@ def make_directories(path: str) -> None:
 
 
 def sync_ancestors(path: str) -> None:
-    """Make the names of ``path`` and of all directories above it durable, up to the mount point.
-
-    Syncing a directory covers what is in it, not its own name in its parent: without this a power cut could lose the
-    directory with everything synced in it. All of them, because an earlier life may have made some and been killed.
-    """
+    """Make the names of ``path`` and of all directories above it durable, up to the mount point. Syncing a directory covers what
+    is in it, not its own name in its parent: without this a power cut could lose the directory with everything synced in it. All
+    of them, because an earlier life may have made some and been killed."""
     device = os.stat(path).st_dev
     while (parent := os.path.dirname(path)) != path and os.stat(parent).st_dev == device:
         try:

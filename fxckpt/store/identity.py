@@ -33,11 +33,9 @@ def read_store_id(root: str) -> str | None:
 
 
 def check_store(root: str) -> None:
-    """Raise ``NotAStore`` if ``root`` is there and holds something else. Missing or empty is fine, damaged too.
-
-    A power cut may leave a store with any part of what it first writes, so without a readable ``store.json`` a store
-    is a directory in which every entry has a name that a store gives.
-    """
+    """Raise ``NotAStore`` if ``root`` is there and holds something else. Missing or empty is fine, damaged too. A power cut may
+    leave a store with any part of what it first writes, so without a readable ``store.json`` a store is a directory in which
+    every entry has a name that a store gives."""
     if os.path.lexists(root) and not os.path.isdir(root):
         raise NotAStore(f"{root} is not a directory")
     if not os.path.exists(root) or read_store_id(root) is not None:

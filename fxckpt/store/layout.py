@@ -1,10 +1,9 @@
 """Where each tensor lies in a safetensors file.
 
-A file is ``u64 header length | JSON header | data``. The header is padded with spaces so that the *whole file* is a
-whole number of 4096-byte blocks, which is what O_DIRECT writes; there are no holes and no trailing bytes. Its end is
-then aligned, its data's beginning is not. So tensors are ordered by item size, ascending, and by emit order within
-one size: everything behind a tensor has items at least as large, hence its distance from the aligned end is a
-multiple of its item size, and each tensor is aligned.
+A file is ``u64 header length | JSON header | data``. The header is padded with spaces so that the *whole file* is a whole number
+of 4096-byte blocks, which is what O_DIRECT writes; there are no holes and no trailing bytes. Its end is then aligned, its data's
+beginning is not. So tensors are ordered by item size, ascending, and by emit order within one size: everything behind a tensor
+has items at least as large, hence its distance from the aligned end is a multiple of its item size, and each tensor is aligned.
 
 The format: https://huggingface.co/docs/safetensors (README, "Format").
 """
@@ -108,10 +107,8 @@ def header_bytes(first8: bytes, nbytes: int, path: str) -> int:
 
 
 def parse_header(raw: bytes, nbytes: int, path: str = "") -> dict[str, Placed]:
-    """The tensors of a file of ``nbytes`` that begins with ``raw``, in ascending ``begin``; each one's ``layer`` is -1.
-
-    Strict: anything but a gapless cover of the data by well-formed entries raises ``Corrupt``.
-    """
+    """The tensors of a file of ``nbytes`` that begins with ``raw``, in ascending ``begin``; each one's ``layer`` is -1. Strict:
+    anything but a gapless cover of the data by well-formed entries raises ``Corrupt``."""
     end = header_bytes(raw, nbytes, path)
     if len(raw) < end or raw[8:9] != b"{":
         raise Corrupt(path, "the header is cut off or does not begin with '{'", offset=8)

@@ -25,8 +25,8 @@ class Lineage:
         self.newest += 1
         return self.newest
 
-    def of(self, generation: int) -> set[int]:
-        """This generation and those it was trained on from."""
+    def of(self, generation: int | None) -> set[int]:
+        """This generation and those it was trained on from; none for None."""
         return ancestors(self._parents, generation)
 
     def origin(self, generation: int | None) -> tuple[int, float] | None:

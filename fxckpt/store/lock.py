@@ -69,11 +69,9 @@ class DirectoryLock:
             io.pwrite(fd, self._note.encode(), 0)
 
     def renew(self) -> None:
-        """See that the lock is still what others find in this directory; take it again if somebody removed the file.
-
-        Raises ``StoreLocked`` if the file was replaced: then another store was begun here, in which we have no business.
-        ``OSError`` if the directory is not there.
-        """
+        """See that the lock is still what others find in this directory; take it again if somebody removed the file. Raises
+        ``StoreLocked`` if the file was replaced: then another store was begun here, in which we have no business. ``OSError`` if
+        the directory is not there."""
         with _guard:
             try:
                 found = os.stat(self._path)
@@ -82,9 +80,9 @@ class DirectoryLock:
                 return
             if (found.st_dev, found.st_ino) != self._key:
                 raise StoreLocked(
-                    f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) "
-                    "used it, and another run has begun a store there since: nothing more is written to it. "
-                    "Give this run a directory of its own and start it again"
+                    f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) used it, and "
+                    "another run has begun a store there since: nothing more is written to it. Give this run a directory of "
+                    "its own and start it again"
                 )
 
     def _take_again(self) -> None:

@@ -32,15 +32,14 @@ PATIENCE = 300.0
 
 
 class Pool:
-    """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart.
-
-    ``mutex`` guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames.
-    """
+    """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart. ``mutex``
+    guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames."""
 
     def __init__(self, root: str, keep: int, max_async: int):
         self.root: str = root
         self.keep: int = keep
         self.max_async: int = max_async
+        self.limit: int = keep + max_async  # slots, those beyond ``keep`` apart
         self.mutex: threading.Lock = threading.Lock()
         self.moves: threading.RLock = threading.RLock()
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
@@ -69,12 +68,14 @@ class Pool:
         """Take in a checkpoint; after ``adopt_slots``, which knows the numbers that are taken."""
         self._committed[Slot(path, self._new_number())] = known
 
-    def verified(self, generation: int) -> None:
-        """Every byte of this checkpoint was read and was right: it counts as good, if it is one that can be given up."""
-        with self.mutex:
-            for slot, known in self._committed.items():
-                if known.generation == generation:
-                    self._committed[slot] = dataclasses.replace(known, trust=GOOD)
+    def continue_from(self, generation: int | None, lineage: set[int]) -> None:
+        """What comes next continues this checkpoint, which was verified, or none; ``mutex`` is held."""
+        self.lineage, self.pinned = lineage, generation
+        if generation is not None:
+            self.since = 0  # not a new beginning after all
+        for slot, known in self._committed.items():
+            if known.generation == generation:
+                self._committed[slot] = dataclasses.replace(known, trust=GOOD)
 
     # ---- space ----
 
@@ -96,13 +97,13 @@ class Pool:
 
     def _reserve(self, files: Mapping[str, int]) -> None:
         """``moves`` is held."""
-        new = max(self.keep + self.max_async - self._count(), 0)
+        new = max(self.limit - self._count(), 0)
         lacking = sum(slot.lacks(files) for slot in self._free) + new * sum(files.values())
         margin = SMALL_FILES * (new + len(self._free)) if lacking else 0
         found = os.statvfs(self.root)
         free = found.f_bavail * found.f_frsize
         numbers = (
-            f"{self.keep + self.max_async} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
+            f"{self.limit} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
             f"max_async={self.max_async} being written) need {lacking + margin:,} bytes more in {self.root}, which has "
             f"{free:,} bytes free. Make room, lower keep or max_async, or name a directory on another disk"
         )
@@ -197,12 +198,10 @@ class Pool:
 
     def _make_room(self) -> None:
         """Free a slot if as many exist as may. Checkpoints of an earlier life are read if it hangs on their worth."""
-        if self._condemned > self.keep + self.max_async:
-            raise StoreError(
-                f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the "
-                "disk or its connection is failing. Replace it; remove them to get their space back"
-            )
-        while not self._free and self._count() >= self.keep + self.max_async:
+        if self._condemned > self.limit:
+            many = f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD})"
+            raise StoreError(f"{many}: the disk or its connection is failing. Replace it; remove them to get their space back")
+        while not self._free and self._count() >= self.limit:
             if self._give_up_one():
                 continue
             with self.mutex:
@@ -210,18 +209,14 @@ class Pool:
             if not unknown:
                 log.warning("%s: no checkpoint can be given up yet, so one more slot is made", self.root)
                 return
-            self._examine(max(unknown, key=lambda slot: self._committed[slot].generation))
-
-    def _examine(self, slot: Slot) -> None:
-        """Read a checkpoint of an earlier life to learn what it is worth."""
-        known, trust = self._committed[slot], GOOD
-        try:
-            Reader(slot.path).verify()
-        except (Corrupt, NoCheckpoint, OSError) as error:
-            log.warning("a checkpoint of an earlier run does not verify and is given up: %s", error)
-            trust = BAD
-        with self.mutex:
-            self._committed[slot] = dataclasses.replace(known, trust=trust)
+            slot, trust = max(unknown, key=lambda slot: self._committed[slot].generation), GOOD
+            try:
+                Reader(slot.path).verify()
+            except (Corrupt, NoCheckpoint, OSError) as error:
+                log.warning("a checkpoint of an earlier run does not verify and is given up: %s", error)
+                trust = BAD
+            with self.mutex:
+                self._committed[slot] = dataclasses.replace(self._committed[slot], trust=trust)
 
     def _count(self) -> int:
         """Slots that exist, those beyond ``keep`` apart."""
@@ -234,10 +229,11 @@ class Pool:
 
     def _standings(self) -> dict[Slot, CheckpointStatus]:
         """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
-        return {
-            slot: known if known.generation > self.since else dataclasses.replace(known, lasting=False, score=None)
-            for slot, known in self._committed.items()
-        }
+        found = dict(self._committed)
+        for slot, known in found.items():
+            if known.generation <= self.since:
+                found[slot] = dataclasses.replace(known, lasting=False, score=None)
+        return found
 
     def _ordinary(self) -> list[Slot]:
         """The committed slots that are not kept beyond ``keep``; ``mutex`` is held."""
@@ -266,7 +262,7 @@ class Pool:
         """Give up what is more than ``keep``, and remove free slots beyond the limit. No failure here raises."""
         while self._exceeds() and self._give_up_one():
             continue
-        while self._count() > self.keep + self.max_async:
+        while self._count() > self.limit:
             with self.mutex:
                 if not self._free:
                     break

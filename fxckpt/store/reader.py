@@ -70,10 +70,8 @@ def _commit_bytes(path: str) -> bytes:
 
 
 def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
-    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its name.
-
-    A directory that is missing or empty has none; one that holds something else raises ``NotAStore``.
-    """
+    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its name. A
+    directory that is missing or empty has none; one that holds something else raises ``NotAStore``."""
     root = os.path.abspath(directory)
     check_store(root)
     paths = names.committed(root)
@@ -159,10 +157,8 @@ def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo |
 
 
 class Reader:
-    """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``.
-
-    All that it returns was verified; after an error of ``read_into`` the targets hold a mixture.
-    """
+    """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``. All that
+    it returns was verified; after an error of ``read_into`` the targets hold a mixture."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path: Path = Path(os.path.abspath(path))
@@ -173,11 +169,9 @@ class Reader:
 
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:
-        """Descriptors of all files. For the time of the block nothing of this checkpoint changes or vanishes: a trainer
-        rewrites no file in place that somebody has open (``files.in_use``); it makes new ones, which takes it longer.
-
-        Raises ``NoCheckpoint`` if it was taken back already.
-        """
+        """Descriptors of all files. For the time of the block nothing of this checkpoint changes or vanishes: a trainer rewrites
+        no file in place that somebody has open (``files.in_use``); it makes new ones, which takes it longer. Raises
+        ``NoCheckpoint`` if it was taken back already."""
         with ExitStack() as stack:
             found = {}
             for file in self.record.files:
@@ -199,10 +193,8 @@ class Reader:
             self._read(file, [], progress)
 
     def read_into(self, targets: Mapping[tuple[str, str], Item], file: str | None = None) -> None:
-        """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None).
-
-        Every file (or the one named ``file``) is verified whole, with targets or without. Raises ``KeyError`` first.
-        """
+        """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None). Every file (or
+        the one named ``file``) is verified whole, with targets or without. Raises ``KeyError`` first."""
         places = {(tensor.file, tensor.key): tensor for tensor in self.record.tensors()}
         wanted: dict[str, list[Target]] = {}
         for place, target in targets.items():
@@ -260,7 +252,7 @@ class Reader:
                 raise Corrupt(self.path / file.name, differs)
 
     def _find(self) -> int | None:
-        """The inode that the path leads to now, or None."""
+        """The inode that the path leads to now, if any."""
         try:
             return os.stat(self.path).st_ino
         except FileNotFoundError:

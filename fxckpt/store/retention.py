@@ -27,11 +27,8 @@ KeepBest = str | tuple[str, str] | None
 
 @dataclass(frozen=True)
 class Policy:
-    """What is kept: the newest ``keep``; beyond them, for good, one for each ``every`` steps and one for each
-    ``minutes`` of the clock; and the best by a metric, ``best`` = (its name, "min" or "max").
-
-    Raises SetupError for what cannot be meant.
-    """
+    """What is kept: the newest ``keep``; beyond them, for good, one for each ``every`` steps and one for each ``minutes`` of the
+    clock; and the best by a metric, ``best`` = (its name, "min" or "max"). Raises SetupError for what cannot be meant."""
 
     keep: int = 2
     every: int | None = None
@@ -59,11 +56,9 @@ class Policy:
         return cls(keep, keep_every, keep_minutes, best)
 
     def lasting(self, before: tuple[int, float] | None, step: int, time: float) -> str | None:
-        """Whether a checkpoint of ``step`` and ``time`` (seconds since 1970) is kept for good, and why.
-
-        It is the first one behind a multiple of ``every`` steps or of ``minutes``, ``before`` being the step and time of
-        the checkpoint it continues: so one that failed or was not due is made up for by the next, in any life and branch.
-        """
+        """Whether a checkpoint of ``step`` and ``time`` (seconds since 1970) is kept for good, and why. It is the first one
+        behind a multiple of ``every`` steps or of ``minutes``, ``before`` being the step and time of the checkpoint it
+        continues: so one that failed or was not due is made up for by the next, in any life and branch."""
         then_step, then = before or (0, time)
         if self.every is not None and step // self.every > then_step // self.every:
             return STEPS
@@ -81,10 +76,8 @@ class Policy:
 
 @dataclass(frozen=True)
 class CheckpointStatus:
-    """What is known of one committed checkpoint. ``generation`` is -1 when its record cannot be read.
-
-    ``lasting``: it is to be kept for good. ``score``: by ``Policy.score``.
-    """
+    """What is known of one committed checkpoint. ``generation`` is -1 when its record cannot be read. ``lasting``: it is to be
+    kept for good. ``score``: by ``Policy.score``."""
 
     generation: int
     parent: int | None
@@ -97,12 +90,9 @@ Statuses = Sequence[CheckpointStatus]
 
 
 def surplus(checkpoints: Statuses, keep: int, lineage: Collection[int], pinned: int | None) -> CheckpointStatus | None:
-    """The checkpoint to give up first, or None if none may be.
-
-    Bad ones go first, then abandoned ones (of a branch that a rollback left: not in ``lineage``), then the oldest.
-    None goes if fewer than ``keep`` good ones would remain, a bad one if no good one exists at all; ``pinned``, the one
-    that was loaded, does not go, nor do those ``beyond`` keep.
-    """
+    """The checkpoint to give up first, or None if none may be. Bad ones go first, then abandoned ones (of a branch that a
+    rollback left: not in ``lineage``), then the oldest. None goes if fewer than ``keep`` good ones would remain, a bad one if no
+    good one exists at all; ``pinned``, the one that was loaded, does not go, nor do those ``beyond`` keep."""
     good = sum(each.trust == GOOD for each in checkpoints)
     kept = newest(checkpoints, keep, lineage, pinned) + beyond(checkpoints, keep, lineage, pinned)
     stay = {each.generation for each in kept}
@@ -151,12 +141,11 @@ def excess(
     return gone
 
 
-def ancestors(parents: Mapping[int, int | None], generation: int) -> set[int]:
+def ancestors(parents: Mapping[int, int | None], generation: int | None) -> set[int]:
     """``generation`` and those it was trained on from, as far back as ``parents`` tells. Past a gap (a parent that is gone)
     all counts as abandoned; it is older than all before the gap and would go first anyway."""
     line: set[int] = set()
-    at: int | None = generation
-    while at is not None and at not in line:
-        line.add(at)
-        at = parents.get(at)
+    while generation is not None and generation not in line:
+        line.add(generation)
+        generation = parents.get(generation)
     return line

@@ -27,11 +27,8 @@ def retires_slot(error: BaseException) -> bool:
 
 
 class Slot:
-    """A directory over its whole life in this process.
-
-    ``path`` is where it is now (absolute), ``number`` its number in the store, None for a named save (``name``);
-    ``generation`` is that of the checkpoint that is or was written in it.
-    """
+    """A directory over its whole life in this process. ``path`` is where it is now (absolute), ``number`` its number in the
+    store, None for a named save (``name``); ``generation`` is that of the checkpoint that is or was written in it."""
 
     def __init__(self, path: str, number: int | None, name: str | None = None):
         self.path: str = path
@@ -50,10 +47,8 @@ class Slot:
         return True
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
-        """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed.
-
-        ``token`` stands for the plan: the notes are given back only to one who asks with an equal one.
-        """
+        """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed. ``token`` stands
+        for the plan: the notes are given back only to one who asks with an equal one."""
         self._written = (token, {file: dict(crcs) for file, crcs in chunks.items()})
 
     def recall(self, token: Hashable) -> dict[str, dict[int, int]]:

@@ -5,8 +5,7 @@
     commit        ``state.safetensors`` likewise; files that are not in the record removed
                3. ``commit.json`` (temporary name, fsync, rename), fsync of the slot
                4. rename to ``step-N``, fsync of the root: now, and only now, it is committed
-               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root (done here, where no
-                  training waits)
+               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root; no training waits here
 
 Which operation must be durable before which is the table of edges in ``docs/format.md``; the comments name them. In every
 state a crash can leave, a directory without a suffix verifies. ``test_power_cut.py`` takes each edge away in turn.
@@ -20,6 +19,7 @@ import logging
 import os
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fxckpt.engine import io
@@ -36,8 +36,6 @@ from fxckpt.store.reader import read_record
 from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Policy
 from fxckpt.store.slot import Slot
-
-__all__ = ["Slot", "Store"]
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -80,10 +78,8 @@ class Store:
     # ---- opening ----
 
     def open(self) -> None:
-        """Make the directory if need be, take its lock, and see what is there. Idempotent.
-
-        Raises ``NotAStore``, ``StoreLocked`` (naming the pid that has it) or ``OSError``.
-        """
+        """Make the directory if need be, take its lock, and see what is there. Idempotent. Raises ``NotAStore``, ``StoreLocked``
+        (naming the pid that has it) or ``OSError``."""
         self._check_owner()
         if self._lock is not None:
             return
@@ -105,11 +101,9 @@ class Store:
             log.warning("keep=1: while no other checkpoint exists, one damaged block on the disk loses the run")
 
     def _sync_what_is_there(self) -> None:
-        """Edge O: make the names durable that an earlier life was killed behind, before they are relied on.
-
-        It may have renamed a checkpoint to ``slot-K.partial`` and not have synced that: a power cut could bring its name
-        back over a slot that is being rewritten. And what is loaded stays loadable.
-        """
+        """Edge O: make the names durable that an earlier life was killed behind, before they are relied on. It may have renamed
+        a checkpoint to ``slot-K.partial`` and not have synced that: a power cut could bring its name back over a slot that is
+        being rewritten. And what is loaded stays loadable."""
         io.fsync_dir(self.root)
         if os.path.isdir(self._named):
             io.fsync_dir(self._named)
@@ -128,7 +122,8 @@ class Store:
     def _adopt(self, records: Mapping[str, Record | None]) -> None:
         """Take in what an earlier life left."""
         for slot in self._pool.adopt_slots():
-            self._lineage.newest = max(self._lineage.newest, _generation_in(slot.path))
+            with suppress(Corrupt, NoCheckpoint):  # a commit that a crash stopped short of its rename: go on behind it
+                self._lineage.newest = max(self._lineage.newest, read_record(slot.path).generation)
         for path, record in records.items():
             self._found += 1
             if record is not None:
@@ -177,26 +172,18 @@ class Store:
         """Raise ``StoreNotLoaded`` if an earlier life left checkpoints that were not loaded, and not ``fresh``."""
         if self._found and not self._loaded and not self.fresh:
             raise StoreNotLoaded(
-                f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from "
-                "the beginning would replace them. Call fxckpt.load() before the first step, name "
-                "another directory, or say fresh=True to give them up"
+                f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from the beginning would replace "
+                "them. Call fxckpt.load() before the first step, name another directory, or say fresh=True to give them up"
             )
 
     def mark_loaded(self, generation: int | None) -> None:
-        """What comes next continues this checkpoint, which was verified; None: there was none to load.
-
-        It stays until a newer one is committed; later ones of the store count as abandoned from now on. Nothing may be in
-        flight; a slot that was acquired and not begun may be kept.
-        """
+        """What comes next continues this checkpoint, which was verified; None: there was none to load. It stays until a newer
+        one is committed; later ones of the store count as abandoned from now on. Nothing may be in flight; a slot that was
+        acquired and not begun may be kept."""
         with self._pool.mutex:
             self._loaded = True
-            self._pool.lineage = set() if generation is None else self._lineage.of(generation)
-            self._pool.pinned = generation
-            if generation is not None:
-                self._pool.since = 0  # not a new beginning after all
             self._lineage.newest = max(self._lineage.newest, generation or 0)
-        if generation is not None:
-            self._pool.verified(generation)
+            self._pool.continue_from(generation, self._lineage.of(generation))
 
     # ---- acquiring ----
 
@@ -211,11 +198,9 @@ class Store:
             raise SaveFailed("fallocate", os.fsdecode(error.filename or self.root), None, error.errno) from error
 
     def acquire(self, name: str | None = None) -> Slot:
-        """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own.
-
-        Raises ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if ``max_async``
-        are in flight already, ``SaveFailed``.
-        """
+        """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own. Raises
+        ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if ``max_async`` are in flight
+        already, ``SaveFailed``."""
         self._check_open()
         self.require_loaded()
         self._check_place()
@@ -252,11 +237,9 @@ class Store:
     # ---- committing ----
 
     def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
-        """Make the slot, whose engine files are durable, a checkpoint; its path is valid once this returns.
-
-        ``record``: what the run says of it; the store fills in what only it knows. ``state_tensors`` are written beside.
-        Raises ``SaveFailed``; the caller then abandons the slot.
-        """
+        """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run
+        says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the
+        caller then abandons the slot."""
         self._check_open()
         with self._pool.moves:
             if not self._pool.is_busy(slot):
@@ -339,11 +322,9 @@ class Store:
     # ---- ending ----
 
     def abandon(self, slot: Slot, *, bad: bool) -> None:
-        """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises.
-
-        ``bad`` after EIO or a failed sync: the kernel may have dropped what it could not write, and reading can show what
-        is not on the disk, so the directory is renamed ``.bad`` and never used again.
-        """
+        """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises. ``bad`` after EIO or
+        a failed sync: the kernel may have dropped what it could not write, and reading can show what is not on the disk, so the
+        directory is renamed ``.bad`` and never used again."""
         self._check_owner()
         try:
             with self._pool.holding():
@@ -363,21 +344,11 @@ class Store:
             log.error("%s is not given back: %s", slot.path, error)
 
     def close(self) -> None:
-        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child.
-
-        Raises ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename.
-        """
+        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child. Raises
+        ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename."""
         if os.getpid() != self._pid or self._lock is None:
             return
         with self._pool.holding():
             self._lock.release()
             self._finalizer.detach()
             self._lock = None
-
-
-def _generation_in(path: str) -> int:
-    """The generation of a commit that a crash stopped short of its rename, so that the clock goes on behind it."""
-    try:
-        return read_record(path).generation
-    except (Corrupt, NoCheckpoint):
-        return 0

@@ -40,9 +40,7 @@ _FACTORY_NAMES = {name: factory for factory, name in _FACTORIES.items()}
 
 def encode_state(value: Any, tensors: dict[str, Any], path: str = "") -> Any:
     """``value`` as JSON-able data; copies of its tensors and arrays are added to ``tensors`` under keys made from ``path``.
-
-    Raises ``StateError``, naming the path, for a value that it could not bring back exactly.
-    """
+    Raises ``StateError``, naming the path, for a value that it could not bring back exactly."""
     return _Encoder(tensors).encode(value, path, 0)
 
 
@@ -183,10 +181,8 @@ _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
 
 
 def decode_state(value: Any, tensors: Mapping[str, Any], path: str = names.COMMIT) -> Any:
-    """What ``encode_state`` was given. ``tensors``: as it filled them, or as ``Reader.state_tensors`` returns them.
-
-    Tensors are new, and on their device if this machine has it, else on the CPU. Malformed data raises ``Corrupt``.
-    """
+    """What ``encode_state`` was given. ``tensors``: as it filled them, or as ``Reader.state_tensors`` returns them. Tensors are
+    new, and on their device if this machine has it, else on the CPU. Malformed data raises ``Corrupt``."""
     try:
         return _Decoder(tensors).decode(value)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, struct.error) as error:
