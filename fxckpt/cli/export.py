@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fxckpt.cli import common
@@ -56,7 +56,12 @@ def run(args: argparse.Namespace) -> int:
         with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
             source = Source(reader, held, progress)
-            _write(_FORMATS[args.format], source, partial, args)
+            try:
+                _FORMATS[args.format](source, partial, args)
+            except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # what torch raises when it cannot: a RuntimeError; DCP's is no Exception
+                raise SaveFailed("write", partial, detail=str(error).strip().partition("\n")[0]) from error
         _sync(partial)
         os.rename(partial, args.out)
         io.fsync_dir(parent)
@@ -74,16 +79,6 @@ def run(args: argparse.Namespace) -> int:
         size = common.human(found["nbytes"])
         print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
     return common.OK
-
-
-def _write(write: Callable[[Source, str, argparse.Namespace], None], source: Source, path: str, args: argparse.Namespace) -> None:
-    """Write, and turn what torch raises when it cannot (a RuntimeError; DCP's is no Exception) into SaveFailed."""
-    try:
-        write(source, path, args)
-    except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise SaveFailed("write", path, detail=str(error).strip().partition("\n")[0]) from error
 
 
 def _sync(path: str) -> None:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 from fxckpt.cli import common
@@ -77,14 +78,11 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
 
 def _decide(args: argparse.Namespace) -> tuple[Stock, list[tuple[str, str]]]:
     """What goes, and why. Without the lock a trainer may take back what is being read: then look again."""
-    for _ in range(common.LOOKS - 1):
-        stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
-        try:
+    for _ in range(common.LOOKS):
+        with suppress(NoCheckpoint):
+            stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
             return stock, stock.excess()
-        except NoCheckpoint:
-            continue
-    stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
-    return stock, stock.excess()
+    raise NoCheckpoint(f"{args.dir}: the checkpoints were taken back by the trainer while they were read, again and again")
 
 
 class Stock:

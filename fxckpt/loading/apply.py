@@ -92,18 +92,15 @@ def _state_tensor(
     if is_complex:
         shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
     like = torch.empty(shape, dtype=dtype, device="meta")
-    layout = tuple(strides) if strides is not None and _is_dense(shape, strides) else like.stride()
+    layout = like.stride()
+    if strides is not None and len(strides) == len(shape):
+        span = sum((size - 1) * stride for size, stride in zip(shape, strides))
+        if span < max(math.prod(shape), 1):  # no more memory than the elements: states of torch's optimizers take no more
+            layout = tuple(strides)
     wanted = (shape, dtype, layout, device)
     if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == wanted:
         return live
     return torch.empty_strided(shape, layout, dtype=dtype, device=device)
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether these strides take no more memory than the elements: states of torch's optimizers have no others."""
-    if len(shape) != len(strides):
-        return False
-    return sum((size - 1) * stride for size, stride in zip(shape, strides)) < max(math.prod(shape), 1)
 
 
 def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:

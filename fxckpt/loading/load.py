@@ -101,15 +101,13 @@ def load(
     if target.run is not None:
         target.run.prepare_load()
     skipped: Skipped = []
-    restored: Restored | None = None
-    for look in range(1, _LOOKS + 1):
+    for _ in range(_LOOKS):
         chosen = _choose(candidates(directory), step, name, directory)
-        try:
+        with contextlib.suppress(NoCheckpoint):  # taken back meanwhile; there are newer ones now
             restored = _first_whole(chosen, target, strict, skipped, fall_back=step is None and name is None)
             break
-        except NoCheckpoint:  # taken back meanwhile; there are newer ones now
-            if look == _LOOKS:
-                raise
+    else:
+        raise NoCheckpoint(f"{directory}: the checkpoints were taken back by the trainer while they were read, again and again")
     if restored is not None:
         return restored
     if skipped:

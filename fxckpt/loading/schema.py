@@ -40,7 +40,7 @@ def check_encoded(record: Record, path: str) -> None:
 
 
 def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
-    """What is about to be applied, checked. ``tensors``: of the extra state's file. Raises Corrupt."""
+    """What is about to be applied, checked; ``tensors`` are those of the extra state's file. Raises Corrupt."""
     saved = Saved(
         decode_state(record.optimizers, tensors),
         decode_state(record.state["early"], tensors),
@@ -83,20 +83,17 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _is_random(value: Any) -> bool:
-    """The states of the global generators, as new ones take them."""
-    known = has({"torch": is_anything, "numpy": is_anything, "python": is_anything}, {"cuda": list_of(_is_cuda_state)})
-    return known(value) and extra_state.is_random_state(value)
-
-
 def _is_cuda_state(value: Any) -> bool:
     """Seed and offset, as bytes."""
     return _is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1 and value.device.type == "cpu"
 
 
-def _is_settings(value: Any) -> bool:
-    """What a parameter group holds beside its parameters."""
-    return map_of(is_anything)(value) and "params" not in value
+_random = has({"torch": is_anything, "numpy": is_anything, "python": is_anything}, {"cuda": list_of(_is_cuda_state)})
+
+
+def _is_random(value: Any) -> bool:
+    """The states of the global generators, as new ones take them."""
+    return _random(value) and extra_state.is_random_state(value)
 
 
 _names = list_of(is_str)
@@ -110,7 +107,7 @@ _encoded_early = has({"random": is_anything, "extra": _values, "buffers": is_any
 _STATE = has({"early": _encoded_early, "late": _values})
 
 # After.
-_group = has({"params": _names, "settings": _is_settings})
+_group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})
 _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values}, {"host": _names})
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
 _DECODED = list_of(has(_optimizer, {"accumulated": _tensors}))

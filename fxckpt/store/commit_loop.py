@@ -26,30 +26,24 @@ OwnSlot = Any
 
 
 class Copy(Protocol):
-    """The engine's side of a checkpoint."""
+    """The engine's side of a checkpoint, see ``fxckpt.engine.Checkpoint``."""
 
-    def cancel(self) -> None:
-        """Give it up; nothing if it is over."""
-
-    def settled(self, timeout: float) -> bool:
-        """Wait until no thread will touch its files again; False after ``timeout`` seconds."""
+    def cancel(self) -> None: ...
+    def settled(self, timeout: float) -> bool: ...
 
 
 class SlotOwner(Protocol):
-    """A store, as far as it takes back slots."""
+    """A store, as far as it takes back slots, see ``Store.abandon``."""
 
-    def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
-        """Take back a slot that was not committed; ``bad``: what it holds is in doubt, nobody may use it again."""
+    def abandon(self, slot: OwnSlot, *, bad: bool) -> None: ...
 
 
 class Committable(Protocol):
-    """A checkpoint in flight: ``path`` is the directory that it is written to."""
+    """A checkpoint in flight, which is written to the directory ``path`` until it is given up."""
 
     @property
     def path(self) -> str: ...
-
-    def give_up(self, why: str) -> None:
-        """Stop copying and writing."""
+    def give_up(self, why: str) -> None: ...
 
 
 F = TypeVar("F", bound=Committable)

@@ -51,16 +51,9 @@ class Store:
     hands_over = False  # this process commits
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        keep: int = 2,
-        max_async: int = 2,
-        fresh: bool = False,
-        keep_every: int | None = None,
-        keep_minutes: float | None = None,
-        keep_best: KeepBest = None,
-    ):
+        self, directory: str | os.PathLike[str], *, keep: int = 2, max_async: int = 2, fresh: bool = False,
+        keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None,
+    ):  # fmt: skip
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root: str = os.path.abspath(os.fspath(directory))
@@ -74,8 +67,6 @@ class Store:
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
         self._loaded, self._found = False, 0  # whether load was asked, and how many checkpoints an earlier life left
-
-    # ---- opening ----
 
     def open(self) -> None:
         """Make the directory if need be, take its lock, and see what is there. Idempotent. Raises ``NotAStore``, ``StoreLocked``
@@ -166,8 +157,6 @@ class Store:
         if self._lock is not None:
             self._lock.note(text)
 
-    # ---- lineage ----
-
     def require_loaded(self) -> None:
         """Raise ``StoreNotLoaded`` if an earlier life left checkpoints that were not loaded, and not ``fresh``."""
         if self._found and not self._loaded and not self.fresh:
@@ -184,8 +173,6 @@ class Store:
             self._loaded = True
             self._lineage.newest = max(self._lineage.newest, generation or 0)
             self._pool.continue_from(generation, self._lineage.of(generation))
-
-    # ---- acquiring ----
 
     def reserve(self, files: Mapping[str, int]) -> None:
         """Set disk space aside for ``keep + max_async`` checkpoints with these files (name: bytes), named saves and what
@@ -233,8 +220,6 @@ class Store:
             remove_tree(slot.path)
             io.mkdir(slot.path, 0o755)
             return self._pool.occupy(slot)
-
-    # ---- committing ----
 
     def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run
@@ -318,8 +303,6 @@ class Store:
         self._check_open()
         with self._pool.moves:
             self._pool.discard(paths)
-
-    # ---- ending ----
 
     def abandon(self, slot: Slot, *, bad: bool) -> None:
         """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises. ``bad`` after EIO or
