@@ -13,7 +13,7 @@ from typing import Any
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate, Reader, candidates
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 
 OK, FAILED, USAGE, CORRUPT, NOTHING, IN_USE = range(6)
 """Exit statuses; 2 is also argparse's. An interrupt gives 130."""
@@ -72,19 +72,14 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
     else:  # by its directory in the store, or by its step, which named saves are not called by
         called = {os.path.join(os.path.abspath(directory), name) for name in (which, os.path.join(names.NAMED, which))}
         step = int(which) if which.isdecimal() else -1
-        meant = [each for each in found if path_of(each) in called]
-        meant += [each for each in found if names.step_of(os.path.basename(path_of(each))) == step]
+        meant = [each for each in found if directory_of(each) in called]
+        meant += [each for each in found if names.step_of(os.path.basename(directory_of(each))) == step]
     for each in meant:
         if isinstance(each, Corrupt):
             raise each
         return each
     there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate))
     raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
-
-
-def path_of(each: Candidate | Corrupt) -> str:
-    """The directory of a checkpoint, whole or not."""
-    return os.path.dirname(each.path) if isinstance(each, Corrupt) else str(each.path)
 
 
 def print_json(value: Any) -> None:

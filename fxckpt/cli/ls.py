@@ -8,7 +8,7 @@ import os
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate
+from fxckpt.store.reader import Candidate, directory_of
 from fxckpt.store.retention import Policy
 
 HELP = "list the checkpoints of a store"
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 def _row(each: Candidate | Corrupt, directory: str) -> dict:
     """One checkpoint, or what is wrong with its record."""
     if isinstance(each, Corrupt):
-        path = os.path.relpath(common.path_of(each), os.path.abspath(directory))
+        path = os.path.relpath(directory_of(each), os.path.abspath(directory))
         return {"path": path, "step": names.step_of(os.path.basename(path)), "damaged": each.reason}
     record, kept = each.record, "named" if each.record.name is not None else each.record.lasting
     return {"path": os.path.relpath(each.path, os.path.abspath(directory)), "step": record.step,

@@ -19,7 +19,7 @@ from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.identity import read_store_id
-from fxckpt.store.reader import Candidate
+from fxckpt.store.reader import Candidate, directory_of
 from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
 
@@ -93,7 +93,7 @@ class Stock:
         self.verified: int = 0
         own = read_store_id(self._root)
         # Named saves, and what another store wrote, are not ours to give up.
-        found = [each for each in common.look(directory) if os.path.dirname(common.path_of(each)) == self._root
+        found = [each for each in common.look(directory) if os.path.dirname(directory_of(each)) == self._root
                  and (isinstance(each, Corrupt) or own in (None, each.record.store_id))]  # fmt: skip
         records = [each.record for each in found if isinstance(each, Candidate)]
         policy = Policy(keep, best=next((record.best_by for record in records), None))  # as the newest run kept its best
@@ -109,7 +109,7 @@ class Stock:
                 record, kept = each.record, each.record.lasting is not None and not lasting
                 score = policy.score(record.metrics)
                 known = CheckpointStatus(record.generation, record.parent, UNKNOWN, kept, score)
-            self._paths[known.generation] = common.path_of(each)
+            self._paths[known.generation] = directory_of(each)
             self._known[known.generation] = known
 
     def excess(self) -> list[tuple[str, str]]:

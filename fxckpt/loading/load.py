@@ -22,7 +22,7 @@ from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate, Reader, candidates
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -143,7 +143,7 @@ def _is_meant(each: Found, step: int | None, name: str | None, directory: str) -
     """Is it of this step and name? Of a damaged record, its directory tells."""
     if isinstance(each, Candidate):
         return step in (None, each.record.step) and name in (None, each.record.name)
-    at = os.path.relpath(os.path.dirname(each.path), os.path.abspath(directory))
+    at = os.path.relpath(directory_of(each), os.path.abspath(directory))
     return at == os.path.join(names.NAMED, name) if name is not None else names.step_of(at) == step
 
 
@@ -151,7 +151,7 @@ def _generation(each: Found) -> int:
     """Of a damaged record, its directory's name tells if it was not the first of its step."""
     if isinstance(each, Candidate):
         return each.record.generation
-    found = names.generation_of(os.path.basename(os.path.dirname(each.path)))
+    found = names.generation_of(os.path.basename(directory_of(each)))
     return -1 if found is None else found
 
 
@@ -179,7 +179,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     check_encoded(record, path)
     match = match_tensors(record, target)
     check_match(match, record, target, strict)
-    untrained = target.untrained_run() if strict else None
+    untrained = target.run if strict and target.run is not None and target.run.clock.attempts == 0 else None
     if untrained is None:  # something is at stake: look at all of it first
         reader.verify()
     saved = decode(record, reader.state_tensors(), path)

@@ -51,8 +51,6 @@ class Pool:
         self._numbers: set[int] = set()  # slot numbers in use, those of bad ones included
         self._condemned = 0
 
-    # ---- what an earlier life left ----
-
     def adopt_slots(self) -> list[Slot]:
         """Take in the ``.partial`` directories; returns them. Bad ones keep their number and are left alone."""
         for name in names.subdirectories(self.root):
@@ -76,8 +74,6 @@ class Pool:
         for slot, known in self._committed.items():
             if known.generation == generation:
                 self._committed[slot] = dataclasses.replace(known, trust=GOOD)
-
-    # ---- space ----
 
     def reserve(self, files: Mapping[str, int]) -> None:
         """Make all slots that may exist, and have the file system set blocks aside for their files (name: bytes). Raises
@@ -320,8 +316,6 @@ class Pool:
             free, self._free = self._free, []
         for slot in free:
             self.remove(slot)
-
-    # ---- out of it ----
 
     def release(self, slot: Slot) -> bool:
         """The slot is not being written any more; False if it was not."""

@@ -44,6 +44,11 @@ class Candidate:
     record: Record
 
 
+def directory_of(each: Candidate | Corrupt) -> str:
+    """The directory of a checkpoint, or of one whose record is damaged."""
+    return os.path.dirname(each.path) if isinstance(each, Corrupt) else str(each.path)
+
+
 def read_record(path: str) -> Record:
     """The record of the checkpoint in directory ``path``. Raises ``Corrupt``; ``NoCheckpoint`` if it is not there."""
     return _parse(_commit_bytes(path), path)

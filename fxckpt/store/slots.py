@@ -32,7 +32,7 @@ from fxckpt.store.lineage import Lineage
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
 from fxckpt.store.raw import Tensor
-from fxckpt.store.reader import read_record
+from fxckpt.store.reader import Candidate, candidates, directory_of, read_record
 from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Policy
 from fxckpt.store.slot import Slot
@@ -82,9 +82,9 @@ class Store:
         self._finalizer.atexit = False
         try:
             self._sync_what_is_there()
-            records = self._read_records()
-            self.store_id = identify(self.root, [record for record in records.values() if record is not None])
-            self._adopt(records)
+            found = candidates(self.root)
+            self.store_id = identify(self.root, [each.record for each in found if isinstance(each, Candidate)])
+            self._adopt(found)
         except BaseException:
             self.close()
             raise
@@ -99,39 +99,31 @@ class Store:
         if os.path.isdir(self._named):
             io.fsync_dir(self._named)
 
-    def _read_records(self) -> dict[str, Record | None]:
-        """The record of each checkpoint directory; None where it is damaged."""
-        records: dict[str, Record | None] = {}
-        for path in names.committed(self.root):
-            try:
-                records[path] = read_record(path)
-            except Corrupt as error:
-                log.warning("a checkpoint does not verify and will be given up: %s", error)
-                records[path] = None
-        return records
-
-    def _adopt(self, records: Mapping[str, Record | None]) -> None:
+    def _adopt(self, found: Sequence[Candidate | Corrupt]) -> None:
         """Take in what an earlier life left."""
         for slot in self._pool.adopt_slots():
             with suppress(Corrupt, NoCheckpoint):  # a commit that a crash stopped short of its rename: go on behind it
                 self._lineage.newest = max(self._lineage.newest, read_record(slot.path).generation)
-        for path, record in records.items():
-            self._found += 1
-            if record is not None:
-                self._lineage.adopt(record)
-            if record is not None and record.store_id != self.store_id:
-                log.warning("%s is of another store: it can be loaded, and is never given up", path)
-            elif os.path.dirname(path) == self.root:
-                self._pool.adopt_checkpoint(path, self._standing(record, UNKNOWN))
+        self._found = len(found)
+        for each in found:
+            path, known = directory_of(each), CheckpointStatus(-1, None, BAD)
+            if isinstance(each, Corrupt):
+                log.warning("a checkpoint does not verify and will be given up: %s", each)
+            else:
+                self._lineage.adopt(each.record)
+                known = self._standing(each.record, UNKNOWN)
+                if each.record.store_id != self.store_id:
+                    log.warning("%s is of another store: it can be loaded, and is never given up", path)
+                    continue
+            if os.path.dirname(path) == self.root:
+                self._pool.adopt_checkpoint(path, known)
         for name in names.subdirectories(self._named):
             if name.endswith(names.PARTIAL):  # a named save that never was
                 remove_tree(os.path.join(self._named, name))
         self._pool.since = self._lineage.newest if self.fresh else 0
 
-    def _standing(self, record: Record | None, trust: str) -> CheckpointStatus:
-        """What retention has to know; a record that cannot be read makes a bad checkpoint."""
-        if record is None:
-            return CheckpointStatus(-1, None, BAD)
+    def _standing(self, record: Record, trust: str) -> CheckpointStatus:
+        """What retention has to know."""
         score = self._policy.score(record.metrics)
         return CheckpointStatus(record.generation, record.parent, trust, record.lasting is not None, score)
 
