@@ -44,10 +44,8 @@ def check_store(root: str) -> None:
     foreign = sorted(name for name in others if names.step_of(name) is None and names.slot_number(name) is None)
     if foreign:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
-        raise NotAStore(
-            f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store. Name an empty directory, or one that "
-            "fxckpt made"
-        )
+        what = f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store"
+        raise NotAStore(f"{what}. Name an empty directory, or one that fxckpt made")
 
 
 def identify(root: str, records: Sequence[Record]) -> str:

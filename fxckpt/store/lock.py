@@ -40,10 +40,9 @@ class DirectoryLock:
         self._path, self._note = path, ""
         with _guard:
             if _is_own(path):
-                raise StoreLocked(
-                    f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()}): "
-                    "shut that run down first (opt.ckpt.shutdown()), or use another directory"
-                )
+                advice = "shut that run down first (opt.ckpt.shutdown()), or use another directory"
+                whose = f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()})"
+                raise StoreLocked(f"{whose}: {advice}")
             self._fd = io.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _take(self._fd, path)
@@ -145,10 +144,8 @@ def _take(fd: int, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        refused = StoreLocked(
-            f"{os.path.dirname(path)} is being written to by another process (pid {_ask(fd) or 'unknown'}): "
-            "stop it, wait for it, or use another directory"
-        )
+        who = f"{os.path.dirname(path)} is being written to by another process (pid {_ask(fd) or 'unknown'})"
+        refused = StoreLocked(f"{who}: stop it, wait for it, or use another directory")
         refused.monitor = io.pread(fd, 64, 0).decode(errors="replace")
         raise refused from error
 

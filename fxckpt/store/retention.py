@@ -48,10 +48,8 @@ class Policy:
         if best is not None:
             pair = isinstance(best, (tuple, list)) and len(best) == 2 and all(isinstance(each, str) for each in best)
             if not pair or not best[0] or best[1] not in (MIN, MAX):
-                raise SetupError(
-                    f"keep_best={keep_best!r}: expected the name of a metric of which less is better "
-                    '("loss"), or a pair ("accuracy", "max")'
-                )
+                meant = 'the name of a metric of which less is better ("loss"), or a pair ("accuracy", "max")'
+                raise SetupError(f"keep_best={keep_best!r}: expected {meant}")
             best = (best[0], best[1])
         return cls(keep, keep_every, keep_minutes, best)
 
