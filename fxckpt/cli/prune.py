@@ -20,7 +20,8 @@ from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.identity import read_store_id
 from fxckpt.store.reader import Candidate, directory_of
-from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
+from fxckpt.store.record import MIN
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
 
 HELP = "remove checkpoints that nobody needs"

@@ -16,8 +16,8 @@ from fxckpt.errors import Corrupt
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
+from fxckpt.store.dtypes import Tensor
 from fxckpt.store.names import OPTIMIZER, state_key
-from fxckpt.store.raw import Tensor
 from fxckpt.store.record import Record, TensorRecord
 from fxckpt.store.typed_json import decode_state
 

@@ -14,8 +14,8 @@ from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
 from fxckpt.store.checks import MAX_BYTES
+from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.layout import TensorSpec, lay_out
-from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import FileRecord
 
 CHUNK_BYTES = 4 << 20

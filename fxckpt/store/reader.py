@@ -23,12 +23,11 @@ from fxckpt.engine.plan import Item
 from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
-from fxckpt.store.dtypes import numpy_dtype
+from fxckpt.store.dtypes import RawTensor, numpy_dtype
 from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
 from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.raw import RawTensor
 from fxckpt.store.record import FileRecord, Record
 
 log: logging.Logger = logging.getLogger("fxckpt")

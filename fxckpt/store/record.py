@@ -37,7 +37,6 @@ from fxckpt.store.checks import (
 )
 from fxckpt.store.dtypes import DTYPES, item_size
 from fxckpt.store.layout import BLOCK
-from fxckpt.store.retention import MAX, MIN, MINUTES, STEPS
 from fxckpt.store.typed_json import MAX_DEPTH, decode_state, encode_state
 
 FORMAT = 1
@@ -45,6 +44,9 @@ FORMAT = 1
 
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
+
+MIN, MAX = "min", "max"
+STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
 
 _PREFIX = b'{"sha256":"'
 _DIGEST_END = len(_PREFIX) + 64

@@ -1,4 +1,4 @@
-"""Which checkpoint is given up next: pure decisions over what the store knows.
+"""Which checkpoint continues which, and which is given up next: decisions over what the store knows.
 
 Only checkpoints that this process committed (the root's fsync returned) or verified count as good. What an earlier life
 left is unknown until it is read: it is not relied on, and not thrown away before enough good ones exist.
@@ -16,10 +16,9 @@ from dataclasses import dataclass
 
 from fxckpt.errors import SetupError
 from fxckpt.store.checks import is_number
+from fxckpt.store.record import MAX, MIN, MINUTES, STEPS, Record
 
 GOOD, UNKNOWN, BAD = "good", "unknown", "bad"
-MIN, MAX = "min", "max"
-STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
 
 KeepBest = str | tuple[str, str] | None
 """As users give it: a metric of which less is better, or (metric, "min" or "max")."""
@@ -147,3 +146,39 @@ def ancestors(parents: Mapping[int, int | None], generation: int | None) -> set[
         line.add(generation)
         generation = parents.get(generation)
     return line
+
+
+class Lineage:
+    """The generations of a store: the newest that was given out, and what each of them continues."""
+
+    def __init__(self) -> None:
+        self.newest: int = 0
+        self._parents: dict[int, int | None] = {}  # of every generation whose record was there at open
+        self._origins: dict[int | None, tuple[int, float] | None] = {}  # step and time of what the next may continue
+
+    def adopt(self, record: Record) -> None:
+        """Take in a checkpoint that was there at open."""
+        self.newest = max(self.newest, record.generation)
+        self._parents[record.generation] = record.parent
+        self._origins[record.generation] = (record.step, record.time)
+
+    def next(self) -> int:
+        """A generation for a checkpoint that begins now."""
+        self.newest += 1
+        return self.newest
+
+    def of(self, generation: int | None) -> set[int]:
+        """This generation and those it was trained on from; none for None."""
+        return ancestors(self._parents, generation)
+
+    def origin(self, generation: int | None) -> tuple[int, float] | None:
+        """Step and time (seconds since 1970) of a checkpoint that the next one continues; None: it is not known, or none."""
+        return self._origins.get(generation)
+
+    def note(self, record: Record, alive: set[int]) -> None:
+        """What a checkpoint that continues this one has to know; ``alive`` are the generations that are there. A named save
+        changes nothing for the ordinary ones: somebody may remove it."""
+        own = (record.step, record.time)
+        self._origins[record.generation] = own if record.name is None else self._origins.get(record.parent)
+        alive = alive | set(self._parents) | {record.generation}
+        self._origins = {each: origin for each, origin in self._origins.items() if each in alive}

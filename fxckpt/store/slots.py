@@ -25,16 +25,15 @@ from pathlib import Path
 from fxckpt.engine import io
 from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
 from fxckpt.store import names
+from fxckpt.store.dtypes import Tensor
 from fxckpt.store.files import make_directories, remove_tree, replace_file, write_tensors
 from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.lineage import Lineage
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
-from fxckpt.store.raw import Tensor
 from fxckpt.store.reader import Candidate, candidates, directory_of, read_record
 from fxckpt.store.record import FileRecord, Record
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Policy
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Lineage, Policy
 from fxckpt.store.slot import Slot
 
 log: logging.Logger = logging.getLogger("fxckpt")

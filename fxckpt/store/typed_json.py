@@ -25,8 +25,7 @@ import numpy as np
 from fxckpt.errors import Corrupt, StateError
 from fxckpt.store import names
 from fxckpt.store.checks import is_text
-from fxckpt.store.dtypes import OF_TORCH, PARTS, item_size
-from fxckpt.store.raw import raw_tensor
+from fxckpt.store.dtypes import OF_TORCH, PARTS, item_size, raw_tensor
 
 MAX_DEPTH = 64
 """Values nested deeper, or containing themselves, are refused. Each level is at most three levels of JSON."""

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from fxckpt.errors import Corrupt, StateError
 from fxckpt.store.checks import depth_of
-from fxckpt.store.raw import raw_tensor
+from fxckpt.store.dtypes import raw_tensor
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
 from fxckpt.store.typed_json import decode_state, encode_state
 
