@@ -16,9 +16,9 @@ from fxckpt.errors import Cancelled, FxckptError, SaveFailed, SetupError
 from fxckpt.monitor import limits
 from fxckpt.monitor.launch import make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
+from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
-from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")

@@ -23,7 +23,7 @@ from fxckpt.run.clock import StepClock
 from fxckpt.run.emitting import Emitter
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
-from fxckpt.store.record import encode_state
+from fxckpt.store.typed_json import encode_state
 
 
 class Capture:
