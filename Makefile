@@ -102,8 +102,8 @@ $(VENV)/.lint: $(VENV)/.packages
 
 # Two toolkits' headers, for a test that reads them: in a folder of their own, as torch may want other versions.
 $(VENV)/.cuda-headers: $(VENV)/.packages
-	@$(PIP) --no-deps --target $(VENV)/cuda-headers "nvidia-cuda-runtime-cu12==12.8.*" "nvidia-cuda-runtime==13.*" && touch $@ || \
-		echo "without CUDA's headers: the tests that read them are skipped"
+	@$(PIP) --no-deps --target $(VENV)/cuda-headers "nvidia-cuda-runtime-cu12==12.8.*" "nvidia-cuda-runtime==13.*"
+	@touch $@
 
 $(ENGINE): $(VENV)/.packages $(SOURCES)
 	@echo "building the engine"

@@ -30,10 +30,6 @@ class Target:
     run: Run | None
     model: torch.nn.Module | None
 
-    def untrained_run(self) -> Run | None:
-        """The run, if it has not stepped yet: then nothing live is worth anything."""
-        return self.run if self.run is not None and self.run.clock.attempts == 0 else None
-
 
 def find_target(
     directory: StrPath | None,

@@ -12,7 +12,8 @@ from fxckpt.engine.ring import Ring, emit_posted
 from fxckpt.errors import Cancelled, Corrupt, FxckptError
 from fxckpt.monitor import wire
 from fxckpt.store.commit_loop import SETTLE, CommitLoop, give_back
-from fxckpt.store.record import RawTensor, Record
+from fxckpt.store.dtypes import RawTensor
+from fxckpt.store.record import Record
 from fxckpt.store.slot import Slot, retires_slot
 from fxckpt.store.slots import Store
 

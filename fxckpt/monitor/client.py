@@ -15,9 +15,9 @@ from fxckpt.engine.ring import Ring, post_into, release, revive
 from fxckpt.errors import Cancelled, FxckptError, SaveFailed, SetupError
 from fxckpt.monitor.launch import limits, make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
+from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
-from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")

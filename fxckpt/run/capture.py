@@ -21,7 +21,7 @@ from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.store.record import encode_state
+from fxckpt.store.typed_json import encode_state
 
 
 class Capture:

@@ -11,7 +11,7 @@ from fxckpt.engine import Checkpoint, Sources, Streams
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot
-from fxckpt.store.raw import Tensor
+from fxckpt.store.dtypes import Tensor
 
 
 @dataclass(eq=False)

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 from fxckpt.store.commit_loop import OwnSlot
+from fxckpt.store.dtypes import Tensor
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.raw import Tensor
 from fxckpt.store.record import Record
 
 

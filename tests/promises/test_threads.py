@@ -16,7 +16,7 @@ from waiting import until
 import fxckpt
 from fxckpt.saving import flights, saver
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import decode_state
+from fxckpt.store.typed_json import decode_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

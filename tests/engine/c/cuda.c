@@ -373,6 +373,43 @@ static void test_each_call_fails(const char *directory, uint64_t *random, bool f
     free_placed_model();
 }
 
+/* Threads that start from now on want a stack that no machine has; 0: what they wanted before. */
+static void stacks_of(size_t nbytes) {
+    static pthread_attr_t usual, huge;
+    if (nbytes) {
+        CHECK(pthread_getattr_default_np(&usual) == 0 && pthread_attr_init(&huge) == 0);
+        CHECK(pthread_attr_setstacksize(&huge, nbytes) == 0 && pthread_setattr_default_np(&huge) == 0);
+    } else {
+        CHECK(pthread_setattr_default_np(&usual) == 0);
+    }
+}
+
+/* Opening a device fails at each call of the driver once, and where a thread cannot start: nothing is kept, and the next
+ * attempt works. */
+static void test_failures_at_opening(void) {
+    struct fx_error error;
+    for (uint64_t nth = 1; nth <= 10; nth++) {
+        engine = make_engine(1, FX_BLOCK, 16 * FX_BLOCK);
+        CHECK(fx_cuda_open(engine, driver, &error) == 0);
+        fake_fail(nth, 700, 1);
+        int r = fx_cuda_device(engine, 0, &error);
+        fake_fail(0, 0, 0);
+        CHECK(r == 0 || (r == -EREMOTEIO && fake_retained(0) == 0), "%d at call %d", r, (int)nth);
+        for (uint32_t d = 0; d < DEVICES; d++) CHECK(fx_cuda_device(engine, d, &error) == 0);
+        close_engine();
+    }
+    engine = make_engine(1, FX_BLOCK, 16 * FX_BLOCK);
+    CHECK(fx_cuda_open(engine, driver, &error) == 0);
+    for (uint32_t d = 0; d < DEVICES; d++) { /* first the copier, then a reaper */
+        stacks_of((size_t)1 << 46);
+        CHECK(fx_cuda_device(engine, d, &error) < 0 && strstr(error.operation, "thread"));
+        CHECK(fake_retained((int)d) == 0);
+        stacks_of(0);
+        CHECK(fx_cuda_device(engine, d, &error) == 0);
+    }
+    close_engine();
+}
+
 /* What the engine must refuse. */
 static void test_refusals(const char *directory, uint64_t *random) {
     char path[512];
@@ -418,6 +455,7 @@ int main(int argc, char **argv) {
     CHECK(counts[1] > 2, "too little was tested");
     if (argc > 5) return 0;
     test_refusals(argv[1], &random);
+    test_failures_at_opening();
     test_each_call_fails(argv[1], &random, false);
     test_each_call_fails(argv[1], &random, true);
     return 0;
