@@ -88,10 +88,10 @@ def _torch() -> Finding:
 
 
 def _engine() -> Finding:
-    from fxckpt.engine import checksum
+    from fxckpt.engine.reading import crc32c_implementation
 
     try:
-        kind = checksum.implementation()
+        kind = crc32c_implementation()
     except FxckptError as error:
         return Finding("engine", WRONG, str(error))
     hint = "" if kind != "portable" else ": this processor has no instruction for it, which makes it several times slower"

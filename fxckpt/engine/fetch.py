@@ -6,8 +6,7 @@ import os
 import weakref
 from typing import Any
 
-from fxckpt.engine._calls import failure
-from fxckpt.engine._lib import Lib, load
+from fxckpt.engine._lib import Lib, failure, load
 from fxckpt.errors import Cancelled, SaveFailed
 
 

@@ -140,7 +140,7 @@ def test_a_step_that_the_device_skipped_is_not_counted_as_an_update(tmp_path, de
     assert {step: c.record.updates for step, c in found.items()} == {1: 1, 2: 2, 3: 2, 4: 3, 5: 4}
     assert differences(stored(found[3].path), stored(found[2].path)) == []
     assert all(differences(stored(found[step].path), states[step - 1]) == [] for step in found)
-    assert training.opt.ckpt._run.clock.applied.now() == 4
+    assert training.opt.ckpt._run.clock.applied.promise()() == 4
 
 
 def test_a_step_inside_a_graph_capture_is_refused(tmp_path, device):
@@ -175,7 +175,7 @@ def test_a_backward_that_is_captured_leaves_the_step_open(tmp_path, device):
     x, y = next(training.loader)
     device.is_capturing = True
     cross_entropy(training.forward(x), y).backward()
-    assert extra.read_in_capture == 0 and training.opt.ckpt._run.closing.is_open
+    assert extra.read_in_capture == 0 and training.opt.ckpt._run.closing.open is not None
     device.is_capturing = False
     extra.value = 5  # what changes between the steps is the checkpoint's of step 2
     training.opt.step()  # after a replay
@@ -297,10 +297,10 @@ def test_applied_updates_are_counted_without_waiting():
     promise = applied.promise()
     applied.add(skipped(0))
     assert asked == []
-    assert promise() == 2 and applied.now() == 3
+    assert promise() == 2 and applied.promise()() == 3
     for _ in range(100):
         applied.add(skipped(0))
-    assert applied.now() == 103
+    assert applied.promise()() == 103
     applied.set(7)
     assert applied.promise()() == 7
 
