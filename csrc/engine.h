@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 6      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 7      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -130,7 +130,8 @@ struct fx_statistics {
     uint64_t stall_ns; /* callers of fx_fence: waiting or helping */
     uint64_t staging_bytes;
     uint64_t staging_peak_bytes;
-    uint64_t buffered_files; /* files whose O_DIRECT open was refused */
+    uint64_t buffered_files;    /* files whose O_DIRECT open was refused */
+    uint64_t unbatched_devices; /* CUDA devices whose driver refused a batch of copies: one by one since */
 };
 
 struct fx_engine;
@@ -195,7 +196,7 @@ int fx_fence(struct fx_engine *engine, int64_t layer, int64_t timeout_ns);
 int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, const struct fx_stream *streams,
                  uint32_t n_streams);
 
-/* ---- CUDA devices (cuda/cuda.c) ---- */
+/* ---- CUDA devices (cuda/device.c, cuda/fetch.c) ---- */
 
 /* Loads the driver from `path` (NULL: libcuda.so.1). */
 int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *error);
@@ -203,6 +204,16 @@ int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *er
  * turns the staging buffers into pinned memory. Not from two threads at once. Errors: err is EREMOTEIO and path the
  * driver's name and text for what went wrong. */
 int fx_cuda_device(struct fx_engine *engine, uint32_t ordinal, struct fx_error *error);
+
+struct fx_fetch;
+
+/* Starts to copy `nbytes` of a device's memory, as they are after the work that is in its `stream` now, and puts the copy into
+ * that stream: the memory may change in what is put there afterwards. Waits for nothing. -ECANCELED: the engine is closed. */
+int fx_fetch_new(struct fx_engine *engine, const struct fx_stream *stream, const void *from, uint64_t nbytes,
+                 struct fx_fetch **out, struct fx_error *error);
+/* Waits until they have come, also after the engine was closed, and copies them to `to`. */
+int fx_fetch_wait(struct fx_fetch *fetch, void *to, struct fx_error *error);
+void fx_fetch_free(struct fx_fetch *fetch);
 
 /* ---- a monitor in another process (monitor/ring.c, monitor/relay.c) ----
  *

@@ -50,15 +50,8 @@ def stepped_class(base: type) -> type:
         return self._fxckpt_handle._run.stepping.step(self, closure)
 
     functools.update_wrapper(step, base.step, assigned=("__doc__",), updated=())  # type: ignore[attr-defined]
-    made = instance_subclass(
-        base,
-        {
-            "step": untraced(hooked(step)),
-            "load_state_dict": _load_state_dict,
-            "add_param_group": _add_param_group,
-            "ckpt": Checkpointed.ckpt,
-        },
-    )
+    ours = {"step": untraced(hooked(step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group}
+    made = instance_subclass(base, {**ours, "ckpt": Checkpointed.ckpt})
     Checkpointed.register(made)
     return made
 

@@ -33,10 +33,8 @@ def default_directory() -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """The options of one run; sizes in MiB. Raises SetupError for what cannot work.
-
-    ``preset`` sets threads, chunk_mb, staging_mb and max_async together; options that were given win over it.
-    """
+    """The options of one run; sizes in MiB. Raises SetupError for what cannot work. ``preset`` sets threads, chunk_mb,
+    staging_mb and max_async together; options that were given win over it."""
 
     preset: InitVar[str | None] = None
     every: int | str = "auto"
@@ -63,10 +61,9 @@ class Config:
                 object.__setattr__(self, name, value)
         if not (_is_count(self.every) or self.every in ("auto", "continuous")):
             raise SetupError(f'every={self.every!r}: expected a number of steps >= 1, "auto" or "continuous"')
-        for name, least in (("keep", 1), ("threads", 1), ("chunk_mb", 1), ("max_async", 1)):
-            value = getattr(self, name)
-            if not _is_count(value) or value < least:
-                raise SetupError(f"{name}={value!r}: expected a whole number >= {least}")
+        for name in ("keep", "threads", "chunk_mb", "max_async"):
+            if not _is_count(value := getattr(self, name)):
+                raise SetupError(f"{name}={value!r}: expected a whole number >= 1")
         Policy.make(self.keep, self.keep_every, self.keep_minutes, self.keep_best)
         if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
@@ -74,10 +71,8 @@ class Config:
         _one_of("on_error", self.on_error, ("warn", "raise"))
         _one_of("writer", self.writer, ("thread", "monitor", "mock"))
         if self.writer == "monitor" and self.staging_bytes < 2 * (self.chunk_mb << 20):
-            raise SetupError(
-                f'writer="monitor" shares staging_mb with the monitor process, two chunks of {self.chunk_mb} MiB '
-                f"at least: staging_mb is {self.staging_bytes >> 20}"
-            )
+            least = f"two chunks of {self.chunk_mb} MiB at least: staging_mb is {self.staging_bytes >> 20}"
+            raise SetupError(f'writer="monitor" shares staging_mb with the monitor process, {least}')
         if not callable(self.layer):
             _one_of("layer", self.layer, ("module", "block"))
 

@@ -41,8 +41,7 @@ class StoreLocked(StoreError):
     """Another process writes to this store.
 
     Attributes:
-        monitor: ``"monitor"`` if that is a monitor process, ``"finishing"`` if its trainer is gone, so that it ends by itself;
-            else empty.
+        monitor: ``"monitor"`` if that is one, ``"finishing"`` if its trainer is gone, so that it ends by itself; else empty.
     """
 
     monitor = ""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 import torch
 
+from fxckpt.engine import EngineStatistics
 from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
 from fxckpt.saving.tracing import Tracing
-
-if TYPE_CHECKING:
-    from fxckpt.engine.engine import EngineStatistics
 
 NO_ENGINE: EngineStatistics = {
     "bytes_written": 0, "staging_bytes": 0, "staging_peak_bytes": 0,
@@ -67,7 +65,7 @@ class Handle:
             SaveFailed: it could not be written. SetupError: a name that cannot be one, or the run was shut down.
             FxckptError: there is a checkpoint of that name.
         """
-        self._run.save(name)
+        self._run.stepping.save(name)
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and return once every checkpoint that was started is durable.
@@ -81,8 +79,7 @@ class Handle:
         Raises:
             The first failure that was not raised yet, a SaveFailed or StoreError; TimeoutError after ``timeout``.
         """
-        if self._run.active:
-            self._run.flush(timeout)
+        self._run.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
         """``flush``, then stop; training goes on without checkpoints. Also runs at exit. Idempotent.
@@ -139,7 +136,10 @@ class Handle:
     @property
     def graphs(self) -> list[StepGraph]:
         """The StepGraph of each optimizer of the run, in the order of the list. Raises SetupError before their first step."""
-        return self._run.graphs()
+        run = self._run
+        with run.closing.between_steps:
+            run.arrangement.refresh()  # written anew if something was replaced
+            return [stepper.executor.arranged.graph for stepper in run.steppers]
 
     @property
     def directory(self) -> str:
@@ -178,7 +178,7 @@ class Handle:
             A context manager. On entry it raises SetupError if the run is being traced already.
         """
         run = self._run
-        if run.engine is not None and not run.active:
+        if run.engine is not None and not run.status.active:
             raise SetupError("this run takes no checkpoints: there is nothing to trace")
         return Tracing(run.saver.flights, run.engine, path, beside)
 

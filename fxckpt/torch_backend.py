@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from fxckpt.config import disabled
-
 if TYPE_CHECKING:
     from torch import fx
 
@@ -34,6 +32,7 @@ def backend(
     nothing is read.
     """
     from fxckpt.compat.inductor import compile_with_backend, compile_with_inductor
+    from fxckpt.config import disabled  # imported here like torch: `import fxckpt` is cheap
 
     options = dict(options or {})
     inner = options.pop("inner", "inductor")

@@ -148,6 +148,7 @@ void fx_engine_statistics(struct fx_engine *engine, struct fx_statistics *out) {
     out->write_ns = engine->written->ns;
     out->stall_ns = engine->stall_ns;
     out->buffered_files = engine->buffered_files;
+    out->unbatched_devices = engine->unbatched_devices;
     fx_unlock(engine);
 }
 

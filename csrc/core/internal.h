@@ -39,7 +39,7 @@ struct ck_chunk {
     void *staging; /* buffer that holds the pieces which are DONE */
 };
 
-struct ck_devices; /* cuda.c */
+struct ck_devices; /* cuda/device.h */
 struct ck_cuda;
 struct cuda;
 struct fx_sink_ops; /* sink.h */
@@ -175,7 +175,7 @@ struct fx_engine {
     struct fx_engine *next; /* in fork.c's list */
     _Atomic int64_t pending;
     struct written own, *written; /* own, unless another process writes or counts too */
-    _Atomic uint64_t copy_ns, stall_ns, buffered_files;
+    _Atomic uint64_t copy_ns, stall_ns, buffered_files, unbatched_devices;
 };
 
 void fx_lock(struct fx_engine *engine);

@@ -1,5 +1,6 @@
-/* What the engine's other files see of the CUDA path: cuda.c (devices, the order of events, copies), pinned.c
- * (memory). All is empty for an engine that opened no device. Lock held unless said otherwise. */
+/* What the engine's other files see of the CUDA path: device.c (a device's life), events.c (the order of events),
+ * copier.c (copies), fetch.c (single values), pinned.c (memory). All is empty for an engine that opened no device. Lock held
+ * unless said otherwise. */
 #ifndef FX_CUDA_H
 #define FX_CUDA_H
 
@@ -35,8 +36,8 @@ void fx_cuda_free(struct fx_engine *engine);
 /* One block of n chunks, near the device (its PCI address, as the driver writes it) where the machine tells. */
 void *fx_pinned_new(uint64_t nbytes, const char *pci);
 
-/* ---- mutations: each removes one wait or one record from the order of events, so that a test can show that
- * it would be missed. Only where tests define FX_MUTATIONS. ---- */
+/* ---- mutations: each removes one wait or one record from the order of events, or breaks one rule of the driver, so that
+ * a test can show that it would be missed. Only where tests define FX_MUTATIONS. ---- */
 
 enum fx_mutation {
     NO_MUTATION,
@@ -48,7 +49,16 @@ enum fx_mutation {
     NO_REAP_WAIT,    /* a writer takes the chunk before the copy is done */
     NO_HOST_WAIT,    /* a fence without streams returns when the copy was issued */
     NO_CANCEL_WAIT,  /* a cancel returns while copies still read the memory */
-    EARLY_REUSE,     /* an event is used anew while a fence is about to wait for it */
+    EARLY_REUSE,     /* an event is used anew, of either kind, while a fence is about to wait for it */
+    TWO_ALLOCATIONS, /* neighbours in memory are copied as one range */
+    HOST_ADDRESSES,  /* batches take host addresses, also where the device has others for that memory */
+    NO_SOURCE_ORDER, /* a batch does not say in which order its sources are read */
+    CALLERS_MODE,    /* calls are made in the caller's mode: captures forbid them */
+    MODE_NOT_GIVEN_BACK, /* the caller's thread stays in our mode */
+    NO_CONTEXT,      /* memory is unpinned in no context */
+    SPINNING_WAIT,   /* a host wait spins */
+    RECORD_IN_CAPTURE, /* `ready` is recorded on a stream that belongs to a graph */
+    LOST_BY_CAPTURE, /* a wait that a capture refused counts as a device that is gone */
     MUTATIONS
 };
 

@@ -14,7 +14,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,42 +32,15 @@ COMMITS = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="a directory on the disk, for instance that of the store")
-    parser.add_argument(
-        "--size", type=common.amount, default=256 << 20, metavar="SIZE", help="bytes to write each time (default: 256MiB)"
-    )
+    size: dict[str, Any] = {"type": common.amount, "metavar": "SIZE"}
+    parser.add_argument("--size", **size, default=256 << 20, help="bytes to write each time (default: 256MiB)")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to overwrite (default: 5)")
     parser.add_argument("--threads", type=int, default=2, help="writer threads (default: 2)")
-    parser.add_argument("--chunk", type=common.amount, default=4 << 20, metavar="SIZE", help="(default: 4MiB)")
-    parser.add_argument("--state", type=common.amount, metavar="SIZE", help="size of a checkpoint, for the interval")
-    parser.add_argument(
-        "--parameters",
-        type=common.amount,
-        metavar="N",
-        help="or the number of parameters (7B), of 12 bytes each: float32 and two moments",
-    )
+    parser.add_argument("--chunk", **size, default=4 << 20, help="(default: 4MiB)")
+    parser.add_argument("--state", **size, help="size of a checkpoint, for the interval")
+    count = "or the number of parameters (7B), of 12 bytes each: float32 and two moments"
+    parser.add_argument("--parameters", type=common.amount, metavar="N", help=count)
     parser.add_argument("--step", type=float, metavar="SECONDS", help="time of a training step, for the interval")
-
-
-@dataclass
-class Measured:
-    """Bytes per second, and seconds of a commit."""
-
-    nbytes: int
-    fresh: float
-    overwrite: list[float]
-    read: list[float]
-    commit: list[float]
-    buffered: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "nbytes": self.nbytes, "o_direct": not self.buffered,
-            "write_new_bytes_per_second": self.fresh,
-            "overwrite_bytes_per_second": statistics.median(self.overwrite),
-            "overwrite_range": [min(self.overwrite), max(self.overwrite)], "overwrites": len(self.overwrite),
-            "read_bytes_per_second": statistics.median(self.read), "read_range": [min(self.read), max(self.read)],
-            "commit_seconds": statistics.median(self.commit), "commit_range": [min(self.commit), max(self.commit)],
-        }  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     state = args.state if args.state is not None else None if args.parameters is None else 12 * args.parameters
     if (state is None) != (args.step is None):
         raise SetupError("the interval follows from both: --state (or --parameters) and --step")
-    found = measure(args.dir, args.size // BLOCK * BLOCK, args.seconds, args.threads, args.chunk).to_json()
+    found = measure(args.dir, args.size // BLOCK * BLOCK, args.seconds, args.threads, args.chunk)
     plan = None if state is None else interval(found, state, args.step)
     if args.json:
         common.print_json({"directory": os.path.abspath(args.dir), "threads": args.threads, "chunk_bytes": args.chunk,
@@ -89,29 +61,24 @@ def run(args: argparse.Namespace) -> int:
     return common.OK
 
 
-def measure(directory: str, nbytes: int, seconds: float, threads: int, chunk: int) -> Measured:
+def measure(directory: str, nbytes: int, seconds: float, threads: int, chunk: int) -> dict[str, Any]:
     """Write, overwrite and read one file of ``nbytes``. Raises SetupError if the disk is too full, SaveFailed."""
-    free = os.statvfs(directory)
-    if free.f_bavail * free.f_frsize < nbytes + (64 << 20):
-        raise SetupError(
-            f"{directory} has {common.human(free.f_bavail * free.f_frsize)} left; {common.human(nbytes)} and "
-            "64 MB more are needed: use a smaller --size"
-        )
-    folder = tempfile.mkdtemp(prefix=".fxckpt-bench-", dir=directory)
-    try:
+    free, _ = common.space(directory)
+    if free < nbytes + (64 << 20):
+        needed = f"{common.human(nbytes)} and 64 MB more are needed: use a smaller --size"
+        raise SetupError(f"{directory} has {common.human(free)} left; {needed}")
+    with tempfile.TemporaryDirectory(prefix=".fxckpt-bench-", dir=directory, ignore_cleanup_errors=True) as folder:
         return _measure(folder, nbytes, seconds, threads, chunk)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int) -> Measured:
-    from fxckpt.engine import Engine, Sources
+def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int) -> dict[str, Any]:
+    """Bytes per second, and seconds of a commit."""
+    from fxckpt.engine import Engine, Sources, read_verified
 
     data = np.random.default_rng(0).integers(0, 256, nbytes - BLOCK, np.uint8)  # nothing that a disk can compress
     engine = Engine(threads=threads, chunk_bytes=chunk, staging_bytes=0)
     try:
-        header = b" " * BLOCK
-        plan = engine.plan([(nbytes, header)], [(0, 0, BLOCK, data.nbytes, 1)], 1)
+        plan = engine.plan([(nbytes, b" " * BLOCK)], [(0, 0, BLOCK, data.nbytes, 1)], 1)
         sources = Sources([(data.ctypes.data, None, None)])
 
         def write() -> tuple[float, list[int]]:
@@ -131,19 +98,21 @@ def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int)
             while len(overwrites) < ROUNDS or time.perf_counter() - begun < seconds:
                 overwrites.append(write()[0])
                 progress.advance(int(100 * nbytes / overwrites[-1]))
-        reads = [_read(os.path.join(folder, "data"), nbytes, chunk, crcs, threads) for _ in range(ROUNDS)]
-        return Measured(nbytes, fresh, overwrites, reads, [_commit(folder) for _ in range(COMMITS)], engine.buffered)
+        path, reads = os.path.join(folder, "data"), []
+        for _ in range(ROUNDS):
+            begun = time.perf_counter()
+            read_verified(path, nbytes=nbytes, chunk_bytes=chunk, crcs=crcs, targets=[], threads=threads)
+            reads.append(nbytes / (time.perf_counter() - begun))
+        commits = [_commit(folder) for _ in range(COMMITS)]
+        return {
+            "nbytes": nbytes, "o_direct": not engine.buffered, "write_new_bytes_per_second": fresh,
+            "overwrite_bytes_per_second": statistics.median(overwrites),
+            "overwrite_range": [min(overwrites), max(overwrites)], "overwrites": len(overwrites),
+            "read_bytes_per_second": statistics.median(reads), "read_range": [min(reads), max(reads)],
+            "commit_seconds": statistics.median(commits), "commit_range": [min(commits), max(commits)],
+        }  # fmt: skip
     finally:
         engine.close()
-
-
-def _read(path: str, nbytes: int, chunk: int, crcs: list[int], threads: int) -> float:
-    """Bytes per second of a verified read."""
-    from fxckpt.engine import read_verified
-
-    begun = time.perf_counter()
-    read_verified(path, nbytes=nbytes, chunk_bytes=chunk, crcs=crcs, targets=[], threads=threads)
-    return nbytes / (time.perf_counter() - begun)
 
 
 def _commit(folder: str) -> float:
@@ -163,11 +132,9 @@ def _commit(folder: str) -> float:
 
 
 def interval(disk: dict[str, Any], state: int, step: float) -> dict[str, Any]:
-    """What follows for a checkpoint of ``state`` bytes and a training step of ``step`` seconds.
-
-    The disk writes one checkpoint while the next steps run: so many steps apart they keep up with each other. A crash
-    then loses at most the steps of two intervals: the one that is being written, and the one that is being trained.
-    """
+    """What follows for a checkpoint of ``state`` bytes and a training step of ``step`` seconds. The disk writes one checkpoint
+    while the next steps run. A crash then loses at most the steps of two intervals: the one that is being written, and the one
+    that is being trained."""
     if step <= 0 or state <= 0:
         raise SetupError("--state and --step must be above 0")
     seconds = state / disk["overwrite_bytes_per_second"] + disk["commit_seconds"]
@@ -184,8 +151,8 @@ def _print(disk: dict[str, Any], plan: dict[str, Any] | None) -> None:
         low, high = disk[limits]
         return f"{common.human(disk[name])}/s   ({common.human(low)}/s to {common.human(high)}/s)"
 
-    print(f"{common.human(disk['nbytes'])} at a time, " + ("O_DIRECT" if disk["o_direct"] else "through the page cache: "
-          "this file system refuses O_DIRECT"))  # fmt: skip
+    way = "O_DIRECT" if disk["o_direct"] else "through the page cache: this file system refuses O_DIRECT"
+    print(f"{common.human(disk['nbytes'])} at a time, {way}")
     print(f"new file         {common.human(disk['write_new_bytes_per_second'])}/s")
     print(f"in place         {speed('overwrite_bytes_per_second', 'overwrite_range')}")
     print(f"verified read    {speed('read_bytes_per_second', 'read_range')}")
@@ -196,11 +163,10 @@ def _print(disk: dict[str, Any], plan: dict[str, Any] | None) -> None:
         return
     print(f"\n{common.human(plan['state_bytes'])} of state, {common.duration(plan['step_seconds'])} a step:")
     print(f"a checkpoint     takes {common.duration(plan['write_seconds'])} to write")
-    print(
-        f"every={plan['every']:<10} is as often as this disk can: each {common.duration(plan['every_seconds'])}, the disk "
-        f"{plan['disk_busy']:.0%} busy, {common.human(plan['bytes_per_day'])} a day"
-    )
+    busy = f"the disk {plan['disk_busy']:.0%} busy, {common.human(plan['bytes_per_day'])} a day"
+    print(f"every={plan['every']:<10} is as often as this disk can: each {common.duration(plan['every_seconds'])}, {busy}")
     print(f'every="auto"     at most once a minute: {common.human(plan["bytes_per_day_auto"])} a day')
     print(f"a crash          loses at most {plan['lost_at_most_steps']} steps (with every={plan['every']})")
-    seconds = common.duration(plan["restore_seconds"])
-    print(f"load             takes {seconds} in a run that has not stepped, elsewhere twice that")
+    print(
+        f"load             takes {common.duration(plan['restore_seconds'])} in a run that has not stepped, elsewhere twice that"
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate, Reader, candidates
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 
 OK, FAILED, USAGE, CORRUPT, NOTHING, IN_USE = range(6)
 """Exit statuses; 2 is also argparse's. An interrupt gives 130."""
@@ -22,9 +22,6 @@ WHICH = ("a step (1200), the name of a named save (best), a directory in the sto
          "default: latest")  # fmt: skip
 
 LOOKS = 10  # times that the newest checkpoint is looked for while a trainer takes it back
-
-
-# ---- choosing ----
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +42,8 @@ def is_checkpoint(directory: str) -> bool:
 
 
 def open_checkpoint(directory: str, which: str | None) -> Reader:
-    """The checkpoint that the command line names, its record verified. Raises NoCheckpoint, Corrupt, NotAStore.
-
-    The newest one of a store is the newest whose record verifies; anything else that is damaged raises.
-    """
+    """The checkpoint that the command line names, its record verified. Raises NoCheckpoint, Corrupt, NotAStore. The newest one
+    of a store is the newest whose record verifies; anything else that is damaged raises."""
     if is_checkpoint(directory):
         if which is not None:
             raise SetupError(f"{directory} is one checkpoint; name the store to choose {which!r} in it")
@@ -72,36 +67,19 @@ def verify(path: str) -> None:
 
 def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | None) -> Candidate:
     """One of a listing that is newest first. Raises NoCheckpoint (saying what there is), Corrupt if it is that one."""
-    if which in (None, "latest"):
+    if which is None or which == "latest":
         meant = sorted(found, key=lambda each: isinstance(each, Corrupt))
-    else:
-        meant = [each for each in found if _is_called(each, directory, str(which))]
-        meant += [each for each in found if _is_of_step(each, str(which))]
+    else:  # by its directory in the store, or by its step, which named saves are not called by
+        called = {os.path.join(os.path.abspath(directory), name) for name in (which, os.path.join(names.NAMED, which))}
+        step = int(which) if which.isdecimal() else -1
+        meant = [each for each in found if directory_of(each) in called]
+        meant += [each for each in found if names.step_of(os.path.basename(directory_of(each))) == step]
     for each in meant:
         if isinstance(each, Corrupt):
             raise each
         return each
     there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate))
     raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
-
-
-def path_of(each: Candidate | Corrupt) -> str:
-    """The directory of a checkpoint, whole or not."""
-    return os.path.dirname(each.path) if isinstance(each, Corrupt) else str(each.path)
-
-
-def _is_called(each: Candidate | Corrupt, directory: str, which: str) -> bool:
-    """By its directory in the store, which for a named save is its name."""
-    return os.path.relpath(path_of(each), os.path.abspath(directory)) in (which, os.path.join(names.NAMED, which))
-
-
-def _is_of_step(each: Candidate | Corrupt, which: str) -> bool:
-    """By its step; named saves have names."""
-    step = names.step_of(os.path.basename(path_of(each)))
-    return which.isdecimal() and step is not None and step == int(which)
-
-
-# ---- printing ----
 
 
 def print_json(value: Any) -> None:
@@ -126,6 +104,12 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequen
     for row in cells:
         line = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
         print("  ".join(line).rstrip())
+
+
+def space(directory: str) -> tuple[int, int]:
+    """Bytes of its file system: those that are free, and all."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
 
 
 def human(nbytes: float) -> str:
@@ -181,8 +165,7 @@ class Progress:
         if not self._visible or now - self._shown < 0.1:
             return
         self._shown = now
-        part = min(self._done / self._total, 1.0)
-        speed = self._done / max(now - self._begun, 1e-3)
+        part, speed = min(self._done / self._total, 1.0), self._done / max(now - self._begun, 1e-3)
         bar = "#" * int(24 * part)
         print(f"\r\x1b[K{self._what} [{bar:24}] {part:4.0%}  {human(speed)}/s", end="", file=sys.stderr, flush=True)
 

@@ -20,7 +20,6 @@ from fxckpt.engine import io
 from fxckpt.store.dtypes import DTYPES, item_size, numpy_dtype
 from fxckpt.store.names import OPTIMIZER
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import TensorRecord
 
 HELP = "which layers changed between two steps, and by how much"
 
@@ -44,11 +43,13 @@ class Change:
     squares_difference: float = 0.0
     largest: float = 0.0
 
-    def add(self, other: Change) -> Change:
-        """With another tensor's."""
-        largest = max(self.largest, other.largest) if not math.isnan(self.largest + other.largest) else math.nan
-        return Change(self.elements + other.elements, self.changed + other.changed, self.squares_a + other.squares_a,
-                      self.squares_difference + other.squares_difference, largest)  # fmt: skip
+    def add(self, other: Change) -> None:
+        """Take in another tensor's, or another piece's."""
+        self.elements += other.elements
+        self.changed += other.changed
+        self.squares_a += other.squares_a
+        self.squares_difference += other.squares_difference
+        self.largest = float(np.maximum(self.largest, other.largest))  # NaN if one of both is
 
     @property
     def relative(self) -> float:
@@ -70,6 +71,10 @@ class Row:
     state: Change = field(default_factory=Change)
     only_in: str | None = None  # "a" or "b"
 
+    def to_json(self) -> dict[str, Any]:
+        parameters, state = self.parameters.to_json(), self.state.to_json()
+        return {"name": self.name, "only_in": self.only_in, "parameters": parameters, "state": state}
+
 
 def run(args: argparse.Namespace) -> int:
     first, second = common.open_checkpoint(args.dir, args.a), common.open_checkpoint(args.dir, args.b)
@@ -79,9 +84,7 @@ def run(args: argparse.Namespace) -> int:
             reader.verify(progress.advance)
         rows = list(compare(first, held_a, second, held_b, args.tensors, progress))
     if args.json:
-        common.print_json({"a": str(first.path), "b": str(second.path), "rows": [
-            {"name": row.name, "only_in": row.only_in, "parameters": row.parameters.to_json(), "state": row.state.to_json()}
-            for row in rows]})  # fmt: skip
+        common.print_json({"a": str(first.path), "b": str(second.path), "rows": [row.to_json() for row in rows]})
     else:
         _print(rows, first, second)
     return common.OK
@@ -90,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 def compare(
     first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool, progress: common.Progress
 ) -> Iterator[Row]:
-    """The layers (or tensors) of the first, then those that only the second has."""
+    """The layers (or tensors) of the first, a piece at a time, then those that only the second has."""
     others = {(tensor.file, tensor.key): tensor for tensor in second.record.tensors()}
     for layer in first.record.layers:
         rows: dict[str, Row] = {}
@@ -101,23 +104,15 @@ def compare(
             if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
                 rows[tensor.key] = Row(tensor.key, only_in="a" if other is None else "a (other shape or type in b)")
                 continue
-            change = _change(tensor, held_a[tensor.file], other, held_b[tensor.file], progress)
-            if tensor.file == OPTIMIZER:
-                row.state = row.state.add(change)
-            else:
-                row.parameters = row.parameters.add(change)
+            total = row.state if tensor.file == OPTIMIZER else row.parameters
+            fd_a, fd_b, item = held_a[tensor.file], held_b[tensor.file], item_size(tensor.dtype)
+            for at in range(0, tensor.nbytes, PIECE * item):
+                n = min(PIECE * item, tensor.nbytes - at)
+                a, b = io.pread(fd_a, n, tensor.begin + at), io.pread(fd_b, n, other.begin + at)
+                total.add(_compare(a, b, tensor.dtype))
+                progress.advance(2 * n)
         yield from (row for row in rows.values() if row.only_in or row.parameters.elements or row.state.elements)
     yield from (Row(key, only_in="b") for _, key in others)
-
-
-def _change(a: TensorRecord, fd_a: int, b: TensorRecord, fd_b: int, progress: common.Progress) -> Change:
-    """Compare one tensor, a piece at a time."""
-    found, item = Change(), item_size(a.dtype)
-    for at in range(0, a.nbytes, PIECE * item):
-        n = min(PIECE * item, a.nbytes - at)
-        found = found.add(_compare(io.pread(fd_a, n, a.begin + at), io.pread(fd_b, n, b.begin + at), a.dtype))
-        progress.advance(2 * n)
-    return found
 
 
 def _compare(a: bytes, b: bytes, dtype: str) -> Change:
@@ -129,8 +124,8 @@ def _compare(a: bytes, b: bytes, dtype: str) -> Change:
     with np.errstate(all="ignore"):
         difference = np.abs(right - left) if changed else np.zeros(1)
         difference = np.where(left == right, 0.0, difference) if changed else difference  # inf - inf is no difference
-        return Change(len(a) // item, changed, float(np.square(np.abs(left)).sum()), float(np.square(difference).sum()),
-                      float(difference.max(initial=0.0)))  # fmt: skip
+        squares, squares_difference = float(np.square(np.abs(left)).sum()), float(np.square(difference).sum())
+        return Change(len(a) // item, changed, squares, squares_difference, float(difference.max(initial=0.0)))
 
 
 def values(raw: bytes, dtype: str) -> np.ndarray:
@@ -154,11 +149,10 @@ def _print(rows: list[Row], first: Reader, second: Reader) -> None:
         if row.only_in:
             lines.append((row.name, f"only in {row.only_in}", "", "", ""))
             continue
-        own, state = row.parameters, row.state
-        share = f"{own.changed / own.elements:.1%}" if own.elements else "-"
-        lines.append((row.name, share, f"{own.relative:.3g}" if own.elements else "-",
-                      f"{own.largest:.3g}" if own.elements else "-",
-                      f"{state.relative:.3g}" if state.elements else "-"))  # fmt: skip
+        own, shown = row.parameters, ("-", "-", "-")
+        if own.elements:
+            shown = f"{own.changed / own.elements:.1%}", f"{own.relative:.3g}", f"{own.largest:.3g}"
+        lines.append((row.name, *shown, f"{row.state.relative:.3g}" if row.state.elements else "-"))
     common.print_table(("LAYER", "CHANGED", "RELATIVE", "LARGEST", "STATE"), lines, left=(0,))
     if not any(row.only_in or row.parameters.changed or row.state.changed for row in rows):
         print("\nno difference")

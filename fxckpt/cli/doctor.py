@@ -68,16 +68,10 @@ def findings(directory: str | None) -> Iterator[Finding]:
     if not os.access(there, os.W_OK):
         yield Finding("writing", WRONG, f"no permission to write in {there}")
         return
-    folder = tempfile.mkdtemp(prefix=".fxckpt-doctor-", dir=there)
-    try:
+    with tempfile.TemporaryDirectory(prefix=".fxckpt-doctor-", dir=there, ignore_cleanup_errors=True) as folder:
         for probe in (_direct, _lease, _sync):
             yield probe(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     yield _store(directory)
-
-
-# ---- the machine ----
 
 
 def _python() -> Finding:
@@ -94,10 +88,10 @@ def _torch() -> Finding:
 
 
 def _engine() -> Finding:
-    from fxckpt.engine import checksum
+    from fxckpt.engine.reading import crc32c_implementation
 
     try:
-        kind = checksum.implementation()
+        kind = crc32c_implementation()
     except FxckptError as error:
         return Finding("engine", WRONG, str(error))
     hint = "" if kind != "portable" else ": this processor has no instruction for it, which makes it several times slower"
@@ -114,15 +108,14 @@ def _compiler() -> Finding:
 
 def _shared_memory() -> Finding:
     try:
-        found = os.statvfs("/dev/shm")
+        free, total = common.space("/dev/shm")
     except OSError as error:
         return Finding("/dev/shm", NOTE, f"not there: {error.strerror}")
-    return Finding("/dev/shm", GOOD, f"{common.human(found.f_bavail * found.f_frsize)} of "
-                                     f"{common.human(found.f_blocks * found.f_frsize)} free")  # fmt: skip
+    return Finding("/dev/shm", GOOD, f"{common.human(free)} of {common.human(total)} free")
 
 
 def _cuda() -> Finding:
-    """Ask the driver, as the engine would: no torch, no toolkit."""
+    """Ask the driver, as the engine would."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -131,26 +124,20 @@ def _cuda() -> Finding:
     status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
     if status or not count.value:
         return Finding("CUDA", NOTE, f"a driver, but no device (CUresult {status})")
-    return Finding("CUDA", GOOD, ", ".join(_device_name(cuda, i) for i in range(count.value)))
-
-
-def _device_name(cuda: ctypes.CDLL, index: int) -> str:
-    device, name = ctypes.c_int(0), ctypes.create_string_buffer(100)
-    if cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetName(name, 100, device):
-        return f"device {index}"
-    return name.value.decode(errors="replace")
-
-
-# ---- the disk ----
+    found = []
+    for index in range(count.value):
+        device, name = ctypes.c_int(0), ctypes.create_string_buffer(100)
+        failed = cuda.cuDeviceGet(ctypes.byref(device), index) or cuda.cuDeviceGetName(name, 100, device)
+        found.append(f"device {index}" if failed else name.value.decode(errors="replace"))
+    return Finding("CUDA", GOOD, ", ".join(found))
 
 
 def _space(there: str) -> Finding:
-    found = os.statvfs(there)
-    free, total = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-    detail = f"{common.human(free)} of {common.human(total)} free on {there}"
-    if found.f_flag & os.ST_RDONLY:
+    if os.statvfs(there).f_flag & os.ST_RDONLY:
         return Finding("space", WRONG, f"{there} is mounted read-only")
-    return Finding("space", NOTE if free < total / 20 else GOOD, detail)
+    free, total = common.space(there)
+    verdict = NOTE if free < total / 20 else GOOD
+    return Finding("space", verdict, f"{common.human(free)} of {common.human(total)} free on {there}")
 
 
 def _direct(folder: str) -> Finding:
@@ -182,8 +169,8 @@ def _lease(folder: str) -> Finding:
 
 def _sync(folder: str) -> Finding:
     """The median of a few syncs of a small file."""
-    path, times = os.path.join(folder, "sync"), []
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    times = []
+    fd = os.open(os.path.join(folder, "sync"), os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         for _ in range(5):
             begun = time.perf_counter()

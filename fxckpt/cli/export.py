@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fxckpt.cli import common
@@ -23,7 +23,8 @@ from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import Record, TensorRecord, decode_state
+from fxckpt.store.record import Record, TensorRecord
+from fxckpt.store.typed_json import decode_state
 
 HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
 
@@ -37,13 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=sorted(_FORMATS), required=True, help="what to write")
     parser.add_argument("--which", metavar="WHICH", help=common.WHICH)
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state too (torch, dcp)")
-    parser.add_argument(
-        "--shard",
-        type=common.amount,
-        default=5 * 10**9,
-        metavar="SIZE",
-        help="safetensors: begin a new file after so many bytes (default: 5GB)",
-    )
+    shard = "safetensors: begin a new file after so many bytes (default: 5GB)"
+    parser.add_argument("--shard", type=common.amount, default=5 * 10**9, metavar="SIZE", help=shard)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,12 +56,20 @@ def run(args: argparse.Namespace) -> int:
         with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
             source = Source(reader, held, progress)
-            _write(_FORMATS[args.format], source, partial, args)
+            try:
+                _FORMATS[args.format](source, partial, args)
+            except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # what torch raises when it cannot: a RuntimeError; DCP's is no Exception
+                raise SaveFailed("write", partial, detail=str(error).strip().partition("\n")[0]) from error
         _sync(partial)
         os.rename(partial, args.out)
         io.fsync_dir(parent)
     except BaseException:
-        _remove(partial)
+        if os.path.isdir(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+        elif os.path.lexists(partial):
+            os.unlink(partial)
         raise
     found = {"out": os.path.abspath(args.out), "format": args.format, "step": reader.record.step, "from": str(reader.path),
              "tensors": source.count, "nbytes": source.nbytes}  # fmt: skip
@@ -75,16 +79,6 @@ def run(args: argparse.Namespace) -> int:
         size = common.human(found["nbytes"])
         print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
     return common.OK
-
-
-def _write(write: Callable[[Source, str, argparse.Namespace], None], source: Source, path: str, args: argparse.Namespace) -> None:
-    """Write, and turn what torch raises when it cannot (a RuntimeError; DCP's is no Exception) into SaveFailed."""
-    try:
-        write(source, path, args)
-    except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        raise SaveFailed("write", path, detail=str(error).strip().partition("\n")[0]) from error
 
 
 def _sync(path: str) -> None:
@@ -98,23 +92,14 @@ def _sync(path: str) -> None:
         io.fsync(fd)
 
 
-def _remove(path: str) -> None:
-    if os.path.isdir(path):
-        shutil.rmtree(path, ignore_errors=True)
-    elif os.path.lexists(path):
-        os.unlink(path)
-
-
 class Source:
     """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
 
     def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
-        self.reader: Reader = reader
         self.record: Record = reader.record
-        self._held, self._progress = held, progress
+        self._reader, self._held, self._progress = reader, held, progress
         self.count: int = 0
         self.nbytes: int = 0
-        self._state: Any = None
 
     def pieces(self, tensor: TensorRecord) -> Iterator[bytes]:
         """The bytes of a tensor, some at a time."""
@@ -125,53 +110,38 @@ class Source:
             self._progress.advance(len(piece))
             yield piece
 
-    def tensor(self, record: TensorRecord) -> Any:
-        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers."""
+    def tensor(self, record: TensorRecord, is_complex: bool = False) -> Any:
+        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers; a state can be made complex."""
         import torch
 
-        raw = bytearray().join(self.pieces(record))
-        dtype = getattr(torch, DTYPES[record.dtype].torch)
-        if not raw:
-            return torch.empty(record.shape, dtype=dtype)
-        return torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(record.shape)
-
-    def decoded(self, value: Any) -> Any:
-        """An encoded value of the record."""
-        if self._state is None:
-            self._state = self.reader.state_tensors()
-        return decode_state(value, self._state)
+        tensor = torch.empty(record.shape, dtype=getattr(torch, DTYPES[record.dtype].torch))
+        if raw := bytearray().join(self.pieces(record)):
+            tensor = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype).reshape(record.shape)
+        return torch.view_as_complex(tensor) if is_complex else tensor
 
     def model(self) -> dict[str, Any]:
         """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""
         found = {record.key: self.tensor(record) for record in self.record.tensors(MODEL)}
         found |= {alias: found[name] for alias, name in self.record.ties.items() if name in found}
-        for name, state in self.decoded(self.record.state)["early"]["modules"].items():
+        extra = decode_state(self.record.state, self._reader.state_tensors())
+        for name, state in extra["early"]["modules"].items():
             found[f"{name}._extra_state" if name else "_extra_state"] = state
         return found
 
     def optimizers(self) -> list[dict[str, Any]]:
         """For each optimizer its groups (parameters by name) and its state by parameter's name."""
         places = {record.key: record for record in self.record.tensors(OPTIMIZER)}
-        return [self._optimizer(index, saved, places) for index, saved in enumerate(self.decoded(self.record.optimizers))]
-
-    def _optimizer(self, index: int, saved: Mapping[str, Any], places: Mapping[str, TensorRecord]) -> dict[str, Any]:
-        states: dict[str, dict[str, Any]] = {}
-        for name, described in saved["state"].items():
-            states[name] = {}
-            for key in described["keys"]:
-                place = places.get(state_key(index, key, name))
-                states[name][key] = described["plain"][key] if place is None else self._state_tensor(place, key, described)
-        groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
-        return {"state": states, "param_groups": groups}
-
-    def _state_tensor(self, place: TensorRecord, key: str, described: Mapping[str, Any]) -> Any:
-        import torch
-
-        tensor = self.tensor(place)
-        return torch.view_as_complex(tensor) if key in described["complex"] else tensor
-
-
-# ---- formats ----
+        found = []
+        for index, saved in enumerate(decode_state(self.record.optimizers, self._reader.state_tensors())):
+            states: dict[str, dict[str, Any]] = {name: {} for name in saved["state"]}
+            for name, described in saved["state"].items():
+                for key in described["keys"]:
+                    place = places.get(state_key(index, key, name))
+                    is_complex = key in described["complex"]
+                    states[name][key] = described["plain"][key] if place is None else self.tensor(place, is_complex)
+            groups = [{**group["settings"], "params": list(group["params"])} for group in saved["groups"]]
+            found.append({"state": states, "param_groups": groups})
+        return found
 
 
 def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
@@ -184,14 +154,14 @@ def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
         torch.save(model, path)
         return
     optimizers = [_by_number(each) for each in source.optimizers()]
-    torch.save({"model": model, "optimizer": optimizers[0] if len(optimizers) == 1 else optimizers,
-                "step": source.record.step}, path)  # fmt: skip
+    optimizer = optimizers[0] if len(optimizers) == 1 else optimizers
+    torch.save({"model": model, "optimizer": optimizer, "step": source.record.step}, path)
 
 
 def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
     """torch numbers the parameters of an optimizer's state dict, over all groups."""
-    numbers = {name: number for number, name in enumerate(
-        name for group in optimizer["param_groups"] for name in group["params"])}  # fmt: skip
+    parameters = [name for group in optimizer["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(parameters)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in optimizer["param_groups"]]
     return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
 
@@ -216,12 +186,17 @@ def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_shard(source, os.path.join(path, name), shard)
-        index |= {tensor.key: name for tensor in shard}
+        specs = [TensorSpec(tensor.key, tensor.dtype, tensor.shape, 0) for tensor in shard]
+        layout = lay_out(name, specs, {"format": "pt"})  # readers of Hugging Face want to be told that this is PyTorch's
+        by_key = {tensor.key: tensor for tensor in shard}
+        with open(os.path.join(path, name), "wb") as file:
+            file.write(layout.header)
+            for placed in layout.tensors:
+                file.writelines(source.pieces(by_key[placed.spec.key]))
+        index |= dict.fromkeys(by_key, name)
     content = {"metadata": {"total_size": source.nbytes}, "weight_map": dict(sorted(index.items()))}
-    with open(os.path.join(path, INDEX), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    with open(os.path.join(path, INDEX), "w", encoding="utf-8") as text:
+        text.write(json.dumps(content, indent=2) + "\n")
 
 
 def _shards(tensors: list[TensorRecord], limit: int) -> list[list[TensorRecord]]:
@@ -235,17 +210,6 @@ def _shards(tensors: list[TensorRecord], limit: int) -> list[list[TensorRecord]]
         shards[-1].append(tensor)
         size += tensor.nbytes
     return shards
-
-
-def _write_shard(source: Source, path: str, tensors: list[TensorRecord]) -> None:
-    specs = [TensorSpec(tensor.key, tensor.dtype, tensor.shape, 0) for tensor in tensors]
-    # Readers of Hugging Face want to be told that this is PyTorch's.
-    layout = lay_out(os.path.basename(path), specs, {"format": "pt"})
-    by_key = {tensor.key: tensor for tensor in tensors}
-    with open(path, "wb") as file:
-        file.write(layout.header)
-        for placed in layout.tensors:
-            file.writelines(source.pieces(by_key[placed.spec.key]))
 
 
 _FORMATS = {"torch": _torch, "safetensors": _safetensors, "dcp": _dcp}

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def describe(record: Record, path: str) -> dict[str, Any]:
-    """Everything but the encoded values and the checksums."""
+    """All but the encoded values and the checksums."""
     return {
         "path": path, "step": record.step, "generation": record.generation, "parent": record.parent, "name": record.name,
         "iteration": record.iteration, "updates": record.updates, "time": record.time, "store_id": record.store_id,

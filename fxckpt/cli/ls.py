@@ -8,7 +8,7 @@ import os
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate
+from fxckpt.store.reader import Candidate, directory_of
 from fxckpt.store.retention import Policy
 
 HELP = "list the checkpoints of a store"
@@ -34,18 +34,13 @@ def run(args: argparse.Namespace) -> int:
 def _row(each: Candidate | Corrupt, directory: str) -> dict:
     """One checkpoint, or what is wrong with its record."""
     if isinstance(each, Corrupt):
-        path = os.path.relpath(common.path_of(each), os.path.abspath(directory))
+        path = os.path.relpath(directory_of(each), os.path.abspath(directory))
         return {"path": path, "step": names.step_of(os.path.basename(path)), "damaged": each.reason}
-    record = each.record
+    record, kept = each.record, "named" if each.record.name is not None else each.record.lasting
     return {"path": os.path.relpath(each.path, os.path.abspath(directory)), "step": record.step,
             "generation": record.generation, "parent": record.parent, "time": record.time, "name": record.name,
             "nbytes": record.nbytes, "layers": len(record.layers),
-            "kept": _kept(record), "metrics": record.metrics, "damaged": None}  # fmt: skip
-
-
-def _kept(record) -> str | None:
-    """Why it outlives newer ones, if it does."""
-    return "named" if record.name is not None else record.lasting
+            "kept": kept, "metrics": record.metrics, "damaged": None}  # fmt: skip
 
 
 def _mark_best(found: list[Candidate | Corrupt], rows: list[dict]) -> None:
@@ -70,10 +65,10 @@ def _print(rows: list[dict], others: dict) -> None:
     for row in rows:
         if row["damaged"]:
             lines.append((row["step"] if row["step"] is not None else "?", "?", "?", "?", "damaged", "", row["path"]))
-            continue
-        metrics = ", ".join(f"{name}={value:.6g}" for name, value in row["metrics"].items())
-        lines.append((row["step"], row["generation"], common.clock(row["time"]), common.human(row["nbytes"]),
-                      "best" if row["best"] else row["kept"] or "", metrics, row["path"]))  # fmt: skip
+        else:
+            metrics = ", ".join(f"{name}={value:.6g}" for name, value in row["metrics"].items())
+            lines.append((row["step"], row["generation"], common.clock(row["time"]), common.human(row["nbytes"]),
+                          "best" if row["best"] else row["kept"] or "", metrics, row["path"]))  # fmt: skip
     if lines:
         common.print_table(("STEP", "GENERATION", "TIME", "SIZE", "KEPT", "METRICS", "PATH"), lines, left=(4, 5, 6))
     else:

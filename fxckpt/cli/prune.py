@@ -8,9 +8,10 @@ trainer runs it stops with exit status 5, and the trainer prunes by itself. --dr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from fxckpt.cli import common
@@ -18,8 +19,9 @@ from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
 from fxckpt.store.files import remove_tree
 from fxckpt.store.identity import read_store_id
-from fxckpt.store.reader import Candidate
-from fxckpt.store.retention import BAD, GOOD, MIN, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
+from fxckpt.store.reader import Candidate, directory_of
+from fxckpt.store.record import MIN
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
 
 HELP = "remove checkpoints that nobody needs"
@@ -53,8 +55,8 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     stock, going = _decide(args)
     slots = _with_suffix(args.dir, names.PARTIAL)
     bad = _with_suffix(args.dir, names.BAD) if args.bad else []
-    rows: list[dict[str, Any]] = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in
-            [*going, *((path, "waiting slot") for path in slots), *((path, "bad") for path in bad)]]  # fmt: skip
+    reasons = {**dict(going), **dict.fromkeys(slots, "waiting slot"), **dict.fromkeys(bad, "bad")}
+    rows: list[dict[str, Any]] = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in reasons.items()]
     if store is not None:
         store.discard([path for path, _ in going])
         for path in bad:
@@ -62,10 +64,14 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     left = [row for row in rows if store is not None and os.path.lexists(row["path"])]
     rows = [row for row in rows if row not in left]
     if args.json:
-        common.print_json({"removed": rows, "left": [row["path"] for row in left], "dry_run": args.dry_run,
-                           "verified": stock.verified})  # fmt: skip
+        remaining = [row["path"] for row in left]
+        common.print_json({"removed": rows, "left": remaining, "dry_run": args.dry_run, "verified": stock.verified})
     else:
-        _print(rows, args.dry_run)
+        for row in rows:
+            did = "would remove" if args.dry_run else "removed"
+            print(f"{did} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
+        total = common.human(sum(row["nbytes"] for row in rows))
+        print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
     for row in left:
         print(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
     return common.FAILED if left else common.OK
@@ -73,14 +79,11 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
 
 def _decide(args: argparse.Namespace) -> tuple[Stock, list[tuple[str, str]]]:
     """What goes, and why. Without the lock a trainer may take back what is being read: then look again."""
-    for _ in range(common.LOOKS - 1):
-        stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
-        try:
+    for _ in range(common.LOOKS):
+        with suppress(NoCheckpoint):
+            stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
             return stock, stock.excess()
-        except NoCheckpoint:
-            continue
-    stock = Stock(args.dir, args.keep, args.keep_best, args.lasting)
-    return stock, stock.excess()
+    raise NoCheckpoint(f"{args.dir}: the checkpoints were taken back by the trainer while they were read, again and again")
 
 
 class Stock:
@@ -89,74 +92,58 @@ class Stock:
     def __init__(self, directory: str, keep: int, best: str | None, lasting: bool):
         self._keep, self._root = keep, os.path.abspath(directory)
         self.verified: int = 0
-        found = [each for each in common.look(directory) if self._is_ours(each)]
-        records = [each.record for each in found if isinstance(each, Candidate)]
-        policy = _policy(keep, best, records)
-        self._parents = {record.generation: record.parent for record in records}
-        self._standings: dict[str, CheckpointStatus] = {}
-        for each in found:
-            if isinstance(each, Corrupt):
-                self._standings[common.path_of(each)] = CheckpointStatus(-1, None, BAD)
-                continue
-            record = each.record
-            self._standings[common.path_of(each)] = CheckpointStatus(record.generation, record.parent, UNKNOWN,
-                                                       record.lasting is not None and not lasting,
-                                                       policy.score(record.metrics))  # fmt: skip
-
-    def _is_ours(self, each: Candidate | Corrupt) -> bool:
-        """Named saves, and what another store wrote, are not ours to give up."""
-        if os.path.dirname(common.path_of(each)) != self._root:
-            return False
         own = read_store_id(self._root)
-        return isinstance(each, Corrupt) or own in (None, each.record.store_id)
+        # Named saves, and what another store wrote, are not ours to give up.
+        found = [each for each in common.look(directory) if os.path.dirname(directory_of(each)) == self._root
+                 and (isinstance(each, Corrupt) or own in (None, each.record.store_id))]  # fmt: skip
+        records = [each.record for each in found if isinstance(each, Candidate)]
+        policy = Policy(keep, best=next((record.best_by for record in records), None))  # as the newest run kept its best
+        if best is not None:
+            metric, _, direction = best.partition(":")
+            policy = Policy.make(keep, None, None, None if best == "none" else (metric, direction or MIN))
+        self._parents = {record.generation: record.parent for record in records}
+        self._paths: dict[int, str] = {}
+        self._known: dict[int, CheckpointStatus] = {}
+        for number, each in enumerate(found, -len(found)):
+            known = CheckpointStatus(number, None, BAD)  # a damaged record: told apart by a number below 0
+            if isinstance(each, Candidate):
+                record, kept = each.record, each.record.lasting is not None and not lasting
+                score = policy.score(record.metrics)
+                known = CheckpointStatus(record.generation, record.parent, UNKNOWN, kept, score)
+            self._paths[known.generation] = directory_of(each)
+            self._known[known.generation] = known
 
     def excess(self) -> list[tuple[str, str]]:
         """(path, why) of what goes. Raises Corrupt if nothing verifies: then nothing is given up."""
         newest = self._newest_good()
         if newest is None:
-            if self._standings:
+            if self._known:
                 raise Corrupt(self._root, "no checkpoint verifies, so none is removed")
             return []
         lineage = ancestors(self._parents, newest)
-        there = list(self._standings.values())
-        gone = excess(there, self._keep, lineage, newest, self._examine)
-        damaged = {id(known): path for path, known in self._standings.items()}  # these share the generation -1
-        whole = {known.generation: path for path, known in self._standings.items()}
-        return [(damaged[id(each)] if each.generation < 0 else whole[each.generation], self._why(each, lineage)) for each in gone]
+        out = []
+        for each in excess(list(self._known.values()), self._keep, lineage, newest, self._examine):
+            why = "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
+            out.append((self._paths[each.generation], why))
+        return out
 
     def _newest_good(self) -> int | None:
         """The generation of the newest one that verifies; what is found on the way is noted."""
-        for path, known in sorted(self._standings.items(), key=lambda item: item[1].generation, reverse=True):
+        for generation, known in sorted(self._known.items(), reverse=True):
             if known.trust != BAD:
-                trust = self._examine(known)
-                self._standings[path] = CheckpointStatus(known.generation, known.parent, trust, known.lasting, known.score)
-                if trust == GOOD:
-                    return known.generation
+                self._known[generation] = dataclasses.replace(known, trust=self._examine(known))
+                if self._known[generation].trust == GOOD:
+                    return generation
         return None
 
     def _examine(self, known: CheckpointStatus) -> str:
         """Read it."""
-        path = next(path for path, each in self._standings.items() if each.generation == known.generation)
         self.verified += 1
         try:
-            common.verify(path)
+            common.verify(self._paths[known.generation])
         except Corrupt:
             return BAD
         return GOOD
-
-    @staticmethod
-    def _why(each: CheckpointStatus, lineage: set[int]) -> str:
-        return "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
-
-
-def _policy(keep: int, best: str | None, records: Sequence[Any]) -> Policy:
-    """By the option, else by what the newest record says its run kept the best by."""
-    if best == "none":
-        return Policy(keep)
-    if best is not None:
-        metric, _, direction = best.partition(":")
-        return Policy.make(keep, None, None, (metric, direction or MIN))
-    return Policy(keep, best=next((record.best_by for record in records), None))
 
 
 def _with_suffix(directory: str, suffix: str) -> list[str]:
@@ -170,10 +157,3 @@ def _size(path: str) -> int:
         return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file(follow_symlinks=False))
     except FileNotFoundError:
         return 0
-
-
-def _print(rows: list[dict], dry_run: bool) -> None:
-    for row in rows:
-        print(f"{'would remove' if dry_run else 'removed'} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
-    total = common.human(sum(row["nbytes"] for row in rows))
-    print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")

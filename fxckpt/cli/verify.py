@@ -11,6 +11,7 @@ from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint
+from fxckpt.store.reader import directory_of
 
 HELP = "read every byte and check it"
 
@@ -21,7 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    results = list(map(_verify, _chosen(args)))
+    if args.which is not None or common.is_checkpoint(args.dir):
+        chosen = [str(common.open_checkpoint(args.dir, args.which).path)]
+    else:
+        chosen = [directory_of(each) for each in reversed(common.look(args.dir))]
+    results = [_verify(path) for path in chosen]
     if args.json:
         common.print_json({"checkpoints": results})
     else:
@@ -32,27 +37,13 @@ def run(args: argparse.Namespace) -> int:
     return common.CORRUPT if any(each["verdict"] == "damaged" for each in results) else common.OK
 
 
-def _chosen(args: argparse.Namespace) -> list[str | Corrupt]:
-    """Paths to verify, oldest first, or what is wrong with a record already."""
-    if args.which is not None or common.is_checkpoint(args.dir):
-        return [str(common.open_checkpoint(args.dir, args.which).path)]
-    return [each if isinstance(each, Corrupt) else str(each.path) for each in reversed(common.look(args.dir))]
-
-
-def _verify(chosen: str | Corrupt) -> dict:
+def _verify(path: str) -> dict[str, Any]:
     """The verdict on one checkpoint: good, damaged, or gone."""
-    if isinstance(chosen, Corrupt):
-        return _result(os.path.dirname(chosen.path), chosen)
     try:
-        common.verify(chosen)
-        return _result(chosen, None)
-    except (Corrupt, NoCheckpoint) as error:
-        return _result(chosen, error)
-
-
-def _result(path: str, error: Exception | None) -> dict:
-    verdict = "good" if error is None else "damaged" if isinstance(error, Corrupt) else "gone"
-    found: dict[str, Any] = {"path": path, "verdict": verdict, "detail": None if error is None else str(error)}
-    if isinstance(error, Corrupt):
-        found |= {"file": os.path.basename(error.path), "layer": error.layer, "offset": error.offset, "reason": error.reason}
-    return found
+        common.verify(path)
+        return {"path": path, "verdict": "good", "detail": None}
+    except NoCheckpoint as error:
+        return {"path": path, "verdict": "gone", "detail": str(error)}
+    except Corrupt as error:
+        return {"path": path, "verdict": "damaged", "detail": str(error), "file": os.path.basename(error.path),
+                "layer": error.layer, "offset": error.offset, "reason": error.reason}  # fmt: skip

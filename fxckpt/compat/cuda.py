@@ -1,10 +1,13 @@
-"""CUDA: which device a tensor lies on, which stream that device trains on, and values that are still being computed there. The
-copies themselves are the engine's. Nothing here is initialised unless a tensor of the run lies on a device."""
+"""CUDA: which device a tensor lies on, which stream that device trains on, and whether a graph is being captured.
+
+Copies and waits are the engine's: in its threads, and in the committer's, torch's CUDA runtime is not called. This is the seam
+for tests, too. Nothing here is initialised unless a tensor of the run lies on a device.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -22,7 +25,7 @@ class Devices:
     """The CUDA devices of a run. ``driver``: the library to open, ``$FXCKPT_CUDA_DRIVER`` or ``libcuda.so.1``."""
 
     def __init__(self) -> None:
-        self.driver = os.environ.get("FXCKPT_CUDA_DRIVER") or None
+        self.driver: str | None = os.environ.get("FXCKPT_CUDA_DRIVER") or None
 
     def of(self, tensor: torch.Tensor) -> int | None:
         """The driver's number of the device the tensor lies on; None for host memory. torch numbers devices as the driver does:
@@ -40,20 +43,6 @@ class Devices:
     def capturing(self) -> bool:
         """Is a CUDA graph being captured on the current stream?"""
         return torch.cuda.is_current_stream_capturing()
-
-    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Start copying to the host, in order on the current stream; the result waits, and gives the host tensor."""
-        with torch.cuda.device(tensor.device):
-            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            host.copy_(tensor.detach(), non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-
-        def wait() -> torch.Tensor:
-            event.synchronize()
-            return host
-
-        return wait
 
 
 def check(tensor: torch.Tensor) -> None:

@@ -74,7 +74,7 @@ def compiling_scope() -> dict[str, dict[str, Any]] | None:
     return None if tx is None else {"L": tx.output.local_scope, "G": tx.output.global_scope}
 
 
-def compiled_module() -> weakref.ref | None:
+def compiled_module() -> weakref.ref[Any] | None:
     """The module whose method Dynamo compiles right now: the ``self`` of that frame. None where there is none. With
     ``block.compile()`` this is the block; the outermost module being called is the whole model."""
     scope = compiling_scope()
@@ -108,7 +108,7 @@ def _follow(value: Any, step: Any) -> Any:
         return None
 
 
-def compile_under_way() -> tuple[int | None, weakref.ref | None]:
+def compile_under_way() -> tuple[int | None, weakref.ref[Any] | None]:
     """``(frame, token)``: a recompile keeps the frame and has another token; DDP's splits of a compile share both.
     ``torch.compiler`` offers no name for either. The frame's number starts again at 0 after ``torch._dynamo.reset()``; the token
     is Dynamo's context of this one compile."""

@@ -14,7 +14,7 @@ Reader = Callable[[fx.Graph], None]
 """Is shown the joint graph."""
 
 
-def inductor_kernel(fn: Callable, example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple]:
+def inductor_kernel(fn: Callable[..., Any], example: Sequence[torch.Tensor]) -> tuple[list[str], str, tuple[Any, ...]]:
     """The C++ that Inductor writes for ``fn`` on ``example``, sequential, and what it would be called with.
 
     Returns the C types of the kernel's arguments, its source (one function named ``kernel``), and the arguments of its call:
@@ -83,7 +83,7 @@ def cache_folder() -> str:
     return cache_dir()
 
 
-def compiler_settings() -> tuple:
+def compiler_settings() -> tuple[Any, ...]:
     """All that decides what :func:`load_cpp` makes of a source, but the source: Inductor's settings for C++, the variables it and
     compilers read, and what this processor can do, for which the code is made."""
     from torch._inductor import config
@@ -125,7 +125,7 @@ def joint_pass(read: Reader, users: Any) -> Any:
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict, read: Reader | None = None
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any], read: Reader | None = None
 ) -> Callable[..., Any]:
     """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does. ``_TorchCompileInductorWrapper``
     is what that call makes: it checks the options and turns them and the mode into config patches. ``read`` joins those patches,
@@ -140,11 +140,11 @@ def compile_with_inductor(
 
 
 def compile_with_backend(
-    compiler: str | Callable,
+    compiler: str | Callable[..., Any],
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     mode: str | None,
-    options: dict,
+    options: dict[str, Any],
     read: Reader | None = None,
 ) -> Callable[..., Any]:
     """Compile with another backend, as ``torch.compile(backend=compiler)`` does. ``lookup_backend`` is what turns a name into a

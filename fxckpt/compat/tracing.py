@@ -173,7 +173,7 @@ def watched(called: Callable, dispatched: Callable):
         mark._is_fx_tracing_flag = before
 
 
-def symbolic_float(tensor: torch.Tensor, positive: bool | None):
+def symbolic_float(tensor: torch.Tensor, positive: bool | None) -> Any:
     """``tensor.item()`` as a symbol; its sign, when given, is asserted so that ``if momentum != 0`` can be decided."""
     value = tensor.item()
     if positive is not None:

@@ -23,6 +23,7 @@ from fxckpt.compiled_optimizer.types import typed
 from fxckpt.config import Config, default_directory, disabled
 from fxckpt.handle import Handle
 from fxckpt.run.run import Run, live_runs
+from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import NullStore
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -88,27 +89,14 @@ def compile_step(
         disk has no room for ``keep + max_async`` of them.
     """
     config = Config(
-        preset=preset,
-        every=every,
-        keep=keep,
-        keep_every=keep_every,
-        keep_minutes=keep_minutes,
-        keep_best=keep_best,
-        writer=writer,
-        layer=layer,
-        on_layer=on_layer,
-        update=update,
-        threads=threads,
-        chunk_mb=chunk_mb,
-        staging_mb=staging_mb,
-        max_async=max_async,
-        on_error=on_error,
-        fresh=fresh,
-    )
+        every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
+        keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
+        writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error,
+    )  # fmt: skip
     optimizers = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model)
     directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
-    ordinals = devices.all_of(p for each in optimizers for group in each.param_groups for p in group["params"])
+    ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
     run = Run(optimizers, directory, model, extra, config, engine, store, devices)
     handle = Handle(run)

@@ -12,7 +12,7 @@ from fxckpt.compat.modules import named_parameters
 from fxckpt.config import disabled
 from fxckpt.errors import SetupError
 from fxckpt.run.run import live_runs
-from fxckpt.saving.inventory import storable
+from fxckpt.saving.inventory import storable, trained_by
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -26,22 +26,21 @@ def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optim
         raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
     names = {} if model is None else {id(p): name for name, p in named_parameters(model)}
     _check_parameters(checked, names)
-    _warn_of_other_runs(names)
+    if not disabled():
+        _warn_of_other_runs(names)
     return checked
 
 
 def _free_optimizer(opt: object) -> torch.optim.Optimizer:
     """``opt``, if it is an optimizer that steps itself and belongs to no run."""
     if not isinstance(opt, torch.optim.Optimizer):
-        raise SetupError(
-            f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}. "
-            "If it wraps an optimizer, pass the inner one."
-        )
+        what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}"
+        raise SetupError(f"{what}. If it wraps an optimizer, pass the inner one.")
     if (inner := _wrapped(opt)) is not None:
         raise SetupError(
-            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the "
-            f"{type(inner).__name__} that steps. Call compile_step on the inner optimizer, before it is "
-            "wrapped or with wrapper.optimizer, and train with the wrapper as before."
+            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the {type(inner).__name__} that steps. Call "
+            "compile_step on the inner optimizer, before it is wrapped or with wrapper.optimizer, and train with the wrapper "
+            "as before."
         )
     if isinstance(opt, Checkpointed) and "_fxckpt_handle" in opt.__dict__ and not opt.ckpt._run.status.stopped:
         raise SetupError(f"this {type(opt).__name__} already belongs to {opt.ckpt!r}; call opt.ckpt.shutdown() first")
@@ -60,13 +59,8 @@ def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
 def _check_parameters(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> None:
     """Each parameter can be stored, and is in one optimizer only."""
     seen: set[int] = set()
-    places = (
-        (i, j, k, p)
-        for i, opt in enumerate(optimizers)
-        for j, group in enumerate(opt.param_groups)
-        for k, p in enumerate(group["params"])
-    )
-    for i, j, k, param in places:
+    groups = [(i, j, group["params"]) for i, opt in enumerate(optimizers) for j, group in enumerate(opt.param_groups)]
+    for i, j, k, param in ((i, j, k, p) for i, j, params in groups for k, p in enumerate(params)):
         name = names.get(id(param), f"parameter {k} of group {j} of optimizer {i}")
         if id(param) in seen:
             raise SetupError(f"{name} is in two optimizers of the run; its checkpoint could not say which step it is from")
@@ -77,14 +71,10 @@ def _check_parameters(optimizers: Sequence[torch.optim.Optimizer], names: dict[i
 
 def _warn_of_other_runs(names: dict[int, str]) -> None:
     """Say so if another run trains a parameter of this model."""
-    if disabled():
-        return
     for run in live_runs:
-        if not run.status.stopped and (shared := [names[i] for i in run.trained() if i in names]):
+        if not run.status.stopped and (shared := [names[id(p)] for p in trained_by(run.optimizers) if id(p) in names]):
             log.warning(
-                "fxckpt: %r of this model belongs to an optimizer of another run, in %r. Neither run's checkpoints are "
-                "of one step of both: pass the optimizers of one model in one list to one compile_step, or shut the "
-                "other run down with opt.ckpt.shutdown()",
-                shared[0],
-                run.directory,
+                f"fxckpt: {shared[0]!r} of this model belongs to an optimizer of another run, in {run.directory!r}. Neither "
+                "run's checkpoints are of one step of both: pass the optimizers of one model in one list to one "
+                "compile_step, or shut the other run down with opt.ckpt.shutdown()"
             )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxckpt.compat import cuda
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.config import Config
+from fxckpt.engine import Engine
 from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.run.run import Run
-from fxckpt.saving.engines import CheckpointEngine
+from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import CheckpointStore, NullStore
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
-
-if TYPE_CHECKING:
-    from fxckpt.engine import Engine
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -25,10 +23,8 @@ BESIDE, RECORD = 24 << 20, 16 << 10
 parameter what stands of it and its state in the records in flight."""
 
 
-def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]) -> tuple[CheckpointEngine, CheckpointStore]:
+def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[int]) -> tuple[Engine, CheckpointStore]:
     """The engine and the store, or the error that says why not. With a monitor, the engine writes nothing itself."""
-    from fxckpt.engine import Engine
-
     chunk, staging = config.chunk_mb << 20, config.staging_bytes
     if ordinals:
         staging = max(cuda.STAGING if config.staging_mb is None else staging, cuda.LEAST_CHUNKS * chunk)
@@ -42,10 +38,8 @@ def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[i
         engine.close()
         store.close()
         if isinstance(error, StoreLocked) and world_size() > 1:
-            raise SetupError(
-                f"{error}\nThis is rank {rank()} of {world_size()}: give every rank a directory "
-                "of its own (for example f'checkpoints/rank{rank}')."
-            ) from error
+            advice = "give every rank a directory of its own (for example f'checkpoints/rank{rank}')."
+            raise SetupError(f"{error}\nThis is rank {rank()} of {world_size()}: {advice}") from error
         raise
     return engine, store
 
@@ -54,14 +48,8 @@ def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
     """What writes to the directory, if anything does."""
     if config.writer == "mock":
         return NullStore()
-    options: dict[str, Any] = {
-        "keep": config.keep,
-        "max_async": config.max_async,
-        "fresh": config.fresh,
-        "keep_every": config.keep_every,
-        "keep_minutes": config.keep_minutes,
-        "keep_best": config.keep_best,
-    }
+    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh")
+    options: dict[str, Any] = {name: getattr(config, name) for name in names}
     if config.writer == "monitor":
         from fxckpt.monitor.client import MonitorStore
 
@@ -75,19 +63,12 @@ def say(run: Run) -> None:
         log.warning("fxckpt is off (FXCKPT_DISABLE=1): no checkpoints")
         return
     config = run.config
-    beside = BESIDE + RECORD * len(run.trained())
+    beside = BESIDE + RECORD * len(trained_by(run.optimizers))
     log.info(
-        "fxckpt: checkpoints in %r, every=%r, keep=%d, writer=%r; memory at most %d MiB (%d threads x %d MiB + %d MiB "
-        "staging + %d MiB for records and code), plus a snapshot of the model's buffers and of tensors in extra=",
-        run.directory,
-        config.every,
-        config.keep,
-        config.writer,
-        run.engine.memory_bytes + beside >> 20,
-        config.threads,
-        config.chunk_mb,
-        run.engine.staging_bytes >> 20,
-        beside >> 20,
+        f"fxckpt: checkpoints in {run.directory!r}, every={config.every!r}, keep={config.keep}, writer={config.writer!r}; "
+        f"memory at most {run.engine.memory_bytes + beside >> 20} MiB ({config.threads} threads x {config.chunk_mb} MiB + "
+        f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records and code), plus a snapshot of the "
+        "model's buffers and of tensors in extra="
     )
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")

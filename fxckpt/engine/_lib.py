@@ -1,37 +1,32 @@
-"""The extension, loaded once; everything that needs it asks here."""
+"""The extension, loaded once; and its calls: waits in slices, failures as exceptions, streams as C arrays."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Protocol
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
-from fxckpt.errors import EngineMissing
+from fxckpt.errors import EngineMissing, SaveFailed
 
-ABI = 6  # FX_ABI of the csrc/engine.h that this code was written for
+ABI = 7  # FX_ABI of the csrc/engine.h that this code was written for
 BUILD = (
     "Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
     "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev)."
 )
 
 
-class FFI(Protocol):
-    """What is used of cffi's object; what it makes are C values, which have no type here."""
+SLICE = 0.1  # seconds that any wait of the package lasts at a time, so that Ctrl-C is served
+LONGEST = 1e9  # seconds; what an infinite timeout becomes
 
-    NULL: Any
+Streams = Mapping[int, int]
+"""The stream that each CUDA device trains on: device number -> the driver's handle (0: the legacy default stream)."""
 
-    def new(self, cdecl: str, init: Any = ..., /) -> Any: ...
-    def cast(self, cdecl: str, source: Any, /) -> Any: ...
-    def string(self, cdata: Any, /) -> bytes: ...
-    def from_buffer(self, buffer: Any, /) -> Any: ...
-    def unpack(self, cdata: Any, length: int, /) -> Any: ...
-    def gc(self, cdata: Any, destructor: Any, /) -> Any: ...
-
-
-class Lib(Protocol):
-    """The functions and constants that ``cdef.h`` declares."""
-
-    def __getattr__(self, name: str, /) -> Any: ...
+FFI: TypeAlias = Any
+Lib: TypeAlias = Any
+"""What cffi makes: the functions that ``cdef.h`` declares, and C values, have no type here."""
 
 
 @functools.cache
@@ -45,3 +40,26 @@ def load() -> tuple[FFI, Lib]:
     if found != ABI:
         raise EngineMissing(f"The C engine of fxckpt is stale: interface {found}, needed is {ABI}. {BUILD}")
     return engine.ffi, engine.lib
+
+
+def in_slices(call: Callable[[int], int], timeout: float) -> int:
+    """Repeats a wait of the engine, ``call(nanoseconds)``, until it answers other than 0 or time is over."""
+    deadline = time.monotonic() + min(timeout, LONGEST)
+    while True:
+        left = max(deadline - time.monotonic(), 0.0)
+        answer = call(int(min(left, SLICE) * 1e9))
+        if answer or left <= SLICE:
+            return answer
+
+
+def failure(ffi: FFI, error: Any) -> SaveFailed:
+    """The exception for a filled-in ``struct fx_error``."""
+    operation, path = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
+    return SaveFailed(operation, path, error.offset if error.offset >= 0 else None, error.err)
+
+
+def stream_array(ffi: FFI, streams: Streams | None) -> tuple[Any, int]:
+    """The C array of streams, and their number."""
+    if not streams:
+        return ffi.NULL, 0
+    return ffi.new("struct fx_stream[]", list(streams.items())), len(streams)

@@ -66,6 +66,7 @@ struct fx_statistics {
     uint64_t staging_bytes;
     uint64_t staging_peak_bytes;
     uint64_t buffered_files;
+    uint64_t unbatched_devices;
 };
 
 struct fx_engine;
@@ -98,6 +99,12 @@ int fx_fence_for(struct fx_engine *engine, int64_t layer, int64_t timeout_ns, co
                  uint32_t n_streams);
 int fx_cuda_open(struct fx_engine *engine, const char *path, struct fx_error *error);
 int fx_cuda_device(struct fx_engine *engine, uint32_t ordinal, struct fx_error *error);
+
+struct fx_fetch;
+int fx_fetch_new(struct fx_engine *engine, const struct fx_stream *stream, const void *from, uint64_t nbytes,
+                 struct fx_fetch **out, struct fx_error *error);
+int fx_fetch_wait(struct fx_fetch *fetch, void *to, struct fx_error *error);
+void fx_fetch_free(struct fx_fetch *fetch);
 
 struct fx_ring;
 struct fx_posted {

@@ -6,14 +6,11 @@ import errno
 import os
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fxckpt.engine._calls import Streams, failure, in_slices, stream_array
-from fxckpt.engine._lib import Lib, load
+from fxckpt.engine._lib import Lib, Streams, failure, in_slices, load, stream_array
+from fxckpt.engine.plan import Plan, Sources
 from fxckpt.errors import Cancelled, SetupError
-
-if TYPE_CHECKING:
-    from fxckpt.engine.plan import Plan, Sources
 
 
 class Checkpoint:
@@ -47,9 +44,8 @@ class Checkpoint:
             result = self._lib.fx_emit(self._pointer, layer, sources._pointer)
         if result:
             raise SetupError(
-                f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, "
-                "with the tensors (number and sizes) that the plan has for it, contiguous and with a stream "
-                "where they lie on a device"
+                f"emit of layer {layer}: {os.strerror(-result)}; each layer is emitted once, with the tensors (number and "
+                "sizes) that the plan has for it, contiguous and with a stream where they lie on a device"
             )
 
     @property
@@ -74,10 +70,8 @@ class Checkpoint:
         raise raised
 
     def copied(self, timeout: float) -> bool:
-        """Waits until every layer is emitted and copied; False after ``timeout`` seconds.
-
-        Raises :class:`SaveFailed` if the checkpoint failed, :class:`Cancelled` if it was given up.
-        """
+        """Waits until every layer is emitted and copied; False after ``timeout`` seconds. Raises :class:`SaveFailed` if the
+        checkpoint failed, :class:`Cancelled` if it was given up."""
         return self._wait(self._lib.fx_copied, timeout)
 
     def durable(self, timeout: float) -> bool:
@@ -85,11 +79,8 @@ class Checkpoint:
         return self._wait(self._lib.fx_durable, timeout)
 
     def settled(self, timeout: float) -> bool:
-        """Waits until it is over and no thread will touch its files again; False after ``timeout`` seconds.
-
-        Only then may others write to them: after a failure or a cancel, a write that hangs in the disk may
-        still land.
-        """
+        """Waits until it is over and no thread will touch its files again; False after ``timeout`` seconds. Only then may others
+        write to them: after a failure or a cancel, a write that hangs in the disk may still land."""
         if self._is_elsewhere() or not self._finalizer.alive:
             return True
         return in_slices(lambda ns: self._lib.fx_settled(self._pointer, ns), timeout) == 1

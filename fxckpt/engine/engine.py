@@ -1,7 +1,7 @@
 """The engine's life: threads, buffers, devices and counters; what begins checkpoints and fences them (Engine).
 
-A forked child has none of the engine's threads. Every method looks at the process id first; in a child, what
-would use the engine raises :class:`~fxckpt.errors.Cancelled`, and what only waits or cleans up does nothing.
+A forked child has none of the engine's threads. Every method looks at the process id first; in a child, what would use the
+engine raises :class:`~fxckpt.errors.Cancelled`, and what only waits or cleans up does nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
-from fxckpt.engine._calls import Streams, failure, in_slices, stream_array
-from fxckpt.engine._lib import Lib, load
+from fxckpt.engine._lib import Lib, Streams, failure, in_slices, load, stream_array
 from fxckpt.engine.checkpoint import Checkpoint
-from fxckpt.engine.plan import Plan
+from fxckpt.engine.fetch import Fetch
+from fxckpt.engine.plan import Placed, Plan
 from fxckpt.errors import Cancelled, SetupError
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -35,8 +35,7 @@ class EngineStatistics(TypedDict):
 
 
 class Engine:
-    """Writer threads and their buffers. ``memory_bytes`` bounds what they allocate: threads times chunk, plus
-    staging.
+    """Writer threads and their buffers. ``memory_bytes`` bounds what they allocate: threads times chunk, plus staging.
 
     Raises :class:`SetupError` for sizes that cannot work, :class:`SaveFailed` if threads cannot start.
     """
@@ -52,16 +51,15 @@ class Engine:
     ):
         ffi, lib = load()
         if not 1 <= threads <= 256 or not 0 < chunk_bytes <= 1 << 30 or chunk_bytes % lib.FX_BLOCK:
-            raise SetupError(
-                f"threads={threads} must be 1 to 256, chunk_bytes={chunk_bytes} a multiple of {lib.FX_BLOCK} up to 1 GiB"
-            )
+            chunk = f"chunk_bytes={chunk_bytes} a multiple of {lib.FX_BLOCK} up to 1 GiB"
+            raise SetupError(f"threads={threads} must be 1 to 256, {chunk}")
         if staging_bytes < 0:
             raise SetupError(f"staging_bytes={staging_bytes} must not be negative")
         self._ffi, self._lib, self._pid = ffi, lib, os.getpid()
         self.chunk_bytes: int = chunk_bytes
         self.staging_bytes: int = staging_bytes
         self.memory_bytes: int = threads * chunk_bytes + staging_bytes // chunk_bytes * chunk_bytes
-        self._said_buffered = False
+        self._said_buffered = self._said_unbatched = False
         self._devices: set[int] = set()
         options = ffi.new("struct fx_options *", (threads, chunk_bytes, staging_bytes, mock, direct))
         out, error = ffi.new("struct fx_engine **"), ffi.new("struct fx_error *")
@@ -75,13 +73,12 @@ class Engine:
     def _is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
 
-    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[tuple[int, int, int, int, int]], layers: int) -> Plan:
+    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int) -> Plan:
         """Geometry of a checkpoint's files.
 
-        ``files``: (bytes, a multiple of 4096; header that lies at offset 0). ``tensors``: (layer, file,
-        absolute offset, nbytes, itemsize), those of a layer in the order in which its :class:`Sources` has
-        them. Bytes that nothing covers are written as zeros. Raises :class:`SetupError` for what overlaps or
-        does not fit.
+        ``files``: (bytes, a multiple of 4096; header that lies at offset 0). ``tensors``: (layer, file, absolute offset,
+        nbytes, itemsize), those of a layer in the order in which its :class:`Sources` has them. Bytes that nothing covers
+        are written as zeros. Raises :class:`SetupError` for what overlaps or does not fit.
         """
         return Plan(self.chunk_bytes, files, tensors, layers)
 
@@ -108,21 +105,28 @@ class Engine:
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
         if lib.fx_begin(self._pointer, plan._pointer, ffi.new("char *[]", paths), has, crcs, out, error):
             raise failure(ffi, error)
-        self._say_buffered()
+        self._say_what_is_slow()
         return Checkpoint(self, plan, out[0])
 
-    def _say_buffered(self) -> None:
-        if not self._said_buffered and self._statistics().buffered_files:
+    def _say_what_is_slow(self) -> None:
+        found = self._statistics()
+        if found.unbatched_devices and not self._said_unbatched:
+            self._said_unbatched = True
+            log.warning(
+                "The CUDA driver refused to make copies in batches: from here on they are made one by one, which is slower for "
+                "models of many small tensors. Nothing else changes. FXCKPT_CUDA_BATCH=0 never asks for batches."
+            )
+        if found.buffered_files and not self._said_buffered:
             self._said_buffered = True
             log.warning(
-                "This file system refuses O_DIRECT: checkpoints go through the page cache, which is "
-                "slower and costs memory bandwidth. Nothing else changes."
+                "This file system refuses O_DIRECT: checkpoints go through the page cache, which is slower and costs memory "
+                "bandwidth. Nothing else changes."
             )
 
     @property
     def buffered(self) -> bool:
         """Whether some file system refused O_DIRECT, so that files go through the page cache."""
-        return not self._is_elsewhere() and bool(self._statistics().buffered_files)
+        return bool(self._statistics().buffered_files)
 
     def pending(self) -> bool:
         """Whether any emitted piece of any checkpoint is not copied yet. One atomic read."""
@@ -152,15 +156,19 @@ class Engine:
         path = ffi.NULL if driver is None else ffi.new("char[]", os.fsencode(driver))
         if lib.fx_cuda_open(self._pointer, path, error) or lib.fx_cuda_device(self._pointer, ordinal, error):
             operation, what = ffi.string(error.operation).decode(), os.fsdecode(ffi.string(error.path))
-            raise SetupError(
-                f"CUDA device {ordinal} cannot be checkpointed: {operation}: {what or os.strerror(error.err)}. "
-                "Set FXCKPT_DISABLE=1 to run without checkpoints."
-            )
+            why = f"{operation}: {what or os.strerror(error.err)}. Set FXCKPT_DISABLE=1 to run without checkpoints."
+            raise SetupError(f"CUDA device {ordinal} cannot be checkpointed: {why}")
         self._devices.add(ordinal)
+
+    def fetch(self, address: int, nbytes: int, device: int, stream: int) -> Fetch:
+        """Starts to copy memory of an open CUDA device to the host, in order on its ``stream``: what is there after the work
+        that is in it now. Raises nothing; what the driver refused is raised where the value is read."""
+        return Fetch(self._pointer, address, nbytes, (device, stream))
 
     def _statistics(self) -> Any:
         found = self._ffi.new("struct fx_statistics *")
-        self._lib.fx_engine_statistics(self._pointer, found)
+        if not self._is_elsewhere():
+            self._lib.fx_engine_statistics(self._pointer, found)
         return found
 
     def trace(self, capacity: int) -> None:
@@ -179,7 +187,7 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """All counters, since the engine was made; zeros in a forked child."""
-        found = self._ffi.new("struct fx_statistics *") if self._is_elsewhere() else self._statistics()
+        found = self._statistics()
         return EngineStatistics(
             bytes_written=found.bytes_written,
             staging_bytes=found.staging_bytes,
@@ -190,10 +198,8 @@ class Engine:
         )
 
     def close(self, timeout: float = 60.0) -> None:
-        """Cancels what is in flight and ends the threads. Idempotent; does nothing in a forked child.
-
-        A thread that is stuck in the disk for longer than ``timeout`` is left behind, and logged.
-        """
+        """Cancels what is in flight and ends the threads. Idempotent; does nothing in a forked child. A thread that is stuck in
+        the disk for longer than ``timeout`` is left behind, and logged."""
         if self._is_elsewhere():
             return
         if not in_slices(lambda ns: self._lib.fx_engine_close(self._pointer, ns), timeout):

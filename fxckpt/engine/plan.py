@@ -11,6 +11,9 @@ from fxckpt.errors import SetupError
 Item = tuple[int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
 """A tensor in memory: address, sizes, strides in bytes; None, None: contiguous."""
 
+Placed = tuple[int, int, int, int, int]
+"""A tensor in the files: layer, file, absolute offset, nbytes, itemsize."""
+
 
 def fill_view(ffi: FFI, view: Any, item: Item, keep: list[Any]) -> None:
     """Fills in a ``struct fx_view``; the arrays it points to are appended to ``keep``."""
@@ -54,13 +57,7 @@ class Plan:
     ``file_chunks``: the chunks of each file, in the plan's numbering.
     """
 
-    def __init__(
-        self,
-        chunk_bytes: int,
-        files: Sequence[tuple[int, bytes]],
-        tensors: Sequence[tuple[int, int, int, int, int]],
-        layers: int,
-    ):
+    def __init__(self, chunk_bytes: int, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int):
         ffi, lib = load()
         headers = [ffi.from_buffer(header) for _, header in files]
         sizes = [(nbytes, header, len(header)) for (nbytes, _), header in zip(files, headers)]
@@ -72,13 +69,11 @@ class Plan:
             raise SetupError(ffi.string(error.operation).decode() + at)
         self._pointer = ffi.gc(out[0], lib.fx_plan_free)
         self.chunks: int = lib.fx_plan_chunks(self._pointer)
-        self.file_chunks: tuple[range, ...] = tuple(map(self._chunks_of, range(len(files))))
-
-    def _chunks_of(self, file: int) -> range:
-        ffi, lib = load()
+        self.file_chunks: list[range] = []
         first, count = ffi.new("uint32_t *"), ffi.new("uint32_t *")
-        lib.fx_plan_file_chunks(self._pointer, file, first, count)
-        return range(first[0], first[0] + count[0])
+        for file in range(len(files)):
+            lib.fx_plan_file_chunks(self._pointer, file, first, count)
+            self.file_chunks.append(range(first[0], first[0] + count[0]))
 
     def _known(self, known: Sequence[Mapping[int, int]] | None) -> tuple[Any, Any]:
         """The C arrays of :meth:`Engine.begin`'s ``known``: which chunks, and their CRCs."""

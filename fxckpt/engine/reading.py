@@ -1,4 +1,4 @@
-"""Verified reading: no byte reaches a target before its chunk's checksum was right."""
+"""Checksums, and verified reading: no byte reaches a target before its chunk's checksum was right."""
 
 from __future__ import annotations
 
@@ -6,16 +6,32 @@ import errno
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxckpt.engine import io
 from fxckpt.engine._lib import FFI, load
 from fxckpt.engine.plan import fill_view
 from fxckpt.errors import Corrupt, SetupError
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
 
 Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
+
+
+def crc32c(buffer: Buffer, crc: int = 0) -> int:
+    """CRC-32C (Castagnoli) of a contiguous buffer, continuing from ``crc``; in hardware where possible."""
+    ffi, lib = load()
+    data = ffi.from_buffer(buffer)
+    return int(lib.fx_crc32c(crc, data, len(data)))
+
+
+def crc32c_implementation() -> str:
+    """Which one :func:`crc32c` uses here: ``"sse4.2"``, ``"armv8-crc"`` or ``"portable"``."""
+    ffi, lib = load()
+    return str(ffi.string(lib.fx_crc32c_name()), "ascii")
 
 
 def read_verified(
@@ -36,6 +52,7 @@ def read_verified(
     No targets: verify only. When it raises, targets in other chunks may have been filled already.
     Raises :class:`Corrupt` for a bad chunk, a wrong size or a missing file; ``OSError`` if reading fails.
     """
+    ffi, lib = load()
     path = os.fspath(path)
     chunks = -(-nbytes // chunk_bytes)
     if len(crcs) != chunks:
@@ -45,7 +62,20 @@ def read_verified(
         size = os.fstat(fd).st_size
         if size != nbytes:
             raise Corrupt(path, f"the file has {size} bytes, the record says {nbytes}", offset=min(size, nbytes))
-        _read_chunks(fd, path, nbytes, chunk_bytes, crcs, targets, threads, progress)
+        keep: list[Any] = []
+        wanted = [target for target in targets if target[1]]
+        array = ffi.new("struct fx_target[]", max(len(wanted), 1))
+        _fill_targets(ffi, array, wanted, nbytes, keep)
+        table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
+        chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # the size of each thread's buffer
+        file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, table), (array, len(wanted), max(threads, 1), error)
+        at_once = max(SLICE_BYTES // chunk_bytes, 1)
+        for first in range(0, chunks, at_once):
+            result = lib.fx_read_verified(*file, first, min(at_once, chunks - first), *into)
+            if result:
+                raise _failure(path, result, error, chunk_bytes)
+            if progress is not None:
+                progress(min((first + at_once) * chunk_bytes, nbytes) - first * chunk_bytes)
     finally:
         io.close(fd)
 
@@ -62,63 +92,21 @@ def _open(path: str) -> int:
     return io.open(path, os.O_RDONLY)
 
 
-def _make_targets(ffi: FFI, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> tuple[Any, int]:
-    """The C array of the targets that are not empty, and their number."""
-    wanted = [target for target in targets if target[1]]
-    array = ffi.new("struct fx_target[]", max(len(wanted), 1))
-    for target, (offset, length, address, sizes, strides) in zip(array, wanted):
+def _fill_targets(ffi: FFI, array: Any, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> None:
+    """Fills in a ``struct fx_target`` each; arrays they point to are appended to ``keep``."""
+    for target, (offset, length, address, sizes, strides) in zip(array, targets):
         items = 1 if sizes is None else math.prod(sizes)
         if offset < 0 or offset + length > nbytes or items < 1 or length % items:
             raise SetupError(f"target of {length} bytes at {offset}, sizes {sizes}: no fit in {nbytes} bytes")
         target.offset, target.nbytes, target.itemsize = offset, length, length // items
         fill_view(ffi, target.view, (address, sizes, strides), keep)
-    return array, len(wanted)
-
-
-def _read_chunks(
-    fd: int,
-    path: str,
-    nbytes: int,
-    chunk_bytes: int,
-    crcs: Sequence[int],
-    targets: Sequence[Target],
-    threads: int,
-    progress: Callable[[int], None] | None,
-) -> None:
-    ffi, lib = load()
-    keep: list[Any] = []
-    chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # the size of each thread's buffer
-    array, count = _make_targets(ffi, targets, nbytes, keep)
-    table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
-    at_once = max(SLICE_BYTES // chunk_bytes, 1)
-    for first in range(0, len(crcs), at_once):
-        result = lib.fx_read_verified(
-            fd,
-            os.fsencode(path),
-            nbytes,
-            chunk_bytes,
-            table,
-            first,
-            min(at_once, len(crcs) - first),
-            array,
-            count,
-            max(threads, 1),
-            error,
-        )
-        if result:
-            raise _failure(path, result, error, chunk_bytes)
-        if progress is not None:
-            progress(min((first + at_once) * chunk_bytes, nbytes) - first * chunk_bytes)
 
 
 def _failure(path: str, result: int, error: Any, chunk_bytes: int) -> Exception:
     _, lib = load()
     if result == lib.FX_MISMATCH:
-        return Corrupt(
-            path,
-            f"chunk {error.offset // chunk_bytes} has CRC-32C {error.found:08x}, the record says {error.expected:08x}",
-            offset=error.offset,
-        )
+        sums = f"CRC-32C {error.found:08x}, the record says {error.expected:08x}"
+        return Corrupt(path, f"chunk {error.offset // chunk_bytes} has {sums}", offset=error.offset)
     if result == lib.FX_TRUNCATED:
         return Corrupt(path, "the file ends early", offset=error.offset)
     return io.os_error("pread", -result, path, error.offset)

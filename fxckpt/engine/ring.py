@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
-from fxckpt.engine._calls import failure
-from fxckpt.engine._lib import load
-
-if TYPE_CHECKING:
-    from fxckpt.engine.checkpoint import Checkpoint
-    from fxckpt.engine.engine import Engine
+from fxckpt.engine._lib import failure, load
+from fxckpt.engine.checkpoint import Checkpoint
+from fxckpt.engine.engine import Engine
 
 
 class Posted(NamedTuple):
@@ -44,21 +41,16 @@ class Ring:
     @classmethod
     def make(cls, slots: int, slot_bytes: int) -> Ring:
         """New memory, all of it reserved now. ``fd``, ``posted`` and ``freed`` are to be passed on."""
-        ffi, lib = load()
-        out, error = ffi.new("struct fx_ring **"), ffi.new("struct fx_error *")
-        if lib.fx_ring_new(slots, slot_bytes, out, error):
-            raise failure(ffi, error)
-        flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
-        return cls(out[0], os.eventfd(0, flags), os.eventfd(0, flags))
+        flags, pointer = os.EFD_CLOEXEC | os.EFD_NONBLOCK, load()[0].new("struct fx_ring **")
+        _succeed(load()[1].fx_ring_new, slots, slot_bytes, pointer)
+        return cls(pointer[0], os.eventfd(0, flags), os.eventfd(0, flags))
 
     @classmethod
     def inherit(cls, fd: int, posted: int, freed: int) -> Ring:
         """The memory and descriptors that the trainer passed on."""
-        ffi, lib = load()
-        out, error = ffi.new("struct fx_ring **"), ffi.new("struct fx_error *")
-        if lib.fx_ring_open(fd, out, error):
-            raise failure(ffi, error)
-        return cls(out[0], posted, freed)
+        pointer = load()[0].new("struct fx_ring **")
+        _succeed(load()[1].fx_ring_open, fd, pointer)
+        return cls(pointer[0], posted, freed)
 
     def next_posted(self) -> Iterator[Posted]:
         """Every slot that is posted now."""
@@ -70,6 +62,14 @@ class Ring:
     def give_back(self, posted: Posted) -> None:
         """The monitor does not want what is in this slot."""
         load()[1].fx_ring_return(self._pointer, posted.slot, self.freed)
+
+
+def _succeed(function: Callable[..., int], *arguments: Any) -> None:
+    """Call the engine; raises SaveFailed with the error that it fills in."""
+    ffi, _ = load()
+    error = ffi.new("struct fx_error *")
+    if function(*arguments, error):
+        raise failure(ffi, error)
 
 
 def _close(*fds: int) -> None:
@@ -90,14 +90,9 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def post_into(engine: Engine, ring: Ring, monitor: int) -> None:
-    """The trainer's engine (``mock=True``, ``staging_bytes`` the ring's) fills slots and posts them.
-
-    ``monitor`` is the monitor's pidfd: when it ends, checkpoints that were not posted in full fail with EPIPE.
-    """
-    ffi, lib = load()
-    error = ffi.new("struct fx_error *")
-    if lib.fx_relay_trainer(engine._pointer, ring._pointer, ring.posted, ring.freed, monitor, error):
-        raise failure(ffi, error)
+    """The trainer's engine (``mock=True``, ``staging_bytes`` the ring's) fills slots and posts them. ``monitor`` is the
+    monitor's pidfd: when it ends, checkpoints that were not posted in full fail with EPIPE."""
+    _succeed(load()[1].fx_relay_trainer, engine._pointer, ring._pointer, ring.posted, ring.freed, monitor)
     engine._ring = ring
 
 
@@ -109,18 +104,12 @@ def release(engine: Engine) -> None:
 
 def revive(engine: Engine, monitor: int) -> None:
     """Another monitor took over after the one that ended; ``monitor`` is its pidfd."""
-    ffi, lib = load()
-    error = ffi.new("struct fx_error *")
-    if lib.fx_relay_revive(engine._pointer, monitor, error):
-        raise failure(ffi, error)
+    _succeed(load()[1].fx_relay_revive, engine._pointer, monitor)
 
 
 def write_from(engine: Engine, ring: Ring) -> None:
     """The monitor's engine writes what :func:`emit_posted` gives it, and gives the slots back."""
-    ffi, lib = load()
-    error = ffi.new("struct fx_error *")
-    if lib.fx_relay_monitor(engine._pointer, ring._pointer, ring.freed, error):
-        raise failure(ffi, error)
+    _succeed(load()[1].fx_relay_monitor, engine._pointer, ring._pointer, ring.freed)
     engine._ring = ring
 
 

@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from fxckpt.errors import SetupError
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 SWITCH = "FXCKPT_DISABLE_PASSES"
 """The variable that switches passes off: their names, separated by commas."""

@@ -14,8 +14,8 @@ see a temporary that is copied back at the end. ``run`` is the number under whic
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.fx as fx
@@ -72,7 +72,7 @@ for _name, _function in (("ckpt_fence", _fence), ("ckpt_emit", _emit)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxckpt::{_name}", _fake, lib=_LIBRARY)
 
-ckpt_fence = torch.ops.fxckpt.ckpt_fence.default
-ckpt_emit = torch.ops.fxckpt.ckpt_emit.default
+ckpt_fence: Callable[..., Any] = torch.ops.fxckpt.ckpt_fence.default
+ckpt_emit: Callable[..., Any] = torch.ops.fxckpt.ckpt_emit.default
 for _op in (ckpt_fence, ckpt_emit):
     fx.node.has_side_effect(_op)

@@ -26,7 +26,8 @@ class UpdateTimer:
     __slots__ = ("calls", "shortest")
 
     def __init__(self) -> None:
-        self.calls, self.shortest = 0, float("inf")
+        self.calls: int = 0
+        self.shortest: float = float("inf")
 
     def add(self, seconds: float) -> None:
         """One more call."""

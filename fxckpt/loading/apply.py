@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fxckpt.compat.modules import every_module, extra_state_modules
+from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
 from fxckpt.run import extra_state
-from fxckpt.saving.inventory import TORCH_DTYPES, storable
+from fxckpt.saving.inventory import TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
@@ -23,15 +25,11 @@ from fxckpt.store.record import TensorRecord
 log: logging.Logger = logging.getLogger("fxckpt")
 
 State = dict[str, Any]
-"""What an optimizer keeps for one parameter."""
-
-
-# -- bytes ----------------------------------------------------------------------------------------------------------
+"""What an optimizer keeps for one parameter, or a record says of it, or a parameter group holds."""
 
 
 def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Verify the files of tensors while reading them into place. What lies on a device is read to the host first, one file
-    at a time."""
+    """Verify the files of tensors while reading them into place: what lies on a device by way of the host, a file at a time."""
     writable = {key: storable(t) for key, t in tensors.items()}
     for file in (MODEL, OPTIMIZER):
         mine = {key: t for key, t in writable.items() if key[0] == file}
@@ -51,15 +49,9 @@ def read_later(reader: Reader, later: Sequence[TensorRecord]) -> dict[str, torch
     return held
 
 
-# -- optimizers -----------------------------------------------------------------------------------------------------
-
-
 def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, State]]:
     """Make every optimizer's state as the record describes it, by its parameter's id, and add its tensors, still empty, to
-    what is read.
-
-    A live tensor of the same shape, type and strides is kept, so that no second copy exists during a rollback.
-    """
+    what is read. A live tensor that is just so is kept, so that no second copy exists during a rollback."""
     out = []
     for index, (old, opt) in enumerate(zip(saved.optimizers, target.optimizers)):
         states: dict[int, State] = {}
@@ -74,12 +66,7 @@ def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, St
 
 
 def _make_state(
-    places: Mapping[str, TensorRecord | None],
-    description: Mapping[str, Any],
-    param: torch.Tensor,
-    group: Mapping[str, Any],
-    live: Mapping[str, Any],
-    match: Match,
+    places: Mapping[str, TensorRecord | None], description: State, param: torch.Tensor, group: State, live: State, match: Match
 ) -> State:
     """The state of one parameter. ``places``: where each value lies in a file; None: it is a plain one of the record."""
     made: State = {}
@@ -87,22 +74,14 @@ def _make_state(
         if place is None:
             made[key] = description["plain"][key]
             continue
-        device = _device_of_state(key, place, description, param, group)
+        # Beside its parameter, unless it was kept on the host. Step counts follow torch's own rule
+        # (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only.
+        is_count = key == "step" and not place.shape
+        on_host = not (group.get("fused") or group.get("capturable")) if is_count else key in description.get("host", ())
+        device = torch.device("cpu") if on_host else param.device
         made[key] = _state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device)
         match.tensors[OPTIMIZER, place.key] = made[key]
     return made
-
-
-def _device_of_state(
-    key: str, place: TensorRecord, description: Mapping[str, Any], param: torch.Tensor, group: Mapping[str, Any]
-) -> torch.device:
-    """Where a state belongs: with its parameter, unless it was kept on the host. Step counts follow torch's own rule
-    (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
-    if key == "step" and not place.shape:
-        beside = bool(group.get("fused") or group.get("capturable"))
-    else:
-        beside = key not in description.get("host", ())
-    return param.device if beside else torch.device("cpu")
 
 
 def _state_tensor(
@@ -113,18 +92,15 @@ def _state_tensor(
     if is_complex:
         shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
     like = torch.empty(shape, dtype=dtype, device="meta")
-    layout = tuple(strides) if strides is not None and _is_dense(shape, strides) else like.stride()
+    layout = like.stride()
+    if strides is not None and len(strides) == len(shape):
+        span = sum((size - 1) * stride for size, stride in zip(shape, strides))
+        if span < max(math.prod(shape), 1):  # no more memory than the elements: states of torch's optimizers take no more
+            layout = tuple(strides)
     wanted = (shape, dtype, layout, device)
     if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == wanted:
         return live
     return torch.empty_strided(shape, layout, dtype=dtype, device=device)
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether these strides take no more memory than the elements: states of torch's optimizers have no others."""
-    if len(shape) != len(strides):
-        return False
-    return sum((size - 1) * stride for size, stride in zip(shape, strides)) < max(math.prod(shape), 1)
 
 
 def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:
@@ -145,16 +121,13 @@ def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match:
 
 
 def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:
-    """Set them; a tensor that fits is filled, as a captured graph may read it."""
+    """Set them. A tensor that fits is filled, as a captured graph may read it."""
     for key, value in settings.items():
         live = group.get(key)
         if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor) and value.shape == live.shape:
             live.copy_(value)
         else:
             group[key] = value
-
-
-# -- everything else ------------------------------------------------------------------------------------------------
 
 
 def apply_extras(saved: Saved, target: Target) -> None:
@@ -173,8 +146,8 @@ def apply_extras(saved: Saved, target: Target) -> None:
 
 
 def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules: Mapping[str, torch.nn.Module]) -> None:
-    """Set the buffers that are in no state dict. One that is not set yet, or has another shape by now (a cache that grew), is
-    replaced; so is one whose elements share memory (it was expanded)."""
+    """Set the buffers that are in no state dict. One that is not set yet, has another shape by now (a cache that grew), or
+    whose elements share memory (it was expanded) is replaced."""
     for name, value in saved.items():
         buffer = target.inventory.transient.get(name)
         if buffer is None:
@@ -191,8 +164,8 @@ def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules:
 
 
 def freeze(frozen: Sequence[str] | None, step: int, match: Match, target: Target) -> None:
-    """Let parameters require a gradient as they did at ``step``, when the checkpoint was taken: a script that unfreezes layers
-    ``if step == 1000`` does not come there again. What changes is said. ``frozen`` is None in records of earlier versions."""
+    """Let parameters require a gradient as they did at ``step``, when the checkpoint was taken, and say what changes: a script
+    that unfreezes layers ``if step == 1000`` does not come there again. ``frozen`` is None in records of earlier versions."""
     if frozen is None:
         return
     changed: dict[bool, list[str]] = {True: [], False: []}
@@ -206,3 +179,24 @@ def freeze(frozen: Sequence[str] | None, step: int, match: Match, target: Target
         if found:
             what, some = "trained" if wanted else "frozen", ", ".join(found[:5]) + (" ..." if found[5:] else "")
             log.warning("fxckpt: these parameters are %s again, as at step %d: %s", what, step, some)
+
+
+class LateOwners:
+    """Restored tensors whose owners are not known yet: without a model, only the compiler shows buffers and frozen parameters.
+    They are handed over inside the backend's call, before the graph runs for the first time. Somebody has to keep this."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]):
+        self._tensors, self._optimizers = dict(tensors), optimizers
+        traces.listeners.append(weakref.WeakMethod(self._hand_over))
+        self._hand_over()
+
+    def _hand_over(self, trace: object = None) -> None:
+        """Copy what now has an owner of that name, shape and type."""
+        if not self._tensors:
+            return
+        seen = take(None, self._optimizers, traces)
+        with torch.no_grad():
+            for name, tensor in {**seen.buffers, **seen.frozen}.items():
+                held, live = self._tensors.get(name), storable(tensor)
+                if held is not None and (held.shape, held.dtype) == (live.shape, live.dtype):
+                    live.copy_(self._tensors.pop(name))

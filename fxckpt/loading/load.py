@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +18,17 @@ import torch
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply
-from fxckpt.loading.choose import Found, choose
-from fxckpt.loading.late_owners import LateOwners
 from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate, Reader, candidates
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _LOOKS = 10  # times that a store is looked at while a trainer takes back what was found there
 
-_PARTIALLY_LOADED = (
-    "\nThe model now holds parts of a corrupt checkpoint and this run takes no step with it: build the model, the "
-    "optimizer and the run anew to start over."
-)
-
+Found = Candidate | Corrupt
 Skipped = list[tuple[str, str]]
 
 
@@ -106,24 +101,58 @@ def load(
     if target.run is not None:
         target.run.prepare_load()
     skipped: Skipped = []
-    restored: Restored | None = None
-    for look in range(1, _LOOKS + 1):
-        chosen = choose(candidates(directory), step, name, directory)
-        try:
+    for _ in range(_LOOKS):
+        chosen = _choose(candidates(directory), step, name, directory)
+        with contextlib.suppress(NoCheckpoint):  # taken back meanwhile; there are newer ones now
             restored = _first_whole(chosen, target, strict, skipped, fall_back=step is None and name is None)
             break
-        except NoCheckpoint:  # taken back meanwhile; there are newer ones now
-            if look == _LOOKS:
-                raise
+    else:
+        raise NoCheckpoint(f"{directory}: the checkpoints were taken back by the trainer while they were read, again and again")
     if restored is not None:
         return restored
     if skipped:
-        mixed = target.run is not None and target.run.status.partially_loaded is not None
-        raise _nothing_whole(directory, skipped, mixed)
+        why = "none of its checkpoints verifies:" + "".join(f"\n  {path}: {reason}" for path, reason in skipped)
+        if target.run is not None and target.run.status.partially_loaded is not None:
+            why += ("\nThe model now holds parts of a corrupt checkpoint and this run takes no step with it: build the model, "
+                    "the optimizer and the run anew to start over.")  # fmt: skip
+        raise Corrupt(directory, why)
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
     if target.run is not None:
         target.run.mark_loaded(directory, None)
     return Restored()
+
+
+def _choose(found: Sequence[Found], step: int | None, name: str | None, directory: str) -> Sequence[Found]:
+    """Those to try, in order, of a listing that is newest first: all, or the newest of the step or name that was asked for.
+    Raises NoCheckpoint if there is none of that step or name, saying what there is."""
+    if step is None and name is None:
+        return found
+    chosen = [each for each in found if _is_meant(each, step, name, directory)]
+    if not chosen:
+        there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate)) or "none"
+        asked = f"of step {step}" if name is None else f"named {name!r}"
+        raise NoCheckpoint(f"{directory}: no checkpoint {asked}; there is: {there}")
+    newest = max(chosen, key=_generation)
+    for each in chosen:
+        if isinstance(each, Corrupt) and each is not newest:
+            log.warning("fxckpt: another checkpoint of step %s is damaged: %s", step, each)
+    return [newest]
+
+
+def _is_meant(each: Found, step: int | None, name: str | None, directory: str) -> bool:
+    """Is it of this step and name? Of a damaged record, its directory tells."""
+    if isinstance(each, Candidate):
+        return step in (None, each.record.step) and name in (None, each.record.name)
+    at = os.path.relpath(directory_of(each), os.path.abspath(directory))
+    return at == os.path.join(names.NAMED, name) if name is not None else names.step_of(at) == step
+
+
+def _generation(each: Found) -> int:
+    """Of a damaged record, its directory's name tells if it was not the first of its step."""
+    if isinstance(each, Candidate):
+        return each.record.generation
+    found = names.generation_of(os.path.basename(directory_of(each)))
+    return -1 if found is None else found
 
 
 def _first_whole(chosen: Sequence[Found], target: Target, strict: bool, skipped: Skipped, fall_back: bool) -> Restored | None:
@@ -143,12 +172,6 @@ def _first_whole(chosen: Sequence[Found], target: Target, strict: bool, skipped:
     return None
 
 
-def _nothing_whole(directory: str, skipped: Skipped, mixed: bool) -> Corrupt:
-    """The error when every checkpoint is damaged."""
-    why = "\n".join(f"  {path}: {reason}" for path, reason in skipped)
-    return Corrupt(directory, f"none of its checkpoints verifies:\n{why}" + (_PARTIALLY_LOADED if mixed else ""))
-
-
 def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -> Restored:
     """Check, verify, then apply one checkpoint."""
     reader = Reader(found.path)
@@ -156,7 +179,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     check_encoded(record, path)
     match = match_tensors(record, target)
     check_match(match, record, target, strict)
-    untrained = target.untrained_run() if strict else None
+    untrained = target.run if strict and target.run is not None and target.run.clock.attempts == 0 else None
     if untrained is None:  # something is at stake: look at all of it first
         reader.verify()
     saved = decode(record, reader.state_tensors(), path)
@@ -173,17 +196,10 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)
         held = apply.read_later(reader, match.later)
-        run.late_owners = LateOwners(held, run.optimizers) if held else None
+        run.late_owners = apply.LateOwners(held, run.optimizers) if held else None
     if skipped:
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
     log.info("fxckpt: restored step %d from %s", record.step, found.path)
-    return Restored(
-        step=record.step,
-        iteration=record.iteration,
-        updates=record.updates,
-        path=found.path,
-        layers=tuple(layer.name for layer in record.layers),
-        missing=tuple(match.missing),
-        unexpected=tuple(match.unexpected),
-        skipped=tuple(skipped),
-    )
+    layers = tuple(layer.name for layer in record.layers)
+    return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(match.missing),
+                    tuple(match.unexpected), tuple(skipped))  # fmt: skip

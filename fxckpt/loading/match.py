@@ -29,9 +29,6 @@ class Match:
     wrong: list[str] = field(default_factory=list)  # of another shape or type: lines of a message
 
 
-# -- tensors --------------------------------------------------------------------------------------------------------
-
-
 def match_tensors(record: Record, target: Target) -> Match:
     """Match stored model tensors with live ones: by name, or for optimizers without a model by position."""
     out = Match()
@@ -49,7 +46,8 @@ def match_tensors(record: Record, target: Target) -> Match:
         elif target.model is None and target.run is not None:
             out.later.append(tensor)
         elif (empty := empty_buffer(modules, name)) is not None and tensor.dtype in TORCH_DTYPES:
-            made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=_device_of(modules[""]))
+            device = next((param.device for param in modules[""].parameters()), None)  # the first parameter's
+            made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=device)
             out.tensors[MODEL, key] = made
             out.filled.append((*empty, made))
         else:
@@ -69,13 +67,8 @@ def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.
     out.stored[name] = key
 
 
-def _device_of(model: torch.nn.Module) -> torch.device | None:
-    """Where the first parameter is; None if there is none."""
-    return next((param.device for param in model.parameters()), None)
-
-
 def empty_buffer(modules: Mapping[str, torch.nn.Module], name: str) -> tuple[torch.nn.Module, str] | None:
-    """The module, and the attribute, of a buffer that was registered as None and has not been set by a forward yet."""
+    """Module and attribute of a buffer that was registered as None and has not been set by a forward yet."""
     owner, _, attribute = name.rpartition(".")
     module = modules.get(owner)
     if module is None or attribute not in module._buffers or module._buffers[attribute] is not None:
@@ -97,22 +90,16 @@ def _by_position(record: Record, target: Target) -> dict[str, str]:
 
 def _places(record: Record) -> dict[str, tuple[int, int]]:
     """Optimizer and group of each stored name."""
-    return {
-        name: (i, g)
-        for i, saved in enumerate(record.optimizers)
-        for g, group in enumerate(saved["groups"])
-        for name in group["params"]
-    }
-
-
-# -- what does not fit ----------------------------------------------------------------------------------------------
+    groups = [((i, g), group) for i, saved in enumerate(record.optimizers) for g, group in enumerate(saved["groups"])]
+    return {name: place for place, group in groups for name in group["params"]}
 
 
 def check_match(match: Match, record: Record, target: Target, strict: bool) -> None:
     """Raise LayoutMismatch, listing names and shapes side by side, unless what differs may be left out. Then it is added to
     what is ``missing`` and ``unexpected``."""
-    hard = [] if not strict else [f"  {line}" for line in match.wrong]
+    hard: list[str] = []
     if strict:
+        hard += [f"  {line}" for line in match.wrong]
         hard += [f"  {name}: not in the checkpoint" for name in match.missing]
         hard += [f"  {name}: only in the checkpoint" for name in match.unexpected]
     if target.optimizers:
@@ -121,7 +108,7 @@ def check_match(match: Match, record: Record, target: Target, strict: bool) -> N
     if not strict:
         match.missing += [line.split(":")[0] for line in match.wrong]
     if hard:
-        raise LayoutMismatch("the checkpoint of step {} does not fit:\n{}".format(record.step, "\n".join(hard)))
+        raise LayoutMismatch("\n".join([f"the checkpoint of step {record.step} does not fit:", *hard]))
 
 
 def _extra_problems(record: Record, target: Target, match: Match, strict: bool) -> list[str]:
@@ -152,10 +139,8 @@ def _optimizer_problems(record: Record, target: Target, match: Match, strict: bo
         if sizes[0] != sizes[1] and (strict or target.model is None or len(sizes[0]) != len(sizes[1])):
             out.append(f"  optimizer {i}: parameters per group: checkpoint {sizes[0]}, live {sizes[1]}")
             if len(sizes[0]) > len(sizes[1]):
-                out.append(
-                    "  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
-                    "which step will be loaded, so that the script can call add_param_group first"
-                )
+                out.append("  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
+                           "which step will be loaded, so that the script can call add_param_group first")  # fmt: skip
     return out + (_moved(record, target, match) if strict else [])
 
 

@@ -1,7 +1,7 @@
 """What a run writes into a record beside tensors, checked before anything live is touched.
 
-The digest of a record says that its bytes are those that were written, not by whom. What another program wrote, or another
-version, is ``Corrupt`` here, not an exception from the middle of a half applied load.
+A record's digest says that its bytes are those that were written, not by whom. What another program or version wrote is
+``Corrupt`` here, not an exception from the middle of a half applied load.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from fxckpt.errors import Corrupt
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
+from fxckpt.store.dtypes import Tensor
 from fxckpt.store.names import OPTIMIZER, state_key
-from fxckpt.store.raw import Tensor
-from fxckpt.store.record import Record, TensorRecord, decode_state
+from fxckpt.store.record import Record, TensorRecord
+from fxckpt.store.typed_json import decode_state
 
 
 @dataclass(frozen=True)
@@ -35,26 +36,19 @@ class Saved:
 
 def check_encoded(record: Record, path: str) -> None:
     """Check what is looked at before the encoded values are decoded. ``path`` is for the error. Raises Corrupt."""
-    for holds, what in ((_ENCODED(record.optimizers), "optimizers"), (_STATE(record.state), "states")):
-        if not holds:
-            raise _foreign(path, what)
+    _need({"optimizers": _ENCODED(record.optimizers), "states": _STATE(record.state)}, path)
 
 
 def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
-    """What is about to be applied, checked. ``tensors``: of the extra state's file. Raises Corrupt."""
+    """What is about to be applied, checked; ``tensors`` are those of the extra state's file. Raises Corrupt."""
     saved = Saved(
         decode_state(record.optimizers, tensors),
         decode_state(record.state["early"], tensors),
         decode_state(record.state["late"], tensors),
         {tensor.key: tensor for tensor in record.tensors(OPTIMIZER)},
     )
-    for holds, what in (
-        (_DECODED(saved.optimizers), "optimizers"),
-        (_EARLY(saved.early), "random generators, extras or buffers"),
-        (_values(saved.late), "extras"),
-    ):
-        if not holds:
-            raise _foreign(path, what)
+    early = "random generators, extras or buffers"
+    _need({"optimizers": _DECODED(saved.optimizers), early: _EARLY(saved.early), "extras": _values(saved.late)}, path)
     for index, each in enumerate(saved.optimizers):
         for name, described in each["state"].items():
             for key in described["keys"]:
@@ -62,8 +56,11 @@ def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
     return saved
 
 
-def _foreign(path: str, what: str) -> Corrupt:
-    return Corrupt(path, f"its {what} are not as a run of fxckpt writes them: another program wrote this record")
+def _need(checks: Mapping[str, bool], path: str) -> None:
+    """Raise Corrupt for the first check that does not hold."""
+    for what, holds in checks.items():
+        if not holds:
+            raise Corrupt(path, f"its {what} are not as a run of fxckpt writes them: another program wrote this record")
 
 
 def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, Any], what: str, path: str) -> None:
@@ -72,13 +69,9 @@ def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, A
         if key not in described["plain"]:
             raise Corrupt(path, f"the optimizer's {what} is neither in a file nor in the record")
         return
-    known = place.dtype in TORCH_DTYPES
     pairs = key not in described["complex"] or (place.shape[-1:] == (2,) and place.dtype in ("F32", "F64"))
-    if not known or not pairs:
+    if place.dtype not in TORCH_DTYPES or not pairs:
         raise Corrupt(path, f"the optimizer's {what} is {place.dtype}{list(place.shape)}, which no state of a run is")
-
-
-# ---- what a run writes ----
 
 
 def _is_strides(value: Any) -> bool:
@@ -90,49 +83,33 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _is_random(value: Any) -> bool:
-    """The states of the global generators, as new ones take them."""
-    known = has({"torch": is_anything, "numpy": is_anything, "python": is_anything}, {"cuda": list_of(_is_cuda_state)})
-    return known(value) and extra_state.is_random_state(value)
-
-
 def _is_cuda_state(value: Any) -> bool:
     """Seed and offset, as bytes."""
     return _is_tensor(value) and value.dtype == torch.uint8 and value.dim() == 1 and value.device.type == "cpu"
 
 
-def _is_settings(value: Any) -> bool:
-    """What a parameter group holds beside its parameters."""
-    return map_of(is_anything)(value) and "params" not in value
+_random = has({"torch": is_anything, "numpy": is_anything, "python": is_anything}, {"cuda": list_of(_is_cuda_state)})
+
+
+def _is_random(value: Any) -> bool:
+    """The states of the global generators, as new ones take them."""
+    return _random(value) and extra_state.is_random_state(value)
 
 
 _names = list_of(is_str)
 _tensors = map_of(_is_tensor)
 _values = map_of(is_anything)
 
+# Before the values are decoded.
 _encoded_group = has({"params": _names, "settings": is_anything})
-_ENCODED = list_of(
-    has({"class": is_str, "groups": list_of(_encoded_group), "state": is_anything, "gradients": is_anything}),
-)
-_STATE = has(
-    {
-        "early": has({"random": is_anything, "extra": _values, "buffers": is_anything, "modules": is_anything}),
-        "late": _values,
-    }
-)
+_ENCODED = list_of(has({"class": is_str, "groups": list_of(_encoded_group), "state": is_anything, "gradients": is_anything}))
+_encoded_early = has({"random": is_anything, "extra": _values, "buffers": is_anything, "modules": is_anything})
+_STATE = has({"early": _encoded_early, "late": _values})
 
-_group = has({"params": _names, "settings": _is_settings})
-_described = has(
-    {"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values},
-    {"host": _names},
-)
-_DECODED = list_of(
-    has(
-        {"class": is_str, "groups": list_of(_group), "state": map_of(_described), "gradients": _names},
-        {"accumulated": _tensors},
-    )
-)
-_EARLY = has(
-    {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values},
-    {"remote": _tensors, "frozen": _names},
-)
+# After.
+_group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})
+_state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values}, {"host": _names})
+_optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
+_DECODED = list_of(has(_optimizer, {"accumulated": _tensors}))
+_early = {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values}
+_EARLY = has(_early, {"remote": _tensors, "frozen": _names})

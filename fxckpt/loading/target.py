@@ -30,10 +30,6 @@ class Target:
     run: Run | None
     model: torch.nn.Module | None
 
-    def untrained_run(self) -> Run | None:
-        """The run, if it has not stepped yet: then nothing live is worth anything."""
-        return self.run if self.run is not None and self.run.clock.attempts == 0 else None
-
 
 def find_target(
     directory: StrPath | None,
@@ -47,7 +43,7 @@ def find_target(
     run = _find_run(place, model, given)
     if run is not None:
         extras = run.capture.extras if extra is None else extra_state.extras(extra)
-        module = run.model if model is None else unwrap_model(model)
+        module = run.arrangement.model if model is None else unwrap_model(model)
         inventory = take(module, run.optimizers, traces)
         return Target(inventory, run.optimizers, extras, True, run, module), run.directory if place is None else place
     if place is None:

@@ -12,7 +12,8 @@ from fxckpt.engine.ring import Ring, emit_posted
 from fxckpt.errors import Cancelled, Corrupt, FxckptError
 from fxckpt.monitor import wire
 from fxckpt.store.commit_loop import SETTLE, CommitLoop, give_back
-from fxckpt.store.record import RawTensor, Record
+from fxckpt.store.dtypes import RawTensor
+from fxckpt.store.record import Record
 from fxckpt.store.slot import Slot, retires_slot
 from fxckpt.store.slots import Store
 
@@ -32,11 +33,9 @@ class InFlight:
 
     @property
     def path(self) -> str:
-        """The directory that it is written to."""
         return self.slot.path
 
     def give_up(self, why: str) -> None:
-        """Stop writing."""
         self.copy.cancel()
 
 
@@ -64,20 +63,16 @@ class Checkpoints:
 
     def begin(self, key: int, number: int, files: tuple[tuple[str, int], ...]) -> None:
         """Open the slot's files (name, bytes). What was posted of this checkpoint already can be fed from now on."""
-        slot, failed = self._slots[key], None
+        slot = self._slots[key]
         try:
             copy = self._engine.begin(self._plan(files), slot.path, [name for name, _ in files])
         except (FxckptError, OSError) as error:
-            failed = error
-        with self._lock:
             self._newest = number
-            if failed is None:
-                self._flights[number] = InFlight(key, number, slot, copy)
-            else:
-                del self._slots[key]
-        if failed is not None:
-            self.store.abandon(slot, bad=retires_slot(failed))
-            self._tell_end(key, slot, failed)
+            self.store.abandon(self._slots.pop(key), bad=retires_slot(error))
+            self._tell_end(key, slot, error)
+            return
+        with self._lock:
+            self._newest, self._flights[number] = number, InFlight(key, number, slot, copy)
 
     def _plan(self, files: tuple[tuple[str, int], ...]) -> Plan:
         """Files whose every chunk comes as a whole: one layer for each."""
@@ -159,7 +154,7 @@ class Checkpoints:
     def commit(self, flight: InFlight) -> None:
         """Wait for the disk, then make it a checkpoint."""
         self._loop.wait(flight, lambda: flight.copy.durable(SLICE))
-        assert flight.record is not None and flight.tensors is not None  # it was handed over
+        assert flight.record is not None  # it was handed over
         self.store.commit(flight.slot, flight.record, flight.tensors)
 
     def end(self, flight: InFlight, error: Exception | None) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 from fxckpt.engine import Engine
 from fxckpt.engine.ring import Ring, post_into, release, revive
 from fxckpt.errors import Cancelled, FxckptError, SaveFailed, SetupError
-from fxckpt.monitor import limits
-from fxckpt.monitor.launch import make_ring, spawn
+from fxckpt.monitor.launch import limits, make_ring, spawn
 from fxckpt.monitor.link import Link, RemoteSlot
+from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import wait_for_monitor
-from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -28,7 +27,7 @@ FUTILE = 3  # monitors in a row that may end without having committed anything, 
 
 
 class MonitorStore:
-    """The store of a run whose monitor writes and commits (see ``fxckpt.saving.stores``).
+    """The store of a run whose monitor writes and commits. What each method does: see ``fxckpt.saving.stores``.
 
     The engine must be made with ``mock=True`` and ``staging_bytes`` of two chunks or more, which become the ring.
     """
@@ -47,10 +46,8 @@ class MonitorStore:
         self._starting = threading.RLock()
         self._said = -1
         if self._slots < 2:
-            raise SetupError(
-                f'writer="monitor" shares staging_mb with the monitor process, two chunks of '
-                f"{engine.chunk_bytes >> 20} MiB at least: staging_mb is {engine.staging_bytes >> 20}"
-            )
+            least = f"two chunks of {engine.chunk_bytes >> 20} MiB at least: staging_mb is {engine.staging_bytes >> 20}"
+            raise SetupError(f'writer="monitor" shares staging_mb with the monitor process, {least}')
 
     @property
     def pid(self) -> int | None:
@@ -60,24 +57,16 @@ class MonitorStore:
     def open(self) -> None:
         """Start the monitor if it does not run, and have it open the store. Raises what ``Store.open`` raises."""
         link = self._link or self._start()
+        how = {"options": self._options, "threads": self._threads, "chunk_bytes": self._engine.chunk_bytes}
         try:
-            link.ask(
-                {
-                    "op": "open",
-                    "directory": self.root,
-                    "options": self._options,
-                    "threads": self._threads,
-                    "chunk_bytes": self._engine.chunk_bytes,
-                }
-            )
+            link.ask({"op": "open", "directory": self.root, **how})
         except SaveFailed as error:
             if link.lost is None:
                 raise
             raise SetupError(f'writer="monitor" could not start: {error}. Its own message is on stderr') from error
         log.info(
-            "fxckpt: the monitor is process %d; it takes about 40 MiB more, has the staging in common with this one, and "
-            "cannot survive the end of its container or a kill of its whole cgroup",
-            self.pid,
+            f"fxckpt: the monitor is process {self.pid}; it takes about 40 MiB more, has the staging in common with this one, "
+            "and cannot survive the end of its container or a kill of its whole cgroup"
         )
 
     def _start(self) -> Link:
@@ -100,7 +89,7 @@ class MonitorStore:
             post_into(self._engine, ring, monitor) if first else revive(self._engine, monitor)  # they duplicate it
         finally:
             os.close(monitor)
-        for text in limits.found() if first else ():
+        for text in limits() if first else ():
             log.warning("fxckpt: what the monitor cannot survive: %s", text)
         return link
 
@@ -129,15 +118,12 @@ class MonitorStore:
         return self._link
 
     def require_loaded(self) -> None:
-        """As ``Store.require_loaded``."""
         self._call("require_loaded")
 
     def reserve(self, files: Mapping[str, int]) -> None:
-        """As ``Store.reserve``."""
         self._call("reserve", dict(files))
 
     def mark_loaded(self, generation: int | None) -> None:
-        """As ``Store.mark_loaded``."""
         self._call("mark_loaded", generation)
         self._continues = (generation,)
 
@@ -153,7 +139,6 @@ class MonitorStore:
             return self._check()
 
     def acquire(self, name: str | None = None) -> RemoteSlot:
-        """As ``Store.acquire``."""
         link = self._alive()
         found = link.ask({"op": "acquire", "name": name})
         slot = RemoteSlot(found["key"], found["path"], name, found["before"])
@@ -164,9 +149,8 @@ class MonitorStore:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""
         slot.checkpoint = checkpoint
         self._say(sum(file.nbytes for file in files))
-        self._check().send(
-            {"op": "begin", "key": slot.key, "checkpoint": slot.checkpoint, "files": [[file.name, file.nbytes] for file in files]}
-        )
+        listed = [[file.name, file.nbytes] for file in files]
+        self._check().send({"op": "begin", "key": slot.key, "checkpoint": checkpoint, "files": listed})
 
     def _say(self, state: int) -> None:
         """What the ring's size guarantees for a state of this size; once."""
@@ -177,17 +161,11 @@ class MonitorStore:
         if ring >= state:
             what = "a step that closed is handed over as fast as memory can be copied, whatever the disk does"
         else:
-            what = (
-                f"a step is handed over when all but {ring >> 20} MiB of it are written; with staging_mb="
-                f"{(state >> 20) + 1} that would not wait for the disk"
-            )
+            what = f"a step is handed over when all but {ring >> 20} MiB of it are written; with staging_mb="
+            what += f"{(state >> 20) + 1} that would not wait for the disk"
         log.info(
-            "fxckpt: the monitor's shared memory is %d MiB, %.2f of the %d MiB of state: %s. What was handed over is "
-            "committed even if this process is killed",
-            ring >> 20,
-            ring / state,
-            state >> 20,
-            what,
+            f"fxckpt: the monitor's shared memory is {ring >> 20} MiB, {ring / state:.2f} of the {state >> 20} MiB of state: "
+            f"{what}. What was handed over is committed even if this process is killed"
         )
 
     def commit(self, slot: RemoteSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None:
@@ -196,10 +174,8 @@ class MonitorStore:
         sealed = record.to_bytes()
         raw = {key: raw_tensor(tensor) for key, tensor in state_tensors.items()}
         tensors = [[key, each.dtype, list(each.shape), each.data.nbytes] for key, each in raw.items()]
-        self._check().send(
-            {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(sealed), "tensors": tensors, "frozen": slot.frozen},
-            [sealed, *(each.data for each in raw.values())],
-        )
+        message = {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(sealed), "tensors": tensors}
+        self._check().send({**message, "frozen": slot.frozen}, [sealed, *(each.data for each in raw.values())])
 
     def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:
         """As ``Store.abandon``; nothing if the monitor ended it already or is gone."""
@@ -226,9 +202,8 @@ class MonitorStore:
         try:
             link.process.wait(EXIT_PATIENCE)
         except subprocess.TimeoutExpired:
-            log.error(
-                "fxckpt: the monitor process %d did not end within %g s: left behind to finish", link.process.pid, EXIT_PATIENCE
-            )
+            what = f"process {link.process.pid} did not end within {EXIT_PATIENCE:g} s"
+            log.error("fxckpt: the monitor %s: left behind to finish", what)
             return
         link.thread.join(10.0)
         link.control.close()

@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from fxckpt.engine import SLICE
@@ -26,29 +26,29 @@ PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as 
 
 
 class RemoteSlot:
-    """A slot of the monitor's store; the ``Slot`` of this side."""
+    """A slot of the monitor's store; what each method does: see ``fxckpt.saving.stores.CheckpointSlot``."""
 
     def __init__(self, key: int, path: str, name: str | None, before: Sequence[Any] | None):
-        self.key, self.path, self.name = key, path, name
+        self.key: int = key
+        self.path: str = path
+        self.name: str | None = name
         self.checkpoint = 0
         self.generation: int | None = None  # of the checkpoint, once it is committed
         self.frozen: list[Any] | None = None  # token and chunks to remember
-        self.over = threading.Event()
+        self.over: threading.Event = threading.Event()
         self.error: Exception | None = None
         self._before = before
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
-        """As ``Slot.remember``; goes along when the checkpoint is handed over."""
+        """Goes along when the checkpoint is handed over."""
         self.frozen = [_digest(token), chunks]
 
     def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
-        """As ``Slot.recall``."""
         if self._before is None or self._before[0] != _digest(token):
             return {}
         return {name: {int(i): crc for i, crc in chunks.items()} for name, chunks in self._before[1].items()}
 
     def ended(self, timeout: float) -> bool:
-        """Wait until it is committed; False after ``timeout`` seconds. Raises why it failed."""
         over = self.over.wait(timeout)
         if self.error is not None:
             raise self.error
@@ -63,44 +63,6 @@ class RemoteSlot:
 
 def _digest(token: Hashable) -> str:
     return hashlib.sha256(repr(token).encode()).hexdigest()
-
-
-class Questions:
-    """Questions to the monitor, and answers that nobody has taken yet. ``changed`` is notified when one comes."""
-
-    def __init__(self) -> None:
-        self.changed: threading.Condition = threading.Condition()
-        self._numbers = itertools.count(1)
-        self._answers: dict[int, wire.Message] = {}
-        self._unwanted: set[int] = set()  # their asker was interrupted
-
-    def number(self) -> int:
-        """For the next question."""
-        return next(self._numbers)
-
-    def wait(self, number: int, check: Callable[[], None]) -> wire.Message:
-        """The answer; ``check`` raises when there is no use in waiting on."""
-        with self.changed:
-            while number not in self._answers:
-                check()
-                self.changed.wait(SLICE)
-            return self._answers.pop(number)
-
-    def withdraw(self, number: int) -> wire.Message | None:
-        """Nobody waits any more. Returns the answer if it is there already."""
-        with self.changed:
-            self._unwanted.add(number)
-            return self._answers.pop(number, None)
-
-    def answer(self, message: wire.Message) -> bool:
-        """An answer came; False if nobody wants it."""
-        with self.changed:
-            wanted = message["id"] not in self._unwanted
-            self._unwanted.discard(message["id"])
-            if wanted:
-                self._answers[message["id"]] = message
-                self.changed.notify_all()
-            return wanted
 
 
 _links: weakref.WeakSet[Link] = weakref.WeakSet()
@@ -127,12 +89,15 @@ class Link:
         self.directory: str = directory
         self.lost: SaveFailed | None = None
         self.closing = False
-        self._silent = False  # it has not answered in time, and said nothing since
         self.slots: dict[int, RemoteSlot] = {}
         self.newest: int | None = None  # generation that it committed last
+        self._silent = False  # it has not answered in time, and said nothing since
+        self._numbers = itertools.count(1)  # of questions
+        self._answers: dict[int, wire.Message | None] = {}  # to those that somebody waits for; None: not yet
+        self._changed = threading.Condition()  # an answer came, or it is lost
         _links.add(self)
         control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1e6)))
-        self._sending, self._questions = threading.Lock(), Questions()
+        self._sending = threading.Lock()
         self.thread: threading.Thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
         self.thread.start()
 
@@ -152,37 +117,36 @@ class Link:
 
     def _silence(self) -> SaveFailed:
         """The error for a monitor that is stopped, or hangs in the disk."""
-        return SaveFailed(
-            "monitor",
-            self.directory,
-            detail=f"the monitor process {self.process.pid} has said nothing for "
-            f"{PATIENCE:g} s: it is stopped, or the disk hangs",
-        )
+        what = f"the monitor process {self.process.pid} has said nothing for {PATIENCE:g} s: it is stopped, or the disk hangs"
+        return SaveFailed("monitor", self.directory, detail=what)
 
     def ask(self, message: wire.Message) -> Any:
         """Send a question and wait for the answer; raises what the monitor raised. SaveFailed after ``PATIENCE``, and from
         then on at once, until it says something."""
         if self._silent and self.lost is None:
             raise self._silence()
-        number, asked = self._questions.number(), time.monotonic()
+        number, asked = next(self._numbers), time.monotonic()
         try:
+            self._answers[number] = None
             self.send({**message, "id": number})
-            found = self._questions.wait(number, lambda: self._check_answering(asked))
+            with self._changed:
+                while (found := self._answers[number]) is None:
+                    if self.lost is not None:
+                        raise self.loss()
+                    if time.monotonic() - asked > PATIENCE:
+                        self._silent = True
+                        raise self._silence()
+                    self._changed.wait(SLICE)
+                del self._answers[number]
         except BaseException:
-            if (late := self._questions.withdraw(number)) is not None:
+            with self._changed:
+                late = self._answers.pop(number, None)
+            if late is not None:
                 self._decline(late)
             raise
         if "error" in found:
             raise wire.unpack_error(found["error"])
         return found["answer"]
-
-    def _check_answering(self, asked: float) -> None:
-        """Raises SaveFailed if the monitor is gone, or has not answered for ``PATIENCE``."""
-        if self.lost is not None:
-            raise self.loss()
-        if time.monotonic() - asked > PATIENCE:
-            self._silent = True
-            raise self._silence()
 
     def loss(self) -> SaveFailed:
         """Why it is gone; a new exception each time, because raising one adds to it."""
@@ -204,7 +168,12 @@ class Link:
                 slot.generation = message["generation"]
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
             return
-        if not self._questions.answer(message):
+        with self._changed:
+            wanted = message["id"] in self._answers
+            if wanted:
+                self._answers[message["id"]] = message
+                self._changed.notify_all()
+        if not wanted:
             self._decline(message)
 
     def _decline(self, message: wire.Message) -> None:
@@ -225,10 +194,10 @@ class Link:
         if status is not None and status < 0:
             how = f"was ended by signal {-status} ({signal.Signals(-status).name})"
         detail = f"the monitor process {self.process.pid} {how}"
-        with self._questions.changed:
+        with self._changed:
             self.lost = SaveFailed("monitor", self.directory, detail=detail)
             left, self.slots = list(self.slots.values()), {}
-            self._questions.changed.notify_all()
+            self._changed.notify_all()
         for slot in left:
             slot.end(self.loss())
         if not self.closing:

@@ -21,10 +21,8 @@ _HEAD = struct.Struct("<IQ")  # bytes of JSON, bytes behind it
 
 
 def send(sock: socket.socket, message: Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
-    """Send one frame. Returns when all of it is the receiver's, who gets it even if this process ends now.
-
-    Raises ``OSError`` when the other side is gone.
-    """
+    """Send one frame. Returns when all of it is the receiver's, who gets it even if this process ends now. Raises ``OSError``
+    when the other side is gone."""
     text = json.dumps(message).encode()
     views = [memoryview(blob).cast("B") for blob in blobs if len(blob)]
     sock.sendall(_HEAD.pack(len(text), sum(view.nbytes for view in views)) + text)

@@ -75,8 +75,10 @@ class Executor:
         chosen = step_graph.step_passes(layers, numbers, counts_number, lambda i: self._layer_update(i, clocks[i]), self._scalars)
         module = step_graph.build(chosen)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
-        self.arranged = Arranged(graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over)
-        self.prepared = Prepared()  # the calls were another layer's
+        self.arranged: Arranged = Arranged(
+            graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over
+        )
+        self.prepared: Prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
 
     def _layer_update(self, index: int, clock: step_graph.UpdateTimer) -> Callable[[list[torch.Tensor], Inputs], None]:

@@ -24,7 +24,7 @@ from fxckpt.optim.calls import ScalarGroup
 from fxckpt.optim.executor import Executor
 from fxckpt.optim.programs import ProgramCache
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _gradient_of = operator.attrgetter("grad")
 """For ``map``: what runs for each parameter at every step runs at C speed."""
@@ -90,7 +90,9 @@ class SplitStep:
     whole = None
 
     def __init__(self, opt: torch.optim.Optimizer, programs: ProgramCache, executor: Executor):
-        self.opt, self.programs, self.executor = opt, programs, executor
+        self.opt: torch.optim.Optimizer = opt
+        self.programs: ProgramCache = programs
+        self.executor: Executor = executor
         self._gradients: list[torch.Tensor | None] = []  # of all parameters; not kept over an own part
         self._complete = False  # none of them is missing, as far as is known
         self._done: set[int] = set()  # parameters that the own part of this step updated

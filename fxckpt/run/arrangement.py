@@ -29,28 +29,31 @@ class Arrangement:
     def __init__(
         self, model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], emitter: Emitter, config: Config
     ):
-        self.model, self.optimizers, self._emitter, self._config = model, optimizers, emitter, config
-        self.steppers = [Stepper(opt, config.update) for opt in optimizers]
-        self.inventory = Inventory()
+        self.model: torch.nn.Module | None = model
+        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers
+        self.emitter: Emitter = emitter
+        self.steppers: list[Stepper] = [Stepper(opt, config.update) for opt in optimizers]
+        self.inventory: Inventory = Inventory()
         self.layout: plan.Layout | None = None
-        self.unsaid = True
-        self.hooks = GradientHooks()
+        self.unsaid: bool = True
+        self.hooks: GradientHooks = GradientHooks()
+        self._config = config
         self._layout_key: Any = None
         self._arranged: Any = None
-        self._first_backward = None if emitter.engine is None else FirstBackward(optimizers)
+        self._first_backward: FirstBackward | None = None if emitter.engine is None else FirstBackward(optimizers)
 
     def refresh(self, copies: bool = True) -> None:
-        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed.
-
-        ``copies``: also where only a copy would notice (``Bindings.stale``).
-        """
-        if self._first_backward is not None:
-            self._learn_arrivals(self._first_backward)
+        """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed. ``copies``:
+        also where only a copy would notice (``Bindings.stale``)."""
+        if self._first_backward is not None and (seen := self._first_backward.order()):
+            self._first_backward.stop()  # all gradients arrived: the book takes their order
+            self._first_backward = None
+            traces.arrived(seen, self.model)
         stale = [s for s in self.steppers if s.bindings.stale(copies)]
         key = self._key()
         if not stale and key == self._arranged:
             return
-        self._emitter.fence_all()  # copies under way still read the old tensors
+        self.emitter.fence_all()  # copies under way still read the old tensors
         self.inventory = take(self.model, self.optimizers, traces)
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
@@ -66,24 +69,12 @@ class Arrangement:
             return
         self.inventory = take(self.model, self.optimizers, traces)
         if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.bindings.members):
-            self.invalidate()
-
-    def invalidate(self) -> None:
-        """Tensors were replaced: bind all of them anew before the next step."""
-        for stepper in self.steppers:
-            stepper.bindings.invalidate()
-
-    def _learn_arrivals(self, first_backward: FirstBackward) -> None:
-        """Tell the book in which order gradients arrived, once they have."""
-        seen = first_backward.order()
-        if seen:
-            first_backward.stop()
-            self._first_backward = None
-            traces.arrived(seen, self.model)
+            for stepper in self.steppers:
+                stepper.bindings.invalidate()
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
-        return (self._emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
+        return (self.emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version
 
     def _number_layers(self) -> None:
         """Give every layer of a step its number, in the order in which steps update them, and write the StepGraphs."""
@@ -106,12 +97,12 @@ class Arrangement:
             if arranged.counts_number is not None:
                 numbered[arranged.counts_number] = plan.counts_layer(index, stepper)
             numbered.update(zip(arranged.numbers, plan.updated_layers(index, stepper)))
-        numbered.update(enumerate(plan.other_layers(self.inventory, self._emitter.changed_outside), start=len(numbered)))
+        numbered.update(enumerate(plan.other_layers(self.inventory, self.emitter.changed_outside), start=len(numbered)))
         return [numbered[number] for number in range(len(numbered))]
 
     def current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
-        emitter = self._emitter
+        emitter = self.emitter
         self.inventory = take(self.model, self.optimizers, traces)
         fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
@@ -121,8 +112,6 @@ class Arrangement:
                 emitter.fence_all()  # layer numbers change their meaning
             layers = self._layers()
             emitter.open_devices(e.tensor for layer in layers for e in layer.entries)
-            self.layout = plan.make_layout(
-                emitter.engine, layers, self._config.chunk_mb << 20, emitter.changed_outside, emitter.sources
-            )
+            self.layout = plan.make_layout(emitter.engine, layers, emitter.changed_outside, emitter.sources)
             self._layout_key = key
         return self.layout

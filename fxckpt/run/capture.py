@@ -20,18 +20,16 @@ from fxckpt.errors import SetupError
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
-from fxckpt.run.emitting import Emitter
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.inventory import storable
-from fxckpt.store.record import encode_state
+from fxckpt.store.typed_json import encode_state
 
 
 class Capture:
     """Takes a run's state beside parameters and optimizer state: ``early`` at the end of a step, ``late`` when it closes."""
 
-    def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, emitter: Emitter, clock: StepClock):
+    def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, clock: StepClock):
         self.extras = extras
-        self._arrangement, self._emitter, self._clock = arrangement, emitter, clock
+        self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
@@ -44,7 +42,7 @@ class Capture:
     def early(self, pending: InFlight) -> None:
         """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
         the early state."""
-        layout, inventory = pending.layout, self._arrangement.inventory
+        layout, inventory, model = pending.layout, self._arrangement.inventory, self._arrangement.model
         for number, waited in pending.guard.deferred:
             self._emitter.hand_over(pending, number, waited, copied=True)
         for number in layout.number("frozen"):
@@ -52,15 +50,13 @@ class Capture:
         pending.guard.note_versions()
         live = {**inventory.buffers, **inventory.frozen}
         for number in layout.number("buffers"):
-            names = [e.key for e in layout.layers[number].entries]
-            copies = [storable(live[name], name).contiguous().clone() for name in names]
-            self._emitter.hand_over_copies(pending, number, copies)
+            self._emitter.hand_over(pending, number, [live[e.key] for e in layout.layers[number].entries], copied=True)
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
             "extra": {e.name: e.get() for e in self.extras if e.early},
             "buffers": {n: t for n, t in inventory.transient.items() if not self._emitter.is_remote(t)},
-            "modules": self._module_states(),
+            "modules": {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)},
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
@@ -75,26 +71,20 @@ class Capture:
             before = set(tensors)
             found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
             for key in set(tensors) - before:
-                tensors[key] = self._emitter.devices.later(buffer)
+                tensors[key] = self._emitter.later(buffer)
         return found
-
-    def _module_states(self) -> dict[str, Any]:
-        model = self._arrangement.model
-        return {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)}
 
     # -- when it closes ----------------------------------------------------------------------------------------------
 
     def look_at_gradients(self) -> None:
         """Note which gradients exist, and keep those that wait for a later step of their optimizer. Only in the thread that
         trains, or in autograd's own: elsewhere a backward may be setting one at this moment."""
-        self._present = [
-            {
-                m.name: grad if s.accumulated else None
-                for m in s.bindings.members
-                if (grad := m.param.grad) is not None and (s.accumulated or not grad.is_sparse)
-            }
-            for s in self._arrangement.steppers
-        ]  # a sparse one that was used is as good as none
+        present = []
+        for stepper in self._arrangement.steppers:
+            waits, grads = stepper.accumulated, [(m.name, m.param.grad) for m in stepper.bindings.members]
+            # A sparse one that was used is as good as none.
+            present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not g.is_sparse)})
+        self._present = present
 
     def late(self, pending: InFlight) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
@@ -114,8 +104,9 @@ class Capture:
             "ties": dict(inventory.ties),
             "optimizers": optimizers,
             "state": {"early": early, "late": encode_state(late, tensors, "late")},
-            "metrics": self._take_notes(),
         }
+        with self._noting:
+            fields["metrics"], self._notes = self._notes, {}
         self._present = [dict.fromkeys(each) for each in self._present]
         return fields, tensors
 
@@ -124,13 +115,10 @@ class Capture:
         those that wait for a later step of it: it steps at every fourth iteration, and another optimizer leads."""
         stepper = self._arrangement.steppers[index]
         members = iter(stepper.bindings.members)
-        groups = [
-            {
-                "params": [next(members).name for _ in group["params"]],
-                "settings": {k: v for k, v in group.items() if k not in ("params", "param_names")},
-            }
-            for group in stepper.opt.param_groups
-        ]
+        groups = []
+        for group in stepper.opt.param_groups:
+            settings = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+            groups.append({"params": [next(members).name for _ in group["params"]], "settings": settings})
         if stepper.bindings.number != self._described.get(index, (None,))[0] or any(m.plain for m in stepper.bindings.members):
             states = {m.name: m.describe() for m in stepper.bindings.members if m.state}
             self._described[index] = (stepper.bindings.number, encode_state(states, tensors, f"optimizers/{index}/state"))
@@ -144,18 +132,11 @@ class Capture:
             record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
         return record
 
-    # -- metrics -----------------------------------------------------------------------------------------------------
-
     def note(self, metrics: Mapping[str, Any]) -> None:
         """Metrics for the record of the checkpoint that closes next. Raises SetupError for what is not one number."""
         noted = {name: _as_float(name, value) for name, value in metrics.items()}
         with self._noting:
             self._notes = {**self._notes, **noted}
-
-    def _take_notes(self) -> dict[str, float]:
-        with self._noting:
-            notes, self._notes = self._notes, {}
-        return notes
 
 
 def _as_float(name: str, value: Any) -> float:

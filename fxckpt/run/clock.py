@@ -1,16 +1,19 @@
-"""The counts of a run, and what it may do at this moment."""
+"""The counts of a run, when a checkpoint is due, and what may be done at this moment."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from fxckpt.errors import SetupError
+
+MINIMUM_INTERVAL = 60.0  # seconds between checkpoints of every="auto": a disk has a write endurance
+STALL_BUDGET = 0.01  # of training time, for "auto" and "continuous"
 
 
 class Applied:
@@ -27,23 +30,15 @@ class Applied:
         """One more attempt; ``skipped`` gives 1 where the device skipped it."""
         if skipped is None:
             self._known += 1
-        else:
-            self._waiting.append(skipped)
+            return
+        self._waiting.append(skipped)
         if len(self._waiting) > 64:
-            self._resolve(len(self._waiting) - 32)  # these are iterations behind: nothing to wait for
-
-    def _resolve(self, count: int) -> None:
-        done, self._waiting = self._waiting[:count], self._waiting[count:]
-        self._known += sum(not bool(flag().item()) for flag in done)
+            done, self._waiting = self._waiting[:-32], self._waiting[-32:]  # iterations behind: nothing to wait for
+            self._known += sum(not bool(flag().item()) for flag in done)
 
     def set(self, count: int) -> None:
         """Start over from ``count``."""
         self._known, self._waiting = count, []
-
-    def now(self) -> int:
-        """The number; waits for the device if it must."""
-        self._resolve(len(self._waiting))
-        return self._known
 
     def promise(self) -> Callable[[], int]:
         """A function that gives the number as of now, to be called later and perhaps in another thread."""
@@ -68,21 +63,47 @@ class StepClock:
         return self.iteration + self.in_iteration if self.counts_iterations else step
 
 
-class Ending(Protocol):
-    """Whoever ends the process once a checkpoint is complete."""
+class Schedule:
+    """When the next checkpoint is due.
 
-    def step_closed(self) -> None:
-        """The state of a step is complete, and its checkpoint on its way. Called in any thread."""
+    Every N-th step: due when a multiple of N was reached since the last one. ``"auto"`` and ``"continuous"``: when the
+    interval has passed and the stall that the last checkpoint caused, measured, stays under the budget over the time
+    since. The first one is due at once under ``"continuous"``, after the interval under ``"auto"``.
+    """
+
+    def __init__(self, every: int | str):
+        self.every = every
+        self.waits: bool = not isinstance(every, str)  # wait for a free place in flight, or skip
+        self.interval: float = MINIMUM_INTERVAL if every == "auto" else 0.0
+        self.last_step: int = 0
+        self.last_time: float = time.monotonic()
+        self.last_cost: float = 0.0  # seconds of stall that the last checkpoint caused
+        self._stall_before: float | None = None
+
+    def due(self, step: int, stall_seconds: float) -> bool:
+        """Is a checkpoint due at this step? ``stall_seconds`` is the run's total so far."""
+        if isinstance(self.every, int):
+            return step // self.every > self.last_step // self.every
+        since = time.monotonic() - self.last_time
+        if self._stall_before is not None:
+            self.last_cost = max(self.last_cost / 2, stall_seconds - self._stall_before)
+        return since >= self.interval and self.last_cost <= STALL_BUDGET * max(since, 1e-3)
+
+    def started(self, step: int, stall_seconds: float) -> None:
+        """A checkpoint of this step was begun (or, with ``load``, found)."""
+        self.last_step, self.last_time, self._stall_before = step, time.monotonic(), stall_seconds
 
 
 class RunStatus:
     """What the run may do: checkpoints end with ``shutdown`` and in a forked child, steps where a load left a mixture."""
 
     def __init__(self, enabled: bool):
-        self.enabled, self.pid = enabled, os.getpid()
+        self.enabled: bool = enabled
+        self.pid: int = os.getpid()
         self.stopped = False
         self.partially_loaded: str | None = None  # why the live tensors are a mixture that must not be trained
-        self.ending: Ending | None = None  # a signal came: the next checkpoint that is complete is the last
+        # A signal came: the next checkpoint is the last. Told in any thread when its step has closed.
+        self.ending: Callable[[], None] | None = None
 
     @property
     def active(self) -> bool:
@@ -100,7 +121,5 @@ class RunStatus:
     def refuse_mixture(self) -> None:
         """Raises SetupError while the model holds parts of a corrupt checkpoint."""
         if self.partially_loaded is not None:
-            raise SetupError(
-                f"the model holds parts of a corrupt checkpoint: {self.partially_loaded}. Build the model, the optimizer and "
-                "the run anew."
-            )
+            what = f"the model holds parts of a corrupt checkpoint: {self.partially_loaded}"
+            raise SetupError(f"{what}. Build the model, the optimizer and the run anew.")

@@ -10,44 +10,45 @@ from __future__ import annotations
 import threading
 
 from fxckpt.errors import FxckptError
+from fxckpt.optim.stepper import Stepper
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
 from fxckpt.run.clock import RunStatus, StepClock
-from fxckpt.run.emitting import Emitter
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.saver import Saver
 
 
 class Closing:
-    """Holds the checkpoint whose layers were emitted and whose step has not closed yet.
+    """Holds the checkpoint whose layers were emitted and whose step has not closed yet: ``open``.
 
     ``between_steps`` is held by a step, and by what another thread may do only between two of them.
     """
 
-    def __init__(
-        self, capture: Capture, arrangement: Arrangement, emitter: Emitter, saver: Saver, clock: StepClock, status: RunStatus
-    ):
-        self._capture, self._arrangement, self._emitter = capture, arrangement, emitter
-        self._saver, self._clock, self._status = saver, clock, status
-        self.between_steps = threading.RLock()
+    def __init__(self, capture: Capture, arrangement: Arrangement, clock: StepClock, status: RunStatus):
+        self._capture, self._arrangement, self._clock, self._status = capture, arrangement, clock, status
+        self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
+        self.between_steps: threading.RLock = threading.RLock()
+        self.open: InFlight | None = None
         self._lock = threading.RLock()
-        self._open: InFlight | None = None
         self._capturable = False  # all that a checkpoint takes could be captured at least once
-
-    @property
-    def is_open(self) -> bool:
-        """Is there a checkpoint whose step has not closed?"""
-        return self._open is not None
 
     def gradient_arrived(self, index: int) -> None:
         """The next backward has begun: what the step before it left is complete."""
         self._saver.trainer.progress_ticks += 1
-        if self._open is not None and not self._clock.in_iteration:
-            self.close_step(in_backward=True)
-        self._arrangement.steppers[index].accumulated = True
+        stepper = self._arrangement.steppers[index]
+        if not stepper.accumulated or (self.open is not None and not self._clock.in_iteration):
+            self._backward_began(stepper)
 
-    def open(self, pending: InFlight) -> None:
+    def _backward_began(self, stepper: Stepper) -> None:
+        """A backward that is captured as a CUDA graph leaves no gradient: its replays do, and the step closes at the next
+        ``opt.step()``. To read ``extra=`` objects inside the capture would break it."""
+        if self._emitter.ordinals and self._emitter.devices.capturing():
+            return
+        if self.open is not None and not self._clock.in_iteration:
+            self.close_step(in_backward=True)
+        stepper.accumulated = True
+
+    def take(self, pending: InFlight) -> None:
         """All layers of this checkpoint were emitted: what is captured at the end of ``opt.step()`` is taken now, and the
         rest when the step closes."""
         pending.guard.note_versions()
@@ -57,7 +58,7 @@ class Closing:
                     self._capture.early(pending)
                 except Exception as error:
                     self._not_captured(pending, error)
-            self._emitter.current, self._open = None, pending
+            self._emitter.current, self.open = None, pending
 
     def close_step(self, in_backward: bool = False) -> None:
         """The state after the last optimizer step is complete: capture what changes after it, and hand it over.
@@ -66,14 +67,15 @@ class Closing:
         backward may be setting it at this moment. Another thread takes what was found there last.
         """
         with self._lock:
-            pending, self._open = self._open, None
+            pending, self.open = self.open, None
             if pending is None or pending.given_up is not None or not self._status.active:
                 return
             try:
                 if not pending.captured:
                     self._capture.early(pending)
                 self._check(pending)
-                if in_backward or self._may_look_at_gradients():
+                trains = self._saver.trainer.thread
+                if in_backward or threading.current_thread() is trains or not trains.is_alive():
                     self._capture.look_at_gradients()
                 record, tensors = self._capture.late(pending)
             except Changed as error:
@@ -89,7 +91,7 @@ class Closing:
             pending.close(record, tensors)
             self._capturable = True
         if self._status.ending is not None:
-            self._status.ending.step_closed()
+            self._status.ending()
 
     def end_step(self, timeout: float | None = None) -> None:
         """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds
@@ -104,14 +106,14 @@ class Closing:
 
     def give_up(self, why: str) -> None:
         """The iteration went on where its checkpoint cannot follow."""
-        if self._open is not None:
-            self._open.give_up(why)
-            self._open = None
+        if self.open is not None:
+            self.open.give_up(why)
+            self.open = None
 
     def drop(self, why: str) -> None:
         """Tensors are about to be replaced: wait for copies, and drop a checkpoint whose step has not closed."""
         with self._lock:
-            pending, self._open = self._open, None
+            pending, self.open = self.open, None
         if pending is not None:
             pending.give_up(why)
         self._emitter.fence_all()
@@ -120,16 +122,12 @@ class Closing:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""
         self._emitter.current = None
         for pending in self._saver.flights.under_way():  # Ctrl-C may come before the one that was begun is known here
-            if pending is not self._open and not pending.closed.is_set():
+            if pending is not self.open and not pending.closed.is_set():
                 pending.give_up(why)
 
     def inside_a_step(self) -> bool:
         """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
         return self._emitter.current is not None and threading.current_thread() is self._saver.trainer.thread
-
-    def _may_look_at_gradients(self) -> bool:
-        """Is this the thread that trains, or has that one ended?"""
-        return threading.current_thread() is self._saver.trainer.thread or not self._saver.trainer.thread.is_alive()
 
     def _not_captured(self, pending: InFlight, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
@@ -142,15 +140,12 @@ class Closing:
     def _check(self, pending: InFlight) -> None:
         """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
         layout = pending.layout
-        if pending.copy.emitted() != len(layout.layers):
-            raise FxckptError(
-                f"step {pending.step}: {pending.copy.emitted()} of {len(layout.layers)} layers were emitted; "
-                "was dead code elimination run on the StepGraph?"
-            )
+        if (emitted := pending.copy.emitted()) != len(layout.layers):
+            what = f"step {pending.step}: {emitted} of {len(layout.layers)} layers were emitted"
+            raise FxckptError(f"{what}; was dead code elimination run on the StepGraph?")
         for number in layout.number("update"):
             pending.guard.compare(number)
         if replaced := [name for stepper in self._arrangement.steppers for name in stepper.bindings.replaced()]:
-            raise Changed(
-                f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed; the "
-                f"checkpoint of step {pending.step} is discarded (opt.ckpt.end_step() closes it in time)"
-            )
+            what = f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed"
+            how = "is discarded (opt.ckpt.end_step() closes it in time)"
+            raise Changed(f"{what}; the checkpoint of step {pending.step} {how}")

@@ -9,10 +9,9 @@ from typing import Any, TypeGuard
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.engine import SLICE
+from fxckpt.engine import SLICE, Engine, Sources
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
-from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
@@ -29,16 +28,16 @@ class Emitter:
     that were seen to change outside ``opt.step()``; ``number`` is what StepGraphs pass to the ops.
     """
 
-    def __init__(self, engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
-        self.engine, self.saver, self.devices = engine, saver, devices
+    def __init__(self, engine: Engine, saver: Saver, devices: cuda.Devices, on_layer: OnLayer | None):
+        self.saver: Saver = saver
+        self.devices: cuda.Devices = devices
+        self.engine = engine
         self.ordinals: set[int] = set()  # the devices that the run's tensors lie on
         self.current: InFlight | None = None
         self.changed_outside: set[str] = set()
-        self.number = ops.register_port(self)
+        self.number: int = ops.register_port(self)
         self.callback_error: Exception | None = None  # what on_layer raised in this step
         self._on_layer = on_layer
-
-    # -- the ops -----------------------------------------------------------------------------------------------------
 
     def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Wait until every copy of this layer is done."""
@@ -49,16 +48,14 @@ class Emitter:
         if self.current is not None:
             self.hand_over(self.current, layer, tensors)
 
-    # -- waiting, and what may change meanwhile ----------------------------------------------------------------------
-
     def fence_all(self) -> None:
         """Look for changes, and wait until nothing is being copied."""
         self.look_for_changes()
         self._wait(-1)
 
     def _wait(self, layer: int) -> None:
-        """Wait in slices; a checkpoint whose copies make no progress is dropped by the committer (a hung disk), or from here
-        if the committer hangs itself."""
+        """Wait for a layer's copies, or for all (-1). A checkpoint whose copies make no progress is dropped by the committer (a
+        hung disk), or from here if the committer hangs itself."""
         if self.engine is None or not self.engine.pending():
             return
         streams, waited = self._streams(), None
@@ -79,21 +76,14 @@ class Emitter:
             layers = pending.layout.number("update") if numbers is None else numbers
             pending.guard.let_go(layers, partial(self.discard, pending))
 
-    def watch_again(self) -> None:
-        """A step was left in its middle: what it has not waited for is being copied still, and must not change unseen."""
-        for pending in self.saver.flights.under_way():
-            pending.guard.watch_again()
-
     def discard(self, pending: InFlight, error: Changed) -> None:
         """A tensor of this checkpoint changed."""
         if pending.given_up is None and not isinstance(error, Cancelled) and pending.fail(error):
             self.saver.tally.note_failure(pending.step, error)
         pending.give_up(str(error))
 
-    # -- handing over ------------------------------------------------------------------------------------------------
-
     def hand_over(self, pending: InFlight, layer: int, tensors: Sequence[torch.Tensor], copied: bool = False) -> None:
-        """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``.
+        """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``. ``copied``: a copy to the engine, too.
 
         What was seen to change outside ``opt.step()`` is handed over at the end of the iteration, ``copied``, since nothing
         fences such changes. Without ``fxckpt.steps`` there is no instant at which the change is known to have been made.
@@ -110,7 +100,8 @@ class Emitter:
         sources = found.sources
         if sources is None or copied:
             # On a device the copy is made in order on the current stream.
-            copies = [storable(t).clone(memory_format=torch.contiguous_format) for t in tensors]
+            named = zip(found.entries, tensors)
+            copies = [storable(t, e.key).clone(memory_format=torch.contiguous_format) for e, t in named]
             guard.copies += copies
             sources = self.sources(copies)
         pending.emit(layer, sources, self._streams() if sources.devices else None)
@@ -119,18 +110,6 @@ class Emitter:
                 self._on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
             except Exception as error:
                 self.callback_error = self.callback_error or error
-
-    def hand_over_copies(self, pending: InFlight, layer: int, copies: list[torch.Tensor]) -> None:
-        """Hand over a snapshot made for this checkpoint alone."""
-        pending.guard.copies += copies
-        pending.emit(layer, self.sources(copies), self._streams())
-
-    def emit_stepper(self, stepper: Stepper) -> None:
-        """Emit all layers of an optimizer that did not run through its graph in this checkpoint."""
-        for number, tensors in stepper.executor.arranged.handed_over:
-            self.emit(number, tensors)
-
-    # -- devices -----------------------------------------------------------------------------------------------------
 
     def open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
         """Make the engine ready for every device that the run's tensors lie on now."""
@@ -141,8 +120,6 @@ class Emitter:
     def sources(self, tensors: Sequence[torch.Tensor]) -> Any:
         """What the engine reads: addresses, and the device of each. None if that must be copied in memory first: a device
         copies whole ranges, and files are in row-major order."""
-        from fxckpt.engine import Sources
-
         devices = [self.devices.of(t) for t in tensors]
         if any(device is not None and not t.is_contiguous() for t, device in zip(tensors, devices)):
             return None
@@ -151,6 +128,21 @@ class Emitter:
     def _streams(self) -> dict[int, int]:
         """The stream that each device trains on now."""
         return self.devices.streams(self.ordinals) if self.ordinals else {}
+
+    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """The value that a tensor on a device has after what was put into its stream so far. The result waits for it, in any
+        thread, and gives a tensor in host memory."""
+        source = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        shape, dtype = source.shape, source.dtype
+        [(ordinal, stream)] = self.devices.streams(self.devices.all_of([tensor])).items()
+        fetch = self.engine.fetch(source.data_ptr(), source.nbytes, ordinal, stream)
+
+        def value() -> torch.Tensor:
+            host = torch.empty(shape, dtype=dtype, device="cpu")
+            fetch.read_into(host.data_ptr())
+            return host
+
+        return value
 
     def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""

@@ -42,10 +42,8 @@ def _extra(name: str, value: Any) -> Extra:
     if isinstance(value, random.Random):
         return Extra(name, lambda: _packed(value.getstate()), lambda state: value.setstate(_unpacked(state)), True)
     if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
-        raise SetupError(
-            f"extra[{name!r}] is a {type(value).__name__}: it needs state_dict() and load_state_dict(), or to "
-            "be a torch, numpy or Python random generator"
-        )
+        needs = "it needs state_dict() and load_state_dict(), or to be a torch, numpy or Python random generator"
+        raise SetupError(f"extra[{name!r}] is a {type(value).__name__}: {needs}")
     early = hasattr(type(value), "__iter__") and not isinstance(value, torch.nn.Module)
     return Extra(name, value.state_dict, value.load_state_dict, early)
 

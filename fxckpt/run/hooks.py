@@ -6,7 +6,7 @@ Both hold the run weakly: they live as long as the parameters and the scaler do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -31,12 +31,8 @@ class GradientHooks:
     """
 
     def __init__(self) -> None:
-        self._listener: Callable[[], GradientListener | None] = lambda: None
+        self.listener: Callable[[], GradientListener | None] = lambda: None  # a weak reference, once there is one
         self._hooked: dict[int, Any] = {}  # parameter -> its node; the hook lives as long as the node does
-
-    def tell(self, listener: GradientListener) -> None:
-        """Tell this one from now on, while it lives."""
-        self._listener = weakref.ref(listener)
 
     def hook(self, steppers: Iterable[Stepper]) -> None:
         """Hook every parameter that has no hook yet."""
@@ -51,7 +47,7 @@ class GradientHooks:
                     self._hooked[id(param)] = node
 
     def _hook_of(self, index: int) -> Callable[..., None]:
-        whom = self._listener
+        whom = self.listener
 
         @untraced
         def arrived(*_: Any) -> None:
@@ -62,22 +58,14 @@ class GradientHooks:
         return arrived
 
 
-class SkipListener(Protocol):
-    """Who is told of attempts that were no calls."""
+def watch_scalers(extra: Mapping[str, Any] | None, leader: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
+    """Call the method ``skipped`` where a GradScaler finds an inf and therefore does not call ``leader.step()``."""
+    weak = weakref.WeakMethod(skipped)
 
-    def attempt_skipped(self) -> None:
-        """A scaler found an inf and did not call ``opt.step()``."""
-
-
-def watch_scalers(extra: Mapping[str, Any] | None, optimizers: Sequence[torch.optim.Optimizer], listener: SkipListener) -> None:
-    """A GradScaler that finds an inf does not call ``step``; count the attempt where the scaler decides."""
-    this = weakref.ref(listener)
-
-    def skipped() -> None:
-        found = this()
-        if found is not None:
-            found.attempt_skipped()
+    def tell() -> None:
+        if (method := weak()) is not None:
+            method()
 
     for value in (extra or {}).values():
         if isinstance(value, torch.amp.GradScaler):
-            count_skipped_attempts(value, optimizers[-1], skipped)
+            count_skipped_attempts(value, leader, tell)

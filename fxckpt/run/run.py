@@ -1,27 +1,19 @@
-"""One run: its optimizers, one store, and the parts that step, capture, emit and close.
-
-What is captured when:
-
-    during opt.step()   parameters and optimizer state, layer by layer (the ops of the StepGraph)     stepping, emitting
-    at its end          buffers, random generators, data loaders                                      capture
-    when it closes      schedulers, scalers and all other extras, param_groups, which gradients exist closing, capture
-"""
+"""One run: its optimizers, one store, and the parts that step, capture, emit and close."""
 
 from __future__ import annotations
 
-import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import unwrap_model
 from fxckpt.config import Config
+from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
-from fxckpt.graph.step_graph import StepGraph
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
@@ -32,11 +24,9 @@ from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
-from fxckpt.saving.engines import CheckpointEngine
+from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
-
-log = logging.getLogger("fxckpt")
 
 live_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 """The runs that ``compile_step`` made and that are still alive: a run lives as long as its optimizers do."""
@@ -52,76 +42,39 @@ class Run:
         model: torch.nn.Module | None,
         extra: Mapping[str, Any] | None,
         config: Config,
-        engine: CheckpointEngine | None,
+        engine: Engine | None,
         store: CheckpointStore,
-        devices: cuda.Devices | None = None,
+        devices: cuda.Devices,
     ):
         extras = extra_state.extras(extra)  # raises for what has no state, before anything is taken
-        self.optimizers, self.directory, self.config = list(optimizers), directory, config
-        self.engine, self.store = engine, store
-        self.clock, self.status = StepClock(), RunStatus(engine is not None)
-        self.saver = Saver(engine, store, max_async=config.max_async)
-        self.emitter = Emitter(engine, self.saver, devices or cuda.Devices(), config.on_layer)
-        self.emitter.ordinals |= self.emitter.devices.all_of(
-            p for opt in optimizers for g in opt.param_groups for p in g["params"]
-        )
-        self.arrangement = Arrangement(None if model is None else unwrap_model(model), self.optimizers, self.emitter, config)
-        self.capture = Capture(extras, self.arrangement, self.emitter, self.clock)
-        self.closing = Closing(self.capture, self.arrangement, self.emitter, self.saver, self.clock, self.status)
-        self.stepping = Stepping(self.arrangement, self.closing, self.emitter, self.saver, self.clock, self.status, config)
-        self.arrangement.hooks.tell(self.closing)
-        watch_scalers(extra, self.optimizers, self.stepping)
+        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
+        self.directory: str = directory
+        self.config: Config = config
+        self.engine: Engine | None = engine
+        self.store: CheckpointStore = store
+        self.clock: StepClock = StepClock()
+        self.status: RunStatus = RunStatus(engine is not None)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async)
+        self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
+        self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
+        module = None if model is None else unwrap_model(model)
+        self.arrangement: Arrangement = Arrangement(module, self.optimizers, self.emitter, config)
+        self.capture: Capture = Capture(extras, self.arrangement, self.clock)
+        self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
+        self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
+        self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
+        self.arrangement.hooks.listener = weakref.ref(self.closing)
+        watch_scalers(extra, self.optimizers[-1], self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
-        self.tracing = tracing.from_environment(self.saver.flights, engine, self.number)
+        self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
-    # -- what it is about --------------------------------------------------------------------------------------------
-
-    @property
-    def number(self) -> int:
-        """What the ops of its StepGraphs know it by; runs of a process count up."""
-        return self.emitter.number
-
-    @property
-    def model(self) -> torch.nn.Module | None:
-        """The model that was given, without wrappers."""
-        return self.arrangement.model
-
-    @property
-    def steppers(self) -> list[Stepper]:
-        """One for each optimizer, in their order."""
-        return self.arrangement.steppers
-
-    @property
-    def active(self) -> bool:
-        """Checkpoints are taken: the run was not shut down, and this is not a forked child."""
-        return self.status.active
-
-    def trained(self) -> set[int]:
-        """The ids of the parameters of its optimizers."""
-        return {id(p) for opt in self.optimizers for group in opt.param_groups for p in group["params"]}
-
-    def graphs(self) -> list[StepGraph]:
-        """The StepGraph of each optimizer, written anew if something was replaced."""
-        with self.closing.between_steps:
-            self.arrangement.refresh()
-            return [stepper.executor.arranged.graph for stepper in self.steppers]
-
-    # -- what its handle asks of it ----------------------------------------------------------------------------------
-
-    def save(self, name: str | None) -> None:
-        """A full checkpoint of the state as it is now, waited for; raises what made it fail. Nothing if all is turned off."""
-        if self.engine is None:
-            log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is saved")
-            return
-        if not self.active:
-            raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
-        self.stepping.save(name)
-
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and wait for the checkpoints in flight; from inside ``opt.step()`` (a signal's handler, a hook) for
-        those of steps before it."""
+        those of steps before it. Nothing once it was shut down."""
+        if not self.status.active:
+            return
         self.closing.end_step(timeout)
         self.saver.flush(timeout, unclosed=not self.closing.inside_a_step())
 
@@ -131,7 +84,7 @@ class Run:
         ``unfinished``: an exception ended the script, perhaps between ``opt.step()`` and ``scheduler.step()``, so the
         checkpoint of a step that has not closed is dropped; the one before it is complete.
         """
-        if not self.active:
+        if not self.status.active:
             return
         closing = self.closing
         try:
@@ -140,15 +93,14 @@ class Run:
             closing.end_step(timeout)
         finally:
             self.status.stopped = True
+            unclosed = not closing.inside_a_step()
             try:
                 if self.tracing is not None:
-                    self.saver.flush(timeout, unclosed=not closing.inside_a_step())
+                    self.saver.flush(timeout, unclosed)
             finally:
                 if self.tracing is not None:
                     self.tracing.__exit__()
-                self.saver.stop(timeout, unclosed=not closing.inside_a_step())
-
-    # -- what a load asks of it --------------------------------------------------------------------------------------
+                self.saver.stop(timeout, unclosed)
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
@@ -174,7 +126,7 @@ class Run:
 
 def the_run() -> Run:
     """The one live run. Raises SetupError if there is none, or several (listing them)."""
-    runs = sorted((run for run in live_runs if not run.status.stopped), key=lambda run: run.number)
+    runs = sorted((run for run in live_runs if not run.status.stopped), key=lambda run: run.emitter.number)
     if len(runs) == 1:
         return runs[0]
     if not runs:

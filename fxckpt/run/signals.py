@@ -7,14 +7,12 @@ import os
 import signal
 import weakref
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxckpt.errors import FxckptError, SetupError
+from fxckpt.run.run import Run
 
-if TYPE_CHECKING:
-    from fxckpt.run.run import Run
-
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Finisher:
@@ -25,29 +23,28 @@ class Finisher:
     """
 
     def __init__(self, run: Run, number: int):
-        self._run, self.number = weakref.ref(run), number
+        self.number: int = number
+        self._run = weakref.ref(run)
         self._waiting = self._closed = False
         try:
             self._before: Any = signal.signal(number, self._arrived)
         except ValueError as error:
             raise SetupError(f"a handler of signal {number} can be installed in the main thread only: {error}") from error
 
-    def step_closed(self) -> None:
+    def _step_closed(self) -> None:
         """The state of a step whose checkpoint was begun after the signal is complete. Called in any thread."""
         self._closed = True
         os.kill(os.getpid(), self.number)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         run = self._run()
-        if run is None or not run.active:  # shut down, or a forked worker
+        if run is None or not run.status.active:  # shut down, or a forked worker
             self._go_on(number, frame)
             return
         if not self._waiting:
-            self._waiting, run.status.ending = True, self
-            log.warning(
-                "fxckpt: %s: the checkpoint of the next step is taken and finished first; a second signal does not wait",
-                signal.Signals(number).name,
-            )
+            self._waiting, run.status.ending = True, self._step_closed
+            what = "the checkpoint of the next step is taken and finished first; a second signal does not wait"
+            log.warning("fxckpt: %s: %s", signal.Signals(number).name, what)
             return
         closed, self._waiting, self._closed, run.status.ending = self._closed, False, False, None
         if closed:

@@ -19,38 +19,26 @@ from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.stepper import Stepper
 from fxckpt.optim.strategy import EvaluatedClosure, own_step
-from fxckpt.run.announce import Announcer
 from fxckpt.run.arrangement import Arrangement
-from fxckpt.run.clock import RunStatus, StepClock
+from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
-from fxckpt.run.emitting import Emitter
-from fxckpt.run.schedule import Schedule
 from fxckpt.saving import tracing
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.saver import Saver
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Stepping:
     """Makes the steps of a run's optimizers, with a checkpoint where one is due, and the saves that a user asks for."""
 
-    def __init__(
-        self,
-        arrangement: Arrangement,
-        closing: Closing,
-        emitter: Emitter,
-        saver: Saver,
-        clock: StepClock,
-        status: RunStatus,
-        config: Config,
-    ):
-        self._arrangement, self._closing, self._emitter, self._saver = arrangement, closing, emitter, saver
+    def __init__(self, arrangement: Arrangement, closing: Closing, clock: StepClock, status: RunStatus, config: Config):
+        self._arrangement, self._closing = arrangement, closing
+        self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
         self._clock, self._status, self._config = clock, status, config
-        self.schedule = Schedule(config.every)
+        self.schedule: Schedule = Schedule(config.every)
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
         self._leader = arrangement.steppers[-1]
-        self._announcer = Announcer(arrangement, emitter, config.max_async)
+        self._announcer = Announcer(arrangement, config.max_async)
         self._said_order = False
         self._store_checked = False
 
@@ -60,9 +48,8 @@ class Stepping:
             return own_step(opt, closure)
         if self._emitter.ordinals and self._emitter.devices.capturing():
             raise SetupError(
-                "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would "
-                "neither guard the copies of a checkpoint nor take one. Capture forward and backward, and call "
-                "opt.step() outside."
+                "opt.step() was called while a CUDA graph is captured: a replay runs no Python, so fxckpt would neither guard "
+                "the copies of a checkpoint nor take one. Capture forward and backward, and call opt.step() outside."
             )
         if torch.is_inference_mode_enabled():  # state made in it could be changed nowhere else, and has no version counter
             with torch.inference_mode(False):
@@ -95,7 +82,8 @@ class Stepping:
             loss = self._advance(stepper, closure, leads)
         except BaseException as error:
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
-            self._emitter.watch_again()
+            for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
+                pending.guard.watch_again()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)
@@ -121,17 +109,16 @@ class Stepping:
 
     def _check_order(self, stepper: Stepper, leads: bool) -> None:
         """With several optimizers: does the one that leads step after the others? Say so if not."""
-        if not leads and self._closing.is_open and self._clock.in_iteration:
+        if not leads and self._closing.open is not None and self._clock.in_iteration:
             self._closing.give_up(f"{type(stepper.opt).__name__} stepped after it in the same turn")
         elif not leads or all(other.stepped for other in self._arrangement.steppers):
             return
         if not self._said_order:
             self._said_order = True
             log.warning(
-                "fxckpt: checkpoints are taken at the step of the last optimizer of the list, the %s; another one has "
-                "not stepped before it. If it steps later in the same iteration, its step is not in the checkpoint: "
-                "put the optimizer that steps last at the end of the list",
-                type(self._leader.opt).__name__,
+                "fxckpt: checkpoints are taken at the step of the last optimizer of the list, the "
+                f"{type(self._leader.opt).__name__}; another one has not stepped before it. If it steps later in the same "
+                "iteration, its step is not in the checkpoint: put the optimizer that steps last at the end of the list"
             )
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
@@ -142,8 +129,6 @@ class Stepping:
         """
         found = getattr(opt, "found_inf", None)
         return found is not None and not self._emitter.is_remote(found) and bool(found.item())
-
-    # -- one update --------------------------------------------------------------------------------------------------
 
     def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
         """One update, with a checkpoint if one is due."""
@@ -179,7 +164,8 @@ class Stepping:
             if leads:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
-                self._clock.applied.add(emitter.devices.later(found) if emitter.is_remote(found) else None)
+                skipped = emitter.later(found) if emitter.is_remote(found) and not self._status.stopped else None
+                self._clock.applied.add(skipped)
             if pending is not None:
                 self._emit_rest(pending, stepper if emitted else None)
         finally:
@@ -198,7 +184,8 @@ class Stepping:
     def _begin(self) -> InFlight | None:
         """Begin the checkpoint of the step that is about to run."""
         step = self._clock.attempts + 1
-        if not self.schedule.waits and not self._status.ending and self._saver.flights.flying() >= self._config.max_async:
+        flights = self._saver.flights
+        if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
             self._saver.tally.skipped += 1
             return None
         try:
@@ -215,8 +202,9 @@ class Stepping:
         """The other optimizers' layers, and what is captured at the end of ``opt.step()``."""
         for stepper in self._arrangement.steppers:
             if stepper is not stepped:
-                self._emitter.emit_stepper(stepper)
-        self._closing.open(pending)
+                for number, tensors in stepper.executor.arranged.handed_over:
+                    self._emitter.emit(number, tensors)
+        self._closing.take(pending)
 
     def _raise_callback_error(self) -> None:
         """Raise what ``on_layer`` raised, now that all layers were updated: half a step is nothing to go on from."""
@@ -225,10 +213,13 @@ class Stepping:
             self._closing.drop("on_layer raised")
             raise error
 
-    # -- a save that was asked for -----------------------------------------------------------------------------------
-
     def save(self, name: str | None) -> None:
-        """A full checkpoint of the state as it is now, waited for; raises what made it fail."""
+        """A full checkpoint of the state as it is now, waited for; raises what made it fail. Nothing if all is turned off."""
+        if not self._status.enabled:
+            log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing is saved")
+            return
+        if not self._status.active:
+            raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
         with self._closing.between_steps:
             pending = self._hand_everything_over(name)
         self._saver.flights.wait_for(pending)
@@ -242,8 +233,8 @@ class Stepping:
         self._status.refuse_mixture()
         if any(stepper.halfway for stepper in self._arrangement.steppers):
             raise SetupError(
-                "opt.step() was left by an exception in its middle: some layers are updated and some are not, which "
-                "is no step to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
+                "opt.step() was left by an exception in its middle: some layers are updated and some are not, which is no step "
+                "to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
             )
         self._closing.close_step()
         if not self._store_checked:
@@ -262,3 +253,37 @@ class Stepping:
             raise
         self._closing.close_step()
         return pending
+
+
+class Announcer:
+    """Says what runs a step, once for each way it runs, and what snapshots may take."""
+
+    def __init__(self, arrangement: Arrangement, max_async: int):
+        self._arrangement, self._max_async = arrangement, max_async
+        self._described: list[tuple[int, str]] = []  # the bindings that were described last
+        self._said: set[str] = set()
+
+    def announce(self) -> None:
+        """Say what was not said yet."""
+        steppers = self._arrangement.steppers
+        bound = [(s.bindings.number, s.describe()) for s in steppers]
+        self._arrangement.unsaid = False
+        if bound == self._described:
+            return
+        if not self._described and (size := sum(t.nbytes for t in self._arrangement.inventory.buffers.values())) >> 20:
+            self._say(f"snapshots of the model's buffers take at most {size * self._max_async >> 20} MiB more")
+        self._described = bound
+        for i, (_, line) in enumerate(bound):
+            if line:
+                self._say(line, of=i)
+        tensors = [t for s in steppers for _, ts in s.executor.arranged.handed_over for t in ts]
+        remote = self._arrangement.emitter.is_remote
+        if size := sum(t.nbytes for t in tensors if remote(t) and not t.is_contiguous()) * self._max_async:
+            what = "tensors that are not in row-major order are copied on their device first"
+            self._say(f"{what}, which takes at most {size / 2**20:.1f} MiB there")
+
+    def _say(self, line: str, of: int = -1) -> None:
+        """``of``: the number of the optimizer that it is about; two of one class are two lines."""
+        if (key := f"{of} {line}") not in self._said:
+            self._said.add(key)
+            log.info("fxckpt: %s", line)

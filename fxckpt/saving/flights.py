@@ -1,17 +1,93 @@
-"""The checkpoints in flight, how many there may be, and every wait for them: Flights."""
+"""The checkpoints in flight, how many there may be, every wait for them, and what became of them."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 
 from fxckpt.engine import SLICE
 from fxckpt.errors import SaveFailed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.tracing import Tracer
-from fxckpt.saving.training_thread import TrainingThread
 from fxckpt.store.commit_loop import CommitLoop, StallDetector
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+LONGEST, SLOWEST = 0.02, 1e9
+"""An operation on a tensor has ended after so many seconds, and one more for each ``SLOWEST`` bytes, where nothing says that
+it has."""
+
+
+class TrainingThread:
+    """Which thread trains, and whether it came by: ``progress_ticks`` counts how often it did so, between two operations."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread = threading.current_thread()  # that of the last step
+        self.progress_ticks = 0
+        self._inside = 0  # it waits in our code
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait of whatever thread."""
+        trains = threading.current_thread() is self.thread
+        self._inside += trains
+        try:
+            yield
+        finally:
+            self._inside -= trains
+
+    def let_come_by(self, nbytes: int) -> None:
+        """Wait until no operation in place that began before can be under way: it counts itself in the tensor's version when it
+        ends. ``nbytes``: the largest tensor's."""
+        ended, before = time.monotonic() + LONGEST + nbytes / SLOWEST, self.progress_ticks
+        while self.progress_ticks == before and not self._inside and time.monotonic() < ended:
+            time.sleep(0.001)
+
+
+@dataclass
+class Tally:
+    """The counters of ``opt.ckpt.statistics()``, and the first failure that nobody was told of. Steps, seconds."""
+
+    started: int = 0
+    committed: int = 0
+    skipped: int = 0
+    failed: int = 0
+    last_handed_over: int | None = None
+    last_committed: int | None = None
+    last_error: BaseException | None = None
+    unreported: BaseException | None = None
+    wait_seconds: float = 0.0
+
+    def note_failure(self, step: int, error: BaseException) -> None:
+        """A checkpoint failed: say so at once, count it, keep it for ``raise_unreported``."""
+        self.failed += 1
+        self.last_error = error
+        self.unreported = self.unreported or error
+        log.error("fxckpt: the checkpoint of step %d failed: %s", step, error)
+
+    def raise_unreported(self) -> None:
+        """Raise the first failure that nobody has been told of."""
+        error, self.unreported = self.unreported, None
+        if error is not None:
+            raise error
+
+    def forget(self, error: BaseException) -> None:
+        """This failure was raised already."""
+        if self.unreported is error:
+            self.unreported = None
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what the training thread waits for."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.wait_seconds += time.perf_counter() - started
 
 
 class Flights:
@@ -28,11 +104,6 @@ class Flights:
         self.tracer: Tracer | None = None
         self._flying: list[InFlight] = []
         self._hung: Hashable = None  # the signs of progress when a wait was given up
-
-    def flying(self) -> int:
-        """How many there are."""
-        with self.changed:
-            return len(self._flying)
 
     def under_way(self) -> list[InFlight]:
         """All of them. Only the training thread begins one."""
@@ -57,8 +128,6 @@ class Flights:
         """Give up every one."""
         for pending in self.under_way():
             pending.give_up(why)
-
-    # -- waiting -----------------------------------------------------------------------------------------------------
 
     def patience(self) -> StallDetector:
         """For one wait. Longer than the loop's own, which ends what hangs where it can be ended."""
@@ -103,10 +172,8 @@ class Flights:
                 late = timeout is not None and time.monotonic() - began >= timeout
                 if late or (timeout is None and waited.over()):
                     steps = ", ".join(str(p.step) for p in left)
-                    raise TimeoutError(
-                        f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not "
-                        f"durable yet: {self.what_is_stuck()}"
-                    )
+                    what = f"after {time.monotonic() - began:.3g} s the checkpoints of steps {steps} are not durable yet"
+                    raise TimeoutError(f"{what}: {self.what_is_stuck()}")
                 self.changed.wait(SLICE if timeout is None else min(SLICE, max(began + timeout - time.monotonic(), 0.001)))
 
     def wait_for(self, pending: InFlight) -> None:

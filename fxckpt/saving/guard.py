@@ -96,14 +96,9 @@ class Guard:
         found = self._layout.layers[layer]
         key = found.entries[index].key
         self._layout.changed_outside.add(key)
-        what = (
-            f"{key!r} was changed in place outside opt.step() while the checkpoint of step {self._step} was being "
-            "copied; that checkpoint is discarded."
-        )
+        what = f"{key!r} was changed in place outside opt.step() while the checkpoint of step {self._step} was being copied"
+        what += "; that checkpoint is discarded."
         if not self.turn:
             return Changed(f"{what} {ADVICE[found.kind]}")
-        size = sum(e.tensor.nbytes for e in found.entries)
-        return ChangedInTurns(
-            f"{what} From now on its layer is copied in memory at the end of each turn, which takes "
-            f"{size / 2**20:.1f} MiB for each checkpoint in flight"
-        )
+        size = f"{sum(e.tensor.nbytes for e in found.entries) / 2**20:.1f} MiB for each checkpoint in flight"
+        return ChangedInTurns(f"{what} From now on its layer is copied in memory at the end of each turn, which takes {size}")

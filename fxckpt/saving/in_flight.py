@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxckpt.engine import Sources
-from fxckpt.saving.engines import EngineCopy, Streams
+from fxckpt.engine import Checkpoint, Sources, Streams
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot
-from fxckpt.store.raw import Tensor
+from fxckpt.store.dtypes import Tensor
 
 
 @dataclass(eq=False)
@@ -22,7 +21,7 @@ class InFlight:
     step: int
     layout: Layout
     slot: CheckpointSlot
-    copy: EngineCopy
+    copy: Checkpoint  # the engine's side
     guard: Guard
     captured: bool = False  # buffers and early state are in
     record: dict[str, Any] = field(default_factory=dict)  # fields and extra state's tensors; callables are asked at the commit
@@ -36,7 +35,7 @@ class InFlight:
 
     @property
     def path(self) -> str:
-        """The directory that it is written to; empty if there is none."""
+        """The directory that it is written to; empty if nothing is."""
         return self.slot.path
 
     def emit(self, layer: int, sources: Sources, streams: Streams | None) -> None:
@@ -53,8 +52,7 @@ class InFlight:
     def fail(self, error: Exception) -> bool:
         """Note what it failed of; False if that was known, and counted, already."""
         with self.lock:
-            first = self.failure is None
-            self.failure = self.failure or error
+            first, self.failure = self.failure is None, self.failure or error
         return first
 
     def give_up(self, why: str) -> None:

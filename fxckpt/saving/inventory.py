@@ -34,43 +34,31 @@ class Inventory:
     transient: dict[str, torch.Tensor] = field(default_factory=dict)  # non-persistent: kept, but not the model's keys
     ties: dict[str, str] = field(default_factory=dict)
     positional: bool = False  # some name is only a position: the compiler may still tell the real one
+    name_by_id: dict[int, str] = field(default_factory=dict)  # of the trained
 
     def name_of(self, param: torch.Tensor) -> str:
         """The name of a trained parameter."""
-        return self._by_id[id(param)]
-
-    def index(self) -> Inventory:
-        """Build the reverse map once all names are in."""
-        self._by_id = {id(t): name for name, t in self.trained.items()}
-        return self
+        return self.name_by_id[id(param)]
 
 
 def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
-    """The tensor as a file can hold it: complex numbers as pairs of reals, everything detached. ``name`` is for messages.
-
-    Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors).
-    """
+    """The tensor as a file can hold it: complex numbers as pairs of reals, everything detached. ``name`` is for messages. Raises
+    SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors)."""
     what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
     if is_transformed(tensor):
-        raise SetupError(
-            f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): it is gone when the "
-            "transform returns. Call compile_step outside, with the parameters themselves."
-        )
+        gone = "it is gone when the transform returns. Call compile_step outside, with the parameters themselves."
+        raise SetupError(f"{what}a tensor inside a transform of torch.func (grad, vmap, ...): {gone}")
     if torch.nn.parameter.is_lazy(tensor):
         raise SetupError(
             f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
             "the lazy modules make their parameters, and call compile_step then"
         )
     if is_wrapper(tensor):
-        raise SetupError(
-            f"{what}a {type(tensor).__name__}: it holds other tensors in place of memory of its own, "
-            "which this version does not take apart"
-        )
+        holds = "it holds other tensors in place of memory of its own, which this version does not take apart"
+        raise SetupError(f"{what}a {type(tensor).__name__}: {holds}")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        raise SetupError(
-            f"{what}a {tensor.layout} {tensor.dtype} tensor on {tensor.device}: only dense tensors with memory of "
-            "their own are supported"
-        )
+        kind = f"{tensor.layout} {tensor.dtype} tensor on {tensor.device}"
+        raise SetupError(f"{what}a {kind}: only dense tensors with memory of their own are supported")
     if tensor.is_conj() or tensor.is_neg():
         raise SetupError(
             f"{what}a view that is conjugated or negated when it is read: its memory holds other values. Store what "
@@ -104,24 +92,33 @@ def shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
     return found
 
 
+def trained_by(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    """All parameters of these optimizers."""
+    return [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
+
+
 def take(model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], book: TraceBook) -> Inventory:
     """Name everything. ``model`` is the unwrapped module or None."""
     found = Inventory()
-    trained = _trained_ids(optimizers)
-    names = {} if model is None else _model_names(model, trained, found)
-    if model is None:
-        _seen_by_compiler(book, optimizers, trained, found)
+    trained = trained_by(optimizers)
+    ids = {id(p) for p in trained}
+    names: dict[int, str] = {}
+    if model is not None:
+        names = _model_names(model, ids, found)
+    else:  # frozen parameters and buffers of the modules whose compiled graphs read one of our parameters
+        for name, frozen in book.models.frozen(of=trained):
+            if id(frozen) not in ids:
+                found.frozen.setdefault(name, frozen)
+        found.buffers.update(book.models.buffers(of=trained))
+        found.transient.update(book.models.transient(of=trained))
     taken = {*found.frozen, *found.buffers, *found.transient, *found.ties}
     for name, param in _optimizer_names(optimizers, names, book, found):
         if name in taken:
             raise SetupError(f"two tensors would be called {name!r}; pass model= so that names are unique")
         taken.add(name)
         found.trained[name] = param
-    return found.index()
-
-
-def _trained_ids(optimizers: Iterable[torch.optim.Optimizer]) -> set[int]:
-    return {id(p) for opt in optimizers for group in opt.param_groups for p in group["params"]}
+        found.name_by_id[id(param)] = name
+    return found
 
 
 def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) -> dict[int, str]:
@@ -144,16 +141,6 @@ def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) ->
     return {i: name for i, name in first.items() if i in trained}
 
 
-def _seen_by_compiler(book: TraceBook, optimizers: Sequence[torch.optim.Optimizer], trained: set[int], found: Inventory) -> None:
-    """Without a model: frozen parameters and buffers of the modules whose graphs read one of our parameters."""
-    ours = [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
-    for name, param in book.models.frozen(of=ours):
-        if id(param) not in trained:
-            found.frozen.setdefault(name, param)
-    found.buffers.update(book.models.buffers(of=ours))
-    found.transient.update(book.models.transient(of=ours))
-
-
 def _optimizer_names(
     optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str], book: TraceBook, found: Inventory
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -172,8 +159,7 @@ def _optimizer_names(
                 if name is None:
                     compiled = book.models.names_by_id() if compiled is None else compiled
                     name = compiled.get(id(param))
-                    name = None if name in used else name
-                if name is None:
+                if name is None or name in used:
                     name, found.positional = f"optimizer{i}.{j}.{k}", True
                 used.add(name)
                 yield name, param

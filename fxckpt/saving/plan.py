@@ -1,22 +1,20 @@
 """Lay a run's tensors out in files: which tensor lies where, and which engine layer it belongs to.
 
-Engine layers, in this order: the counts (if any), the updated layers of every optimizer, frozen parameters, and a
-snapshot of the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; the extra state's file is
-written at the commit.
+Engine layers, in this order: the counts (if any), the updated layers of every optimizer, frozen parameters, and a snapshot of
+the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; the extra state's file is written at the commit.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
-from fxckpt.engine import Plan, Sources
+from fxckpt.engine import Engine, Plan, Sources
 from fxckpt.engine.plan import Item
-from fxckpt.saving.engines import CheckpointEngine
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -25,10 +23,13 @@ from fxckpt.store.record import LayerRecord, TensorRecord
 if TYPE_CHECKING:
     from fxckpt.optim.stepper import Stepper
 
+FILES = (MODEL, OPTIMIZER)
+"""By their numbers in a layout."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to store: its file (0 model, 1 optimizer), its key there, and the tensor."""
+    """One tensor to store: the number of its file, its key there, and the tensor."""
 
     file: int
     key: str
@@ -56,9 +57,8 @@ class Layout:
     files: list[FileLayout]
     plan: Plan
     chunk_bytes: int
-    names: list[str] = field(default_factory=lambda: [MODEL, OPTIMIZER])
-    frozen_token: Hashable = None
-    changed_outside: set[str] = field(default_factory=set)
+    frozen_token: Hashable  # names, addresses and places of the frozen parameters; None: there are none
+    changed_outside: set[str]
 
     def number(self, kind: str) -> list[int]:
         """The engine's numbers of the layers of one kind."""
@@ -70,17 +70,13 @@ class Layout:
 
     def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
         """``{file: {chunk: crc}}`` of the chunks that hold nothing but frozen parameters."""
-        return {MODEL: {i: crcs[0][i] for i in self._frozen_only()}}
-
-    def _frozen_only(self) -> list[int]:
-        """Chunks of the model's file in which every byte belongs to a frozen layer."""
         frozen = set(self.number("frozen"))
         layout, size = self.files[0], self.chunk_bytes
         mixed = set(range(-(-len(layout.header) // size)))
         for placed in layout.tensors:
             if placed.spec.layer not in frozen and placed.nbytes:
                 mixed |= set(range(placed.begin // size, (placed.begin + placed.nbytes - 1) // size + 1))
-        return [i for i in range(-(-layout.nbytes // size)) if i not in mixed]
+        return {MODEL: {i: crcs[0][i] for i in range(-(-layout.nbytes // size)) if i not in mixed}}
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
         """The layers as the record lists them; a layer's counts are listed with the rest of it."""
@@ -93,16 +89,10 @@ class Layout:
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
             owners = [e.owner for e in layer.entries if e.file == 0]
             entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
-            tensors = tuple(
-                TensorRecord(self.names[e.file], e.key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype)
-                for e in entries
-                for p in (placed[e.file, e.key],)
-            )
-            out.append(
-                LayerRecord(
-                    len(out), layer.name, layer.kind, step, now, layer.parameters, sum(t.nbytes for t in tensors), tensors
-                )
-            )
+            places = [(FILES[e.file], e.key, placed[e.file, e.key]) for e in entries]
+            tensors = tuple(TensorRecord(f, key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype) for f, key, p in places)
+            nbytes = sum(t.nbytes for t in tensors)
+            out.append(LayerRecord(len(out), layer.name, layer.kind, step, now, layer.parameters, nbytes, tensors))
         return tuple(out)
 
 
@@ -124,51 +114,45 @@ def updated_layers(index: int, stepper: Stepper) -> list[EngineLayer]:
 
 def other_layers(inventory: Inventory, changed_outside: set[str]) -> list[EngineLayer]:
     """What no step updates: frozen parameters by module, then the buffers with those parameters that change all the same."""
-    moving = {n: t for n, t in inventory.frozen.items() if n in changed_outside}
-    out = []
-    for owner, tensors in _by_owner({n: t for n, t in inventory.frozen.items() if n not in changed_outside}).items():
-        out.append(EngineLayer(owner, "frozen", [Entry(0, n, t) for n, t in tensors], sum(t.numel() for _, t in tensors)))
-    buffers = [Entry(0, n, t) for n, t in {**inventory.buffers, **moving}.items()]
-    return [*out, EngineLayer("buffers", "buffers", buffers)] if buffers else out
-
-
-def _by_owner(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """Group frozen parameters by the module that owns them."""
-    out: dict[str, list[tuple[str, torch.Tensor]]] = {}
-    for name, tensor in tensors.items():
-        out.setdefault(name.rpartition(".")[0], []).append((name, tensor))
-    return out
+    frozen: dict[str, EngineLayer] = {}
+    buffers = [Entry(0, name, tensor) for name, tensor in inventory.buffers.items()]
+    for name, tensor in inventory.frozen.items():
+        if name in changed_outside:
+            buffers.append(Entry(0, name, tensor))
+        else:
+            owner = name.rpartition(".")[0]
+            layer = frozen.setdefault(owner, EngineLayer(owner, "frozen", []))
+            layer.entries.append(Entry(0, name, tensor))
+            layer.parameters += tensor.numel()
+    return [*frozen.values(), EngineLayer("buffers", "buffers", buffers)] if buffers else list(frozen.values())
 
 
 def make_layout(
-    engine: CheckpointEngine,
+    engine: Engine,
     layers: list[EngineLayer],
-    chunk_bytes: int,
     changed_outside: set[str],
     make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
 ) -> Layout:
     """Place every tensor and give the plan to the engine."""
+    stored = [(i, e, storable(e.tensor, e.key)) for i, layer in enumerate(layers) for e in layer.entries]
     specs: list[list[TensorSpec]] = [[], []]
-    for number, layer in enumerate(layers):
-        for entry in layer.entries:
-            tensor = storable(entry.tensor, entry.key)
-            specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
-    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip((MODEL, OPTIMIZER), specs)]
+    for number, entry, tensor in stored:
+        specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
+    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip(FILES, specs)]
     placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}
     geometry = []
-    for number, layer in enumerate(layers):
-        for entry in layer.entries:
-            p = placed[entry.file, entry.key]
-            geometry.append((number, entry.file, p.begin, p.nbytes, storable(entry.tensor).element_size()))
+    for number, entry, tensor in stored:
+        p = placed[entry.file, entry.key]
+        geometry.append((number, entry.file, p.begin, p.nbytes, tensor.element_size()))
+        if layers[number].kind != "buffers":
+            layers[number].memory.append(tensor)
+    for layer in layers:
         if layer.kind != "buffers":
-            layer.memory = [storable(e.tensor) for e in layer.entries]
             layer.sources = make_sources(layer.memory)
     plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
-    frozen = tuple(
-        (e.key, e.tensor.data_ptr(), tuple(e.tensor.shape)) for layer in layers if layer.kind == "frozen" for e in layer.entries
-    )
+    frozen = tuple((e.key, t.data_ptr(), tuple(t.shape)) for i, e, t in stored if layers[i].kind == "frozen")
     token = (frozen, tuple(f.header for f in files)) if frozen else None
-    return Layout(layers, files, plan, chunk_bytes, frozen_token=token, changed_outside=changed_outside)
+    return Layout(layers, files, plan, engine.chunk_bytes, token, changed_outside)
 
 
 def source_items(tensors: Sequence[torch.Tensor]) -> list[Item]:

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 from fxckpt.store.commit_loop import OwnSlot
+from fxckpt.store.dtypes import Tensor
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.raw import Tensor
 from fxckpt.store.record import Record
 
 
@@ -48,10 +48,9 @@ class CheckpointStore(Protocol):
     hands_over: bool
 
     def open(self) -> None:
-        """Take the directory. Raises NotAStore, StoreLocked."""
+        """Take the directory, until ``close``. Raises NotAStore, StoreLocked."""
 
-    def close(self) -> None:
-        """Give it back. Idempotent."""
+    def close(self) -> None: ...
 
     def require_loaded(self) -> None:
         """Raise StoreNotLoaded if there are checkpoints that nobody loaded."""
@@ -80,15 +79,12 @@ class NullSlot:
     """A slot of the ``NullStore``: no directory, and nothing that it could hold."""
 
     path = ""
-    generation = None
-    error = None
+    generation = error = None
 
     def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
-        """Nothing is known."""
         return {}
 
     def ended(self, timeout: float) -> bool:
-        """At once."""
         return True
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None: ...
@@ -101,7 +97,6 @@ class NullStore:
     hands_over = False
 
     def acquire(self, name: str | None = None) -> NullSlot:
-        """A slot without a directory."""
         return NullSlot()
 
     def open(self) -> None: ...

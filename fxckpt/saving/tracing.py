@@ -15,13 +15,14 @@ import os
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
+from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
-from fxckpt.saving.engines import CheckpointEngine
 
 log: logging.Logger = logging.getLogger("fxckpt")
+
+StrPath = str | os.PathLike[str]
 
 SPANS = 200_000
 """Spans kept, at most: about 13 MiB. What comes later is counted, and the file says how many there were."""
@@ -36,7 +37,7 @@ STEPS, FENCES, COMMITS, ISSUES, WRITERS, DEVICES = 1, 2, 3, 4, 100, 200
 class Tracer:
     """Records from now on until :meth:`write`. One at a time for each run."""
 
-    def __init__(self, engine: CheckpointEngine):
+    def __init__(self, engine: Engine):
         self._engine = engine
         self._offset = time.time_ns() - time.monotonic_ns()
         self._lock = threading.Lock()
@@ -58,36 +59,23 @@ class Tracer:
             else:
                 self._dropped += 1
 
-    def write(self, path: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> None:
-        """Stop, and write what was recorded; ``beside``: a Chrome trace of ``torch.profiler`` to be shown with it.
-
-        Raises SetupError if that is no such file, OSError if ``path`` cannot be written.
-        """
+    def write(self, path: StrPath, beside: StrPath | None = None) -> None:
+        """Stop, and write what was recorded; ``beside``: a Chrome trace of ``torch.profiler`` to be shown with it. Raises
+        SetupError if that is no such file, OSError if ``path`` cannot be written."""
         spans, dropped = self._engine.take_spans()
         self._engine.trace(0)
         with self._lock:
             found = [*self._spans, *(self._named(span) for span in spans)]
         # Times are microseconds as doubles: since 1970 they would be exact to a quarter of one, and spans in a row overlap.
         first = min((begin for _, _, begin, _, _ in found), default=0) + self._offset
-        whole: dict[str, Any] = (
-            {"traceEvents": [], "displayTimeUnit": "ms", "baseTimeNanoseconds": first} if beside is None else _profile(beside)
-        )
+        empty: dict[str, Any] = {"traceEvents": [], "displayTimeUnit": "ms", "baseTimeNanoseconds": first}
+        whole = empty if beside is None else _profile(beside)
         base = whole.get("baseTimeNanoseconds", 0)
         whole["fxckpt"] = {"dropped": dropped + self._dropped}
         pid = os.getpid() + (1 << 24)  # a process of its own beside the profiler's
         for name, track, begin, end, arguments in found:
-            whole["traceEvents"].append(
-                {
-                    "ph": "X",
-                    "cat": "fxckpt",
-                    "name": name,
-                    "pid": pid,
-                    "tid": track,
-                    "args": arguments,
-                    "ts": (begin + self._offset - base) / 1e3,
-                    "dur": (end - begin) / 1e3,
-                }
-            )
+            event = {"ph": "X", "cat": "fxckpt", "name": name, "pid": pid, "tid": track, "args": arguments}
+            whole["traceEvents"].append({**event, "ts": (begin + self._offset - base) / 1e3, "dur": (end - begin) / 1e3})
         whole["traceEvents"] += _track_names(pid, sorted({track for _, track, *_ in found}))
         Path(path).write_text(json.dumps(whole))
 
@@ -104,7 +92,7 @@ class Tracer:
         return label, track, begin, end, {k: v for k, v in arguments.items() if v not in (None, -1)}
 
 
-def _profile(path: str | os.PathLike[str]) -> dict[str, Any]:
+def _profile(path: StrPath) -> dict[str, Any]:
     """What torch.profiler exported."""
     try:
         found: dict[str, Any] = json.loads(Path(path).read_text())
@@ -134,13 +122,7 @@ class Traced(Protocol):
 class Tracing:
     """``opt.ckpt.trace(path)``: a context that records a run while it is open. Without an engine it does nothing."""
 
-    def __init__(
-        self,
-        traced: Traced,
-        engine: CheckpointEngine | None,
-        path: str | os.PathLike[str],
-        beside: str | os.PathLike[str] | None = None,
-    ):
+    def __init__(self, traced: Traced, engine: Engine | None, path: StrPath, beside: StrPath | None = None):
         self._traced, self._engine, self._path, self._beside = traced, engine, path, beside
 
     def __enter__(self) -> Tracing:
@@ -152,18 +134,13 @@ class Tracing:
         self._traced.tracer = Tracer(self._engine)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None = None,
-        error: BaseException | None = None,
-        traceback: TracebackType | None = None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         tracer, self._traced.tracer = self._traced.tracer, None
         if tracer is not None:
             tracer.write(self._path, self._beside)
 
 
-def from_environment(traced: Traced, engine: CheckpointEngine | None, number: int) -> Tracing | None:
+def from_environment(traced: Traced, engine: Engine | None, number: int) -> Tracing | None:
     """``FXCKPT_TRACE=file.json``: trace the run until it shuts down. A further run in the process gets its number."""
     path = os.environ.get("FXCKPT_TRACE")
     if not path or engine is None:

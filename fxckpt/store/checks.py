@@ -1,18 +1,67 @@
-"""Is a value that nobody has vouched for what it should be? Small tests, and tests made of tests.
+"""What nobody has vouched for: JSON from a file, bounded, and whether values are what they should be.
 
-A test takes a value as ``parse_json`` or ``decode_state`` made it and says yes or no. ``need`` and ``members`` turn a no into
-``Malformed`` with words for it; whoever reads a file turns that into ``Corrupt`` with the file's name.
+Python's parser recurses, so a file of a million ``[`` would end in ``RecursionError`` somewhere up the caller's stack, and a
+number of a million digits is turned down with a bare ``ValueError``. From ``parse_json`` all of it is ``Corrupt``.
+
+Then come small tests of values, and tests made of tests. ``need`` and ``members`` turn a no into ``Malformed``; whoever reads a
+file turns that into ``Corrupt`` with the file's name.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Check = Callable[[Any], bool]
+from fxckpt.errors import Corrupt
 
 _DIMENSIONS = 64  # torch has no more, and the product of a million sizes would take for ever
+
+MAX_BYTES = 1 << 30
+"""No header or record is larger; a larger one is not read into memory at all."""
+
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def depth_of(raw: bytes) -> int:
+    """The deepest nesting of brackets outside strings, found without recursion and without building anything."""
+    # Without escapes every second piece between quotes is a string. (A pattern that matches whole strings would take
+    # a hundred times a long string's memory to be able to go back.)
+    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = b"".join(bare.split(b'"')[::2]).translate(None, _NOT_BRACKETS)
+    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a key that is given twice: which value counts would depend on the reader."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice in one object")
+    return found
+
+
+def _constant(text: str) -> Any:
+    """Refuse ``NaN`` and ``Infinity``."""
+    raise ValueError(f"{text} is not JSON")
+
+
+def parse_json(raw: bytes, path: str, *, depth: int, what: str) -> Any:
+    """The value of ``raw``; whatever is wrong with it is ``Corrupt`` with ``path`` and ``what`` it should have been."""
+    if len(raw) > MAX_BYTES:
+        raise Corrupt(path, f"{what} has {len(raw)} bytes, more than the {MAX_BYTES} that any has")
+    found = depth_of(raw)
+    if found > depth:
+        raise Corrupt(path, f"{what} is nested {found} levels deep, more than the {depth} that any is")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are kinds of it
+        raise Corrupt(path, f"{what} is not valid JSON: {error}") from error
+
+
+Check = Callable[[Any], bool]
 
 
 class Malformed(Exception):
@@ -32,9 +81,6 @@ def members(value: Any, checks: Mapping[str, Check], what: str) -> dict[str, Any
     for name, check in checks.items():
         need(check(value[name]), f"{what}: {name} is {str(value[name])[:80]}")
     return value
-
-
-# ---- tests of tests ----
 
 
 def optional(check: Check) -> Check:
@@ -59,9 +105,6 @@ def has(checks: Mapping[str, Check], perhaps: Mapping[str, Check] | None = None)
                           and all(check(value[key]) for key, check in every.items() if key in value))  # fmt: skip
 
 
-# ---- tests ----
-
-
 def is_anything(value: Any) -> bool:
     """For what is looked at later, or by nobody."""
     return True
@@ -73,8 +116,7 @@ def is_str(value: Any) -> bool:
 
 
 def is_text(value: Any) -> bool:
-    """A str that JSON, file systems and safetensors can hold: not one with surrogates, two of which JSON joins into one
-    character."""
+    """A str that JSON, file systems and safetensors can hold: without surrogates, two of which JSON joins into one character."""
     if type(value) is not str:
         return False
     try:
@@ -95,7 +137,6 @@ def is_number(value: Any) -> bool:
 
 
 is_counts: Check = list_of(is_count)
-"""A list of counts."""
 
 
 def is_shape(value: Any) -> bool:

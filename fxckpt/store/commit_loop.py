@@ -1,7 +1,6 @@
-"""The loop that commits: one thread takes checkpoints to their commit in order, in the trainer and in the monitor's process.
+"""The thread that takes checkpoints to their commit, in order, in the trainer and in the monitor's process.
 
-What a commit consists of differs between the two; it comes in as ``Work``. Every wait is made of slices, so that a disk that
-hangs ends the checkpoint and not the thread.
+What a commit consists of differs between the two: it comes in as ``Work``.
 """
 
 from __future__ import annotations
@@ -27,31 +26,24 @@ OwnSlot = Any
 
 
 class Copy(Protocol):
-    """What gives a slot back needs to know of the engine's side of a checkpoint."""
+    """The engine's side of a checkpoint, see ``fxckpt.engine.Checkpoint``."""
 
-    def cancel(self) -> None:
-        """Give it up; nothing if it is over."""
-
-    def settled(self, timeout: float) -> bool:
-        """Wait until no thread will touch its files again; False after ``timeout`` seconds."""
+    def cancel(self) -> None: ...
+    def settled(self, timeout: float) -> bool: ...
 
 
 class SlotOwner(Protocol):
-    """A store, as far as it takes slots back."""
+    """A store, as far as it takes back slots, see ``Store.abandon``."""
 
-    def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
-        """Take back a slot that was not committed; ``bad``: what it holds is in doubt, nobody may use it again."""
+    def abandon(self, slot: OwnSlot, *, bad: bool) -> None: ...
 
 
 class Committable(Protocol):
-    """A checkpoint in flight, as far as the loop knows it."""
+    """A checkpoint in flight, which is written to the directory ``path`` until it is given up."""
 
     @property
-    def path(self) -> str:
-        """The directory that it is written to."""
-
-    def give_up(self, why: str) -> None:
-        """Stop copying and writing."""
+    def path(self) -> str: ...
+    def give_up(self, why: str) -> None: ...
 
 
 F = TypeVar("F", bound=Committable)
@@ -76,7 +68,6 @@ class StallDetector:
         self._last, self._since = signs(), time.monotonic()
 
     def over(self) -> bool:
-        """Has nothing changed for too long?"""
         now = self._signs()
         if now != self._last:
             self._last, self._since = now, time.monotonic()
@@ -84,10 +75,8 @@ class StallDetector:
 
 
 class CommitLoop(Generic[F]):
-    """Does the work of each checkpoint that is put in, one after the other, on a thread of its own.
-
-    ``written`` changes with every byte that reaches the disk, ``stuck_after`` is in seconds.
-    """
+    """Does the work of each checkpoint that is put in, one after the other, on a thread of its own. ``written`` changes with
+    every byte that reaches the disk, ``stuck_after`` is in seconds."""
 
     def __init__(self, written: Callable[[], float], stuck_after: float = STUCK_AFTER):
         self.stuck_after = stuck_after
@@ -97,13 +86,12 @@ class CommitLoop(Generic[F]):
         self._thread: threading.Thread | None = None
 
     def start(self, work: Work[F]) -> None:
-        """Start the thread, if it does not run."""
+        """Start the thread; nothing if it runs."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, args=(work,), name="fxckpt-commit", daemon=True)
             self._thread.start()
 
     def put(self, flight: F) -> None:
-        """The next one to commit."""
         self._queue.put(flight)
 
     def end(self, timeout: float | None = None) -> bool:
@@ -115,7 +103,6 @@ class CommitLoop(Generic[F]):
         return not self.alive()
 
     def alive(self) -> bool:
-        """Does the thread run?"""
         return self._thread is not None and self._thread.is_alive()
 
     def operation(self) -> str:

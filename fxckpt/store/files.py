@@ -13,16 +13,16 @@ from contextlib import contextmanager
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
+from fxckpt.store.checks import MAX_BYTES
+from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.layout import TensorSpec, lay_out
-from fxckpt.store.raw import Tensor, raw_tensor
 from fxckpt.store.record import FileRecord
-from fxckpt.store.safe_json import MAX_BYTES
 
 CHUNK_BYTES = 4 << 20
 """The unit of checksums in the files that the store writes itself."""
 
 DAMAGE = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
-"""Errors that mean that stored bytes are lost; others (permissions, too many open files) are the caller's trouble."""
+"""Errors that mean that stored bytes are lost; others (permissions, too many open files) do not."""
 
 UNREADABLE = DAMAGE | {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 """What a reader counts as damage beside: something else lies in the file's place, or no file can have that name."""
@@ -47,8 +47,7 @@ def check_regular(path: str) -> os.stat_result:
 
 
 def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
-    """A whole file. ``Corrupt`` if the medium lost it, something else is in its place, or it has more than ``limit``
-    bytes (it is not read then)."""
+    """A whole file. ``Corrupt`` if the medium lost it, something else is in its place, or it has more than ``limit`` bytes."""
     try:
         nbytes = check_regular(path).st_size
         if nbytes > limit:
@@ -61,10 +60,8 @@ def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
 
 
 def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory.
-
-    Not ``durable``: a power cut may leave an empty or torn file under this name.
-    """
+    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory. Not
+    ``durable``: a power cut may leave an empty or torn file under this name."""
     temporary = path + names.TEMPORARY
     with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
         io.pwrite(fd, data, 0)
@@ -83,26 +80,17 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> FileRecord:
     with opened(path, os.O_WRONLY | os.O_CREAT) as fd:
         io.ftruncate(fd, layout.nbytes)
         at = 0
-        for piece in _split(pieces):
-            if at % CHUNK_BYTES == 0:
-                crcs.append(0)
-            crcs[-1] = crc32c(piece, crcs[-1])
-            io.pwrite(fd, piece, at)
-            at += piece.nbytes
+        for piece in pieces:
+            while piece.nbytes:  # cut where a chunk ends
+                if at % CHUNK_BYTES == 0:
+                    crcs.append(0)
+                part = piece[: CHUNK_BYTES - at % CHUNK_BYTES]
+                crcs[-1] = crc32c(part, crcs[-1])
+                io.pwrite(fd, part, at)
+                at, piece = at + part.nbytes, piece[part.nbytes :]
         # Edge D: before the directory gets its final name, else a checkpoint may not verify after a power cut.
         io.fdatasync(fd)
     return FileRecord(layout.name, layout.nbytes, CHUNK_BYTES, tuple(crcs))
-
-
-def _split(pieces: list[memoryview]) -> Iterator[memoryview]:
-    """The pieces in order, cut where a chunk ends; empty ones left out."""
-    at = 0
-    for piece in pieces:
-        begin = 0
-        while begin < piece.nbytes:
-            n = min(piece.nbytes - begin, CHUNK_BYTES - at % CHUNK_BYTES)
-            yield piece[begin : begin + n]
-            begin, at = begin + n, at + n
 
 
 def make_directories(path: str) -> None:
@@ -120,11 +108,9 @@ def make_directories(path: str) -> None:
 
 
 def sync_ancestors(path: str) -> None:
-    """Make the names of ``path`` and of all directories above it durable, up to the mount point.
-
-    Syncing a directory covers what is in it, not its own name in its parent: without this a power cut could lose the
-    directory with everything synced in it. All of them, because an earlier life may have made some and been killed.
-    """
+    """Make the names of ``path`` and of all directories above it durable, up to the mount point. Syncing a directory covers what
+    is in it, not its own name in its parent: without this a power cut could lose the directory with everything synced in it. All
+    of them, because an earlier life may have made some and been killed."""
     device = os.stat(path).st_dev
     while (parent := os.path.dirname(path)) != path and os.stat(parent).st_dev == device:
         try:

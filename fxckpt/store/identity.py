@@ -9,18 +9,13 @@ from collections.abc import Sequence
 
 from fxckpt.errors import Corrupt, NotAStore
 from fxckpt.store import names
+from fxckpt.store.checks import parse_json
 from fxckpt.store.files import read_small, replace_file, sync_ancestors
 from fxckpt.store.record import FORMAT, Record
-from fxckpt.store.safe_json import parse_json
 
 _STORE_BYTES = 1 << 16  # store.json has under a hundred
-_TOLERATED = frozenset({".gitkeep", ".gitignore", "lost+found"})  # in a directory that otherwise counts as empty
-
-
-def _is_ours(name: str) -> bool:
-    """Whether a store could have an entry of this name."""
-    fixed = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY} | _TOLERATED
-    return name in fixed or names.step_of(name) is not None or names.slot_number(name) is not None
+_FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY}
+_TOLERATED = {".gitkeep", ".gitignore", "lost+found"}  # in a directory that otherwise counts as empty
 
 
 def read_store_id(root: str) -> str | None:
@@ -38,22 +33,19 @@ def read_store_id(root: str) -> str | None:
 
 
 def check_store(root: str) -> None:
-    """Raise ``NotAStore`` if ``root`` is there and holds something else. Missing or empty is fine, damaged too.
-
-    A power cut may leave a store with any part of what it first writes, so without a readable ``store.json`` a store
-    is a directory in which every entry has a name that a store gives.
-    """
+    """Raise ``NotAStore`` if ``root`` is there and holds something else. Missing or empty is fine, damaged too. A power cut may
+    leave a store with any part of what it first writes, so without a readable ``store.json`` a store is a directory in which
+    every entry has a name that a store gives."""
     if os.path.lexists(root) and not os.path.isdir(root):
         raise NotAStore(f"{root} is not a directory")
     if not os.path.exists(root) or read_store_id(root) is not None:
         return
-    foreign = sorted(name for name in os.listdir(root) if not _is_ours(name))
+    others = set(os.listdir(root)) - _FIXED - _TOLERATED
+    foreign = sorted(name for name in others if names.step_of(name) is None and names.slot_number(name) is None)
     if foreign:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
-        raise NotAStore(
-            f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store. Name an empty directory, or one that "
-            "fxckpt made"
-        )
+        what = f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store"
+        raise NotAStore(f"{what}. Name an empty directory, or one that fxckpt made")
 
 
 def identify(root: str, records: Sequence[Record]) -> str:
@@ -62,8 +54,7 @@ def identify(root: str, records: Sequence[Record]) -> str:
     if found is None:
         # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
         sync_ancestors(root)
-        newest = max(records, key=lambda record: record.generation, default=None)
-        found = newest.store_id if newest else uuid.uuid4().hex
+        found = max(records, key=lambda record: record.generation).store_id if records else uuid.uuid4().hex
         content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
         # Not made durable: if it is lost, the id is taken from a record.
         replace_file(os.path.join(root, names.STORE), content.encode(), durable=False)

@@ -76,17 +76,9 @@ def describe(path: Path, record: Record) -> CheckpointInfo:
 
 def _describe_layer(generation: int, layer: LayerRecord) -> LayerInfo:
     """What the listing says of a layer."""
+    tensors = layer.tensors
     return LayerInfo(
-        checkpoint_id=generation,
-        name=layer.name,
-        kind=layer.kind,
-        step=layer.step,
-        offset=layer.offset,
-        nbytes=layer.nbytes,
-        parameters=layer.parameters,
-        timestamp=layer.time,
-        keys=tuple(tensor.key for tensor in layer.tensors),
-        files=tuple(tensor.file for tensor in layer.tensors),
-        shapes=tuple(tensor.shape for tensor in layer.tensors),
-        dtypes=tuple(tensor.dtype for tensor in layer.tensors),
-    )
+        generation, layer.name, layer.kind, layer.step, layer.offset, layer.nbytes, layer.parameters,
+        tuple(each.key for each in tensors), tuple(each.file for each in tensors), tuple(each.shape for each in tensors),
+        tuple(each.dtype for each in tensors), layer.time,
+    )  # fmt: skip

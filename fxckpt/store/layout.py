@@ -1,10 +1,9 @@
 """Where each tensor lies in a safetensors file.
 
-A file is ``u64 header length | JSON header | data``. The header is padded with spaces so that the *whole file* is a
-whole number of 4096-byte blocks, which is what O_DIRECT writes; there are no holes and no trailing bytes. Its end is
-then aligned, its data's beginning is not. So tensors are ordered by item size, ascending, and by emit order within
-one size: everything behind a tensor has items at least as large, hence its distance from the aligned end is a
-multiple of its item size, and each tensor is aligned.
+A file is ``u64 header length | JSON header | data``. The header is padded with spaces so that the *whole file* is a whole number
+of 4096-byte blocks, which is what O_DIRECT writes; there are no holes and no trailing bytes. Its end is then aligned, its data's
+beginning is not. So tensors are ordered by item size, ascending, and by emit order within one size: everything behind a tensor
+has items at least as large, hence its distance from the aligned end is a multiple of its item size, and each tensor is aligned.
 
 The format: https://huggingface.co/docs/safetensors (README, "Format").
 """
@@ -18,9 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt, SetupError
-from fxckpt.store.checks import is_count, is_counts, is_shape
+from fxckpt.store.checks import is_counts, is_shape, parse_json
 from fxckpt.store.dtypes import DTYPES, item_size
-from fxckpt.store.safe_json import parse_json
 
 BLOCK = 4096
 """The size of every file is a multiple of this many bytes."""
@@ -67,7 +65,16 @@ class FileLayout:
 
 def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] | None = None) -> FileLayout:
     """Place ``specs``, given in emit order. Raises ``SetupError`` for what no safetensors file can hold."""
-    _check(name, specs)
+    keys: set[str] = set()
+    for spec in specs:
+        if spec.key == _METADATA or spec.key in keys:
+            why = "is reserved by safetensors" if spec.key == _METADATA else "is given to two tensors"
+            raise SetupError(f"{name}: the key {spec.key!r} {why}; rename one of the modules or states it comes from")
+        if spec.dtype not in DTYPES:
+            raise SetupError(f"{name}: {spec.key!r} has type {spec.dtype!r}; safetensors has {', '.join(DTYPES)}")
+        if not is_counts(list(spec.shape)):
+            raise SetupError(f"{name}: {spec.key!r} has shape {spec.shape}; sizes are whole numbers from 0")
+        keys.add(spec.key)
     ordered = sorted(specs, key=lambda spec: item_size(spec.dtype))  # stable: emit order within one item size
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     ends = [0]
@@ -77,20 +84,6 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] 
     raw = _padded(name, header, ends[-1])
     placed = tuple(Placed(spec, len(raw) + begin, spec.nbytes) for spec, begin in zip(ordered, ends))
     return FileLayout(name, raw, len(raw) + ends[-1], placed)
-
-
-def _check(name: str, specs: Sequence[TensorSpec]) -> None:
-    """Refuse what would make a file that does not open, or that loses a tensor."""
-    keys: set[str] = set()
-    for spec in specs:
-        if spec.key == _METADATA or spec.key in keys:
-            why = "is reserved by safetensors" if spec.key == _METADATA else "is given to two tensors"
-            raise SetupError(f"{name}: the key {spec.key!r} {why}; rename one of the modules or states it comes from")
-        if spec.dtype not in DTYPES:
-            raise SetupError(f"{name}: {spec.key!r} has type {spec.dtype!r}; safetensors has {', '.join(DTYPES)}")
-        if not all(is_count(size) for size in spec.shape):
-            raise SetupError(f"{name}: {spec.key!r} has shape {spec.shape}; sizes are whole numbers from 0")
-        keys.add(spec.key)
 
 
 def _padded(name: str, header: Mapping[str, Any], data_bytes: int) -> bytes:
@@ -114,11 +107,8 @@ def header_bytes(first8: bytes, nbytes: int, path: str) -> int:
 
 
 def parse_header(raw: bytes, nbytes: int, path: str = "") -> dict[str, Placed]:
-    """The tensors of a file of ``nbytes`` that begins with ``raw``, in ascending ``begin`` (``layer`` is -1: not
-    known).
-
-    Strict: anything but a gapless cover of the data by well-formed entries raises ``Corrupt``.
-    """
+    """The tensors of a file of ``nbytes`` that begins with ``raw``, in ascending ``begin``; each one's ``layer`` is -1. Strict:
+    anything but a gapless cover of the data by well-formed entries raises ``Corrupt``."""
     end = header_bytes(raw, nbytes, path)
     if len(raw) < end or raw[8:9] != b"{":
         raise Corrupt(path, "the header is cut off or does not begin with '{'", offset=8)

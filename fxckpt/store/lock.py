@@ -24,8 +24,8 @@ log: logging.Logger = logging.getLogger("fxckpt")
 _FLOCK = "hhqqi4x"  # struct flock of Linux on 64 bits: type, whence, start, len, pid
 
 _held: dict[tuple[int, int], int] = {}
-"""(device, inode) of each lock file this process holds, and the process id that noted it: the kernel keeps the lock per
-process and cannot tell a process about its own, so the note has to be as wide as the process."""
+"""(device, inode) of each lock file this process holds, and the process id that noted it: the kernel cannot tell a process
+about its own locks."""
 
 _guard = threading.Lock()
 
@@ -39,7 +39,10 @@ class DirectoryLock:
     def __init__(self, path: str):
         self._path, self._note = path, ""
         with _guard:
-            _refuse_own(path)
+            if _is_own(path):
+                advice = "shut that run down first (opt.ckpt.shutdown()), or use another directory"
+                whose = f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()})"
+                raise StoreLocked(f"{whose}: {advice}")
             self._fd = io.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
                 _take(self._fd, path)
@@ -65,11 +68,9 @@ class DirectoryLock:
             io.pwrite(fd, self._note.encode(), 0)
 
     def renew(self) -> None:
-        """See that the lock is still what others find in this directory; take it again if somebody removed the file.
-
-        Raises ``StoreLocked`` if the file was replaced: then another store was begun here, in which we have no business.
-        ``OSError`` if the directory is not there.
-        """
+        """See that the lock is still what others find in this directory; take it again if somebody removed the file. Raises
+        ``StoreLocked`` if the file was replaced: then another store was begun here, in which we have no business. ``OSError`` if
+        the directory is not there."""
         with _guard:
             try:
                 found = os.stat(self._path)
@@ -78,9 +79,9 @@ class DirectoryLock:
                 return
             if (found.st_dev, found.st_ino) != self._key:
                 raise StoreLocked(
-                    f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) "
-                    "used it, and another run has begun a store there since: nothing more is written to it. "
-                    "Give this run a directory of its own and start it again"
+                    f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) used it, and "
+                    "another run has begun a store there since: nothing more is written to it. Give this run a directory of "
+                    "its own and start it again"
                 )
 
     def _take_again(self) -> None:
@@ -113,36 +114,27 @@ class DirectoryLock:
 
 
 def holder(path: str) -> int | str | None:
-    """Who holds the lock ``path``: a pid, ``"unknown"`` (another machine or container), or None: nobody.
-
-    The file is not opened if this process holds it, as closing it would end the lock.
-    """
+    """Who holds the lock ``path``: a pid, ``"unknown"`` (another machine or container), or None: nobody."""
     with _guard:
+        if _is_own(path):
+            return os.getpid()
         try:
-            found = os.stat(path)
+            fd = io.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
-        if _held.get((found.st_dev, found.st_ino)) == os.getpid():
-            return os.getpid()
-        fd = io.open(path, os.O_RDONLY)
         try:
-            kind, pid = _ask(fd)
+            return _ask(fd)
         finally:
             io.close(fd)
-        return None if kind == fcntl.F_UNLCK else pid or "unknown"
 
 
-def _refuse_own(path: str) -> None:
-    """Refuse a second lock in this process without opening the file, which would end the first."""
+def _is_own(path: str) -> bool:
+    """Whether this process holds the lock, found out without opening the file, which would end it."""
     try:
         found = os.stat(path)
     except FileNotFoundError:
-        return
-    if _held.get((found.st_dev, found.st_ino)) == os.getpid():
-        raise StoreLocked(
-            f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()}): "
-            "shut that run down first (opt.ckpt.shutdown()), or use another directory"
-        )
+        return False
+    return _held.get((found.st_dev, found.st_ino)) == os.getpid()
 
 
 def _take(fd: int, path: str) -> None:
@@ -152,25 +144,17 @@ def _take(fd: int, path: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise
-        refused = StoreLocked(
-            f"{os.path.dirname(path)} is being written to by another process (pid {_holder(fd)}): "
-            "stop it, wait for it, or use another directory"
-        )
+        who = f"{os.path.dirname(path)} is being written to by another process (pid {_ask(fd) or 'unknown'})"
+        refused = StoreLocked(f"{who}: stop it, wait for it, or use another directory")
         refused.monitor = io.pread(fd, 64, 0).decode(errors="replace")
         raise refused from error
 
 
-def _holder(fd: int) -> int | str:
-    """The pid that has the lock, as the kernel knows it; 0 is a process of another machine or container."""
-    kind, pid = _ask(fd)
-    return pid if kind != fcntl.F_UNLCK and pid else "unknown"
-
-
-def _ask(fd: int) -> tuple[int, int]:
-    """Type (``F_UNLCK``: there is none) and owner of the lock that would be in the way of ours."""
+def _ask(fd: int) -> int | str | None:
+    """Whose lock would be in the way of ours: a pid, ``"unknown"`` (the kernel says 0), or None: nobody's."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    return kind, pid
+    return None if kind == fcntl.F_UNLCK else pid or "unknown"
 
 
 def wait_for_monitor(take: Callable[[], None]) -> None:

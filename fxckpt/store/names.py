@@ -56,9 +56,8 @@ def check_name(name: str) -> None:
     plain = type(name) is str and name and name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
     if not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or step_of(name) is not None:
         raise SetupError(
-            f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable "
-            f"text without slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not "
-            "be called as the checkpoint of a step is"
+            f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable text without "
+            f"slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not be called as that of a step is"
         )
 
 
@@ -72,7 +71,7 @@ def subdirectories(path: str) -> list[str]:
 
 
 def committed(root: str) -> list[str]:
-    """Paths of all checkpoint directories of the store, those with names included, whatever is in them."""
+    """Paths of all checkpoint directories of the store, named ones too, whatever is in them."""
     steps = [os.path.join(root, name) for name in subdirectories(root) if step_of(name) is not None]
     named = os.path.join(root, NAMED)
     return steps + [os.path.join(named, name) for name in subdirectories(named) if not name.endswith((PARTIAL, BAD))]

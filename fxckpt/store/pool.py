@@ -32,15 +32,14 @@ PATIENCE = 300.0
 
 
 class Pool:
-    """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart.
-
-    ``mutex`` guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames.
-    """
+    """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart. ``mutex``
+    guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames."""
 
     def __init__(self, root: str, keep: int, max_async: int):
         self.root: str = root
         self.keep: int = keep
         self.max_async: int = max_async
+        self.limit: int = keep + max_async  # slots, those beyond ``keep`` apart
         self.mutex: threading.Lock = threading.Lock()
         self.moves: threading.RLock = threading.RLock()
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
@@ -51,8 +50,6 @@ class Pool:
         self._committed: dict[Slot, CheckpointStatus] = {}
         self._numbers: set[int] = set()  # slot numbers in use, those of bad ones included
         self._condemned = 0
-
-    # ---- what an earlier life left ----
 
     def adopt_slots(self) -> list[Slot]:
         """Take in the ``.partial`` directories; returns them. Bad ones keep their number and are left alone."""
@@ -69,20 +66,18 @@ class Pool:
         """Take in a checkpoint; after ``adopt_slots``, which knows the numbers that are taken."""
         self._committed[Slot(path, self._new_number())] = known
 
-    def verified(self, generation: int) -> None:
-        """Every byte of this checkpoint was read and was right: it counts as good, if it is one that can be given up."""
-        with self.mutex:
-            for slot, known in self._committed.items():
-                if known.generation == generation:
-                    self._committed[slot] = dataclasses.replace(known, trust=GOOD)
-
-    # ---- space ----
+    def continue_from(self, generation: int | None, lineage: set[int]) -> None:
+        """What comes next continues this checkpoint, which was verified, or none; ``mutex`` is held."""
+        self.lineage, self.pinned = lineage, generation
+        if generation is not None:
+            self.since = 0  # not a new beginning after all
+        for slot, known in self._committed.items():
+            if known.generation == generation:
+                self._committed[slot] = dataclasses.replace(known, trust=GOOD)
 
     def reserve(self, files: Mapping[str, int]) -> None:
-        """Make all slots that may exist, and have the file system set blocks aside for their files (name: bytes).
-
-        Raises ``NoSpace``; what was made for it is removed then.
-        """
+        """Make all slots that may exist, and have the file system set blocks aside for their files (name: bytes). Raises
+        ``NoSpace``; what was made for it is removed then."""
         with self.moves:
             with self.mutex:
                 before = list(self._free)
@@ -98,13 +93,13 @@ class Pool:
 
     def _reserve(self, files: Mapping[str, int]) -> None:
         """``moves`` is held."""
-        new = max(self.keep + self.max_async - self._count(), 0)
+        new = max(self.limit - self._count(), 0)
         lacking = sum(slot.lacks(files) for slot in self._free) + new * sum(files.values())
         margin = SMALL_FILES * (new + len(self._free)) if lacking else 0
         found = os.statvfs(self.root)
         free = found.f_bavail * found.f_frsize
         numbers = (
-            f"{self.keep + self.max_async} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
+            f"{self.limit} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
             f"max_async={self.max_async} being written) need {lacking + margin:,} bytes more in {self.root}, which has "
             f"{free:,} bytes free. Make room, lower keep or max_async, or name a directory on another disk"
         )
@@ -125,8 +120,7 @@ class Pool:
     def take(self) -> Slot:
         """A slot to write in. Raises ``StoreError`` if ``max_async`` are in flight, ``SaveFailed``."""
         with self.mutex:
-            in_flight = sum(slot.name is None for slot in self._busy)
-            if in_flight >= self.max_async:
+            if (in_flight := self._in_flight()) >= self.max_async:
                 raise StoreError(f"{in_flight} checkpoints are in flight; commit or abandon one first")
         if (slot := self._take_free()) is not None:
             return slot
@@ -135,10 +129,9 @@ class Pool:
             if (slot := self._take_free()) is not None:
                 return slot
             try:
-                slot = self.make_slot()
+                return self.occupy(self.make_slot())
             except OSError as error:
                 raise SaveFailed("mkdir", os.fsdecode(error.filename), None, error.errno) from error
-            return self.occupy(slot)
 
     def _take_free(self) -> Slot | None:
         """A free slot, occupied; those whose directory somebody removed are forgotten."""
@@ -146,7 +139,9 @@ class Pool:
             while self._free:
                 slot = self._free.pop(0)  # the one that readers had the longest time to leave
                 if os.path.isdir(slot.path):
-                    return self._occupy(slot)
+                    slot.begin()
+                    self._busy.add(slot)
+                    return slot
                 log.warning("%s is gone: somebody removed it. Another one is made", slot.path)
                 self._numbers.discard(slot.number)
         return None
@@ -162,13 +157,9 @@ class Pool:
             self.moves.release()
 
     def occupy(self, slot: Slot) -> Slot:
-        """A slot that is not of the pool, for a named save, is being written."""
+        """A new slot is being written."""
         with self.mutex:
-            return self._occupy(slot)
-
-    def _occupy(self, slot: Slot) -> Slot:
-        self._busy.add(slot)
-        slot.begin()
+            self._busy.add(slot)
         return slot
 
     def is_busy(self, slot: Slot) -> bool:
@@ -202,16 +193,11 @@ class Pool:
         return number
 
     def _make_room(self) -> None:
-        """Free a slot if as many exist as may.
-
-        If that hangs on checkpoints of an earlier life whose worth nobody knows, they are read to find out.
-        """
-        if self._condemned > self.keep + self.max_async:
-            raise StoreError(
-                f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD}): the "
-                "disk or its connection is failing. Replace it; remove them to get their space back"
-            )
-        while not self._free and self._count() >= self.keep + self.max_async:
+        """Free a slot if as many exist as may. Checkpoints of an earlier life are read if it hangs on their worth."""
+        if self._condemned > self.limit:
+            many = f"{self._condemned} directories went bad in this run ({self.root}/*{names.BAD})"
+            raise StoreError(f"{many}: the disk or its connection is failing. Replace it; remove them to get their space back")
+        while not self._free and self._count() >= self.limit:
             if self._give_up_one():
                 continue
             with self.mutex:
@@ -219,31 +205,31 @@ class Pool:
             if not unknown:
                 log.warning("%s: no checkpoint can be given up yet, so one more slot is made", self.root)
                 return
-            self._examine(max(unknown, key=lambda slot: self._committed[slot].generation))
-
-    def _examine(self, slot: Slot) -> None:
-        """Read a checkpoint of an earlier life to learn what it is worth."""
-        known, trust = self._committed[slot], GOOD
-        try:
-            Reader(slot.path).verify()
-        except (Corrupt, NoCheckpoint, OSError) as error:
-            log.warning("a checkpoint of an earlier run does not verify and is given up: %s", error)
-            trust = BAD
-        with self.mutex:
-            self._committed[slot] = dataclasses.replace(known, trust=trust)
+            slot, trust = max(unknown, key=lambda slot: self._committed[slot].generation), GOOD
+            try:
+                Reader(slot.path).verify()
+            except (Corrupt, NoCheckpoint, OSError) as error:
+                log.warning("a checkpoint of an earlier run does not verify and is given up: %s", error)
+                trust = BAD
+            with self.mutex:
+                self._committed[slot] = dataclasses.replace(self._committed[slot], trust=trust)
 
     def _count(self) -> int:
         """Slots that exist, those beyond ``keep`` apart."""
         with self.mutex:
-            busy = sum(slot.name is None for slot in self._busy)
-            return len(self._free) + len(self._ordinary()) + busy
+            return len(self._free) + len(self._ordinary()) + self._in_flight()
+
+    def _in_flight(self) -> int:
+        """Slots that are being written, named saves apart; ``mutex`` is held."""
+        return sum(slot.name is None for slot in self._busy)
 
     def _standings(self) -> dict[Slot, CheckpointStatus]:
         """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
-        return {
-            slot: known if known.generation > self.since else dataclasses.replace(known, lasting=False, score=None)
-            for slot, known in self._committed.items()
-        }
+        found = dict(self._committed)
+        for slot, known in found.items():
+            if known.generation <= self.since:
+                found[slot] = dataclasses.replace(known, lasting=False, score=None)
+        return found
 
     def _ordinary(self) -> list[Slot]:
         """The committed slots that are not kept beyond ``keep``; ``mutex`` is held."""
@@ -251,15 +237,9 @@ class Pool:
         apart = {id(each) for each in beyond(list(known.values()), self.keep, self.lineage, self.pinned)}
         return [slot for slot, each in known.items() if id(each) not in apart]
 
-    def _exceeds(self) -> bool:
-        """Whether more than ``keep`` checkpoints exist, those beyond it apart."""
-        with self.mutex:
-            return len(self._ordinary()) > self.keep
-
     def generations(self) -> set[int]:
-        """Of the committed ones."""
-        with self.mutex:
-            return {known.generation for known in self._committed.values()}
+        """Of the committed ones; ``mutex`` is held."""
+        return {known.generation for known in self._committed.values()}
 
     # ---- busy → committed → free ----
 
@@ -277,16 +257,20 @@ class Pool:
     def retain(self) -> None:
         """Give up what is more than ``keep``, and remove free slots beyond the limit. No failure here raises."""
         while self._exceeds() and self._give_up_one():
-            pass
-        while self._count() > self.keep + self.max_async:
+            continue
+        while self._count() > self.limit:
             with self.mutex:
                 if not self._free:
                     break
                 slot = self._free.pop()
             self.remove(slot)
         with self.mutex:
-            alive = {known.generation for known in self._committed.values()}
-            self.lineage.intersection_update(alive | {max(self.lineage, default=0)})
+            self.lineage.intersection_update(self.generations() | {max(self.lineage, default=0)})
+
+    def _exceeds(self) -> bool:
+        """Whether more than ``keep`` checkpoints exist, those beyond it apart."""
+        with self.mutex:
+            return len(self._ordinary()) > self.keep
 
     def _give_up_one(self) -> bool:
         """Turn one checkpoint into a free slot (or a bad one, if the disk refuses); False if none may go."""
@@ -332,8 +316,6 @@ class Pool:
             free, self._free = self._free, []
         for slot in free:
             self.remove(slot)
-
-    # ---- out of it ----
 
     def release(self, slot: Slot) -> bool:
         """The slot is not being written any more; False if it was not."""

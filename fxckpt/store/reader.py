@@ -1,8 +1,7 @@
 """Listing, verifying and reading checkpoints, safe while a trainer writes to the same store.
 
-A trainer may take a directory back at any moment: it renames it away *before* it changes a byte. So whoever finds
-something wrong looks again: if the name no longer leads to the same record, the checkpoint vanished (``NoCheckpoint``);
-only if it does are the bytes ``Corrupt``.
+A trainer may take a directory back at any moment: it renames it away *before* it changes a byte. So whoever finds something
+wrong looks again: if the name leads to the same record still, the bytes are ``Corrupt``; else it vanished (``NoCheckpoint``).
 
 Nothing here opens the lock file: closing it would end the lock of a trainer in the same process.
 """
@@ -12,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,11 @@ from fxckpt.engine.plan import Item
 from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
-from fxckpt.store.dtypes import numpy_dtype
+from fxckpt.store.dtypes import RawTensor, numpy_dtype
 from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
 from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.raw import RawTensor
 from fxckpt.store.record import FileRecord, Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -42,6 +41,11 @@ class Candidate:
 
     path: Path
     record: Record
+
+
+def directory_of(each: Candidate | Corrupt) -> str:
+    """The directory of a checkpoint, or of one whose record is damaged."""
+    return os.path.dirname(each.path) if isinstance(each, Corrupt) else str(each.path)
 
 
 def read_record(path: str) -> Record:
@@ -70,11 +74,8 @@ def _commit_bytes(path: str) -> bytes:
 
 
 def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
-    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its
-    name.
-
-    A directory that is missing or empty has none; one that holds something else raises ``NotAStore``.
-    """
+    """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its name. A
+    directory that is missing or empty has none; one that holds something else raises ``NotAStore``."""
     root = os.path.abspath(directory)
     check_store(root)
     paths = names.committed(root)
@@ -88,7 +89,7 @@ def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
 
 
 def _look(paths: list[str]) -> list[Candidate | Corrupt]:
-    """The records of these directories, newest first; those that were taken back meanwhile left out."""
+    """The records of these directories, newest first, without those that were taken back meanwhile."""
     whole: list[Candidate] = []
     damaged: list[tuple[int, Corrupt]] = []
     for path in paths:
@@ -138,13 +139,10 @@ def latest(directory: str | os.PathLike[str], verify: bool = True) -> Checkpoint
         NotAStore: the directory holds something else.
         NoCheckpoint: a trainer takes each one back before it is read, again and again.
     """
-    for _ in range(_LOOKS - 1):
+    for _ in range(_LOOKS):
         with suppress(NoCheckpoint):  # there are newer ones now
             return _newest(directory, verify)
-    try:
-        return _newest(directory, verify)
-    except NoCheckpoint as error:
-        raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read") from error
+    raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read")
 
 
 def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo | None:
@@ -163,11 +161,8 @@ def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo |
 
 
 class Reader:
-    """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``.
-
-    All that it returns was verified; after ``NoCheckpoint`` or ``Corrupt`` from ``read_into`` the targets hold a
-    mixture.
-    """
+    """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``. All that
+    it returns was verified; after an error of ``read_into`` the targets hold a mixture."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path: Path = Path(os.path.abspath(path))
@@ -178,12 +173,9 @@ class Reader:
 
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:
-        """Descriptors of all files. For the time of the block nothing of this checkpoint changes or vanishes, whatever a
-        trainer does: it rewrites no file in place that somebody has open (``files.in_use``). That trainer has to make
-        new files meanwhile, which takes it longer.
-
-        Raises ``NoCheckpoint`` if it was taken back already.
-        """
+        """Descriptors of all files. For the time of the block nothing of this checkpoint changes or vanishes: a trainer rewrites
+        no file in place that somebody has open (``files.in_use``); it makes new ones, which takes it longer. Raises
+        ``NoCheckpoint`` if it was taken back already."""
         with ExitStack() as stack:
             found = {}
             for file in self.record.files:
@@ -199,19 +191,14 @@ class Reader:
                 self._held = {}
 
     def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every chunk of every file; sizes, checksums and headers must be what the record says.
-
-        ``progress`` is told of bytes as they are read, 256 MiB at a time.
-        """
+        """Read every chunk of every file; sizes, checksums and headers must be what the record says. ``progress`` is told
+        of bytes as they are read, 256 MiB at a time."""
         for file in self.record.files:
             self._read(file, [], progress)
 
     def read_into(self, targets: Mapping[tuple[str, str], Item], file: str | None = None) -> None:
-        """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None).
-
-        Every file (or the one named ``file``) is verified whole, with targets or without. Unknown (file, key) raise
-        ``KeyError`` first.
-        """
+        """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None). Every file (or
+        the one named ``file``) is verified whole, with targets or without. Raises ``KeyError`` first."""
         places = {(tensor.file, tensor.key): tensor for tensor in self.record.tensors()}
         wanted: dict[str, list[Target]] = {}
         for place, target in targets.items():
@@ -244,27 +231,18 @@ class Reader:
         path, held = str(self.path / file.name), self._held.get(file.name)
         self._size(file)
         with self._stable(file):
-            first8 = self._first8(path, held)
+            with opened(path, os.O_RDONLY) if held is None else nullcontext(held) as fd:
+                first8 = io.pread(fd, 8, 0)
+            read = partial(read_verified, path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c, held=held)
             try:
                 raw = np.empty(header_bytes(first8, file.nbytes, path), np.uint8)
             except Corrupt:
-                # The checksum of the first chunk tells more; this is left for a header that was written wrong.
-                read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c, targets=[],
-                              held=held)  # fmt: skip
+                read(targets=[])  # the checksum of the first chunk tells more than a header that was written wrong
                 raise
-            read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
-                          targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets], held=held,
-                          progress=progress)  # fmt: skip
+            read(targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets], progress=progress)
             header = parse_header(raw.tobytes(), file.nbytes, path)
             self._compare(file, header)
             return header
-
-    def _first8(self, path: str, held: int | None) -> bytes:
-        """The header's length field."""
-        if held is not None:
-            return io.pread(held, 8, 0)
-        with opened(path, os.O_RDONLY) as fd:
-            return io.pread(fd, 8, 0)
 
     def _compare(self, file: FileRecord, header: Mapping[str, Placed]) -> None:
         """The header must have the record's tensors, where the record has them."""
@@ -274,11 +252,11 @@ class Reader:
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):
-                raise Corrupt(self.path / file.name, f"tensor {key!r} is {found.get(key)} in the header and "
-                                                     f"{recorded.get(key)} in the record")  # fmt: skip
+                differs = f"tensor {key!r} is {found.get(key)} in the header and {recorded.get(key)} in the record"
+                raise Corrupt(self.path / file.name, differs)
 
     def _find(self) -> int | None:
-        """The inode that the path leads to now, or None."""
+        """The inode that the path leads to now, if any."""
         try:
             return os.stat(self.path).st_ino
         except FileNotFoundError:
@@ -303,23 +281,20 @@ class Reader:
                 raise NoCheckpoint(f"{self.path} was taken back by the trainer while it was read") from error
             if isinstance(error, Corrupt):
                 raise self._named(error, file) from error
-            if isinstance(error, FileNotFoundError) or error.errno in UNREADABLE:
-                missing = isinstance(error, FileNotFoundError)
-                why = "the file is missing" if missing else f"it cannot be read: {error.strerror}"
-                raise self._named(Corrupt(self.path / file.name, why), file) from error
-            raise
+            missing = isinstance(error, FileNotFoundError)
+            if not missing and error.errno not in UNREADABLE:
+                raise
+            why = "the file is missing" if missing else f"it cannot be read: {error.strerror}"
+            raise self._named(Corrupt(self.path / file.name, why), file) from error
 
     def _named(self, error: Corrupt, file: FileRecord) -> Corrupt:
         """The same error with the layers whose bytes share the damaged chunk; without an offset, all of the file's."""
         begin = error.offset if error.offset is not None else 0
         end = begin + file.chunk_bytes if error.offset is not None else file.nbytes
-        hit = [
-            layer.name
-            for layer in self.record.layers
+        hit = ["extra state"] if file.name == names.STATE else [
+            layer.name for layer in self.record.layers
             if any(t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)
-        ]
-        if file.name == names.STATE:
-            hit = ["extra state"]
+        ]  # fmt: skip
         return Corrupt(error.path, error.reason, layer=", ".join(hit) or None, offset=error.offset)
 
 

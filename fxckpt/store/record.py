@@ -1,9 +1,8 @@
 """``commit.json``: the record that makes a directory a checkpoint.
 
-The file is one JSON object whose first member is the SHA-256 of every byte behind it, so that one flipped bit
-anywhere in it, the digest's own included, is noticed before anything in it is believed. The parser takes exactly the
-members listed here, each of its type and in its range: a record that parses describes files a reader can check
-without further doubt.
+One JSON object whose first member is the SHA-256 of every byte behind it: a flipped bit anywhere in it, the digest's own
+included, is noticed before anything is believed. The parser takes exactly the members listed here, each of its type and in its
+range: a record that parses describes files a reader can check without further doubt.
 """
 
 from __future__ import annotations
@@ -34,22 +33,20 @@ from fxckpt.store.checks import (
     members,
     need,
     optional,
+    parse_json,
 )
 from fxckpt.store.dtypes import DTYPES, item_size
 from fxckpt.store.layout import BLOCK
-from fxckpt.store.raw import RawTensor, raw_tensor
-from fxckpt.store.retention import MAX, MIN, MINUTES, STEPS
-from fxckpt.store.safe_json import parse_json
 from fxckpt.store.typed_json import MAX_DEPTH, decode_state, encode_state
-
-__all__ = ["FORMAT", "FileRecord", "LayerRecord", "RawTensor", "Record", "TensorRecord", "decode_state", "encode_state",
-           "raw_tensor"]  # fmt: skip
 
 FORMAT = 1
 """Format of ``store.json`` and ``commit.json``; raised when an older reader would misread them."""
 
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
+
+MIN, MAX = "min", "max"
+STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
 
 _PREFIX = b'{"sha256":"'
 _DIGEST_END = len(_PREFIX) + 64
@@ -103,13 +100,11 @@ class LayerRecord:
 class Record:
     """Everything that is known of a checkpoint beside the tensors' bytes.
 
-    A run makes it with what it knows. ``store_id``, ``generation``, ``parent``, ``name``, ``lasting``, ``best_by`` and the
-    file of the extra state are filled in by ``Store.commit``.
-
-    ``generation`` orders all checkpoints of a store, ``parent`` is the generation this one was trained on from;
-    ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are ``encode_state``
-    JSON. ``metrics`` were noted by the user; ``lasting`` says why it is kept for good (``"steps"``, ``"minutes"``) or is
-    None; ``best_by`` is the metric by which the writer kept the best one, with ``"min"`` or ``"max"``.
+    A run makes it; ``store_id``, ``generation``, ``parent``, ``name``, ``lasting``, ``best_by`` and the file of the extra
+    state are filled in by ``Store.commit``. ``generation`` orders all checkpoints of a store, ``parent`` is the one this was
+    trained on from; ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are
+    ``encode_state`` JSON; ``metrics`` were noted by the user; ``lasting`` says why it is kept for good; ``best_by`` is the
+    metric by which the writer kept the best one, with ``"min"`` or ``"max"``.
     """
 
     store_id: str = ""
@@ -162,10 +157,8 @@ class Record:
             raise Corrupt(path, f"the record is malformed: {error}") from error
 
     def misplaced(self, path: str) -> str | None:
-        """Why this cannot be the record of the checkpoint directory ``path``, by the directory's name; None if it can.
-
-        A directory with any other name (a copy somewhere else, a slot) says nothing, so any record can be its own.
-        """
+        """Why this cannot be the record of the checkpoint directory ``path``, by the directory's name; None if it can, as it
+        can in a directory of any other name (a copy somewhere else, a slot)."""
         parent, name = os.path.split(path)
         if (step := names.step_of(name)) is not None:
             wrong = self.step != step or self.name is not None or names.generation_of(name) not in (None, self.generation)

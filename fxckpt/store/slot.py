@@ -16,6 +16,9 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 _SYNCS = frozenset({"fsync", "fdatasync"})
 
+Notes = tuple[Hashable, dict[str, dict[int, int]]]
+"""What files hold, by a token for their plan: the CRC of each chunk."""
+
 
 def retires_slot(error: BaseException) -> bool:
     """Is the slot's content in doubt after this error? Not after a full disk, one that was read-only for a while, too many
@@ -24,11 +27,8 @@ def retires_slot(error: BaseException) -> bool:
 
 
 class Slot:
-    """A directory over its whole life in this process; made and owned by a ``Store``.
-
-    ``path`` is where it is now (absolute), ``number`` its number in the store, None for a named save (``name``).
-    Between ``acquire`` and ``commit``, ``generation`` is that of the checkpoint being written.
-    """
+    """A directory over its whole life in this process. ``path`` is where it is now (absolute), ``number`` its number in the
+    store, None for a named save (``name``); ``generation`` is that of the checkpoint that is or was written in it."""
 
     def __init__(self, path: str, number: int | None, name: str | None = None):
         self.path: str = path
@@ -37,20 +37,18 @@ class Slot:
         self.generation = -1
         self.target: str | None = None  # the name that a commit is giving it
         self.suspect: bool = False  # a sync failed, or the disk reported damage: what it holds cannot be known
-        self._written: tuple[Hashable, dict[str, dict[int, int]]] | None = None
-        self._before: tuple[Hashable, dict[str, dict[int, int]]] | None = None
+        self._written: Notes | None = None
+        self._before: Notes | None = None
 
     error: Exception | None = None  # it ends in this process, where its commit raises
 
     def ended(self, timeout: float) -> bool:
-        """A commit that returned is over."""
+        """A commit that returned is over; a slot of a monitor's store is waited for."""
         return True
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
-        """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed.
-
-        ``token`` stands for the plan: the notes are given back only to one who asks with an equal one.
-        """
+        """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed. ``token`` stands
+        for the plan: the notes are given back only to one who asks with an equal one."""
         self._written = (token, {file: dict(crcs) for file, crcs in chunks.items()})
 
     def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
@@ -66,34 +64,26 @@ class Slot:
         self._before, self._written = self._written, None
 
     def prepare(self) -> None:
-        """Make the files safe to rewrite in place: no other reader. Their old record may stay: a ``.partial`` is none.
-
-        A file that somebody has open or mapped, or that has a second name, is unlinked: whoever has it keeps its
-        bytes, and the next writer makes a new file. So the number of slots stays what it is.
-        """
+        """Make the files safe to rewrite in place: one that somebody has open or mapped, or that has a second name, is
+        unlinked. Whoever has it keeps its bytes, and the next writer makes a new file."""
         for entry in list(os.scandir(self.path)):
-            if not entry.is_file(follow_symlinks=False):
-                continue
-            why = in_use(entry.path)
-            if why is None:
-                continue
-            log.info("%s is not rewritten in place: %s; a new file takes its place", entry.path, why)
-            io.unlink(entry.path)
-            if self._before is not None:
-                self._before[1].pop(entry.name, None)
+            if entry.is_file(follow_symlinks=False) and (why := in_use(entry.path)) is not None:
+                log.info("%s is not rewritten in place: %s; a new file takes its place", entry.path, why)
+                io.unlink(entry.path)
+                if self._before is not None:
+                    self._before[1].pop(entry.name, None)
 
     def reserve(self, files: Mapping[str, int]) -> None:
-        """Have the file system set blocks aside for these files (name: bytes). Raises ``OSError``.
-
-        Where it cannot (EOPNOTSUPP) nothing is set aside.
-        """
+        """Have the file system set blocks aside for these files (name: bytes), if it can. Raises ``OSError``."""
         self.prepare()
         for name, nbytes in files.items():
-            path = os.path.join(self.path, name)
-            with opened(path, os.O_RDWR | os.O_CREAT) as fd:
-                if missing(fd, nbytes):
-                    with suppress_unsupported():
+            with opened(os.path.join(self.path, name), os.O_RDWR | os.O_CREAT) as fd:
+                if os.fstat(fd).st_blocks * 512 < nbytes:
+                    try:
                         io.fallocate(fd, nbytes)
+                    except OSError as error:  # some file systems cannot; there the look at the free space has to do
+                        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                            raise
 
     def lacks(self, files: Mapping[str, int]) -> int:
         """Bytes of these files that have no blocks on the disk yet."""
@@ -115,18 +105,3 @@ class Slot:
             self.suspect |= operation in _SYNCS or error.errno in DAMAGE
             path = os.fsdecode(error.filename) if error.filename else self.path
             raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
-
-
-def missing(fd: int, nbytes: int) -> bool:
-    """Whether the file has fewer blocks than that."""
-    return os.fstat(fd).st_blocks * 512 < nbytes
-
-
-@contextmanager
-def suppress_unsupported() -> Iterator[None]:
-    """Some file systems cannot reserve; there the look at the free space has to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise

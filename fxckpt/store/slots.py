@@ -5,8 +5,7 @@
     commit        ``state.safetensors`` likewise; files that are not in the record removed
                3. ``commit.json`` (temporary name, fsync, rename), fsync of the slot
                4. rename to ``step-N``, fsync of the root: now, and only now, it is committed
-               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root (done here, where no
-                  training waits)
+               5. what retention gives up becomes free: rename to ``.partial``, fsync of the root; no training waits here
 
 Which operation must be durable before which is the table of edges in ``docs/format.md``; the comments name them. In every
 state a crash can leave, a directory without a suffix verifies. ``test_power_cut.py`` takes each edge away in turn.
@@ -20,24 +19,22 @@ import logging
 import os
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fxckpt.engine import io
 from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
 from fxckpt.store import names
+from fxckpt.store.dtypes import Tensor
 from fxckpt.store.files import make_directories, remove_tree, replace_file, write_tensors
 from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.lineage import Lineage
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
-from fxckpt.store.raw import Tensor
-from fxckpt.store.reader import read_record
+from fxckpt.store.reader import Candidate, candidates, directory_of, read_record
 from fxckpt.store.record import FileRecord, Record
-from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Policy
+from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Lineage, Policy
 from fxckpt.store.slot import Slot
-
-__all__ = ["Slot", "Store"]
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -53,19 +50,13 @@ class Store:
     hands_over = False  # this process commits
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        keep: int = 2,
-        max_async: int = 2,
-        fresh: bool = False,
-        keep_every: int | None = None,
-        keep_minutes: float | None = None,
-        keep_best: KeepBest = None,
-    ):
+        self, directory: str | os.PathLike[str], *, keep: int = 2, max_async: int = 2, fresh: bool = False,
+        keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None,
+    ):  # fmt: skip
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root: str = os.path.abspath(os.fspath(directory))
+        self._named = os.path.join(self.root, names.NAMED)
         self.fresh: bool = fresh
         self.store_id: str = ""
         check_store(self.root)
@@ -74,15 +65,11 @@ class Store:
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
-        self._loaded, self._found = False, 0
-
-    # ---- opening ----
+        self._loaded, self._found = False, 0  # whether load was asked, and how many checkpoints an earlier life left
 
     def open(self) -> None:
-        """Make the directory if need be, take its lock, and see what is there. Idempotent.
-
-        Raises ``NotAStore``, ``StoreLocked`` (naming the pid that has it) or ``OSError``.
-        """
+        """Make the directory if need be, take its lock, and see what is there. Idempotent. Raises ``NotAStore``, ``StoreLocked``
+        (naming the pid that has it) or ``OSError``."""
         self._check_owner()
         if self._lock is not None:
             return
@@ -94,9 +81,9 @@ class Store:
         self._finalizer.atexit = False
         try:
             self._sync_what_is_there()
-            records = self._read_records()
-            self.store_id = identify(self.root, [record for record in records.values() if record is not None])
-            self._adopt(records)
+            found = candidates(self.root)
+            self.store_id = identify(self.root, [each.record for each in found if isinstance(each, Candidate)])
+            self._adopt(found)
         except BaseException:
             self.close()
             raise
@@ -104,49 +91,38 @@ class Store:
             log.warning("keep=1: while no other checkpoint exists, one damaged block on the disk loses the run")
 
     def _sync_what_is_there(self) -> None:
-        """Edge O: make the names durable that an earlier life was killed behind, before they are relied on.
-
-        It may have renamed a checkpoint to ``slot-K.partial`` and not have synced that: rewriting the slot would be
-        rewriting the checkpoint, as a power cut can still bring its name back. And what is loaded stays loadable.
-        """
+        """Edge O: make the names durable that an earlier life was killed behind, before they are relied on. It may have renamed
+        a checkpoint to ``slot-K.partial`` and not have synced that: a power cut could bring its name back over a slot that is
+        being rewritten. And what is loaded stays loadable."""
         io.fsync_dir(self.root)
-        named = os.path.join(self.root, names.NAMED)
-        if os.path.isdir(named):
-            io.fsync_dir(named)
+        if os.path.isdir(self._named):
+            io.fsync_dir(self._named)
 
-    def _read_records(self) -> dict[str, Record | None]:
-        """The record of each checkpoint directory; None where it is damaged."""
-        records: dict[str, Record | None] = {}
-        for path in names.committed(self.root):
-            try:
-                records[path] = read_record(path)
-            except Corrupt as error:
-                log.warning("a checkpoint does not verify and will be given up: %s", error)
-                records[path] = None
-        return records
-
-    def _adopt(self, records: Mapping[str, Record | None]) -> None:
+    def _adopt(self, found: Sequence[Candidate | Corrupt]) -> None:
         """Take in what an earlier life left."""
         for slot in self._pool.adopt_slots():
-            self._lineage.newest = max(self._lineage.newest, _generation_in(slot.path))
-        for path, record in records.items():
-            self._found += 1
-            if record is not None:
-                self._lineage.adopt(record)
-            if record is not None and record.store_id != self.store_id:
-                log.warning("%s is of another store: it can be loaded, and is never given up", path)
-            elif os.path.dirname(path) == self.root:
-                self._pool.adopt_checkpoint(path, self._standing(record, UNKNOWN))
-        named = os.path.join(self.root, names.NAMED)
-        for name in names.subdirectories(named):
+            with suppress(Corrupt, NoCheckpoint):  # a commit that a crash stopped short of its rename: go on behind it
+                self._lineage.newest = max(self._lineage.newest, read_record(slot.path).generation)
+        self._found = len(found)
+        for each in found:
+            path, known = directory_of(each), CheckpointStatus(-1, None, BAD)
+            if isinstance(each, Corrupt):
+                log.warning("a checkpoint does not verify and will be given up: %s", each)
+            else:
+                self._lineage.adopt(each.record)
+                known = self._standing(each.record, UNKNOWN)
+                if each.record.store_id != self.store_id:
+                    log.warning("%s is of another store: it can be loaded, and is never given up", path)
+                    continue
+            if os.path.dirname(path) == self.root:
+                self._pool.adopt_checkpoint(path, known)
+        for name in names.subdirectories(self._named):
             if name.endswith(names.PARTIAL):  # a named save that never was
-                remove_tree(os.path.join(named, name))
+                remove_tree(os.path.join(self._named, name))
         self._pool.since = self._lineage.newest if self.fresh else 0
 
-    def _standing(self, record: Record | None, trust: str) -> CheckpointStatus:
-        """What retention has to know; a record that cannot be read makes a bad checkpoint."""
-        if record is None:
-            return CheckpointStatus(-1, None, BAD)
+    def _standing(self, record: Record, trust: str) -> CheckpointStatus:
+        """What retention has to know."""
         score = self._policy.score(record.metrics)
         return CheckpointStatus(record.generation, record.parent, trust, record.lasting is not None, score)
 
@@ -172,34 +148,22 @@ class Store:
         if self._lock is not None:
             self._lock.note(text)
 
-    # ---- lineage ----
-
     def require_loaded(self) -> None:
         """Raise ``StoreNotLoaded`` if an earlier life left checkpoints that were not loaded, and not ``fresh``."""
         if self._found and not self._loaded and not self.fresh:
             raise StoreNotLoaded(
-                f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from "
-                "the beginning would replace them. Call fxckpt.load() before the first step, name "
-                "another directory, or say fresh=True to give them up"
+                f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from the beginning would replace "
+                "them. Call fxckpt.load() before the first step, name another directory, or say fresh=True to give them up"
             )
 
     def mark_loaded(self, generation: int | None) -> None:
-        """What comes next continues this checkpoint, which was verified; None: there was none to load.
-
-        It stays until a newer one is committed. Later ones of the store, if any, count as abandoned from now on.
-        Commit or abandon what is in flight first; a slot that was acquired and not begun may be kept.
-        """
+        """What comes next continues this checkpoint, which was verified; None: there was none to load. It stays until a newer
+        one is committed; later ones of the store count as abandoned from now on. Nothing may be in flight; a slot that was
+        acquired and not begun may be kept."""
         with self._pool.mutex:
             self._loaded = True
-            self._pool.lineage = set() if generation is None else self._lineage.of(generation)
-            self._pool.pinned = generation
-            if generation is not None:
-                self._pool.since = 0  # not a new beginning after all
             self._lineage.newest = max(self._lineage.newest, generation or 0)
-        if generation is not None:
-            self._pool.verified(generation)
-
-    # ---- acquiring ----
+            self._pool.continue_from(generation, self._lineage.of(generation))
 
     def reserve(self, files: Mapping[str, int]) -> None:
         """Set disk space aside for ``keep + max_async`` checkpoints with these files (name: bytes), named saves and what
@@ -212,11 +176,9 @@ class Store:
             raise SaveFailed("fallocate", os.fsdecode(error.filename or self.root), None, error.errno) from error
 
     def acquire(self, name: str | None = None) -> Slot:
-        """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own.
-
-        Raises ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if
-        ``max_async`` are in flight already, ``SaveFailed``.
-        """
+        """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own. Raises
+        ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if ``max_async`` are in flight
+        already, ``SaveFailed``."""
         self._check_open()
         self.require_loaded()
         self._check_place()
@@ -237,13 +199,12 @@ class Store:
     def _take_named(self, name: str) -> Slot:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
         names.check_name(name)
-        directory = os.path.join(self.root, names.NAMED)
-        slot = Slot(os.path.join(directory, name + names.PARTIAL), None, name)
+        slot = Slot(os.path.join(self._named, name + names.PARTIAL), None, name)
         with self._pool.holding(), slot.reporting():
-            if os.path.lexists(os.path.join(directory, name)) or self._pool.is_saving(name):
-                raise SetupError(f"{directory} has a checkpoint {name!r} already: take another name, or remove it")
-            if not os.path.isdir(directory):
-                io.mkdir(directory, 0o755)
+            if os.path.lexists(os.path.join(self._named, name)) or self._pool.is_saving(name):
+                raise SetupError(f"{self._named} has a checkpoint {name!r} already: take another name, or remove it")
+            if not os.path.isdir(self._named):
+                io.mkdir(self._named, 0o755)
             # Edge N. Each time: one that was made may not have been synced, and without that a power cut loses every
             # named save in it.
             io.fsync_dir(self.root)
@@ -251,14 +212,10 @@ class Store:
             io.mkdir(slot.path, 0o755)
             return self._pool.occupy(slot)
 
-    # ---- committing ----
-
     def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
-        """Make the slot, whose engine files are durable, a checkpoint; its path is valid once this returns.
-
-        ``record``: what the run says of it; the store fills in what only it knows. ``state_tensors`` are written beside.
-        Raises ``SaveFailed``; the caller then abandons the slot.
-        """
+        """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run
+        says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the
+        caller then abandons the slot."""
         self._check_open()
         with self._pool.moves:
             if not self._pool.is_busy(slot):
@@ -270,7 +227,8 @@ class Store:
                 self._publish(slot, record)
             self._pool.committed(slot, self._standing(record, GOOD))
             self._pool.retain()
-            self._lineage.note(record, self._pool.generations())
+            with self._pool.mutex:
+                self._lineage.note(record, self._pool.generations())
             return Path(slot.path)
 
     def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
@@ -279,15 +237,9 @@ class Store:
         # A named save is kept anyway, by its name.
         lasting = None if slot.name is not None else self._policy.lasting(self._lineage.origin(parent), record.step, record.time)
         return dataclasses.replace(
-            record,
-            store_id=self.store_id,
-            generation=slot.generation,
-            parent=parent,
-            files=(*record.files, extra),
-            name=slot.name,
-            lasting=lasting,
-            best_by=self._policy.best,
-        )
+            record, store_id=self.store_id, generation=slot.generation, parent=parent, name=slot.name,
+            files=(*record.files, extra), lasting=lasting, best_by=self._policy.best,
+        )  # fmt: skip
 
     def _seal(self, slot: Slot, record: Record) -> None:
         """Step 3: from here the directory describes itself."""
@@ -308,7 +260,7 @@ class Store:
     def _publish(self, slot: Slot, record: Record) -> None:
         """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
         if slot.name is not None:
-            final = os.path.join(self.root, names.NAMED, slot.name)
+            final = os.path.join(self._named, slot.name)
         else:
             final = os.path.join(self.root, names.step_name(record.step))
             if os.path.lexists(final):  # an earlier life, or a branch that was rolled back, came past this step
@@ -343,51 +295,34 @@ class Store:
         with self._pool.moves:
             self._pool.discard(paths)
 
-    # ---- ending ----
-
     def abandon(self, slot: Slot, *, bad: bool) -> None:
-        """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises.
-
-        ``bad`` after EIO or a failed sync: the kernel may have dropped what it could not write, and reading can
-        show what is not on the disk, so the directory is renamed ``.bad`` and never used again.
-        """
+        """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises. ``bad`` after EIO or
+        a failed sync: the kernel may have dropped what it could not write, and reading can show what is not on the disk, so the
+        directory is renamed ``.bad`` and never used again."""
         self._check_owner()
         try:
             with self._pool.holding():
-                self._abandon(slot, bad)
+                if not self._pool.release(slot):
+                    return
+                slot.forget()
+                if slot.target is not None and not os.path.lexists(slot.path):
+                    slot.path = slot.target  # interrupted just behind the rename
+                slot.target = None
+                if bad or slot.suspect:
+                    self._pool.condemn(slot)
+                elif slot.name is not None:
+                    self._pool.remove(slot)
+                else:
+                    self._pool.recycle(slot)
         except StoreError as error:  # it stays as it is, a .partial that this process does not use again
             log.error("%s is not given back: %s", slot.path, error)
 
-    def _abandon(self, slot: Slot, bad: bool) -> None:
-        """``moves`` is held."""
-        if self._pool.release(slot):
-            slot.forget()
-            if slot.target is not None and not os.path.lexists(slot.path):
-                slot.path = slot.target  # interrupted just behind the rename
-            slot.target = None
-            if bad or slot.suspect:
-                self._pool.condemn(slot)
-            elif slot.name is not None:
-                self._pool.remove(slot)
-            else:
-                self._pool.recycle(slot)
-
     def close(self) -> None:
-        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child.
-
-        Raises ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename.
-        """
+        """Give the lock back. What is in flight stays ``.partial``. Idempotent; nothing in a forked child. Raises
+        ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename."""
         if os.getpid() != self._pid or self._lock is None:
             return
         with self._pool.holding():
             self._lock.release()
             self._finalizer.detach()
             self._lock = None
-
-
-def _generation_in(path: str) -> int:
-    """The generation of a commit that a crash stopped short of its rename, so that the clock goes on behind it."""
-    try:
-        return read_record(path).generation
-    except (Corrupt, NoCheckpoint):
-        return 0

@@ -1,12 +1,11 @@
 """Python values as JSON that brings back exactly what it was given, without pickle.
 
-Plain JSON turns ``MultiStepLR``'s ``Counter({30: 1})`` into ``{"30": 1}``: no error, and another learning rate after
-a resume. Here ``null``, booleans, numbers, strings, arrays and objects with string keys mean themselves, and
-everything else is an object with the key ``"!"`` that names its kind. What has no kind is a ``StateError`` that names
-the path to it.
+Plain JSON turns ``MultiStepLR``'s ``Counter({30: 1})`` into ``{"30": 1}``: no error, and another learning rate after a resume.
+Here ``null``, booleans, numbers, strings, arrays and objects with string keys mean themselves, and everything else is an object
+whose key ``"!"`` names its kind.
 
-Tensors and arrays are copied at the time of the call, so that what is stored is the state of that moment however late
-it is written; they go to ``state.safetensors``, and the JSON holds their key.
+Tensors and arrays are copied at the time of the call, so that what is stored is the state of that moment however late it is
+written; they go to ``state.safetensors``, and the JSON holds their key.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ import numpy as np
 from fxckpt.errors import Corrupt, StateError
 from fxckpt.store import names
 from fxckpt.store.checks import is_text
-from fxckpt.store.dtypes import OF_TORCH, PARTS, item_size
-from fxckpt.store.raw import raw_tensor
+from fxckpt.store.dtypes import OF_TORCH, PARTS, item_size, raw_tensor
 
 MAX_DEPTH = 64
 """Values nested deeper, or containing themselves, are refused. Each level is at most three levels of JSON."""
@@ -40,11 +38,8 @@ _FACTORY_NAMES = {name: factory for factory, name in _FACTORIES.items()}
 
 
 def encode_state(value: Any, tensors: dict[str, Any], path: str = "") -> Any:
-    """``value`` as JSON-able data; copies of its tensors and arrays are added to ``tensors`` under keys made from
-    ``path``.
-
-    Raises ``StateError``, naming the path, for a value that it could not bring back exactly.
-    """
+    """``value`` as JSON-able data; copies of its tensors and arrays are added to ``tensors`` under keys made from ``path``.
+    Raises ``StateError``, naming the path, for a value that it could not bring back exactly."""
     return _Encoder(tensors).encode(value, path, 0)
 
 
@@ -77,23 +72,21 @@ class _Encoder:
         if isinstance(value, np.generic) and value.dtype.kind not in "OVUS":
             return {"!": "numpy", "dtype": value.dtype.str, "v": value.tobytes().hex()}
         if type(value) is np.ndarray and value.dtype.kind not in "OV":
-            return self._array(value, path)
+            key = self._store(np.array(value, order="C", copy=True), path)
+            return {"!": "array", "key": key, "dtype": value.dtype.str, "shape": list(value.shape)}
         torch = sys.modules.get("torch")
         if torch is not None and hasattr(torch, "Tensor"):
-            return self._torch(torch, value, path)
-        raise _unknown(value, path)
-
-    def _torch(self, torch: Any, value: Any, path: str) -> Any:
-        """What torch brings along: tensors and the small immutable kinds."""
-        if type(value) is torch.dtype:
-            return {"!": "torch.dtype", "v": str(value).removeprefix("torch.")}
-        if type(value) is torch.device:
-            return {"!": "torch.device", "v": str(value)}
-        if type(value) is torch.Size:
-            return {"!": "torch.Size", "v": [int(size) for size in value]}
-        if type(value) in (torch.Tensor, torch.nn.Parameter):
-            return self._tensor(torch, value, path)
-        raise _unknown(value, path)
+            if type(value) in (torch.dtype, torch.device):
+                return {"!": f"torch.{type(value).__name__}", "v": str(value).removeprefix("torch.")}
+            if type(value) is torch.Size:
+                return {"!": "torch.Size", "v": [int(size) for size in value]}
+            if type(value) in (torch.Tensor, torch.nn.Parameter):
+                return self._tensor(torch, value, path)
+        raise StateError(
+            f"{path or 'the state'}: a {type(value).__module__}.{type(value).__qualname__} cannot be stored without pickle. "
+            "Numbers, strings, bytes, lists, tuples, sets, dicts, arrays and tensors can; or give its owner a state_dict() of "
+            "these"
+        )
 
     def _tensor(self, torch: Any, value: Any, path: str) -> Any:
         """A torch tensor; its copy on the CPU goes to ``tensors``."""
@@ -115,14 +108,10 @@ class _Encoder:
 
     def _sparse(self, torch: Any, value: Any, path: str) -> Any:
         """A sparse tensor in coordinates, such as the momentum of a sparse embedding: its two dense ones."""
-        parts = {name: self._tensor(torch, part, _join(path, name))
-                 for name, part in (("indices", value._indices()), ("values", value._values()))}  # fmt: skip
-        return {"!": "torch.sparse", **parts, "shape": list(value.shape), "coalesced": value.is_coalesced()}
-
-    def _array(self, value: np.ndarray, path: str) -> Any:
-        """A numpy array of numbers, dates or text; its copy goes to ``tensors``."""
-        key = self._store(np.array(value, order="C", copy=True), path)
-        return {"!": "array", "key": key, "dtype": value.dtype.str, "shape": list(value.shape)}
+        indices = self._tensor(torch, value._indices(), _join(path, "indices"))
+        values = self._tensor(torch, value._values(), _join(path, "values"))
+        shape, coalesced = list(value.shape), value.is_coalesced()
+        return {"!": "torch.sparse", "indices": indices, "values": values, "shape": shape, "coalesced": coalesced}
 
     def _store(self, copy: Any, path: str) -> str:
         """Add a tensor under a key nobody has yet: ``{"a/b": t}`` and ``{"a": {"b": t}}`` have the same path."""
@@ -134,16 +123,6 @@ class _Encoder:
             key = f"{path}#{count}"
         self._tensors[key] = copy
         return key
-
-    def _int(self, value: int, path: str, depth: int) -> Any:
-        return value if -_SAFE_INT < value < _SAFE_INT else {"!": "int", "v": hex(value)}
-
-    def _float(self, value: float, path: str, depth: int) -> Any:
-        """Finite ones as their shortest exact decimal; NaN (with its payload) and infinities by their bits."""
-        return value if math.isfinite(value) else {"!": "float", "v": struct.pack(">d", value).hex()}
-
-    def _str(self, value: str, path: str, depth: int) -> Any:
-        return value if is_text(value) else {"!": "str", "v": value.encode("utf-8", "surrogatepass").hex()}
 
     def _list(self, value: Any, path: str, depth: int) -> list:
         """The elements in order, each with its index in the path."""
@@ -162,9 +141,8 @@ class _Encoder:
 
     def _pairs(self, value: Mapping, path: str, depth: int) -> list:
         """Keys and values in order; keys keep their type."""
-        key, where = _Encoder(None), [_join(path, name) for name in value]
-        return [[key.encode(name, at, depth + 1), self.encode(item, at, depth + 1)]
-                for at, (name, item) in zip(where, value.items())]  # fmt: skip
+        items = [(key, item, _join(path, key)) for key, item in value.items()]
+        return [[_Encoder(None).encode(key, at, depth + 1), self.encode(item, at, depth + 1)] for key, item, at in items]
 
     def _defaultdict(self, value: defaultdict, path: str, depth: int) -> Any:
         """Pairs and the default's name, if it is a builtin type or none."""
@@ -174,22 +152,18 @@ class _Encoder:
         return {"!": "defaultdict", "of": _FACTORIES[factory], "v": self._pairs(value, path, depth)}
 
 
-def _unknown(value: Any, path: str) -> StateError:
-    """The error for a value of no kind."""
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
-    return StateError(
-        f"{path or 'the state'}: a {kind} cannot be stored without pickle. Numbers, strings, bytes, "
-        "lists, tuples, sets, dicts, arrays and tensors can; or give its owner a state_dict() of these"
-    )
+def _hex(kind: str, raw: bytes) -> dict[str, str]:
+    return {"!": kind, "v": raw.hex()}
 
 
 _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
     type(None): lambda self, value, path, depth: None,
     bool: lambda self, value, path, depth: value,
-    int: _Encoder._int,
-    float: _Encoder._float,
-    str: _Encoder._str,
-    complex: lambda self, value, path, depth: {"!": "complex", "v": struct.pack(">dd", value.real, value.imag).hex()},
+    int: lambda self, value, path, depth: value if -_SAFE_INT < value < _SAFE_INT else {"!": "int", "v": hex(value)},
+    # Finite ones as their shortest exact decimal; NaN (with its payload) and infinities by their bits.
+    float: lambda self, value, path, depth: value if math.isfinite(value) else _hex("float", struct.pack(">d", value)),
+    str: lambda self, value, path, depth: value if is_text(value) else _hex("str", value.encode("utf-8", "surrogatepass")),
+    complex: lambda self, value, path, depth: _hex("complex", struct.pack(">dd", value.real, value.imag)),
     bytes: lambda self, value, path, depth: {"!": "bytes", "v": base64.b64encode(value).decode()},
     bytearray: lambda self, value, path, depth: {"!": "bytearray", "v": base64.b64encode(value).decode()},
     range: lambda self, value, path, depth: {"!": "range", "v": list(map(hex, (value.start, value.stop, value.step)))},
@@ -202,14 +176,12 @@ _ENCODERS: Mapping[type, Callable[[_Encoder, Any, str, int], Any]] = {
     OrderedDict: lambda self, value, path, depth: {"!": "OrderedDict", "v": self._pairs(value, path, depth)},
     Counter: lambda self, value, path, depth: {"!": "Counter", "v": self._pairs(value, path, depth)},
     defaultdict: _Encoder._defaultdict,
-}
+}  # fmt: skip
 
 
 def decode_state(value: Any, tensors: Mapping[str, Any], path: str = names.COMMIT) -> Any:
-    """What ``encode_state`` was given. ``tensors``: as it filled them, or as ``Reader.state_tensors`` returns them.
-
-    Tensors are new, and on their device if this machine has it, else on the CPU. Malformed data raises ``Corrupt``.
-    """
+    """What ``encode_state`` was given. ``tensors``: as it filled them, or as ``Reader.state_tensors`` returns them. Tensors are
+    new, and on their device if this machine has it, else on the CPU. Malformed data raises ``Corrupt``."""
     try:
         return _Decoder(tensors).decode(value)
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, struct.error) as error:
@@ -243,13 +215,7 @@ class _Decoder:
         """What a container holds: never what a range stands for, which a few bytes make as long as memory."""
         return self.decode(_list_of(node))
 
-    def _counter(self, node: dict) -> Counter:
-        counter: Counter = Counter()
-        counter.update(dict(self._pairs(node)))
-        return counter
-
     def _scalar(self, node: dict) -> np.generic:
-        """A numpy scalar of exactly its type."""
         (scalar,) = np.frombuffer(bytes.fromhex(node["v"]), np.dtype(node["dtype"]))
         return scalar
 
@@ -282,7 +248,9 @@ class _Decoder:
             tensor = torch.frombuffer(raw, dtype=torch.uint8).view(dtype).reshape(shape)
         else:
             tensor = torch.empty(shape, dtype=dtype)
-        tensor = tensor.to(_present(torch, node.get("device", "cpu")))
+        device = torch.device(node.get("device", "cpu"))
+        if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+            tensor = tensor.to(device)  # else it stays on the CPU: a checkpoint of eight GPUs loads on a machine with one
         if node.get("parameter"):
             return torch.nn.Parameter(tensor, requires_grad=node.get("requires_grad", False))
         return tensor.requires_grad_() if node.get("requires_grad") else tensor
@@ -290,8 +258,8 @@ class _Decoder:
     def _sparse(self, node: dict) -> Any:
         """A sparse tensor; RuntimeError for coordinates outside of it."""
         indices, values = self.decode(node["indices"]), self.decode(node["values"])
-        return _torch_module().sparse_coo_tensor(indices, values, tuple(node["shape"]), check_invariants=True,
-                                                 is_coalesced=bool(node["coalesced"]))  # fmt: skip
+        make, shape = _torch_module().sparse_coo_tensor, tuple(node["shape"])
+        return make(indices, values, shape, check_invariants=True, is_coalesced=bool(node["coalesced"]))
 
 
 def _list_of(node: dict) -> list[Any]:
@@ -308,18 +276,10 @@ def _torch_module() -> Any:
 
 def _dtype(name: str) -> Any:
     """A torch dtype by name, and nothing else that torch has by that name."""
-    torch = _torch_module()
-    found = getattr(torch, name)
-    if type(found) is not torch.dtype:
+    found = getattr(_torch_module(), name)
+    if type(found) is not _torch_module().dtype:
         raise ValueError(f"torch.{name} is not a dtype")
     return found
-
-
-def _present(torch: Any, name: str) -> Any:
-    """The device if it is there, else the CPU: a checkpoint of eight GPUs loads on a machine with one."""
-    device = torch.device(name)
-    there = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
-    return device if there else torch.device("cpu")
 
 
 _DECODERS: Mapping[str, Callable[[_Decoder, dict], Any]] = {
@@ -336,7 +296,7 @@ _DECODERS: Mapping[str, Callable[[_Decoder, dict], Any]] = {
     "frozenset": lambda self, node: frozenset(self._elements(node)),
     "dict": lambda self, node: dict(self._pairs(node)),
     "OrderedDict": lambda self, node: OrderedDict(self._pairs(node)),
-    "Counter": _Decoder._counter,
+    "Counter": lambda self, node: Counter(dict(self._pairs(node))),
     "defaultdict": lambda self, node: defaultdict(_FACTORY_NAMES[node["of"]], self._pairs(node)),
     "numpy": _Decoder._scalar,
     "numpy.text": _Decoder._text,

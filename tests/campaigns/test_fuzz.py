@@ -36,7 +36,8 @@ from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, NotAStore
 from fxckpt.store.identity import read_store_id
 from fxckpt.store.layout import parse_header
 from fxckpt.store.reader import Reader, candidates, checkpoints, read_record
-from fxckpt.store.record import Record, decode_state
+from fxckpt.store.record import Record
+from fxckpt.store.typed_json import decode_state
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 

@@ -29,8 +29,7 @@ from fxckpt.cli import COMMANDS, common, main
 from fxckpt.cli.bench import interval
 from fxckpt.cli.diff import Change, _compare
 from fxckpt.errors import NoCheckpoint
-from fxckpt.store.dtypes import DTYPES
-from fxckpt.store.raw import raw_tensor
+from fxckpt.store.dtypes import DTYPES, raw_tensor
 from fxckpt.store.reader import Reader, checkpoints
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +13,9 @@ import torch
 from digests import differences, stored
 from small_models import Loader, conv, mlp
 from small_training import Training, all_good
-from standin import device, library, shaped, spread
+from standin import StandIn, device, library, shaped, spread
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 import fxckpt
 from fxckpt.compat import cuda
@@ -97,11 +101,24 @@ class Masked(nn.Module):
 
 
 def test_a_transient_buffer_on_a_device_is_waited_for_by_the_committer_only(tmp_path, device):
-    training = Training(tmp_path, make=Masked).train(3).end()
-    assert device.waited >= 3  # once for each checkpoint
+    training = Training(tmp_path, make=Masked).train(3)
+    training.opt.ckpt.flush()
+    device.fake.hold(True)
+    waiting = threading.Thread(target=training.opt.ckpt.flush)
+    try:
+        training.train(1)  # returns
+        training.opt.ckpt.end_step()
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    finally:
+        device.fake.hold(False)
+    waiting.join()
+    training.end()
+    assert device.fake.violations() == ""  # the committer made no call of torch's runtime, either
     again = Training(tmp_path, make=Masked, seed=5)
     fxckpt.load()
-    assert again.model.seen.tolist() == training.model.seen.tolist() == [3, 3, 3]
+    assert again.model.seen.tolist() == training.model.seen.tolist() == [4, 4, 4]
 
 
 def test_a_step_that_the_device_skipped_is_not_counted_as_an_update(tmp_path, device):
@@ -111,7 +128,7 @@ def test_a_step_that_the_device_skipped_is_not_counted_as_an_update(tmp_path, de
     states = []
     for step in range(5):
         x, y = next(training.loader)
-        scaler.scale(torch.nn.functional.cross_entropy(training.forward(x), y)).backward()
+        scaler.scale(cross_entropy(training.forward(x), y)).backward()
         if step == 2:
             training.model[0].weight.grad[0, 0] = float("inf")
         scaler.step(training.opt)
@@ -123,7 +140,7 @@ def test_a_step_that_the_device_skipped_is_not_counted_as_an_update(tmp_path, de
     assert {step: c.record.updates for step, c in found.items()} == {1: 1, 2: 2, 3: 2, 4: 3, 5: 4}
     assert differences(stored(found[3].path), stored(found[2].path)) == []
     assert all(differences(stored(found[step].path), states[step - 1]) == [] for step in found)
-    assert training.opt.ckpt._run.clock.applied.now() == 4
+    assert training.opt.ckpt._run.clock.applied.promise()() == 4
 
 
 def test_a_step_inside_a_graph_capture_is_refused(tmp_path, device):
@@ -137,11 +154,89 @@ def test_a_step_inside_a_graph_capture_is_refused(tmp_path, device):
     assert all_good(tmp_path, training.train(1).end())[0] == 3
 
 
-def test_a_capture_in_another_thread_is_not_disturbed(tmp_path, device):
-    device.fake.library.fake_capture(1)
-    training = Training(tmp_path).train(4).end()
-    device.fake.library.fake_capture(0)
+class Extra:
+    """An object of ``extra=`` whose state lies on a device: to read it inside a capture would break that."""
+
+    def __init__(self, device: StandIn):
+        self.device, self.read_in_capture, self.value = device, 0, 0
+
+    def state_dict(self) -> dict[str, int]:
+        self.read_in_capture += self.device.is_capturing
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.value = state["value"]
+
+
+def test_a_backward_that_is_captured_leaves_the_step_open(tmp_path, device):
+    """And a gradient that was recorded, not computed, is none that waits for a step."""
+    extra = Extra(device)
+    training = Training(tmp_path, extra={"extra": extra}).train(2)
+    x, y = next(training.loader)
+    device.is_capturing = True
+    cross_entropy(training.forward(x), y).backward()
+    assert extra.read_in_capture == 0 and training.opt.ckpt._run.closing.open is not None
+    device.is_capturing = False
+    extra.value = 5  # what changes between the steps is the checkpoint's of step 2
+    training.opt.step()  # after a replay
+    training.reference[3] = training.now()
+    training.end()
+    assert all_good(tmp_path, training) == [3, 2, 1]
+    records = {c.record.step: c.record for c in candidates(tmp_path)}
+    assert '"value": 5' in json.dumps(records[2].state["late"]) and "accumulated" not in records[2].optimizers[0]
+
+
+@pytest.mark.parametrize("make", [mlp, Masked], ids=["mlp", "transient-buffer"])
+def test_a_capture_in_another_thread_is_not_disturbed(tmp_path, device, make):
+    """From the opening of the devices to their end, in every thread."""
+    device.place = lambda tensor: 0
+    with device.fake.capture():
+        training = Training(tmp_path, make=make).train(4).end()
     assert device.fake.violations() == "" and all_good(tmp_path, training) == [4, 3, 2, 1]
+
+
+def test_counting_skipped_steps_disturbs_no_capture(tmp_path, device):
+    device.place = lambda tensor: 0  # found_inf too
+    training = Training(tmp_path, optimizer=lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True), extra={})
+    scaler = torch.amp.GradScaler("cpu", init_scale=7.0)
+    with device.fake.capture():
+        for _ in range(3):
+            x, y = next(training.loader)
+            scaler.scale(cross_entropy(training.forward(x), y)).backward()
+            scaler.step(training.opt)
+            scaler.update()
+            training.opt.zero_grad()
+        training.end()
+    assert device.fake.violations() == ""
+    assert {c.record.step: c.record.updates for c in candidates(tmp_path)} == {1: 1, 2: 2, 3: 3}
+
+
+def test_a_save_inside_a_capture_fails_and_takes_no_stream_into_the_graph(tmp_path, device):
+    training = Training(tmp_path).train(2)
+    training.opt.ckpt.flush()
+    stream = ctypes.c_void_p(device.training[0])
+    device.fake.library.fake_capture_stream(stream, 1)
+    with pytest.raises(SaveFailed, match="STREAM_CAPTURE_UNSUPPORTED"):
+        training.opt.ckpt.save()
+    device.fake.library.fake_capture_stream(stream, 0)
+    training.train(1).end()
+    assert device.fake.violations() == "" and all_good(tmp_path, training) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("batch", [None, "0"], ids=["batches", "switched-off"])
+def test_a_device_with_other_addresses_for_pinned_memory_gets_no_batch(tmp_path, device, monkeypatch, batch):
+    """Where it has the same ones, batches can be switched off."""
+    if batch is not None:
+        monkeypatch.setenv("FXCKPT_CUDA_BATCH", batch)
+    for ordinal in device.training:
+        device.fake.library.fake_host_pointers(ordinal, int(batch is None))
+    try:
+        training = Training(tmp_path, chunk_mb=1).train(3).end()
+    finally:
+        for ordinal in device.training:
+            device.fake.library.fake_host_pointers(ordinal, 1)
+    assert (device.fake.library.fake_batches() > 0) == (batch is None)
+    assert device.fake.violations() == "" and all_good(tmp_path, training) == [3, 2, 1]
 
 
 def test_a_failing_driver_fails_the_checkpoint_and_not_the_training(tmp_path, device):
@@ -202,10 +297,10 @@ def test_applied_updates_are_counted_without_waiting():
     promise = applied.promise()
     applied.add(skipped(0))
     assert asked == []
-    assert promise() == 2 and applied.now() == 3
+    assert promise() == 2 and applied.promise()() == 3
     for _ in range(100):
         applied.add(skipped(0))
-    assert applied.now() == 103
+    assert applied.promise()() == 103
     applied.set(7)
     assert applied.promise()() == 7
 

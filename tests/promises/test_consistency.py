@@ -22,7 +22,7 @@ import fxckpt
 from fxckpt.run.emitting import Emitter
 from fxckpt.saving.guard import Guard
 from fxckpt.store.reader import Reader, candidates
-from fxckpt.store.record import decode_state
+from fxckpt.store.typed_json import decode_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

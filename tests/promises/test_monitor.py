@@ -31,7 +31,7 @@ from waiting import committed, until
 import fxckpt
 from fxckpt.engine import Engine
 from fxckpt.engine.ring import Ring, post_into
-from fxckpt.monitor import client, limits, link, wire
+from fxckpt.monitor import client, launch, link, wire
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.slots import Store
 
@@ -507,7 +507,7 @@ def test_waiting_for_a_monitor_ends_when_it_does_and_not_for_anybody_else():
 
 def test_process_number_one_is_warned(monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert any("number 1" in text for text in limits.found())
+    assert any("number 1" in text for text in launch.limits())
 
 
 def test_the_engine_of_a_trainer_needs_a_ring_of_its_own_size():

@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.errors import Corrupt, StateError
-from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord, decode_state, encode_state, raw_tensor
-from fxckpt.store.safe_json import depth_of
+from fxckpt.store.checks import depth_of
+from fxckpt.store.dtypes import raw_tensor
+from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
+from fxckpt.store.typed_json import decode_state, encode_state
 
 
 def typed(key):
@@ -214,7 +216,7 @@ def test_a_value_that_contains_itself_is_an_error_and_not_a_crash():
 
 
 def test_encoding_does_not_import_torch():
-    code = ("import sys; from fxckpt.store.record import encode_state; import numpy as np;"
+    code = ("import sys; from fxckpt.store.typed_json import encode_state; import numpy as np;"
             "encode_state({'a': np.ones(3), 'b': {1: (2,)}}, {}); assert 'torch' not in sys.modules")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -14,9 +14,9 @@ from torch import nn
 from waiting import until
 
 import fxckpt
-from fxckpt.saving import saver, training_thread
+from fxckpt.saving import flights, saver
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import decode_state
+from fxckpt.store.typed_json import decode_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +115,7 @@ def test_weights_that_a_closure_changes_while_they_are_copied_drop_that_checkpoi
 def test_an_operation_in_place_that_outlasts_the_copy_drops_the_checkpoint(ends, tmp_path, monkeypatch):
     """Operations count themselves when they end: one that runs while the last copy ends has not been counted by then. One that
     begins later is of no interest, whether or not the checkpoint is on the disk yet."""
-    monkeypatch.setattr(training_thread, "LONGEST", 30.0 if ends == "after the copy" else 0.0)
+    monkeypatch.setattr(flights, "LONGEST", 30.0 if ends == "after the copy" else 0.0)
     training = Training(tmp_path)
     training.train(2)
     training.opt.ckpt.flush()

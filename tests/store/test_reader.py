@@ -17,10 +17,12 @@ import torch
 from storing import a_record, fast_directory, start
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore
+from fxckpt.store.dtypes import RawTensor, raw_tensor
 from fxckpt.store.files import write_tensors
 from fxckpt.store.layout import parse_header
 from fxckpt.store.reader import Reader, candidates, checkpoints, latest
-from fxckpt.store.record import LayerRecord, RawTensor, TensorRecord, decode_state, encode_state, raw_tensor
+from fxckpt.store.record import LayerRecord, TensorRecord
+from fxckpt.store.typed_json import decode_state, encode_state
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from process_runs import ProcessRun
 from waiting import until
 
 from fxckpt.store.reader import Reader, candidates, latest
-from fxckpt.store.record import decode_state
+from fxckpt.store.typed_json import decode_state
 
 
 class Sums(torch.nn.Module):

@@ -1,12 +1,13 @@
 """A CUDA device that is not there: the fake driver's library, and a stand-in for what a run asks torch about devices.
 
 Tensors in host memory play device memory. The host runs their "kernels" at once, so the stream that training uses is one
-of the fake's host streams: a wait that is put into it waits then and there. A wait that is put into any other stream, or
-into none, lets the host overwrite what the late copy has yet to read.
+of the fake's host streams: a wait that is put into it waits then and there, a copy reads what is there now. A wait that is
+put into any other stream, or into none, lets the host overwrite what the late copy has yet to read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Iterable
 
@@ -35,7 +36,7 @@ class FakeDriver:
         self.library.fake_configure(seed, microseconds)
 
     def fail(self, nth: int, error: int = 700, for_good: bool = False) -> None:
-        self.library.fake_fail(nth, error, int(for_good))
+        self.library.fake_fail(nth, error, -1 if for_good else 1)
 
     def hold(self, hold: bool) -> None:
         """No copy runs while held."""
@@ -47,6 +48,15 @@ class FakeDriver:
 
     def retained(self, device: int) -> int:
         return self.library.fake_retained(device)
+
+    @contextlib.contextmanager
+    def capture(self):
+        """Another thread captures a graph meanwhile."""
+        self.library.fake_capture(1)
+        try:
+            yield
+        finally:
+            self.library.fake_capture(0)
 
 
 def shaped(tensor: torch.Tensor) -> int | None:
@@ -66,7 +76,6 @@ class StandIn(cuda.Devices):
         self.fake, self.driver, self.place = driver, driver.path, place
         self.training = {device: driver.stream(device) for device in (0, 1)}
         self.is_capturing = False
-        self.waited = 0
 
     def of(self, tensor: torch.Tensor) -> int | None:
         return self.place(tensor)
@@ -77,14 +86,28 @@ class StandIn(cuda.Devices):
     def capturing(self) -> bool:
         return self.is_capturing
 
-    def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        copy = tensor.detach().clone()
 
-        def wait() -> torch.Tensor:
-            self.waited += 1
-            return copy
+def watch_runtime(patch: pytest.MonkeyPatch, driver: FakeDriver) -> None:
+    """Stands in for what torch's runtime is asked, by events of torch's: a wait there is what it is in a real one."""
 
-        return wait
+    class Event:
+        def __init__(self, **_: object):
+            pass
+
+        def record(self, stream: object = None) -> None:
+            """Nothing is late on a host stream."""
+
+        def synchronize(self) -> None:
+            driver.library.fake_runtime_wait()
+
+    empty = torch.empty
+
+    def unpinned(*sizes: object, pin_memory: bool = False, **options: object) -> torch.Tensor:
+        return empty(*sizes, **options)
+
+    patch.setattr(torch.cuda, "Event", Event)
+    patch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    patch.setattr(torch, "empty", unpinned)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +121,7 @@ def device(library, monkeypatch):
     library.late(300)
     stand_in = StandIn(library)
     monkeypatch.setattr(cuda, "Devices", lambda: stand_in)
+    watch_runtime(monkeypatch, library)
     yield stand_in
     library.fail(0)
     library.late(0)

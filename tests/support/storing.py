@@ -22,7 +22,8 @@ from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.lock import wait_for_monitor
 from fxckpt.store.reader import Reader, candidates, latest
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
-from fxckpt.store.slots import Slot, Store
+from fxckpt.store.slot import Slot
+from fxckpt.store.slots import Store
 
 CHUNK = 4096  # so that each file has several
 RING = 16  # chunks of a monitor's shared memory

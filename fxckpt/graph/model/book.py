@@ -18,7 +18,7 @@ from fxckpt.compat.modules import every_module
 from fxckpt.graph.model import names
 from fxckpt.graph.model.joint import JointRead, JointTrace, ParamTrace, is_frozen
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 def _of_the_same_class(owner: nn.Module, roots: Sequence[nn.Module]) -> list[nn.Module]:
@@ -91,10 +91,10 @@ class TraceBook:
     runs for the first time; their exceptions go up to the user. ``version`` grows with each record."""
 
     def __init__(self) -> None:
-        self.version = 0
-        self.listeners: list[Callable[[JointTrace], None] | weakref.ref] = []
+        self.version: int = 0
+        self.listeners: list[Callable[[JointTrace], None] | weakref.ref[Any]] = []
         self._lock = threading.RLock()
-        self.models = KnownModels(self._lock)
+        self.models: KnownModels = KnownModels(self._lock)
         self._regions: dict[int, JointTrace] = {}
         self._next = 0
         self._params: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {region: ParamTrace}
@@ -235,5 +235,5 @@ class TraceBook:
         log.debug("the traceback:", exc_info=error)
 
 
-traces = TraceBook()
+traces: TraceBook = TraceBook()
 """What the compiler has shown in this process, for all runs."""

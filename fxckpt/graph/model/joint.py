@@ -45,15 +45,15 @@ class JointTrace:
     ``region`` is the graph's place in the order in which forwards run, -1 before the book has given one."""
 
     region: int
-    compiled: tuple[int | None, weakref.ref | None]  # see compile_under_way
+    compiled: tuple[int | None, weakref.ref[Any] | None]  # see compile_under_way
     params: tuple[tuple[TensorWeakRef, ParamTrace], ...]
     inputs: tuple[int, ...]
     buffers: tuple[tuple[TensorWeakRef, str], ...]
     frozen: tuple[tuple[TensorWeakRef, str], ...]
-    roots: tuple[weakref.ref, ...]
+    roots: tuple[weakref.ref[Any], ...]
     uses: tuple[Use, ...]
     outputs: tuple[int, ...]
-    owner: weakref.ref | None = None
+    owner: weakref.ref[Any] | None = None
 
     def __str__(self) -> str:
         lines = [f"region {self.region}: {len(self.params)} parameters, {len(self.buffers)} buffers"]

@@ -20,7 +20,7 @@ from fxckpt.graph.contract import finished
 from fxckpt.graph.update.hoist import spread
 from fxckpt.graph.update.trace import NotTraceable
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 GROUP_BYTES = 1 << 21
 """Bytes of all columns that one group of a list kernel may touch. The operators go over a group one after the other; in a group

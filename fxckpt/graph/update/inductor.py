@@ -27,7 +27,7 @@ from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.tensor_scalars import tensor_scalars_pass
 from fxckpt.graph.update.trace import NotTraceable
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 
 BLOCK = 16384
 """Elements of one piece of work. AdamW in single precision touches 256 KiB for it, half of a usual second-level cache."""

@@ -11,7 +11,7 @@ import torch.fx as fx
 from fxckpt.graph.contract import finished
 from fxckpt.graph.update.trace import NotTraceable
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 def _at_least(x: Any, low: Any) -> Any:

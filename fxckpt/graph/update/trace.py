@@ -62,7 +62,7 @@ class Signature:
     dtype: torch.dtype
     device: str  # with its number: list kernels take tensors of one device
     tensors: tuple[tuple[Key, torch.dtype, tuple[int, ...]], ...] = ()  # hyperparameters that are tensors (lr=tensor(...))
-    shape: tuple | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
+    shape: tuple[Any, ...] | None = None  # where elements are not all treated alike: shapes and strides of parameter and state
 
     @functools.cached_property
     def hyperparameters(self) -> tuple[Key, ...]:

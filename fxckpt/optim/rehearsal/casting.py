@@ -13,6 +13,7 @@ import torch.fx as fx
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import Signature
+from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import ScalarGroup
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Role
@@ -26,8 +27,9 @@ class Cast(ScalarGroup):
 
     def __init__(self, index: int, role: Role, program: Program):
         super().__init__(index, role.part.first, program)
-        self.role, self.members = role, role.part.members
-        self.columns = {key: [m.state[key] for m in self.members] for key in role.counts}
+        self.role: Role = role
+        self.members: list[BoundParam] = role.part.members
+        self.columns: dict[str, list[Any]] = {key: [m.state[key] for m in self.members] for key in role.counts}
 
     def scalars(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """Advance the counts of all members; returns this step's numbers."""

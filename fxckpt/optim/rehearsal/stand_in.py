@@ -47,9 +47,9 @@ class StandIn:
     asks for the same operators as last time, last time's results are handed out and nothing is computed."""
 
     def __init__(self, param: torch.Tensor, grad: torch.Tensor | None, state: dict[str, torch.Tensor]):
-        self.param = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
+        self.param: torch.nn.Parameter = torch.nn.Parameter(stand_in(param), requires_grad=param.requires_grad)
         self.param.grad = None if grad is None else stand_in(grad)
-        self.tensors = {key: stand_in(value) for key, value in state.items()}
+        self.tensors: dict[str, torch.Tensor] = {key: stand_in(value) for key, value in state.items()}
         self.names: dict[int, Name] = {id(t): ("state", key) for key, t in self.tensors.items()}
         self.names |= {id(self.param): ("param", None), id(self.param.grad): ("grad", None)}
         self.noted: list[tuple[Op, Any, list[int]]] = []  # operator, what it returned, ids of its new tensors

@@ -1,4 +1,4 @@
-/* A CUDA driver for tests, without a device: a shared library with the entry points that csrc/driver.c looks up.
+/* A CUDA driver for tests, without a device: a shared library with the entry points that csrc/cuda/driver.c looks up.
  *
  * It does what a device may do and a test cannot wait for: work runs late, in its own thread, in an order that
  * only streams and events fix; sometimes kernels overtake copies, sometimes copies kernels. What a copy will
@@ -10,6 +10,14 @@
  * a copy may still read, is a violation. (Host waits order everything after them: one clock for all threads.)
  *
  * A "host stream" stands for a device whose kernels the host itself runs, at once: what waits there, waits now.
+ *
+ * What a driver refuses is refused here: a copy over two allocations, which touch here where they can; a call without a
+ * context, or in another device's; a call that a capture forbids, in a thread that is not relaxed; what draws a stream
+ * into a graph or a graph's work out of it; unknown flags and fields. On devices without "host pointers"
+ * (fake_host_pointers; FAKE_CUDA_HOST_POINTERS=0) registered memory has no address of its own in a batch: one that has
+ * ends the context, as an illegal access does. What a driver would bear, but slowly or with luck, is a violation too.
+ *
+ * FAKE_CUDA_OLD=1: no batches. FAKE_CUDA_NULL=cuName: it is searched with success, and not found.
  *
  * CUDA_DEVICE_MAX_CONNECTIONS=1 puts the work of all streams into one queue, in the order of the calls, as such a
  * device does.
@@ -30,12 +38,25 @@
 #define DEVICES 4
 #define STREAMS 64
 #define REGIONS 4096
+#define ARENA (256u << 20)
 #define STACK 8
 
 typedef int CUresult;
 typedef unsigned long long CUdeviceptr;
 
-enum { INVALID_VALUE = 1, NO_DEVICE = 100, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500 };
+enum {
+    INVALID_VALUE = 1,
+    INVALID_DEVICE = 101,
+    INVALID_CONTEXT = 201,
+    INVALID_HANDLE = 400,
+    NOT_FOUND = 500,
+    ILLEGAL_ADDRESS = 700,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_ISOLATION = 905,
+    CAPTURED_EVENT = 907
+};
+
+enum { BLOCKING_SYNC = 1, NO_TIMING = 2 }; /* of events */
 
 struct clock {
     uint64_t at[STREAMS];
@@ -50,6 +71,8 @@ struct record {
 
 struct CUevent_st {
     int device;
+    unsigned flags;
+    bool captured; /* its last record belongs to a graph */
     struct record *last; /* NULL: never recorded */
 };
 
@@ -64,11 +87,12 @@ struct op {
     struct record *record;
     void (*kernel)(void *argument);
     void *argument;
+    bool owned; /* `from` is a copy made for this op alone */
 };
 
 struct CUstream_st {
     int index, device;
-    bool host;
+    bool host, capturing;
     struct op *head, *tail;
     struct clock clock;
 };
@@ -89,19 +113,26 @@ static int n_streams;
 static struct region regions[REGIONS];
 static int n_regions;
 static struct clock host;
+static char *arena, *arena_alias; /* allocations lie in it one behind the other */
+static size_t arena_used;
 static struct {
     char *begin;
     size_t n;
+    int device;
 } pinned[1024];
 static int n_pinned;
-static uint64_t calls, fail_at, seed = 1, numbers;
-static int fail_with, retained[DEVICES];
-static bool fail_for_good, one_queue, copying, held;
+static uint64_t calls, batches, fail_at, seed = 1, numbers;
+static int fail_with, fail_times, retained[DEVICES]; /* fail_times < 0: for good */
+static bool no_host_pointers[DEVICES], one_queue, copying, held;
 static unsigned delay_us;
 static int violations, devices = 2, pending_ops;
 static char report[512];
-static _Thread_local int stack[STACK], depth;
-static _Thread_local bool relaxed; /* calls here are allowed while another thread captures a graph */
+
+/* Of each thread. In the thread's static block: what a sanitizer believes to know of blocks of libraries that are opened late
+ * depends on the heap, and ends it where it is wrong. */
+#define PER_THREAD static _Thread_local __attribute__((tls_model("initial-exec")))
+PER_THREAD int stack[STACK], depth;
+PER_THREAD bool relaxed; /* calls here are allowed while another thread captures a graph */
 static bool capturing;
 
 /* ---- bookkeeping; lock held ---- */
@@ -181,7 +212,7 @@ static struct CUstream_st *choose(void) {
 static void run(struct CUstream_st *stream) {
     struct op *op = stream->head;
     struct timespec pause = {0, delay_us ? (long)(next_random() % delay_us) * 1000 : 0};
-    char *from = op->kind == COPY ? alias_of(op->from) : NULL;
+    char *from = op->kind != COPY || op->owned ? op->from : alias_of(op->from);
     pthread_mutex_unlock(&lock);
     if (pause.tv_nsec) nanosleep(&pause, NULL);
     pthread_mutex_lock(&lock);
@@ -196,6 +227,7 @@ static void run(struct CUstream_st *stream) {
     stream->head = op->next;
     if (!stream->head) stream->tail = NULL;
     drop(op->record);
+    if (op->owned) free(op->from);
     free(op);
     pending_ops--;
     pthread_cond_broadcast(&changed);
@@ -214,7 +246,9 @@ static void *device_main(void *unused) {
 static void begin(void) {
     pthread_t thread;
     const char *connections = getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+    const char *pointers = getenv("FAKE_CUDA_HOST_POINTERS");
     one_queue = connections && !strcmp(connections, "1");
+    for (int d = 0; d < DEVICES; d++) no_host_pointers[d] = pointers && !strcmp(pointers, "0");
     for (int d = 0; d < DEVICES; d++) streams[n_streams++] = (struct CUstream_st){.index = d, .device = d};
     pthread_create(&thread, NULL, device_main, NULL);
     pthread_detach(thread);
@@ -233,8 +267,8 @@ static CUresult enter(void) {
     pthread_once(&once, begin);
     pthread_mutex_lock(&lock);
     calls++;
-    if (!fail_at || calls < fail_at || (calls > fail_at && !fail_for_good)) return 0;
-    if (fail_for_good) forget_copies();
+    if (!fail_at || calls < fail_at || (fail_times >= 0 && calls >= fail_at + (uint64_t)fail_times)) return 0;
+    if (fail_times < 0) forget_copies();
     CUresult error = fail_with;
     pthread_mutex_unlock(&lock);
     return error;
@@ -253,10 +287,40 @@ static CUresult leave(CUresult r) {
 
 static int current(void) { return depth ? stack[depth - 1] : -1; }
 
-static struct CUstream_st *stream_at(struct CUstream_st *handle) {
-    if (handle) return handle;
-    return current() < 0 ? NULL : &streams[current()];
+/* Lock held. The stream, in the context of its device; else *error. */
+static struct CUstream_st *stream_at(struct CUstream_st *handle, CUresult *error) {
+    *error = INVALID_CONTEXT;
+    if (current() < 0) {
+        violation("a call without a context", handle);
+        return NULL;
+    }
+    if (!handle) return &streams[current()];
+    if (handle->device == current()) return handle;
+    violation("a call in the context of another device", handle);
+    return NULL;
 }
+
+#define STREAM(handle)                                                                                       \
+    CUresult no_stream;                                                                                      \
+    struct CUstream_st *stream = stream_at(handle, &no_stream);                                              \
+    if (!stream) return leave(no_stream)
+
+/* Lock held. Unsafe calls are those that are no part of a stream's work: a capture in another thread, or in this one, forbids
+ * them unless this thread is relaxed, and is broken by them. */
+static bool is_forbidden(const char *what) {
+    if (!capturing || relaxed) return false;
+    violation(what, NULL);
+    return true;
+}
+
+#define UNSAFE(name)                                                                                         \
+    if (is_forbidden(name " breaks a capture")) return leave(CAPTURE_UNSUPPORTED)
+
+#define IN_CONTEXT(device)                                                                                   \
+    if (current() < 0 || ((device) >= 0 && current() != (device))) {                                         \
+        violation(current() < 0 ? "a call without a context" : "a call in the context of another device", NULL); \
+        return leave(INVALID_CONTEXT);                                                                       \
+    }
 
 /* ---- the driver's entry points ---- */
 
@@ -273,6 +337,10 @@ CU(cu_error_name)(CUresult error, const char **name) {
     *name = error == 700   ? "CUDA_ERROR_ILLEGAL_ADDRESS"
             : error == 201 ? "CUDA_ERROR_INVALID_CONTEXT"
             : error == 400 ? "CUDA_ERROR_INVALID_HANDLE"
+            : error == 1   ? "CUDA_ERROR_INVALID_VALUE"
+            : error == 900 ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
+            : error == 905 ? "CUDA_ERROR_STREAM_CAPTURE_ISOLATION"
+            : error == 907 ? "CUDA_ERROR_CAPTURED_EVENT"
             : error == 4   ? "CUDA_ERROR_DEINITIALIZED"
                            : NULL;
     return *name ? 0 : INVALID_VALUE;
@@ -290,18 +358,29 @@ CU(cu_count)(int *count) {
 
 CU(cu_device)(int *device, int ordinal) {
     ENTER;
+    if (ordinal < 0 || ordinal >= devices) return leave(INVALID_DEVICE);
     *device = ordinal;
-    return leave(ordinal < devices ? 0 : 101);
+    return leave(0);
+}
+
+CU(cu_attribute)(int *value, int attribute, int device) {
+    ENTER;
+    if (device < 0 || device >= devices) return leave(INVALID_DEVICE);
+    if (attribute != 91) return leave(INVALID_VALUE);
+    *value = !no_host_pointers[device];
+    return leave(0);
 }
 
 CU(cu_pci)(char *text, int n, int device) {
     ENTER;
+    if (device < 0 || device >= devices) return leave(INVALID_DEVICE);
     snprintf(text, (size_t)n, "0000:%02X:00.0", device + 1);
     return leave(0);
 }
 
 CU(cu_retain)(void **context, int device) {
     ENTER;
+    UNSAFE("cuDevicePrimaryCtxRetain");
     *context = (void *)(uintptr_t)(device + 1);
     retained[device]++;
     return leave(0);
@@ -309,13 +388,16 @@ CU(cu_retain)(void **context, int device) {
 
 CU(cu_release)(int device) {
     ENTER;
-    retained[device]--;
+    UNSAFE("cuDevicePrimaryCtxRelease");
+    if (!retained[device]) violation("a context is released that was not retained", NULL);
+    else retained[device]--;
     return leave(0);
 }
 
 CU(cu_push)(void *context) {
     ENTER;
-    if (depth == STACK) return leave(INVALID_VALUE);
+    if (depth == STACK || !context) return leave(context ? INVALID_VALUE : INVALID_CONTEXT);
+    if (!retained[(int)(uintptr_t)context - 1]) violation("a context that nobody retains is made current", context);
     stack[depth++] = (int)(uintptr_t)context - 1;
     return leave(0);
 }
@@ -339,14 +421,18 @@ static struct CUstream_st *new_stream(int device, bool is_host) {
 
 CU(cu_stream_create)(struct CUstream_st **stream, unsigned flags) {
     ENTER;
-    if (current() < 0) return leave(INVALID_CONTEXT);
+    UNSAFE("cuStreamCreate");
+    IN_CONTEXT(-1);
+    if (flags & ~1u) return leave(INVALID_VALUE);
     if (flags != 1) violation("a stream that waits for the default stream", NULL);
     *stream = new_stream(current(), false);
     return leave(*stream ? 0 : 2);
 }
 
-CU(cu_stream_destroy)(struct CUstream_st *stream) {
+CU(cu_stream_destroy)(struct CUstream_st *handle) {
     ENTER;
+    UNSAFE("cuStreamDestroy");
+    STREAM(handle);
     if (stream->head) violation("a stream was destroyed with work in it", stream);
     stream->device = -1;
     return leave(0);
@@ -354,17 +440,29 @@ CU(cu_stream_destroy)(struct CUstream_st *stream) {
 
 CU(cu_stream_sync)(struct CUstream_st *handle) {
     ENTER;
-    struct CUstream_st *stream = stream_at(handle);
-    if (!stream) return leave(INVALID_CONTEXT);
+    UNSAFE("cuStreamSynchronize");
+    STREAM(handle);
+    if (stream->capturing) return leave(CAPTURE_UNSUPPORTED);
     while (stream->head) pthread_cond_wait(&changed, &lock);
     merge(&host, &stream->clock);
     return leave(0);
 }
 
+CU(cu_is_capturing)(struct CUstream_st *handle, int *status) {
+    ENTER;
+    STREAM(handle);
+    *status = stream->capturing;
+    return leave(0);
+}
+
 CU(cu_stream_wait)(struct CUstream_st *handle, struct CUevent_st *event, unsigned flags) {
     ENTER;
-    struct CUstream_st *stream = stream_at(handle);
-    if (!stream || flags) return leave(stream ? INVALID_VALUE : INVALID_CONTEXT);
+    STREAM(handle);
+    if (flags) return leave(INVALID_VALUE);
+    if (event->captured != stream->capturing) {
+        violation(event->captured ? "a stream is drawn into a graph" : "a graph waits for what is outside of it", stream);
+        return leave(CAPTURE_ISOLATION);
+    }
     struct record *record = event->last;
     if (!record) return leave(0); /* as the driver: nothing to wait for */
     record->refs++;
@@ -380,15 +478,20 @@ CU(cu_stream_wait)(struct CUstream_st *handle, struct CUevent_st *event, unsigne
 
 CU(cu_event_create)(struct CUevent_st **event, unsigned flags) {
     ENTER;
-    if (current() < 0) return leave(INVALID_CONTEXT);
-    if (!(flags & 2)) violation("an event that takes times", NULL);
+    UNSAFE("cuEventCreate");
+    IN_CONTEXT(-1);
+    if (flags & ~7u || (flags & 4 && !(flags & NO_TIMING))) return leave(INVALID_VALUE);
+    if (!(flags & NO_TIMING)) violation("an event that takes times", NULL);
     *event = calloc(1, sizeof **event);
     (*event)->device = current();
+    (*event)->flags = flags;
     return leave(0);
 }
 
 CU(cu_event_destroy)(struct CUevent_st *event) {
     ENTER;
+    UNSAFE("cuEventDestroy");
+    IN_CONTEXT(event->device);
     drop(event->last);
     free(event);
     return leave(0);
@@ -396,12 +499,14 @@ CU(cu_event_destroy)(struct CUevent_st *event) {
 
 CU(cu_event_record)(struct CUevent_st *event, struct CUstream_st *handle) {
     ENTER;
-    struct CUstream_st *stream = stream_at(handle);
-    if (!stream) return leave(INVALID_CONTEXT);
+    STREAM(handle);
     if (stream->device != event->device) return leave(INVALID_HANDLE);
+    drop(event->last);
+    event->last = NULL;
+    event->captured = stream->capturing;
+    if (stream->capturing) return leave(0); /* a node of the graph: nothing is recorded now */
     struct record *record = calloc(1, sizeof *record);
     record->refs = 2;
-    drop(event->last);
     event->last = record;
     enqueue(stream, RECORD)->record = record;
     record->clock = stream->clock;
@@ -410,7 +515,10 @@ CU(cu_event_record)(struct CUevent_st *event, struct CUstream_st *handle) {
 
 CU(cu_event_sync)(struct CUevent_st *event) {
     ENTER;
-    if (capturing && !relaxed) violation("a host wait breaks the capture of another thread", event);
+    UNSAFE("cuEventSynchronize");
+    IN_CONTEXT(event->device);
+    if (event->captured) return leave(CAPTURED_EVENT);
+    if (!(event->flags & BLOCKING_SYNC)) violation("a host wait that spins", event);
     struct record *record = event->last;
     if (record) {
         record->refs++;
@@ -427,16 +535,26 @@ static bool is_pinned(const char *to, size_t n) {
     return false;
 }
 
+/* Lock held. Does it lie in one allocation? Memory that is not from fake_alloc is an allocation of its own. */
+static bool is_one_allocation(const char *from, size_t n) {
+    struct region *region = region_of(from);
+    if (region) return from + n <= region->begin + region->n;
+    return from + n <= arena || from >= arena + ARENA;
+}
+
 static void copy(struct CUstream_st *stream, char *to, char *from, size_t n) {
+    struct region *region = region_of(from);
     struct op *op = enqueue(stream, COPY);
     op->to = to;
     op->from = from;
     op->n = n;
+    if (stream->host) { /* it runs now; only its end is late */
+        op->owned = true;
+        op->from = memcpy(malloc(n), alias_of(from), n);
+    }
     if (!is_pinned(to, n)) violation("a copy into memory that is not pinned", to);
     memset(to, 0xDB, n);
-    struct region *region = region_of(from);
     if (!region) return;
-    if (from + n > region->begin + region->n) violation("a copy reads beyond its tensor", from);
     if (!is_before(stream, region->writer, region->written))
         violation("a copy reads what a kernel may not have written yet", from);
     region->read[stream->index] = stream->clock.at[stream->index];
@@ -444,18 +562,43 @@ static void copy(struct CUstream_st *stream, char *to, char *from, size_t n) {
 
 CU(cu_copy)(void *to, CUdeviceptr from, size_t n, struct CUstream_st *handle) {
     ENTER;
-    struct CUstream_st *stream = stream_at(handle);
-    if (!stream) return leave(INVALID_CONTEXT);
+    STREAM(handle);
+    if (!n || !is_one_allocation((char *)(uintptr_t)from, n)) return leave(INVALID_VALUE);
+    if (stream->capturing) violation("a copy becomes part of a graph", to);
     copy(stream, to, (char *)(uintptr_t)from, n);
     return leave(0);
 }
 
-CU(cu_batch)(CUdeviceptr *to, CUdeviceptr *from, size_t *n, size_t count, void *attributes, size_t *starts,
-             size_t n_attributes, size_t *failed, struct CUstream_st *stream) {
+/* As CUmemcpyAttributes. */
+struct attributes {
+    int order, from_type, from_id, to_type, to_id;
+    unsigned flags;
+};
+
+CU(cu_batch)(CUdeviceptr *to, CUdeviceptr *from, size_t *n, size_t count, struct attributes *attributes, size_t *starts,
+             size_t n_attributes, size_t *failed, struct CUstream_st *handle) {
     ENTER;
-    if (!stream || !attributes || n_attributes != 1 || starts[0] || *(int *)attributes != 1)
-        return leave(INVALID_VALUE);
     *failed = SIZE_MAX;
+    if ((uintptr_t)handle <= 2) return leave(INVALID_VALUE); /* not in a default stream */
+    STREAM(handle);
+    if (!count || !attributes || n_attributes != 1 || starts[0]) return leave(INVALID_VALUE);
+    if (attributes->order < 1 || attributes->order > 3 || attributes->flags & ~1u) return leave(INVALID_VALUE);
+    if (attributes->order != 1) violation("a batch reads out of the stream's order", NULL);
+    if (attributes->from_type || attributes->from_id || attributes->to_type || attributes->to_id)
+        violation("a hint for memory that has a fixed place", NULL);
+    for (size_t i = 0; i < count; i++) {
+        if (n[i] && is_one_allocation((char *)(uintptr_t)from[i], n[i])) continue;
+        *failed = i;
+        return leave(INVALID_VALUE);
+    }
+    if (no_host_pointers[stream->device]) { /* the device finds nothing at these addresses: the context is gone */
+        violation("a batch copies to a host address that is none of the device's", (void *)(uintptr_t)to[0]);
+        fail_at = calls;
+        fail_with = ILLEGAL_ADDRESS;
+        fail_times = -1;
+        return leave(0);
+    }
+    batches++;
     for (size_t i = 0; i < count; i++)
         copy(stream, (char *)(uintptr_t)to[i], (char *)(uintptr_t)from[i], n[i]);
     return leave(0);
@@ -463,25 +606,35 @@ CU(cu_batch)(CUdeviceptr *to, CUdeviceptr *from, size_t *n, size_t count, void *
 
 CU(cu_register)(void *memory, size_t n, unsigned flags) {
     ENTER;
-    if (current() < 0) return leave(INVALID_CONTEXT);
+    UNSAFE("cuMemHostRegister");
+    IN_CONTEXT(-1);
+    if (flags & ~15u || !n || is_pinned(memory, 1)) return leave(flags & ~15u || !n ? INVALID_VALUE : 712);
     if (!(flags & 1)) violation("memory that is pinned for one context only", memory);
     if (n_pinned == sizeof pinned / sizeof *pinned) abort();
     pinned[n_pinned].begin = memory;
+    pinned[n_pinned].device = current();
     pinned[n_pinned++].n = n;
     return leave(0);
 }
 
 CU(cu_unregister)(void *memory) {
     ENTER;
-    for (int s = 0; s < n_streams; s++)
-        for (struct op *op = streams[s].head; op; op = op->next)
-            if (op->kind == COPY) violation("memory was unpinned under a copy", op->to);
-    for (int i = 0; i < n_pinned; i++)
-        if (pinned[i].begin == memory) pinned[i] = pinned[--n_pinned];
-    return leave(0);
+    UNSAFE("cuMemHostUnregister");
+    for (int i = 0; i < n_pinned; i++) {
+        if (pinned[i].begin != memory) continue;
+        IN_CONTEXT(pinned[i].device);
+        for (int s = 0; s < n_streams; s++)
+            for (struct op *op = streams[s].head; op; op = op->next)
+                if (op->kind == COPY && op->to >= pinned[i].begin && op->to < pinned[i].begin + pinned[i].n)
+                    violation("memory was unpinned under a copy", op->to);
+        pinned[i] = pinned[--n_pinned];
+        return leave(0);
+    }
+    return leave(713);
 }
 
 CU(cu_capture_mode)(int *mode) {
+    if (*mode < 0 || *mode > 2) return INVALID_VALUE;
     int before = relaxed ? 2 : 0;
     relaxed = *mode == 2;
     *mode = before;
@@ -505,6 +658,7 @@ static CUresult lookup(const char *name, void **function, int version) {
         AT("cuGetErrorString", 6000, cu_error_text),
         AT("cuDeviceGetCount", 2000, cu_count),
         AT("cuDeviceGet", 2000, cu_device),
+        AT("cuDeviceGetAttribute", 2000, cu_attribute),
         AT("cuDeviceGetPCIBusId", 4010, cu_pci),
         AT("cuDevicePrimaryCtxRetain", 7000, cu_retain),
         AT("cuDevicePrimaryCtxRelease", 11000, cu_release),
@@ -514,6 +668,7 @@ static CUresult lookup(const char *name, void **function, int version) {
         AT("cuStreamDestroy", 4000, cu_stream_destroy),
         AT("cuStreamSynchronize", 2000, cu_stream_sync),
         AT("cuStreamWaitEvent", 3020, cu_stream_wait),
+        AT("cuStreamIsCapturing", 10000, cu_is_capturing),
         AT("cuEventCreate", 2000, cu_event_create),
         AT("cuEventDestroy", 4000, cu_event_destroy),
         AT("cuEventRecord", 2000, cu_event_record),
@@ -525,6 +680,9 @@ static CUresult lookup(const char *name, void **function, int version) {
         AT("cuMemcpyBatchAsync", 12080, cu_batch),
 #undef AT
     };
+    const char *null = getenv("FAKE_CUDA_NULL");
+    *function = NULL;
+    if (null && !strcmp(name, null)) return 0;
     if (getenv("FAKE_CUDA_OLD") && !strcmp(name, "cuMemcpyBatchAsync")) return NOT_FOUND;
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (!strcmp(name, known[i].name) && version == known[i].since) {
@@ -550,12 +708,12 @@ EXPORT void fake_configure(uint64_t new_seed, unsigned max_delay_us) {
     pthread_mutex_unlock(&lock);
 }
 
-/* The nth call from now (1: the next) fails, and with `for_good` all after it. nth 0: no more. */
-EXPORT void fake_fail(uint64_t nth, int error, int for_good) {
+/* The nth call from now (1: the next) fails, and so many in all; times < 0: all after it. nth 0: no more. */
+EXPORT void fake_fail(uint64_t nth, int error, int times) {
     pthread_mutex_lock(&lock);
     fail_at = nth ? calls + nth : 0;
     fail_with = error;
-    fail_for_good = for_good;
+    fail_times = times;
     pthread_mutex_unlock(&lock);
 }
 
@@ -563,6 +721,30 @@ EXPORT void fake_fail(uint64_t nth, int error, int for_good) {
 EXPORT void fake_capture(int on) {
     pthread_mutex_lock(&lock);
     capturing = on;
+    pthread_mutex_unlock(&lock);
+}
+
+/* The work of this stream is captured as a graph, from now until it is not. */
+EXPORT void fake_capture_stream(struct CUstream_st *stream, int on) {
+    pthread_mutex_lock(&lock);
+    stream->capturing = on;
+    pthread_mutex_unlock(&lock);
+}
+
+/* Has registered memory the same address on the device? */
+EXPORT void fake_host_pointers(int device, int same) {
+    pthread_once(&once, begin);
+    pthread_mutex_lock(&lock);
+    no_host_pointers[device] = !same;
+    pthread_mutex_unlock(&lock);
+}
+
+/* A call of torch's runtime that waits, in this thread. Without a context it makes one, on device 0, whatever the process
+ * uses; it waits for a capture's end as badly as the driver's own does; and it spins. */
+EXPORT void fake_runtime_wait(void) {
+    pthread_mutex_lock(&lock);
+    is_forbidden("a runtime's wait breaks a capture");
+    if (current() < 0) violation("a runtime's call makes a context on device 0", NULL);
     pthread_mutex_unlock(&lock);
 }
 
@@ -577,6 +759,15 @@ EXPORT void fake_hold(int hold) {
 EXPORT uint64_t fake_calls(void) {
     pthread_mutex_lock(&lock);
     uint64_t n = calls;
+    pthread_mutex_unlock(&lock);
+    return n;
+}
+
+/* Batches of copies since the last question. */
+EXPORT int fake_batches(void) {
+    pthread_mutex_lock(&lock);
+    int n = (int)batches;
+    batches = 0;
     pthread_mutex_unlock(&lock);
     return n;
 }
@@ -606,19 +797,26 @@ EXPORT int fake_retained(int device) {
     return n;
 }
 
+/* Of this thread: how many contexts are on its stack; whether captures elsewhere leave it alone. */
 EXPORT int fake_depth(void) { return depth; }
+EXPORT int fake_relaxed(void) { return relaxed; }
 
-/* Device memory: the host faults on it, kernels get its alias. */
+/* Device memory: the host faults on it, kernels get its alias. It begins where the allocation before it ends: two tensors'
+ * memory may touch on a device, too. */
 EXPORT char *fake_alloc(size_t n, char **alias) {
-    size_t size = (n + 4096) / 4096 * 4096;
-    int fd = memfd_create("fake-device", 0);
-    if (fd < 0 || ftruncate(fd, (off_t)size)) abort();
-    char *begin_ = mmap(NULL, size, PROT_NONE, MAP_SHARED, fd, 0);
-    *alias = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    close(fd);
     pthread_mutex_lock(&lock);
-    if (n_regions == REGIONS || begin_ == MAP_FAILED) abort();
-    regions[n_regions++] = (struct region){.begin = begin_, .alias = *alias, .n = size};
+    if (!arena) {
+        int fd = memfd_create("fake-device", 0);
+        if (fd < 0 || ftruncate(fd, ARENA)) abort();
+        arena = mmap(NULL, ARENA, PROT_NONE, MAP_SHARED, fd, 0);
+        arena_alias = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        close(fd);
+    }
+    if (n_regions == REGIONS || arena_used + n > ARENA || arena == MAP_FAILED || arena_alias == MAP_FAILED) abort();
+    char *begin_ = arena + arena_used;
+    *alias = arena_alias + arena_used;
+    arena_used += n;
+    regions[n_regions++] = (struct region){.begin = begin_, .alias = *alias, .n = n};
     pthread_mutex_unlock(&lock);
     return begin_;
 }
@@ -626,11 +824,8 @@ EXPORT char *fake_alloc(size_t n, char **alias) {
 EXPORT void fake_free_all(void) {
     pthread_mutex_lock(&lock);
     while (pending_ops) pthread_cond_wait(&changed, &lock);
-    for (int i = 0; i < n_regions; i++) {
-        munmap(regions[i].begin, regions[i].n);
-        munmap(regions[i].alias, regions[i].n);
-    }
     n_regions = 0;
+    arena_used = 0;
     pthread_mutex_unlock(&lock);
 }
 
