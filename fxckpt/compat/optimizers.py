@@ -129,7 +129,7 @@ def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Cal
     optimizer's is; pickles and copies of it are of the plain class."""
     base: Any = type(scaler)
     scaler.__class__ = _watched_class(base)
-    scaler.__dict__.setdefault("_fxckpt_watchers", []).append((opt, skipped))
+    scaler.__dict__.setdefault("_fxckpt_watchers", []).append((weakref.ref(opt), skipped))
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def _watched_class(base: Any) -> type:
     """A scaler's class that tells its watchers."""
 
     def maybe(self: Any, optimizer: torch.optim.Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        told = [skipped for watched, skipped in self._fxckpt_watchers if watched is optimizer]
+        told = [skipped for watched, skipped in self._fxckpt_watchers if watched() is optimizer]
         found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
         out = base._maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs)
         for skipped in told if found else ():

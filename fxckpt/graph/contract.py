@@ -59,14 +59,21 @@ def run_passes(
 ) -> fx.GraphModule:
     """``gm`` after these passes, less those that are switched off. ``given``: what is true of it already; ``wanted``: what its
     user requires. Raises ContractError before any pass runs."""
+    chosen, given_gm = checked(passes, given, wanted), gm
     told = log.isEnabledFor(logging.DEBUG)
     code = gm.code.strip() if told else ""
-    for each in checked(passes, given, wanted):
-        gm = each.function(gm, **each.arguments)
-        if told:
-            before, code = code, gm.code.strip()
-            changed = "no change" if before == code else f"the graph before\n{before}\nand after\n{code}"
-            log.debug("pass %s: %s", each.name, changed)
+    if not told:  # a graph's code takes longer to write than a pass: write it once, after the last of them
+        vars(given_gm)["recompile"] = lambda: None
+    try:
+        for each in chosen:
+            gm = each.function(gm, **each.arguments)
+            if told:
+                before, code = code, gm.code.strip()
+                changed = "no change" if before == code else f"the graph before\n{before}\nand after\n{code}"
+                log.debug("pass %s: %s", each.name, changed)
+    finally:
+        vars(given_gm).pop("recompile", None)
+    gm.recompile()
     return gm
 
 

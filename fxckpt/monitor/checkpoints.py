@@ -142,9 +142,11 @@ class Checkpoints:
             left = [flight for flight in self._flights.values() if flight.record is None]
         for flight in left:
             self.end(flight, Cancelled("the trainer ended before it handed this checkpoint over"))
-        used = {flight.key for flight in list(self._flights.values())}
-        for key in [key for key in list(self._slots) if key not in used]:
-            self.store.abandon(self._slots.pop(key), bad=False)
+        with self._lock:
+            used = {flight.key for flight in self._flights.values()}
+            unused = [self._slots.pop(key) for key in list(self._slots) if key not in used]
+        for slot in unused:
+            self.store.abandon(slot, bad=False)
         self._loop.end()
         self._engine.close(SETTLE)
         self.store.close()

@@ -56,6 +56,7 @@ class MonitorStore:
 
     def open(self) -> None:
         """Start the monitor if it does not run, and have it open the store. Raises what ``Store.open`` raises."""
+        again = self._ring is not None
         link = self._link or self._start()
         how = {"options": self._options, "threads": self._threads, "chunk_bytes": self._engine.chunk_bytes}
         try:
@@ -64,9 +65,10 @@ class MonitorStore:
             if link.lost is None:
                 raise
             raise SetupError(f'writer="monitor" could not start: {error}. Its own message is on stderr') from error
-        log.info(
+        log.log(
+            logging.DEBUG if again else logging.INFO,
             f"fxckpt: the monitor is process {self.pid}; it takes about 40 MiB more, has the staging in common with this one, "
-            "and cannot survive the end of its container or a kill of its whole cgroup"
+            "and cannot survive the end of its container or a kill of its whole cgroup",
         )
 
     def _start(self) -> Link:

@@ -98,6 +98,8 @@ class Clerk:
 
     def _do_call(self, message: wire.Message, _: memoryview) -> None:
         """A method of the store that changes what it knows: ``require_loaded``, ``mark_loaded`` or ``reserve``."""
+        if message["method"] not in ("require_loaded", "mark_loaded", "reserve"):
+            raise FxckptError(f"the monitor's store has no {message['method']!r} for the trainer")
         getattr(self._opened().store, message["method"])(*message["arguments"])
 
     def _do_acquire(self, message: wire.Message, _: memoryview) -> wire.Message:

@@ -55,6 +55,9 @@ class Strategy(Protocol):
         """The graph part, with the ops of run ``number``; or, when it is None, in as few calls as update all layers at once.
         Returns whether there was one: else nothing was emitted."""
 
+    def abandon(self) -> None:
+        """The step was left by an exception: keep nothing of it."""
+
     def describe(self) -> str:
         """What runs a step, in a few words; empty while no state exists yet to tell."""
 
@@ -77,6 +80,9 @@ class WholeStep:
     def run(self, number: int | None) -> bool:
         """Nothing is left to update."""
         return False
+
+    def abandon(self) -> None:
+        """Nothing was kept."""
 
     def describe(self) -> str:
         """That it is whole, and why."""
@@ -162,6 +168,10 @@ class SplitStep:
                 groups[key] = ScalarGroup(len(groups), member, program)
             group_of[member.index] = groups[key]
         self.executor.prepare(mask, group_of)
+
+    def abandon(self) -> None:
+        """Whoever drops the gradients has their memory back."""
+        self._gradients, self._complete = [], False
 
     def describe(self) -> str:
         """Which kernels update the layers."""

@@ -90,8 +90,8 @@ class Closing:
                 raise
             pending.close(record, tensors)
             self._capturable = True
-        if self._status.ending is not None:
-            self._status.ending()
+        if (ending := self._status.ending) is not None:
+            ending()
 
     def end_step(self, timeout: float | None = None) -> None:
         """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds

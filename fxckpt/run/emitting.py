@@ -132,6 +132,7 @@ class Emitter:
     def later(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         """The value that a tensor on a device has after what was put into its stream so far. The result waits for it, in any
         thread, and gives a tensor in host memory."""
+        self.open_devices([tensor])  # it may have come to its device after the last plan, or lie where no layer does
         source = tensor.detach().resolve_conj().resolve_neg().contiguous()
         shape, dtype = source.shape, source.dtype
         [(ordinal, stream)] = self.devices.streams(self.devices.all_of([tensor])).items()

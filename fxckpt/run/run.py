@@ -46,7 +46,7 @@ class Run:
         store: CheckpointStore,
         devices: cuda.Devices,
     ):
-        extras = extra_state.extras(extra)  # raises for what has no state, before anything is taken
+        extras = extra_state.extras(extra)  # raises for what has no state, before the run holds anything
         self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
         self.directory: str = directory
         self.config: Config = config
@@ -98,9 +98,11 @@ class Run:
                 if self.tracing is not None:
                     self.saver.flush(timeout, unclosed)
             finally:
-                if self.tracing is not None:
-                    self.tracing.__exit__()
-                self.saver.stop(timeout, unclosed)
+                try:
+                    if self.tracing is not None:
+                        self.tracing.__exit__()
+                finally:
+                    self.saver.stop(timeout, unclosed)
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""

@@ -84,6 +84,7 @@ class Stepping:
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
             for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
                 pending.guard.watch_again()
+            stepper.strategy.abandon()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)

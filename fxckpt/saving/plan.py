@@ -1,6 +1,6 @@
 """Lay a run's tensors out in files: which tensor lies where, and which engine layer it belongs to.
 
-Engine layers, in this order: the counts (if any), the updated layers of every optimizer, frozen parameters, and a snapshot of
+Engine layers, in this order: of every optimizer its counts (if any) and its updated layers; frozen parameters; a snapshot of
 the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; the extra state's file is written at the commit.
 """
 

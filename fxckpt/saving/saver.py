@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 
 from fxckpt.engine import Engine
 from fxckpt.errors import FxckptError
@@ -98,6 +99,12 @@ class Saver:
         for pending in self.flights.under_way():
             if not pending.closed.is_set():
                 pending.give_up("its run is gone")
+        if self.loop.is_current():  # the garbage collector ran here: this thread cannot wait for its own work
+            threading.Thread(target=self._stop_abandoned, name="fxckpt-abandon").start()
+        else:
+            self._stop_abandoned()
+
+    def _stop_abandoned(self) -> None:
         try:
             self.stop(self.loop.stuck_after)
         except (FxckptError, TimeoutError) as error:

@@ -102,6 +102,10 @@ class CommitLoop(Generic[F]):
             self._thread.join(timeout)
         return not self.alive()
 
+    def is_current(self) -> bool:
+        """Is this the loop's own thread, which cannot wait for itself?"""
+        return threading.current_thread() is self._thread
+
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 

@@ -320,3 +320,41 @@ def test_the_generators_of_devices_are_kept(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda saved, device: put.append((saved.tolist(), device)))
     extra_state.set_random_state(extra_state.random_state())
     assert put == [([1], 0)]  # of two devices one is left
+
+
+class WithTransient(nn.Module):
+    """A layer, and a buffer of three elements that is in no state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.register_buffer("seen", torch.zeros(3), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("parameters_on", [0, None], ids=["another-device", "the-host"])
+def test_a_transient_buffer_on_a_device_of_its_own_is_stored(parameters_on, device, tmp_path):
+    device.place = lambda t: 1 if t.shape == (3,) else None if t.dim() == 0 else parameters_on
+    model = WithTransient()
+    opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters(), foreach=False), tmp_path / "d", model=model, every=1)
+    model(torch.ones(2, 4)).sum().backward()
+    opt.step()
+    opt.ckpt.flush()
+    assert opt.ckpt.statistics()["checkpoints_committed"] == 1
+
+
+def test_a_model_that_moves_to_a_device_after_compile_step_may_skip_steps_there(device, tmp_path):
+    """Flags that a scaler leaves on the device are read 64 steps later, checkpoint or not."""
+    found, moved = torch.zeros(()), []
+    device.place = lambda t: 0 if moved and (t is found or t.dim()) else None
+    model = nn.Linear(4, 5)
+    opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters(), fused=True), tmp_path / "d", model=model)
+    moved.append(True)
+    for _ in range(70):
+        model(torch.ones(2, 4)).sum().backward()
+        opt.grad_scale, opt.found_inf = torch.ones(()), found
+        opt.step()
+        opt.zero_grad()
+    assert opt.ckpt.statistics()["steps"] == 70

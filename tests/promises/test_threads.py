@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
+import weakref
 
 import instruments
 import pytest
@@ -15,6 +17,7 @@ from waiting import until
 
 import fxckpt
 from fxckpt.saving import flights, saver
+from fxckpt.store import slots
 from fxckpt.store.reader import Reader
 from fxckpt.store.typed_json import decode_state
 
@@ -264,3 +267,63 @@ def test_the_first_step_may_be_in_inference_mode(tmp_path):
         training.opt.step()
     training.opt.ckpt.shutdown()
     assert set(training.stored()) == {1}
+
+
+def trained(directory, **options):
+    """A model, its optimizer with two steps behind it, and the gradients of a third."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    opt = fxckpt.compile_step(optimizer, directory, model=model, every=1, **options)
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    opt.ckpt.flush()
+    model(torch.ones(2, 4)).sum().backward()
+    return model, opt
+
+
+def test_a_step_that_is_left_by_an_exception_keeps_no_gradient(tmp_path, monkeypatch):
+    model, opt = trained(tmp_path / "d")
+    gradient = weakref.ref(model.weight.grad)
+    monkeypatch.setattr(saver.Saver, "begin", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        opt.step()
+    opt.zero_grad()
+    assert gradient() is None
+
+
+def test_a_run_that_is_collected_in_its_own_committing_thread_ends_and_frees_its_store(tmp_path, monkeypatch):
+    model, opt = trained(tmp_path / "d")
+    opt.ckpt._run.saver.loop.stuck_after = 3
+    collected, commit = threading.Event(), slots.Store.commit
+
+    def collect_and_commit(store, *args):
+        dropped.wait()
+        gc.collect()
+        collected.set()
+        return commit(store, *args)
+
+    dropped = threading.Event()
+    monkeypatch.setattr(slots.Store, "commit", collect_and_commit)
+    gc.disable()
+    try:
+        opt.step()
+        opt.ckpt.end_step()
+        del opt
+        dropped.set()
+        assert collected.wait(30)
+    finally:
+        gc.enable()
+    until(lambda: not any(thread.name == "fxckpt-abandon" for thread in threading.enumerate()))
+    again = fxckpt.compile_step(torch.optim.SGD(model.parameters(), 0.1, momentum=0.9), tmp_path / "d", model=model)
+    assert fxckpt.load(optimizer=again).step == 3
+
+
+def test_a_scaler_that_is_kept_does_not_keep_the_run(tmp_path):
+    scaler = torch.amp.GradScaler("cpu")
+    _, opt = trained(tmp_path / "d", extra={"scaler": scaler})
+    run = weakref.ref(opt.ckpt._run)
+    del opt
+    gc.collect()
+    assert run() is None

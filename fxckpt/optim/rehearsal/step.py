@@ -146,6 +146,10 @@ class RehearsedStep:
             self.executor.run(number, [p.grad for p in self.executor.arranged.params])
         return self._splits
 
+    def abandon(self) -> None:
+        """Forget what was to be compared."""
+        self._pending = None
+
     def describe(self) -> str:
         """Which of the two it is, once it is known."""
         if self.whole is not None:
