@@ -36,7 +36,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 #define DEVICES 4
-#define STREAMS 64
+#define STREAMS 256
 #define REGIONS 4096
 #define ARENA (256u << 20)
 #define STACK 8
