@@ -142,6 +142,17 @@ class Handle:
             return [stepper.executor.arranged.graph for stepper in run.steppers]
 
     @property
+    def epoch(self) -> int:
+        """Epochs of ``fxckpt.epochs`` that are complete: the number of the one under way. After ``load`` that of the checkpoint."""
+        return self._run.clock.epoch
+
+    @property
+    def batch(self) -> int:
+        """Batches of the pass over ``fxckpt.batches`` that are behind. After ``load`` those of the checkpoint's pass, so that
+        ``enumerate(fxckpt.batches(loader), opt.ckpt.batch)`` counts on."""
+        return self._run.loops.batch
+
+    @property
     def directory(self) -> str:
         """The absolute path of the store."""
         return self._run.directory

@@ -123,8 +123,8 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
     return True
 
 
-def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
-    """Call ``skipped()`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
+def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Call ``skipped(opt)`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
     ``GradScaler._maybe_opt_step`` is where that is decided. The class of this one instance is swapped for a subclass, as the
     optimizer's is; pickles and copies of it are of the plain class."""
     base: Any = type(scaler)
@@ -141,10 +141,15 @@ def _watched_class(base: Any) -> type:
         found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
         out = base._maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs)
         for skipped in told if found else ():
-            skipped()
+            skipped(optimizer)
         return out
 
     return instance_subclass(base, {"_maybe_opt_step": maybe})
+
+
+def mark_stepped(opt: torch.optim.Optimizer) -> None:
+    """Steps were made in an earlier process: a scheduler that finds no ``_opt_called`` at its first step warns of a wrong order."""
+    opt._opt_called = True  # type: ignore[attr-defined]
 
 
 def default_implementation(param: torch.Tensor) -> str:

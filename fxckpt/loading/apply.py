@@ -16,6 +16,7 @@ from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
 from fxckpt.run import extra_state
+from fxckpt.run.run import Run
 from fxckpt.saving.inventory import TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -23,6 +24,9 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord
 
 log: logging.Logger = logging.getLogger("fxckpt")
+
+NO_LOOPS: Mapping[str, Any] = {"epoch": 0, "batch": 0, "inside": None, "sources": {}}
+"""What a record of an earlier version says of loops."""
 
 State = dict[str, Any]
 """What an optimizer keeps for one parameter, or a record says of it, or a parameter group holds."""
@@ -143,6 +147,19 @@ def apply_extras(saved: Saved, target: Target) -> None:
         _apply_transient({**early["buffers"], **early.get("remote", {})}, target, dict(every_module(target.model)))
     if target.optimizers:
         extra_state.set_random_state(early["random"])
+
+
+def apply_loops(saved: Saved, target: Target, run: Run) -> None:
+    """Tell a run's loops where they stand. What the script draws before the first of them begins is taken back there."""
+    random, extras = saved.early["random"], saved.early["extra"]
+    generators = [each for each in target.extras if each.generator and each.name in extras]
+
+    def settle() -> None:
+        for each in generators:
+            each.set(extras[each.name])
+        extra_state.set_random_state(random)
+
+    run.loops.load_state_dict(saved.early.get("loops", NO_LOOPS), settle)
 
 
 def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules: Mapping[str, torch.nn.Module]) -> None:

@@ -39,6 +39,8 @@ class Restored:
     Attributes:
         step: ``opt.step()`` attempts so far; 0 if there was no checkpoint.
         iteration: turns of ``fxckpt.steps`` so far, else ``step``.
+        epoch: epochs of ``fxckpt.epochs`` that were complete.
+        batch: batches of the pass over ``fxckpt.batches`` that were behind.
         updates: steps that were applied: ``step`` less those that a GradScaler skipped.
         path: the checkpoint; None if there was none.
         layers: names of the layers restored.
@@ -55,6 +57,8 @@ class Restored:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    epoch: int = 0
+    batch: int = 0
 
 
 @torch.inference_mode(False)  # what is made here is trained, wherever it was called
@@ -193,6 +197,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
         run.continue_from(record.step, record.updates, record.iteration)
+        apply.apply_loops(saved, target, run)
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)
         held = apply.read_later(reader, match.later)
@@ -201,5 +206,6 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
     log.info("fxckpt: restored step %d from %s", record.step, found.path)
     layers = tuple(layer.name for layer in record.layers)
+    loops = saved.early.get("loops", apply.NO_LOOPS)
     return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(match.missing),
-                    tuple(match.unexpected), tuple(skipped))  # fmt: skip
+                    tuple(match.unexpected), tuple(skipped), loops["epoch"], loops["batch"])  # fmt: skip

@@ -96,6 +96,18 @@ def _is_random(value: Any) -> bool:
     return _random(value) and extra_state.is_random_state(value)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_loops = has({"epoch": _is_count, "batch": _is_count, "inside": is_anything, "sources": is_anything})
+
+
+def _is_loops(value: Any) -> bool:
+    """Where a script's loops stood; what a loader's state holds, that loader looks at."""
+    return _loops(value) and type(value["sources"]) is dict and all(map(_is_count, value["sources"]))
+
+
 _names = list_of(is_str)
 _tensors = map_of(_is_tensor)
 _values = map_of(is_anything)
@@ -112,4 +124,4 @@ _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names,
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
 _DECODED = list_of(has(_optimizer, {"accumulated": _tensors}))
 _early = {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values}
-_EARLY = has(_early, {"remote": _tensors, "frozen": _names})
+_EARLY = has(_early, {"remote": _tensors, "frozen": _names, "loops": _is_loops})

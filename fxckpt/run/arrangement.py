@@ -72,6 +72,10 @@ class Arrangement:
             for stepper in self.steppers:
                 stepper.bindings.invalidate()
 
+    def halfway(self) -> bool:
+        """Was a step left by an exception in its middle, with some layers updated and some not?"""
+        return any(stepper.halfway for stepper in self.steppers)
+
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
         return (self.emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version

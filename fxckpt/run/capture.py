@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ class Capture:
     def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, clock: StepClock):
         self.extras = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
+        self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
@@ -90,6 +91,7 @@ class Capture:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
         early, tensors = self._early
         inventory = self._arrangement.inventory
+        early["loops"] = encode_state(self.loops(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
         late = {e.name: e.get() for e in self.extras if not e.early}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]

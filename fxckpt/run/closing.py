@@ -60,8 +60,9 @@ class Closing:
                     self._not_captured(pending, error)
             self._emitter.current, self.open = None, pending
 
-    def close_step(self, in_backward: bool = False) -> None:
-        """The state after the last optimizer step is complete: capture what changes after it, and hand it over.
+    def close_step(self, in_backward: bool = False) -> bool:
+        """The state after the last optimizer step is complete: capture what changes after it, and hand it over. False if its
+        checkpoint had to be dropped, because something that was copied already has changed since.
 
         Whether a gradient exists is asked in the thread that trains, or by autograd itself (``in_backward``), for elsewhere a
         backward may be setting it at this moment. Another thread takes what was found there last.
@@ -69,7 +70,7 @@ class Closing:
         with self._lock:
             pending, self.open = self.open, None
             if pending is None or pending.given_up is not None or not self._status.active:
-                return
+                return True
             try:
                 if not pending.captured:
                     self._capture.early(pending)
@@ -80,11 +81,11 @@ class Closing:
                 record, tensors = self._capture.late(pending)
             except Changed as error:
                 self._emitter.discard(pending, error)
-                return
+                return False
             except Exception as error:
                 if pending.given_up is None:  # else it ended meanwhile, for a reason of its own
                     self._not_captured(pending, error)
-                return
+                return True
             except BaseException:
                 pending.give_up("its state could not be captured")
                 raise
@@ -92,6 +93,7 @@ class Closing:
             self._capturable = True
         if (ending := self._status.ending) is not None:
             ending()
+        return True
 
     def end_step(self, timeout: float | None = None) -> None:
         """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds

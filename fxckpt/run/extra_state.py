@@ -24,6 +24,7 @@ class Extra:
     get: Callable[[], Any]
     set: Callable[[Any], Any]
     early: bool
+    generator: bool = False
 
 
 def extras(given: Mapping[str, Any] | None) -> tuple[Extra, ...]:
@@ -33,14 +34,14 @@ def extras(given: Mapping[str, Any] | None) -> tuple[Extra, ...]:
 
 def _extra(name: str, value: Any) -> Extra:
     if isinstance(value, torch.Generator):
-        return Extra(name, value.get_state, value.set_state, True)
+        return Extra(name, value.get_state, value.set_state, True, True)
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        return Extra(name, lambda: bits.state, lambda state: setattr(bits, "state", state), True)
+        return Extra(name, lambda: bits.state, lambda state: setattr(bits, "state", state), True, True)
     if isinstance(value, np.random.RandomState):
-        return Extra(name, value.get_state, value.set_state, True)
+        return Extra(name, value.get_state, value.set_state, True, True)
     if isinstance(value, random.Random):
-        return Extra(name, lambda: _packed(value.getstate()), lambda state: value.setstate(_unpacked(state)), True)
+        return Extra(name, lambda: _packed(value.getstate()), lambda state: value.setstate(_unpacked(state)), True, True)
     if not (callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))):
         needs = "it needs state_dict() and load_state_dict(), or to be a torch, numpy or Python random generator"
         raise SetupError(f"extra[{name!r}] is a {type(value).__name__}: {needs}")

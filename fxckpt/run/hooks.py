@@ -58,14 +58,17 @@ class GradientHooks:
         return arrived
 
 
-def watch_scalers(extra: Mapping[str, Any] | None, leader: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
-    """Call the method ``skipped`` where a GradScaler finds an inf and therefore does not call ``leader.step()``."""
+def watch_scalers(
+    extra: Mapping[str, Any] | None, optimizers: Iterable[torch.optim.Optimizer], skipped: Callable[[torch.optim.Optimizer], None]
+) -> None:
+    """Call the method ``skipped`` with the optimizer whose step a GradScaler does not call, because it found an inf."""
     weak = weakref.WeakMethod(skipped)
 
-    def tell() -> None:
+    def tell(opt: torch.optim.Optimizer) -> None:
         if (method := weak()) is not None:
-            method()
+            method(opt)
 
     for value in (extra or {}).values():
         if isinstance(value, torch.amp.GradScaler):
-            count_skipped_attempts(value, leader, tell)
+            for opt in optimizers:
+                count_skipped_attempts(value, opt, tell)

@@ -11,6 +11,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import unwrap_model
+from fxckpt.compat.optimizers import mark_stepped
 from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
@@ -22,6 +23,7 @@ from fxckpt.run.clock import RunStatus, StepClock
 from fxckpt.run.closing import Closing
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
+from fxckpt.run.loops import Loops
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
 from fxckpt.saving.inventory import trained_by
@@ -62,9 +64,11 @@ class Run:
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
+        self.loops: Loops = Loops(self.clock, self.stepping.boundary)
+        self.capture.loops = self.loops.state_dict
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
-        watch_scalers(extra, self.optimizers[-1], self.stepping.attempt_skipped)
+        watch_scalers(extra, self.optimizers, self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         live_runs.add(self)
@@ -117,6 +121,8 @@ class Run:
         for stepper in self.steppers:
             stepper.halfway, stepper.accumulated = False, True  # its gradients may wait for a step
             stepper.bindings.invalidate()
+            if step:
+                mark_stepped(stepper.opt)
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:

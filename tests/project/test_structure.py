@@ -15,7 +15,7 @@ ROOMS = (
     {"errors", "_registry"},
     {"compat", "engine"},
     {"store"},
-    {"config", "graph", "monitor", "cli"},
+    {"config", "data", "graph", "monitor", "cli"},
     {"optim"},
     {"saving"},
     {"run"},

@@ -1,0 +1,1 @@
+"""How what feeds training is resumed in the middle of a pass, with the bits of the uninterrupted run."""
