@@ -94,7 +94,7 @@ class Handle:
 
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
-        self._run.closing.end_step()
+        self._run.stepping.rest()
 
     def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
         """Have a signal end the run with a last checkpoint.

@@ -109,10 +109,10 @@ def compile_step(
 
 def _shutdown_all() -> None:
     """At exit: finish what was started. ``sys.last_value`` is set when an exception ended the script."""
-    unfinished = getattr(sys, "last_value", None) is not None
+    failed = getattr(sys, "last_value", None) is not None
     for run in list(live_runs):
         try:
-            run.shutdown(unfinished=unfinished)
+            run.end(failed)
         except Exception as error:
             log.error("fxckpt: at exit: %s", error)
 

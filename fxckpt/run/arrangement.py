@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.dynamo import untraced
 from fxckpt.config import Config
 from fxckpt.graph.model.arrivals import FirstBackward
 from fxckpt.graph.model.book import traces
@@ -40,7 +41,9 @@ class Arrangement:
         self._config = config
         self._layout_key: Any = None
         self._arranged: Any = None
-        self._first_backward: FirstBackward | None = None if emitter.engine is None else FirstBackward(optimizers)
+        self._first_backward: FirstBackward | None = None
+        if emitter.engine is not None:
+            self._first_backward = FirstBackward(optimizers, untraced(self.hooks.first_backward))
 
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed. ``copies``:

@@ -1,7 +1,9 @@
 """What goes into a checkpoint beside the layers of a step, and when it is taken.
 
-at the end of opt.step()   buffers, random generators, data loaders: the next batch may be drawn before the next forward
-when the step closes       schedulers, scalers and all other extras, param_groups, which gradients exist
+at a boundary                   everything
+in a loop without boundaries
+    at the end of opt.step()    buffers, random generators, data loaders and other extras that change before a backward
+    when the step closes        schedulers, scalers and all other extras, param_groups, which gradients exist
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from fxckpt.errors import SetupError
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
+from fxckpt.run.plain_loop import Marks, PlainLoop, mark
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
 
@@ -31,12 +34,30 @@ class Capture:
         self.extras = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
+        self.plain: PlainLoop = PlainLoop(self._look)
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         self._notes: dict[str, float] = {}  # metrics for the next record
         self._noting = threading.RLock()
+
+    def start(self) -> None:
+        """The process is where a resumed one begins to train."""
+        self._arrangement.look_for_names()
+        self.plain.start()
+
+    def _look(self, parameters: bool) -> Marks:
+        """Marks of all that may change outside ``opt.step()`` and can be seen to."""
+        inventory = self._arrangement.inventory
+        found: Marks = {("buffer", n): mark(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
+        if parameters:
+            found |= {("parameter", n): mark(t) for n, t in [*inventory.trained.items(), *inventory.frozen.items()]}
+        return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
+
+    def _is_early(self, extra: extra_state.Extra) -> bool:
+        """Is it taken at the end of a step, where that is no boundary?"""
+        return extra.early or ("extra", extra.name) in (self.plain.changed or ())
 
     # -- at the end of a step ----------------------------------------------------------------------------------------
 
@@ -55,7 +76,7 @@ class Capture:
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
-            "extra": {e.name: e.get() for e in self.extras if e.early},
+            "extra": {e.name: e.get() for e in self.extras if self._is_early(e)},
             "buffers": {n: t for n, t in inventory.transient.items() if not self._emitter.is_remote(t)},
             "modules": {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)},
         }
@@ -93,7 +114,7 @@ class Capture:
         inventory = self._arrangement.inventory
         early["loops"] = encode_state(self.loops(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
-        late = {e.name: e.get() for e in self.extras if not e.early}
+        late = {e.name: e.get() for e in self.extras if not self._is_early(e)}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
         fields = {
             "step": pending.step,

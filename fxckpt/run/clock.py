@@ -50,7 +50,8 @@ class Applied:
 class StepClock:
     """Where training stands. ``attempts``: calls of the leading ``opt.step()``; ``applied``: those that changed parameters;
     ``iteration``, ``epoch``: those of ``fxckpt.steps``, ``batches`` and ``epochs`` that are complete; ``counts_iterations``: the
-    script asked for iterations by ``fxckpt.steps``; ``in_iteration``: one is under way, and only its end closes a step."""
+    script asked for iterations by ``fxckpt.steps``; ``in_iteration``: one is under way, and only its end closes a step;
+    ``interrupted``: the last one was left by a ``break`` or an exception, so what its step began has no boundary yet."""
 
     attempts: int = 0
     applied: Applied = field(default_factory=Applied)
@@ -58,6 +59,7 @@ class StepClock:
     epoch: int = 0
     counts_iterations: bool = False
     in_iteration: bool = False
+    interrupted: bool = False
 
     def iteration_of(self, step: int) -> int:
         """The number of iterations that are complete when the step under way closes."""

@@ -85,14 +85,16 @@ class Emitter:
     def hand_over(self, pending: InFlight, layer: int, tensors: Sequence[torch.Tensor], copied: bool = False) -> None:
         """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``. ``copied``: a copy to the engine, too.
 
-        What was seen to change outside ``opt.step()`` is handed over at the end of the iteration, ``copied``, since nothing
-        fences such changes. Without ``fxckpt.steps`` there is no instant at which the change is known to have been made.
+        What was seen to change outside ``opt.step()`` is handed over ``copied``, since nothing fences such changes: at the boundary
+        or, in a loop without one, at once, for there only a forward may change it.
         """
         found = pending.layout.layers[layer]
         guard = pending.guard
-        if guard.turn and found.kind == "update" and not copied and any(e.key in self.changed_outside for e in found.entries):
-            guard.deferred.append((layer, tensors))
-            return
+        if found.kind == "update" and not copied and any(e.key in self.changed_outside for e in found.entries):
+            if guard.turn:
+                guard.deferred.append((layer, tensors))
+                return
+            copied = True
         if len(found.entries) != len(tensors):
             raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
         if found.kind != "counts" and not copied:

@@ -23,6 +23,9 @@ class GradientListener(Protocol):
     def gradient_arrived(self, index: int) -> None:
         """A gradient reached a parameter of the optimizer of that number. Called by autograd, in its thread."""
 
+    def first_backward(self) -> None:
+        """A gradient arrived, before the first step."""
+
 
 class GradientHooks:
     """Hooks on autograd's accumulation nodes, one for each parameter; Dynamo does not see them.
@@ -33,6 +36,11 @@ class GradientHooks:
     def __init__(self) -> None:
         self.listener: Callable[[], GradientListener | None] = lambda: None  # a weak reference, once there is one
         self._hooked: dict[int, Any] = {}  # parameter -> its node; the hook lives as long as the node does
+
+    def first_backward(self) -> None:
+        """Tell the listener of a gradient that arrives before the hooks are there."""
+        if (listener := self.listener()) is not None:
+            listener.first_backward()
 
     def hook(self, steppers: Iterable[Stepper]) -> None:
         """Hook every parameter that has no hook yet."""

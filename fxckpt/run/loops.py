@@ -35,6 +35,7 @@ class Level:
         self._leave()
         self._clock.in_iteration = bool(self._running)
         self.stepped = self._clock.attempts != self._attempts
+        self._clock.interrupted = kind is not None
         if self.leads and self.kind != "epochs":
             # One that was left by a `break` or an exception counts if its update was made, which the next one must not
             # make again.
@@ -78,6 +79,7 @@ class Loops:
             return
         if level.stepped and level.kind == "batches" and self._trained is not level:
             if self._trained is not None or not level.first:
+                self.clock.interrupted = True
                 raise SetupError(
                     "two loops over fxckpt.batches in one epoch, and the second one trains: a resumed run could not tell what "
                     "lies between them has been done. Make each pass an epoch, `for epoch in fxckpt.epochs(n): for batch in "

@@ -71,33 +71,39 @@ class Run:
         watch_scalers(extra, self.optimizers, self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
+        if engine is not None:
+            self.capture.start()
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
     def flush(self, timeout: float | None = None) -> None:
-        """Close the step, and wait for the checkpoints in flight; from inside ``opt.step()`` (a signal's handler, a hook) for
-        those of steps before it. Nothing once it was shut down."""
+        """Close the step, and wait for the checkpoints in flight; from inside an iteration of a loop with boundaries, or inside
+        ``opt.step()`` (a signal's handler, a hook), for those of steps before it. Nothing once it was shut down."""
         if not self.status.active:
             return
-        self.closing.end_step(timeout)
-        self.saver.flush(timeout, unclosed=not self.closing.inside_a_step())
+        self.stepping.rest(timeout)
+        self.saver.flush(timeout, unclosed=not self._before_its_end())
+
+    def _before_its_end(self) -> bool:
+        """Is a step under way, or an iteration, whose checkpoint can be closed only when it goes on?"""
+        return self.clock.in_iteration or self.closing.inside_a_step()
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
 
-        ``unfinished``: an exception ended the script, perhaps between ``opt.step()`` and ``scheduler.step()``, so the
-        checkpoint of a step that has not closed is dropped; the one before it is complete.
+        ``unfinished``: the script ends, perhaps between ``opt.step()`` and ``scheduler.step()``, so the checkpoint of a step that
+        has not closed is dropped: it will be made again. That of an iteration before its boundary is dropped, too.
         """
         if not self.status.active:
             return
         closing = self.closing
         try:
-            if unfinished:
-                closing.drop("the script ended with an exception before the step closed")
-            closing.end_step(timeout)
+            if unfinished or self.clock.in_iteration or self.clock.interrupted:
+                closing.drop("the script ended before the step closed")
+            self.stepping.rest(timeout)
         finally:
             self.status.stopped = True
-            unclosed = not closing.inside_a_step()
+            unclosed = not self._before_its_end()
             try:
                 if self.tracing is not None:
                     self.saver.flush(timeout, unclosed)
@@ -107,6 +113,10 @@ class Run:
                         self.tracing.__exit__()
                 finally:
                     self.saver.stop(timeout, unclosed)
+
+    def end(self, failed: bool) -> None:
+        """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
+        self.shutdown(unfinished=failed or (self.closing.open is not None and self.capture.plain.unfinished()))
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
@@ -123,6 +133,7 @@ class Run:
             stepper.bindings.invalidate()
             if step:
                 mark_stepped(stepper.opt)
+        self.capture.start()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:

@@ -25,6 +25,7 @@ from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
 from fxckpt.run.who_steps import WhoSteps
 from fxckpt.saving import tracing
+from fxckpt.saving.flights import Tally
 from fxckpt.saving.in_flight import InFlight
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -69,9 +70,9 @@ class Stepping:
         if not (self._store_checked or self._status.stopped):
             self._check_store()
         stepper = self._stepper_of[id(opt)]
-        self._before_step()
         alone = len(self._stepper_of) == 1 and not self._clock.in_iteration
-        counts, begins = (True, True) if alone else self.who_steps.attempt(opt)
+        counts, begins = (True, True) if alone else self._attempt(opt)
+        self._before_step()
         stepper.stepped = True
         if self._found_inf(opt):
             self._clock.attempts += counts
@@ -102,24 +103,52 @@ class Stepping:
         elif self._closing.open is not None:
             self._closing.give_up("another step was made before the boundary")
             self.schedule.owed = True
+        tally = self._saver.tally
+        if tally.mixed:
+            self._refuse_mixing(tally)
         if self._config.on_error == "raise":
-            self._saver.tally.raise_unreported()
+            tally.raise_unreported()
+
+    def _refuse_mixing(self, tally: Tally) -> None:
+        """Raises SetupError if no checkpoint can be taken in this loop: the first two would have mixed iterations."""
+        if len(tally.mixed) > 1 and not tally.committed and not self._clock.in_iteration:
+            raise SetupError(f"no checkpoint can be taken in this loop: {tally.mixed[-1]}")
+
+    def _attempt(self, opt: torch.optim.Optimizer) -> tuple[bool, bool]:
+        """See ``WhoSteps.attempt``; where an order is refused, the checkpoint that was begun in it goes."""
+        try:
+            return self.who_steps.attempt(opt)
+        except SetupError:
+            self._closing.give_up("the optimizers step in another order than their list says")
+            raise
 
     def attempt_skipped(self, opt: torch.optim.Optimizer) -> None:
         """A scaler found an inf, and did not call this optimizer's step."""
         self._before_step()
-        self._clock.attempts += self.who_steps.attempt(opt)[0]
+        self._clock.attempts += self._attempt(opt)[0]
 
     def boundary(self) -> None:
         """Everything is at rest, and of one instant: close the checkpoint that was begun in this iteration, or take one if it is
         due, where none was begun or the one that was is not of this instant."""
+        self._clock.interrupted = False
         stepped = self.who_steps.iteration_ended()
         if not stepped and self._closing.open is None and not self.schedule.owed:
             return
         with self._closing.between_steps:
-            if not self._closing.close_step():
+            if not self._closing.close_step(at_rest=True):
                 self.schedule.owed = True
             if self._status.active and self._is_due(self._clock.attempts) and not self._arrangement.halfway():
+                self._take_here()
+
+    def rest(self, timeout: float | None = None) -> None:
+        """The user says that everything is at rest, in a loop without boundaries: a checkpoint that was begun is of this instant.
+        In another thread than the one that trains it is what was taken at the step's end. In an iteration, and inside
+        ``opt.step()``, it waits for its end. Raises TimeoutError as ``Closing.resting``."""
+        if self._clock.in_iteration:
+            return
+        with self._closing.resting(timeout):
+            trains = threading.current_thread() is self._saver.trainer.thread and not self._closing.inside_a_step()
+            if not self._closing.close_step(at_rest=trains) and trains:
                 self._take_here()
 
     def _take_here(self) -> None:
@@ -131,7 +160,7 @@ class Stepping:
             pending.guard.turn = True
             with torch.no_grad():
                 self._emit_rest(pending, None)
-            self._closing.close_step()
+            self._closing.close_step(at_rest=True)
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
         """Did a GradScaler that lets the optimizer decide (``_step_supports_amp_scaling``) find an inf? Then nothing runs.
@@ -209,6 +238,7 @@ class Stepping:
         self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
             pending.guard.turn, self._emitter.current = self._clock.in_iteration, pending
+            pending.guard.in_forward = self._closing.changes_in_forward()
         return pending
 
     def _emit_rest(self, pending: InFlight, stepped: Stepper | None) -> None:
@@ -249,7 +279,9 @@ class Stepping:
                 "opt.step() was left by an exception in its middle: some layers are updated and some are not, which is no step "
                 "to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
             )
-        self._closing.close_step()
+        if self._clock.in_iteration:
+            self._closing.give_up("save() takes another one")
+        self._closing.close_step(at_rest=True)
         if not self._store_checked:
             self._check_store()
         self._arrangement.look_for_names()
@@ -264,7 +296,7 @@ class Stepping:
         except BaseException:
             self._closing.abort("save() failed")
             raise
-        self._closing.close_step()
+        self._closing.close_step(at_rest=True)
         return pending
 
 
