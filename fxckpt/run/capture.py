@@ -22,7 +22,8 @@ from fxckpt.errors import SetupError
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
-from fxckpt.run.plain_loop import Marks, PlainLoop, mark
+from fxckpt.run.emitting import snapshot
+from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
 
@@ -35,6 +36,7 @@ class Capture:
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
         self.plain: PlainLoop = PlainLoop(self._look)
+        self._snapshots: dict[str, torch.Tensor] = {}  # of buffers at the end of a step
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
@@ -50,39 +52,43 @@ class Capture:
     def _look(self, parameters: bool) -> Marks:
         """Marks of all that may change outside ``opt.step()`` and can be seen to."""
         inventory = self._arrangement.inventory
-        found: Marks = {("buffer", n): mark(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
+        found: Marks = {("buffer", n): mark_buffer(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
         if parameters:
             found |= {("parameter", n): mark(t) for n, t in [*inventory.trained.items(), *inventory.frozen.items()]}
         return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
 
     def _is_early(self, extra: extra_state.Extra) -> bool:
         """Is it taken at the end of a step, where that is no boundary?"""
-        return extra.early or ("extra", extra.name) in (self.plain.changed or ())
+        return extra.early or self.plain.is_early("extra", extra.name)
 
     # -- at the end of a step ----------------------------------------------------------------------------------------
 
     def early(self, pending: InFlight) -> None:
-        """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
-        the early state."""
+        """Emit frozen parameters, and take what is early: a snapshot of buffers that change in the next forward, where nothing
+        can wait, and the state that a record holds."""
         layout, inventory, model = pending.layout, self._arrangement.inventory, self._arrangement.model
-        for number, waited in pending.guard.deferred:
-            self._emitter.hand_over(pending, number, waited, copied=True)
         for number in layout.number("frozen"):
             self._emitter.hand_over(pending, number, [e.tensor for e in layout.layers[number].entries])
         pending.guard.note_versions()
+        keys = [e.key for number in layout.number("buffers") for e in layout.layers[number].entries]
         live = {**inventory.buffers, **inventory.frozen}
-        for number in layout.number("buffers"):
-            self._emitter.hand_over(pending, number, [live[e.key] for e in layout.layers[number].entries], copied=True)
+        kind = {key: "buffer" if key in inventory.buffers else "parameter" for key in keys}
+        self._snapshots = {key: snapshot(live[key], key) for key in keys if self.plain.is_early(kind[key], key)}
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
             "extra": {e.name: e.get() for e in self.extras if self._is_early(e)},
-            "buffers": {n: t for n, t in inventory.transient.items() if not self._emitter.is_remote(t)},
+            "buffers": self._transient(early=True),
             "modules": {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)},
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
         self._early, pending.captured = (encoded, tensors), True
+
+    def _transient(self, early: bool) -> dict[str, torch.Tensor]:
+        """The non-persistent buffers in host memory that are taken at the end of a step, or those that are not."""
+        found = self._arrangement.inventory.transient
+        return {n: t for n, t in found.items() if self.plain.is_early("buffer", n) == early and not self._emitter.is_remote(t)}
 
     def _encode_remote(self, pending: InFlight, tensors: dict[str, Any]) -> Any:
         """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
@@ -108,10 +114,23 @@ class Capture:
             present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not g.is_sparse)})
         self._present = present
 
+    def hand_over_rest(self, pending: InFlight) -> None:
+        """Emit what is copied only now: layers that change behind their step, and buffers, those that were early as they were."""
+        layout, inventory = pending.layout, self._arrangement.inventory
+        for number, waited in pending.guard.deferred:
+            self._emitter.hand_over(pending, number, waited, copied=True)
+        live, snapshots = {**inventory.buffers, **inventory.frozen}, self._snapshots
+        for number in layout.number("buffers"):
+            keys = [e.key for e in layout.layers[number].entries]
+            copies = [snapshots[key] if key in snapshots else snapshot(live[key], key) for key in keys]
+            self._emitter.hand_over_copies(pending, number, copies)
+        self._snapshots = {}
+
     def late(self, pending: InFlight) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
         early, tensors = self._early
         inventory = self._arrangement.inventory
+        early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
         early["loops"] = encode_state(self.loops(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
         late = {e.name: e.get() for e in self.extras if not self._is_early(e)}

@@ -97,7 +97,9 @@ class Closing:
                     raise Moved("the script went on after opt.step(), and another one is taken")
                 elif not at_rest:
                     self._plain.check(pending.step)
-                self._check(pending)
+                self._check_unchanged(pending)
+                self._capture.hand_over_rest(pending)
+                _check_complete(pending)
                 trains = self._saver.trainer.thread
                 if in_backward or threading.current_thread() is trains or not trains.is_alive():
                     self._capture.look_at_gradients()
@@ -156,9 +158,11 @@ class Closing:
             if pending is not self.open and not pending.closed.is_set():
                 pending.give_up(why)
 
-    def changes_in_forward(self) -> frozenset[str]:
-        """The parameters that a forward was seen to change."""
-        return self._plain.changes_in_forward("parameter")
+    def changes_in_forward(self) -> frozenset[str] | None:
+        """The parameters that a forward was seen to change; None if the first turn was not seen."""
+        if self._plain.changed is None:
+            return None
+        return frozenset(name for kind, name in self._plain.changed if kind == "parameter")
 
     def inside_a_step(self) -> bool:
         """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
@@ -172,14 +176,16 @@ class Closing:
             raise error
         self._saver.tally.note_failure(pending.step, error)
 
-    def _check(self, pending: InFlight) -> None:
-        """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
-        layout = pending.layout
-        if (emitted := pending.copy.emitted()) != len(layout.layers):
-            what = f"step {pending.step}: {emitted} of {len(layout.layers)} layers were emitted"
-            raise FxckptError(f"{what}; was dead code elimination run on the StepGraph?")
-        pending.guard.compare(layout.number("update"))
+    def _check_unchanged(self, pending: InFlight) -> None:
+        """Raises Changed if a tensor that was handed over was changed or replaced since."""
+        pending.guard.compare([*pending.layout.number("update"), *pending.layout.number("frozen")])
         if replaced := [name for stepper in self._arrangement.steppers for name in stepper.bindings.replaced()]:
             what = f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed"
-            how = f"is discarded. {WAY_OUT}"
-            raise Changed(f"{what}; the checkpoint of step {pending.step} {how}")
+            raise Changed(f"{what}; the checkpoint of step {pending.step} is discarded. {WAY_OUT}")
+
+
+def _check_complete(pending: InFlight) -> None:
+    """All layers were emitted; a dropped op would go unseen otherwise."""
+    if (emitted := pending.copy.emitted()) != (planned := len(pending.layout.layers)):
+        what = f"step {pending.step}: {emitted} of {planned} layers were emitted"
+        raise FxckptError(f"{what}; was dead code elimination run on the StepGraph?")

@@ -1,8 +1,10 @@
-"""Watches a loop without boundaries: is what lies between a step and the next backward what a resumed run would repeat?
+"""Watches a loop without boundaries: what is changed before a backward, and what behind a step.
 
 From its start (``compile_step``, ``load``) to the first gradient a process does what a resumed one does in place of what lies
-between an ``opt.step()`` and the next gradient. So what changes or is drawn there later, and not in this first turn, is done
-behind ``opt.step()``: a resumed run would not do it again, and a checkpoint of the step's end misses it.
+between an ``opt.step()`` and the next gradient. What changes in this first turn is changed by the head of an iteration or by a
+forward, and is taken at the end of a step: a resumed run changes it again. What changes there in later turns only is changed
+behind the step, and is taken when the next backward begins: no head and no forward has touched it. Random numbers that only
+later turns draw are drawn behind the step, too, and no instant holds both.
 """
 
 from __future__ import annotations
@@ -20,20 +22,20 @@ import torch
 
 from fxckpt.compat.draws import Position, drawn, positions
 from fxckpt.compat.tensors import version_of
-from fxckpt.errors import Cancelled
-from fxckpt.saving.guard import WAY_OUT, Changed
+from fxckpt.saving.guard import WAY_OUT, ChangedInTurns
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _LONGEST = 4096  # elements of a list that are looked at
 _LARGEST = 1 << 16  # bytes of an array that are looked at
+_LARGEST_BUFFER = 1 << 24
 
 Marks = dict[tuple[str, str], object]
 """By kind (``"buffer"``, ``"parameter"``, ``"extra"``) and name of what may change outside ``opt.step()``, something that is equal
 as long as it has not."""
 
 
-class Unlike(Changed, Cancelled):
+class Unlike(ChangedInTurns):
     """Random numbers were drawn after the step that ordinary turns do not draw: its checkpoint is dropped, which is no failure."""
 
 
@@ -54,6 +56,14 @@ def mark(value: Any, depth: int = 8) -> object:
     if isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
         return mark(vars(value), depth - 1)
     return id(value)
+
+
+def mark_buffer(buffer: torch.Tensor) -> object:
+    """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting that as a change.
+    Differs always where they are too many, or lie on a device."""
+    if buffer.device.type != "cpu" or buffer.layout is not torch.strided or buffer.nbytes > _LARGEST_BUFFER:
+        return object()
+    return mark(buffer), zlib.crc32(buffer.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class PlainLoop:
@@ -94,39 +104,31 @@ class PlainLoop:
         """What is taken at the end of ``opt.step()`` is taken now."""
         self._marks, self._positions = self._look(False), positions()
 
-    def changes_in_forward(self, kind: str) -> frozenset[str]:
-        """The names of this kind that every turn changes before its backward."""
-        return frozenset(name for found, name in self.changed or () if found == kind)
+    def is_early(self, kind: str, name: str) -> bool:
+        """Is it taken at the end of a step? What is not known to stay as it is before a backward is, but for extras."""
+        if self.changed is None or (kind, name) not in self._known:
+            return kind != "extra"
+        return (kind, name) in self.changed
 
     def moved(self) -> bool:
-        """Has anything been changed or drawn since the step's end?"""
-        kept = {key: each for key, each in self._look(False).items() if self._is_early(key)}
-        return any(self._marks.get(key) != each for key, each in kept.items()) or positions() != self._positions
+        """Has what is taken at the end of a step changed since, or was anything drawn?"""
+        return any(self.is_early(*key) for key in self._changed_since()) or positions() != self._positions
 
     def check(self, step: int) -> None:
-        """The next backward begins. Raises Changed, with all names, if the step's checkpoint misses what was done behind it."""
-        if self.changed is None:
-            return
-        changed = self._changed_since()
-        self._behind = (self._behind or set()) | {key for key in changed if not self._is_early(key)}
-        if names := [name for kind, name in changed if kind == "buffer" and (kind, name) in self._known - self.changed]:
-            what = f"{', '.join(map(repr, names[:8]))}{' ...' if names[8:] else ''} changed after opt.step()"
-            raise Changed(f"{what}, so the checkpoint of step {step} would mix two iterations; it is discarded. {WAY_OUT}.")
-        self._check_draws(step)
+        """The next backward begins. Raises Unlike if random numbers were drawn behind the step."""
+        if self.changed is not None:
+            self._behind = (self._behind or set()) | {key for key in self._changed_since() if not self.is_early(*key)}
+            self._check_draws(step)
 
     def unfinished(self) -> bool:
         """The process ends: was the last turn left before all that turns change behind their step was changed?"""
         if self._behind is None:
-            return any(kind == "extra" and not self._is_early((kind, name)) for kind, name in self._marks)
+            return any(kind == "extra" and not self.is_early(kind, name) for kind, name in self._marks)
         return not self._behind <= self._changed_since()
 
     def _changed_since(self) -> set[tuple[str, str]]:
         """What is not as it was at the step's end."""
         return {key for key, each in self._look(False).items() if key in self._marks and each != self._marks[key]}
-
-    def _is_early(self, key: tuple[str, str]) -> bool:
-        """Is it taken at the step's end?"""
-        return key[0] != "extra" or key in (self.changed or ())
 
     def _check_draws(self, step: int) -> None:
         """Were as many random numbers drawn as in the first turn? Where that differs once in a while, something else was drawn
@@ -140,8 +142,7 @@ class PlainLoop:
         self._odd += 1
         if self._alike >= 2 and self._odd == 1:
             what = f"more random numbers than usual were drawn after step {step}, perhaps by an evaluation"
-            self._say(f"{what}: its checkpoint is dropped, for a run that resumes from it would not draw them. {WAY_OUT}.")
-            raise Unlike(what)
+            raise Unlike(f"{what}, and a run that resumes from it would not draw them. {WAY_OUT}")
         if self._alike == 0 and self._odd >= 2 and self._drawn == before:
             self._say(
                 "before the first step other random numbers are drawn than between later ones, as a loader's iterator does: a run "

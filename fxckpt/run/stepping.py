@@ -157,7 +157,7 @@ class Stepping:
         self._arrangement.refresh()
         pending = self._begin(self._clock.attempts)
         if pending is not None:
-            pending.guard.turn = True
+            pending.guard.in_forward = frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._closing.close_step(at_rest=True)
@@ -237,9 +237,12 @@ class Stepping:
             pending = None
         self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
-            pending.guard.turn, self._emitter.current = self._clock.in_iteration, pending
-            pending.guard.in_forward = self._closing.changes_in_forward()
+            pending.guard.in_forward, self._emitter.current = self._changes_in_forward(), pending
         return pending
+
+    def _changes_in_forward(self) -> frozenset[str] | None:
+        """See ``Guard.in_forward``."""
+        return frozenset() if self._clock.in_iteration else self._closing.changes_in_forward()
 
     def _emit_rest(self, pending: InFlight, stepped: Stepper | None) -> None:
         """The other optimizers' layers, and what is captured at the end of ``opt.step()``."""
@@ -289,7 +292,7 @@ class Stepping:
         try:
             layout = self._arrangement.current_layout()
             pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, name=name)
-            pending.guard.turn = self._clock.in_iteration
+            pending.guard.in_forward = frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._raise_callback_error()

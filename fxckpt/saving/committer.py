@@ -138,10 +138,11 @@ class Committer:
                 self._tally.mixed.clear()
             elif dropped:
                 self._tally.skipped += pending.failure is None and not pending.replaced
-                log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
+                said = logging.WARNING if isinstance(error, Changed) and not pending.replaced else logging.INFO
+                log.log(said, "fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
             else:
                 self._tally.note_failure(pending.step, error)
-            if isinstance(error, Changed) and not pending.guard.turn:
+            if isinstance(error, Changed) and not isinstance(error, Cancelled):
                 self._tally.mixed.append(error)
             self._flights.remove(pending)
         flights = self._flights

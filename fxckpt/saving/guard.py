@@ -24,20 +24,19 @@ class Changed(FxckptError):
 
 
 class ChangedInTurns(Changed, Cancelled):
-    """The same in a loop with boundaries: no failure, for the tensor is copied there from now on."""
+    """The same where it is known when to copy them: no failure, for that is done from now on."""
 
 
 class Guard:
     """Watches over the memory that one checkpoint is copied from.
 
-    ``turn``: it is of a boundary. ``deferred`` are the layers to copy when that comes, and their tensors; ``copies`` are
-    snapshots made for this checkpoint alone, which live until they are copied. ``in_forward``: the parameters that a forward
-    changes, in a loop without boundaries.
+    ``in_forward``: the parameters that a forward changes, which a boundary need not know; None: nobody knows. ``deferred`` are
+    the layers to copy when the step closes, and their tensors; ``copies`` are snapshots made for this checkpoint alone, which
+    live until they are copied.
     """
 
     def __init__(self, step: int, layout: Layout):
-        self.turn = False
-        self.in_forward: frozenset[str] = frozenset()
+        self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
         self.copies: list[torch.Tensor] = []
         self._step, self._layout = step, layout
@@ -92,16 +91,13 @@ class Guard:
             raise self._changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 
     def _changed(self, keys: Sequence[str], nbytes: int) -> Changed:
-        """The error for these tensors; the layout remembers those that can be copied in memory from now on."""
+        """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or at
+        its end if a forward changes them."""
         names = ", ".join(map(repr, keys[:8])) + (" ..." if keys[8:] else "")
         verb = "were" if keys[1:] else "was"
         what = f"{names} {verb} changed in place outside opt.step() while the checkpoint of step {self._step} was being copied"
-        copied = {key for key in keys if self.turn or key in self.in_forward}
-        self._layout.changed_outside |= copied
-        if not self.turn and len(copied) < len(keys):
+        if self.in_forward is None:
             return Changed(f"{what}, which would mix two iterations; that checkpoint is discarded. {WAY_OUT}.")
-        what += "; that checkpoint is discarded. From now on they are copied in memory "
+        self._layout.changed_outside |= set(keys)
         size = f"which takes {nbytes / 2**20:.1f} MiB for each checkpoint in flight"
-        if not self.turn:
-            return Changed(f"{what}at the end of opt.step(), {size}")
-        return ChangedInTurns(f"{what}at the end of each iteration, {size}")
+        return ChangedInTurns(f"{what}; that checkpoint is discarded. From now on they are copied in memory, {size}")

@@ -5,6 +5,7 @@ The tests keep copies of all state after every step and compare what the files h
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -291,14 +292,18 @@ def test_a_frozen_parameter_changed_while_it_is_copied_drops_that_checkpoint_and
     with torch.no_grad():
         trainer.model.frozen.weight.add_(1)
     trainer.step()
-    with pytest.raises(fxckpt.FxckptError, match=r"frozen\.weight.*changed in place"):
-        trainer.opt.ckpt.flush()
+    trainer.opt.ckpt.flush()
     assert "frozen.weight" in caplog.text
-    failed = trainer.opt.ckpt.statistics()["checkpoints_failed"]
-    trainer.step()  # nothing changes behind this one
+    skipped = trainer.opt.ckpt.statistics()["checkpoints_skipped"]
+    for _ in range(3):  # from now on it is copied when a step closes, and may change before that
+        trainer.step()
+        with torch.no_grad():
+            trainer.model.frozen.weight.add_(1)
+        trainer.reference[trainer.steps]["frozen.weight"] = trainer.model.frozen.weight.detach().clone()
+    trainer.step()
     trainer.finish()
     found = trainer.opt.ckpt.statistics()
-    assert (found["last_committed_step"], found["checkpoints_failed"]) == (5, failed)
+    assert (found["last_committed_step"], found["checkpoints_skipped"], found["checkpoints_failed"]) == (8, skipped, 0)
 
 
 def clamped(directory: Path) -> Trainer:
@@ -311,12 +316,12 @@ def clamped(directory: Path) -> Trainer:
     return trainer
 
 
-def test_a_parameter_changed_between_step_and_close_drops_that_checkpoint(tmp_path):
+def test_a_parameter_changed_between_step_and_close_drops_that_checkpoint(tmp_path, caplog):
     """The emitted values are not those that training goes on with."""
     trainer = clamped(tmp_path / "d")
     trainer.step()
-    with pytest.raises(fxckpt.FxckptError, match=r"small.*changed in place"):
-        trainer.opt.ckpt.flush()
+    trainer.opt.ckpt.flush()
+    assert re.search(r"'small' was changed in place.*step 1", caplog.text)
     assert [found.record.step for found in candidates(tmp_path / "d")] == [2]
 
 
