@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import EvaluatedClosure, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
@@ -73,6 +74,9 @@ class Stepping:
         stepper.stepped = True
         if len(self._stepper_of) > 1:
             self._check_order(stepper, leads)
+        if not opt.state and sets_up_state(opt):
+            self._emitter.fence_all()
+            return own_step(opt, closure)
         if self._found_inf(opt):
             if leads:
                 self._clock.attempts += 1
@@ -139,7 +143,7 @@ class Stepping:
             arrangement.look_for_names()
         arrangement.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
-        strategy = stepper.whole_step if scaled else stepper.strategy
+        strategy = stepper.whole_step if scaled or type(closure) is Arguments else stepper.strategy
         if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
@@ -161,7 +165,9 @@ class Stepping:
             pending = self._begin() if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
-            stepper.halfway = stepper.accumulated = False
+            stepper.halfway = False
+            # What a closure left inside a whole step of a class of its own, its next step may read before all else (SAM).
+            stepper.accumulated = own is not None and closure is not None and not stepper.stock
             if leads:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
@@ -174,6 +180,40 @@ class Stepping:
         if emitter.callback_error is not None:
             self._raise_callback_error()
         return loss
+
+    def foreign_step_begins(self, opt: torch.optim.Optimizer) -> None:
+        """A step of ``opt`` begins that did not come through ``step``. What is being copied must be done, as before any own step."""
+        if not self._status.active:
+            return
+        with self._closing.between_steps:
+            stepper, self._saver.trainer.thread = self._stepper_of[id(opt)], threading.current_thread()
+            self._status.refuse_mixture()
+            if not self._store_checked:
+                self._check_store()
+            if stepper is self._leader or not self._clock.in_iteration:
+                self._before_step()
+            self._arrangement.refresh()
+            self._emitter.fence_all()
+            stepper.stepped = stepper.halfway = True
+
+    def foreign_step_ended(self, opt: torch.optim.Optimizer) -> None:
+        """It counts, and if a checkpoint is due, everything is handed over as it is now."""
+        if not self._status.active:
+            return
+        with self._closing.between_steps, torch.no_grad():
+            stepper = self._stepper_of[id(opt)]
+            leads = stepper is self._leader
+            if due := leads and self._is_due():
+                self._arrangement.look_for_names()
+            self._arrangement.refresh(due)
+            pending = self._begin() if due else None
+            stepper.halfway, stepper.accumulated = False, not stepper.stock
+            if leads:
+                self._clock.attempts += 1
+                self._clock.applied.add()
+            if pending is not None:
+                self._emit_rest(pending, None)
+            self._raise_callback_error()
 
     def _is_due(self) -> bool:
         """Does the step that is about to run begin a checkpoint? Ask once a step: the schedule counts."""
