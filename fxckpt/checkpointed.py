@@ -56,10 +56,10 @@ def stepped_class(base: type) -> type:
         return self._fxckpt_handle._run.stepping.step(self, closure)
 
     def step_with_arguments(self: Checkpointed, *args: Any, **kwargs: Any) -> Any:
-        given = Arguments(args, kwargs) if args or kwargs else None
-        if names[:1] == ("closure",) and (len(args) == 1 and not kwargs or not args and kwargs.keys() == {"closure"}):
-            given = args[0] if args else kwargs["closure"]
-        return self._fxckpt_handle._run.stepping.step(self, given)
+        given = [*args, *kwargs.values()]
+        only_closure = names[0] == "closure" and len(given) == 1 and kwargs.keys() <= {"closure"}
+        closure = Arguments(args, kwargs) if given and not only_closure else next(iter(given), None)
+        return self._fxckpt_handle._run.stepping.step(self, closure)
 
     names = takes(base)
     made_step: Any = step if names in ((), ("closure",)) else step_with_arguments
@@ -84,6 +84,7 @@ def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     self._fxckpt_base.add_param_group(self, param_group)
 
 
+@untraced
 def _foreign_step_begins(opt: Any, *_: Any) -> None:
     """A hook: if this step does not come through the run, the run must know of it."""
     holder = _holder(opt)
@@ -91,6 +92,7 @@ def _foreign_step_begins(opt: Any, *_: Any) -> None:
         holder._fxckpt_handle._run.stepping.foreign_step_begins(holder)
 
 
+@untraced
 def _foreign_step_ended(opt: Any, *_: Any) -> None:
     """A hook: what was said to begin has been done."""
     holder = _holder(opt)

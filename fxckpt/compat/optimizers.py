@@ -30,7 +30,7 @@ ATTRIBUTES_OF_TORCH = frozenset({
 })  # fmt: skip
 """What PyTorch, its schedulers and its scaler keep in an optimizer: nothing that a step computes with, but state and groups."""
 
-_OURS = "fxckpt"
+_OURS: Any = "fxckpt"
 """The key of our own hooks; those of others have numbers."""
 
 
@@ -114,7 +114,7 @@ def hooked(function: Callable) -> Callable:
 
 
 def complete(opt: torch.optim.Optimizer) -> None:
-    """Give ``opt`` the attributes for hooks, if its class never calls ``Optimizer.__init__``: as ``Optimizer.__setstate__`` does."""
+    """Give ``opt`` the hooks' attributes, as ``Optimizer.__setstate__`` does, if its class never calls ``Optimizer.__init__``."""
     for kind in HOOKS:
         vars(opt).setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
 
@@ -137,29 +137,40 @@ def watch_steps(opt: torch.optim.Optimizer, before: Callable[..., None], after: 
     A bound method that somebody took before the class was swapped, and the step of the plain class, run in the wrapper that
     ``Optimizer.__init__`` puts around a class's ``step``, which calls the hooks of the instance. Ours are put beside them, under
     a key that no handle has, so that ``_has_hooks`` need not count them. Both can be pickled: they are functions of a module."""
-    opt._optimizer_step_pre_hooks[_OURS] = before  # type: ignore[index]
-    opt._optimizer_step_post_hooks[_OURS] = after  # type: ignore[index]
+    complete(opt)
+    opt._optimizer_step_pre_hooks[_OURS] = before
+    opt._optimizer_step_post_hooks[_OURS] = after
 
 
 def comes_by_itself(*opts: torch.optim.Optimizer) -> bool:
     """Asked by a hook: is the step that called it inside no other step of these, neither ours (``hooked``) nor one with hooks,
     as that of a class whose step calls its base's?"""
-    ours, wrappers = _codes()
-    frame: Any = sys._getframe(2)
-    if frame.f_code is ours:
-        return False
+    ours, theirs = _codes()
+    frame: Any = sys._getframe(1)
+    found = 0  # wrappers of PyTorch; the innermost one is what called the hook
     while (frame := frame.f_back) is not None:
-        if frame.f_code in wrappers and any(frame.f_locals.get("self") is opt for opt in opts):
-            return False
+        code = frame.f_code
+        is_theirs = code.co_filename == theirs.co_filename and code.co_name.startswith(_WRAPPER_NAMES)
+        if (code is ours or is_theirs) and any(frame.f_locals.get("self") is opt for opt in opts):
+            found += 1
+            if code is ours or found > 1:
+                return False
     return True
 
 
+_WRAPPER_NAMES = ("wrapper", "torch_dynamo_resume_in_wrapper")
+"""Of the function in ``profile_hook_step``, as it is and where Dynamo goes on behind a hook: the code is another one there."""
+
+
 @functools.cache
-def _codes() -> tuple[Any, tuple[Any, Any]]:
-    """The code of the wrapper that ``hooked`` makes; it and that of PyTorch's."""
-    ours: Any = hooked(lambda self: None)
-    theirs: Any = torch.optim.Optimizer.profile_hook_step(lambda self: None)
-    return ours.__code__, (ours.__code__, theirs.__code__)
+def _codes() -> tuple[Any, Any]:
+    """The code of the wrapper that ``hooked`` makes, and that of PyTorch's."""
+
+    def step(self: torch.optim.Optimizer) -> None: ...
+
+    ours: Any = hooked(step)
+    theirs: Any = torch.optim.Optimizer.profile_hook_step(step)
+    return ours.__code__, theirs.__code__
 
 
 def callers(opt: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
@@ -173,8 +184,8 @@ def callers(opt: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
 
 
 FORWARDING = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
-"""Classes of Accelerate, Lightning and Fabric, whose objects hand everything on to the optimizer that they hold, and keep no state
-of their own; what else they hold no checkpoint could."""
+"""Classes of Accelerate, Lightning and Fabric: their objects hand everything on to the optimizer that they hold, and keep no
+state of their own; what else they hold no checkpoint could."""
 
 
 def forwards(opt: torch.optim.Optimizer) -> bool:

@@ -47,8 +47,8 @@ def _free_optimizer(opt: object) -> torch.optim.Optimizer:
     if forwards(opt):
         inner = next((type(each).__name__ for each in held_by(opt)), "optimizer")
         raise SetupError(
-            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the {inner} that steps. Call compile_step on the inner "
-            "optimizer, before it is wrapped or with wrapper.optimizer, and train with the wrapper as before."
+            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the {inner} that steps. Call compile_step on the "
+            "inner optimizer, before it is wrapped or with wrapper.optimizer, and train with the wrapper as before."
         )
     for each in (opt, *held_by(opt)):
         if isinstance(each, Checkpointed) and "_fxckpt_handle" in vars(each) and not each.ckpt._run.status.stopped:

@@ -16,6 +16,7 @@ from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
+from fxckpt.optim.contract.contract import NOTHING
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
@@ -106,12 +107,12 @@ def _state_tensor(
 
 
 def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:
-    """Give every optimizer its groups' settings, its state, what else it keeps, its gradients' presence, and those that waited for
-    a step."""
+    """Give every optimizer its groups' settings, its state, what else it keeps, its gradients' presence, and the gradients that
+    waited for a step."""
     for index, (old, made, opt) in enumerate(zip(saved.optimizers, states, target.optimizers)):
         _apply_state(old, made, opt)
-        if (own := old.get("own")) is not None and _fits(old, opt):
-            target.contracts[index].restore(own, functools.partial(_apply_state, old, made, opt))
+        if _fits(old, opt):
+            target.contracts[index].restore(old.get("own", NOTHING), functools.partial(_apply_state, old, made, opt))
         present, waiting = set(old["gradients"]), old.get("accumulated", {})
         for param in (p for live in opt.param_groups for p in live["params"]):
             stored = match.stored.get(target.inventory.name_of(param))
@@ -122,7 +123,7 @@ def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match:
 
 
 def _apply_state(old: State, made: Mapping[int, State], opt: torch.optim.Optimizer) -> None:
-    """The settings of its groups, and the state of its parameters. The containers stay, as another optimizer may have them too."""
+    """The settings of its groups, and the state of its parameters. The containers stay: another optimizer may have them, too."""
     opt.state.clear()
     for group, live in zip(old["groups"], opt.param_groups):
         _apply_settings(group["settings"], live)
@@ -140,7 +141,7 @@ def check_contracts(saved: Saved, target: Target) -> None:
     """Raise LayoutMismatch where what an optimizer kept of its own has no place in the live one."""
     for old, opt, contract in zip(saved.optimizers, target.optimizers, target.contracts):
         if _fits(old, opt):
-            contract.check(old.get("own"))
+            contract.check(old.get("own", NOTHING))
 
 
 def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:

@@ -189,8 +189,8 @@ def own_step(opt: torch.optim.Optimizer, closure: Closure | None) -> object:
 
 
 class Arguments:
-    """What ``opt.step()`` was given, where that is more than a closure. It goes the closure's way, and its step runs whole: nobody
-    else knows what the class does with it."""
+    """What ``opt.step()`` was given, where that is more than a closure. It goes the closure's way, and its step runs whole: only
+    the class knows what it is for."""
 
     def __init__(self, positional: tuple[object, ...], named: dict[str, object]):
         self.positional, self.named = positional, named

@@ -35,7 +35,8 @@ class Capture:
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
-        self.contracts = [Contract(stepper.opt, tensors_of(arrangement.model)) for stepper in arrangement.steppers]
+        optimizers = [] if arrangement.emitter.engine is None else [stepper.opt for stepper in arrangement.steppers]
+        self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
         self._notes: dict[str, float] = {}  # metrics for the next record
         self._noting = threading.RLock()
 

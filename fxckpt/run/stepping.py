@@ -182,7 +182,7 @@ class Stepping:
         return loss
 
     def foreign_step_begins(self, opt: torch.optim.Optimizer) -> None:
-        """A step of ``opt`` begins that did not come through ``step``. What is being copied must be done, as before any own step."""
+        """A step begins that did not come through ``step``. As before any own step, what is being copied must be done."""
         if not self._status.active:
             return
         with self._closing.between_steps:

@@ -1,4 +1,4 @@
-"""The contract of one optimizer of a run: what it keeps beside its state and groups, captured as a step closes, and given back."""
+"""The contract of one optimizer: what it keeps beside its state and groups, captured as a step closes, and given back."""
 
 from __future__ import annotations
 
@@ -13,9 +13,14 @@ from fxckpt.optim.contract.pack import Packer, Unstorable, is_torchs_own
 from fxckpt.optim.contract.unpack import Unpacker, is_optimizer
 
 WAY_OUT = (
-    "Give the class state_dict() and load_state_dict() that keep what of it training changes, as numbers, strings, containers and "
-    "tensors: a subclass of a few lines will do"
+    "Give the class state_dict() and load_state_dict() that keep what of it training changes, as numbers, strings, containers "
+    "and tensors: a subclass of a few lines will do"
 )
+
+NOTHING: Mapping[str, Any] = {
+    "optimizer": {"groups": [], "state": {"dict": []}, "attributes": {}}, "tensors": [], "shared": [], "objects": {}
+}  # fmt: skip
+"""What is restored where nothing was captured."""
 
 
 class Contract:
@@ -57,9 +62,9 @@ class Contract:
         except Unstorable as error:
             raise SetupError(f"{self._name} keeps {error}: no checkpoint can hold that. {WAY_OUT}") from None
 
-    def check(self, own: Mapping[str, Any] | None) -> None:
+    def check(self, own: Mapping[str, Any]) -> None:
         """Raise LayoutMismatch unless this optimizer has what ``own``, of a checkpoint, is to be given to."""
-        for path, kind in own["objects"].items() if own is not None else ():
+        for path, kind in own["objects"].items():
             if self._made_of.get(path) != kind:
                 found = self._made_of.get(path, "nothing")
                 raise LayoutMismatch(f"{self._name} has {found} in {path}, where the checkpoint has a {kind}: build it as before")
@@ -109,7 +114,7 @@ def _is_place(value: Any, params: int) -> bool:
 
 
 def _shared(opt: torch.optim.Optimizer) -> list[list[list[Any]]]:
-    """The tensors that stand in several places of ``opt.state``, by their places: parameter and key. No class of torch does that."""
+    """The tensors that stand in several places of ``opt.state``, by their places: parameter and key. PyTorch's have none."""
     if is_stock(opt):
         return []
     places: dict[int, list[list[Any]]] = {}

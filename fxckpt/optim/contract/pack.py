@@ -1,8 +1,8 @@
 """Turns what an optimizer holds in its attributes into nodes that a record can hold; ``unpack`` is the way back.
 
-A node is a dict with one entry, its kind. Parameters, and tensors of the optimizer's state, which lie in files of their own, become
-references; every other tensor goes into one list, once, whoever holds it. What is held a second time (``self.fast_state =
-inner.state``) is not described again: it is restored in place, so both owners have it.
+A node is a dict with one entry, its kind. Parameters, and tensors of the optimizer's state, which lie in files of their own,
+become references; every other tensor goes into one list, once, whoever holds it. What is held a second time (``self.fast_state
+= inner.state``) is not described again: it is restored in place, so both owners have it.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def refuse_inner(opt: torch.optim.Optimizer) -> None:
         if any(inner is opt for inner in held_by(outer)) and not forwards(outer) and _keeps_state(outer, opt):
             name, inner = plain_class(outer).__name__, plain_class(opt).__name__
             raise SetupError(
-                f"this {inner} is stepped by a {name} (of {plain_class(outer).__module__}) that holds it and keeps state of its own, "
-                f"which no checkpoint of the {inner} has. Call compile_step on the {name}: its checkpoints hold both"
+                f"this {inner} is stepped by a {name} (of {plain_class(outer).__module__}) that holds it and keeps state of its "
+                f"own, which no checkpoint of the {inner} has. Call compile_step on the {name}: its checkpoints hold both"
             )
 
 
