@@ -66,7 +66,8 @@ def stepped_class(base: type) -> type:
     made_step.__signature__ = inspect.signature(base.step)  # type: ignore[attr-defined]
     functools.update_wrapper(made_step, base.step, assigned=("__doc__",), updated=())  # type: ignore[attr-defined]
     ours = {"step": untraced(hooked(made_step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group}
-    made = instance_subclass(base, {**ours, "ckpt": Checkpointed.ckpt})
+    for_profilers = {} if issubclass(base, torch.optim.Optimizer) else {"_optimizer_step_code": lambda self: None}
+    made = instance_subclass(base, {**for_profilers, **ours, "ckpt": Checkpointed.ckpt})
     Checkpointed.register(made)
     return made
 

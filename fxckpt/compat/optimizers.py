@@ -123,7 +123,14 @@ def has_own_contract(opt: torch.optim.Optimizer) -> bool:
     """Does its class, or a hook, have a say in what ``state_dict()`` gives and ``load_state_dict()`` takes?"""
     cls, base = plain_class(opt), torch.optim.Optimizer
     hooks = any(vars(opt).get(f"_optimizer_{kind}_hooks") for kind in HOOKS[2:])
-    return hooks or cls.state_dict is not base.state_dict or cls.load_state_dict is not base.load_state_dict
+    both = [(getattr(cls, name, None), getattr(base, name)) for name in ("state_dict", "load_state_dict")]
+    return all(theirs is not None for theirs, _ in both) and (hooks or any(theirs is not plain for theirs, plain in both))
+
+
+def steps_like_one(value: object) -> bool:
+    """Is it an optimizer, whether its class says so or not? schedulefree's wrapper derives from nothing."""
+    named = not isinstance(value, type) and all(hasattr(value, name) for name in ("param_groups", "state", "step"))
+    return named and isinstance(value.param_groups, list)  # type: ignore[attr-defined]
 
 
 def takes(opt_class: type) -> tuple[str, ...]:
@@ -179,7 +186,7 @@ def callers(opt: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
     while (frame := frame.f_back) is not None:
         if "self" in frame.f_code.co_varnames:
             owner = frame.f_locals.get("self")
-            if isinstance(owner, torch.optim.Optimizer) and owner is not opt:
+            if owner is not opt and steps_like_one(owner):
                 yield owner
 
 

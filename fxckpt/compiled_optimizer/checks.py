@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from fxckpt.checkpointed import Checkpointed
 from fxckpt.compat.modules import named_parameters, tensors_of
-from fxckpt.compat.optimizers import forwards
+from fxckpt.compat.optimizers import forwards, steps_like_one
 from fxckpt.config import disabled
 from fxckpt.errors import SetupError
 from fxckpt.optim.contract.contract import Contract
@@ -37,13 +38,12 @@ def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optim
     return checked
 
 
-def _free_optimizer(opt: object) -> torch.optim.Optimizer:
-    """``opt``, if it is an optimizer that steps itself and belongs to no run, nor one that it holds."""
-    if not isinstance(opt, torch.optim.Optimizer):
-        what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}"
-        raise SetupError(
-            f"{what}. If it wraps an optimizer, pass the inner one, and the wrapper in extra= if it counts anything."
-        )
+def _free_optimizer(given: object) -> torch.optim.Optimizer:
+    """What was given, if it is an optimizer that steps itself and belongs to no run, nor one that it holds."""
+    if not steps_like_one(given):
+        what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(given).__name__}"
+        raise SetupError(f"{what}. If it wraps an optimizer, pass the inner one, and the wrapper in extra= if it counts anything.")
+    opt = cast(torch.optim.Optimizer, given)
     if forwards(opt):
         inner = next((type(each).__name__ for each in held_by(opt)), "optimizer")
         raise SetupError(

@@ -501,6 +501,27 @@ class Forwarded(torch.optim.Optimizer):
         return self.inner.step(closure)
 
 
+class NoSubclass:
+    """As schedulefree's wrapper: of no class of torch, but with all that an optimizer has."""
+
+    def __init__(self, base):
+        self.base, self.train_mode = base, 0
+
+    param_groups = property(lambda self: self.base.param_groups)
+    state = property(lambda self: self.base.state)
+
+    def zero_grad(self):
+        self.base.zero_grad()
+
+    def step(self, closure=None):
+        self.train_mode += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            z = self.state[p].setdefault("z", p.detach().clone())
+            z.lerp_(p.detach(), self.train_mode / 20)
+            p.data.lerp_(z, 0.3)
+        return self.base.step(closure)
+
+
 class Several(torch.optim.Optimizer):
     """Hands its parameters out to two optimizers in a list."""
 
@@ -528,6 +549,7 @@ HOLDING = {
     "wrapped twice": lambda params: Lookahead(Lookahead(AdamW(params, lr=0.05), 2)),
     "forwarded": lambda params: Forwarded(AdamW(params, lr=0.05)),
     "several": Several,
+    "of no class of torch": lambda params: NoSubclass(SGD(params, lr=0.1, momentum=0.9)),
 }
 
 
