@@ -42,7 +42,9 @@ def _free_optimizer(given: object) -> torch.optim.Optimizer:
     """What was given, if it is an optimizer that steps itself and belongs to no run, nor one that it holds."""
     if not steps_like_one(given):
         what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(given).__name__}"
-        raise SetupError(f"{what}. If it wraps an optimizer, pass the inner one, and the wrapper in extra= if it counts anything.")
+        raise SetupError(
+            f"{what}. If it wraps an optimizer, pass the inner one, and the wrapper in extra= if it counts anything."
+        )
     opt = cast(torch.optim.Optimizer, given)
     if forwards(opt):
         inner = next((type(each).__name__ for each in held_by(opt)), "optimizer")

@@ -111,7 +111,10 @@ def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match:
     waited for a step."""
     for index, (old, made, opt) in enumerate(zip(saved.optimizers, states, target.optimizers)):
         _apply_state(old, made, opt)
-        if _fits(old, opt):
+        if not _fits(old, opt):
+            if "own" in old:
+                log.warning("fxckpt: what %s keeps beside its parameters' state is left out: its groups differ", old["class"])
+        else:
             target.contracts[index].restore(old.get("own", NOTHING), functools.partial(_apply_state, old, made, opt))
         present, waiting = set(old["gradients"]), old.get("accumulated", {})
         for param in (p for live in opt.param_groups for p in live["params"]):

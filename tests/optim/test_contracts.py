@@ -303,8 +303,18 @@ class Late(Counting):
 
 
 def test_an_object_made_in_training_is_refused_by_name_at_the_first_checkpoint(tmp_path):
-    with pytest.raises(fxckpt.SetupError, match=r"Late .* keeps a types.SimpleNamespace in helper that it made in training"):
+    with pytest.raises(fxckpt.SetupError, match=r"Late .* keeps a types.SimpleNamespace in helper, made in training"):
         Life(Late, tmp_path, 3)
+
+
+def test_what_a_script_sets_before_it_loads_stays(tmp_path):
+    Life(Counting, tmp_path, 3)
+    model = Life(Counting).model
+    opt = fxckpt.compile_step(Counting(list(model.parameters())), tmp_path, model=model)
+    opt.label = "mine"
+    assert fxckpt.load(optimizer=opt).step == 3
+    assert opt.label == "mine" and opt.calls == 3
+    opt.ckpt.shutdown()
 
 
 def test_a_lock_or_a_function_in_an_attribute_is_nothing_to_store(tmp_path):
@@ -365,7 +375,27 @@ class Half(Counting):
         self.state = collections.defaultdict(dict)  # whatever it does to it
 
 
-@pytest.mark.parametrize("make", [OwnDict, OtherKeys, Half], ids=lambda c: c.__name__)
+class MakesHelper(Counting):
+    """Makes an object at its first step; its contract says what of it is state."""
+
+    def begin(self):
+        self.helper = None
+
+    def factor(self):
+        self.helper = self.helper or SimpleNamespace(calls=0, lock=itertools.count())
+        self.helper.calls += 1
+        return self.helper.calls / 9
+
+    def state_dict(self):
+        return {**super().state_dict(), "calls": self.helper and self.helper.calls}
+
+    def load_state_dict(self, state_dict):
+        state_dict = dict(state_dict)
+        self.helper = SimpleNamespace(calls=state_dict.pop("calls"), lock=itertools.count())
+        super().load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("make", [OwnDict, OtherKeys, Half, MakesHelper], ids=lambda c: c.__name__)
 def test_what_its_own_state_dict_would_keep_comes_back_through_its_own_load_state_dict(make, tmp_path):
     resumes(make, tmp_path)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.optimizers import complete, is_stock, plain_class
+from fxckpt.compat.optimizers import complete, has_own_contract, is_stock, plain_class
 from fxckpt.errors import LayoutMismatch, SetupError
 from fxckpt.optim.contract.pack import Packer, Unstorable, is_torchs_own
 from fxckpt.optim.contract.unpack import Unpacker, is_optimizer
@@ -35,20 +35,23 @@ class Contract:
         packer = Packer(opt, self._ours)
         self._pack(packer)
         self._made_of = packer.made_of
-        self._initial = {name for name in vars(opt) if not is_torchs_own(opt, name)}
+        self._initial = self._names()
+        self._captured = False
 
     def capture(self) -> dict[str, Any] | None:
         """What it keeps now, for ``encode_state``; None if there is nothing. Raises SetupError for what cannot be stored."""
-        packer = Packer(self.opt, self._ours)
-        body = self._pack(packer)
-        for path, kind in packer.made_of.items():
-            if self._made_of.get(path) != kind:
-                what = f"{self._name} keeps a {kind} in {path} that it made in training"
-                raise SetupError(f"{what}: a resumed process has none to give its state to. {WAY_OUT}")
-        shared = _shared(self.opt)
+        self._captured, opt = True, self.opt
+        if is_stock(opt) and not self._names() and not has_own_contract(opt) and all(map(_is_tensor, opt.state)):
+            return None  # as for most: what follows looks at every parameter
+        packer = Packer(opt, self._ours, self._made_of)
+        body, shared = self._pack(packer), _shared(opt)
         if not shared and not body["state"]["dict"] and not body["attributes"] and "contract" not in body:
             return None
         return {"optimizer": body, "tensors": packer.tensors, "shared": shared, "objects": packer.made_of}
+
+    def _names(self) -> set[str]:
+        """Of its attributes, less those of torch."""
+        return {name for name in vars(self.opt) if not is_torchs_own(self.opt, name)}
 
     @property
     def _name(self) -> str:
@@ -82,7 +85,7 @@ class Contract:
         for (first, key), *others in own["shared"]:
             for index, name in others:
                 opt.state[params[index]][name] = opt.state[params[first]][key]
-        for name in [n for n in vars(opt) if not is_torchs_own(opt, n) and n not in self._initial | body["attributes"].keys()]:
+        for name in self._names() - self._initial - body["attributes"].keys() if self._captured else ():
             del vars(opt)[name]  # made after the step that was loaded
         unpacker.attributes(opt, body["attributes"])
 
@@ -97,7 +100,7 @@ def is_own(value: Any, params: int) -> bool:
         return False
     body, count = value["optimizer"], len(value["tensors"])
     return (
-        all(isinstance(each, torch.Tensor) for each in value["tensors"])
+        all(map(_is_tensor, value["tensors"]))
         and is_optimizer(body, params, count)
         and "dict" in body["state"]
         and type(value["objects"]) is dict
@@ -111,6 +114,10 @@ def is_own(value: Any, params: int) -> bool:
 
 def _is_place(value: Any, params: int) -> bool:
     return type(value) is list and len(value) == 2 and type(value[0]) is int and 0 <= value[0] < params and type(value[1]) is str
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _shared(opt: torch.optim.Optimizer) -> list[list[list[Any]]]:

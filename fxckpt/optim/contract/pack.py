@@ -62,23 +62,33 @@ class Unstorable(Exception):
 
 class Packer:
     """One look at one optimizer. ``tensors`` are those that nodes refer to by their place in it; ``made_of`` the paths of objects
-    that a new process must have, too, with their classes. ``ours``: tensors that a checkpoint has elsewhere, by ``id``."""
+    that a new process must have, too, with their classes.
 
-    def __init__(self, opt: torch.optim.Optimizer, ours: Iterable[int] = ()):
+    ``ours``: tensors that a checkpoint has elsewhere, by ``id``. ``known``: ``made_of`` of the start; objects that it lacks were
+    made in training, and a new process has none to give their state to.
+    """
+
+    def __init__(self, opt: torch.optim.Optimizer, ours: Iterable[int] = (), known: Mapping[str, str] | None = None):
         self.tensors: list[torch.Tensor] = []
         self.made_of: dict[str, str] = {}
-        params = [p for group in opt.param_groups for p in group["params"]]
-        self._params = {id(p): i for i, p in enumerate(params)}
+        self._opt, self._known = opt, known
+        self._all = [p for group in opt.param_groups for p in group["params"]]
+        self._params = {id(p): i for i, p in enumerate(self._all)}
         self._ours = {*ours, *self._params}
-        self._known: dict[object, Node] = {_place(p): {"data": i} for i, p in enumerate(params)}
         self._seen: dict[int, object] = {}  # what was met, kept alive: an id is given again after its owner's death
-        for i, param in enumerate(params):
-            for key, value in opt.state.get(param, {}).items() if param in opt.state else ():
-                if isinstance(value, torch.Tensor) and type(key) is str:
-                    self._known[_place(value)] = {"state": [i, key]}
-                self._meet(opt.state[param])
-        for each in (opt, opt.state, opt.param_groups, *opt.param_groups, *(g["params"] for g in opt.param_groups)):
+        states = [opt.state[p] for p in self._all if p in opt.state]
+        for each in (opt, opt.state, *states, opt.param_groups, *opt.param_groups, *(g["params"] for g in opt.param_groups)):
             self._meet(each)
+
+    @functools.cached_property
+    def _places(self) -> dict[object, Node]:
+        """Tensors that have a node already, by where they lie; made only for those that hold any."""
+        found: dict[object, Node] = {_place(p): {"data": i} for i, p in enumerate(self._all)}
+        for i, param in enumerate(self._all):
+            for key, value in self._opt.state[param].items() if param in self._opt.state else ():
+                if isinstance(value, torch.Tensor) and type(key) is str:
+                    found[_place(value)] = {"state": [i, key]}
+        return found
 
     def _meet(self, value: object) -> bool:
         """Is this the first time?"""
@@ -98,6 +108,8 @@ class Packer:
             except Unstorable:
                 if not has_own_contract(opt):
                     raise
+                within = f"{prefix}{name}"
+                self.made_of = {path: kind for path, kind in self.made_of.items() if not path.startswith(within)}
                 node = {"fixed": None}
             out[name] = node
         return out
@@ -122,7 +134,7 @@ class Packer:
 
     def foreign(self, opt: torch.optim.Optimizer) -> Node:
         """The entries of ``opt.state`` that belong to no parameter."""
-        found = {key: value for key, value in opt.state.items() if id(key) not in self._params}
+        found = {key: value for key, value in opt.state.items() if not isinstance(key, torch.Tensor)}
         return self._dict(found, "state", 0, True)
 
     def pack(self, value: Any, path: str, depth: int = 0, objects: bool = True) -> Node:
@@ -162,10 +174,10 @@ class Packer:
         if value.layout not in (torch.strided, torch.sparse_coo):
             raise Unstorable(path, value, f"whose layout is {value.layout}")
         place = _place(value)
-        if place not in self._known:
-            self._known[place] = {"tensor": len(self.tensors)}
+        if place not in self._places:
+            self._places[place] = {"tensor": len(self.tensors)}
             self.tensors.append(value)
-        return self._known[place]
+        return self._places[place]
 
     def _object(self, value: Any, path: str, depth: int) -> Node:
         """Something with an identity: it is not made anew, but given its state back."""
@@ -183,6 +195,8 @@ class Packer:
             return {"same": None}
         if isinstance(value, torch.nn.Module) and {id(t) for t in (*value.parameters(), *value.buffers())} <= self._ours:
             return {"fixed": None}  # the model, or a part of it
+        if self._known is not None and self._known.get(path) != kind:
+            raise Unstorable(path, value, "made in training, so that a resumed process has none to give its state to")
         self.made_of[path] = kind
         if isinstance(value, torch.optim.Optimizer):
             return {"optimizer": self.optimizer(value, path, depth)}
