@@ -66,6 +66,11 @@ def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, b
                 yield f"{prefix}.{name}" if prefix else name, buffer, persistent
 
 
+def tensors_of(model: torch.nn.Module | None) -> set[int]:
+    """Its parameters and buffers, by ``id``."""
+    return set() if model is None else {id(t) for t in (*model.parameters(), *model.buffers())}
+
+
 def extra_state_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """``(name, module)`` of modules that keep more than tensors in their state dict (``get_extra_state``)."""
     for name, module in every_module(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import weakref
@@ -15,6 +16,7 @@ from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
+from fxckpt.optim.contract.contract import NOTHING
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import TORCH_DTYPES, storable, take
@@ -56,6 +58,7 @@ def read_later(reader: Reader, later: Sequence[TensorRecord]) -> dict[str, torch
 def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, State]]:
     """Make every optimizer's state as the record describes it, by its parameter's id, and add its tensors, still empty, to
     what is read. A live tensor that is just so is kept, so that no second copy exists during a rollback."""
+    check_contracts(saved, target)
     out = []
     for index, (old, opt) in enumerate(zip(saved.optimizers, target.optimizers)):
         states: dict[int, State] = {}
@@ -108,20 +111,44 @@ def _state_tensor(
 
 
 def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:
-    """Give every optimizer its groups' settings, its state, its gradients' presence, and those that waited for a step."""
-    for old, made, opt in zip(saved.optimizers, states, target.optimizers):
+    """Give every optimizer its groups' settings, its state, what else it keeps, its gradients' presence, and the gradients that
+    waited for a step."""
+    for index, (old, made, opt) in enumerate(zip(saved.optimizers, states, target.optimizers)):
+        _apply_state(old, made, opt)
+        if not _fits(old, opt):
+            if "own" in old:
+                log.warning("fxckpt: what %s keeps beside its parameters' state is left out: its groups differ", old["class"])
+        else:
+            target.contracts[index].restore(old.get("own", NOTHING), functools.partial(_apply_state, old, made, opt))
         present, waiting = set(old["gradients"]), old.get("accumulated", {})
-        opt.state.clear()
-        for group, live in zip(old["groups"], opt.param_groups):
-            _apply_settings(group["settings"], live)
-            for param in live["params"]:
-                if id(param) in made:
-                    opt.state[param] = made[id(param)]
-                stored = match.stored.get(target.inventory.name_of(param))
-                if (held := waiting.get(stored)) is not None and held.shape == param.shape:
-                    param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
-                else:  # to an optimizer a gradient of zeros is not the same as none
-                    param.grad = torch.zeros_like(param) if stored in present else None
+        for param in (p for live in opt.param_groups for p in live["params"]):
+            stored = match.stored.get(target.inventory.name_of(param))
+            if (held := waiting.get(stored)) is not None and held.shape == param.shape:
+                param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
+            else:  # to an optimizer a gradient of zeros is not the same as none
+                param.grad = torch.zeros_like(param) if stored in present else None
+
+
+def _apply_state(old: State, made: Mapping[int, State], opt: torch.optim.Optimizer) -> None:
+    """The settings of its groups, and the state of its parameters. The containers stay: another optimizer may have them, too."""
+    opt.state.clear()
+    for group, live in zip(old["groups"], opt.param_groups):
+        _apply_settings(group["settings"], live)
+        for param in live["params"]:
+            if id(param) in made:
+                opt.state[param] = made[id(param)]
+
+
+def _fits(old: State, opt: torch.optim.Optimizer) -> bool:
+    """Are there as many parameters as there were? What an optimizer keeps of its own names them by their places."""
+    return [len(g["params"]) for g in old["groups"]] == [len(g["params"]) for g in opt.param_groups]
+
+
+def check_contracts(saved: Saved, target: Target) -> None:
+    """Raise LayoutMismatch where what an optimizer kept of its own has no place in the live one."""
+    for old, opt, contract in zip(saved.optimizers, target.optimizers, target.contracts):
+        if _fits(old, opt):
+            contract.check(old.get("own", NOTHING))
 
 
 def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fxckpt.compat.modules import unwrap_model
+from fxckpt.compat.modules import tensors_of, unwrap_model
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
+from fxckpt.optim.contract.contract import Contract
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run, live_runs, the_run
 from fxckpt.saving.inventory import Inventory, take
@@ -29,6 +30,7 @@ class Target:
     asked: bool  # for extras: else those of the checkpoint are nobody's business
     run: Run | None
     model: torch.nn.Module | None
+    contracts: Sequence[Contract]  # of the optimizers
 
 
 def find_target(
@@ -45,12 +47,15 @@ def find_target(
         extras = run.capture.extras if extra is None else extra_state.extras(extra)
         module = run.arrangement.model if model is None else unwrap_model(model)
         inventory = take(module, run.optimizers, traces)
-        return Target(inventory, run.optimizers, extras, True, run, module), run.directory if place is None else place
+        return Target(
+            inventory, run.optimizers, extras, True, run, module, run.capture.contracts
+        ), run.directory if place is None else place
     if place is None:
         raise SetupError("say which directory to load from")
     module = None if model is None else unwrap_model(model)
     inventory = take(module, given, traces)
-    return Target(inventory, given, extra_state.extras(extra), extra is not None, None, module), place
+    contracts = [Contract(opt, tensors_of(module)) for opt in given]
+    return Target(inventory, given, extra_state.extras(extra), extra is not None, None, module, contracts), place
 
 
 def _find_run(place: str | None, model: torch.nn.Module | None, given: Sequence[torch.optim.Optimizer]) -> Run | None:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.modules import extra_state_modules
+from fxckpt.compat.modules import extra_state_modules, tensors_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.errors import SetupError
+from fxckpt.optim.contract.contract import Contract
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
@@ -41,6 +42,8 @@ class Capture:
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
+        optimizers = [] if arrangement.emitter.engine is None else [stepper.opt for stepper in arrangement.steppers]
+        self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
         self._notes: dict[str, float] = {}  # metrics for the next record
         self._noting = threading.RLock()
 
@@ -170,6 +173,8 @@ class Capture:
             "state": self._described[index][1],  # for hundreds of tensors this is worth making once
             "gradients": list(self._present[index]),
         }
+        if (own := self.contracts[index].capture()) is not None:
+            record["own"] = encode_state(own, tensors, f"optimizers/{index}/own")
         if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
             record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
         return record

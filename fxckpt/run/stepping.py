@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import EvaluatedClosure, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
@@ -43,6 +44,7 @@ class Stepping:
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
         self._announcer = Announcer(arrangement, config.max_async)
         self._store_checked = False
+        self._foreign = (True, True)  # of a step that goes another way, what ``WhoSteps.attempt`` said
         self._skipped = 0  # the last step whose checkpoint was skipped
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
@@ -70,6 +72,9 @@ class Stepping:
         if not (self._store_checked or self._status.stopped):
             self._check_store()
         stepper = self._stepper_of[id(opt)]
+        if not opt.state and sets_up_state(opt):
+            self._emitter.fence_all()
+            return own_step(opt, closure)
         alone = len(self._stepper_of) == 1 and not self._clock.in_iteration
         counts, begins = (True, True) if alone else self._attempt(opt)
         self._before_step()
@@ -180,7 +185,7 @@ class Stepping:
             arrangement.look_for_names()
         arrangement.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
-        strategy = stepper.whole_step if scaled else stepper.strategy
+        strategy = stepper.whole_step if scaled or type(closure) is Arguments else stepper.strategy
         if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
@@ -202,7 +207,9 @@ class Stepping:
             pending = self._begin(step) if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
-            stepper.halfway = stepper.accumulated = False
+            stepper.halfway = False
+            # What a closure left inside a whole step of a class of its own, its next step may read before all else (SAM).
+            stepper.accumulated = own is not None and closure is not None and not stepper.stock
             if counts:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
@@ -215,6 +222,40 @@ class Stepping:
         if emitter.callback_error is not None:
             self._raise_callback_error()
         return loss
+
+    def foreign_step_begins(self, opt: torch.optim.Optimizer) -> None:
+        """A step begins that did not come through ``step``. As before any own step, what is being copied must be done."""
+        if not self._status.active:
+            return
+        with self._closing.between_steps:
+            stepper, self._saver.trainer.thread = self._stepper_of[id(opt)], threading.current_thread()
+            self._status.refuse_mixture()
+            if not self._store_checked:
+                self._check_store()
+            self._foreign = self._attempt(opt)
+            self._before_step()
+            self._arrangement.refresh()
+            self._emitter.fence_all()
+            stepper.stepped = stepper.halfway = True
+
+    def foreign_step_ended(self, opt: torch.optim.Optimizer) -> None:
+        """It counts, and if a checkpoint is due, everything is handed over as it is now."""
+        if not self._status.active:
+            return
+        with self._closing.between_steps, torch.no_grad():
+            stepper, (counts, begins) = self._stepper_of[id(opt)], self._foreign
+            step = self._clock.attempts + counts
+            if due := begins and self._is_due(step):
+                self._arrangement.look_for_names()
+            self._arrangement.refresh(due)
+            pending = self._begin(step) if due else None
+            stepper.halfway, stepper.accumulated = False, not stepper.stock
+            if counts:
+                self._clock.attempts += 1
+                self._clock.applied.add()
+            if pending is not None:
+                self._emit_rest(pending, None)
+            self._raise_callback_error()
 
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint of this step to be begun? Ask once a step: the schedule counts."""
