@@ -25,6 +25,7 @@ from fxckpt.handle import Handle
 from fxckpt.run.run import Run, live_runs
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import NullStore
+from fxckpt.store.directory import local_path
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -94,7 +95,7 @@ def compile_step(
         writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error,
     )  # fmt: skip
     optimizers = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model)
-    directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
+    directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)

@@ -14,6 +14,7 @@ from fxckpt.graph.model.book import traces
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run, live_runs, the_run
 from fxckpt.saving.inventory import Inventory, take
+from fxckpt.store.directory import local_path
 
 StrPath = str | os.PathLike[str]
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
@@ -38,7 +39,7 @@ def find_target(
     extra: Mapping[str, object] | None,
 ) -> tuple[Target, str]:
     """What to restore into, and the directory to load from. Raises SetupError if that cannot be told."""
-    place = None if directory is None else os.fsdecode(directory)
+    place = None if directory is None else local_path(directory)
     given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     run = _find_run(place, model, given)
     if run is not None:
