@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat import module_state
 from fxckpt.compat.modules import every_module, extra_state_modules
+from fxckpt.errors import LayoutMismatch
 from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
@@ -130,6 +132,46 @@ def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:
             group[key] = value
 
 
+def set_buffers(match: Match, target: Target) -> None:
+    """Set the buffers that had no value or another shape, and were read into new tensors. Raises LayoutMismatch if a module does
+    not take what it said it would."""
+    for module, attribute, made in match.filled:
+        setattr(module, attribute, made)
+    with torch.no_grad():
+        for live, made in match.resized:
+            live.resize_(made.shape).copy_(made)
+    modules = {} if target.model is None else dict(every_module(target.model))
+    for name, values in match.asked.items():
+        try:
+            module_state.fill(modules[name], values)
+        except Exception as error:
+            raise LayoutMismatch(f"{name}: its own _load_from_state_dict raised {type(error).__name__}: {error}") from error
+
+
+def _give_contracts_back(saved: Mapping[str, Mapping[str, Any]], model: torch.nn.Module) -> None:
+    """Let modules take what their own state dicts had added. Raises LayoutMismatch where one raises."""
+    modules = dict(every_module(model))
+    for name, entries in saved.items():
+        if (module := modules.get(name)) is None:
+            log.warning("fxckpt: the checkpoint has state of a module %r, which this model has not: %s", name, ", ".join(entries))
+            continue
+        try:
+            module_state.give_back(module, entries)
+        except Exception as error:
+            what = f"{name or 'the model'}: its own load_state_dict raised {type(error).__name__}: {error}"
+            raise LayoutMismatch(what) from error
+
+
+def check_extras(saved: Saved, target: Target) -> None:
+    """Raise LayoutMismatch for a plain value that cannot become in place what was stored, before anything is touched."""
+    values = {**saved.early["extra"], **saved.late}
+    wrong = [
+        f"  extra[{e.name!r}]: {why}" for e in target.extras if e.name in values and (why := e.misfit(values[e.name])) is not None
+    ]
+    if wrong:
+        raise LayoutMismatch("\n".join(["plain values of extra= are of another kind than in the checkpoint:", *wrong]))
+
+
 def apply_extras(saved: Saved, target: Target) -> None:
     """Set extras, module extra state and transient buffers, and the random generators last."""
     early, values = saved.early, {**saved.early["extra"], **saved.late}
@@ -141,6 +183,7 @@ def apply_extras(saved: Saved, target: Target) -> None:
             if name in early["modules"]:
                 module.set_extra_state(early["modules"][name])
         _apply_transient({**early["buffers"], **early.get("remote", {})}, target, dict(every_module(target.model)))
+        _give_contracts_back(early.get("contracts", {}), target.model)
     if target.optimizers:
         extra_state.set_random_state(early["random"])
 
@@ -154,7 +197,9 @@ def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules:
             if (empty := empty_buffer(modules, name)) is not None:
                 setattr(*empty, value)
             continue
-        shared = any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride()))
+        shared = buffer.layout is torch.strided and any(
+            stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride())
+        )
         if shared or (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
             owner, _, attribute = name.rpartition(".")
             setattr(modules[owner], attribute, value.to(buffer.device))
@@ -176,9 +221,22 @@ def freeze(frozen: Sequence[str] | None, step: int, match: Match, target: Target
             param.requires_grad_(wanted)
             changed[wanted].append(name)
     for wanted, found in changed.items():
-        if found:
-            what, some = "trained" if wanted else "frozen", ", ".join(found[:5]) + (" ..." if found[5:] else "")
-            log.warning("fxckpt: these parameters are %s again, as at step %d: %s", what, step, some)
+        _say("these parameters are " + ("trained" if wanted else "frozen"), step, found)
+
+
+def set_modes(evaluating: Sequence[str] | None, step: int, target: Target) -> None:
+    """Put modules into training and eval mode as at ``step``, and say which change, for the same reason. Without a model nobody
+    knows them. ``evaluating`` is None in records of earlier versions, and of runs without a model."""
+    if evaluating is None or target.model is None:
+        return
+    for training, found in module_state.set_modes(target.model, set(evaluating)).items():
+        _say("these modules are in " + ("training" if training else "eval") + " mode", step, found)
+
+
+def _say(what: str, step: int, found: Sequence[str]) -> None:
+    """Say what of the live objects was changed to what it was then."""
+    if found:
+        log.warning("fxckpt: %s again, as at step %d: %s", what, step, ", ".join(found[:5]) + (" ..." if found[5:] else ""))
 
 
 class LateOwners:

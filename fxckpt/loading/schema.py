@@ -112,4 +112,4 @@ _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names,
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
 _DECODED = list_of(has(_optimizer, {"accumulated": _tensors}))
 _early = {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values}
-_EARLY = has(_early, {"remote": _tensors, "frozen": _names})
+_EARLY = has(_early, {"remote": _tensors, "frozen": _names, "eval": _names, "contracts": map_of(_values)})

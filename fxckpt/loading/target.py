@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxckpt.compat.modules import unwrap_model
+from fxckpt.compat.modules import Models, one_model
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
 from fxckpt.run import extra_state
@@ -34,7 +34,7 @@ class Target:
 
 def find_target(
     directory: StrPath | None,
-    model: torch.nn.Module | None,
+    model: Models | None,
     optimizer: Optimizers | None,
     extra: Mapping[str, object] | None,
 ) -> tuple[Target, str]:
@@ -44,17 +44,17 @@ def find_target(
     run = _find_run(place, model, given)
     if run is not None:
         extras = run.capture.extras if extra is None else extra_state.extras(extra)
-        module = run.arrangement.model if model is None else unwrap_model(model)
+        module = run.arrangement.model if model is None else one_model(model)
         inventory = take(module, run.optimizers, traces)
         return Target(inventory, run.optimizers, extras, True, run, module), run.directory if place is None else place
     if place is None:
         raise SetupError("say which directory to load from")
-    module = None if model is None else unwrap_model(model)
+    module = one_model(model)
     inventory = take(module, given, traces)
     return Target(inventory, given, extra_state.extras(extra), extra is not None, None, module), place
 
 
-def _find_run(place: str | None, model: torch.nn.Module | None, given: Sequence[torch.optim.Optimizer]) -> Run | None:
+def _find_run(place: str | None, model: Models | None, given: Sequence[torch.optim.Optimizer]) -> Run | None:
     """The run of these optimizers; without any, the only one, or the only one that checkpoints there."""
     run = next((each.ckpt._run for each in given if hasattr(each, "ckpt")), None)
     if run is not None or given:

@@ -16,7 +16,8 @@ from fxckpt.optim.stepper import Stepper
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import GradientHooks
 from fxckpt.saving import plan
-from fxckpt.saving.inventory import Inventory, shared_memory, take
+from fxckpt.saving.inventory import Inventory, check_storable, shared_memory, take, trained_by
+from fxckpt.saving.ownership import check_owned
 
 
 class Arrangement:
@@ -38,6 +39,7 @@ class Arrangement:
         self.unsaid: bool = True
         self.hooks: GradientHooks = GradientHooks()
         self._config = config
+        self._owned: frozenset[int] = frozenset()  # parameters whose owners were looked for
         self._layout_key: Any = None
         self._arranged: Any = None
         self._first_backward: FirstBackward | None = None if emitter.engine is None else FirstBackward(optimizers)
@@ -54,6 +56,7 @@ class Arrangement:
         if not stale and key == self._arranged:
             return
         self.emitter.fence_all()  # copies under way still read the old tensors
+        self._check_owned()
         self.inventory = take(self.model, self.optimizers, traces)
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
@@ -62,6 +65,16 @@ class Arrangement:
         self._number_layers()
         self.hooks.hook(self.steppers)
         self._arranged = self._key()
+
+    def _check_owned(self) -> None:
+        """Before a step of other parameters than were looked at: each is in a model that is known, or in no module."""
+        params = frozenset(map(id, trained_by(self.optimizers)))
+        if params == self._owned:
+            return
+        check_owned(self.model, self.optimizers, traces)
+        if self.model is None:
+            check_storable(take(None, self.optimizers, traces))
+        self._owned = params
 
     def look_for_names(self) -> None:
         """Before a checkpoint: bind anew if a parameter moved in its model (``torch.nn.utils.prune`` renames it)."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.modules import extra_state_modules
+from fxckpt.compat.module_state import state_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.errors import SetupError
@@ -55,8 +55,8 @@ class Capture:
         early = {
             "random": extra_state.random_state(),
             "extra": {e.name: e.get() for e in self.extras if e.early},
-            "buffers": {n: t for n, t in inventory.transient.items() if not self._emitter.is_remote(t)},
-            "modules": {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)},
+            "buffers": {n: t for n, t in inventory.transient.items() if not self._is_remote(t)},
+            **({"modules": {}} if model is None else state_of(model)),
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
@@ -66,13 +66,17 @@ class Capture:
         """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
         found = {}
         for name, buffer in self._arrangement.inventory.transient.items():
-            if not self._emitter.is_remote(buffer):
+            if not self._is_remote(buffer):
                 continue
             before = set(tensors)
             found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
             for key in set(tensors) - before:
                 tensors[key] = self._emitter.later(buffer)
         return found
+
+    def _is_remote(self, buffer: torch.Tensor) -> bool:
+        """Is it copied by its device, later? A sparse one is copied at once: how long it is, only the device knows."""
+        return buffer.layout is torch.strided and self._emitter.is_remote(buffer)
 
     # -- when it closes ----------------------------------------------------------------------------------------------
 
