@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,11 @@ def state_of(model: torch.nn.Module) -> dict[str, Any]:
         "eval": [name for name, module in every_module(model) if not module.training],
         "contracts": {name: added for name, module in own_contracts(model) if (added := added_entries(module))},
     }
+
+
+def mixed_modes(models: Iterable[torch.nn.Module]) -> list[str]:
+    """The modules that are in another mode than the model they are part of."""
+    return [name for model in models for name, module in every_module(model) if module.training != model.training]
 
 
 def set_modes(model: torch.nn.Module, evaluating: set[str]) -> dict[bool, list[str]]:

@@ -67,9 +67,11 @@ def one_model(given: object) -> torch.nn.Module | None:
 
 
 def owners_of(params: Iterable[torch.Tensor]) -> dict[int, torch.nn.Module]:
-    """By a parameter's ``id``, the outermost live module that it belongs to; those of no module are left out. A parameter does not
-    know its module, so this looks at every object that the garbage collector knows: some 50 ms, once and only where it is asked."""
-    wanted, parents, found = {id(p) for p in params}, {}, {}
+    """By a parameter's ``id``, the outermost live module that it belongs to; those of no module are left out. A parameter does
+    not know its module, so this looks at every object that the garbage collector knows, which takes some 50 ms."""
+    wanted = {id(p) for p in params}
+    parents: dict[int, torch.nn.Module] = {}
+    found: dict[int, torch.nn.Module] = {}
     for each in gc.get_objects():
         if not issubclass(type(each), torch.nn.Module) or type(each) is Several:  # isinstance would wake lazy proxies
             continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 
 def check(
-    optimizers: Sequence[object], model: object, extra: object
+    optimizers: Sequence[object], model: object, extra: Mapping[str, object] | None
 ) -> tuple[list[torch.optim.Optimizer], torch.nn.Module | None]:
     """The optimizers, and the models as one, once they and ``extra=`` can make a run; raises SetupError if not."""
     if not optimizers:

@@ -241,20 +241,38 @@ def _say(what: str, step: int, found: Sequence[str]) -> None:
 
 class LateOwners:
     """Restored tensors whose owners are not known yet: without a model, only the compiler shows buffers and frozen parameters.
-    They are handed over inside the backend's call, before the graph runs for the first time. Somebody has to keep this."""
+    They are handed over inside the backend's call, before the graph runs for the first time. Somebody has to keep this.
+    ``transient``: values of buffers that are in no state dict."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]):
-        self._tensors, self._optimizers = dict(tensors), optimizers
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        transient: Mapping[str, torch.Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+    ):
+        self._tensors, self._transient, self._optimizers = dict(tensors), dict(transient), optimizers
         traces.listeners.append(weakref.WeakMethod(self._hand_over))
         self._hand_over()
 
     def _hand_over(self, trace: object = None) -> None:
-        """Copy what now has an owner of that name, shape and type."""
-        if not self._tensors:
+        """Copy what now has an owner of that name. Raises LayoutMismatch where it has another shape or type."""
+        if not (self._tensors or self._transient):
             return
         seen = take(None, self._optimizers, traces)
         with torch.no_grad():
             for name, tensor in {**seen.buffers, **seen.frozen}.items():
-                held, live = self._tensors.get(name), storable(tensor)
-                if held is not None and (held.shape, held.dtype) == (live.shape, live.dtype):
-                    live.copy_(self._tensors.pop(name))
+                if (held := self._tensors.pop(name, None)) is not None:
+                    _fill_late(name, storable(tensor), held)
+            for name, tensor in seen.transient.items():
+                if (held := self._transient.pop(name, None)) is not None:
+                    _fill_late(name, tensor, held)
+
+
+def _fill_late(name: str, live: torch.Tensor, held: torch.Tensor) -> None:
+    """Set a tensor that a graph is about to read; one that is empty still takes the stored shape."""
+    if live.layout is torch.strided and not live.numel() and live.dtype == held.dtype:
+        live.resize_(held.shape)
+    if (held.shape, held.dtype) != (live.shape, live.dtype):
+        what = f"checkpoint {held.dtype}{list(held.shape)}, live {live.dtype}{list(live.shape)}"
+        raise LayoutMismatch(f"{name}: {what}. With model= a buffer is replaced, or asked of its module")
+    live.copy_(held)

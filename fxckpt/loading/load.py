@@ -198,8 +198,10 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
         run.continue_from(record.step, record.updates, record.iteration)
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)
+        run.arrangement.expect(match.places)
         held = apply.read_later(reader, match.later)
-        run.late_owners = apply.LateOwners(held, run.optimizers) if held else None
+        transient = {} if target.model is not None else {**saved.early["buffers"], **saved.early.get("remote", {})}
+        run.late_owners = apply.LateOwners(held, transient, run.optimizers) if held or transient else None
     if skipped:
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
     log.info("fxckpt: restored step %d from %s", record.step, found.path)

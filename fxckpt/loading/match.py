@@ -13,6 +13,7 @@ from fxckpt.compat.optimizers import plain_class
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
 from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, storable
+from fxckpt.saving.ownership import check_names
 from fxckpt.store.names import MODEL
 from fxckpt.store.record import Record, TensorRecord
 
@@ -27,6 +28,7 @@ class Match:
     filled: list[tuple[torch.nn.Module, str, torch.Tensor]] = field(default_factory=list)  # buffers that are None still
     resized: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # empty buffers, and what they become
     asked: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # module -> buffers that it sets itself
+    places: dict[str, str] = field(default_factory=dict)  # stored -> live name of what went by its place in the optimizers
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     unfit: dict[str, tuple[TensorRecord, torch.Tensor]] = field(default_factory=dict)  # of another shape or type, by live name
@@ -38,7 +40,7 @@ def match_tensors(record: Record, target: Target) -> Match:
     out = Match()
     inventory = target.inventory
     live = {**inventory.trained, **inventory.frozen, **inventory.buffers}
-    positions = _by_position(record, target) if target.model is None else {}
+    positions = out.places = _by_position(record, target) if target.model is None else {}
     modules = {} if target.model is None else dict(every_module(target.model))
     aliases = {**record.ties, **{name: alias for alias, name in record.ties.items()}}
     for key, tensor in {tensor.key: tensor for tensor in record.tensors(MODEL)}.items():
@@ -84,14 +86,14 @@ def _resize_buffers(out: Match, buffers: Mapping[str, torch.Tensor], modules: Ma
     out.asked = {owner: new for owner, new in made.items() if owner in modules and takes_shapes(modules[owner], new)}
     for name, (stored, live) in out.unfit.items():
         owner, _, attribute = name.rpartition(".")
-        new = made.get(owner, {}).get(attribute, stored)
-        if isinstance(new, TensorRecord) or (owner not in out.asked and (live.numel() or live.dtype != new.dtype)):
+        value = made.get(owner, {}).get(attribute)
+        if value is not None and owner not in out.asked and not live.numel() and live.dtype == value.dtype:
+            out.resized.append((live, value))
+        elif value is None or owner not in out.asked:
             real = storable(live)
             out.wrong.append(f"{name}: checkpoint {_shown(stored)}, live {DTYPES[real.dtype]}{list(real.shape)}")
             continue
-        out.tensors[MODEL, stored.key] = new
-        if owner not in out.asked:
-            out.resized.append((live, new))
+        out.tensors[MODEL, stored.key] = value
 
 
 def _shown(stored: TensorRecord) -> str:
@@ -130,6 +132,7 @@ def check_match(match: Match, record: Record, target: Target, strict: bool) -> N
     """Raise LayoutMismatch, listing names and shapes side by side, unless what differs may be left out. Then it is added to
     what is ``missing`` and ``unexpected``."""
     hard: list[str] = []
+    check_names(match.places)
     if strict:
         hard += [f"  {line}" for line in match.wrong]
         hard += [f"  {name}: not in the checkpoint" for name in match.missing]

@@ -6,6 +6,7 @@ when the step closes       schedulers, scalers and all other extras, param_group
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,25 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.module_state import state_of
+from fxckpt.compat.dynamo import limits_reached
+from fxckpt.compat.module_state import mixed_modes, state_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.errors import SetupError
+from fxckpt.graph.model.book import traces
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+_LIMIT_REACHED = (
+    "fxckpt: Dynamo has reached its recompile limit: a function (its own warning names it) runs eagerly from now on. A resumed run "
+    "counts anew: it may compile where this one ran eagerly, with other bits. Mark what changes as dynamic "
+    "(torch._dynamo.mark_dynamic, or a tensor in place of an int), or raise torch._dynamo.config.recompile_limit"
+)
 
 
 class Capture:
@@ -36,6 +47,8 @@ class Capture:
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         self._notes: dict[str, float] = {}  # metrics for the next record
         self._noting = threading.RLock()
+        self._limits: int | None = limits_reached()  # None: it was said that one was reached since
+        self._said_modes = False
 
     # -- at the end of a step ----------------------------------------------------------------------------------------
 
@@ -51,6 +64,7 @@ class Capture:
         live = {**inventory.buffers, **inventory.frozen}
         for number in layout.number("buffers"):
             self._emitter.hand_over(pending, number, [live[e.key] for e in layout.layers[number].entries], copied=True)
+        self._warn_of_what_is_lost()
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
@@ -61,6 +75,18 @@ class Capture:
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
         self._early, pending.captured = (encoded, tensors), True
+
+    def _warn_of_what_is_lost(self) -> None:
+        """Say once what a resumed run will not have as this one had it."""
+        if self._limits is not None and limits_reached() > self._limits:
+            self._limits = None
+            log.warning(_LIMIT_REACHED)
+        if self._arrangement.model is None and not self._said_modes and (mixed := mixed_modes(traces.models.alive())):
+            self._said_modes = True
+            some = ", ".join(mixed[:5]) + (" ..." if mixed[5:] else "")
+            log.warning(
+                "fxckpt: without model= no checkpoint says that these modules are in another mode than their model: %s", some
+            )
 
     def _encode_remote(self, pending: InFlight, tensors: dict[str, Any]) -> Any:
         """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""

@@ -77,8 +77,8 @@ def _class(name: str) -> type | None:
 
 
 def put_back(live: Any, saved: Any, path: str) -> Any:
-    """``live`` with the values of ``saved``, changed in place if it can be; else what stands for it. Raises LayoutMismatch if they
-    are of two kinds: whoever holds ``live`` would not see it change."""
+    """``live`` with the values of ``saved``, changed in place if it can be; else what is to take its place. Raises LayoutMismatch
+    for an object whose class this process does not have."""
     if isinstance(saved, dict) and _OBJECT in saved:
         return _put_fields(live, saved[_OBJECT], saved[_FIELDS], path)
     if isinstance(saved, dict) and type(live) is type(saved):
@@ -92,10 +92,10 @@ def put_back(live: Any, saved: Any, path: str) -> Any:
         made = [put_back(old[at] if at < len(old) else None, each, f"{path}[{at}]") for at, each in enumerate(saved)]
         return _refilled(live, saved, made)
     if isinstance(saved, dict):
-        made = saved.copy()
+        new = saved.copy()
         for key, each in saved.items():
-            made[key] = put_back(None, each, f"{path}[{key!r}]")
-        return made
+            new[key] = put_back(None, each, f"{path}[{key!r}]")
+        return new
     return _refilled(live, saved, saved)
 
 
@@ -135,9 +135,9 @@ def _put_fields(live: Any, name: str, saved: Mapping[str, Any], path: str) -> An
             raise LayoutMismatch(
                 f"{path} was a {name.replace(':', '.')}, and this process has no such class: define or import it"
             )
-        live = kind.__new__(kind)
+        live = object.__new__(kind)
     elif is_frozen(live):
-        old, live = live, type(live).__new__(type(live))
+        old, live = live, object.__new__(type(live))
         vars(live).update(_fields(old)) if hasattr(live, "__dict__") else None
     for gone in set(getattr(live, "__dict__", {})) - set(saved):
         object.__delattr__(live, gone)
@@ -148,7 +148,7 @@ def _put_fields(live: Any, name: str, saved: Mapping[str, Any], path: str) -> An
 
 def is_frozen(value: Any) -> bool:
     """Is it a dataclass whose instances do not change?"""
-    return dataclasses.is_dataclass(value) and value.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    return dataclasses.is_dataclass(value) and getattr(type(value), "__dataclass_params__").frozen  # noqa: B009 (mypy knows it not)
 
 
 def replaces(live: Any, saved: Any) -> str | None:

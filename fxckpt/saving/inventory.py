@@ -6,6 +6,7 @@ what the compiler saw, then from positions (``optimizer0.0.3``: optimizer, group
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -108,6 +109,11 @@ def shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
         if furthest is None or span[0] != furthest[0] or span[2] > furthest[2]:
             furthest = span
     return found
+
+
+def is_position(name: str) -> bool:
+    """Is it a name that only says where in the optimizers a parameter stands?"""
+    return re.fullmatch(r"optimizer\d+\.\d+\.\d+", name) is not None
 
 
 def trained_by(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:

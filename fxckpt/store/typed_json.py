@@ -44,7 +44,7 @@ def encode_state(value: Any, tensors: dict[str, Any], path: str = "") -> Any:
 
 
 class Unkept(dict[str, Any]):
-    """For ``encode_state`` where only its verdict is asked for: each copy of a tensor is forgotten before the next one is made."""
+    """For ``encode_state`` where only its verdict is asked for: each copy of a tensor is forgotten at once."""
 
     def __setitem__(self, key: str, value: Any) -> None:
         super().__setitem__(key, None)
