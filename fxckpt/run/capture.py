@@ -29,8 +29,8 @@ from fxckpt.store.typed_json import encode_state
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _LIMIT_REACHED = (
-    "fxckpt: Dynamo has reached its recompile limit: a function (its own warning names it) runs eagerly from now on. A resumed run "
-    "counts anew: it may compile where this one ran eagerly, with other bits. Mark what changes as dynamic "
+    "fxckpt: Dynamo has reached its recompile limit: a function (its own warning names it) runs eagerly from now on. A "
+    "resumed run counts anew: it may compile where this one ran eagerly, with other bits. Mark what changes as dynamic "
     "(torch._dynamo.mark_dynamic, or a tensor in place of an int), or raise torch._dynamo.config.recompile_limit"
 )
 

@@ -135,15 +135,20 @@ def _put_fields(live: Any, name: str, saved: Mapping[str, Any], path: str) -> An
             raise LayoutMismatch(
                 f"{path} was a {name.replace(':', '.')}, and this process has no such class: define or import it"
             )
-        live = object.__new__(kind)
+        live = _new(kind)
     elif is_frozen(live):
-        old, live = live, object.__new__(type(live))
+        old, live = live, _new(type(live))
         vars(live).update(_fields(old)) if hasattr(live, "__dict__") else None
     for gone in set(getattr(live, "__dict__", {})) - set(saved):
         object.__delattr__(live, gone)
     for field, value in saved.items():
         object.__setattr__(live, field, put_back(getattr(live, field, None), value, f"{path}.{field}"))
     return live
+
+
+def _new(kind: Any) -> Any:
+    """An object of this class, without its ``__init__``."""
+    return kind.__new__(kind)
 
 
 def is_frozen(value: Any) -> bool:
