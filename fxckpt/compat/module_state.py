@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.modules import every_module, extra_state_modules, unwrap_model
+from fxckpt.compat.modules import every_module, has_extra_state, unwrap_model
 
 _MODULE = torch.nn.Module
 
@@ -16,10 +16,12 @@ _MODULE = torch.nn.Module
 def state_of(model: torch.nn.Module) -> dict[str, Any]:
     """``modules``: extra state by module; ``eval``: the modules that are in eval mode; ``contracts``: by module, what its own
     ``state_dict()`` has beyond registered tensors."""
+    every = list(every_module(model))  # one walk: large models have thousands
+    contracts = own_contracts(model) if any(_has_contract(module) for _, module in every) else ()
     return {
-        "modules": {name: module.get_extra_state() for name, module in extra_state_modules(model)},
-        "eval": [name for name, module in every_module(model) if not module.training],
-        "contracts": {name: added for name, module in own_contracts(model) if (added := added_entries(module))},
+        "modules": {name: module.get_extra_state() for name, module in every if has_extra_state(module)},
+        "eval": [name for name, module in every if not module.training],
+        "contracts": {name: added for name, module in contracts if (added := added_entries(module))},
     }
 
 

@@ -128,5 +128,10 @@ def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, b
 def extra_state_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """``(name, module)`` of modules that keep more than tensors in their state dict (``get_extra_state``)."""
     for name, module in every_module(model):
-        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+        if has_extra_state(module):
             yield name, module
+
+
+def has_extra_state(module: torch.nn.Module) -> bool:
+    """Does its class keep more than tensors by ``get_extra_state``?"""
+    return type(module).get_extra_state is not torch.nn.Module.get_extra_state

@@ -49,6 +49,8 @@ def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optim
         encode_state(state_of(module), Unkept(), "model")
     except StateError as error:
         raise SetupError(f"a module's own state dict holds what cannot be stored: {error}") from error
+    except Exception as error:
+        raise SetupError(f"a module's own state dict cannot be taken: {type(error).__name__}: {error}") from error
 
 
 def _free_optimizer(opt: object) -> torch.optim.Optimizer:

@@ -79,16 +79,19 @@ def _resize_buffers(out: Match, buffers: Mapping[str, torch.Tensor], modules: Ma
     sized ones are until the first forward. All else does not fit."""
     made: dict[str, dict[str, torch.Tensor]] = {}  # by module and attribute
     for name, (stored, live) in out.unfit.items():
-        if name in buffers and stored.dtype in TORCH_DTYPES:
+        if name in buffers and stored.dtype in TORCH_DTYPES and name.rpartition(".")[0] in modules:
             owner, _, attribute = name.rpartition(".")
             new = torch.zeros(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=live.device)
             made.setdefault(owner, {})[attribute] = new
-    out.asked = {owner: new for owner, new in made.items() if owner in modules and takes_shapes(modules[owner], new)}
+    out.asked = {owner: new for owner, new in made.items() if takes_shapes(modules[owner], new)}
     for name, (stored, live) in out.unfit.items():
         owner, _, attribute = name.rpartition(".")
         value = made.get(owner, {}).get(attribute)
-        if value is not None and owner not in out.asked and not live.numel() and live.dtype == value.dtype:
-            out.resized.append((live, value))
+        if value is not None and owner not in out.asked and not live.numel():
+            if live.dtype == value.dtype:
+                out.resized.append((live, value))
+            else:
+                out.filled.append((modules[owner], attribute, value))
         elif value is None or owner not in out.asked:
             real = storable(live)
             out.wrong.append(f"{name}: checkpoint {_shown(stored)}, live {DTYPES[real.dtype]}{list(real.shape)}")

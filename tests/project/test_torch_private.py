@@ -57,6 +57,7 @@ from fxckpt.compat.modules import (
     _WRAPPERS,
     every_module,
     extra_state_modules,
+    has_extra_state,
     named_buffers,
     named_parameters,
     one_model,
@@ -542,6 +543,7 @@ def test_modules_with_extra_state_are_found():
         def get_extra_state(self):
             return 3
 
+    assert has_extra_state(Counting()) and not has_extra_state(nn.Linear(1, 1))
     assert [name for name, _ in extra_state_modules(nn.Sequential(nn.Linear(1, 1), Counting()))] == ["1"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from lives import batch, resumed
@@ -181,3 +183,47 @@ def test_what_was_loaded_by_position_goes_on_where_the_names_are_those_of_the_ch
     one_compiled_step(store, "ab")
     one_compiled_step(store, "ab")
     assert fxckpt.latest(store).step == 2
+
+
+# -- what a resumed run would not have -------------------------------------------------------------------------------------
+
+
+class Scheduled(nn.Module):
+    """Compiled anew for each value of its number."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.turn = nn.Linear(4, 4), 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) * (1 + self.turn / 7)
+
+
+def test_a_recompile_limit_that_is_reached_in_a_run_is_said_once_with_the_way_out(store, caplog):
+    torch._dynamo.reset()
+    model = Scheduled()
+    opt, forward = optimizer(model), eager(model)
+    fxckpt.compile_step(opt, store, model=model, every=1)
+    fxckpt.load()
+    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level(logging.WARNING, logger="fxckpt"):
+        for model.turn in range(2):
+            step(forward, opt)
+        assert "recompile limit" not in caplog.text
+        for model.turn in range(2, 5):
+            step(forward, opt)
+    said = [record.getMessage() for record in caplog.records if record.name == "fxckpt"]
+    assert len(said) == 1 and "torch._dynamo.config.recompile_limit" in said[0] and "mark_dynamic" in said[0]
+
+
+def test_without_model_a_layer_in_another_mode_than_its_model_is_said_once(store, caplog):
+    torch._dynamo.reset()
+    model = net()
+    model[1].eval()
+    opt, forward = optimizer(model), eager(model)
+    fxckpt.compile_step(opt, store, every=1)
+    fxckpt.load()
+    with caplog.at_level(logging.WARNING, logger="fxckpt"):
+        for _ in range(2):
+            step(forward, opt)
+    said = [record.getMessage() for record in caplog.records if record.name == "fxckpt"]
+    assert len(said) == 1 and "without model=" in said[0] and said[0].endswith(": 1")

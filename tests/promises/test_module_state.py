@@ -223,6 +223,23 @@ def test_a_buffer_that_is_empty_in_a_new_model_takes_the_stored_shape(replaced, 
     resumed(store, lambda: Lazy(replaced), loss_of)
 
 
+class Indexed(nn.Module):
+    """Its buffer is empty, and of another type, until the first forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+        self.register_buffer("chosen", torch.empty(0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.chosen = x.argmax(1) if not self.chosen.numel() else (self.chosen + 1) % 4
+        return self.net(x)[torch.arange(len(x)), self.chosen]
+
+
+def test_an_empty_buffer_takes_the_stored_type_too(store):
+    resumed(store, Indexed, loss_of)
+
+
 class Codebook(nn.Module):
     """A table that grows, which its own method takes at any size."""
 
