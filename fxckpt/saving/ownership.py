@@ -32,8 +32,8 @@ def check_owned(model: torch.nn.Module | None, optimizers: Sequence[torch.optim.
     if model is not None:
         raise SetupError(f"{whose}. {lost}: give all that is trained, model=[a, b] or model={{'a': a, 'b': b}}")
     raise SetupError(
-        f"{whose}. {lost}: nothing was given as model=, and torch.compile(..., backend=fxckpt.backend) has not compiled it yet. Pass "
-        "model= to compile_step, for several models model=[a, b]"
+        f"{whose}. {lost}: nothing was given as model=, and torch.compile(..., backend=fxckpt.backend) has not compiled it yet. "
+        "Pass model= to compile_step, for several models model=[a, b]"
     )
 
 
