@@ -43,7 +43,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpointed": "fxckpt.checkpointed", "Handle": "fxckpt.handle", "Restored": "fxckpt.loading.load",
     "Statistics": "fxckpt.handle", "batches": "fxckpt.loop", "checkpoints": "fxckpt.store.reader",
-    "compile_step": "fxckpt.compiled_optimizer", "epochs": "fxckpt.loop", "latest": "fxckpt.store.reader", "load": "fxckpt.loading.load", "steps": "fxckpt.loop",
+    "compile_step": "fxckpt.compiled_optimizer", "epochs": "fxckpt.loop", "latest": "fxckpt.store.reader",
+    "load": "fxckpt.loading.load", "steps": "fxckpt.loop",
 }  # fmt: skip
 """Where the names are that need torch or the engine: imported at first use."""
 

@@ -265,7 +265,7 @@ def _watched_class(base: Any) -> type:
 
 
 def mark_stepped(opt: torch.optim.Optimizer) -> None:
-    """Steps were made in an earlier process: a scheduler that finds no ``_opt_called`` at its first step warns of a wrong order."""
+    """Steps were made in an earlier process: a scheduler that finds no ``_opt_called`` warns of a wrong order."""
     opt._opt_called = True  # type: ignore[attr-defined]
 
 

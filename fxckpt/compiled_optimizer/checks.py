@@ -3,39 +3,61 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 
 from fxckpt.checkpointed import Checkpointed
-from fxckpt.compat.modules import named_parameters, tensors_of
+from fxckpt.compat.module_state import state_of
+from fxckpt.compat.modules import named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
 from fxckpt.config import disabled
-from fxckpt.errors import SetupError
+from fxckpt.errors import SetupError, StateError
+from fxckpt.graph.model.book import traces
 from fxckpt.optim.contract.contract import Contract
 from fxckpt.optim.contract.wrappers import held_by
 from fxckpt.optim.stepper import refuse_repeated
+from fxckpt.run import extra_state
 from fxckpt.run.run import live_runs
-from fxckpt.saving.inventory import storable, trained_by
+from fxckpt.saving.inventory import check_storable, storable, take, trained_by
+from fxckpt.saving.ownership import check_owned
+from fxckpt.store.typed_json import Unkept, encode_state
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 
-def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optimizer]:
-    """The optimizers, once they and the model can make a run; raises SetupError if not."""
+def check(
+    optimizers: Sequence[object], model: object, extra: Mapping[str, object] | None
+) -> tuple[list[torch.optim.Optimizer], torch.nn.Module | None]:
+    """The optimizers, and the models as one, once they and ``extra=`` can make a run; raises SetupError if not."""
     if not optimizers:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
     checked = [_free_optimizer(each) for each in optimizers]
-    if model is not None and not isinstance(model, torch.nn.Module):
-        raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
-    names = {} if model is None else {id(p): name for name, p in named_parameters(model)}
+    module = one_model(model)
+    names = {} if module is None else {id(p): name for name, p in named_parameters(module)}
     _check_parameters(checked, names)
+    extras = extra_state.extras(extra)
     if not disabled():
         for each in checked:
-            Contract(each, tensors_of(model))
+            Contract(each, tensors_of(module))
         _warn_of_other_runs(names)
-    return checked
+        extra_state.probe(extras)
+        if module is not None:
+            _check_model(module, checked)
+    return checked, module
+
+
+def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """All that is trained is in it, and all that it keeps can be stored."""
+    check_owned(module, optimizers, traces)
+    check_storable(take(module, optimizers, traces))
+    try:
+        encode_state(state_of(module), Unkept(), "model")
+    except StateError as error:
+        raise SetupError(f"a module's own state dict holds what cannot be stored: {error}") from error
+    except Exception as error:
+        raise SetupError(f"a module's own state dict cannot be taken: {type(error).__name__}: {error}") from error
 
 
 def _free_optimizer(given: object) -> torch.optim.Optimizer:

@@ -133,4 +133,5 @@ def _is_optimizer(value: Any) -> bool:
 
 _DECODED = list_of(_is_optimizer)
 _early = {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values}
-_EARLY = has(_early, {"remote": _tensors, "frozen": _names, "loops": _is_loops})
+_optional = {"remote": _tensors, "frozen": _names, "eval": _names, "contracts": map_of(_values), "loops": _is_loops}
+_EARLY = has(_early, _optional)

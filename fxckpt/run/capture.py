@@ -8,6 +8,7 @@ in a loop without boundaries
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +16,13 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.modules import extra_state_modules, tensors_of
+from fxckpt.compat.dynamo import limits_reached
+from fxckpt.compat.module_state import mixed_modes, state_of
+from fxckpt.compat.modules import tensors_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.errors import SetupError
+from fxckpt.graph.model.book import traces
 from fxckpt.optim.contract.contract import Contract
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
@@ -27,6 +31,14 @@ from fxckpt.run.emitting import snapshot
 from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+_LIMIT_REACHED = (
+    "fxckpt: Dynamo has reached its recompile limit: a function (its own warning names it) runs eagerly from now on. A "
+    "resumed run counts anew: it may compile where this one ran eagerly, with other bits. Mark what changes as dynamic "
+    "(torch._dynamo.mark_dynamic, or a tensor in place of an int), or raise torch._dynamo.config.recompile_limit"
+)
 
 
 class Capture:
@@ -46,6 +58,8 @@ class Capture:
         self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
         self._notes: dict[str, float] = {}  # metrics for the next record
         self._noting = threading.RLock()
+        self._limits: int | None = limits_reached()  # None: it was said that one was reached since
+        self._said_modes = False
 
     def start(self) -> None:
         """The process is where a resumed one begins to train."""
@@ -77,12 +91,13 @@ class Capture:
         live = {**inventory.buffers, **inventory.frozen}
         kind = {key: "buffer" if key in inventory.buffers else "parameter" for key in keys}
         self._snapshots = {key: snapshot(live[key], key) for key in keys if self.plain.is_early(kind[key], key)}
+        self._warn_of_what_is_lost()
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
             "extra": {e.name: e.get() for e in self.extras if self._is_early(e)},
             "buffers": self._transient(early=True),
-            "modules": {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)},
+            **({"modules": {}} if model is None else state_of(model)),
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
@@ -91,19 +106,35 @@ class Capture:
     def _transient(self, early: bool) -> dict[str, torch.Tensor]:
         """The non-persistent buffers in host memory that are taken at the end of a step, or those that are not."""
         found = self._arrangement.inventory.transient
-        return {n: t for n, t in found.items() if self.plain.is_early("buffer", n) == early and not self._emitter.is_remote(t)}
+        return {n: t for n, t in found.items() if self.plain.is_early("buffer", n) == early and not self._is_remote(t)}
+
+    def _warn_of_what_is_lost(self) -> None:
+        """Say once what a resumed run will not have as this one had it."""
+        if self._limits is not None and limits_reached() > self._limits:
+            self._limits = None
+            log.warning(_LIMIT_REACHED)
+        if self._arrangement.model is None and not self._said_modes and (mixed := mixed_modes(traces.models.alive())):
+            self._said_modes = True
+            some = ", ".join(mixed[:5]) + (" ..." if mixed[5:] else "")
+            log.warning(
+                "fxckpt: without model= no checkpoint says that these modules are in another mode than their model: %s", some
+            )
 
     def _encode_remote(self, pending: InFlight, tensors: dict[str, Any]) -> Any:
         """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
         found = {}
         for name, buffer in self._arrangement.inventory.transient.items():
-            if not self._emitter.is_remote(buffer):
+            if not self._is_remote(buffer):
                 continue
             before = set(tensors)
             found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
             for key in set(tensors) - before:
                 tensors[key] = self._emitter.later(buffer)
         return found
+
+    def _is_remote(self, buffer: torch.Tensor) -> bool:
+        """Is it copied by its device, later? A sparse one is copied at once: how long it is, only the device knows."""
+        return buffer.layout is torch.strided and self._emitter.is_remote(buffer)
 
     # -- when it closes ----------------------------------------------------------------------------------------------
 

@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.compat.modules import unwrap_model
 from fxckpt.compat.optimizers import mark_stepped
 from fxckpt.config import Config
 from fxckpt.engine import Engine
@@ -59,8 +58,7 @@ class Run:
         self.saver: Saver = Saver(engine, store, max_async=config.max_async)
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
-        module = None if model is None else unwrap_model(model)
-        self.arrangement: Arrangement = Arrangement(module, self.optimizers, self.emitter, config)
+        self.arrangement: Arrangement = Arrangement(model, self.optimizers, self.emitter, config)
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
