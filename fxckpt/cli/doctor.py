@@ -191,6 +191,6 @@ def _store(directory: str) -> Finding:
     if not os.path.isdir(directory):
         return Finding("store", GOOD, f"none yet: {directory} will be made")
     count = len(names.committed(os.path.abspath(directory)))
-    holder = lock.holder(os.path.join(directory, names.LOCK))
+    holder = lock.holder(os.path.abspath(directory))
     who = "nobody writes to it" if holder is None else f"process {holder} writes to it"
     return Finding("store", GOOD, f"{count} checkpoints; {who}")

@@ -65,7 +65,10 @@ class Checkpoints:
         """Open the slot's files (name, bytes). What was posted of this checkpoint already can be fed from now on."""
         slot = self._slots[key]
         try:
-            copy = self._engine.begin(self._plan(files), slot.path, [name for name, _ in files])
+            which = [name for name, _ in files]
+            waited = [slot.waited(name) for name in which]
+            copy = self._engine.begin(self._plan(files), slot.path, which, waited=waited, below=slot.below)
+            slot.opened(dict(zip(which, copy.inodes())))
         except (FxckptError, OSError) as error:
             self._newest = number
             self.store.abandon(self._slots.pop(key), bad=retires_slot(error))

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from fxckpt.engine import SLICE
+from fxckpt.engine import SLICE, Patience
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
@@ -36,7 +36,7 @@ class SlotSupply:
     @contextlib.contextmanager
     def held(self, loop: CommitLoop[InFlight]) -> Iterator[None]:
         """Around the beginning of a checkpoint. Raises SaveFailed if the loop's thread hangs while it prepares a slot."""
-        if not self._lock.acquire(timeout=2 * loop.stuck_after):
+        if not Patience(2 * loop.stuck_after).until(lambda slice: self._lock.acquire(timeout=slice)):
             raise SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{loop.operation()}")
         try:
             yield
@@ -154,6 +154,7 @@ def _file_records(pending: InFlight) -> tuple[FileRecord, ...]:
     """The files with the checksums of their chunks; the slot remembers those that hold nothing but frozen parameters."""
     layout = pending.layout
     crcs = [pending.copy.crcs(i) for i in range(len(layout.files))]
+    pending.slot.opened(dict(zip([file.name for file in layout.files], pending.copy.inodes())))
     if layout.frozen_token is not None:
         pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
     return tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
-from fxckpt.engine import io
+from fxckpt.engine import Patience, io
 from fxckpt.errors import SaveFailed
 from fxckpt.store.slot import retires_slot
 
@@ -61,17 +60,18 @@ class Work(Protocol[F_contra]):
 
 
 class StallDetector:
-    """Notices that nothing moves: ``over()`` once ``signs()`` has not changed for so many seconds."""
+    """Notices that nothing moves: ``over()``, asked every slice, once ``signs()`` has not changed for so many seconds in which
+    this process ran."""
 
     def __init__(self, seconds: float, signs: Callable[[], Hashable]):
-        self._seconds, self._signs = seconds, signs
-        self._last, self._since = signs(), time.monotonic()
+        self._patience, self._signs, self._last = Patience(seconds), signs, signs()
 
     def over(self) -> bool:
         now = self._signs()
         if now != self._last:
-            self._last, self._since = now, time.monotonic()
-        return time.monotonic() - self._since > self._seconds
+            self._last = now
+            self._patience.restart()
+        return not self._patience.left()
 
 
 class CommitLoop(Generic[F]):

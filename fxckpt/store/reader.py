@@ -24,7 +24,8 @@ from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
 from fxckpt.store.dtypes import RawTensor, numpy_dtype
-from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
+from fxckpt.store.files import UNREADABLE, read_small
+from fxckpt.store.folder import check_regular, opened
 from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
