@@ -98,6 +98,7 @@ class Link:
         self.closing = False
         self.slots: dict[int, RemoteSlot] = {}
         self.newest: int | None = None  # generation that it committed last
+        self.rotten: list[tuple[int, Exception]] = []  # steps of checkpoints that it read back and that do not verify
         self._silent = False  # it has not answered in time, and said nothing since
         self._numbers = itertools.count(1)  # of questions
         self._answers: dict[int, wire.Message | None] = {}  # to those that somebody waits for; None: not yet
@@ -174,6 +175,9 @@ class Link:
             if slot is not None:
                 slot.generation = message["generation"]
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
+            return
+        if "rotten" in message:
+            self.rotten.append((message["rotten"], wire.unpack_error(message["error"])))
             return
         with self._changed:
             wanted = message["id"] in self._answers

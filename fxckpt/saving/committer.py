@@ -17,6 +17,7 @@ from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import CommitLoop, give_back
+from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import FileRecord, Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -142,6 +143,17 @@ class Committer:
             self._flights.remove(pending)
         flights = self._flights
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)
+
+    def rest(self, busy: Callable[[], bool]) -> None:
+        """Have a checkpoint read back. One that does not verify has failed after all, and is not the last one that is safe."""
+        if (found := self._store.read_back(busy)) is None:
+            return
+        step, error = found
+        with self._flights.changed:
+            self._tally.note_failure(step, error)
+            left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
+            if self._tally.last_committed == step:
+                self._tally.last_committed = max(left, default=None)
 
 
 def _check_wanted(pending: InFlight) -> None:

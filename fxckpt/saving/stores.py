@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from fxckpt.engine import io
@@ -86,6 +86,9 @@ class CheckpointStore(Protocol):
     def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
         """Take a slot back; ``bad``: what it holds is in doubt."""
 
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception] | None:
+        """Read what is due of what was committed, unless ``busy``: the step of what does not verify, and why."""
+
 
 class NullSlot:
     """A slot of the ``NullStore``: no directory, and nothing that it could hold."""
@@ -121,6 +124,7 @@ class NullStore:
     def require_loaded(self) -> None: ...
     def mark_loaded(self, generation: int | None) -> None: ...
     def reserve(self, files: Mapping[str, int]) -> None: ...
+    def read_back(self, busy: Callable[[], bool]) -> None: ...
     def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
     def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
     def abandon(self, slot: NullSlot, *, bad: bool) -> None: ...

@@ -5,6 +5,7 @@ What a commit consists of differs between the two: it comes in as ``Work``.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from collections.abc import Callable, Hashable
@@ -13,6 +14,8 @@ from typing import Any, Generic, Protocol, TypeVar
 from fxckpt.engine import Patience, io
 from fxckpt.errors import SaveFailed
 from fxckpt.store.slot import retires_slot
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 STUCK_AFTER = 300.0
 """Seconds without a byte written after which a checkpoint is given up."""
@@ -57,6 +60,9 @@ class Work(Protocol[F_contra]):
 
     def end(self, flight: F_contra, error: Exception | None) -> None:
         """It is over: committed, or ended by this error."""
+
+    def rest(self, busy: Callable[[], bool]) -> None:
+        """What can be done between two checkpoints, as long as the thread is not ``busy``: the next one has come."""
 
 
 class StallDetector:
@@ -131,6 +137,11 @@ class CommitLoop(Generic[F]):
                 work.end(flight, error)
             else:
                 work.end(flight, None)
+            del flight  # nothing of it is kept alive until the next one comes
+            try:
+                work.rest(lambda: not self._queue.empty())
+            except Exception:
+                log.exception("fxckpt: a checkpoint could not be read back")
 
 
 def give_back(store: SlotOwner, slot: OwnSlot, copy: Copy, error: BaseException) -> None:

@@ -19,7 +19,7 @@ import logging
 import os
 import stat
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
+from fxckpt.store.read_back import OFF, ReadBack
 from fxckpt.store.reader import Candidate, candidates, directory_of, read_record
 from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Lineage, Policy
@@ -45,14 +46,15 @@ class Store:
 
     ``keep`` good checkpoints stay, apart from named ones; up to ``max_async`` more are being written. ``keep_every``
     (steps), ``keep_minutes`` and ``keep_best`` (a metric) keep more: see ``retention.Policy``.
-    ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
+    ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable. ``read_back``: see
+    ``read_back.ReadBack``.
     """
 
     hands_over = False  # this process commits
 
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, max_async: int = 2, fresh: bool = False,
-        keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None,
+        keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None, read_back: str = OFF,
     ):  # fmt: skip
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
@@ -62,6 +64,7 @@ class Store:
         check_store(self.root)
         self._policy = Policy.make(keep, keep_every, keep_minutes, keep_best)
         self._pool = Pool(self.root, keep, max_async)
+        self._read_back = ReadBack(read_back)
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
@@ -261,10 +264,26 @@ class Store:
                 self._publish(slot, record)
             self._pool.committed(slot, self._standing(record, GOOD))
             slot.leave()
+            self._read_back.committed(slot, record.step)
             self._pool.retain()
             with self._pool.mutex:
                 self._lineage.note(record, self._pool.generations())
             return Path(slot.path)
+
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Corrupt] | None:
+        """Read back what is due of what was committed, on the thread that commits; what does not verify is put aside, and its
+        step returned with what is wrong. ``busy``: there is something to commit."""
+        try:
+            found = self._read_back.read(busy)
+            if found is None:
+                return None
+            slot, step, error = found
+            with self._pool.holding():
+                self._pool.retire(slot)
+            return step, error
+        except (OSError, StoreError) as error:
+            log.warning("a checkpoint could not be read back: %s", error)
+            return None
 
     def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
         """With what the store knows: whose it is, what it continues, and whether it is kept for good."""
