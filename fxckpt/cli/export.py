@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         common.print_json(found)
     else:
         size = common.human(found["nbytes"])
-        print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
+        common.say(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
     return common.OK
 
 

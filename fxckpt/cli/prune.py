@@ -67,11 +67,11 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     else:
         for row in rows:
             did = "would remove" if args.dry_run else "removed"
-            print(f"{did} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
+            common.say(f"{did} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
         total = common.human(sum(row["nbytes"] for row in rows))
-        print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
+        common.say(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
     for row in left:
-        print(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
+        common.say(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
     return common.FAILED if left else common.OK
 
 

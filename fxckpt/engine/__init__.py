@@ -21,5 +21,6 @@ from fxckpt.engine.plan import Plan, Sources
 from fxckpt.engine.reading import crc32c, read_verified
 
 __all__ = [
-    "SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Patience", "Plan", "Sources", "Streams", "crc32c", "io", "read_verified",
+    "SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Patience", "Plan", "Sources", "Streams", "crc32c", "io",
+    "read_verified",
 ]  # fmt: skip

@@ -213,10 +213,17 @@ class Reader:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
         for file in self.record.files:
             if file.name == names.STATE:
-                data = np.empty(self._size(file), np.uint8)
+                data = self._memory(file)
                 header = self._read(file, [(0, file.nbytes, data.ctypes.data, None, None)])
                 return {key: _tensor(placed, data) for key, placed in header.items()}
         return {}
+
+    def _memory(self, file: FileRecord) -> np.ndarray:
+        """Room for a whole file."""
+        try:
+            return np.empty(self._size(file), np.uint8)
+        except MemoryError as error:
+            raise Corrupt(self.path / file.name, f"its {file.nbytes} bytes do not fit into memory") from error
 
     def _size(self, file: FileRecord) -> int:
         """The bytes of a file, which must be what the record says: no memory is taken on a record's word alone."""
@@ -238,7 +245,9 @@ class Reader:
             try:
                 raw = np.empty(header_bytes(first8, file.nbytes, path), np.uint8)
             except Corrupt:
-                read(targets=[])  # the checksum of the first chunk tells more than a header that was written wrong
+                read(
+                    targets=[], only=range(min(1, len(file.crc32c)))
+                )  # the checksum of the first chunk tells more than a header that was written wrong
                 raise
             read(targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets], progress=progress)
             header = parse_header(raw.tobytes(), file.nbytes, path)
