@@ -62,7 +62,7 @@ def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> F
     layout = lay_out(name, specs)
     pieces = [memoryview(layout.header), *(raw[placed.spec.key].data for placed in layout.tensors)]
     crcs: list[int] = []
-    with folder.opened(name, os.O_WRONLY | os.O_CREAT) as fd:
+    with folder.opened(name, os.O_RDWR | os.O_CREAT) as fd:
         io.ftruncate(fd, layout.nbytes)
         at = 0
         for piece in pieces:

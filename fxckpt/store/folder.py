@@ -113,6 +113,8 @@ class Folder:
     @contextmanager
     def opened(self, name: str, flags: int) -> Iterator[int]:
         """A descriptor of a file in it. ``OSError`` (ELOOP, EISDIR, ENXIO) if that is something else."""
+        if (found := self.find(name)) is not None and stat.S_ISFIFO(found.st_mode):
+            raise io.os_error("open", errno.ENXIO, self.at(name))  # to open it would wait for its other end
         with opened(self.at(name), flags, self.fd) as fd:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise io.os_error("open", errno.ENXIO, self.at(name))

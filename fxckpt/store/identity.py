@@ -16,7 +16,7 @@ from fxckpt.store.folder import Folder
 from fxckpt.store.record import FORMAT, Record
 
 _STORE_BYTES = 1 << 16  # store.json has under a hundred
-_FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY}
+_FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY, names.LOCK + names.TEMPORARY}
 _TOLERATED = {".gitkeep", ".gitignore", "lost+found"}  # in a directory that otherwise counts as empty
 
 
