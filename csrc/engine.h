@@ -354,6 +354,13 @@ int fx_rmdir(int at, const char *path);
 /* Drops O_DIRECT from an open file whose file system refused a transfer with it. */
 int fx_make_buffered(int fd);
 
+/* ---- forked children (core/fork.c) ---- */
+
+/* Has a child that is forked from now on, by whatever library, close the descriptor first thing: a lock on it would outlive
+ * this process with the child. -EMFILE: there are too many. `keep` takes that back. */
+int fx_fork_close(int fd);
+void fx_fork_keep(int fd);
+
 /* ---- the training thread (core/host.c) ---- */
 
 /* Puts the nbytes at `value` to each of n addresses. */

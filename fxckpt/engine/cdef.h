@@ -169,6 +169,9 @@ int fx_unlink(int at, const char *path);
 int fx_mkdir(int at, const char *path, int mode);
 int fx_rmdir(int at, const char *path);
 
+int fx_fork_close(int fd);
+void fx_fork_keep(int fd);
+
 void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, uint64_t n);
 #define FX_FLOAT_MODE ...
 void fx_float_mode(char *mode);

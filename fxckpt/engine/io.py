@@ -81,6 +81,14 @@ def close(fd: int) -> None:
     _call("close", load()[1].fx_close, fd, at=_name(fd))
 
 
+def close_in_child(fd: int, yes: bool = True) -> None:
+    """Has every child that is forked from now on close the descriptor first thing; ``yes=False`` takes that back."""
+    if yes:
+        _call("open", load()[1].fx_fork_close, fd, at=fd)
+    else:
+        load()[1].fx_fork_keep(fd)
+
+
 def pwrite(fd: int, buffer: Buffer, offset: int) -> None:
     """Writes all of a contiguous buffer."""
     ffi, lib = load()

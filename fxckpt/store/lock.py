@@ -44,7 +44,7 @@ _held: dict[tuple[int, int], int] = {}
 about its own locks."""
 
 _locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
-"""Of this process; a forked child closes its copies of their descriptors."""
+"""Of this process; none of them is a forked child's."""
 
 _guard = threading.Lock()
 
@@ -135,7 +135,9 @@ class DirectoryLock:
         found, old = os.fstat(fd), self._fd
         self._key, self._fd = (found.st_dev, found.st_ino), fd
         _held[self._key] = self._pid
+        io.close_in_child(fd)
         if old >= 0:
+            io.close_in_child(old, False)
             io.close(old)
 
     def _acquire(self) -> int:
@@ -251,6 +253,7 @@ class DirectoryLock:
                 return
             _held.pop(self._key, None)
             fd, self._fd = self._fd, -1
+            io.close_in_child(fd, False)
             try:
                 io.close(fd)
             except OSError as error:  # the descriptor is gone all the same, and nothing was written to it
@@ -258,12 +261,10 @@ class DirectoryLock:
 
 
 def _in_child() -> None:
-    """A forked child would keep the descriptors' locks alive for its own life."""
+    """The descriptors are closed already."""
     _guard._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does: who held it may not be in the child
     for lock in list(_locks):
-        fd, lock._fd = lock._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        lock._fd = -1
 
 
 os.register_at_fork(after_in_child=_in_child)
