@@ -65,7 +65,7 @@ def _failed(error: Exception, as_json: bool) -> int:
         if isinstance(error, Corrupt):
             found |= {"path": error.path, "layer": error.layer, "offset": error.offset, "reason": error.reason}
         common.print_json({"error": found})
-    print(f"fxckpt: {error}", file=sys.stderr)
+    common.say(f"fxckpt: {error}", file=sys.stderr)
     return next((status for kind, status in _STATUS if isinstance(error, kind)), common.FAILED)
 
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isdir(parent):
         raise SetupError(f"{parent} is not a directory: make it first")
     reader = common.open_checkpoint(args.dir, args.which)
-    partial = f"{os.path.abspath(args.out)}.partial-{os.getpid()}"
+    # A directory of a name that nobody can guess: no link can wait there for what is written.
+    folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(args.out)) + ".partial-", dir=parent)
+    partial = os.path.join(folder, "out")
     try:
         with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
@@ -65,19 +68,15 @@ def run(args: argparse.Namespace) -> int:
         _sync(partial)
         os.rename(partial, args.out)
         io.fsync_dir(parent)
-    except BaseException:
-        if os.path.isdir(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-        elif os.path.lexists(partial):
-            os.unlink(partial)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     found = {"out": os.path.abspath(args.out), "format": args.format, "step": reader.record.step, "from": str(reader.path),
              "tensors": source.count, "nbytes": source.nbytes}  # fmt: skip
     if args.json:
         common.print_json(found)
     else:
         size = common.human(found["nbytes"])
-        print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
+        common.say(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
     return common.OK
 
 

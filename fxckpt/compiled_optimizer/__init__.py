@@ -53,6 +53,7 @@ def compile_step(
     max_async: int = 2,
     preset: Literal["throughput", "latency", "memory"] | None = None,
     on_error: Literal["warn", "raise"] = "warn",
+    read_back: Literal["off", "sampled", "all"] = "sampled",
     fresh: bool = False,
 ) -> object:
     """Checkpoint training layer by layer inside ``opt.step()``.
@@ -82,6 +83,8 @@ def compile_step(
         threads, chunk_mb, staging_mb, max_async: writer threads, MiB per chunk, MiB for what a fence copies itself
             (default 32), checkpoints in flight. ``preset``: ``"throughput"``, ``"latency"`` or ``"memory"`` sets all four.
         on_error: ``"warn"`` logs a failed checkpoint and trains on; ``"raise"`` raises it at the next step.
+        read_back: read committed checkpoints again when the disk is idle: ``"sampled"`` (now and then, 2 % of the time at most),
+            ``"all"`` (each one, before the next is committed) or ``"off"``. One that does not verify is a failed checkpoint.
         fresh: start over in a directory that holds checkpoints, without loading one.
 
     Returns:
@@ -95,7 +98,7 @@ def compile_step(
     config = Config(
         every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
-        writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error,
+        writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error, read_back=read_back,
     )  # fmt: skip
     optimizers, module = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model, extra)
     directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))  # wherever the script goes later

@@ -12,7 +12,7 @@ import pytest
 from repository import ROOT
 
 ROOMS = (
-    {"errors", "_registry"},
+    {"errors", "_registry", "terminal"},
     {"compat", "engine"},
     {"store"},
     {"config", "data", "graph", "monitor", "cli"},
