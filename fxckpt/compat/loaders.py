@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as _IterableDataset
+from torch.utils.data._utils import worker as _worker
 from torch.utils.data._utils.pin_memory import pin_memory as _pin_memory
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
 
@@ -33,6 +34,11 @@ def copied(loader: DataLoader, kind: type) -> DataLoader:
     return copy
 
 
+def iterate_with(loader: DataLoader, begin: Callable[[], Iterator[Any]]) -> None:
+    """Let a copy begin its passes otherwise, for Accelerate, which calls ``__iter__`` as an attribute of the loader inside."""
+    vars(loader)["__iter__"] = begin
+
+
 def has_workers_running(loader: DataLoader) -> bool:
     """Has it been iterated before, with workers that stay?"""
     return loader.persistent_workers and getattr(loader, "_iterator", None) is not None
@@ -42,6 +48,12 @@ def watch_order(iterator: Any, watch: Callable[[Indices], Indices]) -> None:
     """Let ``watch`` see the indices that an iterator without workers takes from its sampler."""
     assert isinstance(iterator, _SingleProcessDataLoaderIter)
     iterator._sampler_iter = watch(iterator._sampler_iter)
+
+
+def watch_samples(iterator: Any, watch: Callable[[Iterator[Any]], Iterator[Any]]) -> None:
+    """Let ``watch`` see the samples of an iterable data set, as it gives them; the samples are not in batches yet."""
+    fetcher = iterator._dataset_fetcher
+    fetcher.dataset_iter = watch(fetcher.dataset_iter)
 
 
 def skip_order(iterator: Any, count: int) -> None:
@@ -138,6 +150,19 @@ class WorkersIterator(_MultiProcessingDataLoaderIter):
         found = super()._get_data()
         self._received(found[1])
         return found
+
+
+@dataclass(frozen=True)
+class DataEnded(_worker._IterableDatasetStopIteration):
+    """What a worker sends behind the last batch of an iterable data set, with what it has become."""
+
+    state: Any = None
+
+
+def tell_end(state: Callable[[], Any]) -> None:
+    """In a worker: let it send :class:`DataEnded`. No call of the user's comes so late, and a data set may draw after its last
+    batch, or make one that is dropped."""
+    _worker._IterableDatasetStopIteration = lambda worker: DataEnded(worker, state())  # type: ignore[assignment,misc]
 
 
 def takes_back_its_place(dataset: Any) -> bool:

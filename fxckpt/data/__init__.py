@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fxckpt.compat.loaders import iterates_as_torch
+from fxckpt.data.accelerated import AcceleratedSource
 from fxckpt.data.loader import LoaderSource
 from fxckpt.data.other import IterableSource
 from fxckpt.data.source import Source
@@ -24,6 +25,10 @@ def source_of(loader: Any) -> Source:
     """
     if not (hasattr(type(loader), "__iter__") or hasattr(type(loader), "__getitem__")):
         raise SetupError(f"fxckpt.batches() takes a loader or another iterable, and a {type(loader).__name__} is none")
+    if type(loader).__module__ == "accelerate.data_loader" and isinstance(getattr(loader, "base_dataloader", None), DataLoader):
+        inner = source_of(loader.base_dataloader)
+        if isinstance(inner, LoaderSource):
+            return AcceleratedSource(loader, inner)
     stateful = _stateful_loader(loader)
     if isinstance(loader, DataLoader) and iterates_as_torch(loader, (stateful,) if stateful is not None else ()):
         kind = DataLoader if stateful is not None else None

@@ -17,8 +17,9 @@ from fxckpt.compat.loaders import (
     take_back_place,
     takes_back_its_place,
     watch_order,
+    watch_samples,
 )
-from fxckpt.data.generators import Owned, global_generators, kept_globals, states, write_all
+from fxckpt.data.generators import Owned, entry, global_generators, kept_globals, read, states, write_all
 from fxckpt.data.sampling import Draws, Order, Samplers, check_order
 from fxckpt.data.source import Source, length_of, read_again
 from fxckpt.errors import SetupError
@@ -42,6 +43,7 @@ class LoaderSource(Source):
         self._owned = Owned(lambda: _roots(loader))
         self._start: dict[str, Any] = {}
         self._iterator: Any = None
+        self._marking: dict[str, Any] = {}
         self._watch_anew()
 
     # ---- one pass ----
@@ -74,15 +76,15 @@ class LoaderSource(Source):
             skip_order(made, self.position)
             if data is not None:
                 self.loader.dataset.load_state_dict(data)
-        elif not self._stateful and self.position:
-            read_again(made, self.position, type(self.loader.dataset).__name__)
+        elif not self._stateful:
+            if self.position:
+                read_again(made, self.position, type(self.loader.dataset).__name__)
+            watch_samples(made, self._draws.watch_all)
         return made
 
     def _items(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        """The batches; a data set without a state is watched at first."""
-        if not self._iterable or self._stateful:
-            return iterator
-        return self._draws.watch_all(iterator)
+        """The batches."""
+        return iterator
 
     def finish(self) -> None:
         super().finish()
@@ -90,16 +92,31 @@ class LoaderSource(Source):
 
     # ---- state ----
 
+    def mark(self) -> dict[str, Any]:
+        """The present instant, taken quickly, for a consumer that reads ahead."""
+        if not self._marking:
+            self._marking = self._owned.find()
+        found: dict[str, Any] = {"position": self.position, "exhausted": reading_ended(self._iterator)}
+        found["own"] = {name: entry(each, read(each)) for name, each in self._marking.items()}
+        return {**found, "dataset": copy.deepcopy(self.loader.dataset.state_dict())} if self._stateful else found
+
+    def set_back(self, state: dict[str, Any], mark: Mapping[str, Any]) -> None:
+        """Make a state that was taken now one of the instant of a mark."""
+        state |= {name: mark[name] for name in ("position", "exhausted")}
+        state["own"] = copy.deepcopy(mark["own"])
+        if "dataset" in state:
+            state["dataset"] = copy.deepcopy(mark["dataset"])
+
     def _state(self) -> dict[str, Any]:
         if self._order.draws is not None and self._running:
-            self._order.draws.check(f"the sampler {type(self._sampler).__name__}", _DRAW_AT_ONCE)
+            self._order.draws.check(f"the sampler {self._samplers.name()}", _DRAW_AT_ONCE)
         if self._running:
             self._draws.check(f"the data set {type(self.loader.dataset).__name__}", _DRAW_OWN)
         found: dict[str, Any] = {"own": self._owned.states(), "samplers": self._samplers.state(whole=not self._running)}
         if self._running:
             found |= {"start": self._start, "order": self._order.mark}
         if self._stateful:
-            found["dataset"] = self.loader.dataset.state_dict()
+            found["dataset"] = copy.deepcopy(self.loader.dataset.state_dict())
         if self._running and reading_ended(self._iterator):
             found["exhausted"] = True
         return found
@@ -125,8 +142,7 @@ class LoaderSource(Source):
 
     def _whole(self) -> dict[str, Any]:
         """All that a pass starts from."""
-        found = {"global": states(global_generators()), "own": self._owned.states(), "samplers": self._samplers.state(whole=True)}
-        return copy.deepcopy(found)
+        return {"global": states(global_generators()), "own": self._owned.states(), "samplers": self._samplers.state(whole=True)}
 
     def _go_to(self, start: Mapping[str, Any]) -> None:
         """Generators and samplers as they were when the pass began."""
@@ -155,7 +171,8 @@ class LoaderSource(Source):
     # ---- parts ----
 
     def _watch_anew(self) -> None:
-        self._order, self._draws = Order(self._sampler), Draws()
+        self._marking = {}
+        self._order, self._draws = Order(self._samplers.all_of_torch()), Draws()
 
     @property
     def _sampler(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -54,7 +55,7 @@ class IterableSource(Source):
 
     def _state(self) -> dict[str, Any]:
         if self._stateful:
-            return {"state": self.loader.state_dict()}
+            return {"state": copy.deepcopy(self.loader.state_dict())}
         if self._running:
             self._draws.check(f"the {type(self.loader).__name__} that feeds training", _REMEDY)
         return {"own": self._owned.states(), **({"start": self._start} if self._running else {})}

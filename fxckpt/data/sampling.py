@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,6 +41,14 @@ class Samplers:
             level += [(f"{name}.{part}", getattr(each, part, None)) for part in ("batch_sampler", "sampler")]
         return found
 
+    def name(self) -> str:
+        """The class of the innermost."""
+        return type(list(self.chain().values())[-1]).__name__ if self.chain() else "order"
+
+    def all_of_torch(self) -> bool:
+        """Are they torch's own?"""
+        return all(type(each).__module__.startswith("torch.utils.data.") for each in self.chain().values())
+
     def state(self, whole: bool) -> dict[str, Any]:
         """What they keep; ``whole``: also orders and weights that changed since the loader was given. Those are looked at
         between passes only, as there may be millions of them."""
@@ -71,7 +80,7 @@ def _put(owner: Any, attribute: str, value: Any) -> None:
 def _kept(sampler: Any, given: Mapping[str, int] | None) -> dict[str, Any]:
     """One sampler's state: its own, or its attributes that are numbers, or that changed."""
     if is_stateful(sampler):
-        return {"state_dict": sampler.state_dict()}
+        return {"state_dict": copy.deepcopy(sampler.state_dict())}
     values = getattr(sampler, "__dict__", {})
     attributes = {name: value for name, value in values.items() if isinstance(value, _SCALARS)}
     if given is not None:
@@ -107,9 +116,10 @@ class Order:
     """The indices of one pass: a mark of the first batch's, to know the order again, and whether the sampler draws as it goes
     from generators that others draw from too: no other process can make that order again."""
 
-    def __init__(self, sampler: Any):
+    def __init__(self, known: bool):
+        """``known``: the samplers are torch's, which draw all at once or from a generator of their own."""
         self.mark: int | None = None
-        self.draws = Draws() if not type(sampler).__module__.startswith("torch.utils.data.") else None
+        self.draws = None if known else Draws()
 
     def watch(self, indices: Iterator[Any]) -> Iterator[Any]:
         """The same indices."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -60,7 +59,7 @@ class Source(ABC):
         if self._saved is not None:  # loaded, and not gone on with yet
             return self._saved
         common = {"position": self.position, "exhausted": self.exhausted, "running": self._running}
-        return {"loader": self._fingerprint(), **common, **copy.deepcopy(self._state())}
+        return {"loader": self._fingerprint(), **common, **self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state of the same loader in another process.
@@ -97,7 +96,7 @@ class Source(ABC):
 
     @abstractmethod
     def _state(self) -> dict[str, Any]:
-        """What is in a state beside position and fingerprint; it is copied."""
+        """What is in a state beside position and fingerprint. Nothing in it changes later."""
 
     @abstractmethod
     def _fingerprint(self) -> dict[str, Any]:

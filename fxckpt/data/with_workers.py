@@ -26,6 +26,11 @@ class WorkersSource(LoaderSource):
 
     def __init__(self, loader: DataLoader[Any], kind: type[DataLoader[Any]] | None = None):
         super().__init__(loader, kind)
+        if getattr(loader, "_initial_iter_for_state_dict", False):
+            raise SetupError(
+                "the loader's state_dict() was called before training, which began a pass and drew from generators: leave that "
+                "out, fxckpt.batches() keeps the loader's place itself"
+            )
         if not loader.in_order:
             raise SetupError(
                 "in_order=False hands batches out as workers happen to finish them, an order that no resumed run can repeat; "
@@ -55,10 +60,14 @@ class WorkersSource(LoaderSource):
         else:
             self._arrivals.order = None if self._iterable else self._order
             made = iter(self._copy)  # the workers stay; what they read ahead is thrown away
-            self._arrivals.states = [_without(state, "ended") for state in self._arrivals.states]
+            self._arrivals.states = self._between_passes(self._arrivals.states)
             self._handed, self._again = list(self._arrivals.states), True
         self._at_start, self._next = list(self._handed), 0
         return made
+
+    def _between_passes(self, states: list[State]) -> list[State]:
+        """What workers take from one pass into the next: not where they are in an iterable data set."""
+        return [_without(state, "ended", "dataset") for state in states] if self._iterable else list(states)
 
     def _first(self, former: list[State] | None = None, start: Start | None = None) -> Any:
         """New workers."""
@@ -98,8 +107,8 @@ class WorkersSource(LoaderSource):
         again, same_workers = former["again"], len(former["states"]) == self.loader.num_workers
         reads_again = self._iterable and not self._stateful and not over
         states = (former["at_start"] if reads_again else former["states"]) if same_workers else []
-        if over and self._iterable:
-            states = [_without(state, "ended", "dataset") for state in states]
+        if over:
+            states = self._between_passes(states)
         start = Start(
             skip=0 if self._iterable else position,
             worker=0 if reads_again else former["next"] if same_workers else position % self.loader.num_workers,
@@ -128,6 +137,14 @@ class WorkersSource(LoaderSource):
         self._watch_anew()
 
     # ---- state ----
+
+    def mark(self) -> dict[str, Any]:
+        found = super().mark()
+        return {**found, "states": list(self._handed), "next": self._next}
+
+    def set_back(self, state: dict[str, Any], mark: Mapping[str, Any]) -> None:
+        super().set_back(state, mark)
+        state["workers"] |= {name: mark[name] for name in ("position", "states", "next")}
 
     def finish(self) -> None:
         if self._running:
@@ -160,10 +177,9 @@ class WorkersSource(LoaderSource):
 
     def _workers(self) -> dict[str, Any]:
         place = self._place() if self._running else self._left
-        return {
-            **place, **self._made, "states": self._handed, "at_start": self._at_start, "next": self._next,
-            "base_seed": self._base_seed, "again": self._again,
-        }  # fmt: skip
+        states = self._arrivals.states if place["exhausted"] else self._handed
+        found = {"states": list(states), "at_start": self._at_start, "next": self._next}
+        return {**place, **self._made, **found, "base_seed": self._base_seed, "again": self._again}
 
     def _loaded(self, state: dict[str, Any]) -> None:
         super()._loaded(state)

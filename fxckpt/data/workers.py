@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
-from fxckpt.compat.loaders import pinned, take_back_place, takes_back_its_place
+from fxckpt.compat.loaders import DataEnded, pinned, take_back_place, takes_back_its_place, tell_end
 from fxckpt.data.generators import Owned, entry, global_generators, packed, read, same, write_all
 from fxckpt.data.sampling import Order
 
@@ -45,10 +45,15 @@ class Arrivals:
     def receive(self, data: Any) -> None:
         """A result arrived, be it to be handed out later or never. A batch gets its worker's whole state."""
         if type(data) is Carried:
-            if data.state:
-                self.drew = True
-                self.states[data.worker] = {**self.states[data.worker], **data.state}
+            self._merge(data.worker, data.state)
             data.state = self.states[data.worker]
+        elif type(data) is DataEnded:
+            self._merge(data.worker_id, data.state)
+
+    def _merge(self, worker: int, changed: State | None) -> None:
+        if changed:
+            self.drew = True
+            self.states[worker] = {**self.states[worker], **changed}
 
 
 class InWorker:
@@ -76,12 +81,13 @@ class InWorker:
             self._restore(self._former[worker])
         self._generators = self._find()
         self._last = {name: read(each) for name, each in self._generators.items()}
+        tell_end(self._end)
 
     def _restore(self, state: State) -> None:
         write_all(global_generators(), {name: value for (where, name), value in _split(state) if where == "global"})
         self._owner.write({name: value for (where, name), value in _split(state) if where == "own"})
         self._ended = state.get("ended", False)
-        if "dataset" in state and not self._ended:
+        if "dataset" in state:
             take_back_place(self._dataset, state["dataset"], in_worker=True)
 
     def _find(self) -> dict[str, Any]:
@@ -90,8 +96,8 @@ class InWorker:
 
     def collate(self, samples: Any) -> Carried:
         """The user's batch, and what this worker has become."""
-        if self._ended:  # the data set's state after its end may mean a new beginning
-            self._ended = False
+        if self._ended:  # its data set had ended, and what its state says may be a new beginning
+            self._restore(self._former[self._worker])
             raise StopIteration
         batch = self._collate(samples)
         self._batches += 1
@@ -103,6 +109,11 @@ class InWorker:
         if self._stateful:
             state["dataset"] = copy.deepcopy(self._dataset.state_dict())  # it is pickled later, in another thread
         return Carried(batch, self._worker, state or None)
+
+    def _end(self) -> State:
+        """The data set of this worker ended; the next pass begins anew."""
+        self._ended = False
+        return self._changed()
 
     def _changed(self) -> State:
         """States of the generators that this batch drew from."""
