@@ -123,11 +123,12 @@ class Order:
 
     def watch(self, indices: Iterator[Any]) -> Iterator[Any]:
         """The same indices."""
+        indices = indices if self.draws is None else self.draws.watch_all(indices)
         for first in indices:
             self.mark = _mark(first)
             yield first
             break
-        yield from indices if self.draws is None else self.draws.watch_all(indices)
+        yield from indices
 
 
 def _mark(indices: Any) -> int | None:
@@ -137,38 +138,46 @@ def _mark(indices: Any) -> int | None:
 
 
 class Draws:
-    """Who draws from the global generators while something is iterated: it, in its ``next``, or its consumer between two."""
+    """Who draws from the global generators while something is iterated: it, in its ``next``, or its consumer between two.
+
+    What it draws in its first ``next`` (a seed, an order) does not count: that comes before all that the consumer draws.
+    """
 
     def __init__(self) -> None:
         self._inside: set[str] = set()
         self._between: set[str] = set()
-
-    @property
-    def shared(self) -> list[str]:
-        """Generators that both draw from."""
-        return sorted(self._inside & self._between)
+        self._after: dict[str, Any] = {}  # the states behind the last ``next`` that was watched
 
     def watch_all(self, items: Iterator[Any]) -> Iterator[Any]:
         """The items, of which the first are watched."""
-        after = _states()
-        for _ in range(_WATCHED):
-            before = _states()
-            self._between |= _moved(after, before)
+        for at in range(_WATCHED):
+            before = self._look()
             try:
                 item = next(items)
             except StopIteration:
                 return
-            after = _states()
-            self._inside |= _moved(before, after)
+            self._after = _states()
+            if at:
+                self._inside |= _moved(before, self._after)
             yield item
             del item
+        self._look()
+        self._after = {}
         yield from items
+
+    def _look(self) -> dict[str, Any]:
+        """What the consumer drew since."""
+        now = _states()
+        self._between |= _moved(self._after, now)
+        return now
 
     def check(self, what: str, remedy: str) -> None:
         """Raise SetupError where two draw from one generator."""
-        if self.shared:
+        self._look()
+        shared = sorted(self._inside & self._between)
+        if shared:
             raise SetupError(
-                f"{what} draws from global generators ({', '.join(self.shared)}) while it is iterated, and so does training in "
+                f"{what} draws from global generators ({', '.join(shared)}) while it is iterated, and so does training in "
                 f"between: a new process cannot make the same order again without training again. {remedy}"
             )
 
