@@ -143,7 +143,7 @@ class Handle:
 
     @property
     def epoch(self) -> int:
-        """Epochs of ``fxckpt.epochs`` that are complete: the number of the one under way. After ``load`` that of the checkpoint."""
+        """The number of the epoch of ``fxckpt.epochs`` that is under way; after ``load`` that of the checkpoint."""
         return self._run.clock.epoch
 
     @property

@@ -27,6 +27,7 @@ ROOMS = (
 """A room imports from those above it, and from itself."""
 
 FORBIDDEN = {
+    "data": {"store", "engine", "_registry"},
     "graph": {"store", "engine"},
     "monitor": {"compat", "config", "graph"},
     "cli": {"compat", "config", "graph"},
