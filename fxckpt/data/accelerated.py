@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fxckpt.compat.loaders import copied, iterate_with
-from fxckpt.data.generators import global_generators, kept_globals, packed, read, write_all
+from fxckpt.data.generators import global_generators, global_states, kept_globals, packed, write_all
 from fxckpt.data.loader import LoaderSource
 from fxckpt.data.source import Source
 from fxckpt.errors import SetupError
@@ -49,8 +49,7 @@ class Ahead:
                 return
 
     def _next(self, items: Iterator[Any]) -> Any:
-        globals_now = {name: read(each) for name, each in global_generators().items()}
-        self.marks.append({"global": globals_now, **self.inner.mark()})
+        self.marks.append({"global": global_states(), **self.inner.mark()})
         return next(items)
 
 
@@ -118,7 +117,7 @@ class AcceleratedSource(Source):
             place = self.position + self._offset
             found["lag"] = inner["position"] - place
             mark = next((each for each in self._ahead.marks if each["position"] == place), None)
-            now = mark or {"global": {name: read(each) for name, each in global_generators().items()}}
+            now = mark or {"global": global_states()}
             found["global"] = {name: packed(state) for name, state in now["global"].items()}
             if mark is not None:
                 self._inner.set_back(inner, mark)

@@ -86,14 +86,25 @@ def write_all(generators: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             write(each, saved[name])
 
 
-class kept_globals:
-    """Inside, the global generators may be put anywhere; at its end they are as they were."""
+def global_states() -> dict[str, Any]:
+    """The states of the global generators, not packed."""
+    return {name: read(each) for name, each in global_generators().items()}
 
-    def __enter__(self) -> None:
-        self._before = states(global_generators())
+
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Those that were drawn from in between."""
+    return {name for name, state in after.items() if name in before and not same(before[name], state)}
+
+
+class kept_globals:
+    """Inside, the global generators may be put anywhere; at its end they are as they were. Gives these states."""
+
+    def __enter__(self) -> dict[str, Any]:
+        self._before = global_states()
+        return self._before
 
     def __exit__(self, *_: object) -> None:
-        write_all(global_generators(), self._before)
+        write_all(global_generators(), {name: packed(state) for name, state in self._before.items()})
 
 
 class Owned:

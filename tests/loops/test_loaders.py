@@ -285,6 +285,23 @@ def test_a_sampler_that_draws_where_training_draws_is_refused_by_name():
     state_of(DataLoader(Plain(), 4, sampler=OwnGeneratorSampler(22)))
 
 
+def test_a_sampler_that_begins_to_draw_late_is_refused_when_its_order_is_made_again():
+    class Laps(EpochSampler):
+        def __len__(self):
+            return 300
+
+        def __iter__(self):
+            for _ in range(3):
+                yield from torch.randperm(100).tolist()
+
+    state = state_of(DataLoader(Plain(100), sampler=Laps(100)), 150)
+    source = source_of(DataLoader(Plain(100), sampler=Laps(100)))
+    source.load_state_dict(state)
+    torch.rand(1)  # training had drawn
+    with pytest.raises(SetupError, match=r"the sampler Laps draws from global generators \(torch\)"):
+        source.begin()
+
+
 def test_a_stream_that_draws_where_training_draws_is_refused_by_name():
     class Drawing(Stream):
         def __iter__(self):
