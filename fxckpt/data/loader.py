@@ -44,6 +44,7 @@ class LoaderSource(Source):
         self._start: dict[str, Any] = {}
         self._iterator: Any = None
         self._marking: dict[str, Any] = {}
+        self._left_early = False
         self._watch_anew()
 
     # ---- one pass ----
@@ -91,6 +92,8 @@ class LoaderSource(Source):
         return iterator
 
     def finish(self) -> None:
+        if self._running:
+            self._left_early = bool(self.position) and not self.exhausted and self._iterable and self._stateful
         super().finish()
         self._iterator = None
 
@@ -114,6 +117,12 @@ class LoaderSource(Source):
     def _state(self) -> dict[str, Any]:
         for draws, *who in self._watched() if self._running else ():
             draws.check(*who)
+        if self._left_early and not starts_passes_anew(self.loader.dataset) and self._stands_anywhere():
+            raise SetupError(
+                f"the loop left a pass of {type(self.loader.dataset).__name__} before its end: its state does not say whether "
+                "its next pass begins there or anew. Let the data set end where the loop leaves it, or use workers that are not "
+                "persistent"
+            )
         found: dict[str, Any] = {"own": self._owned.states(), "samplers": self._samplers.state(whole=not self._running)}
         if self._running:
             found |= {"start": self._start, "order": self._order.mark}
@@ -171,6 +180,10 @@ class LoaderSource(Source):
         return name == "workers" and state.get("drew") is False and not self._iterable
 
     # ---- parts ----
+
+    def _stands_anywhere(self) -> bool:
+        """Does the data set stand where the pass before left it?"""
+        return not self._running or self.position == 0
 
     def _watch_anew(self) -> None:
         self._marking = {}
