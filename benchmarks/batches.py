@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +62,8 @@ class Pictures(Dataset):
 
 def cpu() -> float:
     """Seconds of processor time, those of workers that ended included."""
-    return sum(os.times()[:4])
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + ended.ru_utime + ended.ru_stime
 
 
 def take(begin: Callable[[], Iterator[Any]], first: int) -> tuple[float, float]:
@@ -95,6 +96,7 @@ def rounds(make: Callable[[], DataLoader], count: int, first: int) -> dict[str, 
         "added_us": round(statistics.median(ours - plain for (ours, _), (plain, _) in pairs), 2),
         "ratio": round(statistics.median(ours / plain for (ours, _), (plain, _) in pairs), 4),
         "cpu_plain_us": round(statistics.median(plain for _, (_, plain) in pairs), 1),
+        "cpu_added_us": round(statistics.median(ours - plain for (_, ours), (_, plain) in pairs), 2),
         "cpu_ratio": round(statistics.median(ours / plain for (_, ours), (_, plain) in pairs), 4),
         "ratios": [round(ours / plain, 4) for (ours, _), (plain, _) in pairs],
     }
@@ -125,7 +127,7 @@ def main() -> None:
         "2 workers, pictures, nothing drawn": rounds(lambda: DataLoader(Pictures(4000, False), 32, num_workers=2), few, 6),
     }
     for name, found in results.items():
-        print(name + ":", ", ".join(f"{what} {found[what]}" for what in list(found)[:5]))
+        print(name + ":", ", ".join(f"{what} {found[what]}" for what in list(found)[:6]))
     states = {w: state_seconds(DataLoader(Pictures(4000, True), 32, num_workers=w)) for w in (0, 2)}
     print("state_dict():", ", ".join(f"{value} µs with {workers} workers" for workers, value in states.items()))
     if args.json:

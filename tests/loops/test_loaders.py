@@ -209,6 +209,27 @@ def test_a_pass_that_was_exhausted_gives_nothing_more_and_the_next_one_is_whole(
     assert not new.exhausted and len(list(new.begin())) == 6
 
 
+def test_an_epoch_that_the_loop_set_before_the_state_was_loaded_stays():
+    def make(epoch):
+        loader = DataLoader(Crops(), 4, sampler=DistributedSampler(range(22), 2, 1))
+        loader.sampler.set_epoch(epoch)
+        return loader
+
+    source = source_of(make(2))
+    list(source.begin())
+    source.finish()
+    assert gone_on(source, lambda: make(3)).loader.sampler.epoch == 3
+
+
+def test_persistent_workers_whose_shard_has_ended_go_on_into_the_next_pass():
+    def make():
+        return DataLoader(Resumable(22), 2, num_workers=2, persistent_workers=True)  # eleven and eight samples
+
+    whole = plain(make, 2)
+    for stop in range(len(whole) // 2 - 4, len(whole) // 2 + 2):
+        assert resumed(make, {stop}, 2) == whole, stop
+
+
 def test_a_state_that_was_loaded_is_the_state_until_the_pass_goes_on():
     source = source_of(DataLoader(Crops(), 4, num_workers=2))
     items = source.begin()
