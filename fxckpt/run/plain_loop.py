@@ -31,12 +31,12 @@ _LARGEST = 1 << 16  # bytes of an array that are looked at
 _LARGEST_BUFFER = 1 << 24
 
 Marks = dict[tuple[str, str], object]
-"""By kind (``"buffer"``, ``"parameter"``, ``"extra"``) and name of what may change outside ``opt.step()``, something that is equal
-as long as it has not."""
+"""By kind (``"buffer"``, ``"parameter"``, ``"extra"``) and name of what may change outside ``opt.step()``: something that is
+equal as long as it has not."""
 
 
 class Unlike(ChangedInTurns):
-    """Random numbers were drawn after the step that ordinary turns do not draw: its checkpoint is dropped, which is no failure."""
+    """Random numbers were drawn after the step that other turns do not draw: its checkpoint is dropped, which is no failure."""
 
 
 def mark(value: Any, depth: int = 8) -> object:
@@ -59,7 +59,7 @@ def mark(value: Any, depth: int = 8) -> object:
 
 
 def mark_buffer(buffer: torch.Tensor) -> object:
-    """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting that as a change.
+    """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting a change.
     Differs always where they are too many, or lie on a device."""
     if buffer.device.type != "cpu" or buffer.layout is not torch.strided or buffer.nbytes > _LARGEST_BUFFER:
         return object()
@@ -101,6 +101,11 @@ class PlainLoop:
             self.changed = {key for key in self._known if now[key] != self._marks[key]}
             self._first_drawn = self._last_drawn = drawn(self._positions, positions())
             self._usual = None
+
+    def changed_since_start(self, kind: str) -> set[str]:
+        """The names of this kind that are not as they were at the start, in a loop with boundaries."""
+        now = self._look(True)
+        return {key[1] for key, each in self._marks.items() if key[0] == kind and key in now and now[key] != each}
 
     def step_ended(self) -> None:
         """What is taken at the end of ``opt.step()`` is taken now."""
@@ -144,7 +149,9 @@ class PlainLoop:
                 return
             if not self._odd:  # never two in a row
                 self._odd = True
-                what = f"after step {step} other random numbers were drawn than usual, perhaps by an evaluation or at an epoch's end"
+                what = (
+                    f"after step {step} other random numbers were drawn than usual, perhaps by an evaluation or at an epoch's end"
+                )
                 raise Unlike(f"{what}, and a run that resumes from it would not draw them. {WAY_OUT}")
         self._odd = False
         self._usual = now if _alike(now, last) else None

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import instruments
 import pytest
 import torch
 from torch import nn
@@ -219,6 +220,26 @@ def test_what_an_iteration_changes_after_its_step_is_in_its_checkpoint_from_the_
 
     last = check(script, None, tmp_path, [1, 2, 3])
     assert last.opts[0].ckpt.statistics()["checkpoints_skipped"] == 0
+
+
+def test_an_average_of_the_weights_costs_no_checkpoint(tmp_path):
+    model, average = nn.Linear(64, 64), nn.Linear(64, 64).requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    fxckpt.compile_step(opt, tmp_path, model=[model, average], every=1, update="native", keep=9, staging_mb=0, threads=1)
+    instruments.delay("copy", 5000)
+    after = []
+    for step in fxckpt.steps(5):
+        model(torch.ones(2, 64)).sum().backward()
+        opt.step()
+        with torch.no_grad():
+            average.weight.lerp_(model.weight, 0.5)
+        after.append(average.weight.clone())
+    opt.ckpt.shutdown()
+    assert opt.ckpt.statistics()["checkpoints_committed"] == 5
+    for found in fxckpt.checkpoints(tmp_path):
+        again = [nn.Linear(64, 64), nn.Linear(64, 64)]
+        fxckpt.load(tmp_path, model=again, step=found.step)
+        assert torch.equal(again[1].weight, after[found.step - 1])
 
 
 def test_a_loop_over_batches_inside_another_one_is_only_data(tmp_path):

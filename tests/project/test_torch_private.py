@@ -43,6 +43,18 @@ from fxckpt.compat.inductor import (
     load_cpp,
     reset_cudagraphs,
 )
+from fxckpt.compat.loaders import (
+    DataEnded,
+    Start,
+    WorkersIterator,
+    copied,
+    iterates_as_torch,
+    reading_ended,
+    skip_order,
+    tell_end,
+    watch_order,
+    watch_samples,
+)
 from fxckpt.compat.module_state import (
     added_entries,
     fill,
@@ -708,3 +720,71 @@ def test_a_symbols_sign_decides_branches():
 
     found = trace_fake(fn, [torch.ones(2), torch.tensor(0.9)])
     assert found.branches == [] and 2.0 in [a for n in found.graph.nodes for a in n.args]
+
+
+# ---- data loaders ------------------------------------------------------------------------------------------------
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """Five numbers; each worker adds a hundred times its own."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        return iter(range(100 * (info.id if info else 0), 100 * (info.id if info else 0) + 5))
+
+
+class Told:
+    """In a worker: told at its end, and who makes a batch."""
+
+    def __call__(self, worker):
+        tell_end(lambda: f"worker {worker} ended")
+
+    def collate(self, samples):
+        return torch.utils.data.get_worker_info().id, samples
+
+
+def test_the_order_behind_an_iterator_is_seen_and_skipped():
+    seen = []
+
+    def watch(indices):
+        for each in indices:
+            seen.append(each)
+            yield each
+
+    iterator = iter(torch.utils.data.DataLoader(range(10), 3))
+    watch_order(iterator, watch)
+    skip_order(iterator, 2)
+    assert [batch.tolist() for batch in iterator] == [[6, 7, 8], [9]]
+    assert seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+def test_samples_of_an_iterable_data_set_are_seen_and_its_end_within_a_batch():
+    iterator = iter(torch.utils.data.DataLoader(Numbers(), 3))
+    watch_samples(iterator, lambda samples: (each + 1 for each in samples))
+    assert next(iterator).tolist() == [1, 2, 3] and not reading_ended(iterator)
+    assert next(iterator).tolist() == [4, 5] and reading_ended(iterator)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_workers_begin_in_the_middle_of_a_pass_and_tell_their_end():
+    told, received = Told(), []
+    loader = torch.utils.data.DataLoader(range(12), 2, num_workers=2, collate_fn=told.collate)
+    made = WorkersIterator(copied(loader, type(loader)), lambda indices: indices, received.append, Start(3, 1, 77))
+    assert list(made) == [(1, [6, 7]), (0, [8, 9]), (1, [10, 11])] and len(received) == 3
+    assert made.base_seed == 77
+    loader = torch.utils.data.DataLoader(Numbers(), 3, num_workers=2, worker_init_fn=told)
+    made = WorkersIterator(copied(loader, type(loader)), lambda indices: indices, received.append)
+    assert [batch.tolist() for batch in made] == [[0, 1, 2], [100, 101, 102], [3, 4], [103, 104]]
+    assert sorted(each.state for each in received if type(each) is DataEnded) == ["worker 0 ended", "worker 1 ended"]
+
+
+def test_loaders_with_iterators_of_their_own_are_known():
+    class Named(torch.utils.data.DataLoader):
+        pass
+
+    class Other(torch.utils.data.DataLoader):
+        def __iter__(self):
+            return iter(())
+
+    assert iterates_as_torch(Named(range(3))) and not iterates_as_torch(Other(range(3)))
+    assert iterates_as_torch(Other(range(3)), (Other,))
