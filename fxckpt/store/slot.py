@@ -80,6 +80,11 @@ class Slot:
         """What the files held when the slot was acquired, as remembered with an equal ``token``, else {}."""
         return self._before[1] if self._before is not None and self._before[0] == token else {}
 
+    def what_waits(self) -> tuple[Notes | None, dict[str, FileId]]:
+        """All that can be recalled, and what each of its files was when that was true: for another process."""
+        recalled = self._before[1] if self._before is not None else {}
+        return self._before, {name: self._files[name][0] for name in recalled if name in self._files}
+
     def waited(self, file: str) -> FileId | None:
         """What a file was when what is recalled of it was true. Of another one nothing is known."""
         return self._files[file][0] if file in self._files else None
