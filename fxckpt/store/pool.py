@@ -361,12 +361,13 @@ class Pool:
         slot.leave()
         return was_busy
 
-    def retire(self, slot: Slot) -> None:
-        """A checkpoint that does not verify any more: put aside, by whatever name it has now."""
+    def retire(self, slot: Slot, *, aside: bool) -> None:
+        """A checkpoint that does not verify any more is not counted on; ``aside``: and renamed, by whatever name it has now."""
         with self.mutex:
             if slot.name is None and self._committed.pop(slot, None) is None:
                 return  # given up meanwhile
-        self.condemn(slot)
+        if aside:
+            self.condemn(slot)
 
     def condemn(self, slot: Slot) -> None:
         """Rename it ``.bad``; if even that fails, at least this process does not use it again."""

@@ -279,7 +279,8 @@ class Store:
                 return None
             slot, step, error = found
             with self._pool.holding():
-                self._pool.retire(slot)
+                # What somebody is removing just now is left to him.
+                self._pool.retire(slot, aside=not isinstance(error.__cause__, FileNotFoundError))
             return step, error
         except (OSError, StoreError) as error:
             log.warning("a checkpoint could not be read back: %s", error)

@@ -60,6 +60,17 @@ def test_a_named_save_that_does_not_verify_is_put_aside(root):
     trainer.close()
 
 
+def test_a_checkpoint_that_somebody_removes_is_an_error_and_is_left_to_him(root):
+    trainer = start(root, read_back="all")
+    path = trainer.save(1)
+    (path / "model.safetensors").unlink()
+    step, error = trainer.store.read_back(IDLE)
+    assert step == 1 and "missing" in str(error) and path.is_dir()
+    trainer.save(2)
+    assert latest(root).step == 2
+    trainer.close()
+
+
 def test_a_disk_that_cannot_be_read_counts_as_damage(root):
     trainer = start(root, read_back="all")
     trainer.save(1)
