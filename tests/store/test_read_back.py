@@ -60,12 +60,18 @@ def test_a_named_save_that_does_not_verify_is_put_aside(root):
     trainer.close()
 
 
-def test_a_checkpoint_that_somebody_removes_is_an_error_and_is_left_to_him(root):
+@pytest.mark.parametrize("way", ["removed", "moved away and linked"])
+def test_a_checkpoint_that_somebody_takes_a_file_from_is_named_and_left_to_him(root, way, caplog):
     trainer = start(root, read_back="all")
     path = trainer.save(1)
-    (path / "model.safetensors").unlink()
-    step, error = trainer.store.read_back(IDLE)
-    assert step == 1 and "missing" in str(error) and path.is_dir()
+    file = path / "model.safetensors"
+    if way == "removed":
+        file.unlink()
+    else:
+        file.rename(root.parent / "archive")
+        file.symlink_to(root.parent / "archive")
+    assert trainer.store.read_back(IDLE) is None and path.is_dir()
+    assert "the checkpoint of step 1 is not counted on any more" in caplog.text
     trainer.save(2)
     assert latest(root).step == 2
     trainer.close()
