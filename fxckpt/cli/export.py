@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
-            source = Source(reader, held, progress)
+            source = Origin(reader, held, progress)
             try:
                 _FORMATS[args.format](source, partial, args)
             except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
@@ -91,7 +91,7 @@ def _sync(path: str) -> None:
         io.fsync(fd)
 
 
-class Source:
+class Origin:
     """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
 
     def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
@@ -143,7 +143,7 @@ class Source:
         return found
 
 
-def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
+def _torch(source: Origin, path: str, args: argparse.Namespace) -> None:
     """``torch.load(OUT)`` is the model's state dict; with the optimizer: ``{"model": …, "optimizer": …, "step": …}``, as
     ``load_state_dict`` of each takes it (several optimizers: a list)."""
     import torch
@@ -165,7 +165,7 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
     return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
 
 
-def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
+def _dcp(source: Origin, path: str, args: argparse.Namespace) -> None:
     """``torch.distributed.checkpoint``: ``{"model": …}`` and, if asked for, ``"optimizer"`` by parameter names."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -178,7 +178,7 @@ def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
         save(state, checkpoint_id=path, no_dist=True)
 
 
-def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:
+def _safetensors(source: Origin, path: str, args: argparse.Namespace) -> None:
     """``model-00001-of-0000N.safetensors`` and the index that says which file has which tensor. A tie is stored once."""
     os.mkdir(path)
     shards = _shards(source.record.tensors(MODEL), args.shard)

@@ -13,6 +13,7 @@ from fxckpt.engine import SLICE, Patience
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
+from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
@@ -135,11 +136,15 @@ class Committer:
         with self._flights.changed:
             if error is None:
                 self._tally.committed += pending.slot.generation is not None
+                self._tally.mixed.clear()
             elif dropped:
-                self._tally.skipped += pending.failure is None
-                log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
+                self._tally.skipped += pending.failure is None and not pending.replaced
+                said = logging.WARNING if isinstance(error, Changed) and not pending.replaced else logging.INFO
+                log.log(said, "fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
             else:
                 self._tally.note_failure(pending.step, error)
+            if isinstance(error, Changed) and not isinstance(error, Cancelled):
+                self._tally.mixed.append(error)
             self._flights.remove(pending)
         flights = self._flights
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)

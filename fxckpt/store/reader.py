@@ -23,6 +23,7 @@ from fxckpt.engine.plan import Item
 from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
+from fxckpt.store.directory import local_path
 from fxckpt.store.dtypes import RawTensor, numpy_dtype
 from fxckpt.store.files import UNREADABLE, read_small
 from fxckpt.store.folder import check_regular, opened
@@ -121,8 +122,9 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
 
     Raises:
         NotAStore: the directory holds something else.
+        SetupError: it is a URL, or names a variable that nothing has expanded.
     """
-    found = [each for each in candidates(directory) if isinstance(each, Candidate)]
+    found = [each for each in candidates(local_path(directory)) if isinstance(each, Candidate)]
     return [describe(each.path, each.record) for each in reversed(found)]
 
 
@@ -138,11 +140,12 @@ def latest(directory: str | os.PathLike[str], verify: bool = True) -> Checkpoint
 
     Raises:
         NotAStore: the directory holds something else.
+        SetupError: it is a URL, or names a variable that nothing has expanded.
         NoCheckpoint: a trainer takes each one back before it is read, again and again.
     """
     for _ in range(_LOOKS):
         with suppress(NoCheckpoint):  # there are newer ones now
-            return _newest(directory, verify)
+            return _newest(local_path(directory), verify)
     raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read")
 
 

@@ -16,7 +16,7 @@ ROOMS = (
     {"errors", "_registry"},
     {"compat", "engine"},
     {"store"},
-    {"config", "graph", "monitor", "cli"},
+    {"config", "data", "graph", "monitor", "cli"},
     {"optim"},
     {"saving"},
     {"run"},
@@ -28,6 +28,7 @@ ROOMS = (
 """A room imports from those above it, and from itself."""
 
 FORBIDDEN = {
+    "data": {"store", "engine", "_registry"},
     "graph": {"store", "engine"},
     "monitor": {"compat", "config", "graph"},
     "cli": {"compat", "config", "graph"},

@@ -29,6 +29,7 @@ from fxckpt.compat.dynamo import (
     graph_input,
     input_index,
     is_view,
+    limits_reached,
     source_name,
     untraced,
 )
@@ -42,27 +43,50 @@ from fxckpt.compat.inductor import (
     load_cpp,
     reset_cudagraphs,
 )
+from fxckpt.compat.module_state import (
+    added_entries,
+    fill,
+    give_back,
+    mixed_modes,
+    own_contracts,
+    set_modes,
+    state_of,
+    takes_shapes,
+)
 from fxckpt.compat.modules import (
     _WRAPPERS,
     every_module,
     extra_state_modules,
+    has_extra_state,
     named_buffers,
     named_parameters,
+    one_model,
     own_buffers,
+    owners_of,
+    tensors_of,
     unwrap_model,
     wrapped_module,
 )
 from fxckpt.compat.optimizers import (
+    callers,
+    comes_by_itself,
+    complete,
     count_skipped_attempts,
     default_implementation,
+    forwards,
+    has_own_contract,
     hooked,
     inner_hooks,
     is_stock,
     plain_class,
     rebind_scheduler_wrapper,
+    sets_up_state,
     settings_of,
+    steps_like_one,
     stock_step,
+    takes,
     unhooked_step,
+    watch_steps,
 )
 from fxckpt.compat.tensors import gradient_accumulator, is_transformed, is_wrapper, set_grad_mode, version_of
 from fxckpt.compat.threads import can_use_one_core, modes_active, one_core
@@ -116,6 +140,7 @@ def test_persistent_buffers_are_told_from_others():
     module.register_buffer("dropped", torch.zeros(1), persistent=False)
     assert [name for name, _ in own_buffers(module, True)] == ["kept"] == list(module.state_dict())
     assert [name for name, _ in own_buffers(module, False)] == ["dropped"]
+    assert tensors_of(module) == {id(module.kept), id(module.dropped)}
 
 
 def test_modules_being_called_are_on_the_stack():
@@ -370,9 +395,89 @@ def test_dynamo_is_asked_before_it_is_turned_off_with_this_torch():
     assert seen == [None, None]
 
 
+# ---- module_state, and several modules ---------------------------------------------------------------------------------
+
+
+class Resized(nn.Module):
+    """Takes a table of any size, and adds a number to its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1))
+        self.number = 1
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "number"] = self.number
+        destination[prefix + "again"] = self.table
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.table = torch.empty_like(state_dict[prefix + "table"])
+        self.number = state_dict.pop(prefix + "number", 0)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_what_a_module_adds_to_its_own_state_dict_is_told_apart_and_given_back():
+    model = nn.Sequential(nn.Linear(1, 1), Resized())
+    assert [name for name, _ in own_contracts(model)] == ["1"]
+    assert added_entries(model[1]) == {"number": 1}
+    assert state_of(model) == {"modules": {}, "eval": [], "contracts": {"1": {"number": 1}}}
+    give_back(model[1], {"number": 5})
+    assert model[1].number == 5
+    for hook in ("_register_state_dict_hook", "register_state_dict_post_hook", "register_state_dict_pre_hook"):
+        hooked = nn.Linear(1, 1)
+        getattr(hooked, hook)(lambda *_: None)
+        assert [module for _, module in own_contracts(nn.Sequential(hooked))] == [hooked]
+
+
+def test_a_module_says_which_shapes_it_takes_without_being_changed():
+    module = Resized()
+    assert takes_shapes(module, {"table": torch.ones(3)}) and module.number == 1 and module.table.shape == (1,)
+    assert not takes_shapes(nn.BatchNorm1d(2), {"running_mean": torch.ones(3)})
+    assert not takes_shapes(nn.Linear(1, 1), {"weight": torch.ones(3)})
+    fill(module, {"table": torch.ones(3)})
+    assert module.table.tolist() == [1, 1, 1]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fill(nn.BatchNorm1d(2), {"running_mean": torch.ones(3)})
+
+
+def test_modes_are_set_one_by_one():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    assert mixed_modes([model, nn.Linear(1, 1).eval()]) == []
+    assert set_modes(model, {"1"}) == {True: [], False: ["1"]} and mixed_modes([model]) == ["1"]
+    assert set_modes(model, {""}) == {True: ["1"], False: ["Sequential"]}
+
+
+def test_several_modules_are_one_and_a_parameter_s_owner_is_found():
+    a, b, loose = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)), nn.Parameter(torch.ones(1))
+    assert [name for name, _ in named_parameters(one_model([a, b]))] == ["0.weight", "0.bias", "1.0.weight", "1.0.bias"]
+    assert one_model(torch.compile(a)) is a and one_model(None) is None
+    compiled = torch.compile(b)
+    assert owners_of([a.weight, b[0].bias, loose]) == {id(a.weight): a, id(b[0].bias): b}
+    del compiled
+
+
+def test_a_reached_recompile_limit_is_counted():
+    class Scheduled(nn.Module):
+        k = 0
+
+        def forward(self, x):
+            return x * (self.k + 0.5)
+
+    model, before = Scheduled(), limits_reached()
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model.k in range(2):
+            compiled(torch.ones(1))
+        assert limits_reached() == before
+        for model.k in range(2, 4):
+            compiled(torch.ones(1))
+    assert limits_reached() > before
+
+
 # ---- what the sections above do not reach ------------------------------------------------------------------------------
 
-SUBJECTS = ("dynamo", "inductor", "modules", "optimizers", "tensors", "threads", "tracing")
+SUBJECTS = ("dynamo", "inductor", "module_state", "modules", "optimizers", "tensors", "threads", "tracing")
 """Files of fxckpt/compat that touch private parts; ``cuda`` is tested with devices, the others touch none."""
 
 
@@ -449,6 +554,7 @@ def test_modules_with_extra_state_are_found():
         def get_extra_state(self):
             return 3
 
+    assert has_extra_state(Counting()) and not has_extra_state(nn.Linear(1, 1))
     assert [name for name, _ in extra_state_modules(nn.Sequential(nn.Linear(1, 1), Counting()))] == ["1"]
 
 
@@ -494,6 +600,71 @@ def test_a_step_is_found_under_its_wrappers_and_wrapped_again_with_its_mark():
     assert {"lr", "betas", "fused"} <= settings_of(opt) and "params" not in settings_of(opt)
 
 
+def test_our_hooks_are_called_beside_others_and_know_which_step_calls_them():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+
+    opt, seen = Twice([nn.Parameter(torch.ones(1))], lr=0.1), []
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])  # so that its step has PyTorch's wrapper, too
+    watch_steps(opt, lambda opt, *_: seen.append(comes_by_itself(opt)), lambda opt, *_: seen.append(comes_by_itself(opt)))
+    opt.step()
+    assert seen == [True, False, False, True], "the outer step, and the one inside it"
+    wrapped = hooked(torch.optim.SGD.step)
+    seen.clear()
+    wrapped(opt)
+    assert seen == [False, False], "inside a step of ours"
+
+
+def test_an_optimizer_that_was_never_initialised_is_completed_and_steps():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+
+        state = property(lambda self: self.inner.state)
+        param_groups = property(lambda self: self.inner.param_groups)
+
+        @torch.optim.Optimizer.profile_hook_step
+        def step(self, closure=None):
+            return list(callers(self.inner))
+
+    wrapper = Wrapper(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+    with pytest.raises(AttributeError, match="_optimizer_step_pre_hooks"):
+        wrapper.step()
+    complete(wrapper)
+    assert wrapper.step()[0] is wrapper, "whose method calls"
+    assert steps_like_one(wrapper) and not steps_like_one(Wrapper) and not steps_like_one(nn.Linear(1, 1))
+    assert takes(Wrapper) == ("closure",) and not forwards(wrapper)
+    assert forwards(type("AcceleratedOptimizer", (Wrapper,), {})(wrapper))
+
+
+def test_whoever_has_a_say_in_a_state_dict_is_known():
+    opt = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert not has_own_contract(opt)
+    handle = opt.register_state_dict_post_hook(lambda *_: None)
+    assert has_own_contract(opt)
+    handle.remove()
+    assert not has_own_contract(opt)
+    assert has_own_contract(type("Own", (torch.optim.SGD,), {"state_dict": lambda self: {}})(opt.param_groups))
+
+
+def test_a_step_that_dcp_makes_to_have_state_is_known():
+    from torch.distributed.checkpoint.state_dict import _init_optim_state
+
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append(sets_up_state(self))
+            super().step(closure)
+
+    opt = Spy([nn.Parameter(torch.ones(1))], lr=0.1)
+    _init_optim_state(opt)
+    opt.param_groups[0]["params"][0].grad = torch.zeros(1)
+    opt.step()
+    assert seen == [True, False]
+
+
 def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks():
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert not rebind_scheduler_wrapper(opt)
@@ -504,6 +675,8 @@ def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks()
         warnings.simplefilter("error")  # it would warn of a step that was not seen
         opt.step()
         scheduler.step()
+    opt.step = torch.optim.SGD.step.__get__(opt)
+    assert not rebind_scheduler_wrapper(opt) and "step" not in vars(opt), "the class's own"
     opt.step = lambda: None
     with pytest.raises(SetupError, match="was replaced by"):
         rebind_scheduler_wrapper(opt)
