@@ -14,7 +14,7 @@ import pytest
 from loop_runs import Ending, Loop
 
 ROUNDS, KILLS = int(os.environ.get("FXCKPT_LOOPS", "1")), 20
-SAMPLES, EPOCHS = 200, 3
+SAMPLES, EPOCHS = 96, 3
 
 SCRIPT = """
 import json

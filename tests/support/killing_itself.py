@@ -1,8 +1,8 @@
 """What a run that is to be killed begins with: it sends itself SIGKILL in the N-th backward, or a moment after it.
 
 ``KILL_AT="7 0.01"``: 10 ms after the seventh backward began, and no later than in the ninth. Without it nothing is killed, and
-the number of backwards is told at the end. Backwards are what all training loops have; a moment later the run is in a step, a
-checkpoint, an evaluation or between two of them.
+the numbers of backwards and checkpoints are told at the end. Backwards are what all training loops have; a moment later the run
+is in a step, a checkpoint, an evaluation or between two of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from fxckpt.run.run import live_runs
 
 
 class Backwards:
@@ -49,7 +51,16 @@ def begin() -> None:
     torch.Tensor.backward = counted_backward  # type: ignore[method-assign, assignment]
     random.seed(0)
     np.random.seed(0)
-    atexit.register(lambda: print(f"BACKWARDS {counted.calls}"))
+    atexit.register(_tell, counted)
+
+
+def _tell(counted: Backwards) -> None:
+    """At the end: how many backwards were made, and how many checkpoints came of them."""
+    print(f"BACKWARDS {counted.calls}")
+    for run in live_runs:
+        run.flush()
+        tally = run.saver.tally
+        print(f"CHECKPOINTS {tally.committed} {tally.failed + tally.skipped}")
 
 
 def kills(chance: random.Random, times: int, backwards: int) -> list[str]:

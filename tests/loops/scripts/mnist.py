@@ -34,12 +34,14 @@ class Net(nn.Module):
 
 def train(model, train_loader, optimizer, epoch):
     model.train()
-    for data, target in fxckpt.batches(train_loader):  # fxckpt, was: for data, target in train_loader:
+    batches = enumerate(fxckpt.batches(train_loader), optimizer.ckpt.batch)  # fxckpt, was: batches = enumerate(train_loader)
+    for batch_idx, (data, target) in batches:
         optimizer.zero_grad()
         loss = F.nll_loss(model(data), target)
         loss.backward()
         optimizer.step()
-    print(f"Train Epoch: {epoch} Loss: {loss.item():.6f}")
+        if batch_idx % 3 == 0:
+            print(f"Train Epoch: {epoch} [{batch_idx * len(data)}/{len(train_loader.dataset)}]\tLoss: {loss.item():.6f}")
 
 
 def test(model, test_loader):

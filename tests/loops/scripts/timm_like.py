@@ -57,7 +57,7 @@ def train_one_epoch(epoch: int):
         opt.step()
         model_ema.update(model)
         lr_scheduler.step_update(epoch * len(loader_train) + batch_idx + 1)
-    return loss.item()
+        losses["train"] = loss.item()
 
 
 @torch.no_grad()
@@ -78,14 +78,14 @@ model_ema = ModelEmaV2(model, decay=0.8)
 opt = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.05)
 lr_scheduler = CosineLRScheduler(opt, t_initial=5 * len(loader_train), warmup_t=6)
 lr_scheduler.step_update(0)
-best = {"metric": None, "epoch": None}
+best, losses = {"metric": None, "epoch": None}, {}
 modules = {"model": model, "ema": model_ema}  # fxckpt
 fxckpt.compile_step(opt, "ckpt", model=modules, every=1, update="native", extra={"best": best})  # fxckpt
 fxckpt.load()  # fxckpt
 for epoch in fxckpt.epochs(5):  # fxckpt, was: for epoch in range(5):
-    loss = train_one_epoch(epoch)
+    train_one_epoch(epoch)
     eval_metric, ema_metric = validate(model), validate(model_ema.module)
     if best["metric"] is None or ema_metric > best["metric"]:
         best["metric"], best["epoch"] = ema_metric, epoch
-print(f"END loss {loss:.6f} eval {eval_metric:.6f} ema {ema_metric:.6f} best {best}")
+print(f"END loss {losses['train']:.6f} eval {eval_metric:.6f} ema {ema_metric:.6f} best {best}")
 finish(model, model_ema, opt, best)
