@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fork_server import ForkServer
@@ -18,16 +18,19 @@ _BEGIN = f"{_FUTURE}import killing_itself\nkilling_itself.begin()\n"
 
 @dataclass(frozen=True)
 class Ending:
-    """What a run that came to its end printed there, and how many backwards it made itself."""
+    """What a run that came to its end printed there, how many backwards it made itself, and how many checkpoints were committed
+    and how many given up."""
 
     lines: tuple[str, ...]
     backwards: int
+    committed: int = field(default=0, compare=False)
+    dropped: int = field(default=0, compare=False)
 
     @classmethod
     def of(cls, run: ProcessRun) -> Ending:
         lines = run.wait().splitlines()
         assert run.returncode == 0, run.output
-        told = [int(line.split()[1]) for line in lines if line.startswith("BACKWARDS ")]
+        told = [int(n) for line in lines if line.startswith(("BACKWARDS ", "CHECKPOINTS ")) for n in line.split()[1:]]
         return cls(tuple(line for line in lines if line.startswith(("END ", "DIGEST "))), *told)
 
 
