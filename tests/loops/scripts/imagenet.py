@@ -73,7 +73,7 @@ def main():
         nn.Linear(32, 5),
     )  # fmt: skip
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9, weight_decay=1e-4)
     scheduler = StepLR(optimizer, step_size=2, gamma=0.1)
     train_loader = DataLoader(ImageFolder(60, 1, True), batch_size=8, shuffle=True, num_workers=2)
     val_loader = DataLoader(ImageFolder(40, 2, False), batch_size=20)

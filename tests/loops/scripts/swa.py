@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxckpt  # fxckpt
 
-EPOCHS, SWA_START = 7, 3
+EPOCHS, SWA_START = 7, 1
 
 torch.manual_seed(0)
 g = torch.Generator().manual_seed(1)
@@ -22,7 +22,7 @@ model = nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 swa_model = AveragedModel(model)
 scheduler = CosineAnnealingLR(optimizer, T_max=100)
-swa_scheduler = SWALR(optimizer, anneal_epochs=2, swa_lr=0.05)
+swa_scheduler = SWALR(optimizer, anneal_epochs=5, swa_lr=0.05)
 extra = {"scheduler": scheduler, "swa": swa_scheduler}  # fxckpt
 fxckpt.compile_step(optimizer, "ckpt", model=[model, swa_model], every=1, update="native", extra=extra)  # fxckpt
 fxckpt.load()  # fxckpt

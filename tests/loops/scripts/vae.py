@@ -52,7 +52,8 @@ def test():
     with torch.no_grad():
         losses = [loss_function((recon := model(data))[0], data, *recon[1:]).item() for data in test_loader]
         sample = model.decode(torch.randn(4, 4))
-    return sum(losses) / len(test_loader.dataset), sample
+    history.append((total["train"], sum(losses) / len(test_loader.dataset)))
+    return sample
 
 
 torch.manual_seed(1)
@@ -61,11 +62,11 @@ train_loader = DataLoader(images[:90], batch_size=16, shuffle=True, drop_last=Tr
 test_loader = DataLoader(images[90:], batch_size=10, shuffle=True)
 model = VAE()
 opt = torch.optim.Adam(model.parameters(), lr=1e-2, foreach=True)
-total = {"train": 0.0}
-fxckpt.compile_step(opt, "ckpt", model=model, every=1, extra={"total": total})  # fxckpt
+total, history = {"train": 0.0}, []
+fxckpt.compile_step(opt, "ckpt", model=model, every=1, extra={"total": total, "history": history})  # fxckpt
 fxckpt.load()  # fxckpt
 for epoch in fxckpt.epochs(5):  # fxckpt, was: for epoch in range(5):
     train(epoch)
-    test_loss, sample = test()
-print(f"END train loss {total['train']:.6f} test loss {test_loss:.6f}")
-finish(model, opt, total, sample)
+    sample = test()
+print(f"END train and test losses {history}")
+finish(model, opt, history, sample)

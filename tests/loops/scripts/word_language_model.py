@@ -10,7 +10,7 @@ from torch import nn
 
 import fxckpt  # fxckpt
 
-BPTT, BATCH, EPOCHS, WORDS = 5, 4, 4, 20
+BPTT, BATCH, EPOCHS, WORDS = 5, 4, 5, 20
 
 
 class RNNModel(nn.Module):
@@ -67,7 +67,7 @@ torch.manual_seed(1111)
 text = torch.randint(0, WORDS, (300,), generator=torch.Generator().manual_seed(1))
 train_data, val_data = batchify(text[:180], BATCH), batchify(text[180:], BATCH)
 model, criterion = RNNModel(), nn.CrossEntropyLoss()
-opt = torch.optim.SGD(model.parameters(), lr=20.0)
+opt = torch.optim.SGD(model.parameters(), lr=40.0)
 carried, best = {}, {"val_loss": None, "model": None}
 extra = {"carried": carried, "best": best}  # fxckpt
 fxckpt.compile_step(opt, "ckpt", model=model, every=1, update="native", extra=extra)  # fxckpt
