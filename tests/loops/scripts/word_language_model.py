@@ -67,7 +67,7 @@ torch.manual_seed(1111)
 text = torch.randint(0, WORDS, (300,), generator=torch.Generator().manual_seed(1))
 train_data, val_data = batchify(text[:180], BATCH), batchify(text[180:], BATCH)
 model, criterion = RNNModel(), nn.CrossEntropyLoss()
-opt = torch.optim.SGD(model.parameters(), lr=40.0)
+opt = torch.optim.SGD(model.parameters(), lr=60.0)
 carried, best = {}, {"val_loss": None, "model": None}
 extra = {"carried": carried, "best": best}  # fxckpt
 fxckpt.compile_step(opt, "ckpt", model=model, every=1, update="native", extra=extra)  # fxckpt
