@@ -65,7 +65,8 @@ class Contestant:
 
 def contestants(make: Callable, model: nn.Module, folder: str) -> tuple[list[Contestant], list]:
     """All ways to make the step, and the runs to shut down."""
-    found, runs, parameters = [], [], list(model.parameters())
+    found, runs = [], []
+    parameters = [nn.Parameter(p.detach()) for p in model.parameters()]  # of no module: none is given
     for parameter in parameters:
         parameter.grad = torch.randn(parameter.shape) * 1e-2
     first = make(parameters)

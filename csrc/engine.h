@@ -10,7 +10,7 @@
  *     fence       wait until the memory of a layer may change again
  *
  *         plan = fx_plan_new(...);
- *         fx_begin(engine, plan, paths, ..., &ck, &error);           opens the files
+ *         fx_begin(engine, plan, at, paths, ..., &ck, &error);       opens the files
  *         for each layer:  update it;  fx_emit(ck, layer, sources);  memory must now stay as it is
  *         for each layer:  fx_fence(engine, layer, timeout);         until it may change
  *         fx_durable(ck, timeout, &error);                           every byte written, every file synced
@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 7      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 8      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -158,13 +158,28 @@ struct fx_stream {
     uint64_t handle;
 };
 
-/* Opens or creates the plan's files, sets their sizes. `known` may be NULL, else for each chunk of the plan:
- * has_known[i] and the CRC of what the disk already holds there; an equal chunk is not written again.
- * A CRC has 32 bits: give only chunks that are expected not to have changed.
+/* A file as fstat shows it; inode 0: no file is meant. Times in nanoseconds since 1970. */
+struct fx_file_id {
+    uint64_t device, inode, nbytes;
+    int64_t modified_ns, changed_ns;
+};
+
+/* What the disk holds already: for each chunk of the plan has[i] and its CRC; and for each file what it was when that was
+ * true, NULL: it is true now. Of a file that is another one by now, or was touched, nothing is held. */
+struct fx_held {
+    const uint8_t *has;
+    const uint32_t *crcs;
+    const struct fx_file_id *files;
+};
+
+/* Opens or creates the plan's files, sets their sizes. `at`: the directory they lie in, whose entries the last names of the
+ * paths are; AT_FDCWD: the paths count. A link or anything else that is no file is refused. A chunk that is `held` (may be
+ * NULL) is not written again. A CRC has 32 bits: give only chunks that are expected not to have changed.
  * -EBUSY: another checkpoint that is not settled has one of these files. */
-int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths,
-             const uint8_t *has_known, const uint32_t *known, struct fx_checkpoint **out,
-             struct fx_error *error);
+int fx_begin(struct fx_engine *engine, struct fx_plan *plan, int at, const char *const *paths,
+             const struct fx_held *held, struct fx_checkpoint **out, struct fx_error *error);
+/* The inode of the file that the checkpoint opened; 0: it opened none. */
+uint64_t fx_file_inode(const struct fx_checkpoint *ck, uint32_t file);
 /* The layer's memory must stay valid and unchanged until a fence on it returned 1. -EINVAL: sources that do
  * not fit the plan; -EALREADY: emitted before. On a failed or cancelled checkpoint it only counts. */
 int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources);
@@ -300,19 +315,20 @@ uint32_t fx_trace_take(struct fx_engine *engine, struct fx_span *out, uint32_t n
 /* ---- files (io/io.c) ---- */
 
 /* Every file operation of the engine and of its users. Results: >= 0, or a negative errno. Tests use another table
- * (testing/). */
+ * (testing/). `at`, `into`: the descriptor of a directory in which the last name of the path is looked up, whatever the rest
+ * of the path leads to by now; AT_FDCWD: the path counts. */
 struct fx_io_ops {
-    int (*open)(const char *path, int flags, int mode);
+    int (*open)(int at, const char *path, int flags, int mode);
     int (*close)(int fd);
     int64_t (*pwrite)(int fd, const void *data, size_t n, int64_t offset);
     int64_t (*pread)(int fd, void *data, size_t n, int64_t offset);
     int (*ftruncate)(int fd, int64_t nbytes);
     int (*fdatasync)(int fd);
     int (*fsync)(int fd);
-    int (*rename)(const char *from, const char *to);
-    int (*unlink)(const char *path);
-    int (*mkdir)(const char *path, int mode);
-    int (*rmdir)(const char *path);
+    int (*rename)(int at, const char *from, int into, const char *to);
+    int (*unlink)(int at, const char *path);
+    int (*mkdir)(int at, const char *path, int mode);
+    int (*rmdir)(int at, const char *path);
     int (*fallocate)(int fd, int64_t nbytes);
 };
 
@@ -322,7 +338,7 @@ void fx_io_use(const struct fx_io_ops *table);
 
 /* The table's operations with EINTR and short transfers looped. pwrite and pread return 0 or a negative
  * errno; *done (may be NULL) counts bytes: pread stops short of n only at the end of the file. */
-int fx_open(const char *path, int flags, int mode);
+int fx_open(int at, const char *path, int flags, int mode);
 int fx_close(int fd);
 int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done);
 int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done);
@@ -331,12 +347,19 @@ int fx_ftruncate(int fd, int64_t nbytes);
 int fx_fallocate(int fd, int64_t nbytes);
 int fx_fdatasync(int fd);
 int fx_fsync(int fd);
-int fx_rename(const char *from, const char *to);
-int fx_unlink(const char *path);
-int fx_mkdir(const char *path, int mode);
-int fx_rmdir(const char *path);
+int fx_rename(int at, const char *from, int into, const char *to);
+int fx_unlink(int at, const char *path);
+int fx_mkdir(int at, const char *path, int mode);
+int fx_rmdir(int at, const char *path);
 /* Drops O_DIRECT from an open file whose file system refused a transfer with it. */
 int fx_make_buffered(int fd);
+
+/* ---- forked children (core/fork.c) ---- */
+
+/* Has a child that is forked from now on, by whatever library, close the descriptor first thing: a lock on it would outlive
+ * this process with the child. -EMFILE: there are too many. `keep` takes that back. */
+int fx_fork_close(int fd);
+void fx_fork_keep(int fd);
 
 /* ---- the training thread (core/host.c) ---- */
 

@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING
 
 from fxckpt.errors import SetupError
+from fxckpt.store.read_back import MODES
 from fxckpt.store.retention import Policy
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Config:
     staging_mb: int | None = None
     max_async: int = 2
     on_error: str = "warn"
+    read_back: str = "sampled"
     fresh: bool = False
 
     def __post_init__(self, preset: str | None) -> None:
@@ -69,6 +71,7 @@ class Config:
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
         _one_of("update", self.update, (None, "native", "inductor"))
         _one_of("on_error", self.on_error, ("warn", "raise"))
+        _one_of("read_back", self.read_back, MODES)
         _one_of("writer", self.writer, ("thread", "monitor", "mock"))
         if self.writer == "monitor" and self.staging_bytes < 2 * (self.chunk_mb << 20):
             least = f"two chunks of {self.chunk_mb} MiB at least: staging_mb is {self.staging_bytes >> 20}"

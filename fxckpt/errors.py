@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import os
 
+from fxckpt.terminal import plain
+
 
 class FxckptError(Exception):
     """Base class of all errors of this package."""
+
+    def __str__(self) -> str:
+        return plain(super().__str__())
 
 
 class EngineMissing(FxckptError, ImportError):

@@ -94,7 +94,7 @@ class Handle:
 
     def end_step(self) -> None:
         """Say that the state after the last ``opt.step()`` is complete (schedulers stepped, counters counted)."""
-        self._run.closing.end_step()
+        self._run.stepping.rest()
 
     def finish_on_signal(self, number: int = signal.SIGTERM) -> None:
         """Have a signal end the run with a last checkpoint.
@@ -140,6 +140,17 @@ class Handle:
         with run.closing.between_steps:
             run.arrangement.refresh()  # written anew if something was replaced
             return [stepper.executor.arranged.graph for stepper in run.steppers]
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch of ``fxckpt.epochs`` that is under way; after ``load`` that of the checkpoint."""
+        return self._run.clock.epoch
+
+    @property
+    def batch(self) -> int:
+        """Batches of the pass over ``fxckpt.batches`` that are behind. After ``load`` those of the checkpoint's pass, so that
+        ``enumerate(fxckpt.batches(loader), opt.ckpt.batch)`` counts on."""
+        return self._run.loops.batch
 
     @property
     def directory(self) -> str:

@@ -1,11 +1,21 @@
-"""``fxckpt.steps``: a training loop whose iterations are the exact boundaries of steps."""
+"""``steps``, ``epochs`` and ``batches``: loops whose iterations end at an exact boundary, where a checkpoint is of one instant.
+
+Only what a loop asks for its next item knows the instant between two iterations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
+from typing import Generic, TypeVar
 
 from fxckpt.checkpointed import Checkpointed
-from fxckpt.run.run import the_run
+from fxckpt.run.run import Run, the_run
+
+T = TypeVar("T")
+
+
+def _run_of(optimizer: Checkpointed | None) -> Run:
+    return optimizer.ckpt._run if optimizer is not None else the_run()
 
 
 def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
@@ -28,17 +38,91 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
     Raises:
         SetupError: no run is live, or several are and ``optimizer`` does not say which.
     """
-    run = optimizer.ckpt._run if optimizer is not None else the_run()
-    clock = run.clock
+    loops = _run_of(optimizer).loops
+    level, clock = loops.level("steps"), loops.clock
     clock.counts_iterations = True
+    loops.settle("steps")
     while clock.iteration < n:
-        clock.in_iteration, attempts, whole = True, clock.attempts, False
-        try:
+        with level:
             yield clock.iteration
-            whole = True
+        loops.boundary(level)  # not after a `break` or an exception: there it ended somewhere in its middle
+
+
+def epochs(n: int | None = None, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
+    """Count the epochs of a training from the one that the loaded checkpoint is of up to ``n``.
+
+        fxckpt.load()
+        for epoch in fxckpt.epochs(90):
+            for x, y in fxckpt.batches(loader):
+                ...
+            scheduler.step()
+
+    A run that resumes in an epoch goes on in it: ``batches`` gives what is left, and what stands behind it runs then. The end of
+    an epoch is a boundary, too.
+
+    Args:
+        n: epochs of the whole training, those before the restart included; None: without end.
+        optimizer: one of the run's optimizers, where several runs are live.
+
+    Returns:
+        An iterator over the numbers of the epochs, from 0 in a new run.
+
+    Raises:
+        SetupError: as ``steps``.
+    """
+    loops = _run_of(optimizer).loops
+    level, clock = loops.level("epochs"), loops.clock
+    loops.settle("epochs")
+    while n is None or clock.epoch < n:
+        with level:
+            yield clock.epoch
+        loops.end_epoch()
+        loops.boundary(level)
+
+
+def batches(loader: Iterable[T], *, optimizer: Checkpointed | None = None) -> Batches[T]:
+    """Go over a loader, or after a load over what is left of the pass that the checkpoint was taken in.
+
+    An iteration ends when the loop asks for the next batch, before that is drawn: the instant that a checkpoint is of. Inside
+    another iteration (of ``steps``, or of another ``batches``) it makes no boundary of its own, but its place is stored.
+    No batch of a ``DataLoader`` over a map-style data set is read twice.
+
+    Args:
+        loader: a ``torch.utils.data.DataLoader``, or any iterable. One that has neither indices to skip nor a ``state_dict``
+            is read again up to its place.
+        optimizer: one of the run's optimizers, where several runs are live.
+
+    Returns:
+        An iterable with the loader's length. ``enumerate(fxckpt.batches(loader), opt.ckpt.batch)`` counts on after a load.
+
+    Raises:
+        SetupError: as ``steps``; a loader whose order is chance; another loader than the checkpoint is of; steps in two loops over
+        batches of one epoch.
+    """
+    return Batches(loader, _run_of(optimizer))
+
+
+class Batches(Generic[T]):
+    """What ``batches`` returns: an iterable over the batches of a pass."""
+
+    def __init__(self, loader: Iterable[T], run: Run):
+        self._loader, self._run = loader, run
+
+    def __len__(self) -> int:
+        """The number of batches of a whole pass. Raises TypeError if the loader does not know."""
+        if not isinstance(self._loader, Sized):
+            raise TypeError(f"a {type(self._loader).__name__} has no length")
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[T]:
+        loops = self._run.loops
+        level = loops.level("batches")
+        source, rest = loops.begin(self._loader, level)
+        try:
+            for batch in rest:
+                with level:
+                    yield batch
+                loops.boundary(level)
         finally:
-            # One that was left by a `break` or an exception counts if its update was made, which the next one must not
-            # make again.
-            clock.iteration += whole or clock.attempts != attempts
-            clock.in_iteration = False
-        run.closing.close_step()  # not after a `break` or an exception: there it ended somewhere in its middle
+            if not level.leads:
+                source.finish()  # the next loop over it begins anew, and so does that of a resumed run

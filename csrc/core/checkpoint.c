@@ -15,27 +15,28 @@ static void *copy_of(const void *data, size_t nbytes) {
     return copy;
 }
 
-static struct fx_checkpoint *allocate(struct fx_engine *engine, struct fx_plan *plan,
-                                      const char *const *paths, const uint8_t *has_known,
-                                      const uint32_t *known) {
+static struct fx_checkpoint *allocate(struct fx_engine *engine, struct fx_plan *plan, int at,
+                                      const char *const *paths, const struct fx_held *held) {
     struct fx_checkpoint *ck = calloc(1, sizeof *ck);
     if (!ck) return NULL;
     fx_plan_hold(plan);
     ck->engine = engine;
     ck->plan = plan;
+    ck->at = at;
     ck->ready_head = ck->ready_tail = NOTHING;
     ck->files = calloc(plan->n_files + 1, sizeof *ck->files);
     ck->chunks = calloc(plan->n_chunks + 1, sizeof *ck->chunks);
     ck->layers = calloc(plan->n_layers + 1, sizeof *ck->layers);
     ck->pieces = calloc(plan->n_pieces + 1, 1);
     ck->crcs = calloc(plan->n_chunks + 1, sizeof *ck->crcs);
-    ck->known = copy_of(has_known ? known : NULL, plan->n_chunks * sizeof *known);
-    ck->has_known = copy_of(has_known, plan->n_chunks);
+    ck->known = copy_of(held ? held->crcs : NULL, plan->n_chunks * sizeof *ck->known);
+    ck->has_known = copy_of(held ? held->has : NULL, plan->n_chunks);
     bool complete = ck->files && ck->chunks && ck->layers && ck->pieces && ck->crcs && ck->known &&
                     ck->has_known;
     for (uint32_t i = 0; ck->files && i < plan->n_files; i++) {
         ck->files[i].fd = -1;
         ck->files[i].path = strdup(paths[i]);
+        if (held && held->files) ck->files[i].waited = held->files[i];
         complete = complete && ck->files[i].path;
     }
     if (complete) return ck;
@@ -66,12 +67,11 @@ static void enlist(struct fx_checkpoint *ck) {
     fx_wake_writers(engine);
 }
 
-int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths,
-             const uint8_t *has_known, const uint32_t *known, struct fx_checkpoint **out,
-             struct fx_error *error) {
+int fx_begin(struct fx_engine *engine, struct fx_plan *plan, int at, const char *const *paths,
+             const struct fx_held *held, struct fx_checkpoint **out, struct fx_error *error) {
     if (plan->chunk_bytes != engine->options.chunk_bytes)
         return fx_error_set(error, "begin: the plan has another chunk size", "", -1, EINVAL);
-    struct fx_checkpoint *ck = allocate(engine, plan, paths, has_known, known);
+    struct fx_checkpoint *ck = allocate(engine, plan, at, paths, held);
     if (!ck) return fx_error_set(error, "begin", "", -1, ENOMEM);
     int r = engine->sink->open(ck, error);
     fx_lock(engine);
@@ -87,6 +87,8 @@ int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *
     *out = ck;
     return 0;
 }
+
+uint64_t fx_file_inode(const struct fx_checkpoint *ck, uint32_t file) { return ck->files[file].inode; }
 
 /* ---- emit ---- */
 

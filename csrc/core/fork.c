@@ -10,9 +10,17 @@
  */
 #include "core/sink.h"
 
+#include <errno.h>
+#include <unistd.h>
+
 static pthread_mutex_t list_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static struct fx_engine *engines;
+
+/* Descriptors of the caller's that a child must not keep either. */
+enum { MOST = 256 };
+static int closed_in_child[MOST];
+static uint32_t n_closed_in_child;
 
 static void before_fork(void) {
     pthread_mutex_lock(&list_lock);
@@ -27,11 +35,28 @@ static void unlock_all(void) {
 /* Straight to the kernel: the table of operations may have its own locks held by a thread that is gone. */
 static void in_child(void) {
     for (struct fx_engine *e = engines; e; e = e->next) e->sink->close_in_child(e);
+    while (n_closed_in_child) close(closed_in_child[--n_closed_in_child]);
     unlock_all();
     engines = NULL;
 }
 
 static void install(void) { pthread_atfork(before_fork, unlock_all, in_child); }
+
+int fx_fork_close(int fd) {
+    pthread_once(&once, install);
+    pthread_mutex_lock(&list_lock);
+    bool room = n_closed_in_child < MOST;
+    if (room) closed_in_child[n_closed_in_child++] = fd;
+    pthread_mutex_unlock(&list_lock);
+    return room ? 0 : -EMFILE;
+}
+
+void fx_fork_keep(int fd) {
+    pthread_mutex_lock(&list_lock);
+    for (uint32_t i = 0; i < n_closed_in_child; i++)
+        if (closed_in_child[i] == fd) closed_in_child[i--] = closed_in_child[--n_closed_in_child];
+    pthread_mutex_unlock(&list_lock);
+}
 
 void fx_fork_add(struct fx_engine *engine) {
     pthread_once(&once, install);

@@ -24,6 +24,8 @@ struct ck_file {
     int fd; /* -1: not open */
     atomic_bool direct;
     char *path;
+    struct fx_file_id waited; /* what it was when the caller knew what it holds; inode 0: not known */
+    bool touched;             /* it is not that any more */
     uint64_t device, inode;
     uint32_t chunks_left;
     enum sync_state sync;
@@ -54,6 +56,7 @@ struct ck_layer {
 struct fx_checkpoint {
     struct fx_engine *engine;
     uint64_t id; /* unique in its engine, ascending */
+    int at;      /* the directory that its files are opened in; used in `open` only */
     struct fx_checkpoint *next, *previous; /* in the engine's list, oldest first, until settled */
     struct fx_plan *plan;
     enum state state;
@@ -122,7 +125,7 @@ static inline void fx_copy_delay(void) {}
 
 /* Whether the disk holds the chunk's bytes already. */
 static inline bool fx_is_known(const struct fx_checkpoint *ck, uint32_t chunk) {
-    return ck->has_known[chunk] && ck->known[chunk] == ck->crcs[chunk];
+    return ck->has_known[chunk] && ck->known[chunk] == ck->crcs[chunk] && !ck->files[ck->plan->chunks[chunk].file].touched;
 }
 
 /* ---- staging buffers: staging.c; lock held ---- */

@@ -4,25 +4,38 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 /* ---- open ---- */
 
-/* O_DIRECT if wanted and accepted: a file system that cannot do it says EINVAL. */
-static int open_file(struct fx_engine *engine, struct ck_file *file, struct fx_error *error) {
-    int flags = O_RDWR | O_CREAT | O_CLOEXEC, r = -EINVAL;
-    if (engine->options.direct) r = fx_open(file->path, flags | O_DIRECT, 0644);
+static int64_t nanoseconds(struct timespec t) { return t.tv_sec * SECOND_NS + t.tv_nsec; }
+
+/* A file that was removed, cut, replaced or written to while it waited has another inode, size or time. */
+static bool is_touched(const struct fx_file_id *waited, const struct stat *now) {
+    if (!waited->inode) return false;
+    return waited->device != now->st_dev || waited->inode != now->st_ino || waited->nbytes != (uint64_t)now->st_size ||
+           waited->modified_ns != nanoseconds(now->st_mtim) || waited->changed_ns != nanoseconds(now->st_ctim);
+}
+
+/* O_DIRECT if wanted and accepted: a file system that cannot do it says EINVAL. Never through a link, and nothing but a file:
+ * what lies there instead is not ours to write to. */
+static int open_file(struct fx_engine *engine, int at, struct ck_file *file, struct fx_error *error) {
+    int flags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, r = -EINVAL;
+    if (engine->options.direct) r = fx_open(at, file->path, flags | O_DIRECT, 0666);
     file->direct = r >= 0;
     if (r == -EINVAL) {
-        r = fx_open(file->path, flags, 0644);
+        r = fx_open(at, file->path, flags, 0666);
         if (r >= 0 && engine->options.direct) engine->buffered_files++;
     }
     if (r < 0) return fx_error_set(error, "open", file->path, -1, -r);
     file->fd = r;
     struct stat st;
     if (fstat(r, &st)) return fx_error_set(error, "fstat", file->path, -1, errno);
+    if (!S_ISREG(st.st_mode)) return fx_error_set(error, "open", file->path, -1, ENXIO);
     file->device = st.st_dev;
     file->inode = st.st_ino;
+    file->touched = is_touched(&file->waited, &st);
     return 0;
 }
 
@@ -49,7 +62,7 @@ static const char *busy_path(const struct fx_engine *engine, const struct fx_che
 
 int fx_disk_open(struct fx_checkpoint *ck, struct fx_error *error) {
     int r = 0;
-    for (uint32_t i = 0; i < ck->plan->n_files && !r; i++) r = open_file(ck->engine, &ck->files[i], error);
+    for (uint32_t i = 0; i < ck->plan->n_files && !r; i++) r = open_file(ck->engine, ck->at, &ck->files[i], error);
     if (r) return r;
     fx_lock(ck->engine);
     const char *busy = busy_path(ck->engine, ck);

@@ -5,13 +5,20 @@
 #include <fcntl.h>
 #include <stdatomic.h>
 #include <stdio.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 static int result(int r) { return r < 0 ? -errno : r; }
 
-static int real_open(const char *path, int flags, int mode) {
-    return result(open(path, flags | O_CLOEXEC, mode));
+/* What is looked up in `at`: the last name of the path, so that no link on the way can lead elsewhere. */
+static const char *name_in(int at, const char *path) {
+    const char *slash = strrchr(path, '/');
+    return at == AT_FDCWD || !slash ? path : slash + 1;
+}
+
+static int real_open(int at, const char *path, int flags, int mode) {
+    return result(openat(at, name_in(at, path), flags | O_CLOEXEC, mode));
 }
 static int real_close(int fd) { return result(close(fd)); }
 static int real_ftruncate(int fd, int64_t nbytes) { return result(ftruncate(fd, nbytes)); }
@@ -19,10 +26,14 @@ static int real_ftruncate(int fd, int64_t nbytes) { return result(ftruncate(fd, 
 static int real_fallocate(int fd, int64_t nbytes) { return result(fallocate(fd, 0, 0, nbytes)); }
 static int real_fdatasync(int fd) { return result(fdatasync(fd)); }
 static int real_fsync(int fd) { return result(fsync(fd)); }
-static int real_rename(const char *from, const char *to) { return result(rename(from, to)); }
-static int real_unlink(const char *path) { return result(unlink(path)); }
-static int real_mkdir(const char *path, int mode) { return result(mkdir(path, (mode_t)mode)); }
-static int real_rmdir(const char *path) { return result(rmdir(path)); }
+static int real_rename(int at, const char *from, int into, const char *to) {
+    return result(renameat(at, name_in(at, from), into, name_in(into, to)));
+}
+static int real_unlink(int at, const char *path) { return result(unlinkat(at, name_in(at, path), 0)); }
+static int real_mkdir(int at, const char *path, int mode) {
+    return result(mkdirat(at, name_in(at, path), (mode_t)mode));
+}
+static int real_rmdir(int at, const char *path) { return result(unlinkat(at, name_in(at, path), AT_REMOVEDIR)); }
 
 static int64_t real_pwrite(int fd, const void *data, size_t n, int64_t offset) {
     ssize_t r = pwrite(fd, data, n, offset);
@@ -61,15 +72,17 @@ void fx_io_use(const struct fx_io_ops *other) { atomic_store_explicit(&table, ot
     while (r == -EINTR);                                                                                     \
     return r
 
-int fx_open(const char *path, int flags, int mode) { RETRY(fx_io()->open(path, flags, mode)); }
+int fx_open(int at, const char *path, int flags, int mode) { RETRY(fx_io()->open(at, path, flags, mode)); }
 int fx_ftruncate(int fd, int64_t nbytes) { RETRY(fx_io()->ftruncate(fd, nbytes)); }
 int fx_fallocate(int fd, int64_t nbytes) { RETRY(fx_io()->fallocate(fd, nbytes)); }
 int fx_fdatasync(int fd) { RETRY(fx_io()->fdatasync(fd)); }
 int fx_fsync(int fd) { RETRY(fx_io()->fsync(fd)); }
-int fx_rename(const char *from, const char *to) { RETRY(fx_io()->rename(from, to)); }
-int fx_unlink(const char *path) { RETRY(fx_io()->unlink(path)); }
-int fx_mkdir(const char *path, int mode) { RETRY(fx_io()->mkdir(path, mode)); }
-int fx_rmdir(const char *path) { RETRY(fx_io()->rmdir(path)); }
+int fx_rename(int at, const char *from, int into, const char *to) {
+    RETRY(fx_io()->rename(at, from, into, to));
+}
+int fx_unlink(int at, const char *path) { RETRY(fx_io()->unlink(at, path)); }
+int fx_mkdir(int at, const char *path, int mode) { RETRY(fx_io()->mkdir(at, path, mode)); }
+int fx_rmdir(int at, const char *path) { RETRY(fx_io()->rmdir(at, path)); }
 
 /* Linux has closed the descriptor when close says EINTR: a second try could close somebody else's. */
 int fx_close(int fd) {

@@ -135,6 +135,9 @@ int fx_emit_posted(struct fx_checkpoint *ck, const struct fx_posted *posted) {
         ck->emitted++;
         ck->pieces[plan->chunks[posted->chunk].first_piece] = DONE;
         chunk->layers_left = 0;
+        struct ck_file *file = &ck->files[plan->chunks[posted->chunk].file];
+        if (ck->state == ACTIVE && posted->same && file->touched) /* the trainer has not sent what the file lost */
+            fx_give_up(ck, FAILED, "open: the file was changed while it waited", file->path, -1, ESTALE);
         if (ck->state != ACTIVE || posted->same) fx_staging_give(engine, fx_ring_data(ring, posted->slot));
         else chunk->staging = fx_ring_data(ring, posted->slot);
         chunk->whole = true;

@@ -23,7 +23,7 @@ const char *fx_op_name(int op) { return op >= 0 && op < FX_OPS ? names[op] : NUL
 
 /* One call, whatever its operation. */
 struct call {
-    int op, fd, flags, mode;
+    int op, fd, flags, mode, at, target_at;
     const char *path, *target;
     int64_t offset;
     size_t length;
@@ -97,6 +97,18 @@ static void path_of(int fd, char *out, size_t n) {
     out[got > 0 ? got : 0] = 0;
 }
 
+/* Of a call: the path itself, or its last name in the directory `at`. */
+static void locate(int at, const char *path, char *out, size_t n) {
+    const char *slash = strrchr(path, '/');
+    char directory[PATH_MAX];
+    if (at == AT_FDCWD) {
+        resolve(path, out, n);
+        return;
+    }
+    path_of(at, directory, sizeof directory);
+    snprintf(out, n, "%.4095s/%.255s", directory, slash ? slash + 1 : path);
+}
+
 static int is_logged(int op) { return op != FX_PREAD && op != FX_CLOSE; }
 
 static void append(const struct call *c, int64_t result, int created, const char *path, const char *target) {
@@ -123,17 +135,17 @@ static void append(const struct call *c, int64_t result, int created, const char
 
 static int64_t perform(const struct call *c) {
     switch (c->op) {
-    case FX_OPEN: return fx_io_real.open(c->path, c->flags, c->mode);
+    case FX_OPEN: return fx_io_real.open(c->at, c->path, c->flags, c->mode);
     case FX_CLOSE: return fx_io_real.close(c->fd);
     case FX_PWRITE: return fx_io_real.pwrite(c->fd, c->data, c->length, c->offset);
     case FX_PREAD: return fx_io_real.pread(c->fd, c->into, c->length, c->offset);
     case FX_FTRUNCATE: return fx_io_real.ftruncate(c->fd, (int64_t)c->length);
     case FX_FDATASYNC: return fx_io_real.fdatasync(c->fd);
     case FX_FSYNC: return fx_io_real.fsync(c->fd);
-    case FX_RENAME: return fx_io_real.rename(c->path, c->target);
-    case FX_UNLINK: return fx_io_real.unlink(c->path);
-    case FX_MKDIR: return fx_io_real.mkdir(c->path, c->mode);
-    case FX_RMDIR: return fx_io_real.rmdir(c->path);
+    case FX_RENAME: return fx_io_real.rename(c->at, c->path, c->target_at, c->target);
+    case FX_UNLINK: return fx_io_real.unlink(c->at, c->path);
+    case FX_MKDIR: return fx_io_real.mkdir(c->at, c->path, c->mode);
+    case FX_RMDIR: return fx_io_real.rmdir(c->at, c->path);
     case FX_FALLOCATE: return fx_io_real.fallocate(c->fd, (int64_t)c->length);
     }
     return -ENOSYS;
@@ -153,9 +165,9 @@ static int64_t perform_logged(const struct call *c, bool failing, int64_t result
     int wanted = log_file && is_logged(c->op) && log_owner == getpid(), created = 0;
     if (wanted) {
         while (flock(fileno(log_file), LOCK_EX) && errno == EINTR) continue;
-        if (c->path) resolve(c->path, path, sizeof path);
+        if (c->path) locate(c->at, c->path, path, sizeof path);
         else path_of(c->fd, path, sizeof path);
-        if (c->target) resolve(c->target, target, sizeof target);
+        if (c->target) locate(c->target_at, c->target, target, sizeof target);
         if (c->op == FX_OPEN && c->flags & O_CREAT)
             created = faccessat(AT_FDCWD, path, F_OK, AT_SYMLINK_NOFOLLOW) != 0;
     }
@@ -181,8 +193,8 @@ static int64_t run(struct call c) {
     return failing ? fail_call(&c, -err) : perform(&c);
 }
 
-static int test_open(const char *path, int flags, int mode) {
-    return (int)run((struct call){.op = FX_OPEN, .fd = -1, .path = path, .flags = flags, .mode = mode});
+static int test_open(int at, const char *path, int flags, int mode) {
+    return (int)run((struct call){.op = FX_OPEN, .fd = -1, .at = at, .path = path, .flags = flags, .mode = mode});
 }
 static int test_close(int fd) { return (int)run((struct call){.op = FX_CLOSE, .fd = fd}); }
 static int64_t test_pwrite(int fd, const void *data, size_t n, int64_t offset) {
@@ -199,17 +211,17 @@ static int test_fallocate(int fd, int64_t n) {
 }
 static int test_fdatasync(int fd) { return (int)run((struct call){.op = FX_FDATASYNC, .fd = fd}); }
 static int test_fsync(int fd) { return (int)run((struct call){.op = FX_FSYNC, .fd = fd}); }
-static int test_rename(const char *from, const char *to) {
-    return (int)run((struct call){.op = FX_RENAME, .fd = -1, .path = from, .target = to});
+static int test_rename(int at, const char *from, int into, const char *to) {
+    return (int)run((struct call){.op = FX_RENAME, .fd = -1, .at = at, .path = from, .target_at = into, .target = to});
 }
-static int test_unlink(const char *path) {
-    return (int)run((struct call){.op = FX_UNLINK, .fd = -1, .path = path});
+static int test_unlink(int at, const char *path) {
+    return (int)run((struct call){.op = FX_UNLINK, .fd = -1, .at = at, .path = path});
 }
-static int test_mkdir(const char *path, int mode) {
-    return (int)run((struct call){.op = FX_MKDIR, .fd = -1, .path = path, .mode = mode});
+static int test_mkdir(int at, const char *path, int mode) {
+    return (int)run((struct call){.op = FX_MKDIR, .fd = -1, .at = at, .path = path, .mode = mode});
 }
-static int test_rmdir(const char *path) {
-    return (int)run((struct call){.op = FX_RMDIR, .fd = -1, .path = path});
+static int test_rmdir(int at, const char *path) {
+    return (int)run((struct call){.op = FX_RMDIR, .fd = -1, .at = at, .path = path});
 }
 
 static const struct fx_io_ops instruments = {

@@ -15,6 +15,7 @@ from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, NotAStore, SetupError, StoreLocked
+from fxckpt.store.directory import local_path
 
 COMMANDS = ("ls", "inspect", "verify", "diff", "export", "prune", "bench", "doctor")
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
     args = parser().parse_args(argv)
     try:
+        if getattr(args, "dir", None) is not None:
+            args.dir = local_path(args.dir)
         status = args.run(args)
         sys.stdout.flush()
         return status
@@ -62,7 +65,7 @@ def _failed(error: Exception, as_json: bool) -> int:
         if isinstance(error, Corrupt):
             found |= {"path": error.path, "layer": error.layer, "offset": error.offset, "reason": error.reason}
         common.print_json({"error": found})
-    print(f"fxckpt: {error}", file=sys.stderr)
+    common.say(f"fxckpt: {error}", file=sys.stderr)
     return next((status for kind, status in _STATUS if isinstance(error, kind)), common.FAILED)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from fxckpt.cli import common
 from fxckpt.errors import NotAStore, SaveFailed, SetupError
 from fxckpt.store import names
 from fxckpt.store.files import replace_file
+from fxckpt.store.folder import Folder
 from fxckpt.store.layout import BLOCK
 
 HELP = "what this disk can do, and how often a model can be checkpointed"
@@ -117,17 +117,17 @@ def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int)
 
 def _commit(folder: str) -> float:
     """Seconds that the syncs and renames of one commit take, beside the data: as in docs/format.md."""
-    from fxckpt.engine import io
-
-    slot = os.path.join(folder, "slot")
-    os.mkdir(slot)
-    begun = time.perf_counter()
-    replace_file(os.path.join(slot, names.COMMIT), b"x" * 20_000, durable=True)
-    io.fsync_dir(slot)
-    io.rename(slot, slot + "-done")
-    io.fsync_dir(folder)
-    taken = time.perf_counter() - begun
-    shutil.rmtree(slot + "-done")
+    root = Folder.open(folder)
+    root.mkdir("slot")
+    with root.within("slot") as slot:
+        begun = time.perf_counter()
+        replace_file(slot, names.COMMIT, b"x" * 20_000, durable=True)
+        slot.sync()
+        root.rename("slot", "done")
+        root.sync()
+        taken = time.perf_counter() - begun
+    root.remove_tree("done")
+    root.close()
     return taken
 
 

@@ -9,11 +9,12 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
+from fxckpt.terminal import one_line, plain
 
 OK, FAILED, USAGE, CORRUPT, NOTHING, IN_USE = range(6)
 """Exit statuses; 2 is also argparse's. An interrupt gives 130."""
@@ -54,7 +55,7 @@ def open_checkpoint(directory: str, which: str | None) -> Reader:
         except NoCheckpoint as error:
             if which not in (None, "latest") or not any(isinstance(each, Candidate) for each in look(directory)):
                 raise
-            print(f"fxckpt: {error}; looking again", file=sys.stderr)
+            say(f"fxckpt: {error}; looking again", file=sys.stderr)
     return Reader(choose(look(directory), directory, which).path)
 
 
@@ -82,9 +83,14 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
     raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
 
 
+def say(text: str = "", file: TextIO | None = None) -> None:
+    """Print a line or more, without control codes."""
+    print(plain(text), file=file)
+
+
 def print_json(value: Any) -> None:
     """One JSON object, readable; NaN and infinities as text, which JSON has no other way for."""
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+    print(json.dumps(_plain(value), indent=2, allow_nan=False).replace("\x7f", "\\u007f"))
 
 
 def _plain(value: Any) -> Any:
@@ -99,7 +105,7 @@ def _plain(value: Any) -> Any:
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int] = ()) -> None:
     """Columns as wide as they need; numbers to the right, columns in ``left`` to the left."""
-    cells = [list(map(str, row)) for row in (head, *rows)]
+    cells = [[one_line(str(cell)) for cell in row] for row in (head, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         line = (cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
@@ -151,7 +157,7 @@ class Progress:
     """A bar on standard error while something long runs; nothing at all when that is not a terminal."""
 
     def __init__(self, what: str, total: int):
-        self._what, self._total, self._done = what, max(total, 1), 0
+        self._what, self._total, self._done = one_line(what), max(total, 1), 0
         self._begun, self._shown = time.monotonic(), 0.0
         self._visible = sys.stderr.isatty()
 

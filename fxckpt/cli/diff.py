@@ -143,7 +143,7 @@ def values(raw: bytes, dtype: str) -> np.ndarray:
 
 
 def _print(rows: list[Row], first: Reader, second: Reader) -> None:
-    print(f"a: step {first.record.step}, {first.path}\nb: step {second.record.step}, {second.path}\n")
+    common.say(f"a: step {first.record.step}, {first.path}\nb: step {second.record.step}, {second.path}\n")
     lines = []
     for row in rows:
         if row.only_in:
@@ -155,4 +155,4 @@ def _print(rows: list[Row], first: Reader, second: Reader) -> None:
         lines.append((row.name, *shown, f"{row.state.relative:.3g}" if row.state.elements else "-"))
     common.print_table(("LAYER", "CHANGED", "RELATIVE", "LARGEST", "STATE"), lines, left=(0,))
     if not any(row.only_in or row.parameters.changed or row.state.changed for row in rows):
-        print("\nno difference")
+        common.say("\nno difference")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import errno
 import fcntl
 import importlib.metadata
 import mmap
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         width = max(len(each.what) for each in found)
         for each in found:
-            print(f"{each.verdict:5}  {each.what:{width}}  {each.detail}")
+            common.say(f"{each.verdict:5}  {each.what:{width}}  {each.detail}")
     return common.FAILED if any(each.verdict == WRONG for each in found) else common.OK
 
 
@@ -69,7 +70,7 @@ def findings(directory: str | None) -> Iterator[Finding]:
         yield Finding("writing", WRONG, f"no permission to write in {there}")
         return
     with tempfile.TemporaryDirectory(prefix=".fxckpt-doctor-", dir=there, ignore_cleanup_errors=True) as folder:
-        for probe in (_direct, _lease, _sync):
+        for probe in (_direct, _lease, _lock, _sync):
             yield probe(folder)
     yield _store(directory)
 
@@ -167,6 +168,32 @@ def _lease(folder: str) -> Finding:
     return Finding("write leases", GOOD, "yes: slots are overwritten in place")
 
 
+def _lock(folder: str) -> Finding:
+    """Which kinds of locks work; of those that are the descriptor's, a second one must be refused."""
+    found = [kind for kind in lock.KINDS if _keeps_out(kind, os.path.join(folder, f"lock-{kind}"))]
+    if not found:
+        return Finding("file locks", WRONG, "none works here (OFD, POSIX, flock): no store can be opened")
+    if found[0] != "POSIX":
+        return Finding("file locks", GOOD, ", ".join(found))
+    hint = "without OFD, a process that reads the lock file of its own store loses the lock until its next checkpoint"
+    return Finding("file locks", NOTE, f"{', '.join(found)}: {hint}")
+
+
+def _keeps_out(kind: str, path: str) -> bool:
+    first, second = (os.open(path, os.O_RDWR | os.O_CREAT, 0o600) for _ in range(2))
+    try:
+        lock.KINDS[kind](first)
+        if kind == "POSIX":
+            return True  # it is the process's own, so that only another one is refused
+        lock.KINDS[kind](second)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)
+    finally:
+        os.close(first)
+        os.close(second)
+    return False
+
+
 def _sync(folder: str) -> Finding:
     """The median of a few syncs of a small file."""
     times = []
@@ -191,6 +218,6 @@ def _store(directory: str) -> Finding:
     if not os.path.isdir(directory):
         return Finding("store", GOOD, f"none yet: {directory} will be made")
     count = len(names.committed(os.path.abspath(directory)))
-    holder = lock.holder(os.path.join(directory, names.LOCK))
+    holder = lock.holder(os.path.abspath(directory))
     who = "nobody writes to it" if holder is None else f"process {holder} writes to it"
     return Finding("store", GOOD, f"{count} checkpoints; {who}")

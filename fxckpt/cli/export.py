@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,11 +52,13 @@ def run(args: argparse.Namespace) -> int:
     if not os.path.isdir(parent):
         raise SetupError(f"{parent} is not a directory: make it first")
     reader = common.open_checkpoint(args.dir, args.which)
-    partial = f"{os.path.abspath(args.out)}.partial-{os.getpid()}"
+    # A directory of a name that nobody can guess: no link can wait there for what is written.
+    folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(args.out)) + ".partial-", dir=parent)
+    partial = os.path.join(folder, "out")
     try:
         with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
-            source = Source(reader, held, progress)
+            source = Origin(reader, held, progress)
             try:
                 _FORMATS[args.format](source, partial, args)
             except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
@@ -65,19 +68,15 @@ def run(args: argparse.Namespace) -> int:
         _sync(partial)
         os.rename(partial, args.out)
         io.fsync_dir(parent)
-    except BaseException:
-        if os.path.isdir(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-        elif os.path.lexists(partial):
-            os.unlink(partial)
-        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     found = {"out": os.path.abspath(args.out), "format": args.format, "step": reader.record.step, "from": str(reader.path),
              "tensors": source.count, "nbytes": source.nbytes}  # fmt: skip
     if args.json:
         common.print_json(found)
     else:
         size = common.human(found["nbytes"])
-        print(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
+        common.say(f"step {found['step']}: {found['tensors']} tensors, {size}, as {args.format} in {args.out}")
     return common.OK
 
 
@@ -92,7 +91,7 @@ def _sync(path: str) -> None:
         io.fsync(fd)
 
 
-class Source:
+class Origin:
     """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
 
     def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
@@ -144,7 +143,7 @@ class Source:
         return found
 
 
-def _torch(source: Source, path: str, args: argparse.Namespace) -> None:
+def _torch(source: Origin, path: str, args: argparse.Namespace) -> None:
     """``torch.load(OUT)`` is the model's state dict; with the optimizer: ``{"model": …, "optimizer": …, "step": …}``, as
     ``load_state_dict`` of each takes it (several optimizers: a list)."""
     import torch
@@ -166,7 +165,7 @@ def _by_number(optimizer: dict[str, Any]) -> dict[str, Any]:
     return {"state": {numbers[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
 
 
-def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
+def _dcp(source: Origin, path: str, args: argparse.Namespace) -> None:
     """``torch.distributed.checkpoint``: ``{"model": …}`` and, if asked for, ``"optimizer"`` by parameter names."""
     from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -179,7 +178,7 @@ def _dcp(source: Source, path: str, args: argparse.Namespace) -> None:
         save(state, checkpoint_id=path, no_dist=True)
 
 
-def _safetensors(source: Source, path: str, args: argparse.Namespace) -> None:
+def _safetensors(source: Origin, path: str, args: argparse.Namespace) -> None:
     """``model-00001-of-0000N.safetensors`` and the index that says which file has which tensor. A tie is stored once."""
     os.mkdir(path)
     shards = _shards(source.record.tensors(MODEL), args.shard)

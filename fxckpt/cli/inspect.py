@@ -66,31 +66,31 @@ def _optimizer(encoded: Any) -> dict[str, Any]:
 
 def _print(found: dict[str, Any], tensors: bool) -> None:
     parameters = sum(layer["parameters"] for layer in found["layers"])
-    print(found["path"])
-    print(f"step {found['step']} (iteration {found['iteration']}, {found['updates']} updates), generation "
+    common.say(found["path"])
+    common.say(f"step {found['step']} (iteration {found['iteration']}, {found['updates']} updates), generation "
           f"{found['generation']}" + (f" after {found['parent']}" if found["parent"] is not None else "")
           + f", written {common.clock(found['time'])}")  # fmt: skip
-    print(f"{parameters:,} parameters in {len(found['layers'])} layers")
+    common.say(f"{parameters:,} parameters in {len(found['layers'])} layers")
     for optimizer in found["optimizers"]:
         for group in optimizer["groups"]:
             shown = ", ".join(f"{name}={value!r}" for name, value in group["settings"].items() if value is not None)
-            print(f"{optimizer['class']}: {group['parameters']} tensors, {shown}")
+            common.say(f"{optimizer['class']}: {group['parameters']} tensors, {shown}")
     for name in ("extra", "metrics", "ties"):
         if found[name]:
-            print(f"{name}: " + ", ".join(found[name] if isinstance(found[name], list)
+            common.say(f"{name}: " + ", ".join(found[name] if isinstance(found[name], list)
                                           else (f"{key}={value}" for key, value in found[name].items())))  # fmt: skip
     if found["lasting"]:
-        print(f"kept for good (by {found['lasting']})")
-    print()
+        common.say(f"kept for good (by {found['lasting']})")
+    common.say()
     common.print_table(("FILE", "SIZE", "CHUNKS", "OF"), [
         (file["name"], common.human(file["nbytes"]), file["chunks"], common.human(file["chunk_bytes"]))
         for file in found["files"]], left=(0,))  # fmt: skip
-    print()
+    common.say()
     common.print_table(("LAYER", "KIND", "PARAMETERS", "SIZE", "TENSORS"), [
         (layer["name"] or "(root)", layer["kind"], f"{layer['parameters']:,}", common.human(layer["nbytes"]),
          len(layer["tensors"])) for layer in found["layers"]], left=(0, 1))  # fmt: skip
     if tensors:
-        print()
+        common.say()
         common.print_table(("TENSOR", "TYPE", "SHAPE", "FILE", "OFFSET"), [
             (tensor["key"], tensor["dtype"], "×".join(map(str, tensor["shape"])) or "scalar", tensor["file"], tensor["begin"])
             for layer in found["layers"] for tensor in layer["tensors"]], left=(0, 1, 2, 3))  # fmt: skip

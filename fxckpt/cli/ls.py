@@ -57,7 +57,7 @@ def _others(directory: str) -> dict:
     """Slots that wait or are being written, and bad ones."""
     inside = [name for folder in (directory, os.path.join(directory, names.NAMED)) for name in names.subdirectories(folder)]
     return {"partial": sum(name.endswith(names.PARTIAL) for name in inside),
-            "bad": sorted(name for name in inside if name.endswith(names.BAD))}  # fmt: skip
+            "bad": sorted({name for name in [*inside, *os.listdir(directory)] if name.endswith(names.BAD)})}  # fmt: skip
 
 
 def _print(rows: list[dict], others: dict) -> None:
@@ -72,9 +72,9 @@ def _print(rows: list[dict], others: dict) -> None:
     if lines:
         common.print_table(("STEP", "GENERATION", "TIME", "SIZE", "KEPT", "METRICS", "PATH"), lines, left=(4, 5, 6))
     else:
-        print("no checkpoints")
+        common.say("no checkpoints")
     for row in rows:
         if row["damaged"]:
-            print(f"damaged: {row['path']}: {row['damaged']}")
+            common.say(f"damaged: {row['path']}: {row['damaged']}")
     if others["bad"]:
-        print(f"{len(others['bad'])} directories on a failing disk: {', '.join(others['bad'])}")
+        common.say(f"{len(others['bad'])} put aside: {', '.join(others['bad'])}")

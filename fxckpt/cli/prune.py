@@ -17,7 +17,6 @@ from typing import Any
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
-from fxckpt.store.files import remove_tree
 from fxckpt.store.identity import read_store_id
 from fxckpt.store.reader import Candidate, directory_of
 from fxckpt.store.record import MIN
@@ -59,8 +58,7 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     rows: list[dict[str, Any]] = [{"path": path, "why": why, "nbytes": _size(path)} for path, why in reasons.items()]
     if store is not None:
         store.discard([path for path, _ in going])
-        for path in bad:
-            remove_tree(path)
+        store.remove_bad([os.path.basename(path) for path in bad])
     left = [row for row in rows if store is not None and os.path.lexists(row["path"])]
     rows = [row for row in rows if row not in left]
     if args.json:
@@ -69,11 +67,11 @@ def _prune(args: argparse.Namespace, store: Store | None) -> int:
     else:
         for row in rows:
             did = "would remove" if args.dry_run else "removed"
-            print(f"{did} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
+            common.say(f"{did} {row['path']} ({row['why']}, {common.human(row['nbytes'])})")
         total = common.human(sum(row["nbytes"] for row in rows))
-        print(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
+        common.say(f"{total} in {len(rows)} directories" if rows else "nothing to remove")
     for row in left:
-        print(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
+        common.say(f"fxckpt: {row['path']} could not be removed", file=sys.stderr)
     return common.FAILED if left else common.OK
 
 
@@ -147,13 +145,15 @@ class Stock:
 
 
 def _with_suffix(directory: str, suffix: str) -> list[str]:
-    return [os.path.join(os.path.abspath(directory), name) for name in names.subdirectories(directory)
-            if name.endswith(suffix) and names.slot_number(name) is not None]  # fmt: skip
+    root = os.path.abspath(directory)
+    found = os.listdir(root) if suffix == names.BAD else names.subdirectories(root)  # what was put aside may be anything
+    return [os.path.join(root, name) for name in sorted(found)
+            if name.endswith(suffix) and (suffix == names.BAD or names.slot_number(name) is not None)]  # fmt: skip
 
 
 def _size(path: str) -> int:
     """Bytes of the files in a directory."""
     try:
         return sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file(follow_symlinks=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return 0

@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
         common.print_json({"checkpoints": results})
     else:
         for each in results:
-            print(f"{each['verdict']:8} {each['path']}" + (f": {each['detail']}" if each["detail"] else ""))
+            common.say(f"{each['verdict']:8} {each['path']}" + (f": {each['detail']}" if each["detail"] else ""))
         if not results:
-            print("no checkpoints")
+            common.say("no checkpoints")
     return common.CORRUPT if any(each["verdict"] == "damaged" for each in results) else common.OK
 
 

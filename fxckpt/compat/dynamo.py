@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -115,6 +116,14 @@ def compile_under_way() -> tuple[int | None, weakref.ref[Any] | None]:
     current = torch._guards.CompileContext.current_compile_id()
     context = torch._guards.TracingContext.try_get()
     return getattr(current, "frame_id", None), None if context is None else weakref.ref(context)
+
+
+def limits_reached() -> int:
+    """How often Dynamo has given up compiling a function in this process, as it was compiled too often: it runs eagerly from then
+    on. It counts by the texts of its graph breaks; there is no other record of it."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    counted = {} if utils is None else utils.counters["unimplemented"]
+    return sum(times for text, times in counted.items() if text.startswith("Dynamo recompile limit exceeded"))
 
 
 def input_index(desc: Any) -> int | None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from fxckpt.errors import SetupError
+
 Reader = Callable[[fx.Graph], None]
 """Is shown the joint graph."""
 
@@ -132,11 +134,27 @@ def compile_with_inductor(
     so they also hold when the backward is compiled later."""
     import torch._inductor.config as config
 
-    wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)
+    try:
+        wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)
+    except Exception as error:
+        raise _refusal()(f"torch.compile(backend=fxckpt.backend): {error}", first_useful_frame=None) from None
     if read is not None:
         user = wrapper.config.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
         wrapper.config["joint_custom_pre_pass"] = joint_pass(read, user)
     return wrapper(gm, example_inputs)
+
+
+@functools.cache
+def _refusal() -> Any:
+    """The error for a mode or an option that Inductor does not know. ``torch.compile(backend="inductor")`` raises a RuntimeError
+    itself, for it makes the wrapper above; of any other backend it keeps mode and options until the first call, and looks at
+    nothing but its name. Dynamo turns what a backend raises into ``BackendCompilerFailed``, but for errors of this base."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    class OptionRefused(ShortenTraceback, SetupError):
+        """A mode or an option that Inductor does not know."""
+
+    return OptionRefused
 
 
 def compile_with_backend(

@@ -1,11 +1,17 @@
-"""Walks through the user's modules: inside torch's wrappers, and the names of what they hold."""
+"""Walks through the user's modules: inside torch's wrappers, the names of what they hold, and who holds a parameter."""
 
 from __future__ import annotations
 
+import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+
+from fxckpt.errors import SetupError
+
+Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
+"""What ``model=`` takes."""
 
 _WRAPPERS = (
     ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
@@ -31,6 +37,59 @@ def own_buffers(module: torch.nn.Module, persistent: bool) -> list[tuple[str, to
     skipped = module._non_persistent_buffers_set
     own = module.named_buffers(recurse=False, remove_duplicate=False)
     return [(name, tensor) for name, tensor in own if (name not in skipped) == persistent]
+
+
+class Several(torch.nn.Module):
+    """Several models as one. It only points to them; a ``ModuleDict`` would refuse names that it has methods of."""
+
+    def __init__(self, named: Mapping[str, torch.nn.Module]):
+        super().__init__()
+        self._modules.update(named)
+
+
+def one_model(given: object) -> torch.nn.Module | None:
+    """What was given as ``model=``, inside its wrappers, as one module whose names are those of a checkpoint: of several models
+    as ``ModuleList`` and ``ModuleDict`` would name them. None if none was given. Raises SetupError for anything else."""
+    if given is None or isinstance(given, torch.nn.Module):
+        return None if given is None else unwrap_model(given)
+    takes = "model= takes a torch.nn.Module, or a list or a dict of them"
+    if not isinstance(given, (list, tuple, Mapping)):
+        raise SetupError(f"{takes}; this is a {type(given).__name__}")
+    named = dict(given) if isinstance(given, Mapping) else {str(at): each for at, each in enumerate(given)}
+    for name, each in named.items():
+        if not isinstance(each, torch.nn.Module):
+            raise SetupError(f"{takes}; {name!r} is a {type(each).__name__}")
+        if not isinstance(name, str) or not name or "." in name:
+            raise SetupError(f"{takes} by names without dots, which its tensors' names begin with; one is called {name!r}")
+    if not named:
+        raise SetupError(f"{takes}; this {type(given).__name__} is empty")
+    return Several(named)
+
+
+def owners_of(params: Iterable[torch.Tensor]) -> dict[int, torch.nn.Module]:
+    """By a parameter's ``id``, the outermost live module that it belongs to; those of no module are left out. A parameter does
+    not know its module, so this looks at every object that the garbage collector knows, which takes some 50 ms."""
+    wanted = {id(p) for p in params}
+    parents: dict[int, torch.nn.Module] = {}
+    found: dict[int, torch.nn.Module] = {}
+    for each in gc.get_objects():
+        if not issubclass(type(each), torch.nn.Module) or type(each) is Several:  # isinstance would wake lazy proxies
+            continue
+        for child in (vars(each).get("_modules") or {}).values():
+            parents.setdefault(id(child), each)
+        for param in (vars(each).get("_parameters") or {}).values():
+            if id(param) in wanted:
+                found.setdefault(id(param), each)
+    return {key: _outermost(module, parents) for key, module in found.items()}
+
+
+def _outermost(module: torch.nn.Module, parents: Mapping[int, torch.nn.Module]) -> torch.nn.Module:
+    """The module that this one is part of and that is part of none, inside torch's wrappers."""
+    seen = {id(module)}
+    while (parent := parents.get(id(module))) is not None and id(parent) not in seen:
+        seen.add(id(parent))
+        module = parent
+    return unwrap_model(module)
 
 
 def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -66,8 +125,18 @@ def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, b
                 yield f"{prefix}.{name}" if prefix else name, buffer, persistent
 
 
+def tensors_of(model: torch.nn.Module | None) -> set[int]:
+    """Its parameters and buffers, by ``id``."""
+    return set() if model is None else {id(t) for t in (*model.parameters(), *model.buffers())}
+
+
 def extra_state_modules(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
     """``(name, module)`` of modules that keep more than tensors in their state dict (``get_extra_state``)."""
     for name, module in every_module(model):
-        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+        if has_extra_state(module):
             yield name, module
+
+
+def has_extra_state(module: torch.nn.Module) -> bool:
+    """Does its class keep more than tensors by ``get_extra_state``?"""
+    return type(module).get_extra_state is not torch.nn.Module.get_extra_state

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import sys
 import weakref
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +19,19 @@ from fxckpt.errors import SetupError
 
 GROUP_BOOKKEEPING = {"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
 """Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
+
+HOOKS = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+"""The hooks of an optimizer, each kind in an attribute ``_optimizer_<kind>_hooks``."""
+
+ATTRIBUTES_OF_TORCH = frozenset({
+    *(f"_optimizer_{kind}_hooks" for kind in HOOKS), "state", "param_groups", "defaults", "step", "grad_scale", "found_inf",
+    "_warned_capturable_if_run_uncaptured", "_need_device_dtype_check_for_fused", "_step_supports_amp_scaling", "_opt_called",
+    "_step_count", "_zero_grad_profile_name", "_with_counter", "_hook_for_profile",
+})  # fmt: skip
+"""What PyTorch, its schedulers and its scaler keep in an optimizer: nothing that a step computes with, but state and groups."""
+
+_OURS: Any = "fxckpt"
+"""The key of our own hooks; those of others have numbers."""
 
 
 def unhooked_step(opt: torch.optim.Optimizer) -> Any:
@@ -67,9 +82,10 @@ def inner_hooks(opt: torch.optim.Optimizer) -> bool:
 
 
 def _has_hooks(opt: torch.optim.Optimizer) -> bool:
-    """Are hooks of ``step`` registered, on ``opt`` or for all optimizers? Nothing public lists them."""
+    """Are hooks of ``step`` registered, on ``opt`` or for all optimizers, which are not ours? Nothing public lists them."""
     of_all = optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks
-    return bool(opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks or of_all)
+    before, after = opt._optimizer_step_pre_hooks, opt._optimizer_step_post_hooks
+    return bool(len(before) > (_OURS in before) or len(after) > (_OURS in after) or of_all)
 
 
 def hooked(function: Callable) -> Callable:
@@ -87,7 +103,7 @@ def hooked(function: Callable) -> Callable:
         if profiler._is_profiler_enabled or torch._C._autograd._profiler_enabled() or by_daemon or _has_hooks(self):
             return full(self, *args, **kwargs)
         out = function(self, *args, **kwargs)
-        if _has_hooks(self):  # registered meanwhile, by a closure
+        if _has_hooks(self):  # registered meanwhile, by a closure; ours knows that this is our step
             for hook in (*self._optimizer_step_post_hooks.values(), *optimizer._global_optimizer_post_hooks.values()):
                 hook(self, (self, *args), kwargs)
         return out
@@ -95,6 +111,107 @@ def hooked(function: Callable) -> Callable:
     wrapped: Any = functools.wraps(function)(wrapper)
     wrapped.hooked = True
     return wrapped
+
+
+def complete(opt: torch.optim.Optimizer) -> None:
+    """Give ``opt`` the hooks' attributes, as ``Optimizer.__setstate__`` does, if its class never calls ``Optimizer.__init__``."""
+    for kind in HOOKS:
+        vars(opt).setdefault(f"_optimizer_{kind}_hooks", OrderedDict())
+
+
+def has_own_contract(opt: torch.optim.Optimizer) -> bool:
+    """Does its class, or a hook, have a say in what ``state_dict()`` gives and ``load_state_dict()`` takes?"""
+    cls, base = plain_class(opt), torch.optim.Optimizer
+    hooks = any(vars(opt).get(f"_optimizer_{kind}_hooks") for kind in HOOKS[2:])
+    both = [(getattr(cls, name, None), getattr(base, name)) for name in ("state_dict", "load_state_dict")]
+    return all(theirs is not None for theirs, _ in both) and (hooks or any(theirs is not plain for theirs, plain in both))
+
+
+def steps_like_one(value: object) -> bool:
+    """Is it an optimizer, whether its class says so or not? schedulefree's wrapper derives from nothing."""
+    named = not isinstance(value, type) and all(hasattr(value, name) for name in ("param_groups", "state", "step"))
+    return named and isinstance(value.param_groups, list)  # type: ignore[attr-defined]
+
+
+def takes(opt_class: type) -> tuple[str, ...]:
+    """The names of what its ``step`` takes, less ``self``."""
+    return tuple(inspect.signature(opt_class.step).parameters)[1:]  # type: ignore[attr-defined]
+
+
+def watch_steps(opt: torch.optim.Optimizer, before: Callable[..., None], after: Callable[..., None]) -> None:
+    """Have ``before`` and ``after`` called as hooks around each step of ``opt``, and ask ``comes_by_itself`` which one it is.
+
+    A bound method that somebody took before the class was swapped, and the step of the plain class, run in the wrapper that
+    ``Optimizer.__init__`` puts around a class's ``step``, which calls the hooks of the instance. Ours are put beside them, under
+    a key that no handle has, so that ``_has_hooks`` need not count them. Both can be pickled: they are functions of a module."""
+    complete(opt)
+    opt._optimizer_step_pre_hooks[_OURS] = before
+    opt._optimizer_step_post_hooks[_OURS] = after
+
+
+def comes_by_itself(*opts: torch.optim.Optimizer) -> bool:
+    """Asked by a hook: is the step that called it inside no other step of these, neither ours (``hooked``) nor one with hooks,
+    as that of a class whose step calls its base's?"""
+    ours, theirs = _codes()
+    frame: Any = sys._getframe(1)
+    found = 0  # wrappers of PyTorch; the innermost one is what called the hook
+    while (frame := frame.f_back) is not None:
+        code = frame.f_code
+        is_theirs = code.co_filename == theirs.co_filename and code.co_name.startswith(_WRAPPER_NAMES)
+        if (code is ours or is_theirs) and any(frame.f_locals.get("self") is opt for opt in opts):
+            found += 1
+            if code is ours or found > 1:
+                return False
+    return True
+
+
+_WRAPPER_NAMES = ("wrapper", "torch_dynamo_resume_in_wrapper")
+"""Of the function in ``profile_hook_step``, as it is and where Dynamo goes on behind a hook: the code is another one there."""
+
+
+@functools.cache
+def _codes() -> tuple[Any, Any]:
+    """The code of the wrapper that ``hooked`` makes, and that of PyTorch's."""
+
+    def step(self: torch.optim.Optimizer) -> None: ...
+
+    ours: Any = hooked(step)
+    theirs: Any = torch.optim.Optimizer.profile_hook_step(step)
+    return ours.__code__, theirs.__code__
+
+
+def callers(opt: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    """The other optimizers in whose methods this call is under way, innermost first."""
+    frame: Any = sys._getframe(1)
+    while (frame := frame.f_back) is not None:
+        if "self" in frame.f_code.co_varnames:
+            owner = frame.f_locals.get("self")
+            if owner is not opt and steps_like_one(owner):
+                yield owner
+
+
+FORWARDING = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
+"""Classes of Accelerate, Lightning and Fabric: their objects hand everything on to the optimizer that they hold, and keep no
+state of their own; what else they hold no checkpoint could."""
+
+
+def forwards(opt: torch.optim.Optimizer) -> bool:
+    """Is it such a wrapper?"""
+    return any(cls.__name__ in FORWARDING for cls in type(opt).__mro__)
+
+
+def sets_up_state(opt: torch.optim.Optimizer) -> bool:
+    """Is the step that is about to run made for the state it leaves, and trains nothing? ``torch.distributed.checkpoint`` (and
+    others after its example) makes a step of learning rate 0 with gradients of zeros where an optimizer has no state yet."""
+    if opt.state or any("lr" in group and not _is_zero(group["lr"]) for group in opt.param_groups):
+        return False
+    gradients = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
+    return bool(gradients) and not any(bool(g.any()) if g.layout is torch.strided else True for g in gradients)
+
+
+def _is_zero(lr: Any) -> bool:
+    """Without asking a device, which would wait for it."""
+    return bool(lr == 0) if not isinstance(lr, torch.Tensor) or lr.device.type == "cpu" else False
 
 
 def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
@@ -123,8 +240,8 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
     return True
 
 
-def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
-    """Call ``skipped()`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
+def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Call ``skipped(opt)`` each time ``scaler`` decides, on an inf, not to call ``opt.step()`` at all.
     ``GradScaler._maybe_opt_step`` is where that is decided. The class of this one instance is swapped for a subclass, as the
     optimizer's is; pickles and copies of it are of the plain class."""
     base: Any = type(scaler)
@@ -141,10 +258,15 @@ def _watched_class(base: Any) -> type:
         found = sum(v.item() for v in optimizer_state["found_inf_per_device"].values()) if told else 0
         out = base._maybe_opt_step(self, optimizer, optimizer_state, *args, **kwargs)
         for skipped in told if found else ():
-            skipped()
+            skipped(optimizer)
         return out
 
     return instance_subclass(base, {"_maybe_opt_step": maybe})
+
+
+def mark_stepped(opt: torch.optim.Optimizer) -> None:
+    """Steps were made in an earlier process: a scheduler that finds no ``_opt_called`` warns of a wrong order."""
+    opt._opt_called = True  # type: ignore[attr-defined]
 
 
 def default_implementation(param: torch.Tensor) -> str:

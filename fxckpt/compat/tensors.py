@@ -34,3 +34,9 @@ def gradient_accumulator(param: torch.Tensor) -> torch.autograd.graph.Node:
     with torch.inference_mode(False), torch.enable_grad():
         behind: Any = param.view_as(param).grad_fn
         return behind.next_functions[0][0]
+
+
+def backward_under_way() -> int | None:
+    """The number of the backward that runs in this thread, as its hooks do; None outside of one."""
+    number = torch._C._current_graph_task_id()
+    return None if number < 0 else number

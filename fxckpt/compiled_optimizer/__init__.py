@@ -16,6 +16,7 @@ import torch
 
 from fxckpt.checkpointed import attach
 from fxckpt.compat import cuda
+from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
 from fxckpt.compiled_optimizer.checks import check
 from fxckpt.compiled_optimizer.start import say, start
@@ -25,6 +26,7 @@ from fxckpt.handle import Handle
 from fxckpt.run.run import Run, live_runs
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import NullStore
+from fxckpt.store.directory import local_path
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -34,7 +36,7 @@ def compile_step(
     opt: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
     dir: str | os.PathLike[str] | None = None,
     *,
-    model: torch.nn.Module | None = None,
+    model: Models | None = None,
     every: int | Literal["auto", "continuous"] = "auto",
     keep: int = 2,
     keep_every: int | None = None,
@@ -51,6 +53,7 @@ def compile_step(
     max_async: int = 2,
     preset: Literal["throughput", "latency", "memory"] | None = None,
     on_error: Literal["warn", "raise"] = "warn",
+    read_back: Literal["off", "sampled", "all"] = "sampled",
     fresh: bool = False,
 ) -> object:
     """Checkpoint training layer by layer inside ``opt.step()``.
@@ -58,8 +61,9 @@ def compile_step(
     Args:
         opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step.
         dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``.
-        model: the module being trained, compiled or wrapped or not. Names every tensor, and adds what the optimizer
-            does not hold: frozen parameters and buffers. Without it both come from the compiled graphs.
+        model: what is trained, compiled or wrapped or not: a module, or a list or dict of them, which must own all that the
+            optimizers train. Names every tensor, and adds what the optimizer does not hold: frozen parameters, buffers,
+            modes. Without it names and buffers come from graphs compiled with ``backend=fxckpt.backend``.
         every: ``N`` (each N-th optimizer step, waiting when the disk is behind), ``"auto"`` (at most once a minute,
             within a stall budget of 1 %) or ``"continuous"`` (the same budget, no minimum interval).
         keep: good checkpoints to keep. With 1, rot on the disk cannot be survived.
@@ -69,7 +73,8 @@ def compile_step(
             ``("accuracy", "max")``.
         writer: ``"thread"`` writes from this process; ``"monitor"`` from a separate one, which finishes what it was given
             even if this one is killed (docs/monitor.md); ``"mock"`` does all but the write.
-        extra: objects with ``state_dict``/``load_state_dict``, and ``torch.Generator`` or numpy generators, by name.
+        extra: by name, objects with ``state_dict``/``load_state_dict``, random generators of torch, numpy or Python, and plain
+            values that can change in place: a dict, list, dataclass instance, ``SimpleNamespace``, array or tensor.
         layer: ``"module"``, ``"block"``, or a function from a parameter's name to its layer's.
         on_layer: called as ``on_layer(layer_name, step, tensors)`` for each layer of each checkpoint, with copies (by
             key: ``"h.0.weight"``, ``"exp_avg/h.0.weight"``) that it may keep.
@@ -78,6 +83,8 @@ def compile_step(
         threads, chunk_mb, staging_mb, max_async: writer threads, MiB per chunk, MiB for what a fence copies itself
             (default 32), checkpoints in flight. ``preset``: ``"throughput"``, ``"latency"`` or ``"memory"`` sets all four.
         on_error: ``"warn"`` logs a failed checkpoint and trains on; ``"raise"`` raises it at the next step.
+        read_back: read committed checkpoints again when the disk is idle: ``"sampled"`` (now and then, 2 % of the time at most),
+            ``"all"`` (each one, before the next is committed) or ``"off"``. One that does not verify is a failed checkpoint.
         fresh: start over in a directory that holds checkpoints, without loading one.
 
     Returns:
@@ -91,14 +98,14 @@ def compile_step(
     config = Config(
         every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
-        writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error,
+        writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error, read_back=read_back,
     )  # fmt: skip
-    optimizers = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model)
-    directory = os.path.abspath(os.fsdecode(dir if dir is not None else default_directory()))  # wherever the script goes later
+    optimizers, module = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model, extra)
+    directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
-    run = Run(optimizers, directory, model, extra, config, engine, store, devices)
+    run = Run(optimizers, directory, module, extra, config, engine, store, devices)
     handle = Handle(run)
     for each in optimizers:
         attach(each, handle)
@@ -109,10 +116,10 @@ def compile_step(
 
 def _shutdown_all() -> None:
     """At exit: finish what was started. ``sys.last_value`` is set when an exception ended the script."""
-    unfinished = getattr(sys, "last_value", None) is not None
+    failed = getattr(sys, "last_value", None) is not None
     for run in list(live_runs):
         try:
-            run.shutdown(unfinished=unfinished)
+            run.end(failed)
         except Exception as error:
             log.error("fxckpt: at exit: %s", error)
 

@@ -3,62 +3,89 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 
 from fxckpt.checkpointed import Checkpointed
-from fxckpt.compat.modules import named_parameters
+from fxckpt.compat.module_state import state_of
+from fxckpt.compat.modules import named_parameters, one_model, tensors_of
+from fxckpt.compat.optimizers import forwards, steps_like_one
 from fxckpt.config import disabled
-from fxckpt.errors import SetupError
+from fxckpt.errors import SetupError, StateError
+from fxckpt.graph.model.book import traces
+from fxckpt.optim.contract.contract import Contract
+from fxckpt.optim.contract.wrappers import held_by
+from fxckpt.optim.stepper import refuse_repeated
+from fxckpt.run import extra_state
 from fxckpt.run.run import live_runs
-from fxckpt.saving.inventory import storable, trained_by
+from fxckpt.saving.inventory import check_storable, storable, take, trained_by
+from fxckpt.saving.ownership import check_owned
+from fxckpt.store.typed_json import Unkept, encode_state
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 
-def check(optimizers: Sequence[object], model: object) -> list[torch.optim.Optimizer]:
-    """The optimizers, once they and the model can make a run; raises SetupError if not."""
+def check(
+    optimizers: Sequence[object], model: object, extra: Mapping[str, object] | None
+) -> tuple[list[torch.optim.Optimizer], torch.nn.Module | None]:
+    """The optimizers, and the models as one, once they and ``extra=`` can make a run; raises SetupError if not."""
     if not optimizers:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
     checked = [_free_optimizer(each) for each in optimizers]
-    if model is not None and not isinstance(model, torch.nn.Module):
-        raise SetupError(f"model= takes a torch.nn.Module; this is a {type(model).__name__}")
-    names = {} if model is None else {id(p): name for name, p in named_parameters(model)}
+    module = one_model(model)
+    names = {} if module is None else {id(p): name for name, p in named_parameters(module)}
     _check_parameters(checked, names)
+    extras = extra_state.extras(extra)
     if not disabled():
+        for each in checked:
+            Contract(each, tensors_of(module))
         _warn_of_other_runs(names)
-    return checked
+        extra_state.probe(extras)
+        if module is not None:
+            _check_model(module, checked)
+    return checked, module
 
 
-def _free_optimizer(opt: object) -> torch.optim.Optimizer:
-    """``opt``, if it is an optimizer that steps itself and belongs to no run."""
-    if not isinstance(opt, torch.optim.Optimizer):
-        what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(opt).__name__}"
-        raise SetupError(f"{what}. If it wraps an optimizer, pass the inner one.")
-    if (inner := _wrapped(opt)) is not None:
+def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """All that is trained is in it, and all that it keeps can be stored."""
+    check_owned(module, optimizers, traces)
+    check_storable(take(module, optimizers, traces))
+    try:
+        encode_state(state_of(module), Unkept(), "model")
+    except StateError as error:
+        raise SetupError(f"a module's own state dict holds what cannot be stored: {error}") from error
+    except Exception as error:
+        raise SetupError(f"a module's own state dict cannot be taken: {type(error).__name__}: {error}") from error
+
+
+def _free_optimizer(given: object) -> torch.optim.Optimizer:
+    """What was given, if it is an optimizer that steps itself and belongs to no run, nor one that it holds."""
+    if not steps_like_one(given):
+        what = f"compile_step takes torch.optim.Optimizer objects; this is a {type(given).__name__}"
         raise SetupError(
-            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the {type(inner).__name__} that steps. Call "
-            "compile_step on the inner optimizer, before it is wrapped or with wrapper.optimizer, and train with the wrapper "
-            "as before."
+            f"{what}. If it wraps an optimizer, pass the inner one, and the wrapper in extra= if it counts anything."
         )
-    if isinstance(opt, Checkpointed) and "_fxckpt_handle" in opt.__dict__ and not opt.ckpt._run.status.stopped:
-        raise SetupError(f"this {type(opt).__name__} already belongs to {opt.ckpt!r}; call opt.ckpt.shutdown() first")
+    opt = cast(torch.optim.Optimizer, given)
+    if forwards(opt):
+        inner = next((type(each).__name__ for each in held_by(opt)), "optimizer")
+        raise SetupError(
+            f"this {type(opt).__name__} (of {type(opt).__module__}) only wraps the {inner} that steps. Call compile_step on the "
+            "inner optimizer, before it is wrapped or with wrapper.optimizer, and train with the wrapper as before."
+        )
+    for each in (opt, *held_by(opt)):
+        if isinstance(each, Checkpointed) and "_fxckpt_handle" in vars(each) and not each.ckpt._run.status.stopped:
+            held = "" if each is opt else f" (held by the {type(opt).__name__}, whose checkpoints hold both)"
+            raise SetupError(f"this {type(each).__name__}{held} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
     return opt
-
-
-def _wrapped(opt: torch.optim.Optimizer) -> torch.optim.Optimizer | None:
-    """The optimizer that ``opt`` hands its steps to, as Accelerate's, Lightning's and Fabric's wrappers do; else None."""
-    for attribute in ("optimizer", "_optimizer", "optim"):
-        inner = getattr(opt, attribute, None)
-        if isinstance(inner, torch.optim.Optimizer) and inner is not opt:
-            return inner
-    return None
 
 
 def _check_parameters(optimizers: Sequence[torch.optim.Optimizer], names: dict[int, str]) -> None:
     """Each parameter can be stored, and is in one optimizer only."""
     seen: set[int] = set()
+    for opt in optimizers:
+        refuse_repeated(opt, lambda param: names.get(id(param), "a parameter"))
     groups = [(i, j, group["params"]) for i, opt in enumerate(optimizers) for j, group in enumerate(opt.param_groups)]
     for i, j, k, param in ((i, j, k, p) for i, j, params in groups for k, p in enumerate(params)):
         name = names.get(id(param), f"parameter {k} of group {j} of optimizer {i}")

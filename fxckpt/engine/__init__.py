@@ -13,7 +13,7 @@ build.py       how the extension is built
 """
 
 from fxckpt.engine import io
-from fxckpt.engine._lib import SLICE, Streams
+from fxckpt.engine._lib import SLICE, Patience, Streams
 from fxckpt.engine.checkpoint import Checkpoint
 from fxckpt.engine.engine import Engine, EngineStatistics
 from fxckpt.engine.fetch import Fetch
@@ -21,5 +21,6 @@ from fxckpt.engine.plan import Plan, Sources
 from fxckpt.engine.reading import crc32c, read_verified
 
 __all__ = [
-    "SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Plan", "Sources", "Streams", "crc32c", "io", "read_verified",
+    "SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Patience", "Plan", "Sources", "Streams", "crc32c", "io",
+    "read_verified",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from fxckpt.errors import EngineMissing, SaveFailed
 
-ABI = 7  # FX_ABI of the csrc/engine.h that this code was written for
+ABI = 8  # FX_ABI of the csrc/engine.h that this code was written for
 BUILD = (
     "Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
     "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev)."
@@ -19,6 +19,7 @@ BUILD = (
 
 
 SLICE = 0.1  # seconds that any wait of the package lasts at a time, so that Ctrl-C is served
+PAUSE = 10 * SLICE  # seconds between two looks that are more than a busy machine makes of a slice
 LONGEST = 1e9  # seconds; what an infinite timeout becomes
 
 Streams = Mapping[int, int]
@@ -42,11 +43,40 @@ def load() -> tuple[FFI, Lib]:
     return engine.ffi, engine.lib
 
 
+class Patience:
+    """Seconds to wait, of the time in which this process runs. One that was stopped (SIGSTOP, a machine that pauses) has not
+    waited: between two looks it counts a slice for it, as a wait goes from look to look in slices."""
+
+    def __init__(self, seconds: float):
+        self._seconds = self._left = min(seconds, LONGEST)
+        self._last = time.monotonic()
+
+    def left(self) -> float:
+        """What is left of them; not below 0."""
+        now = time.monotonic()
+        gap, self._last = now - self._last, now
+        self._left -= gap if gap <= PAUSE else SLICE
+        return max(self._left, 0.0)
+
+    def restart(self) -> None:
+        """All of them from now."""
+        self._left, self._last = self._seconds, time.monotonic()
+
+    def until(self, attempt: Callable[[float], bool]) -> bool:
+        """Call ``attempt(seconds)``, which waits so long at most, until it says yes; False once time is over."""
+        while True:
+            left = self.left()
+            if attempt(min(left, SLICE)):
+                return True
+            if not left:
+                return False
+
+
 def in_slices(call: Callable[[int], int], timeout: float) -> int:
     """Repeats a wait of the engine, ``call(nanoseconds)``, until it answers other than 0 or time is over."""
-    deadline = time.monotonic() + min(timeout, LONGEST)
+    patience = Patience(timeout)
     while True:
-        left = max(deadline - time.monotonic(), 0.0)
+        left = patience.left()
         answer = call(int(min(left, SLICE) * 1e9))
         if answer or left <= SLICE:
             return answer

@@ -82,8 +82,18 @@ struct fx_stream {
 };
 
 struct fx_checkpoint;
-int fx_begin(struct fx_engine *engine, struct fx_plan *plan, const char *const *paths, const uint8_t *has_known,
-             const uint32_t *known, struct fx_checkpoint **out, struct fx_error *error);
+struct fx_file_id {
+    uint64_t device, inode, nbytes;
+    int64_t modified_ns, changed_ns;
+};
+struct fx_held {
+    const uint8_t *has;
+    const uint32_t *crcs;
+    const struct fx_file_id *files;
+};
+int fx_begin(struct fx_engine *engine, struct fx_plan *plan, int at, const char *const *paths, const struct fx_held *held,
+             struct fx_checkpoint **out, struct fx_error *error);
+uint64_t fx_file_inode(const struct fx_checkpoint *ck, uint32_t file);
 int fx_emit(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources);
 int fx_emit_from(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources,
                  const struct fx_stream *streams, uint32_t n_streams);
@@ -146,7 +156,7 @@ int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_b
                      uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error);
 
-int fx_open(const char *path, int flags, int mode);
+int fx_open(int at, const char *path, int flags, int mode);
 int fx_close(int fd);
 int fx_pwrite(int fd, const void *data, size_t n, int64_t offset, size_t *done);
 int fx_pread(int fd, void *data, size_t n, int64_t offset, size_t *done);
@@ -154,10 +164,13 @@ int fx_ftruncate(int fd, int64_t nbytes);
 int fx_fallocate(int fd, int64_t nbytes);
 int fx_fdatasync(int fd);
 int fx_fsync(int fd);
-int fx_rename(const char *from, const char *to);
-int fx_unlink(const char *path);
-int fx_mkdir(const char *path, int mode);
-int fx_rmdir(const char *path);
+int fx_rename(int at, const char *from, int into, const char *to);
+int fx_unlink(int at, const char *path);
+int fx_mkdir(int at, const char *path, int mode);
+int fx_rmdir(int at, const char *path);
+
+int fx_fork_close(int fd);
+void fx_fork_keep(int fd);
 
 void fx_spread(const void *value, uint32_t nbytes, const uint64_t *addresses, uint64_t n);
 #define FX_FLOAT_MODE ...

@@ -93,6 +93,11 @@ class Checkpoint:
             return []
         return list(self._ffi.unpack(self._lib.fx_crcs(self._pointer) + chunks.start, len(chunks)))
 
+    def inodes(self) -> list[int]:
+        """Of the files that it opened, in the plan's order; 0 where another process does."""
+        self._check()
+        return [int(self._lib.fx_file_inode(self._pointer, file)) for file in range(len(self._plan.file_chunks))]
+
     def cancel(self) -> None:
         """Gives it up. Returns when no thread reads the emitted memory any more; never waits for the disk."""
         if self._finalizer.alive and not self._is_elsewhere():

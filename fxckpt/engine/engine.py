@@ -12,10 +12,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
+from fxckpt.engine import io
 from fxckpt.engine._lib import Lib, Streams, failure, in_slices, load, stream_array
 from fxckpt.engine.checkpoint import Checkpoint
 from fxckpt.engine.fetch import Fetch
-from fxckpt.engine.plan import Placed, Plan
+from fxckpt.engine.plan import FileId, Placed, Plan
 from fxckpt.errors import Cancelled, SetupError
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -88,11 +89,14 @@ class Engine:
         directory: str | os.PathLike[str],
         names: Sequence[str],
         known: Sequence[Mapping[int, int]] | None = None,
+        waited: Sequence[FileId | None] | None = None,
+        below: int = io.CWD,
     ) -> Checkpoint:
-        """Opens or creates the plan's files under ``directory`` and starts a checkpoint into them.
+        """Opens or creates the plan's files under ``directory`` (``below``: its descriptor) and starts a checkpoint into them.
 
         ``known[file]`` maps chunk indices to the CRC of what the disk holds there already: an equal chunk is
-        not written again. A CRC has 32 bits, so give only chunks that are expected not to have changed.
+        not written again. A CRC has 32 bits, so give only chunks that are expected not to have changed. ``waited[file]``
+        says which file that was: of one that is another one by now, or was touched, nothing is known.
         Raises :class:`SaveFailed` (``EBUSY``: another checkpoint that is not settled has one of the files).
         """
         if self._is_elsewhere():
@@ -101,9 +105,10 @@ class Engine:
         if len(names) != len(plan.file_chunks):
             raise SetupError(f"{len(names)} names for {len(plan.file_chunks)} files")
         paths = [ffi.new("char[]", os.fsencode(os.path.join(directory, name))) for name in names]
-        has, crcs = plan._known(known)
+        keep: list[Any] = []
+        held = plan._held(known, waited, keep)
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
-        if lib.fx_begin(self._pointer, plan._pointer, ffi.new("char *[]", paths), has, crcs, out, error):
+        if lib.fx_begin(self._pointer, plan._pointer, below, ffi.new("char *[]", paths), held, out, error):
             raise failure(ffi, error)
         self._say_what_is_slow()
         return Checkpoint(self, plan, out[0])

@@ -2,6 +2,9 @@
 
 Functions loop over EINTR and short transfers. What fails raises ``OSError`` of the errno's own class that says which call
 it was: ``operation`` (the name of the function here), ``filename``, and ``offset`` in the file (or None).
+
+``below`` (of a rename's target: ``into``) is the descriptor of a directory: only the last name of the path counts then, and
+is looked up there, so that no link which somebody puts on the way leads elsewhere. Modes are subject to the umask.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 BLOCK = 1 << 20  # bytes that read_file reads at a time
+
+CWD = -100  # AT_FDCWD: the path counts
 
 StrPath = str | os.PathLike[str]
 
@@ -66,14 +71,22 @@ def _call(
     raise os_error(operation, -result, path, None if offset is None else offset())
 
 
-def open(path: StrPath, flags: int, mode: int = 0o644) -> int:
+def open(path: StrPath, flags: int, mode: int = 0o666, below: int = CWD) -> int:
     """A descriptor, close-on-exec."""
-    return _call("open", load()[1].fx_open, os.fsencode(path), flags, mode, at=path)
+    return _call("open", load()[1].fx_open, below, os.fsencode(path), flags, mode, at=path)
 
 
 def close(fd: int) -> None:
     """Closes a descriptor; it is closed also when this raises."""
     _call("close", load()[1].fx_close, fd, at=_name(fd))
+
+
+def close_in_child(fd: int, yes: bool = True) -> None:
+    """Has every child that is forked from now on close the descriptor first thing; ``yes=False`` takes that back."""
+    if yes:
+        _call("open", load()[1].fx_fork_close, fd, at=fd)
+    else:
+        load()[1].fx_fork_keep(fd)
 
 
 def pwrite(fd: int, buffer: Buffer, offset: int) -> None:
@@ -111,29 +124,30 @@ def fsync(fd: int) -> None:
     _call("fsync", load()[1].fx_fsync, fd, at=fd)
 
 
-def rename(source: StrPath, target: StrPath) -> None:
+def rename(source: StrPath, target: StrPath, below: int = CWD, into: int = CWD) -> None:
     """Renames, replacing what is there."""
-    _call("rename", load()[1].fx_rename, os.fsencode(source), os.fsencode(target), at=source)
+    _call("rename", load()[1].fx_rename, below, os.fsencode(source), into, os.fsencode(target), at=source)
 
 
-def unlink(path: StrPath) -> None:
-    """Removes a file."""
-    _call("unlink", load()[1].fx_unlink, os.fsencode(path), at=path)
+def unlink(path: StrPath, below: int = CWD) -> None:
+    """Removes a file, or a link."""
+    _call("unlink", load()[1].fx_unlink, below, os.fsencode(path), at=path)
 
 
-def mkdir(path: StrPath, mode: int = 0o777) -> None:
+def mkdir(path: StrPath, mode: int = 0o777, below: int = CWD) -> None:
     """Makes a directory."""
-    _call("mkdir", load()[1].fx_mkdir, os.fsencode(path), mode, at=path)
+    _call("mkdir", load()[1].fx_mkdir, below, os.fsencode(path), mode, at=path)
 
 
-def rmdir(path: StrPath) -> None:
+def rmdir(path: StrPath, below: int = CWD) -> None:
     """Removes an empty directory."""
-    _call("rmdir", load()[1].fx_rmdir, os.fsencode(path), at=path)
+    _call("rmdir", load()[1].fx_rmdir, below, os.fsencode(path), at=path)
 
 
-def fsync_dir(path: StrPath) -> None:
-    """Makes the entries of a directory durable: names created, renamed or removed in it."""
-    fd = open(path, os.O_RDONLY | os.O_DIRECTORY)
+def fsync_dir(path: StrPath, fd: int | None = None) -> None:
+    """Makes the entries of a directory (the one that ``fd`` has open, if given) durable: names created, renamed or removed."""
+    at, below = (path, CWD) if fd is None else (os.path.join(path, "."), fd)
+    fd = open(at, os.O_RDONLY | os.O_DIRECTORY, below=below)
     try:
         fsync(fd)
     finally:
@@ -141,8 +155,8 @@ def fsync_dir(path: StrPath) -> None:
 
 
 def read_file(path: StrPath) -> bytes:
-    """All of a file."""
-    fd = open(path, os.O_RDONLY)
+    """All of a file; not through a link."""
+    fd = open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         parts = [pread(fd, max(os.fstat(fd).st_size, 1), 0)]
         while parts[-1]:  # it may have grown meanwhile

@@ -11,6 +11,9 @@ from fxckpt.errors import SetupError
 Item = tuple[int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
 """A tensor in memory: address, sizes, strides in bytes; None, None: contiguous."""
 
+FileId = tuple[int, int, int, int, int]
+"""What a file was: device, inode, bytes, and the nanoseconds of its last write and change."""
+
 Placed = tuple[int, int, int, int, int]
 """A tensor in the files: layer, file, absolute offset, nbytes, itemsize."""
 
@@ -75,13 +78,13 @@ class Plan:
             lib.fx_plan_file_chunks(self._pointer, file, first, count)
             self.file_chunks.append(range(first[0], first[0] + count[0]))
 
-    def _known(self, known: Sequence[Mapping[int, int]] | None) -> tuple[Any, Any]:
-        """The C arrays of :meth:`Engine.begin`'s ``known``: which chunks, and their CRCs."""
+    def _held(self, known: Sequence[Mapping[int, int]] | None, waited: Sequence[FileId | None] | None, keep: list[Any]) -> Any:
+        """The C struct of :meth:`Engine.begin`'s ``known`` and ``waited``; the arrays that it points to go to ``keep``."""
         ffi, _ = load()
-        if not known or not any(known):
-            return ffi.NULL, ffi.NULL
-        has, crcs = ffi.new("uint8_t[]", self.chunks), ffi.new("uint32_t[]", self.chunks)
-        for chunks, table in zip(self.file_chunks, known):
+        has, crcs = ffi.new("uint8_t[]", self.chunks + 1), ffi.new("uint32_t[]", self.chunks + 1)
+        for chunks, table in zip(self.file_chunks, known or ()):
             for index, crc in table.items():
                 has[chunks[index]], crcs[chunks[index]] = 1, crc
-        return has, crcs
+        files = ffi.NULL if waited is None else ffi.new("struct fx_file_id[]", [each or (0, 0, 0, 0, 0) for each in waited] or 1)
+        keep += (has, crcs, files)
+        return ffi.new("struct fx_held *", (has, crcs, files))

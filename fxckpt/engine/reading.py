@@ -16,6 +16,7 @@ from fxckpt.errors import Corrupt, SetupError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+MOST_BYTES = 1 << 30  # of buffers: a record may say that chunks are large
 SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
 
 Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
@@ -43,13 +44,14 @@ def read_verified(
     targets: Sequence[Target],
     threads: int = 2,
     held: int | None = None,
+    only: range | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Reads a file chunk by chunk, checks each chunk's CRC-32C, and only then copies it into the targets.
 
     ``targets``: (absolute offset, nbytes, address, sizes, strides in bytes); None for the last two: dense.
     ``held``: a descriptor of the file; it is read wherever its name leads by now. ``progress`` is told of bytes read.
-    No targets: verify only. When it raises, targets in other chunks may have been filled already.
+    ``only``: these chunks. No targets: verify only. When it raises, targets in other chunks may have been filled already.
     Raises :class:`Corrupt` for a bad chunk, a wrong size or a missing file; ``OSError`` if reading fails.
     """
     ffi, lib = load()
@@ -57,7 +59,7 @@ def read_verified(
     chunks = -(-nbytes // chunk_bytes)
     if len(crcs) != chunks:
         raise Corrupt(path, f"{nbytes} bytes make {chunks} chunks, the record has {len(crcs)} checksums")
-    fd = _open(path if held is None else f"/proc/self/fd/{held}")
+    fd = _open(path if held is None else f"/proc/self/fd/{held}", follow=held is not None)
     try:
         size = os.fstat(fd).st_size
         if size != nbytes:
@@ -68,10 +70,12 @@ def read_verified(
         _fill_targets(ffi, array, wanted, nbytes, keep)
         table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
         chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # the size of each thread's buffer
-        file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, table), (array, len(wanted), max(threads, 1), error)
+        threads = max(min(threads, MOST_BYTES // chunk_bytes), 1)
+        file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, table), (array, len(wanted), threads, error)
         at_once = max(SLICE_BYTES // chunk_bytes, 1)
-        for first in range(0, chunks, at_once):
-            result = lib.fx_read_verified(*file, first, min(at_once, chunks - first), *into)
+        which = only or range(chunks)
+        for first in range(which.start, which.stop, at_once):
+            result = lib.fx_read_verified(*file, first, min(at_once, which.stop - first), *into)
             if result:
                 raise _failure(path, result, error, chunk_bytes)
             if progress is not None:
@@ -80,16 +84,17 @@ def read_verified(
         io.close(fd)
 
 
-def _open(path: str) -> int:
+def _open(path: str, follow: bool) -> int:
     """O_DIRECT where it is accepted, so that verifying does not push others out of the page cache."""
+    flags = os.O_RDONLY if follow else os.O_RDONLY | os.O_NOFOLLOW
     try:
-        return io.open(path, os.O_RDONLY | os.O_DIRECT)
+        return io.open(path, flags | os.O_DIRECT)
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise Corrupt(path, "the file is missing") from error
         if error.errno != errno.EINVAL:
             raise
-    return io.open(path, os.O_RDONLY)
+    return io.open(path, flags)
 
 
 def _fill_targets(ffi: FFI, array: Any, targets: Sequence[Target], nbytes: int, keep: list[Any]) -> None:

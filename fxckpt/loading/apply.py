@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import weakref
@@ -10,12 +11,16 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat import module_state
 from fxckpt.compat.modules import every_module, extra_state_modules
+from fxckpt.errors import LayoutMismatch
 from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
+from fxckpt.optim.contract.contract import NOTHING
 from fxckpt.run import extra_state
+from fxckpt.run.run import Run
 from fxckpt.saving.inventory import TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -23,6 +28,9 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.record import TensorRecord
 
 log: logging.Logger = logging.getLogger("fxckpt")
+
+NO_LOOPS: Mapping[str, Any] = {"epoch": 0, "batch": 0, "inside": None, "sources": {}}
+"""What a record of an earlier version says of loops."""
 
 State = dict[str, Any]
 """What an optimizer keeps for one parameter, or a record says of it, or a parameter group holds."""
@@ -52,6 +60,7 @@ def read_later(reader: Reader, later: Sequence[TensorRecord]) -> dict[str, torch
 def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, State]]:
     """Make every optimizer's state as the record describes it, by its parameter's id, and add its tensors, still empty, to
     what is read. A live tensor that is just so is kept, so that no second copy exists during a rollback."""
+    check_contracts(saved, target)
     out = []
     for index, (old, opt) in enumerate(zip(saved.optimizers, target.optimizers)):
         states: dict[int, State] = {}
@@ -104,20 +113,44 @@ def _state_tensor(
 
 
 def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:
-    """Give every optimizer its groups' settings, its state, its gradients' presence, and those that waited for a step."""
-    for old, made, opt in zip(saved.optimizers, states, target.optimizers):
+    """Give every optimizer its groups' settings, its state, what else it keeps, its gradients' presence, and the gradients that
+    waited for a step."""
+    for index, (old, made, opt) in enumerate(zip(saved.optimizers, states, target.optimizers)):
+        _apply_state(old, made, opt)
+        if not _fits(old, opt):
+            if "own" in old:
+                log.warning("fxckpt: what %s keeps beside its parameters' state is left out: its groups differ", old["class"])
+        else:
+            target.contracts[index].restore(old.get("own", NOTHING), functools.partial(_apply_state, old, made, opt))
         present, waiting = set(old["gradients"]), old.get("accumulated", {})
-        opt.state.clear()
-        for group, live in zip(old["groups"], opt.param_groups):
-            _apply_settings(group["settings"], live)
-            for param in live["params"]:
-                if id(param) in made:
-                    opt.state[param] = made[id(param)]
-                stored = match.stored.get(target.inventory.name_of(param))
-                if (held := waiting.get(stored)) is not None and held.shape == param.shape:
-                    param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
-                else:  # to an optimizer a gradient of zeros is not the same as none
-                    param.grad = torch.zeros_like(param) if stored in present else None
+        for param in (p for live in opt.param_groups for p in live["params"]):
+            stored = match.stored.get(target.inventory.name_of(param))
+            if (held := waiting.get(stored)) is not None and held.shape == param.shape:
+                param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
+            else:  # to an optimizer a gradient of zeros is not the same as none
+                param.grad = torch.zeros_like(param) if stored in present else None
+
+
+def _apply_state(old: State, made: Mapping[int, State], opt: torch.optim.Optimizer) -> None:
+    """The settings of its groups, and the state of its parameters. The containers stay: another optimizer may have them, too."""
+    opt.state.clear()
+    for group, live in zip(old["groups"], opt.param_groups):
+        _apply_settings(group["settings"], live)
+        for param in live["params"]:
+            if id(param) in made:
+                opt.state[param] = made[id(param)]
+
+
+def _fits(old: State, opt: torch.optim.Optimizer) -> bool:
+    """Are there as many parameters as there were? What an optimizer keeps of its own names them by their places."""
+    return [len(g["params"]) for g in old["groups"]] == [len(g["params"]) for g in opt.param_groups]
+
+
+def check_contracts(saved: Saved, target: Target) -> None:
+    """Raise LayoutMismatch where what an optimizer kept of its own has no place in the live one."""
+    for old, opt, contract in zip(saved.optimizers, target.optimizers, target.contracts):
+        if _fits(old, opt):
+            contract.check(old.get("own", NOTHING))
 
 
 def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:
@@ -128,6 +161,46 @@ def _apply_settings(settings: Mapping[str, Any], group: dict[str, Any]) -> None:
             live.copy_(value)
         else:
             group[key] = value
+
+
+def set_buffers(match: Match, target: Target) -> None:
+    """Set the buffers that had no value or another shape, and were read into new tensors. Raises LayoutMismatch if a module does
+    not take what it said it would."""
+    for module, attribute, made in match.filled:
+        setattr(module, attribute, made)
+    with torch.no_grad():
+        for live, made in match.resized:
+            live.resize_(made.shape).copy_(made)
+    modules = {} if target.model is None else dict(every_module(target.model))
+    for name, values in match.asked.items():
+        try:
+            module_state.fill(modules[name], values)
+        except Exception as error:
+            raise LayoutMismatch(f"{name}: its own _load_from_state_dict raised {type(error).__name__}: {error}") from error
+
+
+def _give_contracts_back(saved: Mapping[str, Mapping[str, Any]], model: torch.nn.Module) -> None:
+    """Let modules take what their own state dicts had added. Raises LayoutMismatch where one raises."""
+    modules = dict(every_module(model))
+    for name, entries in saved.items():
+        if (module := modules.get(name)) is None:
+            log.warning("fxckpt: the checkpoint has state of a module %r, which this model has not: %s", name, ", ".join(entries))
+            continue
+        try:
+            module_state.give_back(module, entries)
+        except Exception as error:
+            what = f"{name or 'the model'}: its own load_state_dict raised {type(error).__name__}: {error}"
+            raise LayoutMismatch(what) from error
+
+
+def check_extras(saved: Saved, target: Target) -> None:
+    """Raise LayoutMismatch for a plain value that cannot become in place what was stored, before anything is touched."""
+    values = {**saved.early["extra"], **saved.late}
+    wrong = [
+        f"  extra[{e.name!r}]: {why}" for e in target.extras if e.name in values and (why := e.misfit(values[e.name])) is not None
+    ]
+    if wrong:
+        raise LayoutMismatch("\n".join(["plain values of extra= are of another kind than in the checkpoint:", *wrong]))
 
 
 def apply_extras(saved: Saved, target: Target) -> None:
@@ -141,8 +214,22 @@ def apply_extras(saved: Saved, target: Target) -> None:
             if name in early["modules"]:
                 module.set_extra_state(early["modules"][name])
         _apply_transient({**early["buffers"], **early.get("remote", {})}, target, dict(every_module(target.model)))
+        _give_contracts_back(early.get("contracts", {}), target.model)
     if target.optimizers:
         extra_state.set_random_state(early["random"])
+
+
+def apply_loops(saved: Saved, target: Target, run: Run) -> None:
+    """Tell a run's loops where they stand. What the script draws before the first of them begins is taken back there."""
+    random, extras = saved.early["random"], saved.early["extra"]
+    generators = [each for each in target.extras if each.live is None and each.name in extras]
+
+    def settle() -> None:
+        for each in generators:
+            each.set(extras[each.name])
+        extra_state.set_random_state(random)
+
+    run.loops.load_state_dict(saved.early.get("loops", NO_LOOPS), settle)
 
 
 def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules: Mapping[str, torch.nn.Module]) -> None:
@@ -154,7 +241,9 @@ def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules:
             if (empty := empty_buffer(modules, name)) is not None:
                 setattr(*empty, value)
             continue
-        shared = any(stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride()))
+        shared = buffer.layout is torch.strided and any(
+            stride == 0 and size > 1 for size, stride in zip(buffer.shape, buffer.stride())
+        )
         if shared or (value.shape, value.dtype) != (buffer.shape, buffer.dtype):
             owner, _, attribute = name.rpartition(".")
             setattr(modules[owner], attribute, value.to(buffer.device))
@@ -176,27 +265,58 @@ def freeze(frozen: Sequence[str] | None, step: int, match: Match, target: Target
             param.requires_grad_(wanted)
             changed[wanted].append(name)
     for wanted, found in changed.items():
-        if found:
-            what, some = "trained" if wanted else "frozen", ", ".join(found[:5]) + (" ..." if found[5:] else "")
-            log.warning("fxckpt: these parameters are %s again, as at step %d: %s", what, step, some)
+        _say("these parameters are " + ("trained" if wanted else "frozen"), step, found)
+
+
+def set_modes(evaluating: Sequence[str] | None, step: int, target: Target) -> None:
+    """Put modules into training and eval mode as at ``step``, and say which change, for the same reason. Without a model nobody
+    knows them. ``evaluating`` is None in records of earlier versions, and of runs without a model."""
+    if evaluating is None or target.model is None:
+        return
+    for training, found in module_state.set_modes(target.model, set(evaluating)).items():
+        _say("these modules are in " + ("training" if training else "eval") + " mode", step, found)
+
+
+def _say(what: str, step: int, found: Sequence[str]) -> None:
+    """Say what of the live objects was changed to what it was then."""
+    if found:
+        log.warning("fxckpt: %s again, as at step %d: %s", what, step, ", ".join(found[:5]) + (" ..." if found[5:] else ""))
 
 
 class LateOwners:
     """Restored tensors whose owners are not known yet: without a model, only the compiler shows buffers and frozen parameters.
-    They are handed over inside the backend's call, before the graph runs for the first time. Somebody has to keep this."""
+    They are handed over inside the backend's call, before the graph runs for the first time. Somebody has to keep this.
+    ``transient``: values of buffers that are in no state dict."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]):
-        self._tensors, self._optimizers = dict(tensors), optimizers
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        transient: Mapping[str, torch.Tensor],
+        optimizers: Sequence[torch.optim.Optimizer],
+    ):
+        self._tensors, self._transient, self._optimizers = dict(tensors), dict(transient), optimizers
         traces.listeners.append(weakref.WeakMethod(self._hand_over))
         self._hand_over()
 
     def _hand_over(self, trace: object = None) -> None:
-        """Copy what now has an owner of that name, shape and type."""
-        if not self._tensors:
+        """Copy what now has an owner of that name. Raises LayoutMismatch where it has another shape or type."""
+        if not (self._tensors or self._transient):
             return
         seen = take(None, self._optimizers, traces)
         with torch.no_grad():
             for name, tensor in {**seen.buffers, **seen.frozen}.items():
-                held, live = self._tensors.get(name), storable(tensor)
-                if held is not None and (held.shape, held.dtype) == (live.shape, live.dtype):
-                    live.copy_(self._tensors.pop(name))
+                if (held := self._tensors.pop(name, None)) is not None:
+                    _fill_late(name, storable(tensor), held)
+            for name, tensor in seen.transient.items():
+                if (held := self._transient.pop(name, None)) is not None:
+                    _fill_late(name, tensor, held)
+
+
+def _fill_late(name: str, live: torch.Tensor, held: torch.Tensor) -> None:
+    """Set a tensor that a graph is about to read; one that is empty still takes the stored shape."""
+    if live.layout is torch.strided and not live.numel() and live.dtype == held.dtype:
+        live.resize_(held.shape)
+    if (held.shape, held.dtype) != (live.shape, live.dtype):
+        what = f"checkpoint {held.dtype}{list(held.shape)}, live {live.dtype}{list(live.shape)}"
+        raise LayoutMismatch(f"{name}: {what}. With model= a buffer is replaced, or asked of its module")
+    live.copy_(held)

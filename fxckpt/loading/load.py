@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fxckpt.compat.modules import Models
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply
@@ -39,6 +40,8 @@ class Restored:
     Attributes:
         step: ``opt.step()`` attempts so far; 0 if there was no checkpoint.
         iteration: turns of ``fxckpt.steps`` so far, else ``step``.
+        epoch: epochs of ``fxckpt.epochs`` that were complete.
+        batch: batches of the pass over ``fxckpt.batches`` that were behind.
         updates: steps that were applied: ``step`` less those that a GradScaler skipped.
         path: the checkpoint; None if there was none.
         layers: names of the layers restored.
@@ -55,13 +58,15 @@ class Restored:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
+    epoch: int = 0
+    batch: int = 0
 
 
 @torch.inference_mode(False)  # what is made here is trained, wherever it was called
 def load(
     dir: StrPath | None = None,
     *,
-    model: torch.nn.Module | None = None,
+    model: Models | None = None,
     optimizer: Optimizers | None = None,
     extra: Mapping[str, object] | None = None,
     step: int | None = None,
@@ -78,7 +83,8 @@ def load(
 
     Args:
         dir: the store; by default that of the run.
-        model: what to load weights into, or whose names to use for ``optimizer``; by default the run's.
+        model: what to load weights into, or whose names to use for ``optimizer``, as ``compile_step`` takes it; by default the
+            run's.
         optimizer: one, or several in the order given to ``compile_step``; needed if several runs are live.
         extra: as given to ``compile_step``; by default what was given there.
         step, name: ask for a certain checkpoint, by its step or the name of a named save.
@@ -183,23 +189,28 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     if untrained is None:  # something is at stake: look at all of it first
         reader.verify()
     saved = decode(record, reader.state_tensors(), path)
+    apply.check_extras(saved, target)
     states = apply.make_states(saved, match, target)
     with contextlib.nullcontext() if untrained is None else untrained.status.loading_at_once():
         apply.read_tensors(reader, match.tensors)
-    for module, attribute, made in match.filled:
-        setattr(module, attribute, made)
+    apply.set_buffers(match, target)
     apply.apply_optimizers(saved, states, match, target)
     apply.apply_extras(saved, target)
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
+        apply.set_modes(saved.early.get("eval"), record.step, target)
         run.continue_from(record.step, record.updates, record.iteration)
+        apply.apply_loops(saved, target, run)
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)
+        run.arrangement.expect(match.places)
         held = apply.read_later(reader, match.later)
-        run.late_owners = apply.LateOwners(held, run.optimizers) if held else None
+        transient = {} if target.model is not None else {**saved.early["buffers"], **saved.early.get("remote", {})}
+        run.late_owners = apply.LateOwners(held, transient, run.optimizers) if held or transient else None
     if skipped:
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
     log.info("fxckpt: restored step %d from %s", record.step, found.path)
     layers = tuple(layer.name for layer in record.layers)
+    loops = saved.early.get("loops", apply.NO_LOOPS)
     return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(match.missing),
-                    tuple(match.unexpected), tuple(skipped))  # fmt: skip
+                    tuple(match.unexpected), tuple(skipped), loops["epoch"], loops["batch"])  # fmt: skip

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fxckpt.compat.module_state import takes_shapes
 from fxckpt.compat.modules import every_module
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
 from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, storable
+from fxckpt.saving.ownership import check_names
 from fxckpt.store.names import MODEL
 from fxckpt.store.record import Record, TensorRecord
 
@@ -24,8 +26,12 @@ class Match:
     stored: dict[str, str] = field(default_factory=dict)  # live name of a trained parameter -> its stored name, if it fits
     later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
     filled: list[tuple[torch.nn.Module, str, torch.Tensor]] = field(default_factory=list)  # buffers that are None still
+    resized: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # empty buffers, and what they become
+    asked: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)  # module -> buffers that it sets itself
+    places: dict[str, str] = field(default_factory=dict)  # stored -> live name of what went by its place in the optimizers
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    unfit: dict[str, tuple[TensorRecord, torch.Tensor]] = field(default_factory=dict)  # of another shape or type, by live name
     wrong: list[str] = field(default_factory=list)  # of another shape or type: lines of a message
 
 
@@ -34,7 +40,7 @@ def match_tensors(record: Record, target: Target) -> Match:
     out = Match()
     inventory = target.inventory
     live = {**inventory.trained, **inventory.frozen, **inventory.buffers}
-    positions = _by_position(record, target) if target.model is None else {}
+    positions = out.places = _by_position(record, target) if target.model is None else {}
     modules = {} if target.model is None else dict(every_module(target.model))
     aliases = {**record.ties, **{name: alias for alias, name in record.ties.items()}}
     for key, tensor in {tensor.key: tensor for tensor in record.tensors(MODEL)}.items():
@@ -52,19 +58,50 @@ def match_tensors(record: Record, target: Target) -> Match:
             out.filled.append((*empty, made))
         else:
             out.unexpected.append(key)
+    _resize_buffers(out, inventory.buffers, modules)
     shared = {alias for alias, name in inventory.ties.items() if name not in live}
     out.missing += [name for name in live if name not in shared]
     return out
 
 
 def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
-    """Note the pair if shape and type agree, the difference if not."""
+    """Note the pair: among the ``unfit`` unless shape and type agree."""
     real = storable(tensor)
     if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
-        out.wrong.append(f"{name}: checkpoint {stored.dtype}{list(stored.shape)}, live {DTYPES[real.dtype]}{list(real.shape)}")
+        out.unfit[name] = stored, tensor
         return
     out.tensors[MODEL, key] = tensor
     out.stored[name] = key
+
+
+def _resize_buffers(out: Match, buffers: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.Module]) -> None:
+    """What becomes of the ``unfit``: a buffer takes the stored shape if its module says so, or if it is empty still, as lazily
+    sized ones are until the first forward. All else does not fit."""
+    made: dict[str, dict[str, torch.Tensor]] = {}  # by module and attribute
+    for name, (stored, live) in out.unfit.items():
+        if name in buffers and stored.dtype in TORCH_DTYPES and name.rpartition(".")[0] in modules:
+            owner, _, attribute = name.rpartition(".")
+            new = torch.zeros(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device=live.device)
+            made.setdefault(owner, {})[attribute] = new
+    out.asked = {owner: new for owner, new in made.items() if takes_shapes(modules[owner], new)}
+    for name, (stored, live) in out.unfit.items():
+        owner, _, attribute = name.rpartition(".")
+        value = made.get(owner, {}).get(attribute)
+        if value is not None and owner not in out.asked and not live.numel():
+            if live.dtype == value.dtype:
+                out.resized.append((live, value))
+            else:
+                out.filled.append((modules[owner], attribute, value))
+        elif value is None or owner not in out.asked:
+            real = storable(live)
+            out.wrong.append(f"{name}: checkpoint {_shown(stored)}, live {DTYPES[real.dtype]}{list(real.shape)}")
+            continue
+        out.tensors[MODEL, stored.key] = value
+
+
+def _shown(stored: TensorRecord) -> str:
+    """Type and shape, for a message."""
+    return f"{stored.dtype}{list(stored.shape)}"
 
 
 def empty_buffer(modules: Mapping[str, torch.nn.Module], name: str) -> tuple[torch.nn.Module, str] | None:
@@ -98,6 +135,7 @@ def check_match(match: Match, record: Record, target: Target, strict: bool) -> N
     """Raise LayoutMismatch, listing names and shapes side by side, unless what differs may be left out. Then it is added to
     what is ``missing`` and ``unexpected``."""
     hard: list[str] = []
+    check_names(match.places)
     if strict:
         hard += [f"  {line}" for line in match.wrong]
         hard += [f"  {name}: not in the checkpoint" for name in match.missing]

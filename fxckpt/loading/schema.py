@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxckpt.errors import Corrupt
+from fxckpt.optim.contract.contract import is_own
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
@@ -96,6 +97,18 @@ def _is_random(value: Any) -> bool:
     return _random(value) and extra_state.is_random_state(value)
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_loops = has({"epoch": _is_count, "batch": _is_count, "inside": is_anything, "sources": is_anything})
+
+
+def _is_loops(value: Any) -> bool:
+    """Where a script's loops stood; what a loader's state holds, that loader looks at."""
+    return _loops(value) and type(value["sources"]) is dict and all(map(_is_count, value["sources"]))
+
+
 _names = list_of(is_str)
 _tensors = map_of(_is_tensor)
 _values = map_of(is_anything)
@@ -110,6 +123,15 @@ _STATE = has({"early": _encoded_early, "late": _values})
 _group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})
 _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values}, {"host": _names})
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
-_DECODED = list_of(has(_optimizer, {"accumulated": _tensors}))
+_decoded = has(_optimizer, {"accumulated": _tensors, "own": is_anything})
+
+
+def _is_optimizer(value: Any) -> bool:
+    """What is captured of its own (``optim.contract``) names parameters by their places."""
+    return _decoded(value) and ("own" not in value or is_own(value["own"], sum(len(g["params"]) for g in value["groups"])))
+
+
+_DECODED = list_of(_is_optimizer)
 _early = {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values}
-_EARLY = has(_early, {"remote": _tensors, "frozen": _names})
+_optional = {"remote": _tensors, "frozen": _names, "eval": _names, "contracts": map_of(_values), "loops": _is_loops}
+_EARLY = has(_early, _optional)

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fxckpt.compat.modules import unwrap_model
+from fxckpt.compat.modules import Models, one_model, tensors_of
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
+from fxckpt.optim.contract.contract import Contract
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run, live_runs, the_run
 from fxckpt.saving.inventory import Inventory, take
+from fxckpt.store.directory import local_path
 
 StrPath = str | os.PathLike[str]
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
@@ -29,31 +31,35 @@ class Target:
     asked: bool  # for extras: else those of the checkpoint are nobody's business
     run: Run | None
     model: torch.nn.Module | None
+    contracts: Sequence[Contract]  # of the optimizers
 
 
 def find_target(
     directory: StrPath | None,
-    model: torch.nn.Module | None,
+    model: Models | None,
     optimizer: Optimizers | None,
     extra: Mapping[str, object] | None,
 ) -> tuple[Target, str]:
     """What to restore into, and the directory to load from. Raises SetupError if that cannot be told."""
-    place = None if directory is None else os.fsdecode(directory)
+    place = None if directory is None else local_path(directory)
     given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
     run = _find_run(place, model, given)
     if run is not None:
         extras = run.capture.extras if extra is None else extra_state.extras(extra)
-        module = run.arrangement.model if model is None else unwrap_model(model)
+        module = run.arrangement.model if model is None else one_model(model)
         inventory = take(module, run.optimizers, traces)
-        return Target(inventory, run.optimizers, extras, True, run, module), run.directory if place is None else place
+        return Target(
+            inventory, run.optimizers, extras, True, run, module, run.capture.contracts
+        ), run.directory if place is None else place
     if place is None:
         raise SetupError("say which directory to load from")
-    module = None if model is None else unwrap_model(model)
+    module = one_model(model)
     inventory = take(module, given, traces)
-    return Target(inventory, given, extra_state.extras(extra), extra is not None, None, module), place
+    contracts = [Contract(opt, tensors_of(module)) for opt in given]
+    return Target(inventory, given, extra_state.extras(extra), extra is not None, None, module, contracts), place
 
 
-def _find_run(place: str | None, model: torch.nn.Module | None, given: Sequence[torch.optim.Optimizer]) -> Run | None:
+def _find_run(place: str | None, model: Models | None, given: Sequence[torch.optim.Optimizer]) -> Run | None:
     """The run of these optimizers; without any, the only one, or the only one that checkpoints there."""
     run = next((each.ckpt._run for each in given if hasattr(each, "ckpt")), None)
     if run is not None or given:

@@ -65,7 +65,10 @@ class Checkpoints:
         """Open the slot's files (name, bytes). What was posted of this checkpoint already can be fed from now on."""
         slot = self._slots[key]
         try:
-            copy = self._engine.begin(self._plan(files), slot.path, [name for name, _ in files])
+            which = [name for name, _ in files]
+            waited = [slot.waited(name) for name in which]
+            copy = self._engine.begin(self._plan(files), slot.path, which, waited=waited, below=slot.below)
+            slot.opened(dict(zip(which, copy.inodes())))
         except (FxckptError, OSError) as error:
             self._newest = number
             self.store.abandon(self._slots.pop(key), bad=retires_slot(error))
@@ -168,6 +171,11 @@ class Checkpoints:
             self._slots.pop(flight.key, None)
             flight.copy.release()
         self._tell_end(flight.key, flight.slot, error)
+
+    def rest(self, busy: Callable[[], bool]) -> None:
+        """Have a checkpoint read back, and tell the trainer of one that does not verify."""
+        if (found := self.store.read_back(busy)) is not None:
+            self._tell({"rotten": found[0], "error": wire.pack_error(found[1])})
 
     def _tell_end(self, key: int, slot: Slot, error: Exception | None) -> None:
         packed = None if error is None else wire.pack_error(error)

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fxckpt.engine import Engine
@@ -188,6 +188,11 @@ class MonitorStore:
             link.send({"op": "abandon", "key": slot.key, "bad": bad})
         except SaveFailed as error:
             log.debug("%s", error)
+
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception] | None:
+        """What the monitor told since the last time."""
+        link = self._link
+        return link.rotten.pop(0) if link is not None and link.rotten else None
 
     def close(self) -> None:
         """Have the monitor finish and end. Idempotent; nothing in a forked child."""

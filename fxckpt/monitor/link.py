@@ -11,12 +11,11 @@ import socket
 import struct
 import subprocess
 import threading
-import time
 import weakref
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from fxckpt.engine import SLICE
+from fxckpt.engine import SLICE, Patience, io
 from fxckpt.errors import SaveFailed
 from fxckpt.monitor import wire
 
@@ -38,6 +37,14 @@ class RemoteSlot:
         self.over: threading.Event = threading.Event()
         self.error: Exception | None = None
         self._before = before
+
+    below = io.CWD  # its files are opened by the monitor
+
+    def waited(self, file: str) -> None:
+        """The monitor looks whether they are still the same."""
+
+    def opened(self, inodes: Mapping[str, int]) -> None:
+        """The monitor knows."""
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
         """Goes along when the checkpoint is handed over."""
@@ -91,6 +98,7 @@ class Link:
         self.closing = False
         self.slots: dict[int, RemoteSlot] = {}
         self.newest: int | None = None  # generation that it committed last
+        self.rotten: list[tuple[int, Exception]] = []  # steps of checkpoints that it read back and that do not verify
         self._silent = False  # it has not answered in time, and said nothing since
         self._numbers = itertools.count(1)  # of questions
         self._answers: dict[int, wire.Message | None] = {}  # to those that somebody waits for; None: not yet
@@ -103,7 +111,7 @@ class Link:
 
     def send(self, message: wire.Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
         """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""
-        if not self._sending.acquire(timeout=PATIENCE):
+        if not Patience(PATIENCE).until(lambda slice: self._sending.acquire(timeout=slice)):
             raise self._silence()
         try:
             wire.send(self.control, message, blobs)
@@ -125,7 +133,7 @@ class Link:
         then on at once, until it says something."""
         if self._silent and self.lost is None:
             raise self._silence()
-        number, asked = next(self._numbers), time.monotonic()
+        number, patience = next(self._numbers), Patience(PATIENCE)
         try:
             self._answers[number] = None
             self.send({**message, "id": number})
@@ -133,7 +141,7 @@ class Link:
                 while (found := self._answers[number]) is None:
                     if self.lost is not None:
                         raise self.loss()
-                    if time.monotonic() - asked > PATIENCE:
+                    if not patience.left():
                         self._silent = True
                         raise self._silence()
                     self._changed.wait(SLICE)
@@ -167,6 +175,9 @@ class Link:
             if slot is not None:
                 slot.generation = message["generation"]
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
+            return
+        if "rotten" in message:
+            self.rotten.append((message["rotten"], wire.unpack_error(message["error"])))
             return
         with self._changed:
             wanted = message["id"] in self._answers

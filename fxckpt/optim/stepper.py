@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fxckpt.compat.optimizers import is_stock, plain_class
+from fxckpt.errors import SetupError
 from fxckpt.optim.bindings import Bindings, BoundParam
+from fxckpt.optim.contract.wrappers import refuse_inner
 from fxckpt.optim.executor import Executor
 from fxckpt.optim.programs import ProgramCache
 from fxckpt.optim.rehearsal.step import RehearsedStep
@@ -25,14 +27,13 @@ class Stepper:
         self.bindings: Bindings = Bindings(opt)
         self.programs: ProgramCache = ProgramCache(opt, update_mode)
         self.executor: Executor = Executor(opt)
-        stock = is_stock(opt)
-        self.split: Strategy = SplitStep(opt, self.programs, self.executor) if stock else RehearsedStep(opt, self.executor)
+        self.stock: bool = is_stock(opt)
+        self.split: Strategy = SplitStep(opt, self.programs, self.executor) if self.stock else RehearsedStep(opt, self.executor)
         self.whole_step: WholeStep = WholeStep(opt)  # where gradients are scaled
         self.strategy: Strategy = self.split
         self.stepped = False  # in this process
         self.accumulated = True  # gradients may have arrived since its last step
         self.halfway = False  # a step is under way, or was left by an exception: some layers may be updated and some not
-        self._warned = False  # of state that belongs to no parameter
 
     @property
     def whole(self) -> str | None:
@@ -42,6 +43,8 @@ class Stepper:
     def bind(self, name_of: Callable[[torch.Tensor], str], sharing: Mapping[int, str]) -> None:
         """Read the optimizer anew: its parameters, their state, the program of each. ``name_of``: a parameter's name in files;
         ``sharing``: see inventory.shared_memory. ``executor.arrange`` must follow."""
+        refuse_inner(self.opt)
+        refuse_repeated(self.opt, name_of)
         members: list[BoundParam] = []
         for index, group in enumerate(self.opt.param_groups):
             for param in group["params"]:
@@ -50,7 +53,6 @@ class Stepper:
         shared = next((sharing[id(m.param)] for m in members if id(m.param) in sharing), None)
         whole = self.programs.choose(members) if shared is None else shared
         self.strategy = self.split if whole is None else WholeStep(self.opt, whole)
-        self._warn_of_foreign_state()
         self.bindings.take(members)
         flat = {id(m.program): m.flat for m in members if m.program is not None}
         name, compiled = type(self.opt).__name__, sum(flat.values())
@@ -58,17 +60,21 @@ class Stepper:
             "bound %d parameters of %s; they share %d traced updates (%d compiled)", len(members), name, len(flat), compiled
         )
 
-    def _warn_of_foreign_state(self) -> None:
-        """Say once which state no checkpoint can hold."""
-        strange = ", ".join(repr(key) for key in self.opt.state if not isinstance(key, torch.Tensor))
-        if strange and not self._warned:
-            self._warned = True
-            log.warning(
-                f"fxckpt: {type(self.opt).__name__} keeps state {strange} that belongs to no parameter; no checkpoint holds it. "
-                "Give it as extra=, or a resumed run starts without it"
-            )
-
     def describe(self) -> str:
         """One line: what runs a step; empty while no state exists yet to tell."""
         said = self.strategy.describe()
         return said and f"{plain_class(self.opt).__name__}: {said}"
+
+
+def refuse_repeated(opt: torch.optim.Optimizer, name_of: Callable[[torch.Tensor], str]) -> None:
+    """Raise SetupError for a parameter that stands in the groups twice: its layer would be updated and stored twice."""
+    groups: dict[int, int] = {}
+    for index, group in enumerate(opt.param_groups):
+        for param in group["params"]:
+            if (before := groups.get(id(param))) is not None:
+                where = f"groups {before} and {index}" if before != index else f"group {index} twice"
+                raise SetupError(
+                    f"{name_of(param)!r} is in {where} of the {plain_class(opt).__name__}'s param_groups: a step would update it "
+                    "twice, and a checkpoint could not say with which settings. Leave it in one"
+                )
+            groups[id(param)] = index

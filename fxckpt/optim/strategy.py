@@ -183,7 +183,20 @@ class SplitStep:
 def own_step(opt: torch.optim.Optimizer, closure: Closure | None) -> object:
     """The optimizer's own step, less the hooks; returns what it returns."""
     step = stock_step(opt)  # some take no closure at all
+    if isinstance(closure, Arguments):
+        return step(opt, *closure.positional, **closure.named)
     return step(opt) if closure is None else step(opt, closure)
+
+
+class Arguments:
+    """What ``opt.step()`` was given, where that is more than a closure. It goes the closure's way, and its step runs whole: only
+    the class knows what it is for."""
+
+    def __init__(self, positional: tuple[object, ...], named: dict[str, object]):
+        self.positional, self.named = positional, named
+
+    def __call__(self) -> object:
+        raise TypeError("arguments of a step, not a closure")
 
 
 class EvaluatedClosure:

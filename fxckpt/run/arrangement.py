@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fxckpt.compat.dynamo import untraced
 from fxckpt.config import Config
 from fxckpt.graph.model.arrivals import FirstBackward
 from fxckpt.graph.model.book import traces
@@ -16,7 +17,8 @@ from fxckpt.optim.stepper import Stepper
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import GradientHooks
 from fxckpt.saving import plan
-from fxckpt.saving.inventory import Inventory, shared_memory, take
+from fxckpt.saving.inventory import Inventory, check_storable, is_position, shared_memory, take, trained_by
+from fxckpt.saving.ownership import check_names, check_owned
 
 
 class Arrangement:
@@ -38,9 +40,13 @@ class Arrangement:
         self.unsaid: bool = True
         self.hooks: GradientHooks = GradientHooks()
         self._config = config
+        self._expected: dict[str, torch.Tensor] = {}  # by the names of a checkpoint that was loaded by position
+        self._owned: frozenset[int] = frozenset()  # parameters whose owners were looked for
         self._layout_key: Any = None
         self._arranged: Any = None
-        self._first_backward: FirstBackward | None = None if emitter.engine is None else FirstBackward(optimizers)
+        self._first_backward: FirstBackward | None = None
+        if emitter.engine is not None:
+            self._first_backward = FirstBackward(optimizers, untraced(self.hooks.first_backward))
 
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed. ``copies``:
@@ -54,7 +60,10 @@ class Arrangement:
         if not stale and key == self._arranged:
             return
         self.emitter.fence_all()  # copies under way still read the old tensors
+        self._check_owned()
         self.inventory = take(self.model, self.optimizers, traces)
+        if self._expected:
+            self._check_expected()
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
         for stepper in self.steppers if key != self._arranged else stale:
             stepper.bind(self.inventory.name_of, sharing)
@@ -62,6 +71,27 @@ class Arrangement:
         self._number_layers()
         self.hooks.hook(self.steppers)
         self._arranged = self._key()
+
+    def _check_owned(self) -> None:
+        """Before a step of other parameters than were looked at: each is in a model that is known, or in no module."""
+        params = frozenset(map(id, trained_by(self.optimizers)))
+        if params == self._owned:
+            return
+        check_owned(self.model, self.optimizers, traces)
+        if self.model is None:
+            check_storable(take(None, self.optimizers, traces))
+        self._owned = params
+
+    def expect(self, places: Mapping[str, str]) -> None:
+        """A load put what was called so in its checkpoint where ``places`` says, by the names of now: positions, some of them."""
+        inventory = take(self.model, self.optimizers, traces)
+        self._expected = {old: inventory.trained[new] for old, new in places.items() if new in inventory.trained}
+
+    def _check_expected(self) -> None:
+        """Once the compiler has told names: are they those of the checkpoint that was loaded by position?"""
+        names = {old: self.inventory.name_of(p) for old, p in self._expected.items() if id(p) in self.inventory.name_by_id}
+        check_names(names)
+        self._expected = {old: p for old, p in self._expected.items() if is_position(names.get(old, ""))}
 
     def look_for_names(self) -> None:
         """Before a checkpoint: bind anew if a parameter moved in its model (``torch.nn.utils.prune`` renames it)."""
@@ -71,6 +101,10 @@ class Arrangement:
         if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.bindings.members):
             for stepper in self.steppers:
                 stepper.bindings.invalidate()
+
+    def halfway(self) -> bool:
+        """Was a step left by an exception in its middle, with some layers updated and some not?"""
+        return any(stepper.halfway for stepper in self.steppers)
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""

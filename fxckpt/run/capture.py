@@ -1,27 +1,44 @@
 """What goes into a checkpoint beside the layers of a step, and when it is taken.
 
-at the end of opt.step()   buffers, random generators, data loaders: the next batch may be drawn before the next forward
-when the step closes       schedulers, scalers and all other extras, param_groups, which gradients exist
+at a boundary                   everything
+in a loop without boundaries
+    at the end of opt.step()    buffers, random generators, data loaders and other extras that change before a backward
+    when the step closes        schedulers, scalers and all other extras, param_groups, which gradients exist
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from fxckpt.compat.modules import extra_state_modules
+from fxckpt.compat.dynamo import limits_reached
+from fxckpt.compat.module_state import mixed_modes, state_of
+from fxckpt.compat.modules import tensors_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.errors import SetupError
+from fxckpt.graph.model.book import traces
+from fxckpt.optim.contract.contract import Contract
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
+from fxckpt.run.emitting import snapshot
+from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+_LIMIT_REACHED = (
+    "fxckpt: Dynamo has reached its recompile limit: a function (its own warning names it) runs eagerly from now on. A "
+    "resumed run counts anew: it may compile where this one ran eagerly, with other bits. Mark what changes as dynamic "
+    "(torch._dynamo.mark_dynamic, or a tensor in place of an int), or raise torch._dynamo.config.recompile_limit"
+)
 
 
 class Capture:
@@ -30,49 +47,94 @@ class Capture:
     def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, clock: StepClock):
         self.extras = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
+        self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
+        self.plain: PlainLoop = PlainLoop(self._look)
+        self._snapshots: dict[str, torch.Tensor] = {}  # of buffers at the end of a step
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
+        optimizers = [] if arrangement.emitter.engine is None else [stepper.opt for stepper in arrangement.steppers]
+        self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
         self._notes: dict[str, float] = {}  # metrics for the next record
         self._noting = threading.RLock()
+        self._limits: int | None = limits_reached()  # None: it was said that one was reached since
+        self._said_modes = False
+
+    def start(self) -> None:
+        """The process is where a resumed one begins to train."""
+        self._arrangement.look_for_names()
+        self.plain.start()
+
+    def _look(self, parameters: bool) -> Marks:
+        """Marks of all that may change outside ``opt.step()`` and can be seen to."""
+        inventory = self._arrangement.inventory
+        found: Marks = {("buffer", n): mark_buffer(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
+        if parameters:
+            found |= {("parameter", n): mark(t) for n, t in [*inventory.trained.items(), *inventory.frozen.items()]}
+        return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
+
+    def _is_early(self, extra: extra_state.Extra) -> bool:
+        """Is it taken at the end of a step, where that is no boundary?"""
+        return extra.early or self.plain.is_early("extra", extra.name)
 
     # -- at the end of a step ----------------------------------------------------------------------------------------
 
     def early(self, pending: InFlight) -> None:
-        """Emit frozen parameters, snapshot the buffers (they change in the next forward, where nothing can wait) and encode
-        the early state."""
+        """Emit frozen parameters, and take what is early: a snapshot of buffers that change in the next forward, where nothing
+        can wait, and the state that a record holds."""
         layout, inventory, model = pending.layout, self._arrangement.inventory, self._arrangement.model
-        for number, waited in pending.guard.deferred:
-            self._emitter.hand_over(pending, number, waited, copied=True)
         for number in layout.number("frozen"):
             self._emitter.hand_over(pending, number, [e.tensor for e in layout.layers[number].entries])
         pending.guard.note_versions()
+        keys = [e.key for number in layout.number("buffers") for e in layout.layers[number].entries]
         live = {**inventory.buffers, **inventory.frozen}
-        for number in layout.number("buffers"):
-            self._emitter.hand_over(pending, number, [live[e.key] for e in layout.layers[number].entries], copied=True)
+        kind = {key: "buffer" if key in inventory.buffers else "parameter" for key in keys}
+        self._snapshots = {key: snapshot(live[key], key) for key in keys if self.plain.is_early(kind[key], key)}
+        self._warn_of_what_is_lost()
         tensors: dict[str, Any] = {}
         early = {
             "random": extra_state.random_state(),
-            "extra": {e.name: e.get() for e in self.extras if e.early},
-            "buffers": {n: t for n, t in inventory.transient.items() if not self._emitter.is_remote(t)},
-            "modules": {} if model is None else {name: module.get_extra_state() for name, module in extra_state_modules(model)},
+            "extra": {e.name: e.get() for e in self.extras if self._is_early(e)},
+            "buffers": self._transient(early=True),
+            **({"modules": {}} if model is None else state_of(model)),
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
         self._early, pending.captured = (encoded, tensors), True
 
+    def _transient(self, early: bool) -> dict[str, torch.Tensor]:
+        """The non-persistent buffers in host memory that are taken at the end of a step, or those that are not."""
+        found = self._arrangement.inventory.transient
+        return {n: t for n, t in found.items() if self.plain.is_early("buffer", n) == early and not self._is_remote(t)}
+
+    def _warn_of_what_is_lost(self) -> None:
+        """Say once what a resumed run will not have as this one had it."""
+        if self._limits is not None and limits_reached() > self._limits:
+            self._limits = None
+            log.warning(_LIMIT_REACHED)
+        if self._arrangement.model is None and not self._said_modes and (mixed := mixed_modes(traces.models.alive())):
+            self._said_modes = True
+            some = ", ".join(mixed[:5]) + (" ..." if mixed[5:] else "")
+            log.warning(
+                "fxckpt: without model= no checkpoint says that these modules are in another mode than their model: %s", some
+            )
+
     def _encode_remote(self, pending: InFlight, tensors: dict[str, Any]) -> Any:
         """Non-persistent buffers on devices: room for them now, their values when the device has copied them."""
         found = {}
         for name, buffer in self._arrangement.inventory.transient.items():
-            if not self._emitter.is_remote(buffer):
+            if not self._is_remote(buffer):
                 continue
             before = set(tensors)
             found[name] = encode_state(torch.empty(buffer.shape, dtype=buffer.dtype), tensors, f"early/remote/{name}")
             for key in set(tensors) - before:
                 tensors[key] = self._emitter.later(buffer)
         return found
+
+    def _is_remote(self, buffer: torch.Tensor) -> bool:
+        """Is it copied by its device, later? A sparse one is copied at once: how long it is, only the device knows."""
+        return buffer.layout is torch.strided and self._emitter.is_remote(buffer)
 
     # -- when it closes ----------------------------------------------------------------------------------------------
 
@@ -86,12 +148,26 @@ class Capture:
             present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not g.is_sparse)})
         self._present = present
 
+    def hand_over_rest(self, pending: InFlight) -> None:
+        """Emit what is copied only now: layers that change behind their step, and buffers, those that were early as they were."""
+        layout, inventory = pending.layout, self._arrangement.inventory
+        for number, waited in pending.guard.deferred:
+            self._emitter.hand_over(pending, number, waited, copied=True)
+        live, snapshots = {**inventory.buffers, **inventory.frozen}, self._snapshots
+        for number in layout.number("buffers"):
+            keys = [e.key for e in layout.layers[number].entries]
+            copies = [snapshots[key] if key in snapshots else snapshot(live[key], key) for key in keys]
+            self._emitter.hand_over_copies(pending, number, copies)
+        self._snapshots = {}
+
     def late(self, pending: InFlight) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
         early, tensors = self._early
         inventory = self._arrangement.inventory
+        early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
+        early["loops"] = encode_state(self.loops(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
-        late = {e.name: e.get() for e in self.extras if not e.early}
+        late = {e.name: e.get() for e in self.extras if not self._is_early(e)}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
         fields = {
             "step": pending.step,
@@ -128,6 +204,8 @@ class Capture:
             "state": self._described[index][1],  # for hundreds of tensors this is worth making once
             "gradients": list(self._present[index]),
         }
+        if (own := self.contracts[index].capture()) is not None:
+            record["own"] = encode_state(own, tensors, f"optimizers/{index}/own")
         if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
             record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
         return record

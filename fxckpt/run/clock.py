@@ -49,14 +49,17 @@ class Applied:
 @dataclass
 class StepClock:
     """Where training stands. ``attempts``: calls of the leading ``opt.step()``; ``applied``: those that changed parameters;
-    ``iteration``: iterations of ``fxckpt.steps``, which ``counts_iterations`` if it is used; ``in_iteration``: one is under
-    way, and only its end closes a step."""
+    ``iteration``, ``epoch``: those of ``fxckpt.steps``, ``batches`` and ``epochs`` that are complete; ``counts_iterations``: the
+    script asked for iterations by ``fxckpt.steps``; ``in_iteration``: one is under way, and only its end closes a step;
+    ``interrupted``: the last one was left by a ``break`` or an exception, so what its step began has no boundary yet."""
 
     attempts: int = 0
     applied: Applied = field(default_factory=Applied)
     iteration: int = 0
+    epoch: int = 0
     counts_iterations: bool = False
     in_iteration: bool = False
+    interrupted: bool = False
 
     def iteration_of(self, step: int) -> int:
         """The number of iterations that are complete when the step under way closes."""
@@ -78,10 +81,13 @@ class Schedule:
         self.last_step: int = 0
         self.last_time: float = time.monotonic()
         self.last_cost: float = 0.0  # seconds of stall that the last checkpoint caused
+        self.owed: bool = False  # one was begun and could not be finished: the next boundary takes another
         self._stall_before: float | None = None
 
     def due(self, step: int, stall_seconds: float) -> bool:
         """Is a checkpoint due at this step? ``stall_seconds`` is the run's total so far."""
+        if self.owed:
+            return True
         if isinstance(self.every, int):
             return step // self.every > self.last_step // self.every
         since = time.monotonic() - self.last_time
@@ -92,6 +98,7 @@ class Schedule:
     def started(self, step: int, stall_seconds: float) -> None:
         """A checkpoint of this step was begun (or, with ``load``, found)."""
         self.last_step, self.last_time, self._stall_before = step, time.monotonic(), stall_seconds
+        self.owed = False
 
 
 class RunStatus:

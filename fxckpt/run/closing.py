@@ -1,21 +1,28 @@
 """When a step is complete ("closes"), and what happens to its checkpoint then.
 
-A step is complete later than ``opt.step()`` returns, because a scheduler, a scaler or an EMA changes after it: when the
-first gradient of the next backward arrives, at the next ``opt.step()``, or at ``flush``, ``save``, ``shutdown``,
-``end_step`` and the end of an iteration of ``fxckpt.steps``. Inside such an iteration only its end closes.
+A step is complete later than ``opt.step()`` returns, because a scheduler, a scaler or an EMA changes after it: at the
+boundary of an iteration of ``fxckpt.steps``, ``epochs`` or ``batches``. In a loop without boundaries it is when the first
+gradient of the next backward arrives, at the next ``opt.step()``, or at ``flush``, ``save``, ``shutdown`` and ``end_step``.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from fxckpt.errors import FxckptError
+from fxckpt.compat.tensors import backward_under_way
+from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
 from fxckpt.run.clock import RunStatus, StepClock
-from fxckpt.saving.guard import Changed
+from fxckpt.saving.guard import WAY_OUT, Changed
 from fxckpt.saving.in_flight import InFlight
+
+
+class Moved(Changed, Cancelled):
+    """What was taken at the end of ``opt.step()`` is not of this instant, which is one that a checkpoint may be of."""
 
 
 class Closing:
@@ -26,17 +33,19 @@ class Closing:
 
     def __init__(self, capture: Capture, arrangement: Arrangement, clock: StepClock, status: RunStatus):
         self._capture, self._arrangement, self._clock, self._status = capture, arrangement, clock, status
+        self._plain = capture.plain
         self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
         self.between_steps: threading.RLock = threading.RLock()
         self.open: InFlight | None = None
         self._lock = threading.RLock()
+        self._backward: int | None = None  # the one that the last step was made in
         self._capturable = False  # all that a checkpoint takes could be captured at least once
 
     def gradient_arrived(self, index: int) -> None:
         """The next backward has begun: what the step before it left is complete."""
         self._saver.trainer.progress_ticks += 1
         stepper = self._arrangement.steppers[index]
-        if not stepper.accumulated or (self.open is not None and not self._clock.in_iteration):
+        if not stepper.accumulated or self._plain.watching or (self.open is not None and not self._clock.in_iteration):
             self._backward_began(stepper)
 
     def _backward_began(self, stepper: Stepper) -> None:
@@ -44,9 +53,15 @@ class Closing:
         ``opt.step()``. To read ``extra=`` objects inside the capture would break it."""
         if self._emitter.ordinals and self._emitter.devices.capturing():
             return
-        if self.open is not None and not self._clock.in_iteration:
+        self.first_backward()
+        if self.open is not None and not self._clock.in_iteration and backward_under_way() != self._backward:
             self.close_step(in_backward=True)
         stepper.accumulated = True
+
+    def first_backward(self) -> None:
+        """The first turn since the start has come to its backward."""
+        if self._plain.watching:
+            self._plain.first_gradient(plain=not self._clock.in_iteration)
 
     def take(self, pending: InFlight) -> None:
         """All layers of this checkpoint were emitted: what is captured at the end of ``opt.step()`` is taken now, and the
@@ -56,35 +71,50 @@ class Closing:
             if not self._clock.in_iteration:
                 try:
                     self._capture.early(pending)
+                    self._plain.step_ended()
                 except Exception as error:
                     self._not_captured(pending, error)
-            self._emitter.current, self.open = None, pending
+            self._emitter.current, self.open, self._backward = None, pending, backward_under_way()
 
-    def close_step(self, in_backward: bool = False) -> None:
-        """The state after the last optimizer step is complete: capture what changes after it, and hand it over.
+    def close_step(self, in_backward: bool = False, at_rest: bool = False) -> bool:
+        """The state after the last optimizer step is complete: capture what changes after it, and hand it over. False if its
+        checkpoint had to be dropped, because something that was taken already has changed since. ``at_rest``: the caller can
+        take another one of this instant then; else only what no backward changes is looked at.
 
         Whether a gradient exists is asked in the thread that trains, or by autograd itself (``in_backward``), for elsewhere a
         backward may be setting it at this moment. Another thread takes what was found there last.
         """
+        if self._clock.interrupted and not at_rest:
+            self.give_up("its iteration was left before its end")
         with self._lock:
             pending, self.open = self.open, None
             if pending is None or pending.given_up is not None or not self._status.active:
-                return
+                return True
             try:
                 if not pending.captured:
                     self._capture.early(pending)
-                self._check(pending)
+                elif at_rest and self._plain.moved():
+                    raise Moved("the script went on after opt.step(), and another one is taken")
+                elif not at_rest:
+                    self._plain.check(pending.step)
+                self._check_unchanged(pending)
+                self._capture.hand_over_rest(pending)
+                _check_complete(pending)
                 trains = self._saver.trainer.thread
                 if in_backward or threading.current_thread() is trains or not trains.is_alive():
                     self._capture.look_at_gradients()
                 record, tensors = self._capture.late(pending)
             except Changed as error:
-                self._emitter.discard(pending, error)
-                return
+                if at_rest:
+                    pending.replaced = True
+                    pending.give_up(str(error))
+                else:
+                    self._emitter.discard(pending, error)
+                return False
             except Exception as error:
                 if pending.given_up is None:  # else it ended meanwhile, for a reason of its own
                     self._not_captured(pending, error)
-                return
+                return True
             except BaseException:
                 pending.give_up("its state could not be captured")
                 raise
@@ -92,21 +122,24 @@ class Closing:
             self._capturable = True
         if (ending := self._status.ending) is not None:
             ending()
+        return True
 
-    def end_step(self, timeout: float | None = None) -> None:
-        """``close_step`` from any thread: between two steps. Raises TimeoutError if one does not end, after ``timeout`` seconds
-        or, without one, after those for which training itself waits."""
+    @contextmanager
+    def resting(self, timeout: float | None = None) -> Iterator[None]:
+        """Between two steps, from any thread. Raises TimeoutError if a step does not end, after ``timeout`` seconds or, without
+        one, after those for which training itself waits."""
         limit = 2 * self._saver.loop.stuck_after if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
         if not self.between_steps.acquire(timeout=limit):
             raise TimeoutError(f"opt.step() has not ended after {limit:.3g} s")
         try:
-            self.close_step()
+            yield
         finally:
             self.between_steps.release()
 
     def give_up(self, why: str) -> None:
-        """The iteration went on where its checkpoint cannot follow."""
+        """The iteration went on where its checkpoint cannot follow; the boundary takes another."""
         if self.open is not None:
+            self.open.replaced = True
             self.open.give_up(why)
             self.open = None
 
@@ -125,6 +158,12 @@ class Closing:
             if pending is not self.open and not pending.closed.is_set():
                 pending.give_up(why)
 
+    def changes_in_forward(self) -> frozenset[str] | None:
+        """The parameters that a forward was seen to change; None if the first turn was not seen."""
+        if self._plain.changed is None:
+            return None
+        return frozenset(name for kind, name in self._plain.changed if kind == "parameter")
+
     def inside_a_step(self) -> bool:
         """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
         return self._emitter.current is not None and threading.current_thread() is self._saver.trainer.thread
@@ -137,15 +176,16 @@ class Closing:
             raise error
         self._saver.tally.note_failure(pending.step, error)
 
-    def _check(self, pending: InFlight) -> None:
-        """All layers emitted (a dropped op would go unseen otherwise), and nothing changed since in place."""
-        layout = pending.layout
-        if (emitted := pending.copy.emitted()) != len(layout.layers):
-            what = f"step {pending.step}: {emitted} of {len(layout.layers)} layers were emitted"
-            raise FxckptError(f"{what}; was dead code elimination run on the StepGraph?")
-        for number in layout.number("update"):
-            pending.guard.compare(number)
+    def _check_unchanged(self, pending: InFlight) -> None:
+        """Raises Changed if a tensor that was handed over was changed or replaced since."""
+        pending.guard.compare([*pending.layout.number("update"), *pending.layout.number("frozen")])
         if replaced := [name for stepper in self._arrangement.steppers for name in stepper.bindings.replaced()]:
             what = f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed"
-            how = "is discarded (opt.ckpt.end_step() closes it in time)"
-            raise Changed(f"{what}; the checkpoint of step {pending.step} {how}")
+            raise Changed(f"{what}; the checkpoint of step {pending.step} is discarded. {WAY_OUT}")
+
+
+def _check_complete(pending: InFlight) -> None:
+    """All layers were emitted; a dropped op would go unseen otherwise."""
+    if (emitted := pending.copy.emitted()) != (planned := len(pending.layout.layers)):
+        what = f"step {pending.step}: {emitted} of {planned} layers were emitted"
+        raise FxckptError(f"{what}; was dead code elimination run on the StepGraph?")

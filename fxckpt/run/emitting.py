@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeGuard
@@ -17,6 +18,8 @@ from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
 from fxckpt.saving.saver import Saver
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 OnLayer = Callable[[str, int, dict[str, torch.Tensor]], object]
 
@@ -78,32 +81,42 @@ class Emitter:
 
     def discard(self, pending: InFlight, error: Changed) -> None:
         """A tensor of this checkpoint changed."""
-        if pending.given_up is None and not isinstance(error, Cancelled) and pending.fail(error):
+        if pending.given_up is None and isinstance(error, Cancelled):
+            log.warning("fxckpt: the checkpoint of step %d is dropped: %s", pending.step, error)
+        elif pending.given_up is None and pending.fail(error):
             self.saver.tally.note_failure(pending.step, error)
         pending.give_up(str(error))
 
     def hand_over(self, pending: InFlight, layer: int, tensors: Sequence[torch.Tensor], copied: bool = False) -> None:
         """Hand a layer of this checkpoint to the engine, and a copy of it to ``on_layer``. ``copied``: a copy to the engine, too.
 
-        What was seen to change outside ``opt.step()`` is handed over at the end of the iteration, ``copied``, since nothing
-        fences such changes. Without ``fxckpt.steps`` there is no instant at which the change is known to have been made.
+        What was seen to change outside ``opt.step()`` is handed over ``copied``, since nothing fences such changes: when the step
+        closes, or at once if it is a forward that changes it.
         """
         found = pending.layout.layers[layer]
         guard = pending.guard
-        if guard.turn and found.kind == "update" and not copied and any(e.key in self.changed_outside for e in found.entries):
-            guard.deferred.append((layer, tensors))
-            return
+        if found.kind == "update" and not copied and (keys := {e.key for e in found.entries} & self.changed_outside):
+            if not keys <= guard.in_forward:
+                guard.deferred.append((layer, tensors))
+                return
+            copied = True
         if len(found.entries) != len(tensors):
             raise FxckptError(f"layer {found.name!r} was planned with {len(found.entries)} tensors, {len(tensors)} came")
         if found.kind != "counts" and not copied:
             guard.watch(layer, tensors)
-        sources = found.sources
-        if sources is None or copied:
-            # On a device the copy is made in order on the current stream.
-            named = zip(found.entries, tensors)
-            copies = [storable(t, e.key).clone(memory_format=torch.contiguous_format) for e, t in named]
-            guard.copies += copies
-            sources = self.sources(copies)
+        if found.sources is None or copied:
+            self.hand_over_copies(pending, layer, [snapshot(t, e.key) for e, t in zip(found.entries, tensors)])
+        else:
+            self._hand_over(pending, layer, found.sources)
+
+    def hand_over_copies(self, pending: InFlight, layer: int, copies: Sequence[torch.Tensor]) -> None:
+        """Hand over copies that were made for this checkpoint."""
+        pending.guard.copies += copies
+        self._hand_over(pending, layer, self.sources(copies))
+
+    def _hand_over(self, pending: InFlight, layer: int, sources: Sources) -> None:
+        """To the engine, and to ``on_layer``."""
+        found = pending.layout.layers[layer]
         pending.emit(layer, sources, self._streams() if sources.devices else None)
         if self._on_layer is not None and found.kind == "update":
             try:
@@ -148,3 +161,8 @@ class Emitter:
     def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""
         return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None
+
+
+def snapshot(tensor: torch.Tensor, key: str) -> torch.Tensor:
+    """A copy, in row-major order, for one checkpoint. On a device it is made in order on the current stream."""
+    return storable(tensor, key).clone(memory_format=torch.contiguous_format)

@@ -23,6 +23,9 @@ class GradientListener(Protocol):
     def gradient_arrived(self, index: int) -> None:
         """A gradient reached a parameter of the optimizer of that number. Called by autograd, in its thread."""
 
+    def first_backward(self) -> None:
+        """A gradient arrived, before the first step."""
+
 
 class GradientHooks:
     """Hooks on autograd's accumulation nodes, one for each parameter; Dynamo does not see them.
@@ -33,6 +36,11 @@ class GradientHooks:
     def __init__(self) -> None:
         self.listener: Callable[[], GradientListener | None] = lambda: None  # a weak reference, once there is one
         self._hooked: dict[int, Any] = {}  # parameter -> its node; the hook lives as long as the node does
+
+    def first_backward(self) -> None:
+        """Tell the listener of a gradient that arrives before the hooks are there."""
+        if (listener := self.listener()) is not None:
+            listener.first_backward()
 
     def hook(self, steppers: Iterable[Stepper]) -> None:
         """Hook every parameter that has no hook yet."""
@@ -58,14 +66,17 @@ class GradientHooks:
         return arrived
 
 
-def watch_scalers(extra: Mapping[str, Any] | None, leader: torch.optim.Optimizer, skipped: Callable[[], None]) -> None:
-    """Call the method ``skipped`` where a GradScaler finds an inf and therefore does not call ``leader.step()``."""
+def watch_scalers(
+    extra: Mapping[str, Any] | None, optimizers: Iterable[torch.optim.Optimizer], skipped: Callable[[torch.optim.Optimizer], None]
+) -> None:
+    """Call the method ``skipped`` with the optimizer whose step a GradScaler does not call, because it found an inf."""
     weak = weakref.WeakMethod(skipped)
 
-    def tell() -> None:
+    def tell(opt: torch.optim.Optimizer) -> None:
         if (method := weak()) is not None:
-            method()
+            method(opt)
 
     for value in (extra or {}).values():
         if isinstance(value, torch.amp.GradScaler):
-            count_skipped_attempts(value, leader, tell)
+            for opt in optimizers:
+                count_skipped_attempts(value, opt, tell)

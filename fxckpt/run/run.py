@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.compat.modules import unwrap_model
+from fxckpt.compat.optimizers import mark_stepped
 from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
@@ -22,6 +22,7 @@ from fxckpt.run.clock import RunStatus, StepClock
 from fxckpt.run.closing import Closing
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
+from fxckpt.run.loops import Loops
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
 from fxckpt.saving.inventory import trained_by
@@ -57,43 +58,50 @@ class Run:
         self.saver: Saver = Saver(engine, store, max_async=config.max_async)
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
-        module = None if model is None else unwrap_model(model)
-        self.arrangement: Arrangement = Arrangement(module, self.optimizers, self.emitter, config)
+        self.arrangement: Arrangement = Arrangement(model, self.optimizers, self.emitter, config)
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
+        self.loops: Loops = Loops(self.clock, self.stepping.boundary)
+        self.capture.loops = self.loops.state_dict
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
-        watch_scalers(extra, self.optimizers[-1], self.stepping.attempt_skipped)
+        watch_scalers(extra, self.optimizers, self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
+        if engine is not None:
+            self.capture.start()
         live_runs.add(self)
         weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
 
     def flush(self, timeout: float | None = None) -> None:
-        """Close the step, and wait for the checkpoints in flight; from inside ``opt.step()`` (a signal's handler, a hook) for
-        those of steps before it. Nothing once it was shut down."""
+        """Close the step, and wait for the checkpoints in flight; from inside an iteration of a loop with boundaries, or inside
+        ``opt.step()`` (a signal's handler, a hook), for those of steps before it. Nothing once it was shut down."""
         if not self.status.active:
             return
-        self.closing.end_step(timeout)
-        self.saver.flush(timeout, unclosed=not self.closing.inside_a_step())
+        self.stepping.rest(timeout)
+        self.saver.flush(timeout, unclosed=not self._before_its_end())
+
+    def _before_its_end(self) -> bool:
+        """Is a step under way, or an iteration, whose checkpoint can be closed only when it goes on?"""
+        return self.clock.in_iteration or self.closing.inside_a_step()
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
 
-        ``unfinished``: an exception ended the script, perhaps between ``opt.step()`` and ``scheduler.step()``, so the
-        checkpoint of a step that has not closed is dropped; the one before it is complete.
+        ``unfinished``: the script ends, perhaps between ``opt.step()`` and ``scheduler.step()``, so the checkpoint of a step that
+        has not closed is dropped: it will be made again. That of an iteration before its boundary is dropped, too.
         """
         if not self.status.active:
             return
         closing = self.closing
         try:
-            if unfinished:
-                closing.drop("the script ended with an exception before the step closed")
-            closing.end_step(timeout)
+            if unfinished or self.clock.in_iteration or self.clock.interrupted:
+                closing.drop("the script ended before the step closed")
+            self.stepping.rest(timeout)
         finally:
             self.status.stopped = True
-            unclosed = not closing.inside_a_step()
+            unclosed = not self._before_its_end()
             try:
                 if self.tracing is not None:
                     self.saver.flush(timeout, unclosed)
@@ -103,6 +111,10 @@ class Run:
                         self.tracing.__exit__()
                 finally:
                     self.saver.stop(timeout, unclosed)
+
+    def end(self, failed: bool) -> None:
+        """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
+        self.shutdown(unfinished=failed or (self.closing.open is not None and self.capture.plain.unfinished()))
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
@@ -117,6 +129,9 @@ class Run:
         for stepper in self.steppers:
             stepper.halfway, stepper.accumulated = False, True  # its gradients may wait for a step
             stepper.bindings.invalidate()
+            if step:
+                mark_stepped(stepper.opt)
+        self.capture.start()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:

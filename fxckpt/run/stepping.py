@@ -1,6 +1,7 @@
-"""One ``opt.step()``: is a checkpoint due, what runs the update, and what is emitted of it.
+"""One ``opt.step()``, and one boundary: is a checkpoint due, what runs the update, and what is emitted of it.
 
-With several optimizers the last one of the list leads: a checkpoint is taken at its step, of all of them.
+In a loop with boundaries a checkpoint is begun in the step that is likely the last of its iteration, so that its layers are
+copied as early as can be; where that was a wrong guess, or something changed after it, all is handed over at the boundary.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import EvaluatedClosure, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
+from fxckpt.run.who_steps import WhoSteps
 from fxckpt.saving import tracing
+from fxckpt.saving.flights import Tally
 from fxckpt.saving.in_flight import InFlight
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -36,11 +40,12 @@ class Stepping:
         self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
         self._clock, self._status, self._config = clock, status, config
         self.schedule: Schedule = Schedule(config.every)
+        self.who_steps: WhoSteps = WhoSteps(arrangement.steppers, clock)
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
-        self._leader = arrangement.steppers[-1]
         self._announcer = Announcer(arrangement, config.max_async)
-        self._said_order = False
         self._store_checked = False
+        self._foreign = (True, True)  # of a step that goes another way, what ``WhoSteps.attempt`` said
+        self._skipped = 0  # the last step whose checkpoint was skipped
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks. Returns what the closure returned."""
@@ -67,19 +72,19 @@ class Stepping:
         if not (self._store_checked or self._status.stopped):
             self._check_store()
         stepper = self._stepper_of[id(opt)]
-        leads = stepper is self._leader
-        if leads or not self._clock.in_iteration:
-            self._before_step()
+        if not opt.state and sets_up_state(opt):
+            self._emitter.fence_all()
+            return own_step(opt, closure)
+        alone = len(self._stepper_of) == 1 and not self._clock.in_iteration
+        counts, begins = (True, True) if alone else self._attempt(opt)
+        self._before_step()
         stepper.stepped = True
-        if len(self._stepper_of) > 1:
-            self._check_order(stepper, leads)
         if self._found_inf(opt):
-            if leads:
-                self._clock.attempts += 1
+            self._clock.attempts += counts
             return None
         started, tracer = time.monotonic_ns(), self._saver.flights.tracer
         try:
-            loss = self._advance(stepper, closure, leads)
+            loss = self._advance(stepper, closure, counts, begins)
         except BaseException as error:
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
             for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
@@ -96,31 +101,71 @@ class Stepping:
         self._store_checked = True
 
     def _before_step(self) -> None:
-        """Close the step before this one, and raise what went wrong since, if the user asked for that."""
-        if self._clock.in_iteration:
-            self._closing.give_up("opt.step() ran again before the turn of fxckpt.steps ended")
-        self._closing.close_step()
+        """Close the step before this one, or, before a boundary, give up its checkpoint, which this step changes; the boundary
+        takes another. Raise what went wrong since, if the user asked for that."""
+        if not self._clock.in_iteration:
+            self._closing.close_step()
+        elif self._closing.open is not None:
+            self._closing.give_up("another step was made before the boundary")
+            self.schedule.owed = True
+        tally = self._saver.tally
+        if tally.mixed:
+            self._refuse_mixing(tally)
         if self._config.on_error == "raise":
-            self._saver.tally.raise_unreported()
+            tally.raise_unreported()
 
-    def attempt_skipped(self) -> None:
-        """A scaler found an inf, and did not call the step of the optimizer that leads."""
+    def _refuse_mixing(self, tally: Tally) -> None:
+        """Raises SetupError if no checkpoint can be taken in this loop: the first two would have mixed iterations."""
+        if len(tally.mixed) > 1 and not tally.committed and not self._clock.in_iteration:
+            raise SetupError(f"no checkpoint can be taken in this loop: {tally.mixed[-1]}")
+
+    def _attempt(self, opt: torch.optim.Optimizer) -> tuple[bool, bool]:
+        """See ``WhoSteps.attempt``; where an order is refused, the checkpoint that was begun in it goes."""
+        try:
+            return self.who_steps.attempt(opt)
+        except SetupError:
+            self._closing.give_up("the optimizers step in another order than their list says")
+            raise
+
+    def attempt_skipped(self, opt: torch.optim.Optimizer) -> None:
+        """A scaler found an inf, and did not call this optimizer's step."""
         self._before_step()
-        self._clock.attempts += 1
+        self._clock.attempts += self._attempt(opt)[0]
 
-    def _check_order(self, stepper: Stepper, leads: bool) -> None:
-        """With several optimizers: does the one that leads step after the others? Say so if not."""
-        if not leads and self._closing.open is not None and self._clock.in_iteration:
-            self._closing.give_up(f"{type(stepper.opt).__name__} stepped after it in the same turn")
-        elif not leads or all(other.stepped for other in self._arrangement.steppers):
+    def boundary(self) -> None:
+        """Everything is at rest, and of one instant: close the checkpoint that was begun in this iteration, or take one if it is
+        due, where none was begun or the one that was is not of this instant."""
+        self._clock.interrupted = False
+        stepped = self.who_steps.iteration_ended()
+        if not stepped and self._closing.open is None and not self.schedule.owed:
             return
-        if not self._said_order:
-            self._said_order = True
-            log.warning(
-                "fxckpt: checkpoints are taken at the step of the last optimizer of the list, the "
-                f"{type(self._leader.opt).__name__}; another one has not stepped before it. If it steps later in the same "
-                "iteration, its step is not in the checkpoint: put the optimizer that steps last at the end of the list"
-            )
+        with self._closing.between_steps:
+            if not self._closing.close_step(at_rest=True):
+                self.schedule.owed = True
+            if self._status.active and self._is_due(self._clock.attempts) and not self._arrangement.halfway():
+                self._take_here()
+
+    def rest(self, timeout: float | None = None) -> None:
+        """The user says that everything is at rest, in a loop without boundaries: a checkpoint that was begun is of this instant.
+        In another thread than the one that trains it is what was taken at the step's end. In an iteration, and inside
+        ``opt.step()``, it waits for its end. Raises TimeoutError as ``Closing.resting``."""
+        if self._clock.in_iteration:
+            return
+        with self._closing.resting(timeout):
+            trains = threading.current_thread() is self._saver.trainer.thread and not self._closing.inside_a_step()
+            if not self._closing.close_step(at_rest=trains) and trains:
+                self._take_here()
+
+    def _take_here(self) -> None:
+        """A checkpoint of this very instant: all layers are handed over as they are, and the state with them."""
+        self._arrangement.look_for_names()
+        self._arrangement.refresh()
+        pending = self._begin(self._clock.attempts)
+        if pending is not None:
+            pending.guard.in_forward = frozenset()
+            with torch.no_grad():
+                self._emit_rest(pending, None)
+            self._closing.close_step(at_rest=True)
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
         """Did a GradScaler that lets the optimizer decide (``_step_supports_amp_scaling``) find an inf? Then nothing runs.
@@ -131,15 +176,16 @@ class Stepping:
         found = getattr(opt, "found_inf", None)
         return found is not None and not self._emitter.is_remote(found) and bool(found.item())
 
-    def _advance(self, stepper: Stepper, closure: Callable | None, leads: bool) -> Any:
-        """One update, with a checkpoint if one is due."""
+    def _advance(self, stepper: Stepper, closure: Callable | None, counts: bool, begins: bool) -> Any:
+        """One update, and a checkpoint if it ``begins`` one and one is due. ``counts``: it is a step of the run."""
         arrangement, emitter = self._arrangement, self._emitter
-        opt, loss, due, copying = stepper.opt, None, leads and self._is_due(), emitter.engine.pending()
+        step = self._clock.attempts + counts
+        opt, loss, due, copying = stepper.opt, None, begins and self._is_due(step), emitter.engine.pending()
         if due:
             arrangement.look_for_names()
         arrangement.refresh(due or copying)
         scaled = getattr(opt, "grad_scale", None) is not None or getattr(opt, "found_inf", None) is not None
-        strategy = stepper.whole_step if scaled else stepper.strategy
+        strategy = stepper.whole_step if scaled or type(closure) is Arguments else stepper.strategy
         if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
@@ -158,11 +204,13 @@ class Stepping:
         enabled = torch.is_grad_enabled()
         set_grad_mode(False)
         try:
-            pending = self._begin() if due else None
+            pending = self._begin(step) if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
-            stepper.halfway = stepper.accumulated = False
-            if leads:
+            stepper.halfway = False
+            # What a closure left inside a whole step of a class of its own, its next step may read before all else (SAM).
+            stepper.accumulated = own is not None and closure is not None and not stepper.stock
+            if counts:
                 self._clock.attempts += 1
                 found = getattr(opt, "found_inf", None)
                 skipped = emitter.later(found) if emitter.is_remote(found) and not self._status.stopped else None
@@ -175,19 +223,53 @@ class Stepping:
             self._raise_callback_error()
         return loss
 
-    def _is_due(self) -> bool:
-        """Does the step that is about to run begin a checkpoint? Ask once a step: the schedule counts."""
+    def foreign_step_begins(self, opt: torch.optim.Optimizer) -> None:
+        """A step begins that did not come through ``step``. As before any own step, what is being copied must be done."""
+        if not self._status.active:
+            return
+        with self._closing.between_steps:
+            stepper, self._saver.trainer.thread = self._stepper_of[id(opt)], threading.current_thread()
+            self._status.refuse_mixture()
+            if not self._store_checked:
+                self._check_store()
+            self._foreign = self._attempt(opt)
+            self._before_step()
+            self._arrangement.refresh()
+            self._emitter.fence_all()
+            stepper.stepped = stepper.halfway = True
+
+    def foreign_step_ended(self, opt: torch.optim.Optimizer) -> None:
+        """It counts, and if a checkpoint is due, everything is handed over as it is now."""
+        if not self._status.active:
+            return
+        with self._closing.between_steps, torch.no_grad():
+            stepper, (counts, begins) = self._stepper_of[id(opt)], self._foreign
+            step = self._clock.attempts + counts
+            if due := begins and self._is_due(step):
+                self._arrangement.look_for_names()
+            self._arrangement.refresh(due)
+            pending = self._begin(step) if due else None
+            stepper.halfway, stepper.accumulated = False, not stepper.stock
+            if counts:
+                self._clock.attempts += 1
+                self._clock.applied.add()
+            if pending is not None:
+                self._emit_rest(pending, None)
+            self._raise_callback_error()
+
+    def _is_due(self, step: int) -> bool:
+        """Is a checkpoint of this step to be begun? Ask once a step: the schedule counts."""
         if self._status.stopped:
             return False
         stalled = 0.0 if self.schedule.waits else self._saver.stall_seconds()  # what every=N does not ask costs a look
-        return bool(self._status.ending) or self.schedule.due(self._clock.attempts + 1, stalled)
+        return bool(self._status.ending) or self.schedule.due(step, stalled)
 
-    def _begin(self) -> InFlight | None:
-        """Begin the checkpoint of the step that is about to run."""
-        step = self._clock.attempts + 1
+    def _begin(self, step: int) -> InFlight | None:
+        """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting."""
         flights = self._saver.flights
         if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
-            self._saver.tally.skipped += 1
+            self._saver.tally.skipped += step != self._skipped
+            self._skipped = step
             return None
         try:
             pending = self._saver.begin(step, self._arrangement.current_layout())
@@ -196,8 +278,12 @@ class Stepping:
             pending = None
         self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
-            pending.guard.turn, self._emitter.current = self._clock.in_iteration, pending
+            pending.guard.in_forward, self._emitter.current = self._changes_in_forward(), pending
         return pending
+
+    def _changes_in_forward(self) -> frozenset[str] | None:
+        """See ``Guard.in_forward``."""
+        return frozenset() if self._clock.in_iteration else self._closing.changes_in_forward()
 
     def _emit_rest(self, pending: InFlight, stepped: Stepper | None) -> None:
         """The other optimizers' layers, and what is captured at the end of ``opt.step()``."""
@@ -232,12 +318,14 @@ class Stepping:
     def _hand_everything_over(self, name: str | None) -> InFlight:
         """Emit all layers as they are now, and close."""
         self._status.refuse_mixture()
-        if any(stepper.halfway for stepper in self._arrangement.steppers):
+        if self._arrangement.halfway():
             raise SetupError(
                 "opt.step() was left by an exception in its middle: some layers are updated and some are not, which is no step "
                 "to save. fxckpt.load() goes back to the last one that is; opt.step() goes on from here."
             )
-        self._closing.close_step()
+        if self._clock.in_iteration:
+            self._closing.give_up("save() takes another one")
+        self._closing.close_step(at_rest=True)
         if not self._store_checked:
             self._check_store()
         self._arrangement.look_for_names()
@@ -245,14 +333,14 @@ class Stepping:
         try:
             layout = self._arrangement.current_layout()
             pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, name=name)
-            pending.guard.turn = self._clock.in_iteration
+            pending.guard.in_forward = frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._raise_callback_error()
         except BaseException:
             self._closing.abort("save() failed")
             raise
-        self._closing.close_step()
+        self._closing.close_step(at_rest=True)
         return pending
 
 

@@ -9,14 +9,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from fxckpt.engine import SLICE
+from fxckpt.engine import SLICE, Patience
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
+from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import CommitLoop, give_back
+from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import FileRecord, Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -36,7 +38,7 @@ class SlotSupply:
     @contextlib.contextmanager
     def held(self, loop: CommitLoop[InFlight]) -> Iterator[None]:
         """Around the beginning of a checkpoint. Raises SaveFailed if the loop's thread hangs while it prepares a slot."""
-        if not self._lock.acquire(timeout=2 * loop.stuck_after):
+        if not Patience(2 * loop.stuck_after).until(lambda slice: self._lock.acquire(timeout=slice)):
             raise SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{loop.operation()}")
         try:
             yield
@@ -134,14 +136,29 @@ class Committer:
         with self._flights.changed:
             if error is None:
                 self._tally.committed += pending.slot.generation is not None
+                self._tally.mixed.clear()
             elif dropped:
-                self._tally.skipped += pending.failure is None
-                log.info("fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
+                self._tally.skipped += pending.failure is None and not pending.replaced
+                said = logging.WARNING if isinstance(error, Changed) and not pending.replaced else logging.INFO
+                log.log(said, "fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
             else:
                 self._tally.note_failure(pending.step, error)
+            if isinstance(error, Changed) and not isinstance(error, Cancelled):
+                self._tally.mixed.append(error)
             self._flights.remove(pending)
         flights = self._flights
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)
+
+    def rest(self, busy: Callable[[], bool]) -> None:
+        """Have a checkpoint read back. One that does not verify has failed after all, and is not the last one that is safe."""
+        if (found := self._store.read_back(busy)) is None:
+            return
+        step, error = found
+        with self._flights.changed:
+            self._tally.note_failure(step, error)
+            left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
+            if self._tally.last_committed == step:
+                self._tally.last_committed = max(left, default=None)
 
 
 def _check_wanted(pending: InFlight) -> None:
@@ -154,6 +171,7 @@ def _file_records(pending: InFlight) -> tuple[FileRecord, ...]:
     """The files with the checksums of their chunks; the slot remembers those that hold nothing but frozen parameters."""
     layout = pending.layout
     crcs = [pending.copy.crcs(i) for i in range(len(layout.files))]
+    pending.slot.opened(dict(zip([file.name for file in layout.files], pending.copy.inodes())))
     if layout.frozen_token is not None:
         pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
     return tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))

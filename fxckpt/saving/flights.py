@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fxckpt.engine import SLICE
 from fxckpt.errors import SaveFailed
@@ -61,6 +61,7 @@ class Tally:
     last_error: BaseException | None = None
     unreported: BaseException | None = None
     wait_seconds: float = 0.0
+    mixed: list[Exception] = field(default_factory=list)  # why checkpoints in a row would have mixed two iterations
 
     def note_failure(self, step: int, error: BaseException) -> None:
         """A checkpoint failed: say so at once, count it, keep it for ``raise_unreported``."""

@@ -15,13 +15,8 @@ from fxckpt.compat.tensors import version_of
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.saving.plan import Layout
 
-ADVICE = {
-    "update": "If your loop or a forward changes it every time (clamped weights, nn.Embedding with max_norm), loop with `for "
-    "step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
-    "frozen": "From now on it is copied at the end of opt.step(). If your loop changes it after that (a target network), loop "
-    "with `for step in fxckpt.steps(n)`: it is copied at the end of each turn then.",
-}
-"""What to do about a change, by the kind of layer."""
+WAY_OUT = "Loop with fxckpt.steps(n), or fxckpt.epochs(n) and fxckpt.batches(loader): their boundaries are exact"
+"""What to do about a loop that leaves no instant to take a checkpoint of."""
 
 
 class Changed(FxckptError):
@@ -29,18 +24,19 @@ class Changed(FxckptError):
 
 
 class ChangedInTurns(Changed, Cancelled):
-    """The same in a loop of ``fxckpt.steps``: no failure, for the tensor is copied at the ends of turns from now on."""
+    """The same where it is known when to copy them: no failure, for that is done from now on."""
 
 
 class Guard:
     """Watches over the memory that one checkpoint is copied from.
 
-    ``turn``: it was begun inside a turn of fxckpt.steps. ``deferred`` are the layers to copy when that ends, and their tensors;
-    ``copies`` are snapshots made for this checkpoint alone, which live until they are copied.
+    ``in_forward``: the parameters that a forward changes, which a boundary need not know; None: nobody knows. ``deferred`` are
+    the layers to copy when the step closes, and their tensors; ``copies`` are snapshots made for this checkpoint alone, which
+    live until they are copied.
     """
 
     def __init__(self, step: int, layout: Layout):
-        self.turn = False
+        self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
         self.copies: list[torch.Tensor] = []
         self._step, self._layout = step, layout
@@ -67,11 +63,12 @@ class Guard:
         """A step waits for the copies of these layers and then changes them. Tells ``changed`` what was changed before. The lock
         is held throughout, or the thread that commits would take what the step changes for a change behind our back."""
         with self._looking:
+            layers = list(layers)
+            try:
+                self.compare(layers)
+            except Changed as error:
+                changed(error)
             for layer in layers:
-                try:
-                    self.compare(layer)
-                except Changed as error:
-                    changed(error)
                 if (found := self._versions.get(layer)) is not None:
                     found[1].clear()
 
@@ -79,26 +76,28 @@ class Guard:
         """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
         tensor's name, and remembers it: a frozen one is copied with the buffers from now on."""
         with self._looking:
-            for layer in [*self._layout.number("frozen"), *self._layout.number("update")]:
-                self.compare(layer)
+            self.compare([*self._layout.number("frozen"), *self._layout.number("update")])
             self._versions.clear()  # what changes from here on, no copy sees
         self.copies.clear()
 
-    def compare(self, layer: int) -> None:
-        """Raises Changed if a tensor of this layer has another version than after its step."""
-        tensors, versions = self._versions.get(layer, ((), []))
-        for i, (tensor, version) in enumerate(zip(tensors, versions)):
-            if version_of(tensor) != version:
-                raise self._changed(layer, i)
+    def compare(self, layers: Iterable[int]) -> None:
+        """Raises Changed, with all names, if tensors of these layers have another version than after their step."""
+        changed = []
+        for layer in layers:
+            tensors, versions = self._versions.get(layer, ((), []))
+            entries = self._layout.layers[layer].entries
+            changed += [e for e, t, version in zip(entries, tensors, versions) if version_of(t) != version]
+        if changed:
+            raise self._changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 
-    def _changed(self, layer: int, index: int) -> Changed:
-        """The error for this tensor; the layout remembers it."""
-        found = self._layout.layers[layer]
-        key = found.entries[index].key
-        self._layout.changed_outside.add(key)
-        what = f"{key!r} was changed in place outside opt.step() while the checkpoint of step {self._step} was being copied"
-        what += "; that checkpoint is discarded."
-        if not self.turn:
-            return Changed(f"{what} {ADVICE[found.kind]}")
-        size = f"{sum(e.tensor.nbytes for e in found.entries) / 2**20:.1f} MiB for each checkpoint in flight"
-        return ChangedInTurns(f"{what} From now on its layer is copied in memory at the end of each turn, which takes {size}")
+    def _changed(self, keys: Sequence[str], nbytes: int) -> Changed:
+        """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or at
+        its end if a forward changes them."""
+        names = ", ".join(map(repr, keys[:8])) + (" ..." if keys[8:] else "")
+        verb = "were" if keys[1:] else "was"
+        what = f"{names} {verb} changed in place outside opt.step() while the checkpoint of step {self._step} was being copied"
+        if self.in_forward is None:
+            return Changed(f"{what}, which would mix two iterations; that checkpoint is discarded. {WAY_OUT}.")
+        self._layout.changed_outside |= set(keys)
+        size = f"which takes {nbytes / 2**20:.1f} MiB for each checkpoint in flight"
+        return ChangedInTurns(f"{what}; that checkpoint is discarded. From now on they are copied in memory, {size}")

@@ -29,6 +29,7 @@ class InFlight:
     done: threading.Event = field(default_factory=threading.Event)
     phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
+    replaced: bool = False  # it was given up for another one of the same step
     failure: Exception | None = None  # what it failed of, counted and logged
     error: Exception | None = None  # why it was not committed, once it is done
     lock: threading.RLock = field(default_factory=threading.RLock)  # between emits, give_up and release; handlers of signals, too

@@ -6,6 +6,7 @@ what the compiler saw, then from positions (``optimizer0.0.3``: optimizer, group
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,9 +15,10 @@ import torch
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import named_buffers, named_parameters
 from fxckpt.compat.tensors import is_transformed, is_wrapper
-from fxckpt.errors import SetupError
+from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import TraceBook
 from fxckpt.store.dtypes import OF_MODELS
+from fxckpt.store.typed_json import Unkept, encode_state
 
 DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in OF_MODELS.items()}
 """Torch's types that can be stored, and safetensors' names of them."""
@@ -31,10 +33,15 @@ class Inventory:
     trained: dict[str, torch.Tensor] = field(default_factory=dict)  # in the optimizers, in registration order
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)  # other parameters
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # in the model's state dict
-    transient: dict[str, torch.Tensor] = field(default_factory=dict)  # non-persistent: kept, but not the model's keys
+    transient: dict[str, torch.Tensor] = field(default_factory=dict)  # in the record: what is non-persistent, or sparse
     ties: dict[str, str] = field(default_factory=dict)
     positional: bool = False  # some name is only a position: the compiler may still tell the real one
     name_by_id: dict[int, str] = field(default_factory=dict)  # of the trained
+
+    def add_buffer(self, name: str, buffer: torch.Tensor, persistent: bool) -> None:
+        """A sparse one goes into the record, which knows how to hold it: a file of tensors has no such thing."""
+        kept = persistent and buffer.layout is not torch.sparse_coo
+        (self.buffers if kept else self.transient)[name] = buffer
 
     def name_of(self, param: torch.Tensor) -> str:
         """The name of a trained parameter."""
@@ -72,6 +79,18 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
     return tensor
 
 
+def check_storable(found: Inventory) -> None:
+    """Raise SetupError, by name, for a frozen parameter or buffer that no checkpoint can hold. The trained are checked one by
+    one, by whoever names them."""
+    for name, tensor in {**found.frozen, **found.buffers}.items():
+        storable(tensor, name)
+    for name, tensor in found.transient.items():
+        try:
+            encode_state(tensor, Unkept(), name)
+        except StateError as error:
+            raise SetupError(f"cannot checkpoint the buffer {error}") from error
+
+
 def shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
     """By ``id``, of tensors whose memory may be another one's as well, which other: ``decoder.weight.data = encoder.weight.data``
     makes two parameters of one memory. Views that interleave count, though they have no element in common."""
@@ -92,6 +111,11 @@ def shared_memory(tensors: Mapping[str, torch.Tensor]) -> dict[int, str]:
     return found
 
 
+def is_position(name: str) -> bool:
+    """Is it a name that only says where in the optimizers a parameter stands?"""
+    return re.fullmatch(r"optimizer\d+\.\d+\.\d+", name) is not None
+
+
 def trained_by(optimizers: Iterable[torch.optim.Optimizer]) -> list[torch.Tensor]:
     """All parameters of these optimizers."""
     return [p for opt in optimizers for group in opt.param_groups for p in group["params"]]
@@ -109,7 +133,8 @@ def take(model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimiz
         for name, frozen in book.models.frozen(of=trained):
             if id(frozen) not in ids:
                 found.frozen.setdefault(name, frozen)
-        found.buffers.update(book.models.buffers(of=trained))
+        for name, buffer in book.models.buffers(of=trained):
+            found.add_buffer(name, buffer, True)
         found.transient.update(book.models.transient(of=trained))
     taken = {*found.frozen, *found.buffers, *found.transient, *found.ties}
     for name, param in _optimizer_names(optimizers, names, book, found):
@@ -137,7 +162,7 @@ def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) ->
                 found.ties[name] = first[id(buffer)]
             continue
         first[id(buffer)] = name
-        (found.buffers if persistent else found.transient)[name] = buffer
+        found.add_buffer(name, buffer, persistent)
     return {i: name for i, name in first.items() if i in trained}
 
 

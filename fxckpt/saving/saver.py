@@ -58,7 +58,8 @@ class Saver:
         slot = self.supply.take(layout, name)
         try:
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
-            copy = self.engine.begin(layout.plan, slot.path, FILES, [on_disk.get(name, {}) for name in FILES])
+            known, waited = [on_disk.get(name, {}) for name in FILES], [slot.waited(name) for name in FILES]
+            copy = self.engine.begin(layout.plan, slot.path, FILES, known, waited, slot.below)
             self.store.begin(slot, copy.id, layout.files)
         except BaseException as error:
             self.store.abandon(slot, bad=retires_slot(error))

@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Protocol
 
+from fxckpt.engine import io
+from fxckpt.engine.plan import FileId
 from fxckpt.store.commit_loop import OwnSlot
 from fxckpt.store.dtypes import Tensor
 from fxckpt.store.layout import FileLayout
@@ -30,8 +32,18 @@ class CheckpointSlot(Protocol):
     def error(self) -> Exception | None:
         """What ended it in the process that writes, if that is another one."""
 
+    @property
+    def below(self) -> int:
+        """The descriptor of its directory, for ``Engine.begin``; ``io.CWD`` where this process opens no files of it."""
+
     def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
         """What its files hold already, ``{file: {chunk: crc}}``, as remembered with an equal token."""
+
+    def waited(self, file: str) -> FileId | None:
+        """Which file that was true of; None: this process need not know."""
+
+    def opened(self, inodes: Mapping[str, int]) -> None:
+        """The engine wrote to these files (0: it opened none)."""
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
         """Note what was just written."""
@@ -74,19 +86,27 @@ class CheckpointStore(Protocol):
     def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
         """Take a slot back; ``bad``: what it holds is in doubt."""
 
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception] | None:
+        """Read what is due of what was committed, unless ``busy``: the step of what does not verify, and why."""
+
 
 class NullSlot:
     """A slot of the ``NullStore``: no directory, and nothing that it could hold."""
 
     path = ""
+    below = io.CWD
     generation = error = None
 
     def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
         return {}
 
+    def waited(self, file: str) -> None:
+        return None
+
     def ended(self, timeout: float) -> bool:
         return True
 
+    def opened(self, inodes: Mapping[str, int]) -> None: ...
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None: ...
 
 
@@ -104,6 +124,7 @@ class NullStore:
     def require_loaded(self) -> None: ...
     def mark_loaded(self, generation: int | None) -> None: ...
     def reserve(self, files: Mapping[str, int]) -> None: ...
+    def read_back(self, busy: Callable[[], bool]) -> None: ...
     def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
     def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
     def abandon(self, slot: NullSlot, *, bad: bool) -> None: ...

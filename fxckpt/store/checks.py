@@ -9,30 +9,62 @@ file turns that into ``Corrupt`` with the file's name.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from fxckpt.errors import Corrupt
 
 _DIMENSIONS = 64  # torch has no more, and the product of a million sizes would take for ever
 
-MAX_BYTES = 1 << 30
-"""No header or record is larger; a larger one is not read into memory at all."""
+MAX_BYTES = 128 << 20
+"""No header or record is larger: the record of 100,000 parameters under AdamW has 83 MB. A larger one is not read into memory."""
 
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+MAX_VALUES, MAX_CONTAINERS = 12 << 20, 3 << 20
+"""Values, and arrays and objects among them, in one file: Python takes some 70 bytes for each value and up to 300 for an object,
+so that a file of the size above could cost it ten times as much. The record of 100,000 parameters has 5.1 and 1.4 million."""
+
+_BLOCK = 1 << 20
 
 
-def depth_of(raw: bytes) -> int:
-    """The deepest nesting of brackets outside strings, found without recursion and without building anything."""
-    # Without escapes every second piece between quotes is a string. (A pattern that matches whole strings would take
-    # a hundred times a long string's memory to be able to go back.)
-    bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = b"".join(bare.split(b'"')[::2]).translate(None, _NOT_BRACKETS)
-    return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+@dataclass
+class Structure:
+    """What JSON is made of, outside strings: the deepest nesting, the arrays and objects, and all values at most."""
+
+    depth: int = 0
+    containers: int = 0
+    values: int = 0
+
+    @property
+    def too_large(self) -> str | None:
+        """Why nothing of ours has so much in it, if it has."""
+        if self.containers > MAX_CONTAINERS or self.values > MAX_VALUES:
+            return (f"has {self.values} values in {self.containers} arrays and objects, more than the {MAX_VALUES} in "
+                    f"{MAX_CONTAINERS} that any has")  # fmt: skip
+        return None
+
+
+def structure_of(raw: bytes) -> Structure:
+    """Found without recursion, and block by block: in little more memory than ``raw`` has, whatever is in it."""
+    if b"\\" in raw:  # without escapes a quote begins or ends a string
+        raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    found, quotes, level = Structure(), 0, 0
+    for at in range(0, len(raw), _BLOCK):
+        block = np.frombuffer(raw, np.uint8, min(_BLOCK, len(raw) - at), at)
+        count = np.cumsum(block == ord('"'), dtype=np.int32) + quotes
+        outside, quotes = count % 2 == 0, int(count[-1] % 2)
+        opens = ((block == ord("[")) | (block == ord("{"))) & outside
+        closes = ((block == ord("]")) | (block == ord("}"))) & outside
+        levels = np.cumsum(opens.astype(np.int8) - closes.astype(np.int8), dtype=np.int32) + level
+        found.depth, level = max(found.depth, int(levels.max())), int(levels[-1])
+        opened = int(np.count_nonzero(opens))
+        found.containers += opened
+        found.values += opened + int(np.count_nonzero((block == ord(",")) & outside))
+    return found
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -52,9 +84,11 @@ def parse_json(raw: bytes, path: str, *, depth: int, what: str) -> Any:
     """The value of ``raw``; whatever is wrong with it is ``Corrupt`` with ``path`` and ``what`` it should have been."""
     if len(raw) > MAX_BYTES:
         raise Corrupt(path, f"{what} has {len(raw)} bytes, more than the {MAX_BYTES} that any has")
-    found = depth_of(raw)
-    if found > depth:
-        raise Corrupt(path, f"{what} is nested {found} levels deep, more than the {depth} that any is")
+    found = structure_of(raw)
+    if found.depth > depth:
+        raise Corrupt(path, f"{what} is nested {found.depth} levels deep, more than the {depth} that any is")
+    if found.too_large:
+        raise Corrupt(path, f"{what} {found.too_large}")
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are kinds of it

@@ -5,15 +5,17 @@ What a commit consists of differs between the two: it comes in as ``Work``.
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-import time
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
 
-from fxckpt.engine import io
+from fxckpt.engine import Patience, io
 from fxckpt.errors import SaveFailed
 from fxckpt.store.slot import retires_slot
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 STUCK_AFTER = 300.0
 """Seconds without a byte written after which a checkpoint is given up."""
@@ -59,19 +61,23 @@ class Work(Protocol[F_contra]):
     def end(self, flight: F_contra, error: Exception | None) -> None:
         """It is over: committed, or ended by this error."""
 
+    def rest(self, busy: Callable[[], bool]) -> None:
+        """What can be done between two checkpoints, as long as the thread is not ``busy``: the next one has come."""
+
 
 class StallDetector:
-    """Notices that nothing moves: ``over()`` once ``signs()`` has not changed for so many seconds."""
+    """Notices that nothing moves: ``over()``, asked every slice, once ``signs()`` has not changed for so many seconds in which
+    this process ran."""
 
     def __init__(self, seconds: float, signs: Callable[[], Hashable]):
-        self._seconds, self._signs = seconds, signs
-        self._last, self._since = signs(), time.monotonic()
+        self._patience, self._signs, self._last = Patience(seconds), signs, signs()
 
     def over(self) -> bool:
         now = self._signs()
         if now != self._last:
-            self._last, self._since = now, time.monotonic()
-        return time.monotonic() - self._since > self._seconds
+            self._last = now
+            self._patience.restart()
+        return not self._patience.left()
 
 
 class CommitLoop(Generic[F]):
@@ -131,6 +137,11 @@ class CommitLoop(Generic[F]):
                 work.end(flight, error)
             else:
                 work.end(flight, None)
+            del flight  # nothing of it is kept alive until the next one comes
+            try:
+                work.rest(lambda: not self._queue.empty())
+            except Exception:
+                log.exception("fxckpt: a checkpoint could not be read back")
 
 
 def give_back(store: SlotOwner, slot: OwnSlot, copy: Copy, error: BaseException) -> None:

@@ -6,15 +6,14 @@ import errno
 import fcntl
 import os
 import signal
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
 from fxckpt.store.checks import MAX_BYTES
 from fxckpt.store.dtypes import Tensor, raw_tensor
+from fxckpt.store.folder import Folder, check_regular, opened
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.record import FileRecord
 
@@ -24,26 +23,11 @@ CHUNK_BYTES = 4 << 20
 DAMAGE = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 """Errors that mean that stored bytes are lost; others (permissions, too many open files) do not."""
 
+FOREIGN = frozenset({errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENOTDIR})
+"""Errors that mean that something else lies in the place of a file or directory."""
+
 UNREADABLE = DAMAGE | {errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 """What a reader counts as damage beside: something else lies in the file's place, or no file can have that name."""
-
-
-@contextmanager
-def opened(path: str, flags: int) -> Iterator[int]:
-    """A descriptor for the time of the block."""
-    fd = io.open(path, flags)
-    try:
-        yield fd
-    finally:
-        io.close(fd)
-
-
-def check_regular(path: str) -> os.stat_result:
-    """What ``stat`` says of a file; ``Corrupt`` if it is none: a directory cannot be read, a pipe could be waited for."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode):
-        raise Corrupt(path, "it is a directory, not a file" if stat.S_ISDIR(found.st_mode) else "it is not a regular file")
-    return found
 
 
 def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
@@ -59,25 +43,26 @@ def read_small(path: str, limit: int = MAX_BYTES) -> bytes:
         raise Corrupt(path, f"it cannot be read: {error.strerror}") from error
 
 
-def replace_file(path: str, data: bytes, *, durable: bool) -> None:
-    """Put ``data`` at ``path`` so that a reader sees the old file or all of the new. The caller syncs the directory. Not
+def replace_file(folder: Folder, name: str, data: bytes, *, durable: bool) -> None:
+    """Put ``data`` in a file so that a reader sees the old one or all of the new. The caller syncs the directory. Not
     ``durable``: a power cut may leave an empty or torn file under this name."""
-    temporary = path + names.TEMPORARY
-    with opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as fd:
+    temporary = name + names.TEMPORARY
+    folder.remove_tree(temporary)  # what a crash left, or somebody put there: its bytes may be another file's, too
+    with folder.opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as fd:
         io.pwrite(fd, data, 0)
         if durable:
             io.fsync(fd)
-    io.rename(temporary, path)
+    folder.rename(temporary, name)
 
 
-def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> FileRecord:
+def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write ``tensors`` (arrays, CPU torch tensors, ``RawTensor``) as a safetensors file, in place, and sync it."""
     raw = {key: raw_tensor(tensor) for key, tensor in tensors.items()}
     specs = [TensorSpec(key, tensor.dtype, tensor.shape, 0) for key, tensor in raw.items()]
-    layout = lay_out(os.path.basename(path), specs)
+    layout = lay_out(name, specs)
     pieces = [memoryview(layout.header), *(raw[placed.spec.key].data for placed in layout.tensors)]
     crcs: list[int] = []
-    with opened(path, os.O_WRONLY | os.O_CREAT) as fd:
+    with folder.opened(name, os.O_RDWR | os.O_CREAT) as fd:
         io.ftruncate(fd, layout.nbytes)
         at = 0
         for piece in pieces:
@@ -101,7 +86,7 @@ def make_directories(path: str) -> None:
         path = os.path.dirname(path)
     for directory in reversed(missing):
         try:
-            io.mkdir(directory, 0o755)
+            io.mkdir(directory)
         except FileExistsError:
             if not os.path.isdir(directory):
                 raise
@@ -120,28 +105,14 @@ def sync_ancestors(path: str) -> None:
         path = parent
 
 
-def remove_tree(path: str) -> None:
-    """Remove a directory and what is in it; fine if it is not there."""
-    try:
-        entries = list(os.scandir(path))
-    except FileNotFoundError:
-        return
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            remove_tree(entry.path)
-        else:
-            io.unlink(entry.path)
-    io.rmdir(path)
-
-
-def in_use(path: str) -> str | None:
+def in_use(path: str, below: int = io.CWD) -> str | None:
     """Why the file must not be rewritten in place, or None when nobody else can see its bytes.
 
     A second name (a hard-linked backup) shows in the link count. Open descriptors and mappings (each tensor of
     safetensors' ``load_file`` is one, and outlives the descriptor) make the kernel refuse a write lease. What cannot be
     found out, because the file system has no leases or the file is somebody else's, counts as in use.
     """
-    with opened(path, os.O_RDWR) as fd:
+    with opened(path, os.O_RDWR, below) as fd:
         if os.fstat(fd).st_nlink != 1:
             return "it has a second name (a hard link)"
         try:

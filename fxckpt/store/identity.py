@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import uuid
 from collections.abc import Sequence
 
@@ -11,10 +12,11 @@ from fxckpt.errors import Corrupt, NotAStore
 from fxckpt.store import names
 from fxckpt.store.checks import parse_json
 from fxckpt.store.files import read_small, replace_file, sync_ancestors
+from fxckpt.store.folder import Folder
 from fxckpt.store.record import FORMAT, Record
 
 _STORE_BYTES = 1 << 16  # store.json has under a hundred
-_FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY}
+_FIXED = {names.STORE, names.LOCK, names.NAMED, names.STORE + names.TEMPORARY, names.LOCK + names.TEMPORARY}
 _TOLERATED = {".gitkeep", ".gitignore", "lost+found"}  # in a directory that otherwise counts as empty
 
 
@@ -41,21 +43,24 @@ def check_store(root: str) -> None:
     if not os.path.exists(root) or read_store_id(root) is not None:
         return
     others = set(os.listdir(root)) - _FIXED - _TOLERATED
-    foreign = sorted(name for name in others if names.step_of(name) is None and names.slot_number(name) is None)
+    foreign = sorted(name for name in others if names.step_of(name) is None and names.slot_number(name) is None
+                     and not name.endswith(names.BAD))  # fmt: skip
     if foreign:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
         what = f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store"
         raise NotAStore(f"{what}. Name an empty directory, or one that fxckpt made")
 
 
-def identify(root: str, records: Sequence[Record]) -> str:
+def identify(root: Folder, records: Sequence[Record]) -> str:
     """The store's id; if ``store.json`` is missing or damaged it is written, with the id of the newest of ``records``."""
-    found = read_store_id(root)
+    found = read_store_id(root.path)
     if found is None:
         # Edge A: before store.json is there, so that its being there means that all directories above it are durable.
-        sync_ancestors(root)
+        sync_ancestors(root.path)
         found = max(records, key=lambda record: record.generation).store_id if records else uuid.uuid4().hex
         content = json.dumps({"format": FORMAT, "store_id": found}) + "\n"
         # Not made durable: if it is lost, the id is taken from a record.
-        replace_file(os.path.join(root, names.STORE), content.encode(), durable=False)
+        if (there := root.find(names.STORE)) is not None and not stat.S_ISREG(there.st_mode):
+            root.put_aside(names.STORE)
+        replace_file(root, names.STORE, content.encode(), durable=False)
     return found

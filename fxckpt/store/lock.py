@@ -1,8 +1,14 @@
-"""One writer per directory.
+"""One writer per directory: a lock on the file ``lock`` in it.
 
-A process-owned ``fcntl`` lock: a data-loader worker that was forked and outlives the trainer does not keep it, as it
-would keep an ``flock``. Its price is a rule of POSIX: when a process closes *any* descriptor of the file, its lock is
-gone. So nobody opens the lock file but ``DirectoryLock``, which first looks whether this process holds it already.
+Two kinds at once, each on bytes of its own, so that what ends one leaves the other:
+
+    POSIX   the process's own: tells the others its pid. Gone when the process closes any descriptor of the file, as a backup does
+            that reads the whole directory
+    OFD     the descriptor's: survives that. A forked child inherits it, so the child closes its copy first thing: a data-loader
+            worker that outlives the trainer does not keep the directory locked
+
+Where neither works, ``flock`` has to do, which is as OFD. Anybody who may read the file can take a *read* lock, which would keep
+every trainer out: such a file is replaced by a new one, which nobody else can have locked.
 """
 
 from __future__ import annotations
@@ -11,94 +17,234 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 
 from fxckpt.engine import io
 from fxckpt.errors import StoreLocked
+from fxckpt.store import names
+from fxckpt.store.folder import Folder
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _FLOCK = "hhqqi4x"  # struct flock of Linux on 64 bits: type, whence, start, len, pid
 
+_OWN, _SHARED = (0, 1 << 62), (1 << 62, 1)  # (start, length): bytes of the POSIX lock, of the OFD lock
+
+_TAKEN = frozenset({errno.EAGAIN, errno.EACCES})
+_UNABLE = frozenset({errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})
+
 _held: dict[tuple[int, int], int] = {}
 """(device, inode) of each lock file this process holds, and the process id that noted it: the kernel cannot tell a process
 about its own locks."""
+
+_locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+"""Of this process; none of them is a forked child's."""
 
 _guard = threading.Lock()
 
 _NOTICE = 2.0  # seconds within which a monitor notes that its trainer is gone
 _PROGRESS = 5.0  # seconds between lines of progress
+_TRIES = 10
+
+
+# ---- kinds of locks ----
+
+
+def _ofd(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SHARED, 0))
+
+
+def _posix(fd: int) -> None:
+    fcntl.fcntl(fd, fcntl.F_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_OWN, 0))
+
+
+def _flock(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+KINDS: dict[str, Callable[[int], None]] = {"OFD": _ofd, "POSIX": _posix, "flock": _flock}
+
+
+def take(fd: int) -> list[str]:
+    """Take, or keep, every kind that works here, ``flock`` only if no other does; returns which. Raises ``BlockingIOError`` if
+    somebody has one, ``OSError`` if none works."""
+    granted: list[str] = []
+    for kind, lock in KINDS.items():
+        if kind == "flock" and granted:
+            break
+        try:
+            lock(fd)
+            granted.append(kind)
+        except OSError as error:
+            if error.errno in _TAKEN:
+                raise BlockingIOError(error.errno, os.strerror(error.errno)) from error
+            if error.errno not in _UNABLE:
+                raise
+    if not granted:
+        raise OSError(errno.ENOLCK, "no kind of file lock works on this file system (OFD, POSIX, flock)")
+    return granted
+
+
+def writer(fd: int) -> int | str | None:
+    """Who has taken it: a pid, ``"unknown"`` (another machine or container), or None: nobody, though somebody may keep others
+    from taking it by a lock for reading."""
+    for command, where in ((fcntl.F_GETLK, _OWN), (fcntl.F_OFD_GETLK, _SHARED)):
+        with suppress(OSError):
+            asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, *where, 0)
+            kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, command, asked))
+            if kind != fcntl.F_UNLCK:
+                return pid if pid > 0 else "unknown"
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    except BlockingIOError:
+        return "unknown"
+    except OSError as error:
+        log.debug("flock: %s", error)
+    return None
+
+
+# ---- the lock of one directory ----
 
 
 class DirectoryLock:
     """The lock of one directory, from construction to ``release``. Raises ``StoreLocked`` with the holder's pid."""
 
-    def __init__(self, path: str):
-        self._path, self._note = path, ""
+    def __init__(self, folder: Folder):
+        self._folder, self._note = folder, ""
         with _guard:
-            if _is_own(path):
+            if _is_own(folder.path):
                 advice = "shut that run down first (opt.ckpt.shutdown()), or use another directory"
-                whose = f"{os.path.dirname(path)} is already being written to by this process (pid {os.getpid()})"
+                whose = f"{folder.path} is already being written to by this process (pid {os.getpid()})"
                 raise StoreLocked(f"{whose}: {advice}")
-            self._fd = io.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._pid, self._key, self._fd = os.getpid(), (0, 0), -1
+            self._keep(self._acquire())
+            if os.fstat(self._fd).st_size:
+                self._write_note()  # what an earlier holder noted is not true of us
+            _locks.add(self)
+
+    def _keep(self, fd: int) -> None:
+        """This descriptor has the lock from now on."""
+        _held.pop(self._key, None)
+        found, old = os.fstat(fd), self._fd
+        self._key, self._fd = (found.st_dev, found.st_ino), fd
+        _held[self._key] = self._pid
+        io.close_in_child(fd)
+        if old >= 0:
+            io.close_in_child(old, False)
+            io.close(old)
+
+    def _acquire(self) -> int:
+        """A descriptor with the lock. Raises ``StoreLocked``, ``OSError``."""
+        found = self._folder.find(names.LOCK)
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            self._folder.put_aside(names.LOCK)
+        fd, other = self._open(names.LOCK), -1
+        try:
             try:
-                _take(self._fd, path)
+                take(fd)
+                return fd
+            except BlockingIOError:
+                self._refuse_if_taken(fd)
+            other = self._replacement()
+            # Who came the same way meanwhile has put his file there by now: look again at what is there, before ours is.
+            with self._folder.opened(names.LOCK, os.O_RDWR) as now:
+                self._refuse_if_taken(now)
+            os.fchmod(other, stat.S_IMODE(os.fstat(fd).st_mode))
+            self._folder.rename(names.LOCK + names.TEMPORARY, names.LOCK)
+            log.warning("%s was locked for reading by somebody: replaced", self._folder.at(names.LOCK))
+            io.close(fd)  # ours was not granted, so there is none to lose by this
+            return other
+        except BaseException:
+            for each in (fd, other):
+                if each >= 0:
+                    io.close(each)
+            raise
+
+    def _open(self, name: str, mode: int = 0o666) -> int:
+        """The file, made if need be."""
+        return io.open(self._folder.at(name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode, self._folder.fd)
+
+    def _replacement(self) -> int:
+        """A new lock file under a temporary name, locked before anybody else may open it. Raises ``StoreLocked`` if another run
+        is about to put its own in place."""
+        name = names.LOCK + names.TEMPORARY
+        for _ in range(_TRIES):
+            found = self._folder.find(name)
+            if found is not None and not stat.S_ISREG(found.st_mode):
+                self._folder.put_aside(name)
+            fd = self._open(name, 0o600)
+            try:
+                take(fd)
+                now = self._folder.find(name)
+                if now is not None and os.path.samestat(now, os.fstat(fd)):
+                    return fd
+            except BlockingIOError:
+                self._refuse_if_taken(fd)
+                self._folder.unlink(name)  # of a run that was killed here; somebody may read it
             except BaseException:
-                io.close(self._fd)  # ours was not granted, so there is none to lose by this
+                io.close(fd)
                 raise
-            found = os.fstat(self._fd)
-            if found.st_size:
-                io.ftruncate(self._fd, 0)  # what an earlier holder noted is not true of us
-            self._key, self._pid = (found.st_dev, found.st_ino), os.getpid()
-            _held[self._key] = self._pid
+            io.close(fd)
+        raise StoreLocked(f"{self._folder.path} cannot be locked: somebody locks {name} for reading, again and again")
+
+    def _refuse_if_taken(self, fd: int) -> None:
+        """Say who has it, if somebody has; a lock for reading does not count."""
+        if (who := writer(fd)) is None:
+            return
+        what = f"{self._folder.path} is being written to by another process (pid {who})"
+        refused = StoreLocked(f"{what}: stop it, wait for it, or use another directory")
+        refused.monitor = io.pread(fd, 64, 0).decode(errors="replace")
+        raise refused
 
     def note(self, text: str) -> None:
         """Say what kind of process holds it, to whoever is refused."""
         with _guard:
             self._note = text
             if self._fd >= 0:
-                self._write_note(self._fd)
+                self._write_note()
 
-    def _write_note(self, fd: int) -> None:
-        io.ftruncate(fd, 0)
-        if self._note:
-            io.pwrite(fd, self._note.encode(), 0)
+    def _write_note(self) -> None:
+        """Not into a file that has a second name: what a hard link leads to may be somebody else's."""
+        if os.fstat(self._fd).st_nlink == 1:
+            io.ftruncate(self._fd, 0)
+            if self._note:
+                io.pwrite(self._fd, self._note.encode(), 0)
 
     def renew(self) -> None:
-        """See that the lock is still what others find in this directory; take it again if somebody removed the file. Raises
-        ``StoreLocked`` if the file was replaced: then another store was begun here, in which we have no business. ``OSError`` if
-        the directory is not there."""
+        """See that the lock is still what others find in this directory, and take again what was lost of it: by another
+        descriptor of the file that this process closed, or because somebody removed the file. Raises ``StoreLocked`` if another
+        has it, or the file was replaced: then another store was begun here, in which we have no business."""
         with _guard:
-            try:
-                found = os.stat(self._path)
-            except FileNotFoundError:
-                self._take_again()
-                return
-            if (found.st_dev, found.st_ino) != self._key:
+            found = self._folder.find(names.LOCK)
+            if found is not None and (found.st_dev, found.st_ino) != self._key:
                 raise StoreLocked(
-                    f"{os.path.dirname(self._path)} was removed or replaced while this run (pid {os.getpid()}) used it, and "
+                    f"{self._folder.path} was removed or replaced while this run (pid {os.getpid()}) used it, and "
                     "another run has begun a store there since: nothing more is written to it. Give this run a directory of "
                     "its own and start it again"
                 )
+            if found is not None:
+                with suppress(BlockingIOError):
+                    take(self._fd)
+                    return
+                self._refuse_if_lost()
+            self._keep(self._acquire())
+            if found is None:
+                log.warning("%s was removed by somebody: locked again", self._folder.at(names.LOCK))
+            self._write_note()
 
-    def _take_again(self) -> None:
-        """The file is gone, and with it the lock as others know it. ``_guard`` is held."""
-        fd = io.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            _take(fd, self._path)
-            self._write_note(fd)
-            found = os.fstat(fd)
-        except BaseException:
-            io.close(fd)
-            raise
-        log.warning("%s was removed by somebody: locked again", self._path)
-        _held.pop(self._key, None)
-        self._key, old, self._fd = (found.st_dev, found.st_ino), self._fd, fd
-        _held[self._key] = self._pid
-        io.close(old)
+    def _refuse_if_lost(self) -> None:
+        if (who := writer(self._fd)) is not None:
+            raise StoreLocked(
+                f"this run (pid {os.getpid()}) lost the lock of {self._folder.path}, and another process has it (pid {who}): "
+                "nothing more is written to it. Only one of the two may go on"
+            )
 
     def release(self) -> None:
         """Give it back. Idempotent; in a forked child nothing is released, as nothing is held."""
@@ -107,54 +253,48 @@ class DirectoryLock:
                 return
             _held.pop(self._key, None)
             fd, self._fd = self._fd, -1
+            io.close_in_child(fd, False)
             try:
                 io.close(fd)
             except OSError as error:  # the descriptor is gone all the same, and nothing was written to it
-                log.debug("closing %s: %s", self._path, error)
+                log.debug("closing %s: %s", self._folder.at(names.LOCK), error)
 
 
-def holder(path: str) -> int | str | None:
-    """Who holds the lock ``path``: a pid, ``"unknown"`` (another machine or container), or None: nobody."""
+def _in_child() -> None:
+    """The descriptors are closed already."""
+    _guard._at_fork_reinit()  # type: ignore[attr-defined]  # as the standard library does: who held it may not be in the child
+    for lock in list(_locks):
+        lock._fd = -1
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def holder(root: str) -> int | str | None:
+    """Who has the lock of a directory: a pid, ``"unknown"`` (another machine or container), or None: nobody."""
     with _guard:
-        if _is_own(path):
+        if _is_own(root):
             return os.getpid()
+        path = os.path.join(root, names.LOCK)
         try:
-            fd = io.open(path, os.O_RDONLY)
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                return None
+            fd = io.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         try:
-            return _ask(fd)
+            return writer(fd)
         finally:
             io.close(fd)
 
 
-def _is_own(path: str) -> bool:
-    """Whether this process holds the lock, found out without opening the file, which would end it."""
+def _is_own(root: str) -> bool:
+    """Whether this process holds the lock of a directory, found out without opening the file, which would end a POSIX lock."""
     try:
-        found = os.stat(path)
+        found = os.lstat(os.path.join(root, names.LOCK))
     except FileNotFoundError:
         return False
     return _held.get((found.st_dev, found.st_ino)) == os.getpid()
-
-
-def _take(fd: int, path: str) -> None:
-    """Take the lock, or say who has it."""
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
-        who = f"{os.path.dirname(path)} is being written to by another process (pid {_ask(fd) or 'unknown'})"
-        refused = StoreLocked(f"{who}: stop it, wait for it, or use another directory")
-        refused.monitor = io.pread(fd, 64, 0).decode(errors="replace")
-        raise refused from error
-
-
-def _ask(fd: int) -> int | str | None:
-    """Whose lock would be in the way of ours: a pid, ``"unknown"`` (the kernel says 0), or None: nobody's."""
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    return None if kind == fcntl.F_UNLCK else pid or "unknown"
 
 
 def wait_for_monitor(take: Callable[[], None]) -> None:

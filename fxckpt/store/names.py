@@ -62,16 +62,22 @@ def check_name(name: str) -> None:
 
 
 def subdirectories(path: str) -> list[str]:
-    """Names of the real directories in ``path``, sorted; none if it is not there. Links are not followed."""
+    """Names of the real directories in ``path``, sorted; none if it is no directory. No link in it is followed."""
     try:
         with os.scandir(path) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def saved(root: str) -> list[str]:
+    """Names of the directories in ``named``, unless that is a link."""
+    named = os.path.join(root, NAMED)
+    return [] if os.path.islink(named) else subdirectories(named)
 
 
 def committed(root: str) -> list[str]:
     """Paths of all checkpoint directories of the store, named ones too, whatever is in them."""
     steps = [os.path.join(root, name) for name in subdirectories(root) if step_of(name) is not None]
     named = os.path.join(root, NAMED)
-    return steps + [os.path.join(named, name) for name in subdirectories(named) if not name.endswith((PARTIAL, BAD))]
+    return steps + [os.path.join(named, name) for name in saved(root) if not name.endswith((PARTIAL, BAD))]

@@ -10,14 +10,16 @@ import dataclasses
 import errno
 import logging
 import os
+import stat
 import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from fxckpt.engine import io
+from fxckpt.engine import Patience, io
 from fxckpt.errors import Corrupt, NoCheckpoint, NoSpace, SaveFailed, StoreError
 from fxckpt.store import names
-from fxckpt.store.files import remove_tree
+from fxckpt.store.files import FOREIGN
+from fxckpt.store.folder import Folder
 from fxckpt.store.reader import Reader
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, beyond, surplus
 from fxckpt.store.slot import Slot
@@ -37,6 +39,7 @@ class Pool:
 
     def __init__(self, root: str, keep: int, max_async: int):
         self.root: str = root
+        self.folder: Folder = Folder(root, -1)  # open while the store is
         self.keep: int = keep
         self.max_async: int = max_async
         self.limit: int = keep + max_async  # slots, those beyond ``keep`` apart
@@ -59,12 +62,12 @@ class Pool:
                 continue
             self._numbers.add(number)
             if name.endswith(names.PARTIAL):
-                self._free.append(Slot(os.path.join(self.root, name), number))
+                self._free.append(Slot(self.folder, name, number))
         return list(self._free)
 
-    def adopt_checkpoint(self, path: str, known: CheckpointStatus) -> None:
+    def adopt_checkpoint(self, entry: str, known: CheckpointStatus) -> None:
         """Take in a checkpoint; after ``adopt_slots``, which knows the numbers that are taken."""
-        self._committed[Slot(path, self._new_number())] = known
+        self._committed[Slot(self.folder, entry, self._new_number())] = known
 
     def continue_from(self, generation: int | None, lineage: set[int]) -> None:
         """What comes next continues this checkpoint, which was verified, or none; ``mutex`` is held."""
@@ -93,6 +96,8 @@ class Pool:
 
     def _reserve(self, files: Mapping[str, int]) -> None:
         """``moves`` is held."""
+        with self.mutex:
+            self._free = [slot for slot in self._free if self._enter(slot)]
         new = max(self.limit - self._count(), 0)
         lacking = sum(slot.lacks(files) for slot in self._free) + new * sum(files.values())
         margin = SMALL_FILES * (new + len(self._free)) if lacking else 0
@@ -109,11 +114,15 @@ class Pool:
             for _ in range(new):
                 self._free.append(self.make_slot())
             for slot in self._free:
+                slot.enter()
                 slot.reserve(files)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise NoSpace(f"{os.strerror(error.errno)}, perhaps by a quota: {numbers}") from error
+        finally:
+            for slot in self._free:
+                slot.leave()
 
     # ---- free → busy ----
 
@@ -122,34 +131,51 @@ class Pool:
         with self.mutex:
             if (in_flight := self._in_flight()) >= self.max_async:
                 raise StoreError(f"{in_flight} checkpoints are in flight; commit or abandon one first")
-        if (slot := self._take_free()) is not None:
-            return slot
-        with self.holding():  # a commit that is giving up its surplus is about to free one: wait for it
-            self._make_room()
+        try:
             if (slot := self._take_free()) is not None:
                 return slot
-            try:
-                return self.occupy(self.make_slot())
-            except OSError as error:
-                raise SaveFailed("mkdir", os.fsdecode(error.filename), None, error.errno) from error
+            with self.holding():  # a commit that is giving up its surplus is about to free one: wait for it
+                self._make_room()
+                return self._take_free() or self.occupy(self.make_slot())
+        except OSError as error:
+            path = os.fsdecode(error.filename or self.root)
+            raise SaveFailed(io.operation_of(error) or "open", path, None, error.errno) from error
 
     def _take_free(self) -> Slot | None:
         """A free slot, occupied; those whose directory somebody removed are forgotten."""
         with self.mutex:
             while self._free:
                 slot = self._free.pop(0)  # the one that readers had the longest time to leave
-                if os.path.isdir(slot.path):
+                try:
+                    is_there = self._enter(slot)
+                except OSError:
+                    self._free.append(slot)
+                    raise
+                if is_there:
                     slot.begin()
                     self._busy.add(slot)
                     return slot
-                log.warning("%s is gone: somebody removed it. Another one is made", slot.path)
-                self._numbers.discard(slot.number)
         return None
+
+    def _enter(self, slot: Slot) -> bool:
+        """Hold a free slot open; False if it is not there any more. ``mutex`` is held."""
+        try:
+            slot.enter()
+            return True
+        except FileNotFoundError:
+            log.warning("%s is gone: somebody removed it. Another one is made", slot.path)
+            self._numbers.discard(slot.number)
+        except OSError as error:
+            if error.errno not in FOREIGN:
+                raise
+            self.folder.put_aside(slot.entry)
+            self._numbers.discard(slot.number)
+        return False
 
     @contextmanager
     def holding(self) -> Iterator[None]:
         """Hold ``moves``. Raises ``StoreError`` if who holds it is stuck in the disk."""
-        if not self.moves.acquire(timeout=PATIENCE):
+        if not Patience(PATIENCE).until(lambda slice: self.moves.acquire(timeout=slice)):
             raise StoreError(f"{self.root}: another thread has been renaming or syncing there for {PATIENCE:g} s: the disk hangs")
         try:
             yield
@@ -157,7 +183,13 @@ class Pool:
             self.moves.release()
 
     def occupy(self, slot: Slot) -> Slot:
-        """A new slot is being written."""
+        """A new slot is being written; a free one again if it cannot be opened."""
+        try:
+            slot.enter()
+        except OSError:
+            if slot.name is None:
+                self._free.append(slot)
+            raise
         with self.mutex:
             self._busy.add(slot)
         return slot
@@ -175,11 +207,15 @@ class Pool:
         """One more directory; its own name is synced by the commit that gives it its final one."""
         with self.mutex:
             number = self._new_number()
-        slot = Slot(os.path.join(self.root, f"slot-{number}{names.PARTIAL}"), number)
+        slot = Slot(self.folder, f"slot-{number}{names.PARTIAL}", number)
         try:
-            io.mkdir(slot.path, 0o755)
-        except FileExistsError:
-            log.info("%s is there again", slot.path)  # removed and put back by somebody; a .partial is nobody's
+            if (found := self.folder.find(slot.entry)) is None:
+                self.folder.mkdir(slot.entry)
+            elif stat.S_ISDIR(found.st_mode):
+                log.info("%s is there again", slot.path)  # removed and put back by somebody; a .partial is nobody's
+            else:
+                self.folder.put_aside(slot.entry)
+                self.folder.mkdir(slot.entry)
         except OSError:
             with self.mutex:
                 self._numbers.discard(number)
@@ -287,13 +323,13 @@ class Pool:
     def recycle(self, slot: Slot) -> None:
         """Make a slot free: not a checkpoint by name, durably; a bad one if that fails."""
         try:
-            if not slot.path.endswith(names.PARTIAL):
-                partial = os.path.join(self.root, f"slot-{slot.number}{names.PARTIAL}")
-                io.rename(slot.path, partial)
-                slot.path = partial
+            if not slot.entry.endswith(names.PARTIAL):
+                partial = f"slot-{slot.number}{names.PARTIAL}"
+                self.folder.rename(slot.entry, partial)
+                slot.entry = partial
                 # Edge R: before its data is rewritten, else a power cut could bring the name "step-N" back over data
                 # that is not that checkpoint's.
-                io.fsync_dir(self.root)
+                self.folder.sync()
         except OSError as error:
             if error.errno == errno.EXDEV:
                 log.warning("%s lies in a lower layer of an overlay (a container's image): it stays where it is", slot.path)
@@ -322,36 +358,43 @@ class Pool:
         with self.mutex:
             was_busy = slot in self._busy
             self._busy.discard(slot)
-            return was_busy
+        slot.leave()
+        return was_busy
+
+    def retire(self, slot: Slot) -> None:
+        """A checkpoint that does not verify any more: put aside, by whatever name it has now."""
+        with self.mutex:
+            if slot.name is None and self._committed.pop(slot, None) is None:
+                return  # given up meanwhile
+        self.condemn(slot)
 
     def condemn(self, slot: Slot) -> None:
         """Rename it ``.bad``; if even that fails, at least this process does not use it again."""
         slot.forget()
-        if not os.path.lexists(slot.path):
+        if slot.parent.find(slot.entry) is None:
             log.error("%s is gone: somebody removed it", slot.path)
             with self.mutex:
                 self._numbers.discard(slot.number)
             return
         self._condemned += 1
-        parent = os.path.dirname(slot.path)
-        bad = os.path.join(parent, (f"slot-{slot.number}" if slot.name is None else slot.name) + names.BAD)
+        bad = (f"slot-{slot.number}" if slot.name is None else slot.name) + names.BAD
         try:
-            remove_tree(bad)  # only that of an earlier named save of this name can be there
-            io.rename(slot.path, bad)  # no sync: after a power cut, what is read is what the disk has
-            slot.path = bad
-            log.error("%s may not hold what was written to it: not used again. Check the disk, then remove it", bad)
+            slot.parent.remove_tree(bad)  # only that of an earlier named save of this name can be there
+            slot.parent.rename(slot.entry, bad)  # no sync: after a power cut, what is read is what the disk has
+            slot.entry = bad
+            log.error("%s may not hold what was written to it: not used again. Check the disk, then remove it", slot.path)
         except OSError as error:
             log.error("%s went bad and could not be renamed: not used again by this process: %s", slot.path, error)
 
     def remove(self, slot: Slot) -> None:
         """Remove a slot's directory with all that is in it."""
         try:
-            if not slot.path.endswith(names.PARTIAL):  # a named one, interrupted between its rename and the sync
-                io.rename(slot.path, slot.path + names.PARTIAL)
-                slot.path += names.PARTIAL
+            if not slot.entry.endswith(names.PARTIAL):  # a named one, interrupted between its rename and the sync
+                slot.parent.rename(slot.entry, slot.entry + names.PARTIAL)
+                slot.entry += names.PARTIAL
                 # Edge X: before its files go, else a power cut could bring the name back over what is left of them.
-                io.fsync_dir(os.path.dirname(slot.path))
-            remove_tree(slot.path)
+                slot.parent.sync()
+            slot.parent.remove_tree(slot.entry)
         except OSError as error:
             log.error("cannot remove %s: %s", slot.path, error)
             return

@@ -23,8 +23,10 @@ from fxckpt.engine.plan import Item
 from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
+from fxckpt.store.directory import local_path
 from fxckpt.store.dtypes import RawTensor, numpy_dtype
-from fxckpt.store.files import UNREADABLE, check_regular, opened, read_small
+from fxckpt.store.files import UNREADABLE, read_small
+from fxckpt.store.folder import check_regular, opened
 from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
@@ -120,8 +122,9 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
 
     Raises:
         NotAStore: the directory holds something else.
+        SetupError: it is a URL, or names a variable that nothing has expanded.
     """
-    found = [each for each in candidates(directory) if isinstance(each, Candidate)]
+    found = [each for each in candidates(local_path(directory)) if isinstance(each, Candidate)]
     return [describe(each.path, each.record) for each in reversed(found)]
 
 
@@ -137,11 +140,12 @@ def latest(directory: str | os.PathLike[str], verify: bool = True) -> Checkpoint
 
     Raises:
         NotAStore: the directory holds something else.
+        SetupError: it is a URL, or names a variable that nothing has expanded.
         NoCheckpoint: a trainer takes each one back before it is read, again and again.
     """
     for _ in range(_LOOKS):
         with suppress(NoCheckpoint):  # there are newer ones now
-            return _newest(directory, verify)
+            return _newest(local_path(directory), verify)
     raise NoCheckpoint(f"{directory}: checkpoints are replaced faster than they can be read")
 
 
@@ -212,10 +216,17 @@ class Reader:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
         for file in self.record.files:
             if file.name == names.STATE:
-                data = np.empty(self._size(file), np.uint8)
+                data = self._memory(file)
                 header = self._read(file, [(0, file.nbytes, data.ctypes.data, None, None)])
                 return {key: _tensor(placed, data) for key, placed in header.items()}
         return {}
+
+    def _memory(self, file: FileRecord) -> np.ndarray:
+        """Room for a whole file."""
+        try:
+            return np.empty(self._size(file), np.uint8)
+        except MemoryError as error:
+            raise Corrupt(self.path / file.name, f"its {file.nbytes} bytes do not fit into memory") from error
 
     def _size(self, file: FileRecord) -> int:
         """The bytes of a file, which must be what the record says: no memory is taken on a record's word alone."""
@@ -237,7 +248,9 @@ class Reader:
             try:
                 raw = np.empty(header_bytes(first8, file.nbytes, path), np.uint8)
             except Corrupt:
-                read(targets=[])  # the checksum of the first chunk tells more than a header that was written wrong
+                read(
+                    targets=[], only=range(min(1, len(file.crc32c)))
+                )  # the checksum of the first chunk tells more than a header that was written wrong
                 raise
             read(targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets], progress=progress)
             header = parse_header(raw.tobytes(), file.nbytes, path)

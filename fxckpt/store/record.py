@@ -17,9 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fxckpt.errors import Corrupt
+from fxckpt.errors import Corrupt, SetupError
 from fxckpt.store import names
 from fxckpt.store.checks import (
+    MAX_BYTES,
     Malformed,
     is_anything,
     is_count,
@@ -34,6 +35,7 @@ from fxckpt.store.checks import (
     need,
     optional,
     parse_json,
+    structure_of,
 )
 from fxckpt.store.dtypes import DTYPES, item_size
 from fxckpt.store.layout import BLOCK
@@ -142,6 +144,11 @@ class Record:
         body["layers"] = [{**vars(layer), "tensors": [vars(each) for each in layer.tensors]} for layer in self.layers]
         body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
         text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")[1:] + b"\n"
+        if len(text) + _BODY > MAX_BYTES or (found := structure_of(b"{" + text)).too_large:
+            what = f"{len(text):,} bytes" if len(text) + _BODY > MAX_BYTES else f"{found.values:,} values"
+            raise SetupError(
+                f"the record would have {what}, which no reader takes: give long lists in extra= as tensors or arrays"
+            )
         return _PREFIX + hashlib.sha256(text).hexdigest().encode() + b'",' + text
 
     @classmethod

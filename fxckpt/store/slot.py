@@ -5,16 +5,23 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 
-from fxckpt.engine import io
-from fxckpt.errors import SaveFailed
-from fxckpt.store.files import DAMAGE, in_use, opened
+from fxckpt.engine import io, read_verified
+from fxckpt.engine.plan import FileId
+from fxckpt.errors import Corrupt, SaveFailed
+from fxckpt.store.files import DAMAGE, in_use
+from fxckpt.store.folder import Folder, file_id
+from fxckpt.store.record import FileRecord
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _SYNCS = frozenset({"fsync", "fdatasync"})
+
+READ_BACK_BYTES = 16 << 20
+"""Of what a slot holds and is not rewritten, so much is read back each time that it is used, in turn: a block at least."""
 
 Notes = tuple[Hashable, dict[str, dict[int, int]]]
 """What files hold, by a token for their plan: the CRC of each chunk."""
@@ -27,24 +34,42 @@ def retires_slot(error: BaseException) -> bool:
 
 
 class Slot:
-    """A directory over its whole life in this process. ``path`` is where it is now (absolute), ``number`` its number in the
-    store, None for a named save (``name``); ``generation`` is that of the checkpoint that is or was written in it."""
+    """A directory over its whole life in this process: ``entry`` in ``parent`` now. ``number`` is its number in the store, None
+    for a named save (``name``); ``generation`` is that of the checkpoint that is or was written in it. While it is written it is
+    held open (``enter``, ``leave``), and nothing else that has its name is touched."""
 
-    def __init__(self, path: str, number: int | None, name: str | None = None):
-        self.path: str = path
+    def __init__(self, parent: Folder, entry: str, number: int | None, name: str | None = None):
+        self.parent: Folder = parent
+        self.entry: str = entry
         self.number: int | None = number
         self.name: str | None = name
         self.generation = -1
-        self.target: str | None = None  # the name that a commit is giving it
+        self.target: str | None = None  # the entry that a commit is making it
         self.suspect: bool = False  # a sync failed, or the disk reported damage: what it holds cannot be known
+        self.folder: Folder | None = None
         self._written: Notes | None = None
         self._before: Notes | None = None
+        self._files: dict[str, tuple[FileId, FileRecord]] = {}  # as they were when they were last committed
+        self._opened: dict[str, int] = {}  # inodes that the engine wrote to
+        self._turn = 0  # how many blocks were read back
 
     error: Exception | None = None  # it ends in this process, where its commit raises
+
+    @property
+    def path(self) -> str:
+        """Where it is now (absolute)."""
+        return self.parent.at(self.entry)
+
+    @property
+    def below(self) -> int:
+        """The descriptor of the directory, which is held."""
+        return self.held().fd
 
     def ended(self, timeout: float) -> bool:
         """A commit that returned is over; a slot of a monitor's store is waited for."""
         return True
+
+    # ---- what it is known to hold ----
 
     def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
         """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed. ``token`` stands
@@ -55,45 +80,117 @@ class Slot:
         """What the files held when the slot was acquired, as remembered with an equal ``token``, else {}."""
         return self._before[1] if self._before is not None and self._before[0] == token else {}
 
+    def waited(self, file: str) -> FileId | None:
+        """What a file was when what is recalled of it was true. Of another one nothing is known."""
+        return self._files[file][0] if file in self._files else None
+
     def forget(self) -> None:
         """What is on the disk is not known any more."""
         self._written = self._before = None
+        self._files, self._opened = {}, {}
 
     def begin(self) -> None:
         """The content may change from here: what was committed is what can be recalled."""
         self._before, self._written = self._written, None
+        self._opened = {}
+
+    def opened(self, inodes: Mapping[str, int]) -> None:
+        """The engine wrote to these; no other file may be committed under their names."""
+        self._opened = {name: inode for name, inode in inodes.items() if inode}
+
+    def check_written(self, file: FileRecord) -> None:
+        """That what a record is to vouch for is what was written; notes it, to know the file again. Raises ``SaveFailed``."""
+        path, found = os.path.join(self.path, file.name), self.held().find(file.name)
+        if found is None or not stat.S_ISREG(found.st_mode) or self._opened.get(file.name, found.st_ino) != found.st_ino:
+            raise SaveFailed("stat", path, detail="somebody removed it or put something else in its place while it was written")
+        if found.st_size != file.nbytes:
+            raise SaveFailed("stat", path, detail=f"the file has {found.st_size} bytes, its record {file.nbytes}")
+        self._files[file.name] = file_id(found), file
+
+    # ---- before it is written ----
+
+    def enter(self) -> None:
+        """Hold it open. Raises ``OSError``: it is gone, or something else has its name."""
+        if self.folder is None:
+            self.folder = self.parent.enter(self.entry)
+
+    def leave(self) -> None:
+        """Let go of it. Idempotent."""
+        folder, self.folder = self.folder, None
+        if folder is not None:
+            folder.close()
+
+    def held(self) -> Folder:
+        """The directory, which is held."""
+        assert self.folder is not None  # from acquire until it is committed or abandoned
+        return self.folder
+
+    def is_itself(self) -> bool:
+        """Whether its name leads to the directory that is held."""
+        found = self.parent.find(self.entry)
+        return found is not None and os.path.samestat(found, os.fstat(self.held().fd))
 
     def prepare(self) -> None:
-        """Make the files safe to rewrite in place: one that somebody has open or mapped, or that has a second name, is
-        unlinked. Whoever has it keeps its bytes, and the next writer makes a new file."""
-        for entry in list(os.scandir(self.path)):
-            if entry.is_file(follow_symlinks=False) and (why := in_use(entry.path)) is not None:
-                log.info("%s is not rewritten in place: %s; a new file takes its place", entry.path, why)
-                io.unlink(entry.path)
-                if self._before is not None:
-                    self._before[1].pop(entry.name, None)
+        """Make the files safe to rewrite in place: one that somebody has open or mapped, or that has a second name, is unlinked.
+        Whoever has it keeps its bytes, and the next writer makes a new file. What is no file is put aside, what somebody touched
+        is not known any more, and of the rest some blocks are read back."""
+        folder = self.held()
+        for name, found in folder.entries().items():
+            if not stat.S_ISREG(found.st_mode):
+                folder.put_aside(name, self.parent)
+            elif (why := in_use(folder.at(name), folder.fd)) is not None:
+                log.info("%s is not rewritten in place: %s; a new file takes its place", folder.at(name), why)
+                folder.unlink(name)
+        for name in [] if self._before is None else list(self._before[1]):
+            found_now = folder.find(name)
+            if found_now is None or name not in self._files or file_id(found_now) != self._files[name][0]:
+                log.info("%s was changed while it waited: it is written anew, as a whole", folder.at(name))
+                self._distrust(name)
+        self._read_some()
+
+    def _distrust(self, name: str) -> None:
+        if self._before is not None:
+            self._before[1].pop(name, None)
+        self._files.pop(name, None)
+
+    def _read_some(self) -> None:
+        """Read back the next few of the blocks that are not to be rewritten: a disk may lose what waits on it."""
+        known = [] if self._before is None else [(name, chunk) for name, each in self._before[1].items() for chunk in each]
+        budget = READ_BACK_BYTES
+        for _ in range(len(known)):
+            name, chunk = known[self._turn % len(known)]
+            self._turn += 1
+            if name in self._files:
+                file = self._files[name][1]
+                self._read_block(file, chunk)
+                budget -= file.chunk_bytes
+            if budget <= 0:
+                return
+
+    def _read_block(self, file: FileRecord, chunk: int) -> None:
+        """One of them. A block that was lost costs the file, and the slot if the disk says so: raises ``OSError`` then."""
+        folder = self.held()
+        try:
+            with folder.opened(file.name, os.O_RDONLY) as fd:
+                read_verified(folder.at(file.name), nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
+                              targets=[], threads=1, held=fd, only=range(chunk, chunk + 1))  # fmt: skip
+        except Corrupt as error:
+            log.error("%s rotted while it waited, and is written anew: %s", folder.at(file.name), error)
+            folder.unlink(file.name)
+            self._distrust(file.name)
 
     def reserve(self, files: Mapping[str, int]) -> None:
         """Have the file system set blocks aside for these files (name: bytes), if it can. Raises ``OSError``."""
         self.prepare()
         for name, nbytes in files.items():
-            with opened(os.path.join(self.path, name), os.O_RDWR | os.O_CREAT) as fd:
+            with self.held().opened(name, os.O_RDWR | os.O_CREAT) as fd:
                 if os.fstat(fd).st_blocks * 512 < nbytes:
-                    try:
-                        io.fallocate(fd, nbytes)
-                    except OSError as error:  # some file systems cannot; there the look at the free space has to do
-                        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-                            raise
+                    _allocate(fd, nbytes)
 
     def lacks(self, files: Mapping[str, int]) -> int:
         """Bytes of these files that have no blocks on the disk yet."""
-        total = 0
-        for name, nbytes in files.items():
-            try:
-                total += max(nbytes - os.stat(os.path.join(self.path, name)).st_blocks * 512, 0)
-            except FileNotFoundError:
-                total += nbytes
-        return total
+        found = {name: self.held().find(name) for name in files}
+        return sum(max(nbytes - (each.st_blocks * 512 if (each := found[name]) else 0), 0) for name, nbytes in files.items())
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -105,3 +202,12 @@ class Slot:
             self.suspect |= operation in _SYNCS or error.errno in DAMAGE
             path = os.fsdecode(error.filename) if error.filename else self.path
             raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
+
+
+def _allocate(fd: int, nbytes: int) -> None:
+    """Some file systems cannot; there the look at the free space has to do."""
+    try:
+        io.fallocate(fd, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise

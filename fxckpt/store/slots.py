@@ -17,20 +17,22 @@ import dataclasses
 import errno
 import logging
 import os
+import stat
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fxckpt.engine import io
 from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
 from fxckpt.store import names
 from fxckpt.store.dtypes import Tensor
-from fxckpt.store.files import make_directories, remove_tree, replace_file, write_tensors
+from fxckpt.store.files import FOREIGN, make_directories, replace_file, write_tensors
+from fxckpt.store.folder import Folder
 from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
+from fxckpt.store.read_back import OFF, ReadBack
 from fxckpt.store.reader import Candidate, candidates, directory_of, read_record
 from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Lineage, Policy
@@ -44,24 +46,25 @@ class Store:
 
     ``keep`` good checkpoints stay, apart from named ones; up to ``max_async`` more are being written. ``keep_every``
     (steps), ``keep_minutes`` and ``keep_best`` (a metric) keep more: see ``retention.Policy``.
-    ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable.
+    ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable. ``read_back``: see
+    ``read_back.ReadBack``.
     """
 
     hands_over = False  # this process commits
 
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, max_async: int = 2, fresh: bool = False,
-        keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None,
+        keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None, read_back: str = OFF,
     ):  # fmt: skip
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
         self.root: str = os.path.abspath(os.fspath(directory))
-        self._named = os.path.join(self.root, names.NAMED)
         self.fresh: bool = fresh
         self.store_id: str = ""
         check_store(self.root)
         self._policy = Policy.make(keep, keep_every, keep_minutes, keep_best)
         self._pool = Pool(self.root, keep, max_async)
+        self._read_back = ReadBack(read_back)
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
@@ -75,14 +78,20 @@ class Store:
             return
         check_store(self.root)
         make_directories(self.root)
-        self._lock = DirectoryLock(os.path.join(self.root, names.LOCK))
+        self._real = os.path.realpath(self.root)
+        folder = self._pool.folder = Folder.open(self.root)
+        try:
+            self._lock = DirectoryLock(folder)
+        except BaseException:
+            folder.close()
+            raise
         # A store dropped without close() gives its lock back; at exit the kernel does, after the last write.
-        self._finalizer = weakref.finalize(self, self._lock.release)
+        self._finalizer = weakref.finalize(self, _let_go, self._lock, folder)
         self._finalizer.atexit = False
         try:
             self._sync_what_is_there()
             found = candidates(self.root)
-            self.store_id = identify(self.root, [each.record for each in found if isinstance(each, Candidate)])
+            self.store_id = identify(self._folder, [each.record for each in found if isinstance(each, Candidate)])
             self._adopt(found)
         except BaseException:
             self.close()
@@ -94,9 +103,25 @@ class Store:
         """Edge O: make the names durable that an earlier life was killed behind, before they are relied on. It may have renamed
         a checkpoint to ``slot-K.partial`` and not have synced that: a power cut could bring its name back over a slot that is
         being rewritten. And what is loaded stays loadable."""
-        io.fsync_dir(self.root)
-        if os.path.isdir(self._named):
-            io.fsync_dir(self._named)
+        self._folder.sync()
+        if (named := self._open_named()) is not None:
+            named.sync()
+            named.close()
+
+    @property
+    def _folder(self) -> Folder:
+        """The root, held open."""
+        return self._pool.folder
+
+    def _open_named(self) -> Folder | None:
+        """The directory of named saves; None if there is none. What has its name and is none is put aside."""
+        try:
+            return self._folder.enter(names.NAMED)
+        except OSError as error:
+            if error.errno not in FOREIGN and not isinstance(error, FileNotFoundError):
+                raise
+        self._folder.put_aside(names.NAMED)
+        return None
 
     def _adopt(self, found: Sequence[Candidate | Corrupt]) -> None:
         """Take in what an earlier life left."""
@@ -115,10 +140,12 @@ class Store:
                     log.warning("%s is of another store: it can be loaded, and is never given up", path)
                     continue
             if os.path.dirname(path) == self.root:
-                self._pool.adopt_checkpoint(path, known)
-        for name in names.subdirectories(self._named):
-            if name.endswith(names.PARTIAL):  # a named save that never was
-                remove_tree(os.path.join(self._named, name))
+                self._pool.adopt_checkpoint(os.path.basename(path), known)
+        if (named := self._open_named()) is not None:
+            for name in named.entries():
+                if name.endswith(names.PARTIAL):  # a named save that never was
+                    named.remove_tree(name)
+            named.close()
         self._pool.since = self._lineage.newest if self.fresh else 0
 
     def _standing(self, record: Record, trust: str) -> CheckpointStatus:
@@ -137,9 +164,13 @@ class Store:
         return self._lock
 
     def _check_place(self) -> None:
-        """That the directory is still the one that was opened. Raises ``StoreLocked``, ``SaveFailed``."""
+        """That the directory is still the one that was opened, and ours. Raises ``StoreLocked``, ``SaveFailed``."""
+        lock = self._check_open()
         try:
-            self._check_open().renew()
+            if not os.path.samestat(os.stat(self.root), os.fstat(self._folder.fd)):  # moved away, and made anew
+                check_store(self.root)
+                self._folder.move_to(self._real)
+            lock.renew()
         except OSError as error:
             raise SaveFailed("open", os.path.join(self.root, names.LOCK), None, error.errno) from error
 
@@ -199,18 +230,24 @@ class Store:
     def _take_named(self, name: str) -> Slot:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
         names.check_name(name)
-        slot = Slot(os.path.join(self._named, name + names.PARTIAL), None, name)
+        slot = Slot(Folder(self._folder.at(names.NAMED), -1), name + names.PARTIAL, None, name)
         with self._pool.holding(), slot.reporting():
-            if os.path.lexists(os.path.join(self._named, name)) or self._pool.is_saving(name):
-                raise SetupError(f"{self._named} has a checkpoint {name!r} already: take another name, or remove it")
-            if not os.path.isdir(self._named):
-                io.mkdir(self._named, 0o755)
-            # Edge N. Each time: one that was made may not have been synced, and without that a power cut loses every
-            # named save in it.
-            io.fsync_dir(self.root)
-            remove_tree(slot.path)
-            io.mkdir(slot.path, 0o755)
-            return self._pool.occupy(slot)
+            if (named := self._open_named()) is None:
+                self._folder.mkdir(names.NAMED)
+                named = self._folder.enter(names.NAMED)
+            slot.parent = named
+            try:
+                if named.find(name) is not None or self._pool.is_saving(name):
+                    raise SetupError(f"{named.path} has a checkpoint {name!r} already: take another name, or remove it")
+                # Edge N. Each time: one that was made may not have been synced, and without that a power cut loses every
+                # named save in it.
+                self._folder.sync()
+                named.remove_tree(slot.entry)
+                named.mkdir(slot.entry)
+                return self._pool.occupy(slot)
+            except BaseException:
+                named.close()
+                raise
 
     def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run
@@ -221,15 +258,32 @@ class Store:
             if not self._pool.is_busy(slot):
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
-                extra = write_tensors(os.path.join(slot.path, names.STATE), state_tensors)
+                extra = write_tensors(slot.held(), names.STATE, state_tensors)
                 record = self._completed(record, slot, extra)
                 self._seal(slot, record)
                 self._publish(slot, record)
             self._pool.committed(slot, self._standing(record, GOOD))
+            slot.leave()
+            self._read_back.committed(slot, record.step)
             self._pool.retain()
             with self._pool.mutex:
                 self._lineage.note(record, self._pool.generations())
             return Path(slot.path)
+
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Corrupt] | None:
+        """Read back what is due of what was committed, on the thread that commits; what does not verify is put aside, and its
+        step returned with what is wrong. ``busy``: there is something to commit."""
+        try:
+            found = self._read_back.read(busy)
+            if found is None:
+                return None
+            slot, step, error = found
+            with self._pool.holding():
+                self._pool.retire(slot)
+            return step, error
+        except (OSError, StoreError) as error:
+            log.warning("a checkpoint could not be read back: %s", error)
+            return None
 
     def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
         """With what the store knows: whose it is, what it continues, and whether it is kept for good."""
@@ -243,49 +297,51 @@ class Store:
 
     def _seal(self, slot: Slot, record: Record) -> None:
         """Step 3: from here the directory describes itself."""
-        wanted = {file.name: file.nbytes for file in record.files}
-        for entry in list(os.scandir(slot.path)):
-            if entry.name not in wanted and entry.is_file(follow_symlinks=False):
-                io.unlink(entry.path)  # of an earlier plan: nobody would verify it
-        for name, nbytes in wanted.items():
-            path = os.path.join(slot.path, name)
-            found = os.stat(path).st_size
-            if found != nbytes:
-                raise SaveFailed("stat", path, detail=f"the file has {found} bytes, its record {nbytes}")
+        folder, wanted = slot.held(), {file.name for file in record.files}
+        for name, found in folder.entries().items():
+            if not stat.S_ISREG(found.st_mode):
+                folder.put_aside(name, slot.parent)
+            elif name not in wanted:
+                folder.unlink(name)  # of an earlier plan: nobody would verify it
+        for file in record.files:
+            slot.check_written(file)
         # Edge C: the record's bytes, and
-        replace_file(os.path.join(slot.path, names.COMMIT), record.to_bytes(), durable=True)
+        replace_file(folder, names.COMMIT, record.to_bytes(), durable=True)
         # edge S: the names in the slot before its final name, else a checkpoint could lack its record or a file.
-        io.fsync_dir(slot.path)
+        folder.sync()
 
     def _publish(self, slot: Slot, record: Record) -> None:
         """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
-        if slot.name is not None:
-            final = os.path.join(self._named, slot.name)
-        else:
-            final = os.path.join(self.root, names.step_name(record.step))
-            if os.path.lexists(final):  # an earlier life, or a branch that was rolled back, came past this step
-                final = os.path.join(self.root, names.step_name(record.step, record.generation))
+        final = slot.name or names.step_name(record.step)
+        if slot.name is None and slot.parent.find(final) is not None:
+            final = names.step_name(record.step, record.generation)  # an earlier life, or one rolled back, came past this step
         self._check_place()  # its bytes took their time
         slot.target = final
         try:
-            io.rename(slot.path, final)
+            slot.parent.rename(slot.entry, final)
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             self._move_files(slot)
-            io.rename(slot.path, final)
-        slot.path = final
+            slot.parent.rename(slot.entry, final)
+        slot.entry = final
+        if not slot.is_itself():
+            slot.suspect = True
+            raise SaveFailed("rename", slot.path, detail="somebody put another directory in its place while it was written")
         # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
-        io.fsync_dir(os.path.dirname(final))
+        slot.parent.sync()
 
     def _move_files(self, slot: Slot) -> None:
         """To a new directory: one of a lower layer of an overlay (a container's image) cannot get another name."""
-        old, fresh = slot.path, self._pool.make_slot()
-        log.info("%s lies in a lower layer of an overlay: its files move to %s", old, fresh.path)
-        for entry in list(os.scandir(old)):
-            io.rename(entry.path, os.path.join(fresh.path, entry.name))
-        io.fsync_dir(fresh.path)  # edge S, for these names
-        slot.path, slot.number, fresh.path, fresh.number = fresh.path, fresh.number, old, slot.number
+        fresh = self._pool.make_slot()
+        log.info("%s lies in a lower layer of an overlay: its files move to %s", slot.path, fresh.path)
+        fresh.enter()
+        for name in slot.held().entries():
+            slot.held().rename(name, name, fresh.held())
+        fresh.held().sync()  # edge S, for these names
+        slot.entry, slot.number, fresh.entry, fresh.number = fresh.entry, fresh.number, slot.entry, slot.number
+        slot.folder, fresh.folder = fresh.folder, slot.folder
+        fresh.leave()
         self._pool.remove(fresh)
 
     def discard(self, paths: Collection[str]) -> None:
@@ -294,6 +350,15 @@ class Store:
         self._check_open()
         with self._pool.moves:
             self._pool.discard(paths)
+
+    def remove_bad(self, entries: Sequence[str]) -> None:
+        """Remove these of the root's entries that end in ``.bad``. What cannot be removed stays."""
+        self._check_open()
+        for entry in entries:
+            try:
+                self._folder.remove_tree(entry)
+            except OSError as error:
+                log.error("cannot remove %s: %s", self._folder.at(entry), error)
 
     def abandon(self, slot: Slot, *, bad: bool) -> None:
         """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises. ``bad`` after EIO or
@@ -305,8 +370,8 @@ class Store:
                 if not self._pool.release(slot):
                     return
                 slot.forget()
-                if slot.target is not None and not os.path.lexists(slot.path):
-                    slot.path = slot.target  # interrupted just behind the rename
+                if slot.target is not None and slot.parent.find(slot.entry) is None:
+                    slot.entry = slot.target  # interrupted just behind the rename
                 slot.target = None
                 if bad or slot.suspect:
                     self._pool.condemn(slot)
@@ -323,6 +388,12 @@ class Store:
         if os.getpid() != self._pid or self._lock is None:
             return
         with self._pool.holding():
-            self._lock.release()
+            _let_go(self._lock, self._folder)
             self._finalizer.detach()
             self._lock = None
+
+
+def _let_go(lock: DirectoryLock, folder: Folder) -> None:
+    """Give the lock back, and the directory."""
+    lock.release()
+    folder.close()

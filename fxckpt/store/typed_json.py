@@ -43,6 +43,13 @@ def encode_state(value: Any, tensors: dict[str, Any], path: str = "") -> Any:
     return _Encoder(tensors).encode(value, path, 0)
 
 
+class Unkept(dict[str, Any]):
+    """For ``encode_state`` where only its verdict is asked for: each copy of a tensor is forgotten at once."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, None)
+
+
 def _join(path: str, name: Any) -> str:
     """The path of an element; text that is not valid Unicode is escaped, as a path is also a safetensors key."""
     try:

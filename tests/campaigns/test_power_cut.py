@@ -131,11 +131,11 @@ def interrupted(trainer: Trainer, step: int, name: str) -> None:
     slot, checkpoint = trainer.begin(step, name)
     real, named_directory = io.fsync_dir, os.path.dirname(slot.path)
 
-    def fsync_dir(path):
+    def fsync_dir(path, *below):
         if path == named_directory:
             io.fsync_dir = real
             raise KeyboardInterrupt
-        real(path)
+        real(path, *below)
 
     io.fsync_dir = fsync_dir
     with pytest.raises(KeyboardInterrupt):

@@ -260,3 +260,14 @@ def test_torch_logs_knows_our_logger():
     env = {**os.environ, "TORCH_LOGS": "+fxckpt", "PYTHONPATH": root}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.split() == [str(logging.DEBUG)], done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "nonsense"}, {"options": {"no_such": 1}}], ids=["mode", "option"])
+@pytest.mark.parametrize("name", [backend, "fxckpt"], ids=["function", "name"])
+def test_what_inductor_does_not_know_is_an_error_of_inductor_s_kind_and_words(wrong, name):
+    with pytest.raises(RuntimeError) as ours:  # at the first call: until then torch.compile shows a backend nothing of it
+        torch.compile(lambda x: x + 1, backend=name, **wrong)(torch.ones(2))
+    with pytest.raises(RuntimeError) as theirs:
+        torch.compile(lambda x: x + 1, **wrong)
+    assert str(theirs.value) in str(ours.value)
+    assert isinstance(ours.value, fxckpt.SetupError) and not isinstance(ours.value, torch._dynamo.exc.BackendCompilerFailed)

@@ -214,7 +214,7 @@ def test_weights_swapped_for_their_average_and_back():
 
 @pytest.mark.parametrize("every", [1, 3])
 @pytest.mark.parametrize("copied", ["before the next step", "after it begins"])
-def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_named(every, copied, tmp_path):
+def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_named(every, copied, tmp_path, caplog):
     """Also when the copies end before the next step looks, and when that step takes a checkpoint itself."""
     import instruments
 
@@ -230,18 +230,15 @@ def test_weights_overwritten_while_they_are_copied_drop_that_checkpoint_and_are_
     with torch.no_grad():
         model[3].weight.lerp_(torch.zeros(3, 8), 0.5)
     if copied == "before the next step":
-        with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
-            opt.ckpt.flush()
+        opt.ckpt.flush()
     instruments.delay("copy", 0)
     plain(model, model, opt, 1)
-    if copied == "after it begins":
-        with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 6"):
-            opt.ckpt.flush()
     opt.ckpt.shutdown()
+    assert re.search(r"'3\.weight' was changed in place outside opt\.step\(\).*step 6", caplog.text)
     assert 6 not in [found.step for found in fxckpt.checkpoints(tmp_path / "d")]
 
 
-def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durable_by_then(tmp_path, monkeypatch):
+def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durable_by_then(tmp_path, monkeypatch, caplog):
     """The thread that commits is held where it has seen all copies end and has not looked for changes yet."""
     check, durable, looked = Guard.check_unchanged, threading.Event(), threading.Event()
 
@@ -265,9 +262,8 @@ def test_a_change_seen_by_the_next_step_drops_the_checkpoint_though_it_is_durabl
         model[3].weight.mul_(0.5)
     plain(model, model, opt, 1)
     looked.set()
-    with pytest.raises(fxckpt.FxckptError, match=r"'3\.weight' was changed in place outside opt\.step\(\).*step 4"):
-        opt.ckpt.flush()
     opt.ckpt.shutdown()
+    assert re.search(r"'3\.weight' was changed in place outside opt\.step\(\).*step 4", caplog.text)
     assert 4 not in [found.step for found in fxckpt.checkpoints(tmp_path / "d")]
 
 
@@ -466,19 +462,6 @@ def test_half_a_step_of_one_optimizer_is_not_saved_when_another_one_has_stepped(
     opts[0].ckpt.save()
 
 
-def test_an_optimizer_that_steps_after_the_one_that_leads_is_said_and_drops_the_checkpoint_of_the_turn(caplog):
-    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 3)})
-    a, b = (torch.optim.SGD(part.parameters(), lr=0.05) for part in model.values())
-    fxckpt.compile_step([b, a], writer="mock", every=1, model=model, update="native")
-    for step in fxckpt.steps(2, optimizer=a):
-        model["b"](model["a"](data(step))).square().mean().backward()
-        a.step()
-        b.step()
-    a.ckpt.flush()
-    assert a.ckpt.statistics()["checkpoints_skipped"] == 2
-    assert caplog.text.count("put the optimizer that steps last at the end of the list") == 1
-
-
 def test_a_target_network_is_stored_as_the_turn_left_it(tmp_path):
     torch.manual_seed(0)
     model = nn.ModuleDict({"online": nn.Linear(6, 3), "target": nn.Linear(6, 3).requires_grad_(False)})
@@ -498,7 +481,6 @@ def test_a_target_network_is_stored_as_the_turn_left_it(tmp_path):
 
 
 def test_weights_clamped_after_every_step_are_stored_as_the_turn_left_them(tmp_path):
-    """The first turn shows that they change, which costs its checkpoint."""
     torch.manual_seed(0)
     model = net()
     opt = fxckpt.compile_step(adamw(model), tmp_path / "d", every=1, model=model, update="native")
@@ -510,7 +492,7 @@ def test_weights_clamped_after_every_step_are_stored_as_the_turn_left_them(tmp_p
             model[3].weight.clamp_(-0.1, 0.1)
     opt.ckpt.shutdown()
     found = opt.ckpt.statistics()
-    assert (found["checkpoints_failed"], found["checkpoints_skipped"], found["last_committed_step"]) == (0, 1, 4)
+    assert (found["checkpoints_failed"], found["checkpoints_skipped"], found["checkpoints_committed"]) == (0, 0, 4)
     other = net()
     fxckpt.load(tmp_path / "d", model=other)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))

@@ -221,7 +221,7 @@ def test_added_groups_and_unfrozen_parameters_join_the_graph():
             opt.zero_grad()
 
     opt = torch.optim.AdamW(model.parameters(), lr=0.1)
-    fxckpt.compile_step(opt, writer="mock", every=1, update="native")
+    fxckpt.compile_step(opt, writer="mock", every=1, update="native", model=[model, head])
     train(model, head, opt)
     train(*twins, torch.optim.AdamW(twins[0].parameters(), lr=0.1))
     for ours, theirs in zip((model, head), twins):

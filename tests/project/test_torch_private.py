@@ -29,6 +29,7 @@ from fxckpt.compat.dynamo import (
     graph_input,
     input_index,
     is_view,
+    limits_reached,
     source_name,
     untraced,
 )
@@ -42,13 +43,26 @@ from fxckpt.compat.inductor import (
     load_cpp,
     reset_cudagraphs,
 )
+from fxckpt.compat.module_state import (
+    added_entries,
+    fill,
+    give_back,
+    mixed_modes,
+    own_contracts,
+    set_modes,
+    state_of,
+    takes_shapes,
+)
 from fxckpt.compat.modules import (
     _WRAPPERS,
     every_module,
     extra_state_modules,
+    has_extra_state,
     named_buffers,
     named_parameters,
+    one_model,
     own_buffers,
+    owners_of,
     unwrap_model,
     wrapped_module,
 )
@@ -370,9 +384,89 @@ def test_dynamo_is_asked_before_it_is_turned_off_with_this_torch():
     assert seen == [None, None]
 
 
+# ---- module_state, and several modules ---------------------------------------------------------------------------------
+
+
+class Resized(nn.Module):
+    """Takes a table of any size, and adds a number to its state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(1))
+        self.number = 1
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "number"] = self.number
+        destination[prefix + "again"] = self.table
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        self.table = torch.empty_like(state_dict[prefix + "table"])
+        self.number = state_dict.pop(prefix + "number", 0)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def test_what_a_module_adds_to_its_own_state_dict_is_told_apart_and_given_back():
+    model = nn.Sequential(nn.Linear(1, 1), Resized())
+    assert [name for name, _ in own_contracts(model)] == ["1"]
+    assert added_entries(model[1]) == {"number": 1}
+    assert state_of(model) == {"modules": {}, "eval": [], "contracts": {"1": {"number": 1}}}
+    give_back(model[1], {"number": 5})
+    assert model[1].number == 5
+    for hook in ("_register_state_dict_hook", "register_state_dict_post_hook", "register_state_dict_pre_hook"):
+        hooked = nn.Linear(1, 1)
+        getattr(hooked, hook)(lambda *_: None)
+        assert [module for _, module in own_contracts(nn.Sequential(hooked))] == [hooked]
+
+
+def test_a_module_says_which_shapes_it_takes_without_being_changed():
+    module = Resized()
+    assert takes_shapes(module, {"table": torch.ones(3)}) and module.number == 1 and module.table.shape == (1,)
+    assert not takes_shapes(nn.BatchNorm1d(2), {"running_mean": torch.ones(3)})
+    assert not takes_shapes(nn.Linear(1, 1), {"weight": torch.ones(3)})
+    fill(module, {"table": torch.ones(3)})
+    assert module.table.tolist() == [1, 1, 1]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fill(nn.BatchNorm1d(2), {"running_mean": torch.ones(3)})
+
+
+def test_modes_are_set_one_by_one():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    assert mixed_modes([model, nn.Linear(1, 1).eval()]) == []
+    assert set_modes(model, {"1"}) == {True: [], False: ["1"]} and mixed_modes([model]) == ["1"]
+    assert set_modes(model, {""}) == {True: ["1"], False: ["Sequential"]}
+
+
+def test_several_modules_are_one_and_a_parameter_s_owner_is_found():
+    a, b, loose = nn.Linear(1, 1), nn.Sequential(nn.Linear(1, 1)), nn.Parameter(torch.ones(1))
+    assert [name for name, _ in named_parameters(one_model([a, b]))] == ["0.weight", "0.bias", "1.0.weight", "1.0.bias"]
+    assert one_model(torch.compile(a)) is a and one_model(None) is None
+    compiled = torch.compile(b)
+    assert owners_of([a.weight, b[0].bias, loose]) == {id(a.weight): a, id(b[0].bias): b}
+    del compiled
+
+
+def test_a_reached_recompile_limit_is_counted():
+    class Scheduled(nn.Module):
+        k = 0
+
+        def forward(self, x):
+            return x * (self.k + 0.5)
+
+    model, before = Scheduled(), limits_reached()
+    compiled = torch.compile(model, backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model.k in range(2):
+            compiled(torch.ones(1))
+        assert limits_reached() == before
+        for model.k in range(2, 4):
+            compiled(torch.ones(1))
+    assert limits_reached() > before
+
+
 # ---- what the sections above do not reach ------------------------------------------------------------------------------
 
-SUBJECTS = ("dynamo", "inductor", "modules", "optimizers", "tensors", "threads", "tracing")
+SUBJECTS = ("dynamo", "inductor", "module_state", "modules", "optimizers", "tensors", "threads", "tracing")
 """Files of fxckpt/compat that touch private parts; ``cuda`` is tested with devices, the others touch none."""
 
 
@@ -449,6 +543,7 @@ def test_modules_with_extra_state_are_found():
         def get_extra_state(self):
             return 3
 
+    assert has_extra_state(Counting()) and not has_extra_state(nn.Linear(1, 1))
     assert [name for name, _ in extra_state_modules(nn.Sequential(nn.Linear(1, 1), Counting()))] == ["1"]
 
 

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.errors import Corrupt, StateError
-from fxckpt.store.checks import depth_of
+from fxckpt.store.checks import structure_of
 from fxckpt.store.dtypes import raw_tensor
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
 from fxckpt.store.typed_json import decode_state, encode_state
@@ -352,7 +352,7 @@ def test_a_state_at_the_depth_limit_fits_a_record():
 def test_a_long_string_costs_no_more_than_a_few_times_its_size(text):
     tracemalloc.start()
     try:
-        assert depth_of(text) == text.startswith(b"[")
+        assert structure_of(text).depth == text.startswith(b"[")
         assert tracemalloc.get_traced_memory()[1] < 3 * len(text)
     finally:
         tracemalloc.stop()

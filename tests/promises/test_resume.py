@@ -58,14 +58,14 @@ CASES = {
         store="checkpoints",
         finish="optimizer",
         body="""
-        if step % 4 == 2:
-            opt.ckpt.save()  # every="auto" takes none in the first minute
         x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
         kill_window()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
         opt.step()
         opt.zero_grad()
+        if step % 4 == 1:  # after a forward, which tells names and buffers
+            opt.ckpt.save()  # every="auto" takes none in the first minute
         kill_window()
     """,
     ),

@@ -242,7 +242,7 @@ def test_a_file_of_the_right_checksums_but_another_layout_is_found(root):
     """Written wrong, not damaged: the record says one thing and the header another."""
     trainer = start(root)
     slot = trainer.store.acquire()
-    file = write_tensors(os.path.join(slot.path, "model.safetensors"), {"w": np.zeros(4, np.float32)})
+    file = write_tensors(slot.held(), "model.safetensors", {"w": np.zeros(4, np.float32)})
     wrong = TensorRecord("model.safetensors", "w", 4096 - 16, 16, (2, 2), "F32")
     layer = LayerRecord(0, "w", "update", 1, 1.0, 4, 16, (wrong,))
     path = trainer.store.commit(slot, a_record(1, files=(file,), layers=(layer,)), {})

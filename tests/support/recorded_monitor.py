@@ -38,11 +38,11 @@ def interruptible(marker: Path) -> None:
     """Have the sync of ``named/`` fail when the test asks for it."""
     real = io.fsync_dir
 
-    def fsync_dir(path: str) -> None:
+    def fsync_dir(path: str, *below: int) -> None:
         if os.path.basename(path) == "named" and marker.exists():
             os.unlink(marker)
             instruments.fail(1, errno.EMFILE, "open")
-        real(path)
+        real(path, *below)
 
     io.fsync_dir = fsync_dir
 

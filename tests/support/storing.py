@@ -215,9 +215,9 @@ def overlay(monkeypatch, root: Path) -> None:
     """From now on the directories that are in ``root`` behave as those of a lower layer of an overlay do: rename(2) refuses."""
     lower, rename = {path.stat().st_ino for path in root.iterdir() if path.is_dir()}, io.rename
 
-    def refuse(old, new):
+    def refuse(old, new, *below):
         if os.stat(old).st_ino in lower:
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), os.fspath(old))
-        rename(old, new)
+        rename(old, new, *below)
 
     monkeypatch.setattr(io, "rename", refuse)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ class FirstBackward:
     """Listens to the backwards before the first step; once stopped it costs nothing. What a compiled region computes arrives all
     at once, so this orders regions, and what is not compiled."""
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], told: Callable[[], None]):
+        self._told = told  # of each gradient
         self._order: dict[int, None] = {}
         self._params = [p for opt in optimizers for group in opt.param_groups for p in group["params"] if p.requires_grad]
         self._nodes = [gradient_accumulator(p) for p in self._params]  # hooks live as long as these
@@ -26,6 +27,7 @@ class FirstBackward:
     @staticmethod
     def _arrived(this: weakref.ref, at: int, *_: Any) -> None:
         if (self := this()) is not None:
+            self._told()
             self._order.pop(at, None)  # the last time counts
             self._order[at] = None
 

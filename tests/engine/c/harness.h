@@ -166,7 +166,7 @@ static inline void check_idle(struct fx_engine *engine) {
 static inline struct fx_checkpoint *begin(struct fx_engine *engine, struct model *m, const char *path) {
     struct fx_checkpoint *ck = NULL;
     struct fx_error error;
-    return fx_begin(engine, m->plan, &path, NULL, NULL, &ck, &error) ? NULL : ck;
+    return fx_begin(engine, m->plan, AT_FDCWD, &path, NULL, &ck, &error) ? NULL : ck;
 }
 
 /* A durable checkpoint's file holds every layer as it was after the update of `step`, and its checksums hold.
@@ -175,7 +175,7 @@ static inline void check_file(struct model *m, struct fx_checkpoint *ck, const c
     char *file = malloc(m->nbytes), *expected = malloc(m->nbytes + 1);
     struct fx_target target = {.nbytes = m->nbytes, .itemsize = 1, .view = {.address = file, .ndim = -1}};
     struct fx_error error;
-    int fd = fx_open(path, O_RDONLY | O_CLOEXEC, 0);
+    int fd = fx_open(AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
     CHECK(fd >= 0, "%s", path);
     int r = fx_read_verified(fd, path, m->nbytes, m->chunk, fx_crcs(ck), 0, fx_plan_chunks(m->plan), &target,
                              1, 2, &error);

@@ -101,7 +101,7 @@ static void start(struct pair *pair, uint64_t step) {
     CHECK(pair->sent);
     const char *path = pair->path;
     struct fx_checkpoint *received = NULL;
-    CHECK(fx_begin(monitor, chunks, &path, NULL, NULL, &received, &error) == 0);
+    CHECK(fx_begin(monitor, chunks, AT_FDCWD, &path, NULL, &received, &error) == 0);
     pthread_mutex_lock(&registry);
     pair->received = received;
     pair->step = step;
@@ -147,7 +147,7 @@ static void die(pthread_t thread) {
     while (statistics.staging_bytes && now_ns() < limit);
     const char *path = "";
     struct fx_checkpoint *none;
-    CHECK(fx_begin(trainer, model.plan, &path, NULL, NULL, &none, &error) == -EPIPE);
+    CHECK(fx_begin(trainer, model.plan, AT_FDCWD, &path, NULL, &none, &error) == -EPIPE);
     end(&pair->sent);
     fx_cancel(pair->received);
     end(&pair->received);

@@ -1,0 +1,131 @@
+"""What runs in a loader's workers: each batch carries the state of the worker that made it, as it was after the batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.utils.data import get_worker_info
+
+from fxckpt.compat.loaders import DataEnded, pinned, take_back_place, takes_back_its_place, tell_end
+from fxckpt.data.generators import Owned, entry, global_generators, packed, read, same, write_all
+from fxckpt.data.sampling import Order
+
+State = dict[str, Any]
+
+
+class Carried:
+    """A batch, its worker's number, and what changed of that worker's state since its batch before: None for nothing."""
+
+    __slots__ = ("batch", "state", "worker")
+
+    def __init__(self, batch: Any, worker: int, state: State | None):
+        self.batch, self.worker, self.state = batch, worker, state
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Carried, (self.batch, self.worker, self.state)
+
+    def pin_memory(self) -> Carried:
+        """As the loader's own thread pins a batch; a type of the user's is asked itself."""
+        return Carried(pinned(self.batch), self.worker, self.state)
+
+
+class Arrivals:
+    """The training process's side: what each worker had become behind the last batch that arrived, and the order of the pass."""
+
+    def __init__(self, former: list[State], drew: bool):
+        self.states, self.drew = former, drew
+        self.order: Order | None = None
+
+    def watch(self, indices: Iterator[Any]) -> Iterator[Any]:
+        """The indices of a pass that begins; an iterable data set has none."""
+        return indices if self.order is None else self.order.watch(indices)
+
+    def receive(self, data: Any) -> None:
+        """A result arrived, be it to be handed out later or never. A batch gets its worker's whole state."""
+        if type(data) is Carried:
+            self._merge(data.worker, data.state)
+            data.state = self.states[data.worker]
+        elif type(data) is DataEnded:
+            self._merge(data.worker_id, data.state)
+
+    def _merge(self, worker: int, changed: State | None) -> None:
+        if changed:
+            self.drew = True
+            self.states[worker] = {**self.states[worker], **changed}
+
+
+class InWorker:
+    """A loader's ``worker_init_fn`` and ``collate_fn`` around the user's own. The two are pickled together, so that they are one
+    object in each worker."""
+
+    def __init__(
+        self, collate: Callable[[Any], Any], init: Callable[[int], Any] | None, former: list[State], batch_size: int | None
+    ):
+        """``former``: the state of each former worker, empty where it made no batch; ``batch_size``: of an iterable data set."""
+        self._collate, self._user_init, self._former, self._batch_size = collate, init, former, batch_size
+        self._dataset: Any = None
+        self._ended = False
+        self._batches = 0
+
+    def init(self, worker: int) -> None:
+        """A new worker of that number, begun as ever; then what the former one had become."""
+        if self._user_init is not None:
+            self._user_init(worker)
+        info = get_worker_info()
+        assert info is not None
+        self._worker, self._dataset, self._stateful = worker, info.dataset, takes_back_its_place(info.dataset)
+        self._owner = Owned(lambda: {"dataset": self._dataset, "collate_fn": self._collate})
+        if self._former and self._former[worker]:
+            self._restore(self._former[worker])
+        self._generators = self._find()
+        self._last = {name: read(each) for name, each in self._generators.items()}
+        tell_end(self._end)
+
+    def _restore(self, state: State) -> None:
+        write_all(global_generators(), {name: value for (where, name), value in _split(state) if where == "global"})
+        self._owner.write({name: value for (where, name), value in _split(state) if where == "own"})
+        self._ended = state.get("ended", False)
+        if "dataset" in state:
+            take_back_place(self._dataset, state["dataset"], in_worker=True)
+
+    def _find(self) -> dict[str, Any]:
+        found = {f"global/{name}": each for name, each in global_generators().items()}
+        return {**found, **{f"own/{name}": each for name, each in self._owner.find().items()}}
+
+    def collate(self, samples: Any) -> Carried:
+        """The user's batch, and what this worker has become."""
+        if self._ended:  # its data set had ended, and what its state says may be a new beginning
+            self._restore(self._former[self._worker])
+            raise StopIteration
+        batch = self._collate(samples)
+        self._batches += 1
+        if self._batches <= 2:  # made at the first sample, perhaps
+            self._generators = self._find()
+        state = self._changed()
+        if self._batch_size is not None and len(samples) < self._batch_size:
+            state["ended"] = True
+        if self._stateful:
+            state["dataset"] = copy.deepcopy(self._dataset.state_dict())  # it is pickled later, in another thread
+        return Carried(batch, self._worker, state or None)
+
+    def _end(self) -> State:
+        """The data set of this worker ended; the next pass begins anew."""
+        self._ended = False
+        return self._changed()
+
+    def _changed(self) -> State:
+        """States of the generators that this batch drew from."""
+        found: State = {}
+        for name, generator in self._generators.items():
+            now = read(generator)
+            if name not in self._last or not same(self._last[name], now):
+                self._last[name] = now
+                found[name] = packed(now) if name.startswith("global/") else entry(generator, now)
+        return found
+
+
+def _split(state: State) -> list[tuple[tuple[str, str], Any]]:
+    """A state's generators by where they are and their names."""
+    return [((where, name), value) for key, value in state.items() for where, slash, name in [key.partition("/")] if slash]

@@ -1,0 +1,156 @@
+"""Watches a loop without boundaries: what is changed before a backward, and what behind a step.
+
+From its start (``compile_step``, ``load``) to the first gradient a process does what a resumed one does in place of what lies
+between an ``opt.step()`` and the next gradient. What changes in this first turn is changed by the head of an iteration or by a
+forward, and is taken at the end of a step: a resumed run changes it again. What changes there in later turns only is changed
+behind the step, and is taken when the next backward begins: no head and no forward has touched it. Random numbers that only
+later turns draw are drawn behind the step, too, and no instant holds both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import types
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxckpt.compat.draws import Position, drawn, positions
+from fxckpt.compat.tensors import version_of
+from fxckpt.saving.guard import WAY_OUT, ChangedInTurns
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+_LONGEST = 4096  # elements of a list that are looked at
+_LARGEST = 1 << 16  # bytes of an array that are looked at
+_LARGEST_BUFFER = 1 << 24
+
+Marks = dict[tuple[str, str], object]
+"""By kind (``"buffer"``, ``"parameter"``, ``"extra"``) and name of what may change outside ``opt.step()``, something that is equal
+as long as it has not."""
+
+
+class Unlike(ChangedInTurns):
+    """Random numbers were drawn after the step that ordinary turns do not draw: its checkpoint is dropped, which is no failure."""
+
+
+def mark(value: Any, depth: int = 8) -> object:
+    """Something that differs once ``value`` was changed. A large array is looked at only in part."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr() if value.layout is torch.strided else id(value), version_of(value), tuple(value.shape)
+    if isinstance(value, np.ndarray):
+        return value.shape, zlib.crc32(value.tobytes()) if value.nbytes <= _LARGEST and value.dtype != object else id(value)
+    if depth == 0:
+        return id(value)
+    if isinstance(value, Mapping):
+        return tuple((repr(key), mark(each, depth - 1)) for key, each in list(value.items())[:_LONGEST])
+    if isinstance(value, (list, tuple, deque, set, frozenset)):
+        return len(value), tuple(mark(each, depth - 1) for each in list(value)[-_LONGEST:])
+    if isinstance(value, (bool, int, float, complex, str, bytes, type(None))):
+        return repr(value)
+    if isinstance(value, types.SimpleNamespace) or dataclasses.is_dataclass(value):
+        return mark(vars(value), depth - 1)
+    return id(value)
+
+
+def mark_buffer(buffer: torch.Tensor) -> object:
+    """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting that as a change.
+    Differs always where they are too many, or lie on a device."""
+    if buffer.device.type != "cpu" or buffer.layout is not torch.strided or buffer.nbytes > _LARGEST_BUFFER:
+        return object()
+    return mark(buffer), zlib.crc32(buffer.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+class PlainLoop:
+    """Holds the marks of the start and of the last step's end. ``look`` takes those of now; True: of parameters, too.
+
+    ``changed``: what changes before a backward in every turn, the first included; None: not known. ``watching``: the first turn
+    is not over.
+    """
+
+    def __init__(self, look: Callable[[bool], Marks]):
+        self._look = look
+        self.changed: set[tuple[str, str]] | None = None
+        self.watching: bool = False
+        self._known: set[tuple[str, str]] = set()  # what there was at the start, and at the first gradient still
+        self._marks: Marks = {}
+        self._positions: dict[str, Position] = {}
+        self._behind: set[tuple[str, str]] | None = None  # extras that some turn changed behind its step
+        self._first_drawn: dict[str, int] = {}
+        self._drawn: dict[str, int] = {}
+        self._alike = self._odd = 0  # turns that drew as the first one did; others since
+        self._said = False
+
+    def start(self) -> None:
+        """The process is where a resumed one would begin."""
+        self.changed, self.watching = None, True
+        self._marks, self._positions = self._look(True), positions()
+
+    def first_gradient(self, plain: bool) -> None:
+        """The first turn has come to its backward; ``plain``: in a loop without boundaries."""
+        self.watching = False
+        if plain:
+            now = self._look(True)
+            self._known = now.keys() & self._marks.keys()
+            self.changed = {key for key in self._known if now[key] != self._marks[key]}
+            self._first_drawn = drawn(self._positions, positions())
+
+    def step_ended(self) -> None:
+        """What is taken at the end of ``opt.step()`` is taken now."""
+        self._marks, self._positions = self._look(False), positions()
+
+    def is_early(self, kind: str, name: str) -> bool:
+        """Is it taken at the end of a step? What is not known to stay as it is before a backward is, but for extras."""
+        if self.changed is None or (kind, name) not in self._known:
+            return kind != "extra"
+        return (kind, name) in self.changed
+
+    def moved(self) -> bool:
+        """Has what is taken at the end of a step changed since, or was anything drawn?"""
+        return any(self.is_early(*key) for key in self._changed_since()) or positions() != self._positions
+
+    def check(self, step: int) -> None:
+        """The next backward begins. Raises Unlike if random numbers were drawn behind the step."""
+        if self.changed is not None:
+            self._behind = (self._behind or set()) | {key for key in self._changed_since() if not self.is_early(*key)}
+            self._check_draws(step)
+
+    def unfinished(self) -> bool:
+        """The process ends: was the last turn left before all that turns change behind their step was changed?"""
+        if self._behind is None:
+            return any(kind == "extra" and not self.is_early(kind, name) for kind, name in self._marks)
+        return not self._behind <= self._changed_since()
+
+    def _changed_since(self) -> set[tuple[str, str]]:
+        """What is not as it was at the step's end."""
+        return {key for key, each in self._look(False).items() if key in self._marks and each != self._marks[key]}
+
+    def _check_draws(self, step: int) -> None:
+        """Were as many random numbers drawn as in the first turn? Where that differs once in a while, something else was drawn
+        behind the step (an evaluation's loader draws a seed): that checkpoint is dropped. Where it always differs from the
+        first turn, the first turn does what the others do not (a loader's iterator is made)."""
+        before, self._drawn = self._drawn, drawn(self._positions, positions())
+        common = self._drawn.keys() & self._first_drawn.keys()
+        if all(self._drawn[name] == self._first_drawn[name] for name in common):
+            self._alike, self._odd = self._alike + 1, 0
+            return
+        self._odd += 1
+        if self._alike >= 2 and self._odd == 1:
+            what = f"more random numbers than usual were drawn after step {step}, perhaps by an evaluation"
+            raise Unlike(f"{what}, and a run that resumes from it would not draw them. {WAY_OUT}")
+        if self._alike == 0 and self._odd >= 2 and self._drawn == before:
+            self._say(
+                "before the first step other random numbers are drawn than between later ones, as a loader's iterator does: a run "
+                f"that resumes draws them again, and goes on with other ones than this run. {WAY_OUT}."
+            )
+
+    def _say(self, what: str) -> None:
+        """Once."""
+        if not self._said:
+            self._said = True
+            log.warning("fxckpt: %s", what)

@@ -1,0 +1,356 @@
+"""A checkpoint is of the instant between two iterations, whoever steps in them and whatever lies around them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxckpt
+
+
+class Killed(Exception):
+    """In place of SIGKILL: a script ends here, and what was not committed is lost."""
+
+
+class Life:
+    """One life of a script: two networks, an optimizer each, a scheduler, a loader of ten batches. ``dies``: after so many turns."""
+
+    def __init__(self, directory: Path | None, dies: int = -1, **options):
+        torch.manual_seed(0)
+        self.a = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.3))
+        self.b = nn.Linear(4, 2)
+        self.opts = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (self.a, self.b)]
+        self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.opts[0], 0.9)
+        self.loader = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+        self.dies, self.turns = dies, 0
+        self.ours = directory is not None
+        if self.ours:
+            both = nn.ModuleList([self.a, self.b])
+            extra = {"scheduler": self.scheduler}
+            fxckpt.compile_step(self.opts, directory, model=both, extra=extra, update="native", **{"every": 1, **options})
+            fxckpt.load()
+            torch.rand(5)  # drawn before the loop: no run that goes on draws it here
+
+    def turn(self) -> None:
+        """What a script does in each iteration, at its end."""
+        self.turns += 1
+        if self.turns == self.dies:
+            raise Killed
+
+    def loss(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)).square().mean()
+
+    def step(self, x: torch.Tensor, order: tuple[int, ...] = (0, 1)) -> None:
+        self.loss(x).backward()
+        for i in order:
+            self.opts[i].step()
+            self.opts[i].zero_grad()
+
+    def bits(self) -> list[torch.Tensor]:
+        states = [value for opt in self.opts for state in opt.state.values() for value in state.values()]
+        tensors = [
+            *self.a.state_dict().values(),
+            *self.b.state_dict().values(),
+            *states,
+            torch.tensor(self.scheduler.get_last_lr()),
+        ]
+        return [t.clone() for t in tensors if isinstance(t, torch.Tensor)]
+
+
+def live(script: Callable[[Life], None], directory: Path | None, dies: int = -1, **options) -> Life:
+    """One life; one that dies leaves what was committed."""
+    life = Life(directory, dies, **options)
+    try:
+        script(life)
+    except Killed:
+        pass
+    if life.ours:
+        life.opts[0].ckpt.shutdown()
+    return life
+
+
+def check(
+    script: Callable[[Life], None], plain: Callable[[Life], None] | None, tmp_path: Path, deaths: list[int], **options
+) -> Life:
+    """Plain, whole, and killed again and again: the same bits. Returns the last life."""
+    whole = live(script, tmp_path / "whole", **options)
+    for dies in deaths:
+        live(script, tmp_path / "killed", dies, **options)
+    last = live(script, tmp_path / "killed", **options)
+    for name, a, b in zip(range(1000), whole.bits(), last.bits()):
+        assert torch.equal(a, b), name
+    if plain is not None:
+        torch.manual_seed(0)
+        stock = Life(None)
+        torch.rand(5)
+        plain(stock)
+        for name, a, b in zip(range(1000), whole.bits(), stock.bits()):
+            assert torch.equal(a, b), name
+    return last
+
+
+def epochs_of(batches: Callable, epochs: Callable) -> Callable[[Life], None]:
+    def script(life: Life) -> None:
+        for epoch in epochs(3):
+            for x in batches(life.loader):
+                life.step(x)
+                life.turn()
+            life.scheduler.step()
+            life.turn()
+
+    return script
+
+
+@pytest.mark.parametrize("deaths", [[1], [10], [11], [12, 3], [5, 5, 5], [22], [33]])
+def test_a_run_goes_on_in_the_middle_of_an_epoch_behind_its_last_batch_and_at_its_end(deaths, tmp_path):
+    check(epochs_of(fxckpt.batches, fxckpt.epochs), epochs_of(iter, range), tmp_path, deaths)
+
+
+def test_where_one_is_can_be_asked_for(tmp_path):
+    seen = []
+
+    def script(life: Life) -> None:
+        ckpt = life.opts[0].ckpt
+        for epoch in fxckpt.epochs(2):
+            for i, x in enumerate(fxckpt.batches(life.loader), ckpt.batch):
+                assert (ckpt.epoch, ckpt.batch) == (epoch, i)
+                life.step(x)
+                seen.append((epoch, i))
+                life.turn()
+
+    live(script, tmp_path, dies=13)
+    assert seen == [(0, i) for i in range(10)] + [(1, 0), (1, 1), (1, 2)]
+    seen.clear()
+    life = Life(tmp_path)
+    found = fxckpt.load()
+    assert (found.epoch, found.batch) == (1, 2)
+    script(life)
+    life.opts[0].ckpt.shutdown()
+    assert seen == [(1, i) for i in range(2, 10)]
+
+
+def test_epochs_without_batches_and_without_an_end_are_boundaries(tmp_path):
+    def script(life: Life) -> None:
+        for _ in fxckpt.epochs():
+            for x in life.loader:  # all of it runs again
+                life.step(x)
+            life.scheduler.step()
+            life.turn()
+            if life.scheduler.last_epoch == 6:
+                break
+
+    check(script, None, tmp_path, [2, 2])
+
+
+ORDERS = {
+    "the list's last first": [(1, 0)],
+    "only the first": [(0,)],
+    "only the second": [(1,)],
+    "one three times, then the other": [(0, 0, 0, 1)],
+    "one every third turn": [(1,), (1,), (1, 0)],
+    "none every second turn": [(0, 1), ()],
+    "another order each time": [(0, 1), (1, 0), (1, 0, 1), (0,)],
+    "one after another": [(0,)] * 7 + [(1,)] * 7,
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS.keys())
+@pytest.mark.parametrize("every", [1, 3])
+def test_optimizers_may_step_in_any_order_and_number(order, every, tmp_path):
+    def script(life: Life) -> None:
+        for step in fxckpt.steps(14):
+            life.step(life.loader[step % 10], order[step % len(order)])
+            life.turn()
+
+    last = check(script, None, tmp_path, [5, 4], every=every)
+    found = last.opts[0].ckpt.statistics()
+    assert found["checkpoints_failed"] == 0 and found["checkpoints_committed"] > 0
+    assert every > 1 or found["last_committed_step"] == found["steps"]
+
+
+def test_optimizers_that_step_inside_the_backward_have_checkpoints_of_the_boundary(tmp_path):
+    def script(life: Life) -> None:
+        a, b = life.opts
+        next(life.a.parameters()).register_post_accumulate_grad_hook(lambda p: a.step())
+        life.b.weight.register_post_accumulate_grad_hook(lambda p: b.step())
+        for step in fxckpt.steps(12):
+            life.loss(life.loader[step % 10]).backward()
+            a.zero_grad(), b.zero_grad()
+            life.turn()
+
+    check(script, None, tmp_path, [5, 4])
+
+
+def test_without_a_boundary_steps_inside_the_backward_are_refused_before_a_mixture_can_be_taken(tmp_path):
+    a, b = nn.Linear(4, 4), nn.Linear(4, 2)
+    first, last = (torch.optim.SGD(m.parameters(), lr=0.1) for m in (a, b))
+    for m, opt in ((a, first), (b, last)):
+        m.weight.register_post_accumulate_grad_hook(lambda p, opt=opt: opt.step())
+    fxckpt.compile_step([first, last], tmp_path, model=nn.ModuleList([a, b]), every=1, update="native")
+    with pytest.raises(fxckpt.SetupError, match=r"mix two steps.*fxckpt\.steps"):
+        b(a(torch.ones(2, 4))).sum().backward()
+    last.ckpt.shutdown()
+    assert fxckpt.checkpoints(tmp_path) == []
+
+
+def test_without_a_boundary_an_optimizer_that_leads_and_does_not_step_is_said(tmp_path, caplog):
+    life = Life(tmp_path)
+    for x in life.loader:
+        life.step(x, (0,))
+    life.opts[0].ckpt.shutdown()
+    assert caplog.text.count("no checkpoint is taken") == 1
+
+
+def test_what_an_iteration_changes_after_its_step_is_in_its_checkpoint_from_the_first_on(tmp_path):
+    def script(life: Life) -> None:
+        for step in fxckpt.steps(8):
+            life.step(life.loader[step])
+            with torch.no_grad():
+                life.a[0].weight.clamp_(-0.2, 0.2)  # trained
+                life.a[1].running_mean.mul_(0.5)  # a buffer
+            life.scheduler.step()
+            torch.rand(3)
+            life.turn()
+
+    last = check(script, None, tmp_path, [1, 2, 3])
+    assert last.opts[0].ckpt.statistics()["checkpoints_skipped"] == 0
+
+
+def test_a_loop_over_batches_inside_another_one_is_only_data(tmp_path):
+    def script(life: Life) -> None:
+        for epoch in fxckpt.epochs(2):
+            for x in fxckpt.batches(life.loader):
+                for y in fxckpt.batches(life.loader[:2]):
+                    life.step(x + y)
+                life.turn()
+
+    check(script, None, tmp_path, [4, 8])
+
+
+def test_batches_drawn_inside_of_steps_go_on_over_the_ends_of_passes(tmp_path):
+    def endless(life: Life):
+        while True:
+            yield from fxckpt.batches(life.loader)
+
+    def script(life: Life) -> None:
+        source = endless(life)
+        for _ in fxckpt.steps(25):
+            life.step(next(source))
+            life.turn()
+
+    def plain(life: Life) -> None:
+        for step in range(25):
+            life.step(life.loader[step % 10])
+
+    check(script, plain, tmp_path, [4, 8, 9])
+
+
+def test_two_loaders_side_by_side(tmp_path):
+    def script(life: Life) -> None:
+        for x, y in zip(fxckpt.batches(life.loader), fxckpt.batches(list(reversed(life.loader)))):
+            life.step(x - y)
+            life.turn()
+
+    check(script, None, tmp_path, [4, 3])
+
+
+@pytest.mark.parametrize("left", ["break", "continue", "exception"])
+def test_iterations_that_are_left_early(left, tmp_path):
+    def script(life: Life) -> None:
+        for epoch in fxckpt.epochs(3):
+            try:
+                for i, x in enumerate(fxckpt.batches(life.loader), life.opts[0].ckpt.batch):
+                    life.step(x)
+                    life.turn()
+                    if i == 6 and left == "break":
+                        break
+                    if i == 6 and left == "continue":
+                        continue
+                    if i == 6 and left == "exception":
+                        raise ValueError
+                    life.scheduler.step()
+            except ValueError:
+                pass
+            life.scheduler.step()
+            life.turn()
+
+    check(script, None, tmp_path, [3, 5, 9])
+
+
+def test_a_second_loop_that_trains_in_one_epoch_is_refused_with_the_way_out(tmp_path):
+    life = Life(tmp_path)
+    for x in fxckpt.batches(life.loader):
+        life.step(x)
+    with pytest.raises(fxckpt.SetupError, match=r"fxckpt\.epochs"):
+        for x in fxckpt.batches(life.loader):
+            life.step(x)
+    life.opts[0].ckpt.shutdown()
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 10
+
+
+def test_a_loop_over_batches_that_does_not_train_may_follow(tmp_path):
+    def script(life: Life) -> None:
+        for epoch in fxckpt.epochs(3):
+            for x in fxckpt.batches(life.loader):
+                life.step(x)
+                life.turn()
+            life.a.eval()
+            for x in fxckpt.batches(tuple(life.loader)):
+                life.a(x)
+            life.a.train()
+            life.turn()
+
+    check(script, None, tmp_path, [4, 8, 11])
+
+
+def test_accumulation_closes_each_iteration_and_keeps_the_gradients(tmp_path):
+    def script(life: Life) -> None:
+        for epoch in fxckpt.epochs(2):
+            for i, x in enumerate(fxckpt.batches(life.loader), life.opts[0].ckpt.batch):
+                life.loss(x).backward()
+                if i % 3 == 2:
+                    for opt in life.opts:
+                        opt.step()
+                        opt.zero_grad()
+                life.turn()
+
+    check(script, None, tmp_path, [4, 7])
+
+
+def test_flush_inside_an_iteration_waits_for_those_before_it(tmp_path):
+    life = Life(tmp_path)
+    for step in fxckpt.steps(3):
+        life.step(life.loader[step])
+        life.opts[0].ckpt.flush()
+        assert life.opts[0].ckpt.statistics()["last_committed_step"] == (step or None)
+    life.opts[0].ckpt.shutdown()
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 3
+
+
+def test_a_checkpoint_that_begins_with_the_guessed_last_step_is_handed_over_layer_by_layer(tmp_path, caplog):
+    """From the second iteration on the layers are emitted inside the step, not at the boundary."""
+    caplog.set_level(logging.DEBUG, "fxckpt")
+    life = Life(tmp_path)
+    emitted = []
+    emitter = life.opts[0].ckpt._run.emitter
+    real = emitter.hand_over
+    emitter.hand_over = lambda *args, **how: (emitted.append(life.where), real(*args, **how))[1]
+    for step in fxckpt.steps(3):
+        life.where = step, "in the step"
+        life.step(life.loader[step])
+        life.where = step, "at the boundary"
+    life.opts[0].ckpt.shutdown()
+    assert {where for where in emitted if where[1] == "in the step"} == {(1, "in the step"), (2, "in the step")}
+
+
+def test_a_length_is_the_loaders(tmp_path):
+    life = Life(tmp_path)
+    assert len(fxckpt.batches(life.loader)) == 10
+    with pytest.raises(TypeError):
+        len(fxckpt.batches(iter(life.loader)))
+    life.opts[0].ckpt.shutdown()
