@@ -16,6 +16,7 @@ from marked_script import changed_lines, without_fxckpt
 
 ROUNDS, KILLS = int(os.environ.get("FXCKPT_LOOPS", "1")), 3
 MOST_CHANGED = 8
+IN_FLIGHT = 3  # checkpoints may be under way, and are given up, when a tensor proves to change outside of steps
 SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("*.py"))
 
 
@@ -31,7 +32,7 @@ def test_a_loop_ends_with_the_same_bits_plain_whole_and_killed_at_random(script,
     loop = Loop(fork_server, script.read_text(), tmp_path)
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed the bits of an uninterrupted run"
-    assert whole.committed > 2 >= whole.dropped
+    assert whole.committed > IN_FLIGHT >= whole.dropped
     for seed in random.SystemRandom().sample(range(2**32), ROUNDS):
         assert loop.killed(KILLS, plain.backwards, seed).lines == plain.lines, f"seed {seed}: resumed, it ended otherwise"
         counted("kills of loops as people write them", KILLS)

@@ -45,7 +45,7 @@ loader = DataLoader(TensorDataset(x, x[:, :3].sin().sum(1, keepdim=True)), batch
 model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 1))
 base = torch.optim.Adam(model.parameters(), lr=1e-2)
 optimizer = Lookahead(base)
-fxckpt.compile_step(base, "ckpt", model=model, every=1, update="native", extra={"lookahead": optimizer})  # fxckpt
+fxckpt.compile_step(optimizer, "ckpt", model=model, every=1, update="native")  # fxckpt
 fxckpt.load()  # fxckpt
 for _epoch in fxckpt.epochs(5):  # fxckpt, was: for _epoch in range(5):
     for inputs, targets in fxckpt.batches(loader):  # fxckpt, was: for inputs, targets in loader:

@@ -42,7 +42,7 @@ x = torch.randn(48, 6, generator=g)
 loader = DataLoader(TensorDataset(x, (x[:, 0] * x[:, 1] > 0).long()), batch_size=8, shuffle=True)
 model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 2))
 optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
-opt = fxckpt.compile_step(optimizer.base_optimizer, "ckpt", model=model, every=1, update="native")  # fxckpt
+opt = fxckpt.compile_step(optimizer, "ckpt", model=model, every=1, update="native")  # fxckpt
 fxckpt.load()  # fxckpt
 for epoch in fxckpt.epochs(5):  # fxckpt, was: for epoch in range(5):
     optimizer.param_groups[0]["lr"] = 0.1 if epoch < 3 else 0.02
