@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from fxckpt.data.source import Source, source_of
+from fxckpt.data import Source, source_of
 from fxckpt.errors import SetupError
 from fxckpt.run.clock import StepClock
 

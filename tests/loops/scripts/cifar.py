@@ -66,8 +66,6 @@ np.random.seed(0)
 trainloader = DataLoader(Cifar(48, 1, True), batch_size=8, shuffle=True)
 testloader = DataLoader(Cifar(32, 2, False), batch_size=16)
 net = nn.Sequential(BasicBlock(3, 6, 1), BasicBlock(6, 8, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
-quick = {"inner": "eager"}  # no kernels are compiled: this is about the loop
-net = torch.compile(net, backend=fxckpt.backend, options=quick)  # fxckpt, was: net = torch.compile(net, backend="eager")
 criterion = nn.CrossEntropyLoss()
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=5)
