@@ -36,13 +36,14 @@ class EMA(nn.Module):
         self.register_buffer("step", torch.tensor(0))
         self.online_model = [model]
 
+    @torch.no_grad()
     def update(self):
         step = self.step.item()
         self.step += 1
         if step % 2:
             return
         for ma, current in zip(self.ema_model.parameters(), self.online_model[0].parameters()):
-            ma.data.copy_(current.data) if step < 10 else ma.data.lerp_(current.data, 1.0 - self.beta)
+            ma.copy_(current) if step < 10 else ma.lerp_(current, 1.0 - self.beta)
 
 
 class Trainer:

@@ -108,8 +108,9 @@ for global_step in fxckpt.steps(TOTAL):  # fxckpt, was: for global_step in range
                 alpha_loss.backward()
                 a_optimizer.step()
                 alpha = log_alpha.exp().item()
-        for net, target_net in ((qf1, qf1_target), (qf2, qf2_target)):
-            for param, target_param in zip(net.parameters(), target_net.parameters()):
-                target_param.data.copy_(TAU * param.data + (1 - TAU) * target_param.data)
+        with torch.no_grad():
+            for net, target_net in ((qf1, qf1_target), (qf2, qf2_target)):
+                for param, target_param in zip(net.parameters(), target_net.parameters()):
+                    target_param.copy_(TAU * param + (1 - TAU) * target_param)
 print(f"END qf_loss {qf_loss.item():.6f} alpha {alpha:.6f}")
 finish(actor, qf1, qf2, qf1_target, qf2_target, log_alpha, *optimizers, vars(env), vars(rb))
