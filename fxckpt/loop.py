@@ -96,8 +96,8 @@ def batches(loader: Iterable[T], *, optimizer: Checkpointed | None = None) -> Ba
         An iterable with the loader's length. ``enumerate(fxckpt.batches(loader), opt.ckpt.batch)`` counts on after a load.
 
     Raises:
-        SetupError: as ``steps``; a loader whose order is chance; another loader than the checkpoint is of; steps in two loops over
-        batches of one epoch.
+        SetupError: as ``steps``; a loader whose order is chance; another loader than the checkpoint is of; steps in two loops
+            over batches of one epoch.
     """
     return Batches(loader, _run_of(optimizer))
 

@@ -96,7 +96,7 @@ class Emitter:
         found = pending.layout.layers[layer]
         guard = pending.guard
         if found.kind == "update" and not copied and (keys := {e.key for e in found.entries} & self.changed_outside):
-            if not keys <= guard.in_forward:
+            if not keys.issubset(guard.in_forward or ()):
                 guard.deferred.append((layer, tensors))
                 return
             copied = True

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from fxckpt.data import Source, source_of
+from fxckpt.data import source_of
+from fxckpt.data.source import Source
 from fxckpt.errors import SetupError
 from fxckpt.run.clock import StepClock
 
