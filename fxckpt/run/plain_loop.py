@@ -138,8 +138,8 @@ class PlainLoop:
         return {key for key, each in self._look(False).items() if key in self._marks and each != self._marks[key]}
 
     def _check_draws(self, step: int) -> None:
-        """Were as many random numbers drawn as in other turns? One that differs did something else behind its step (an evaluation's
-        loader draws a seed, an epoch ended): its checkpoint is dropped. Where the first turn differs from all others, it does
+        """Were as many random numbers drawn as in other turns? One that differs did something else behind its step (an
+        evaluation's loader draws a seed, an epoch ended): its checkpoint is dropped. Where the first turn differs from all others, it does
         what the others do not (a loader's iterator is made). Where all differ, nothing can be told."""
         now, last = drawn(self._positions, positions()), self._last_drawn
         self._last_drawn = now
