@@ -139,8 +139,8 @@ class PlainLoop:
 
     def _check_draws(self, step: int) -> None:
         """Were as many random numbers drawn as in other turns? One that differs did something else behind its step (an
-        evaluation's loader draws a seed, an epoch ended): its checkpoint is dropped. Where the first turn differs from all others, it does
-        what the others do not (a loader's iterator is made). Where all differ, nothing can be told."""
+        evaluation's loader draws a seed, an epoch ended): its checkpoint is dropped. Where the first turn differs from all
+        others, it does what the others do not (a loader's iterator is made). Where all differ, nothing can be told."""
         now, last = drawn(self._positions, positions()), self._last_drawn
         self._last_drawn = now
         if self._usual is not None:
@@ -158,8 +158,8 @@ class PlainLoop:
         if self._usual is not None and not _alike(now, self._first_drawn) and not self._said:
             self._said = True
             log.warning(
-                "fxckpt: before the first step other random numbers are drawn than between later ones, as a loader's iterator does: "
-                f"a run that resumes draws them again, and goes on with other ones than this run. {WAY_OUT}."
+                "fxckpt: before the first step other random numbers are drawn than between later ones, as a loader's iterator "
+                f"does: a run that resumes draws them again, and goes on with other ones than this run. {WAY_OUT}."
             )
 
 
