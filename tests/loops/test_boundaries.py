@@ -374,3 +374,20 @@ def test_a_length_is_the_loaders(tmp_path):
     with pytest.raises(TypeError):
         len(fxckpt.batches(iter(life.loader)))
     life.opts[0].ckpt.shutdown()
+
+
+def test_a_load_inside_a_pass_goes_back_in_all_but_the_data(tmp_path):
+    """A script that goes back after a bad loss: the batches go on, and so they do after a resume."""
+    seen = []
+
+    def script(life: Life) -> None:
+        for i, x in enumerate(fxckpt.batches(life.loader), life.opts[0].ckpt.batch):
+            life.step(x)
+            seen.append(i)
+            life.turn()
+            if i == 5:
+                life.opts[0].ckpt.flush()
+                fxckpt.load(step=4)
+
+    check(script, None, tmp_path, [8], keep=9)
+    assert seen == [*range(10), *range(8), *range(7, 10)]
