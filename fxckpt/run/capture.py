@@ -30,6 +30,7 @@ from fxckpt.run.clock import StepClock
 from fxckpt.run.emitting import snapshot
 from fxckpt.run.loader_watch import LoaderWatch
 from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
+from fxckpt.saving.guard import glimpse
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
 
@@ -78,7 +79,8 @@ class Capture:
         inventory = self._arrangement.inventory
         found: Marks = {("buffer", n): mark_buffer(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
         if parameters:
-            found |= {("parameter", n): mark(t) for n, t in [*inventory.trained.items(), *inventory.frozen.items()]}
+            both = [*inventory.trained.items(), *inventory.frozen.items()]
+            found |= {("parameter", name): (mark(p), glimpse(p)) for name, p in both}
         return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
 
     def _is_early(self, extra: extra_state.Extra) -> bool:

@@ -64,7 +64,7 @@ class Saver:
         except BaseException as error:
             self.store.abandon(slot, bad=retires_slot(error))
             raise
-        pending = InFlight(step, layout, slot, copy, Guard(step, layout))
+        pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started))
         if self.flights.tracer is not None:
             self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
         with self.flights.changed:
