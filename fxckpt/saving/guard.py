@@ -55,8 +55,8 @@ class Guard:
     """
 
     def __init__(self, step: int, layout: Layout, number: int):
-        """``number``: which checkpoint of the run this is. What is done on ``.data`` or by numpy moves no version counter, so some
-        elements are compared, too: of all tensors in the first checkpoints, later of so many parameters in turn."""
+        """``number``: which checkpoint of the run this is. What is done on ``.data`` or by numpy moves no version counter, so
+        some elements are compared, too: of all tensors in the first checkpoints, later of so many parameters in turn."""
         self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
         self.copies: list[torch.Tensor] = []
