@@ -64,7 +64,7 @@ def main() -> None:
             ema.update_parameters(model)
         cosine.step()
         found = accuracy(ema, test_loader)
-        print(f"epoch {epoch}: loss {loss.item():.4f}, accuracy {found:.1%}", flush=True)
+        print(f"epoch {epoch}: accuracy {found:.1%}", flush=True)
         if found > best["accuracy"]:
             best["accuracy"] = found
             torch.save(ema.state_dict(), "best.pt")
