@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import get_worker_info
 
 from fxckpt.compat.loaders import DataEnded, pinned, take_back_place, takes_back_its_place, tell_end
-from fxckpt.data.generators import Owned, entry, global_generators, packed, read, same, write_all
+from fxckpt.data.generators import Owned, Reader, entry, global_generators, packed, same, write_all
 from fxckpt.data.sampling import Order
 
 State = dict[str, Any]
@@ -56,6 +58,13 @@ class Arrivals:
             self.states[worker] = {**self.states[worker], **changed}
 
 
+def _leave_if_orphaned(trainer: int) -> None:
+    """At a worker's end. Batches with their states fill the pipe, and where the trainer was killed nobody empties it: the thread
+    that writes there, which an exit waits for, would never end."""
+    if os.getppid() != trainer:
+        os._exit(1)
+
+
 class InWorker:
     """A loader's ``worker_init_fn`` and ``collate_fn`` around the user's own. The two are pickled together, so that they are one
     object in each worker."""
@@ -71,6 +80,7 @@ class InWorker:
 
     def init(self, worker: int) -> None:
         """A new worker of that number, begun as ever; then what the former one had become."""
+        Finalize(None, _leave_if_orphaned, args=(os.getppid(),), exitpriority=0)
         if self._user_init is not None:
             self._user_init(worker)
         info = get_worker_info()
@@ -79,8 +89,8 @@ class InWorker:
         self._owner = Owned(lambda: {"dataset": self._dataset, "collate_fn": self._collate})
         if self._former and self._former[worker]:
             self._restore(self._former[worker])
-        self._generators = self._find()
-        self._last = {name: read(each) for name, each in self._generators.items()}
+        self._look()
+        self._last = self._reader.read()
         tell_end(self._end)
 
     def _restore(self, state: State) -> None:
@@ -90,9 +100,11 @@ class InWorker:
         if "dataset" in state:
             take_back_place(self._dataset, state["dataset"], in_worker=True)
 
-    def _find(self) -> dict[str, Any]:
-        found = {f"global/{name}": each for name, each in global_generators().items()}
-        return {**found, **{f"own/{name}": each for name, each in self._owner.find().items()}}
+    def _look(self) -> None:
+        """For generators that this worker has."""
+        self._generators = {f"global/{name}": each for name, each in global_generators().items()}
+        self._generators |= {f"own/{name}": each for name, each in self._owner.find().items()}
+        self._reader = Reader(self._generators)
 
     def collate(self, samples: Any) -> Carried:
         """The user's batch, and what this worker has become."""
@@ -102,7 +114,7 @@ class InWorker:
         batch = self._collate(samples)
         self._batches += 1
         if self._batches <= 2:  # made at the first sample, perhaps
-            self._generators = self._find()
+            self._look()
         state = self._changed()
         if self._batch_size is not None and len(samples) < self._batch_size:
             state["ended"] = True
@@ -118,11 +130,11 @@ class InWorker:
     def _changed(self) -> State:
         """States of the generators that this batch drew from."""
         found: State = {}
-        for name, generator in self._generators.items():
-            now = read(generator)
+        states = self._reader.read()
+        for name, now in states.items():
             if name not in self._last or not same(self._last[name], now):
-                self._last[name] = now
-                found[name] = packed(now) if name.startswith("global/") else entry(generator, now)
+                found[name] = packed(now) if name.startswith("global/") else entry(self._generators[name], now)
+        self._last = states
         return found
 
 

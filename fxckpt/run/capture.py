@@ -28,6 +28,7 @@ from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.run.emitting import snapshot
+from fxckpt.run.loader_watch import LoaderWatch
 from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
@@ -48,6 +49,8 @@ class Capture:
         self.extras = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
+        self.loaders: Callable[[], list[Any]] = list  # what they go over
+        self._loader_watch = LoaderWatch()
         self.plain: PlainLoop = PlainLoop(self._look)
         self._snapshots: dict[str, torch.Tensor] = {}  # of buffers at the end of a step
         self._early: tuple[Any, dict[str, Any]] = (None, {})
@@ -65,6 +68,10 @@ class Capture:
         """The process is where a resumed one begins to train."""
         self._arrangement.look_for_names()
         self.plain.start()
+
+    def moving(self) -> set[str]:
+        """At the first boundary: the frozen parameters that the iteration changed (an average of the weights)."""
+        return self.plain.changed_since_start("parameter") & self._arrangement.inventory.frozen.keys()
 
     def _look(self, parameters: bool) -> Marks:
         """Marks of all that may change outside ``opt.step()`` and can be seen to."""
@@ -167,6 +174,7 @@ class Capture:
         early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
         early["loops"] = encode_state(self.loops(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
+        self._loader_watch.look(self.loaders())
         late = {e.name: e.get() for e in self.extras if not self._is_early(e)}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
         fields = {

@@ -133,6 +133,10 @@ class Loops:
             return self._restored_batch
         return self._leading.position - any(level.kind == "batches" and level.leads for level in self._running)
 
+    def loaders(self) -> list[Any]:
+        """What ``fxckpt.batches`` was asked to go over."""
+        return [source.loader for source in self._sources.values()]
+
     # -- in a record ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +146,10 @@ class Loops:
         return {"epoch": self.clock.epoch, "batch": batch, "inside": self._inside, "sources": sources}
 
     def load_state_dict(self, state: Mapping[str, Any], settle: Callable[[], None]) -> None:
-        """Go on from there; ``settle`` puts the random generators back where the checkpoint has them."""
+        """Go on from there; ``settle`` puts the random generators back where the checkpoint has them. A pass that is under way
+        cannot be rewound: where a script goes back to an older checkpoint inside of one, its data go on."""
+        if any(level.kind != "steps" for level in self._running):
+            return
         self._restored, self._restored_batch = dict(state["sources"]), state["batch"]
         self.clock.epoch, self._inside, self._settle = state["epoch"], state["inside"], settle
         self._sources, self._used, self._leading, self._trained = {}, set(), None, None
