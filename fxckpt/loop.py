@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Generic, TypeVar
 
 from fxckpt.checkpointed import Checkpointed
+from fxckpt.data.source import Source
+from fxckpt.run.loops import Level
 from fxckpt.run.run import Run, the_run
 
 T = TypeVar("T")
@@ -41,6 +43,9 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
     loops = _run_of(optimizer).loops
     level, clock = loops.level("steps"), loops.clock
     clock.counts_iterations = True
+    level.begins()
+    if clock.iteration >= n:
+        loops.warn_if_over("steps", n)
     loops.settle("steps")
     while clock.iteration < n:
         with level:
@@ -72,8 +77,11 @@ def epochs(n: int | None = None, *, optimizer: Checkpointed | None = None) -> It
     """
     loops = _run_of(optimizer).loops
     level, clock = loops.level("epochs"), loops.clock
-    loops.settle("epochs")
+    level.begins()
+    if n is not None and clock.epoch >= n:
+        loops.warn_if_over("epochs", n)
     while n is None or clock.epoch < n:
+        loops.begin_epoch()
         with level:
             yield clock.epoch
         loops.end_epoch()
@@ -117,7 +125,15 @@ class Batches(Generic[T]):
     def __iter__(self) -> Iterator[T]:
         loops = self._run.loops
         level = loops.level("batches")
-        source, rest = loops.begin(self._loader, level)
+        source, rest = loops.begin(self._loader, level)  # here, as a loader's iterator draws when it is made
+        generator = self._pass(level, source, rest)
+        loops.passed_by(source, generator)
+        return generator
+
+    def _pass(self, level: Level, source: Source, rest: Iterator[T]) -> Iterator[T]:
+        """The batches; each iteration ends when the next one is asked for."""
+        loops = self._run.loops
+        loops.lead(source, level)
         try:
             for batch in rest:
                 with level:

@@ -20,6 +20,7 @@ class Source(ABC):
     Attributes:
         position: batches handed out in the current pass.
         exhausted: the current pass has ended by itself.
+        begun: a pass was begun in this process.
     """
 
     def __init__(self, loader: Any):
@@ -28,6 +29,11 @@ class Source(ABC):
         self.exhausted = False
         self._running = False
         self._saved: dict[str, Any] | None = None
+        self.begun = False
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Is this state of a loader like this one?"""
+        return bool(self._fingerprint() == state["loader"])
 
     def begin(self) -> Iterator[Any]:
         """The next pass; or, once after :meth:`load_state_dict`, the rest of the pass that the state is of: nothing, if that was
@@ -36,7 +42,7 @@ class Source(ABC):
         Raises:
             SetupError: the rest cannot be the one of the uninterrupted run.
         """
-        saved, self._saved = self._saved, None
+        saved, self._saved, self.begun = self._saved, None, True
         going_on = saved is not None and bool(saved["running"])
         self._running, self.exhausted, self.position = True, False, 0
         if going_on:

@@ -29,7 +29,7 @@ from fxckpt.store.record import TensorRecord
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
-NO_LOOPS: Mapping[str, Any] = {"epoch": 0, "batch": 0, "inside": None, "sources": {}}
+NO_LOOPS: Mapping[str, Any] = {"epoch": 0, "batch": 0, "inside": None, "sources": []}
 """What a record of an earlier version says of loops."""
 
 State = dict[str, Any]

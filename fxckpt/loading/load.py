@@ -132,7 +132,7 @@ def _choose(found: Sequence[Found], step: int | None, name: str | None, director
     """Those to try, in order, of a listing that is newest first: all, or the newest of the step or name that was asked for.
     Raises NoCheckpoint if there is none of that step or name, saying what there is."""
     if step is None and name is None:
-        return found
+        return sorted(found, key=_amid)
     chosen = [each for each in found if _is_meant(each, step, name, directory)]
     if not chosen:
         there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate)) or "none"
@@ -143,6 +143,14 @@ def _choose(found: Sequence[Found], step: int | None, name: str | None, director
         if isinstance(each, Corrupt) and each is not newest:
             log.warning("fxckpt: another checkpoint of step %s is damaged: %s", step, each)
     return [newest]
+
+
+def _amid(each: Found) -> bool:
+    """Was it saved in the middle of an iteration? A run goes on from a boundary if it can."""
+    if isinstance(each, Corrupt):
+        return False
+    loops = each.record.state["early"].get("loops")
+    return isinstance(loops, Mapping) and loops.get("amid") is True
 
 
 def _is_meant(each: Found, step: int | None, name: str | None, directory: str) -> bool:

@@ -101,12 +101,19 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-_loops = has({"epoch": _is_count, "batch": _is_count, "inside": is_anything, "sources": is_anything})
+_loops = has(
+    {"epoch": _is_count, "batch": _is_count, "inside": is_anything, "sources": is_anything},
+    {"amid": is_anything, "random": is_anything},
+)
 
 
 def _is_loops(value: Any) -> bool:
     """Where a script's loops stood; what a loader's state holds, that loader looks at."""
-    return _loops(value) and type(value["sources"]) is dict and all(map(_is_count, value["sources"]))
+    if not _loops(value) or type(value["sources"]) is not list:
+        return False
+    if value.get("random") is not None and not _is_random(value["random"]):
+        return False
+    return all(type(e) is tuple and len(e) == 2 and _is_count(e[0]) and type(e[1]) is dict for e in value["sources"])
 
 
 _names = list_of(is_str)

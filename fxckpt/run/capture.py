@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -43,14 +43,26 @@ _LIMIT_REACHED = (
 )
 
 
+class LoopState(Protocol):
+    """What is asked of the loops."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where they stand."""
+
+    def loaders(self) -> list[Any]:
+        """What they go over."""
+
+    def unknown_loaders_matter(self) -> bool:
+        """May the batches come from elsewhere?"""
+
+
 class Capture:
     """Takes a run's state beside parameters and optimizer state: ``early`` at the end of a step, ``late`` when it closes."""
 
     def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, clock: StepClock):
         self.extras = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
-        self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
-        self.loaders: Callable[[], list[Any]] = list  # what they go over
+        self.loops: LoopState | None = None  # where the script's loops stand; it comes later
         self._loader_watch = LoaderWatch()
         self.plain: PlainLoop = PlainLoop(self._look)
         self._snapshots: dict[str, torch.Tensor] = {}  # of buffers at the end of a step
@@ -69,6 +81,10 @@ class Capture:
         """The process is where a resumed one begins to train."""
         self._arrangement.look_for_names()
         self.plain.start()
+
+    def look(self) -> Marks:
+        """Marks of what a loop may change outside ``opt.step()``, in a run that takes checkpoints."""
+        return {} if self._emitter.engine is None else self._look(False)
 
     def moving(self) -> set[str]:
         """At the first boundary: the frozen parameters that the iteration changed (an average of the weights)."""
@@ -174,9 +190,10 @@ class Capture:
         early, tensors = self._early
         inventory = self._arrangement.inventory
         early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
-        early["loops"] = encode_state(self.loops(), tensors, "loops")
+        early["loops"] = encode_state({} if self.loops is None else self.loops.state_dict(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
-        self._loader_watch.look(self.loaders())
+        if self.loops is not None and self.loops.unknown_loaders_matter():
+            self._loader_watch.look(self.loops.loaders())
         late = {e.name: e.get() for e in self.extras if not self._is_early(e)}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
         fields = {

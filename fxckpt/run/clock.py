@@ -51,7 +51,8 @@ class StepClock:
     """Where training stands. ``attempts``: calls of the leading ``opt.step()``; ``applied``: those that changed parameters;
     ``iteration``, ``epoch``: those of ``fxckpt.steps``, ``batches`` and ``epochs`` that are complete; ``counts_iterations``: the
     script asked for iterations by ``fxckpt.steps``; ``in_iteration``: one is under way, and only its end closes a step;
-    ``interrupted``: the last one was left by a ``break`` or an exception, so what its step began has no boundary yet."""
+    ``interrupted``: the last one was left by a ``break`` or an exception, so what its step began has no boundary yet;
+    ``uncounted``: the iteration under way will count in ``iteration``."""
 
     attempts: int = 0
     applied: Applied = field(default_factory=Applied)
@@ -60,10 +61,11 @@ class StepClock:
     counts_iterations: bool = False
     in_iteration: bool = False
     interrupted: bool = False
+    uncounted: bool = False
 
     def iteration_of(self, step: int) -> int:
         """The number of iterations that are complete when the step under way closes."""
-        return self.iteration + self.in_iteration if self.counts_iterations else step
+        return self.iteration + self.uncounted if self.counts_iterations else step
 
 
 class Schedule:

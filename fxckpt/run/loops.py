@@ -2,45 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
-from fxckpt.data import source_of
 from fxckpt.data.source import Source
 from fxckpt.errors import SetupError
 from fxckpt.run.clock import StepClock
+from fxckpt.run.extra_state import random_state, set_random_state
+from fxckpt.run.loaders import Loaders
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+_HEADS = 2  # epochs whose head is looked at
 
 
 class Level:
     """One loop of the script, over ``"epochs"``, ``"steps"`` or ``"batches"``; ``with level:`` is around each iteration's body.
 
-    ``leads``: the ends of its iterations are boundaries, since no other loop but one over epochs is around it. ``first``: no
-    loop went over the same loader in this epoch. ``stepped``: an attempt was made in the iteration.
+    ``leads``: the ends of its iterations are boundaries, since no other loop but one over epochs is around it; known when it
+    ``begins``. ``first``: no loop went over the same loader in this epoch. ``stepped``: an attempt was made in the iteration.
     """
 
     def __init__(self, kind: str, running: list[Level], clock: StepClock):
         self.kind: str = kind
-        self.leads: bool = all(level.kind == "epochs" for level in running)
+        self.leads: bool = False
         self.first: bool = True
         self.stepped: bool = False
         self._running, self._clock = running, clock
         self._attempts = 0
 
+    def begins(self) -> None:
+        """Its first iteration is asked for."""
+        self.leads = all(level.kind == "epochs" for level in self._running)
+
+    def has_stepped(self) -> bool:
+        """Was an attempt made since the iteration began?"""
+        return self._clock.attempts != self._attempts
+
     def __enter__(self) -> None:
         self._leave()
         self._running.append(self)
         self._clock.in_iteration, self._attempts = True, self._clock.attempts
+        self._clock.uncounted = (self.leads and self.kind != "epochs") or self._clock.uncounted
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._leave()
         self._clock.in_iteration = bool(self._running)
-        self.stepped = self._clock.attempts != self._attempts
         self._clock.interrupted = kind is not None
+        self.stepped = self.has_stepped()
         if self.leads and self.kind != "epochs":
             # One that was left by a `break` or an exception counts if its update was made, which the next one must not
             # make again.
             self._clock.iteration += kind is None or self.stepped
+            self._clock.uncounted = False
 
     def _leave(self) -> None:
         """Its iteration is over, and with it those of loops inside, which a ``break`` or an exception may have left behind."""
@@ -54,23 +70,25 @@ class Loops:
     A loader is known by its place among those that a script asks for in an epoch, which is the same in another process.
     """
 
-    def __init__(self, clock: StepClock, rest: Callable[[], None]):
+    def __init__(self, clock: StepClock, rest: Callable[[], None], look: Callable[[], Mapping[tuple[str, str], object]]):
         self.clock: StepClock = clock
-        self._rest = rest
+        self._rest, self._look = rest, look
         self._running: list[Level] = []  # those whose bodies run now, outermost first
+        self._resting = False
         self._inside: str | None = None  # in which kind of loop the last boundary was
-        self._sources: dict[int, Source] = {}
-        self._used: set[int] = set()  # the places that were asked for in this epoch
+        self._loaders: Loaders = Loaders()
         self._leading: Source | None = None  # the loader whose iterations are boundaries, or were last
         self._trained: Level | None = None  # the loop over batches in which this epoch's steps are made
-        self._restored: dict[int, Any] = {}  # what a load left for loaders that were not seen yet
+        self._head: Mapping[tuple[str, str], object] | None = None  # how all looked when the epoch began
+        self._heads = _HEADS  # epochs of which that is looked at
+        self._epoch_random: Any = None  # the generators when the epoch began
         self._restored_batch = 0
         self._settle: Callable[[], None] | None = None  # puts the random generators back where the checkpoint has them
 
     # -- iterations ----------------------------------------------------------------------------------------------------
 
     def level(self, kind: str) -> Level:
-        """A loop of this kind begins."""
+        """A loop of this kind."""
         return Level(kind, self._running, self.clock)
 
     def boundary(self, level: Level) -> None:
@@ -87,10 +105,24 @@ class Loops:
                     "fxckpt.batches(loader): ...`, and go over a loader without fxckpt.batches where nothing is trained."
                 )
             self._trained = level
-        self._inside, self._settle = level.kind, None
-        self._rest()
+        self._inside, self._settle, self._resting = level.kind, None, True
+        try:
+            self._rest()
+        finally:
+            self._resting = False
 
     # -- epochs and loaders ---------------------------------------------------------------------------------------------
+
+    def begin_epoch(self) -> None:
+        """An epoch begins, or goes on after a load: then its head runs again, with the random numbers that it drew."""
+        if self._settle is not None and self._inside not in ("epochs", None):
+            if self._epoch_random is not None:
+                set_random_state(self._epoch_random)
+        else:
+            self.settle("epochs")
+            self._epoch_random = random_state()
+        if self._heads:
+            self._head = self._look()
 
     def end_epoch(self) -> None:
         """An epoch is over, with what follows its passes."""
@@ -98,33 +130,54 @@ class Loops:
         if self._leading is not None:
             self._leading.finish()
         self._leading, self._trained, self._restored_batch = None, None, 0
-        self._used.clear()
+        self._loaders.end_epoch()
 
     def begin(self, loader: Any, level: Level) -> tuple[Source, Iterator[Any]]:
         """A loop over a loader begins: its source, and the batches of the pass, or of what is left of it after a load."""
-        place = self._place(loader)
-        source = self._sources[place]
-        level.first = place not in self._used
-        self._used.add(place)
+        source, level.first, restored = self._loaders.ask(loader)
+        level.begins()
         if level.leads and self._leading is source:
             source.finish()  # a pass was left by a `break`, and no epoch ended
-        if (state := self._restored.pop(place, None)) is not None:
-            source.load_state_dict(state)
-            if level.leads and self._inside == "batches" and self._leading is None:
-                self._trained = level
-                self.settle("batches")
-        if level.leads:
-            self._leading, self._settle = source, None
+        if restored and level.leads:
+            self.settle("batches")
         return source, source.begin()
 
-    def _place(self, loader: Any) -> int:
-        """The loader's place; a new one takes that of one that is not asked for any more."""
-        for place, source in self._sources.items():
-            if source.loader is loader:
-                return place
-        place = next(i for i in range(len(self._used) + 1) if i not in self._used)
-        self._sources[place] = source_of(loader)
-        return place
+    def passed_by(self, source: Source, generator: Any) -> None:
+        """This generator gives the batches of the pass that was begun."""
+        self._loaders.begun(source, generator)
+
+    def lead(self, source: Source, level: Level) -> None:
+        """The first batch of a pass is asked for. Raises SetupError if the head of the epoch made a step."""
+        resumed = self._settle is not None and self._inside == "batches"
+        level.begins()
+        if not level.leads:
+            return
+        if self._running and self._running[-1].has_stepped() and self._trained is None:
+            self.clock.interrupted = True
+            raise SetupError(
+                "a step was made in an epoch before its loop over fxckpt.batches: a run that resumes there makes it again. "
+                "Make it behind the loop, or in an epoch of its own."
+            )
+        if resumed:
+            self._trained = level
+        self._leading, self._settle = source, None
+        if self._running and (self._trained is None or resumed):
+            self._check_head()
+
+    def _check_head(self) -> None:
+        """Say what the head of an epoch changes: a run that resumes behind it does that again."""
+        head, self._head = self._head, None
+        if head is None:
+            return
+        self._heads -= 1
+        now = self._look()
+        if changed := [name for kind, name in head if (kind, name) in now and now[kind, name] != head[kind, name]]:
+            self._heads = 0
+            log.warning(
+                "fxckpt: %s changed in an epoch before its loop over fxckpt.batches: a run that resumes in that loop changes it "
+                "again. Do that behind the loop, at the end of the epoch",
+                ", ".join(map(repr, changed)),
+            )
 
     @property
     def batch(self) -> int:
@@ -133,29 +186,50 @@ class Loops:
             return self._restored_batch
         return self._leading.position - any(level.kind == "batches" and level.leads for level in self._running)
 
-    def loaders(self) -> list[Any]:
-        """What ``fxckpt.batches`` was asked to go over."""
-        return [source.loader for source in self._sources.values()]
+    def unknown_loaders_matter(self) -> bool:
+        """May the batches come from a loader that no loop over ``batches`` knows?"""
+        return self._leading is None
 
     # -- in a record ----------------------------------------------------------------------------------------------------
 
+    def loaders(self) -> list[Any]:
+        """What ``fxckpt.batches`` was asked to go over."""
+        return self._loaders.known()
+
     def state_dict(self) -> dict[str, Any]:
-        """Where all loops stand. What a load left for loaders that were not asked for since is passed on."""
-        sources = {**self._restored, **{place: source.state_dict() for place, source in self._sources.items()}}
+        """Where all loops stand. ``amid``: in the middle of an iteration, which no resumed run can go on with."""
         batch = self._restored_batch if self._leading is None else self._leading.position
-        return {"epoch": self.clock.epoch, "batch": batch, "inside": self._inside, "sources": sources}
+        return {
+            "epoch": self.clock.epoch,
+            "batch": batch,
+            "inside": self._inside,
+            "amid": bool(self._running) and not self._resting,
+            "random": self._epoch_random,
+            "sources": self._loaders.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any], settle: Callable[[], None]) -> None:
         """Go on from there; ``settle`` puts the random generators back where the checkpoint has them. A pass that is under way
         cannot be rewound: where a script goes back to an older checkpoint inside of one, its data go on."""
         if any(level.kind != "steps" for level in self._running):
             return
-        self._restored, self._restored_batch = dict(state["sources"]), state["batch"]
+        self._loaders = Loaders(state["sources"])
+        self._restored_batch, self._epoch_random = state["batch"], state.get("random")
         self.clock.epoch, self._inside, self._settle = state["epoch"], state["inside"], settle
-        self._sources, self._used, self._leading, self._trained = {}, set(), None, None
+        self._leading, self._trained = None, None
 
     def settle(self, kind: str) -> None:
         """A loop of this kind begins. If it is the one that the loaded checkpoint was taken in, the generators are put back once
         more: what a script draws after ``load()``, the run that was not interrupted did not draw at this place."""
         if self._settle is not None and self._inside in (kind, None):
             self._settle()
+
+    def warn_if_over(self, kind: str, n: int) -> None:
+        """A loop up to ``n`` has nothing to do, in a process that was not resumed."""
+        if self._settle is None:
+            log.warning(
+                "fxckpt: fxckpt.%s(%d) has nothing left to do: it counts up to a number of the whole training, and so many are "
+                "complete already",
+                kind,
+                n,
+            )

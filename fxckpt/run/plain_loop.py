@@ -26,6 +26,7 @@ from fxckpt.saving.guard import WAY_OUT, ChangedInTurns
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
+_PATIENCE = 3  # turns that draw otherwise than the one before, until that is said
 _LONGEST = 4096  # elements of a list that are looked at
 _LARGEST = 1 << 16  # bytes of an array that are looked at
 _LARGEST_BUFFER = 1 << 24
@@ -83,8 +84,10 @@ class PlainLoop:
         self._positions: dict[str, Position] = {}
         self._behind: set[tuple[str, str]] | None = None  # extras that some turn changed behind its step
         self._first_drawn: dict[str, int] = {}
+        self._last_changed: set[tuple[str, str]] | None = None
         self._last_drawn: dict[str, int] = {}
         self._usual: dict[str, int] | None = None  # what two turns in a row drew
+        self._unsettled = 0  # turns in a row that drew otherwise than the one before
         self._odd = self._said = False  # the last turn was unlike the usual; somebody was told
 
     def start(self) -> None:
@@ -100,7 +103,7 @@ class PlainLoop:
             self._known = now.keys() & self._marks.keys()
             self.changed = {key for key in self._known if now[key] != self._marks[key]}
             self._first_drawn = self._last_drawn = drawn(self._positions, positions())
-            self._usual = None
+            self._usual = self._last_changed = None
 
     def changed_since_start(self, kind: str) -> set[str]:
         """The names of this kind that are not as they were at the start, in a loop with boundaries."""
@@ -123,9 +126,19 @@ class PlainLoop:
 
     def check(self, step: int) -> None:
         """The next backward begins. Raises Unlike if random numbers were drawn behind the step."""
-        if self.changed is not None:
-            self._behind = (self._behind or set()) | {key for key in self._changed_since() if not self.is_early(*key)}
-            self._check_draws(step)
+        if self.changed is None:
+            return
+        changed = {key for key in self._changed_since() if not self.is_early(*key)}
+        self._behind = (self._behind or set()) | changed
+        usual, self._last_changed = self._last_changed, changed
+        if usual is not None and changed != usual and not self._odd:  # never two in a row
+            self._odd = True
+            names = ", ".join(repr(name) for _, name in sorted(changed ^ usual))
+            what = (
+                f"{names} changed before the next backward in some turns only: nobody knows if that was done behind step {step}"
+            )
+            raise Unlike(f"{what}, or at the beginning of the next turn. {WAY_OUT}")
+        self._check_draws(step)
 
     def unfinished(self) -> bool:
         """The process ends: was the last turn left before all that turns change behind their step was changed?"""
@@ -154,13 +167,20 @@ class PlainLoop:
                 )
                 raise Unlike(f"{what}, and a run that resumes from it would not draw them. {WAY_OUT}")
         self._odd = False
-        self._usual = now if _alike(now, last) else None
-        if self._usual is not None and not _alike(now, self._first_drawn) and not self._said:
-            self._said = True
-            log.warning(
-                "fxckpt: before the first step other random numbers are drawn than between later ones, as a loader's iterator "
-                f"does: a run that resumes draws them again, and goes on with other ones than this run. {WAY_OUT}."
+        self._unsettled = 0 if _alike(now, last) else self._unsettled + 1
+        if self._unsettled == _PATIENCE:
+            self._say(
+                "how many random numbers are drawn varies from turn to turn, so nobody can tell if some are drawn behind the step"
             )
+        self._usual = now if _alike(now, last) else None
+        if self._usual is not None and not _alike(now, self._first_drawn):
+            self._say("before the first step other random numbers are drawn than between later ones, as a loader's iterator does")
+
+    def _say(self, what: str) -> None:
+        """Once: why a resumed run may go on with other random numbers."""
+        if not self._said:
+            self._said = True
+            log.warning("fxckpt: %s: a resumed run may go on with other ones than this run. %s.", what, WAY_OUT)
 
 
 def _alike(a: Mapping[str, int], b: Mapping[str, int]) -> bool:

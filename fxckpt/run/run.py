@@ -62,8 +62,8 @@ class Run:
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
-        self.loops: Loops = Loops(self.clock, self.stepping.boundary)
-        self.capture.loops, self.capture.loaders = self.loops.state_dict, self.loops.loaders
+        self.loops: Loops = Loops(self.clock, self.stepping.boundary, self.capture.look)
+        self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
         watch_scalers(extra, self.optimizers, self.stepping.attempt_skipped)

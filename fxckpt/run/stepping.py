@@ -318,6 +318,7 @@ class Stepping:
             self._saver.tally.forget(pending.error)
             raise pending.error
         self.schedule.started(self._clock.attempts, self._saver.stall_seconds())
+        self.schedule.owed = self._clock.in_iteration  # the boundary takes another, which a run can go on from
 
     def _hand_everything_over(self, name: str | None) -> InFlight:
         """Emit all layers as they are now, and close."""

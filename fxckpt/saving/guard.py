@@ -16,7 +16,10 @@ from fxckpt.compat.tensors import version_of
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.saving.plan import Entry, Layout
 
-WAY_OUT = "Loop with fxckpt.steps(n), or fxckpt.epochs(n) and fxckpt.batches(loader): their boundaries are exact"
+WAY_OUT = (
+    "Loop with fxckpt.steps(n), or fxckpt.epochs(n) and fxckpt.batches(loader): their boundaries are exact, "
+    "and name in extra= what an iteration prepares for the next one"
+)
 """What to do about a loop that leaves no instant to take a checkpoint of."""
 
 

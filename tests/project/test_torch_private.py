@@ -697,7 +697,7 @@ def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks()
 def test_a_scaler_tells_which_attempts_it_skips():
     weight, skipped = nn.Parameter(torch.ones(1)), []
     opt, scaler = torch.optim.SGD([weight], lr=0.1), torch.amp.GradScaler("cpu")
-    count_skipped_attempts(scaler, opt, lambda: skipped.append(weight.grad.item()))
+    count_skipped_attempts(scaler, opt, lambda _opt: skipped.append(weight.grad.item()))
     for factor in (1.0, float("inf"), 1.0):
         opt.zero_grad()
         scaler.scale((weight * factor).sum()).backward()

@@ -110,8 +110,8 @@ def test_steps_starts_at_the_loaded_iteration_and_counts_turns(store):
     first.end()
     again = Training(store, seed=9)
     restored = fxckpt.load()
-    assert (restored.step, restored.updates, restored.iteration) == (3, 3, 6)
-    assert loop(again, 10, 99) == [6, 7, 8, 9] and loop(again, 10, 99) == []
+    assert (restored.step, restored.updates, restored.iteration) == (2, 2, 4)
+    assert loop(again, 10, 99) == [4, 5, 6, 7, 8, 9] and loop(again, 10, 99) == []
     again.opt.ckpt.flush()
 
 
