@@ -80,7 +80,9 @@ class Capture:
     def start(self) -> None:
         """The process is where a resumed one begins to train."""
         self._arrangement.look_for_names()
+        before = extra_state.random_state()  # a state_dict() may draw
         self.plain.start()
+        extra_state.set_random_state(before)
 
     def look(self) -> Marks:
         """Marks of what a loop may change outside ``opt.step()``, in a run that takes checkpoints."""

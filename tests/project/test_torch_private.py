@@ -90,6 +90,7 @@ from fxckpt.compat.optimizers import (
     hooked,
     inner_hooks,
     is_stock,
+    mark_stepped,
     plain_class,
     rebind_scheduler_wrapper,
     sets_up_state,
@@ -100,7 +101,7 @@ from fxckpt.compat.optimizers import (
     unhooked_step,
     watch_steps,
 )
-from fxckpt.compat.tensors import gradient_accumulator, is_transformed, is_wrapper, set_grad_mode, version_of
+from fxckpt.compat.tensors import backward_under_way, gradient_accumulator, is_transformed, is_wrapper, set_grad_mode, version_of
 from fxckpt.compat.threads import can_use_one_core, modes_active, one_core
 from fxckpt.compat.tracing import (
     branch_node,
@@ -788,3 +789,19 @@ def test_loaders_with_iterators_of_their_own_are_known():
 
     assert iterates_as_torch(Named(range(3))) and not iterates_as_torch(Other(range(3)))
     assert iterates_as_torch(Other(range(3)), (Other,))
+
+
+def test_a_scheduler_does_not_warn_of_an_optimizer_that_stepped_in_an_earlier_process(recwarn):
+    opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    mark_stepped(opt)
+    scheduler.step()
+    assert not [w for w in recwarn if "lr_scheduler.step()" in str(w.message)]
+
+
+def test_the_backward_under_way_has_a_number_of_its_own():
+    seen, weight = [], nn.Parameter(torch.ones(1))
+    weight.register_hook(lambda grad: seen.append(backward_under_way()))
+    for _ in range(2):
+        (weight * 2).sum().backward()
+    assert backward_under_way() is None and None not in seen and seen[0] != seen[1]
