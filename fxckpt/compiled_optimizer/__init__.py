@@ -100,12 +100,12 @@ def compile_step(
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error, read_back=read_back,
     )  # fmt: skip
-    optimizers, module = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model, extra)
+    optimizers, module, extras = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model, extra)
     directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
-    run = Run(optimizers, directory, module, extra, config, engine, store, devices)
+    run = Run(optimizers, directory, module, extras, config, engine, store, devices)
     handle = Handle(run)
     for each in optimizers:
         attach(each, handle)

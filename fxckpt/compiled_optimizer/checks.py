@@ -29,8 +29,8 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 def check(
     optimizers: Sequence[object], model: object, extra: Mapping[str, object] | None
-) -> tuple[list[torch.optim.Optimizer], torch.nn.Module | None]:
-    """The optimizers, and the models as one, once they and ``extra=`` can make a run; raises SetupError if not."""
+) -> tuple[list[torch.optim.Optimizer], torch.nn.Module | None, tuple[extra_state.Extra, ...]]:
+    """The optimizers, the models as one and the extras, once they can make a run; raises SetupError if not."""
     if not optimizers:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
     checked = [_free_optimizer(each) for each in optimizers]
@@ -45,7 +45,7 @@ def check(
         extra_state.probe(extras)
         if module is not None:
             _check_model(module, checked)
-    return checked, module
+    return checked, module, extras
 
 
 def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

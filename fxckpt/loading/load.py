@@ -125,6 +125,7 @@ def load(
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
     if target.run is not None:
         target.run.mark_loaded(directory, None)
+        target.run.capture.restart()
     return Restored()
 
 

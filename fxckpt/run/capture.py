@@ -78,11 +78,17 @@ class Capture:
         self._said_modes = False
 
     def start(self) -> None:
-        """The process is where a resumed one begins to train."""
+        """The process is where a resumed one begins to train, but that nothing was loaded yet: extras are not asked."""
+        self._arrangement.look_for_names()
+        self.plain.start(self._look_at_tensors(True))
+
+    def restart(self) -> None:
+        """A load has ended, with a checkpoint or without one."""
         self._arrangement.look_for_names()
         before = extra_state.random_state()  # a state_dict() may draw
-        self.plain.start()
+        marks = self._look(True)
         extra_state.set_random_state(before)
+        self.plain.start(marks)
 
     def look(self) -> Marks:
         """Marks of what a loop may change outside ``opt.step()``, in a run that takes checkpoints."""
@@ -94,12 +100,17 @@ class Capture:
 
     def _look(self, parameters: bool) -> Marks:
         """Marks of all that may change outside ``opt.step()`` and can be seen to."""
+        found = self._look_at_tensors(parameters)
+        return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
+
+    def _look_at_tensors(self, parameters: bool) -> Marks:
+        """Those of buffers, and of parameters if asked for."""
         inventory = self._arrangement.inventory
         found: Marks = {("buffer", n): mark_buffer(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
         if parameters:
             both = [*inventory.trained.items(), *inventory.frozen.items()]
             found |= {("parameter", name): (mark(p), glimpse(p)) for name, p in both}
-        return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
+        return found
 
     def _is_early(self, extra: extra_state.Extra) -> bool:
         """Is it taken at the end of a step, where that is no boundary?"""

@@ -17,7 +17,7 @@ from fxckpt.optim.stepper import Stepper
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
 from fxckpt.run.clock import RunStatus, StepClock
-from fxckpt.saving.guard import WAY_OUT, Changed
+from fxckpt.saving.guard import WAY_OUT, Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 
 
@@ -182,10 +182,11 @@ class Closing:
 
     def _check_unchanged(self, pending: InFlight) -> None:
         """Raises Changed if a tensor that was handed over was changed or replaced since."""
-        pending.guard.compare([*pending.layout.number("update"), *pending.layout.number("frozen")])
         if replaced := [name for stepper in self._arrangement.steppers for name in stepper.bindings.replaced()]:
             what = f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed"
-            raise Changed(f"{what}; the checkpoint of step {pending.step} is discarded. {WAY_OUT}")
+            how = f"is discarded (opt.ckpt.end_step() closes it in time). {WAY_OUT}"
+            raise Mixed(f"{what}; the checkpoint of step {pending.step} {how}")
+        pending.guard.compare([*pending.layout.number("update"), *pending.layout.number("frozen")])
 
 
 def _check_complete(pending: InFlight) -> None:

@@ -6,7 +6,7 @@ Both hold the run weakly: they live as long as the parameters and the scaler do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -67,7 +67,7 @@ class GradientHooks:
 
 
 def watch_scalers(
-    extra: Mapping[str, Any] | None, optimizers: Iterable[torch.optim.Optimizer], skipped: Callable[[torch.optim.Optimizer], None]
+    objects: Iterable[object], optimizers: Iterable[torch.optim.Optimizer], skipped: Callable[[torch.optim.Optimizer], None]
 ) -> None:
     """Call the method ``skipped`` with the optimizer whose step a GradScaler does not call, because it found an inf."""
     weak = weakref.WeakMethod(skipped)
@@ -76,7 +76,7 @@ def watch_scalers(
         if (method := weak()) is not None:
             method(opt)
 
-    for value in (extra or {}).values():
+    for value in objects:
         if isinstance(value, torch.amp.GradScaler):
             for opt in optimizers:
                 count_skipped_attempts(value, opt, tell)

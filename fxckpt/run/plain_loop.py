@@ -26,6 +26,9 @@ from fxckpt.saving.guard import WAY_OUT, ChangedInTurns
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
+UNREAD = "unread"
+"""In a mark: nobody knows whether a forward changes it, so it is taken as if one did."""
+
 _PATIENCE = 3  # turns that draw otherwise than the one before, until that is said
 _LONGEST = 4096  # elements of a list that are looked at
 _LARGEST = 1 << 16  # bytes of an array that are looked at
@@ -61,9 +64,9 @@ def mark(value: Any, depth: int = 8) -> object:
 
 def mark_buffer(buffer: torch.Tensor) -> object:
     """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting a change.
-    Differs always where they are too many, or lie on a device."""
+    ``UNREAD`` in their place where they are too many, or lie on a device."""
     if buffer.device.type != "cpu" or buffer.layout is not torch.strided or buffer.nbytes > _LARGEST_BUFFER:
-        return object()
+        return mark(buffer), UNREAD
     copy = buffer.detach().clone(memory_format=torch.contiguous_format)  # memory that numpy has seen cannot be resized any more
     return mark(buffer), zlib.crc32(copy.reshape(-1).view(torch.uint8).numpy().data)
 
@@ -90,10 +93,10 @@ class PlainLoop:
         self._unsettled = 0  # turns in a row that drew otherwise than the one before
         self._odd = self._said = False  # the last turn was unlike the usual; somebody was told
 
-    def start(self) -> None:
-        """The process is where a resumed one would begin."""
+    def start(self, marks: Marks) -> None:
+        """The process is where a resumed one would begin, and all looks so."""
         self.changed, self.watching = None, True
-        self._marks, self._positions = self._look(True), positions()
+        self._marks, self._positions = marks, positions()
 
     def first_gradient(self, plain: bool) -> None:
         """The first turn has come to its backward; ``plain``: in a loop without boundaries."""
@@ -101,7 +104,7 @@ class PlainLoop:
         if plain:
             now = self._look(True)
             self._known = now.keys() & self._marks.keys()
-            self.changed = {key for key in self._known if now[key] != self._marks[key]}
+            self.changed = {key for key in self._known if now[key] != self._marks[key] or _is_unread(now[key])}
             self._first_drawn = self._last_drawn = drawn(self._positions, positions())
             self._usual = self._last_changed = None
 
@@ -181,6 +184,11 @@ class PlainLoop:
         if not self._said:
             self._said = True
             log.warning("fxckpt: %s: a resumed run may go on with other ones than this run. %s.", what, WAY_OUT)
+
+
+def _is_unread(found: object) -> bool:
+    """Does the mark say nothing of values?"""
+    return isinstance(found, tuple) and found[-1:] == (UNREAD,)
 
 
 def _alike(a: Mapping[str, int], b: Mapping[str, int]) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 
@@ -41,13 +41,12 @@ class Run:
         optimizers: Sequence[torch.optim.Optimizer],
         directory: str,
         model: torch.nn.Module | None,
-        extra: Mapping[str, Any] | None,
+        extras: Sequence[extra_state.Extra],
         config: Config,
         engine: Engine | None,
         store: CheckpointStore,
         devices: cuda.Devices,
     ):
-        extras = extra_state.extras(extra)  # raises for what has no state, before the run holds anything
         self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
         self.directory: str = directory
         self.config: Config = config
@@ -66,7 +65,7 @@ class Run:
         self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
-        watch_scalers(extra, self.optimizers, self.stepping.attempt_skipped)
+        watch_scalers((each.live for each in extras), self.optimizers, self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
@@ -131,7 +130,7 @@ class Run:
             stepper.bindings.invalidate()
             if step:
                 mark_stepped(stepper.opt)
-        self.capture.start()
+        self.capture.restart()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:

@@ -147,7 +147,7 @@ class Stepping:
             if not self._closing.close_step(at_rest=True):
                 self.schedule.owed = True
             if self._status.active and self._is_due(self._clock.attempts) and not self._arrangement.halfway():
-                self._take_here()
+                self._take_here(bounded=True)
 
     def rest(self, timeout: float | None = None) -> None:
         """The user says that everything is at rest, in a loop without boundaries: a checkpoint that was begun is of this instant.
@@ -158,15 +158,16 @@ class Stepping:
         with self._closing.resting(timeout):
             trains = threading.current_thread() is self._saver.trainer.thread and not self._closing.inside_a_step()
             if not self._closing.close_step(at_rest=trains) and trains:
-                self._take_here()
+                self._take_here(bounded=False)
 
-    def _take_here(self) -> None:
-        """A checkpoint of this very instant: all layers are handed over as they are, and the state with them."""
+    def _take_here(self, bounded: bool) -> None:
+        """A checkpoint of this very instant: all layers are handed over as they are, and the state with them. ``bounded``: it is
+        a boundary."""
         self._arrangement.look_for_names()
         self._arrangement.refresh()
         pending = self._begin(self._clock.attempts)
         if pending is not None:
-            pending.guard.in_forward = frozenset()
+            pending.guard.bounded, pending.guard.in_forward = bounded, frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._closing.close_step(at_rest=True)
@@ -282,7 +283,8 @@ class Stepping:
             pending = None
         self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
-            pending.guard.in_forward, self._emitter.current = self._changes_in_forward(), pending
+            pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, self._changes_in_forward()
+            self._emitter.current = pending
         return pending
 
     def _changes_in_forward(self) -> frozenset[str] | None:
@@ -338,7 +340,7 @@ class Stepping:
         try:
             layout = self._arrangement.current_layout()
             pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, name=name)
-            pending.guard.in_forward = frozenset()
+            pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
             self._raise_callback_error()

@@ -13,7 +13,7 @@ from fxckpt.engine import SLICE, Patience
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
-from fxckpt.saving.guard import Changed
+from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
@@ -143,7 +143,7 @@ class Committer:
                 log.log(said, "fxckpt: the checkpoint of step %d was dropped: %s", pending.step, error)
             else:
                 self._tally.note_failure(pending.step, error)
-            if isinstance(error, Changed) and not isinstance(error, Cancelled):
+            if isinstance(error, Mixed):
                 self._tally.mixed.append(error)
             self._flights.remove(pending)
         flights = self._flights

@@ -28,15 +28,19 @@ class Changed(FxckptError):
 
 
 class ChangedInTurns(Changed, Cancelled):
-    """The same where it is known when to copy them: no failure, for that is done from now on."""
+    """The same in a loop with boundaries: no failure, for the tensor is copied there from now on."""
+
+
+class Mixed(Changed):
+    """The same where nothing can be done about it the next time."""
 
 
 _ALL = 3  # checkpoints in which elements of all tensors are looked at
 _AT_ONCE = 128  # layers of which parameters are looked at in each one later
 _ELEMENTS = 256
 
-Look = tuple[int, bytes | None]
-"""A tensor's version, and some of its elements."""
+Look = tuple[int, tuple[int, bytes] | None]
+"""A tensor's version, and some of its elements, with the address that they were read from."""
 
 
 def glimpse(tensor: torch.Tensor) -> bytes | None:
@@ -49,17 +53,25 @@ def glimpse(tensor: torch.Tensor) -> bytes | None:
     return flat[:: -(-count // _ELEMENTS)].clone().view(torch.uint8).numpy().tobytes()
 
 
+def _differ(a: Look, b: Look) -> bool:
+    """Was the memory changed? Other memory in its place is none that a copy reads."""
+    if a[0] != b[0] or a[1] is None or b[1] is None:
+        return a[0] != b[0]
+    return a[1][0] == b[1][0] and a[1][1] != b[1][1]
+
+
 class Guard:
     """Watches over the memory that one checkpoint is copied from.
 
-    ``in_forward``: the parameters that a forward changes, which a boundary need not know; None: nobody knows. ``deferred`` are
-    the layers to copy when the step closes, and their tensors; ``copies`` are snapshots made for this checkpoint alone, which
-    live until they are copied.
+    ``bounded``: it is of a boundary. ``in_forward``: the parameters that a forward changes, which a boundary need not know;
+    None: nobody knows. ``deferred`` are the layers to copy when the step closes, and their tensors; ``copies`` are snapshots
+    made for this checkpoint alone, which live until they are copied.
     """
 
     def __init__(self, step: int, layout: Layout, number: int):
         """``number``: which checkpoint of the run this is. What is done on ``.data`` or by numpy moves no version counter, so
         some elements are compared, too: of all tensors in the first checkpoints, later of so many parameters in turn."""
+        self.bounded = False
         self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
         self.copies: list[torch.Tensor] = []
@@ -81,7 +93,8 @@ class Guard:
     def _look(self, entry: Entry, tensor: torch.Tensor) -> Look:
         """How it looks now."""
         in_turn = entry.file == 0 and (len(entry.key) + self._number) % (1 + len(self._layout.layers) // _AT_ONCE) == 0
-        return version_of(tensor), glimpse(tensor) if in_turn or self._number < _ALL else None
+        seen = glimpse(tensor) if in_turn or self._number < _ALL else None
+        return version_of(tensor), None if seen is None else (tensor.data_ptr(), seen)
 
     def watch_again(self) -> None:
         """A step was left in its middle: what it did not come to is being copied still, and must not change unseen."""
@@ -115,7 +128,7 @@ class Guard:
         for layer in layers:
             tensors, looks = self._seen.get(layer, ((), []))
             entries = self._layout.layers[layer].entries
-            changed += [entry for entry, tensor, look in zip(entries, tensors, looks) if self._look(entry, tensor) != look]
+            changed += [e for e, tensor, look in zip(entries, tensors, looks) if _differ(self._look(e, tensor), look)]
         if changed:
             raise self._changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 
@@ -126,7 +139,8 @@ class Guard:
         verb = "were" if keys[1:] else "was"
         what = f"{names} {verb} changed in place outside opt.step() while the checkpoint of step {self._step} was being copied"
         if self.in_forward is None:
-            return Changed(f"{what}, which would mix two iterations; that checkpoint is discarded. {WAY_OUT}.")
+            return Mixed(f"{what}, which would mix two iterations; that checkpoint is discarded. {WAY_OUT}.")
         self._layout.changed_outside |= set(keys)
         size = f"which takes {nbytes / 2**20:.1f} MiB for each checkpoint in flight"
-        return ChangedInTurns(f"{what}; that checkpoint is discarded. From now on they are copied in memory, {size}")
+        kind = ChangedInTurns if self.bounded else Changed
+        return kind(f"{what}; that checkpoint is discarded. From now on they are copied in memory, {size}")
