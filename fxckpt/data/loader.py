@@ -54,7 +54,7 @@ class LoaderSource(Source):
         if not going_on:
             self._refuse_state_of_its_own()
             self._start = self._whole()
-            return self._items(self._make(None))
+            return self._items(self._noted(self._make(None)))
         assert saved is not None
         self._start = saved["start"]
         if not self.exhausted:
@@ -76,6 +76,9 @@ class LoaderSource(Source):
         if data is not None and self._iterable:
             take_back_place(self.loader.dataset, data, in_worker=False)
         self._iterator = made = iter(copied(self.loader, self._kind) if self._kind is not type(self.loader) else self.loader)
+        if (first := self._start.get("first")) is not None:
+            write_all(global_generators(), first["global"])
+            self._owned.write(first["own"])
         if not self._iterable:
             watch_order(made, self._order.watch)
             skip_order(made, self.position)
@@ -86,6 +89,12 @@ class LoaderSource(Source):
             if self.position:
                 read_again(made, self.position, type(self.loader.dataset).__name__)
         return made
+
+    def _noted(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        """The batches of a new pass. A sampler draws at its first index, and others may have drawn since the iterator was made
+        (``zip`` of two loaders)."""
+        self._start["first"] = {"global": states(global_generators()), "own": self._owned.states()}
+        yield from iterator
 
     def _items(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """The batches."""

@@ -150,8 +150,10 @@ def _amid(each: Found) -> bool:
     """Was it saved in the middle of an iteration? A run goes on from a boundary if it can."""
     if isinstance(each, Corrupt):
         return False
-    loops = each.record.state["early"].get("loops")
-    return isinstance(loops, Mapping) and loops.get("amid") is True
+    found: object = each.record.state  # not checked yet
+    for name in ("early", "loops", "amid"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found is True
 
 
 def _is_meant(each: Found, step: int | None, name: str | None, directory: str) -> bool:

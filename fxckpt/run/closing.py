@@ -95,7 +95,7 @@ class Closing:
                     self._capture.early(pending)
                 elif at_rest and self._plain.moved():
                     raise Moved("the script went on after opt.step(), and another one is taken")
-                elif not at_rest:
+                elif in_backward:
                     self._plain.check(pending.step)
                 self._check_unchanged(pending)
                 self._capture.hand_over_rest(pending)

@@ -63,7 +63,10 @@ class Slot:
 
     @property
     def below(self) -> int:
-        """The descriptor of the directory, which is held."""
+        """The descriptor of the directory, which is held: of the one that has its name, should somebody have made it anew since."""
+        if not self.is_itself():
+            self.leave()
+            self.enter()
         return self.held().fd
 
     def ended(self, timeout: float) -> bool:

@@ -264,10 +264,10 @@ def test_a_named_save_while_a_commit_hangs_ends_in_bounded_time_too(store, monke
     [("pwrite", "write"), ("fdatasync", "fdatasync"), ("rename", "rename"), ("ftruncate", "ftruncate"), ("open", "open")],
 )
 def test_a_failure_is_reported_with_operation_path_offset_and_errno(op, name, store, caplog):
-    training = Training(store).train(3)
+    training = Training(store, read_back="off").train(3)
     training.opt.ckpt.flush()
     saver = training.opt.ckpt._run.saver
-    while saver.supply.ready is None:  # the next slot's own calls are not the ones to fail
+    while saver.supply.ready is None:  # the next slot's own calls, and reading back, are not the ones to fail
         time.sleep(0.001)
     instruments.fail(1, errno.EIO, op)
     training.train()

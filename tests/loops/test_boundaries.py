@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import instruments
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import fxckpt
 
@@ -413,3 +415,126 @@ def test_what_is_written_through_data_is_in_the_checkpoint_of_its_iteration(tmp_
         again = [nn.Linear(300, 300), nn.Linear(300, 300)]
         fxckpt.load(tmp_path, model=again, step=found.step)
         assert all(torch.equal(a, b) for a, b in zip([p for m in again for p in m.parameters()], after[found.step - 1]))
+
+
+def test_steps_inside_of_epochs_count_each_iteration_once(tmp_path):
+    def script(life: Life) -> None:
+        for epoch in fxckpt.epochs(3):
+            for step in fxckpt.steps(5 * (epoch + 1)):
+                life.step(life.loader[step % 10])
+                life.turn()
+            life.scheduler.step()
+
+    def plain(life: Life) -> None:
+        for step in range(15):
+            life.step(life.loader[step % 10])
+            if step % 5 == 4:
+                life.scheduler.step()
+
+    check(script, plain, tmp_path, [3, 4, 5])
+
+
+def drawn_loader(seed: int | None = None) -> DataLoader:
+    """Shuffled, from the global generator or from one of its own."""
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    rows = torch.randn(24, 4, generator=torch.Generator().manual_seed(5))
+    return DataLoader(TensorDataset(rows), batch_size=6, shuffle=True, generator=generator)
+
+
+@pytest.mark.parametrize("deaths", [[2], [4, 3], [5, 1, 2]])
+def test_shuffled_loaders_side_by_side_draw_as_pytorch_s_do(deaths, tmp_path):
+    def zipped(batches: Callable, epochs: Callable) -> Callable[[Life], None]:
+        def script(life: Life) -> None:
+            first, second = drawn_loader(), drawn_loader()
+            for _ in epochs(3):
+                for (x,), (y,) in zip(batches(first), batches(second)):
+                    life.step(x + y)
+                    life.turn()
+
+        return script
+
+    check(zipped(fxckpt.batches, fxckpt.epochs), zipped(iter, range), tmp_path, deaths)
+
+
+def test_a_pass_over_a_loader_inside_of_a_pass_over_it_is_one_of_its_own(tmp_path):
+    def script(life: Life) -> None:
+        loader = drawn_loader()
+        for _ in fxckpt.epochs(2):
+            for (x,) in fxckpt.batches(loader):
+                life.step(x)
+                with torch.no_grad():
+                    for (y,) in fxckpt.batches(loader):
+                        life.a(y)
+                life.turn()
+
+    check(script, None, tmp_path, [2, 3])
+
+
+@pytest.mark.parametrize("deaths", [[2], [6], [9, 2], [5, 5]])
+def test_loaders_that_take_turns_keep_their_own_generators(deaths, tmp_path):
+    def turns(batches: Callable, epochs: Callable) -> Callable[[Life], None]:
+        def script(life: Life) -> None:
+            both = drawn_loader(1), drawn_loader(2)
+            for epoch in epochs(4):
+                for (x,) in batches(both[epoch % 2]):
+                    life.step(x)
+                    life.turn()
+
+        return script
+
+    check(turns(fxckpt.batches, fxckpt.epochs), turns(iter, range), tmp_path, deaths)
+
+
+def test_what_the_head_of_an_epoch_draws_it_draws_again(tmp_path):
+    def script(life: Life) -> None:
+        for _ in fxckpt.epochs(3):
+            subset = [life.loader[i] for i in torch.randperm(10)[:4]]
+            for x in fxckpt.batches(subset):
+                life.step(x)
+                life.turn()
+
+    check(script, None, tmp_path, [2, 3, 3])
+
+
+def test_what_the_head_of_an_epoch_changes_is_said_and_a_step_in_it_is_refused(tmp_path, caplog):
+    life = Life(tmp_path / "a")
+    for _ in fxckpt.epochs(2):
+        life.scheduler.step()
+        for x in fxckpt.batches(life.loader[:2]):
+            life.step(x)
+    life.opts[0].ckpt.shutdown()
+    assert caplog.text.count("'scheduler' changed in an epoch before its loop over fxckpt.batches") == 1
+    life = Life(tmp_path / "b")
+    with pytest.raises(fxckpt.SetupError, match=r"a step was made in an epoch before its loop"):
+        for _ in fxckpt.epochs(2):
+            life.step(life.loader[0])
+            for x in fxckpt.batches(life.loader):
+                life.step(x)
+    life.opts[0].ckpt.shutdown()
+    assert fxckpt.checkpoints(tmp_path / "b") == []
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_save_in_the_middle_of_an_iteration_is_not_what_a_run_goes_on_with(named, tmp_path):
+    numbers = itertools.count()
+
+    def script(life: Life) -> None:
+        for _ in fxckpt.epochs(2):
+            for i, x in enumerate(fxckpt.batches(life.loader[:4]), life.opts[0].ckpt.batch):
+                life.step(x)
+                if i == 2:
+                    life.opts[0].ckpt.save(f"best-{next(numbers)}" if named else None)
+                    life.turn()
+                life.scheduler.step()
+                life.turn()
+
+    check(script, None, tmp_path, [3, 1, 4])
+
+
+def test_a_loop_that_has_nothing_left_to_do_in_a_new_run_is_said(tmp_path, caplog):
+    life = Life(tmp_path)
+    for n in (2, 2):
+        for _ in fxckpt.epochs(n):
+            life.step(life.loader[0])
+    life.opts[0].ckpt.shutdown()
+    assert caplog.text.count("fxckpt.epochs(2) has nothing left to do") == 1

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 import pytest
+from waiting import until
 
 from fxckpt.engine import Patience
 from fxckpt.errors import Cancelled, SaveFailed
@@ -48,7 +49,8 @@ class Work:
 
 
 def test_checkpoints_end_one_by_one_in_the_order_in_which_they_came_and_an_error_ends_only_its_own():
-    work, loop, failure = Work(), CommitLoop(lambda: 0), SaveFailed("fsync", "b")
+    loop, failure = CommitLoop(lambda: 0), SaveFailed("fsync", "b")
+    work = Work(lambda flight: flight.path != "d" or until(lambda: not loop._queue.empty()))  # the end was asked for
     for flight in (Flight("a"), Flight("b", failure), Flight("c", Cancelled("no")), Flight("d")):
         loop.put(flight)
     loop.start(work)
