@@ -43,6 +43,10 @@ class RemoteSlot:
 
     below = io.CWD  # its files are opened by the monitor
 
+    def is_itself(self) -> bool:
+        """The monitor looks, before it opens them."""
+        return True
+
     def waited(self, file: str) -> None:
         """The monitor looks again, when it opens them."""
 

@@ -50,7 +50,7 @@ class SlotSupply:
         self._reserve(layout)
         slot, self.ready = self.ready, None
         if slot is not None and slot.error is None:  # else it went with its monitor
-            if name is None:
+            if name is None and slot.is_itself():
                 return slot
             self._store.abandon(slot, bad=False)
         return self._store.acquire(name)

@@ -63,10 +63,7 @@ class Slot:
 
     @property
     def below(self) -> int:
-        """The descriptor of the directory, which is held: of the one that has its name, should somebody have made it anew since."""
-        if not self.is_itself():
-            self.leave()
-            self.enter()
+        """The descriptor of the directory, which is held."""
         return self.held().fd
 
     def ended(self, timeout: float) -> bool:
