@@ -113,7 +113,8 @@ def takes_shapes(module: torch.nn.Module, values: Mapping[str, torch.Tensor]) ->
     params = {name: None if p is None else torch.nn.Parameter(p.to("meta"), False) for name, p in module._parameters.items()}
     vars(twin).update(_buffers=buffers, _parameters=params, _load_state_dict_pre_hooks={})  # hooks know the live module
     try:
-        with warnings.catch_warnings(action="ignore"):  # what is copied to a meta tensor goes nowhere
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is copied to a meta tensor goes nowhere
             fill(twin, values)
     except Exception:
         return False

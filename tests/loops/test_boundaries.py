@@ -223,6 +223,19 @@ def test_what_an_iteration_changes_after_its_step_is_in_its_checkpoint_from_the_
     assert last.opts[0].ckpt.statistics()["checkpoints_skipped"] == 0
 
 
+def values(*modules: nn.Module) -> list[torch.Tensor]:
+    """All parameters, as they are now."""
+    return [p.detach().clone() for module in modules for p in module.parameters()]
+
+
+def check_stored(directory: Path, size: int, after: list[list[torch.Tensor]]) -> None:
+    """Each checkpoint holds two square layers as its iteration left them."""
+    for found in fxckpt.checkpoints(directory):
+        again = [nn.Linear(size, size), nn.Linear(size, size)]
+        fxckpt.load(directory, model=again, step=found.step)
+        assert all(torch.equal(a, b) for a, b in zip(values(*again), after[found.step - 1], strict=True))
+
+
 def test_an_average_of_the_weights_costs_no_checkpoint(tmp_path):
     model, average = nn.Linear(64, 64), nn.Linear(64, 64).requires_grad_(False)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -234,13 +247,10 @@ def test_an_average_of_the_weights_costs_no_checkpoint(tmp_path):
         opt.step()
         with torch.no_grad():
             average.weight.lerp_(model.weight, 0.5)
-        after.append(average.weight.clone())
+        after.append(values(model, average))
     opt.ckpt.shutdown()
     assert opt.ckpt.statistics()["checkpoints_committed"] == 5
-    for found in fxckpt.checkpoints(tmp_path):
-        again = [nn.Linear(64, 64), nn.Linear(64, 64)]
-        fxckpt.load(tmp_path, model=again, step=found.step)
-        assert torch.equal(again[1].weight, after[found.step - 1])
+    check_stored(tmp_path, 64, after)
 
 
 def test_a_loop_over_batches_inside_another_one_is_only_data(tmp_path):
@@ -408,13 +418,10 @@ def test_what_is_written_through_data_is_in_the_checkpoint_of_its_iteration(tmp_
         for p, q in zip(model.parameters(), target.parameters()):
             p.data.clamp_(-0.01, 0.01)
             q.data.copy_(0.9 * q.data + 0.1 * p.data)
-        after.append([p.detach().clone() for p in [*model.parameters(), *target.parameters()]])
+        after.append(values(model, target))
     opt.ckpt.shutdown()
     assert opt.ckpt.statistics()["checkpoints_committed"] == 7
-    for found in fxckpt.checkpoints(tmp_path):
-        again = [nn.Linear(300, 300), nn.Linear(300, 300)]
-        fxckpt.load(tmp_path, model=again, step=found.step)
-        assert all(torch.equal(a, b) for a, b in zip([p for m in again for p in m.parameters()], after[found.step - 1]))
+    check_stored(tmp_path, 300, after)
 
 
 def test_steps_inside_of_epochs_count_each_iteration_once(tmp_path):
