@@ -9,6 +9,7 @@ from fxckpt.compat import cuda
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.config import Config
 from fxckpt.engine import Engine
+from fxckpt.engine.reading import READING_THREADS
 from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import trained_by
@@ -64,10 +65,12 @@ def say(run: Run) -> None:
         return
     config = run.config
     beside = BESIDE + RECORD * len(trained_by(run.optimizers))
+    if config.writer == "thread" and config.read_back != "off":  # a monitor reads back in its own process
+        beside += READING_THREADS * config.chunk_mb << 20
     log.info(
         f"fxckpt: checkpoints in {run.directory!r}, every={config.every!r}, keep={config.keep}, writer={config.writer!r}; "
         f"memory at most {run.engine.memory_bytes + beside >> 20} MiB ({config.threads} threads x {config.chunk_mb} MiB + "
-        f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records and code), plus a snapshot of the "
+        f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records, code and reading back), plus a snapshot of the "
         "model's buffers and of tensors in extra="
     )
     if config.keep == 1:

@@ -90,6 +90,10 @@ class WorkersSource(LoaderSource):
         self._base_seed = iterator.base_seed
         return iterator
 
+    def _noted(self, iterator: Any) -> Iterator[Any]:
+        """Nothing: the sampler has drawn when the iterator was made, for the workers read ahead."""
+        return iterator  # type: ignore[no-any-return]
+
     def _items(self, iterator: Any) -> Iterator[Any]:
         workers = self.loader.num_workers
         for carried in iterator:

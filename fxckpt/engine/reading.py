@@ -22,6 +22,10 @@ SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
 Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
 
 
+READING_THREADS = 2
+"""Each with a buffer of a chunk."""
+
+
 def crc32c(buffer: Buffer, crc: int = 0) -> int:
     """CRC-32C (Castagnoli) of a contiguous buffer, continuing from ``crc``; in hardware where possible."""
     ffi, lib = load()
@@ -42,7 +46,7 @@ def read_verified(
     chunk_bytes: int,
     crcs: Sequence[int],
     targets: Sequence[Target],
-    threads: int = 2,
+    threads: int = READING_THREADS,
     held: int | None = None,
     only: range | None = None,
     progress: Callable[[int], None] | None = None,

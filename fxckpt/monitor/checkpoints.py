@@ -65,7 +65,7 @@ class Checkpoints:
         """Open the slot's files (name, bytes). What was posted of this checkpoint already can be fed from now on."""
         slot = self._slots[key]
         try:
-            if not slot.is_itself():  # its directory was removed, or made anew, since the trainer got it
+            if slot.was_replaced():  # since the trainer got it
                 self.store.abandon(slot, bad=False)
                 slot = self.acquire(key, slot.name)
             which = [name for name, _ in files]

@@ -43,9 +43,9 @@ class RemoteSlot:
 
     below = io.CWD  # its files are opened by the monitor
 
-    def is_itself(self) -> bool:
+    def was_replaced(self) -> bool:
         """The monitor looks, before it opens them."""
-        return True
+        return False
 
     def waited(self, file: str) -> None:
         """The monitor looks again, when it opens them."""

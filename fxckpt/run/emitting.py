@@ -76,7 +76,8 @@ class Emitter:
         for pending in self.saver.flights.under_way():
             if pending is self.current or (numbers is not None and pending.layout is not layout):
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
-            layers = pending.layout.number("update") if numbers is None else numbers
+            all_of = pending.layout.number
+            layers = [*all_of("update"), *all_of("frozen")] if numbers is None else numbers
             pending.guard.let_go(layers, partial(self.discard, pending))
 
     def discard(self, pending: InFlight, error: Changed) -> None:

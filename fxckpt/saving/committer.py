@@ -50,7 +50,7 @@ class SlotSupply:
         self._reserve(layout)
         slot, self.ready = self.ready, None
         if slot is not None and slot.error is None:  # else it went with its monitor
-            if name is None and slot.is_itself():
+            if name is None and not _was_replaced(slot):
                 return slot
             self._store.abandon(slot, bad=False)
         return self._store.acquire(name)
@@ -78,6 +78,14 @@ class SlotSupply:
                 self.ready = self._store.acquire()
             except (OSError, FxckptError) as error:
                 log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
+
+
+def _was_replaced(slot: CheckpointSlot) -> bool:
+    """Has somebody put another directory in its place? Where nobody may look, asking the store for another slot says why."""
+    try:
+        return slot.was_replaced()
+    except OSError:
+        return True
 
 
 class Committer:

@@ -36,8 +36,8 @@ class CheckpointSlot(Protocol):
     def below(self) -> int:
         """The descriptor of its directory, for ``Engine.begin``; ``io.CWD`` where this process opens no files of it."""
 
-    def is_itself(self) -> bool:
-        """Does its name lead to the directory that was acquired, as far as this process knows?"""
+    def was_replaced(self) -> bool:
+        """Does its name lead to another directory than the one that was acquired, as far as this process knows?"""
 
     def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
         """What its files hold already, ``{file: {chunk: crc}}``, as remembered with an equal token."""
@@ -100,8 +100,8 @@ class NullSlot:
     below = io.CWD
     generation = error = None
 
-    def is_itself(self) -> bool:
-        return True
+    def was_replaced(self) -> bool:
+        return False
 
     def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
         return {}

@@ -145,6 +145,10 @@ class Slot:
         found = self.parent.find(self.entry)
         return found is not None and os.path.samestat(found, os.fstat(self.held().fd))
 
+    def was_replaced(self) -> bool:
+        """Whether its name leads to another directory than the one that is held."""
+        return self.parent.find(self.entry) is not None and not self.is_itself()
+
     def prepare(self) -> None:
         """Make the files safe to rewrite in place: one that somebody has open or mapped, or that has a second name, is unlinked.
         Whoever has it keeps its bytes, and the next writer makes a new file. What is no file is put aside, what somebody touched

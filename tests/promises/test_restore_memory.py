@@ -34,7 +34,7 @@ def ask():
     os.unlink("go")
 
 def run():
-    fxckpt.compile_step(opt, "d", model=m, every=1, keep=1, max_async=1, update="native")
+    fxckpt.compile_step(opt, "d", model=m, every=1, keep=1, max_async=1, update="native", read_back="off")
 
 what = os.environ["WHAT"]
 if what == "save":
