@@ -70,8 +70,8 @@ def say(run: Run) -> None:
     log.info(
         f"fxckpt: checkpoints in {run.directory!r}, every={config.every!r}, keep={config.keep}, writer={config.writer!r}; "
         f"memory at most {run.engine.memory_bytes + beside >> 20} MiB ({config.threads} threads x {config.chunk_mb} MiB + "
-        f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records, code and reading back), plus a snapshot of "
-        "the model's buffers and of tensors in extra="
+        f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records, code and reading back), plus a snapshot "
+        "of the model's buffers and of tensors in extra="
     )
     if config.keep == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
