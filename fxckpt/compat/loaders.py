@@ -16,31 +16,31 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 Indices = Iterator[Any]
 
 
-def is_iterable_style(loader: DataLoader) -> bool:
+def is_iterable_style(loader: DataLoader[Any]) -> bool:
     """Is the order the data set's own? Also true where a wrapped data pipe hides it."""
     return isinstance(loader.dataset, _IterableDataset)
 
 
-def iterates_as_torch(loader: DataLoader, known: tuple[type, ...] = ()) -> bool:
+def iterates_as_torch(loader: DataLoader[Any], known: tuple[type, ...] = ()) -> bool:
     """Are its iterators torch's own? A subclass that makes others may do anything with them. ``known``: subclasses whose
     uninterrupted passes are torch's, bit for bit."""
     kind = next((k for k in type(loader).__mro__ if k in known or "__iter__" in vars(k) or "_get_iterator" in vars(k)), None)
     return kind is DataLoader or kind in known
 
 
-def copied(loader: DataLoader, kind: type) -> DataLoader:
+def copied(loader: DataLoader[Any], kind: type) -> DataLoader[Any]:
     """A shallow copy, of class ``kind``: made without ``__init__``, as the attributes of a loader cannot be set after it."""
-    copy: DataLoader = object.__new__(kind)
+    copy: DataLoader[Any] = object.__new__(kind)
     vars(copy).update(vars(loader))
     return copy
 
 
-def iterate_with(loader: DataLoader, begin: Callable[[], Iterator[Any]]) -> None:
+def iterate_with(loader: DataLoader[Any], begin: Callable[[], Iterator[Any]]) -> None:
     """Let a copy begin its passes otherwise, for Accelerate, which calls ``__iter__`` as an attribute of the loader inside."""
     vars(loader)["__iter__"] = begin
 
 
-def has_workers_running(loader: DataLoader) -> bool:
+def has_workers_running(loader: DataLoader[Any]) -> bool:
     """Has it been iterated before, with workers that stay?"""
     return loader.persistent_workers and getattr(loader, "_iterator", None) is not None
 
@@ -96,7 +96,11 @@ class WorkersIterator(_MultiProcessingDataLoaderIter):
     """
 
     def __init__(
-        self, loader: DataLoader, watch: Callable[[Indices], Indices], received: Callable[[Any], None], start: Start | None = None
+        self,
+        loader: DataLoader[Any],
+        watch: Callable[[Indices], Indices],
+        received: Callable[[Any], None],
+        start: Start | None = None,
     ):
         """``loader``: a copy, which keeps this iterator if its workers stay. ``watch`` and ``received`` must lead to no object
         that holds this one: it ends its workers when it is let go of, which a circle would put off, into a forked child even."""
@@ -121,7 +125,7 @@ class WorkersIterator(_MultiProcessingDataLoaderIter):
         """The seed that the workers were made with."""
         return self._seed
 
-    def _reset(self, loader: DataLoader, first_iter: bool = False) -> None:
+    def _reset(self, loader: DataLoader[Any], first_iter: bool = False) -> None:
         self._fresh = True
         if not first_iter:
             self._hold = False

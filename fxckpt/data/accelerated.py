@@ -19,7 +19,7 @@ class Ahead:
     """What Accelerate's loader reads from: the inner source's batches, with a mark of the instant before each is made."""
 
     def __init__(self, inner: LoaderSource):
-        self.inner = inner
+        self.inner: LoaderSource = inner
         self.marks: deque[dict[str, Any]] = deque(maxlen=2)
         self._again: tuple[int, dict[str, Any]] | None = None
         self._reader = Reader(global_generators())

@@ -119,7 +119,7 @@ class Order:
     def __init__(self, known: bool):
         """``known``: the samplers are torch's, which draw all at once or from a generator of their own."""
         self.mark: int | None = None
-        self.draws = None if known else Draws()
+        self.draws: Draws | None = None if known else Draws()
 
     def watch(self, indices: Iterator[Any]) -> Iterator[Any]:
         """The same indices."""
@@ -147,7 +147,7 @@ class Draws:
         self._inside: set[str] = set()
         self._between: set[str] = set()
         self._after: dict[str, Any] = {}  # the states behind the last ``next`` that was watched
-        self.again = False  # iterating again, up to where training stopped: all is watched
+        self.again: bool = False  # iterating again, up to where training stopped: all is watched
 
     def watch_all(self, items: Iterator[Any]) -> Iterator[Any]:
         """The items, of which the first are watched."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from fxckpt.errors import SetupError
 
-log = logging.getLogger("fxckpt")
+log: logging.Logger = logging.getLogger("fxckpt")
 _EVERY = 10.0  # seconds between two lines of progress
 
 
@@ -24,12 +24,12 @@ class Source(ABC):
     """
 
     def __init__(self, loader: Any):
-        self.loader = loader
-        self.position = 0
-        self.exhausted = False
+        self.loader: Any = loader
+        self.position: int = 0
+        self.exhausted: bool = False
         self._running = False
         self._saved: dict[str, Any] | None = None
-        self.begun = False
+        self.begun: bool = False
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Is this state of a loader like this one?"""

@@ -23,7 +23,9 @@ class Carried:
     __slots__ = ("batch", "state", "worker")
 
     def __init__(self, batch: Any, worker: int, state: State | None):
-        self.batch, self.worker, self.state = batch, worker, state
+        self.batch: Any = batch
+        self.worker: int = worker
+        self.state: State | None = state
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Carried, (self.batch, self.worker, self.state)
@@ -37,7 +39,8 @@ class Arrivals:
     """The training process's side: what each worker had become behind the last batch that arrived, and the order of the pass."""
 
     def __init__(self, former: list[State], drew: bool):
-        self.states, self.drew = former, drew
+        self.states: list[State] = former
+        self.drew: bool = drew
         self.order: Order | None = None
 
     def watch(self, indices: Iterator[Any]) -> Iterator[Any]:

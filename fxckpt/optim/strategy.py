@@ -193,7 +193,8 @@ class Arguments:
     the class knows what it is for."""
 
     def __init__(self, positional: tuple[object, ...], named: dict[str, object]):
-        self.positional, self.named = positional, named
+        self.positional: tuple[object, ...] = positional
+        self.named: dict[str, object] = named
 
     def __call__(self) -> object:
         raise TypeError("arguments of a step, not a closure")

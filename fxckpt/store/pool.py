@@ -47,7 +47,7 @@ class Pool:
         self.moves: threading.RLock = threading.RLock()
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
         self.pinned: int | None = None  # the loaded one, which stays until a newer one is committed
-        self.since = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up
+        self.since: int = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up
         self._free: list[Slot] = []
         self._busy: set[Slot] = set()
         self._committed: dict[Slot, CheckpointStatus] = {}

@@ -31,7 +31,8 @@ class Contract:
 
     def __init__(self, opt: torch.optim.Optimizer, ours: Iterable[int] = ()):
         complete(opt)
-        self.opt, self._ours = opt, frozenset(ours)
+        self.opt: torch.optim.Optimizer = opt
+        self._ours = frozenset(ours)
         packer = Packer(opt, self._ours)
         self._pack(packer)
         self._made_of = packer.made_of

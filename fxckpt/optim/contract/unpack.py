@@ -18,7 +18,8 @@ class Unpacker:
     """One restoration. ``opt`` is the optimizer, its state and groups restored already; ``tensors`` those that nodes refer to."""
 
     def __init__(self, opt: torch.optim.Optimizer, tensors: Sequence[torch.Tensor]):
-        self.opt, self.tensors = opt, tensors
+        self.opt: torch.optim.Optimizer = opt
+        self.tensors: Sequence[torch.Tensor] = tensors
         self._params = [p for group in opt.param_groups for p in group["params"]]
 
     def unpack(self, node: Node, live: Any = None) -> Any:
