@@ -19,11 +19,13 @@ _WRAPPERS = (
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
     ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
     ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "CheckpointWrapper", "_checkpoint_wrapped_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
+    ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
 )
 
 
 def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
-    """The model inside torch's own wrapper ``module``, or None if it is no wrapper. The attributes that hold it are private; the
+    """The model inside a wrapper of torch's or Fabric's, or None if it is no wrapper. The attributes that hold it are private; the
     types are looked up only where their module is imported already."""
     for where, name, attribute in _WRAPPERS:
         kind = getattr(sys.modules.get(where), name, None)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from fxckpt.checkpointed import Checkpointed
+from fxckpt.compat.fabric import scaler_of, strategy_that_steps, unwrapped
 from fxckpt.compat.module_state import state_of
 from fxckpt.compat.modules import named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
@@ -33,11 +34,16 @@ def check(
     """The optimizers, the models as one and the extras, once they can make a run; raises SetupError if not."""
     if not optimizers:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
-    checked = [_free_optimizer(each) for each in optimizers]
+    if sharded := next(filter(None, map(strategy_that_steps, optimizers)), None):
+        raise SetupError(
+            f"the {sharded} of this optimizer's Fabric shards what it trains, or makes the steps itself: there is no opt.step() whose "
+            "layers could be copied. Use another strategy, or save with fabric.save()"
+        )
+    checked = [_free_optimizer(unwrapped(each)) for each in optimizers]
     module = one_model(model)
     names = {} if module is None else {id(p): name for name, p in named_parameters(module)}
     _check_parameters(checked, names)
-    extras = extra_state.extras(extra)
+    extras = extra_state.extras(_with_scalers(optimizers, extra))
     if not disabled():
         for each in checked:
             Contract(each, tensors_of(module))
@@ -46,6 +52,19 @@ def check(
         if module is not None:
             _check_model(module, checked)
     return checked, module, extras
+
+
+def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | None) -> Mapping[str, object] | None:
+    """The extras, and the scalers that Fabric gave optimizers, unless they are among them."""
+    if extra is not None and not isinstance(extra, Mapping):
+        return extra
+    found = dict(extra or {})
+    for scaler in map(scaler_of, optimizers):
+        if scaler is not None and not any(value is scaler for value in found.values()):
+            if "scaler" in found:
+                raise SetupError("extra['scaler'] is the name of Fabric's GradScaler, which is kept with it: choose another one")
+            found["scaler"] = scaler
+    return found
 
 
 def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

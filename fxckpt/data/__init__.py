@@ -6,8 +6,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from fxckpt.compat.fabric import is_set_up, loader_in
 from fxckpt.compat.loaders import iterates_as_torch
 from fxckpt.data.accelerated import AcceleratedSource
+from fxckpt.data.fabric import FabricSource
 from fxckpt.data.loader import LoaderSource
 from fxckpt.data.other import IterableSource
 from fxckpt.data.source import Source
@@ -29,6 +31,8 @@ def source_of(loader: Any) -> Source:
         inner = source_of(loader.base_dataloader)
         if isinstance(inner, LoaderSource):
             return AcceleratedSource(loader, inner)
+    if is_set_up(loader):
+        return FabricSource(loader, source_of(loader_in(loader)))
     stateful = _stateful_loader(loader)
     if isinstance(loader, DataLoader) and iterates_as_torch(loader, (stateful,) if stateful is not None else ()):
         kind = DataLoader if stateful is not None else None

@@ -50,14 +50,12 @@ def _rows(path: str) -> int:
 
 def _name_again(path: str) -> None:
     """See that the file's second name is that of this file."""
-    second = path + _SECOND_NAME
+    second, new = path + _SECOND_NAME, path + ".new"
     try:
-        if os.path.exists(second):
-            if os.path.samefile(path, second):
-                return
-            os.remove(second)
-        os.link(path, second)
-    except OSError as error:
+        if not (os.path.exists(second) and os.path.samefile(path, second)):
+            os.link(path, new)
+            os.replace(new, second)
+    except OSError as error:  # a file system without links
         log.debug("%s gets no second name: %s", path, error)
 
 
