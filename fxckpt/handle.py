@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from typing import TypedDict
 
 import torch
@@ -151,6 +152,28 @@ class Handle:
         """Batches of the pass over ``fxckpt.batches`` that are behind. After ``load`` those of the checkpoint's pass, so that
         ``enumerate(fxckpt.batches(loader), opt.ckpt.batch)`` counts on."""
         return self._run.loops.batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the run stands: ``step``, ``updates`` and ``iteration``, as in :class:`~fxckpt.Restored`.
+
+        For another way of saving beside this one: ``accelerator.register_for_checkpointing(opt.ckpt)``.
+        """
+        clock = self._run.clock
+        return {"step": clock.attempts, "updates": clock.applied.promise()(), "iteration": clock.iteration_of(clock.attempts)}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Say that the state of that step was put into model and optimizer by other means, and train on from there.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+
+        Raises:
+            SetupError: it is something else.
+        """
+        wanted = ("step", "updates", "iteration")
+        if not all(isinstance(state_dict.get(name), int) for name in wanted):
+            raise SetupError(f"this is no state of opt.ckpt: it needs the numbers {', '.join(wanted)}")
+        self._run.go_on_from(*(state_dict[name] for name in wanted))
 
     @property
     def directory(self) -> str:

@@ -14,8 +14,9 @@ from typing import Literal
 
 import torch
 
-from fxckpt.checkpointed import attach
+from fxckpt.checkpointed import attach, attach_wrapper
 from fxckpt.compat import cuda
+from fxckpt.compat.accelerate import is_prepared
 from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
 from fxckpt.compiled_optimizer.checks import check
@@ -59,7 +60,8 @@ def compile_step(
     """Checkpoint training layer by layer inside ``opt.step()``.
 
     Args:
-        opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step.
+        opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step. What
+            Accelerate's ``prepare`` returned may be given; its ``GradScaler`` is then among the extras.
         dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``.
         model: what is trained, compiled or wrapped or not: a module, or a list or dict of them, which must own all that the
             optimizers train. Names every tensor, and adds what the optimizer does not hold: frozen parameters, buffers,
@@ -100,7 +102,8 @@ def compile_step(
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error, read_back=read_back,
     )  # fmt: skip
-    optimizers, module, extras = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model, extra)
+    given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
+    optimizers, module, extras = check(given, model, extra)
     directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
@@ -110,6 +113,8 @@ def compile_step(
     for each in optimizers:
         attach(each, handle)
         rebind_scheduler_wrapper(each)
+    for wrapper in filter(is_prepared, given):
+        attach_wrapper(wrapper)
     say(run)
     return opt
 

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from fxckpt.checkpointed import Checkpointed
+from fxckpt.compat.accelerate import scaler_of, steps_elsewhere, unwrapped
 from fxckpt.compat.module_state import state_of
 from fxckpt.compat.modules import named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
@@ -33,11 +34,11 @@ def check(
     """The optimizers, the models as one and the extras, once they can make a run; raises SetupError if not."""
     if not optimizers:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
-    checked = [_free_optimizer(each) for each in optimizers]
+    checked = [_free_optimizer(unwrapped(each)) for each in optimizers]
     module = one_model(model)
     names = {} if module is None else {id(p): name for name, p in named_parameters(module)}
     _check_parameters(checked, names)
-    extras = extra_state.extras(extra)
+    extras = extra_state.extras(_with_scalers(optimizers, extra))
     if not disabled():
         for each in checked:
             Contract(each, tensors_of(module))
@@ -46,6 +47,19 @@ def check(
         if module is not None:
             _check_model(module, checked)
     return checked, module, extras
+
+
+def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | None) -> Mapping[str, object] | None:
+    """The extras, and the scalers that Accelerate gave prepared optimizers, unless they are among them."""
+    if extra is not None and not isinstance(extra, Mapping):
+        return extra
+    found = dict(extra or {})
+    for scaler in map(scaler_of, optimizers):
+        if scaler is not None and not any(value is scaler for value in found.values()):
+            if "scaler" in found:
+                raise SetupError("extra['scaler'] is the name of Accelerate's GradScaler, which is kept with it: choose another one")
+            found["scaler"] = scaler
+    return found
 
 
 def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -68,6 +82,11 @@ def _free_optimizer(given: object) -> torch.optim.Optimizer:
             f"{what}. If it wraps an optimizer, pass the inner one, and the wrapper in extra= if it counts anything."
         )
     opt = cast(torch.optim.Optimizer, given)
+    if steps_elsewhere(opt):
+        raise SetupError(
+            f"this {type(opt).__name__} leaves its steps to DeepSpeed or Megatron, which fxckpt does not know: there is no "
+            "opt.step() whose layers it could copy. Train without that plugin, or save with accelerator.save_state()"
+        )
     if forwards(opt):
         inner = next((type(each).__name__ for each in held_by(opt)), "optimizer")
         raise SetupError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxckpt.compat.accelerate import unwrapped
 from fxckpt.compat.modules import Models, one_model, tensors_of
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
@@ -42,7 +43,8 @@ def find_target(
 ) -> tuple[Target, str]:
     """What to restore into, and the directory to load from. Raises SetupError if that cannot be told."""
     place = None if directory is None else local_path(directory)
-    given = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    asked = [] if optimizer is None else list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+    given = [unwrapped(each) for each in asked]
     run = _find_run(place, model, given)
     if run is not None:
         extras = run.capture.extras if extra is None else extra_state.extras(extra)

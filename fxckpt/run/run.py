@@ -133,6 +133,14 @@ class Run:
         self.capture.restart()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
+    def go_on_from(self, step: int, updates: int, iteration: int) -> None:
+        """Somebody else put the state of this step into the live tensors. What is committed here is what it was before."""
+        self.closing.drop("another state was loaded, by other means than fxckpt.load()")
+        tally = self.saver.tally
+        before = tally.last_handed_over, tally.last_committed
+        self.continue_from(step, updates, iteration)
+        tally.last_handed_over, tally.last_committed = before
+
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:
         """What comes next continues this checkpoint of ``directory``; None: there was none to load. What is loaded from another
         store than the run's own begins a lineage here, and does not stand in for what lies here and was not loaded."""
