@@ -29,6 +29,9 @@ log: logging.Logger = logging.getLogger("fxckpt")
 _WITHOUT_END = 1 << 62
 """Turns: Trainer knows when to stop."""
 
+_SUMMARY = {"train_runtime", "train_loss", "total_flos"}
+"""What only the last entry of a log has, all together."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -244,7 +247,7 @@ class First(TrainerCallback):
         self._training.logged()
 
     def on_log(self, args: Any, state: Any, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
-        if "train_runtime" in logs:
+        if logs.keys() >= _SUMMARY:
             self._training.summary(logs)
         else:
             self._training.logged()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
 import json
 import os
 import random
@@ -32,10 +33,11 @@ from fxckpt.graph.update.trace import signature_of, trace
 class ForkServer:
     """Starts runs in that process. One request, one answer, each a line of JSON."""
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, *preloaded: str):
+        """``preloaded``: modules that scripts import and that take seconds."""
         self._runs: list[ProcessRun] = []
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve())],
+            [sys.executable, str(Path(__file__).resolve()), *preloaded],
             env=environment(cache),
             text=True,
             stdin=subprocess.PIPE,
@@ -144,6 +146,8 @@ def warm_up() -> None:
 
 if __name__ == "__main__":
     warm_up()
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a run need not touch, and so copy, what the server has
     serve()
