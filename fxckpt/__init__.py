@@ -48,6 +48,9 @@ _HOME = {
 }  # fmt: skip
 """Where the names are that need torch or the engine: imported at first use."""
 
+_MODULES = ("hf",)
+"""Need a package that ``pip install fxckpt[hf]`` brings."""
+
 __all__ = [
     "Cancelled", "Checkpointed", "Corrupt", "EngineMissing", "FxckptError", "Handle", "LayoutMismatch", "NoCheckpoint", "NoSpace",
     "NotAStore", "Restored", "SaveFailed", "SetupError", "StateError", "Statistics", "StoreError", "StoreLocked",
@@ -56,7 +59,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Import a public name at first use."""
+    """Import a public name at first use; so are the modules for packages that are not always there."""
+    if name in _MODULES:
+        return importlib.import_module(f"fxckpt.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(importlib.import_module(_HOME[name]), name)

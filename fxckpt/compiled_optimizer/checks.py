@@ -57,7 +57,9 @@ def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | No
     for scaler in map(scaler_of, optimizers):
         if scaler is not None and not any(value is scaler for value in found.values()):
             if "scaler" in found:
-                raise SetupError("extra['scaler'] is the name of Accelerate's GradScaler, which is kept with it: choose another one")
+                raise SetupError(
+                    "extra['scaler'] is the name of Accelerate's GradScaler, which is kept with it: choose another one"
+                )
             found["scaler"] = scaler
     return found
 

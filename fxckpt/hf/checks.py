@@ -42,7 +42,9 @@ def _check_options(extra: Mapping[str, object] | None, options: Mapping[str, Any
         if name == "model":
             raise SetupError("fxckpt.hf.attach checkpoints the Trainer's model: leave model= out")
         if name not in known:
-            raise SetupError(f"fxckpt.hf.attach has no option {name!r}; fxckpt.compile_step has these: {', '.join(sorted(known))}")
+            raise SetupError(
+                f"fxckpt.hf.attach has no option {name!r}; fxckpt.compile_step has these: {', '.join(sorted(known))}"
+            )
 
 
 def _of_trainer(trainer: Trainer, compile: bool) -> Iterator[str]:
@@ -56,7 +58,7 @@ def _of_trainer(trainer: Trainer, compile: bool) -> Iterator[str]:
             yield f"{name} splits the optimizer's state over processes, which no checkpoint of one process holds. Train without it"
     if trainer.accelerator.dataloader_config.use_stateful_dataloader:
         yield (
-            "accelerator_config has use_stateful_dataloader=True, which draws random numbers before training. Leave it out: the "
+            "the accelerator has use_stateful_dataloader=True, which draws random numbers before training. Leave it out: the "
             "loader's place is in the checkpoint anyway"
         )
 
@@ -77,6 +79,11 @@ def _of_arguments(trainer: Trainer) -> Iterator[str]:
         yield "ignore_data_skip=True begins the epoch anew. Leave it out: no batch is read twice in any case"
     if not args.dataloader_in_order:
         yield "dataloader_in_order=False makes the order of batches chance. Leave it out"
+    if args.dataloader_persistent_workers and args.dataloader_num_workers and trainer.eval_dataset is not None:
+        yield (
+            "dataloader_persistent_workers=True with an eval_dataset: the first evaluation of a process draws a random number that "
+            "later ones do not, so a resumed run would have others than the uninterrupted one. Leave it out"
+        )
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):
         yield f"optim={optim!r} {_BACKWARD_STEPS}"

@@ -95,4 +95,3 @@ def turns_per_epoch(trainer: Trainer, loader: Any) -> int:
     if not has_length(loader):
         return int(trainer.state.max_steps)
     return max(math.ceil(len(loader) / trainer.args.gradient_accumulation_steps), 1)
-

@@ -16,13 +16,16 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import has_length
 
-import fxckpt
 from fxckpt.compat.trainer import loading_no_weights
+from fxckpt.compiled_optimizer import compile_step
 from fxckpt.config import disabled
 from fxckpt.errors import FxckptError, SetupError, StoreError
+from fxckpt.handle import Handle
 from fxckpt.hf.checks import check_loader
 from fxckpt.hf.progress import Progress, place_of
 from fxckpt.hf.resuming import folder, newest, turns_per_epoch
+from fxckpt.loading.load import load
+from fxckpt.loop import batches, steps
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -60,13 +63,15 @@ class Attachment:
                 "folder with from_pretrained()"
             )
         if trial is not None:
-            raise SetupError("fxckpt.hf: a search of hyperparameters trains many models. Attach to the Trainer of each one by itself")
+            raise SetupError(
+                "fxckpt.hf: a search of hyperparameters trains many models. Attach to the Trainer of each one by itself"
+            )
         with contextlib.ExitStack() as stack:
             place, expected = None, None
             if not (disabled() or self._options.compiled.get("fresh")) and (found := newest(self._options.directory)) is not None:
                 expected, saved = found
-                at, steps = place_of(saved)
-                place = stack.enter_context(folder(self._trainer, at, steps, self._options.go_on))
+                at, made = place_of(saved)
+                place = stack.enter_context(folder(self._trainer, at, made, self._options.go_on))
                 stack.enter_context(loading_no_weights(self._trainer))
             self._training = training = Training(self._trainer, self._options, None if expected is None else str(expected))
             stack.enter_context(self._called_first_and_last(training))
@@ -116,7 +121,7 @@ class Training:
         self._trainer, self._options, self._expected = trainer, options, expected
         self.progress: Progress = Progress(trainer)
         self.turns: Iterator[int] | None = None  # once the run has begun
-        self._ckpt: fxckpt.Handle | None = None
+        self._ckpt: Handle | None = None
         self._loader: Any = None
         self._pass: Any = None  # what gives the batches of this epoch
         self._undrawn = False  # a turn has begun, and none of its batches was drawn
@@ -133,18 +138,18 @@ class Training:
         check_loader(self._loader)
         extra = {**options.extra, "trainer": self.progress, "lr_scheduler": trainer.lr_scheduler}
         model: Any = trainer.model
-        optimizer: Any = fxckpt.compile_step(trainer.optimizer, options.directory, model=model, extra=extra, **options.compiled)
+        optimizer: Any = compile_step(trainer.optimizer, options.directory, model=model, extra=extra, **options.compiled)
         self._ckpt = optimizer.ckpt
         mine = turns_per_epoch(trainer, self._loader), trainer.args.gradient_accumulation_steps
         if not options.compiled.get("fresh"):
             self._load(optimizer, *mine)
         self.progress.place.turns_per_epoch, self.progress.place.accumulation = mine
         self.logged()
-        self.turns = fxckpt.steps(_WITHOUT_END, optimizer=optimizer)
+        self.turns = steps(_WITHOUT_END, optimizer=optimizer)
 
     def _load(self, optimizer: Any, per_epoch: int, accumulation: int) -> None:
         """Load, and see that the Trainer is at the place of what was loaded."""
-        restored = fxckpt.load(optimizer=optimizer)
+        restored = load(optimizer=optimizer)
         if (None if restored.path is None else str(restored.path)) != self._expected:
             raise StoreError(f"{self._options.directory}: its newest checkpoint was {self._expected}, and is {restored.path} "
                              "now. Does something else write there? Start again")  # fmt: skip
@@ -180,7 +185,7 @@ class Training:
         """The batches of this epoch that were not drawn."""
         if self._pass is None:
             optimizer: Any = self._trainer.optimizer
-            self._pass = iter(fxckpt.batches(self._loader, optimizer=optimizer))
+            self._pass = iter(batches(self._loader, optimizer=optimizer))
             if hasattr(self._loader, "set_epoch"):  # behind a load, which puts it where it was; nothing was drawn yet
                 self._loader.set_epoch(self.progress.place.epoch)
         return self._pass

@@ -23,6 +23,7 @@ ROOMS = (
     {"loading", "handle"},
     {"checkpointed"},
     {"compiled_optimizer", "loop", "torch_backend"},
+    {"hf"},
     {"__init__", "__main__"},
 )
 """A room imports from those above it, and from itself."""
