@@ -42,18 +42,18 @@ def join(wrapper: Any, ckpt: property, known: Any) -> None:
     class that its instances belong to from now on."""
     if getattr(wrapper, "scaler", None) is not None:
         if not all(hasattr(wrapper, name) for name in _CAPTURED):
-            raise SetupError("this version of Accelerate keeps an optimizer's step otherwise than fxckpt knows: call compile_step "
-                             "before prepare()")  # fmt: skip
-        from accelerate.optimizer import patch_optimizer_step
+            raise SetupError("this version of Accelerate keeps an optimizer's step elsewhere: call compile_step before prepare()")
+        from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
 
         step = wrapper.optimizer.step
         wrapper._optimizer_original_step_method = step
         wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, step)
-    wrapper.__class__ = _joined_class(type(wrapper), ckpt, known)
+    kind: Any = type(wrapper)
+    wrapper.__class__ = _joined_class(kind, ckpt, known)
 
 
 @functools.cache
-def _joined_class(base: type, ckpt: property, known: Any) -> type:
+def _joined_class(base: Any, ckpt: property, known: Any) -> Any:
     made = instance_subclass(base, {"ckpt": ckpt})
     known.register(made)
     return made

@@ -58,7 +58,7 @@ def set_counts(trainer: Any, saved: dict[str, Any]) -> None:
 
 @contextmanager
 def loading_no_weights(trainer: Any) -> Iterator[None]:
-    """Inside, ``train(resume_from_checkpoint=folder)`` takes the place from the folder and no weights, which come from elsewhere."""
+    """Inside, ``train(resume_from_checkpoint=folder)`` takes its place from the folder, and no weights."""
     vars(trainer)["_load_from_checkpoint"] = lambda *_, **__: None
     try:
         yield

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from transformers import Trainer
@@ -33,15 +33,16 @@ def attach(
     *,
     compile: bool = False,
     go_on: bool = False,
+    attributes: Sequence[str] = (),
     extra: Mapping[str, object] | None = None,
     **options: Any,
 ) -> T:
     """Checkpoint a Trainer's training, and let the same script go on after it was killed.
 
-    From now on ``trainer.train()`` loads the newest checkpoint of ``dir`` that verifies, if there is one, and goes on in the middle
-    of its epoch: with the bits, the number of steps and the ``log_history`` of a training that was never interrupted. Nothing
-    else of the script changes, and an uninterrupted training has the bits that it has without this call. While it trains,
-    ``trainer.optimizer.ckpt`` is the run's :class:`~fxckpt.Handle`.
+    From now on ``trainer.train()`` loads the newest checkpoint of ``dir`` that verifies, if there is one, and goes on in the
+    middle of its epoch: with the bits, the number of steps and the ``log_history`` of a training that was never interrupted.
+    Nothing else of the script changes, and an uninterrupted training has the bits that it has without this call. While it
+    trains, ``trainer.optimizer.ckpt`` is the run's :class:`~fxckpt.Handle`.
 
     Args:
         trainer: of one process. Model, optimizer and scheduler may be given to it or made by it.
@@ -49,8 +50,9 @@ def attach(
             Trainer may save beside it.
         compile: compile the model in place with ``fxckpt.backend``.
         go_on: train on where a callback had stopped the training before its last step. Without it such a training is over.
-        extra: what else has state, by name, as ``fxckpt.compile_step`` takes it: attributes of a Trainer of your own, callbacks
-            that keep something and are no ``ExportableState``.
+        attributes: names of attributes of a Trainer of your own that change while it trains.
+        extra: what else has state, by name, as ``fxckpt.compile_step`` takes it; ``vars(callback)`` of a callback that keeps
+            something and is no ``ExportableState``.
         options: of ``fxckpt.compile_step``: ``every``, ``keep``, ``writer``, ``on_error`` and the others.
 
     Returns:
@@ -60,11 +62,11 @@ def attach(
         SetupError: something that cannot be resumed exactly, by its name, and what to do instead. ``train()`` raises it for what
         only shows then, and all that ``compile_step`` and ``load`` raise.
     """
-    check(trainer, compile, extra, options)
+    check(trainer, compile, attributes, extra, options)
     if compile:
         assert trainer.model is not None
         trainer.model.compile(backend=backend)
     directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))
-    attachment = Attachment(trainer, Options(directory, go_on, dict(extra or {}), options))
+    attachment = Attachment(trainer, Options(directory, go_on, tuple(attributes), dict(extra or {}), options))
     stand_in(trainer, attachment)
     return trainer

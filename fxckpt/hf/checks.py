@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from transformers import Trainer
@@ -14,18 +14,22 @@ from fxckpt.data import source_of
 from fxckpt.data.accelerated import AcceleratedSource
 from fxckpt.errors import SetupError
 
-OURS = ("trainer", "lr_scheduler")
+OURS = ("trainer", "lr_scheduler", "attributes")
 """Names among the extras that an attached Trainer's run has itself."""
 
 _BACKWARD_STEPS = "makes its steps inside the backward, where no checkpoint can be of one step. Choose another optim="
 
 
-def check(trainer: Any, compile: bool, extra: Mapping[str, object] | None, options: Mapping[str, Any]) -> None:
+def check(
+    trainer: Any, compile: bool, attributes: Sequence[str], extra: Mapping[str, object] | None, options: Mapping[str, Any]
+) -> None:
     """Raises SetupError for the first thing that ``attach`` refuses."""
     if not isinstance(trainer, Trainer):
         raise SetupError(f"fxckpt.hf.attach takes a transformers.Trainer; this is a {type(trainer).__name__}")
     if missing := missing_parts(trainer):
         raise SetupError(f"this version of transformers has no Trainer.{missing[0]}: fxckpt.hf needs transformers 5.24 or newer")
+    if absent := [name for name in attributes if not hasattr(trainer, name)]:
+        raise SetupError(f"attributes={tuple(attributes)!r}: this {type(trainer).__name__} has no {absent[0]!r}")
     _check_options(extra, options)
     for why in (*_of_trainer(trainer, compile), *_of_arguments(trainer)):
         raise SetupError(f"fxckpt.hf: {why}")
@@ -55,7 +59,7 @@ def _of_trainer(trainer: Trainer, compile: bool) -> Iterator[str]:
         yield "compile=True compiles a model that is there; with model_init=, call model.compile(backend=fxckpt.backend) in it"
     for name in ("DeepSpeed", "FSDP"):
         if getattr(trainer, f"is_{name.lower()}_enabled", False):
-            yield f"{name} splits the optimizer's state over processes, which no checkpoint of one process holds. Train without it"
+            yield f"{name} splits the optimizer's state over processes, and no checkpoint of one holds it. Train without it"
     if trainer.accelerator.dataloader_config.use_stateful_dataloader:
         yield (
             "the accelerator has use_stateful_dataloader=True, which draws random numbers before training. Leave it out: the "
@@ -81,8 +85,8 @@ def _of_arguments(trainer: Trainer) -> Iterator[str]:
         yield "dataloader_in_order=False makes the order of batches chance. Leave it out"
     if args.dataloader_persistent_workers and args.dataloader_num_workers and trainer.eval_dataset is not None:
         yield (
-            "dataloader_persistent_workers=True with an eval_dataset: the first evaluation of a process draws a random number that "
-            "later ones do not, so a resumed run would have others than the uninterrupted one. Leave it out"
+            "dataloader_persistent_workers=True with an eval_dataset: the first evaluation of a process draws a random number "
+            "that later ones do not, so a resumed run would have others than the uninterrupted one. Leave it out"
         )
     optim = str(getattr(args.optim, "value", args.optim))
     if optim in ("lomo", "adalomo") or optim.endswith("layerwise"):

@@ -1,4 +1,4 @@
-"""What a record holds of a Trainer beside model, optimizer and scheduler: its state, its log, its counts, and where its loop is."""
+"""What a record holds of a Trainer beside model, optimizer and scheduler: its state, log and counts, and where its loop is."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from transformers.trainer_callback import ExportableState
 from fxckpt.compat.trainer import RUNNING_LOSS, counts, set_counts
 from fxckpt.errors import SetupError
 
-_KEPT = ("epoch", "global_step", "num_input_tokens_seen", "total_flos", "best_metric", "best_global_step", "best_model_checkpoint",
-         "stateful_callbacks")  # fmt: skip
+_KEPT = ("epoch", "global_step", "num_input_tokens_seen", "total_flos", "best_metric", "best_global_step",
+         "best_model_checkpoint", "stateful_callbacks")  # fmt: skip
 """Fields of TrainerState that training changes; the others follow from the arguments. ``log_history`` is kept line by line."""
 
 
@@ -74,7 +74,7 @@ class Progress:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Put it back. Steps and epochs of the whole training, and what is said how often, come from the arguments of now."""
         trainer, plain = self._trainer, json.loads(saved["plain"])
-        state = trainer.state
+        state: Any = trainer.state
         for name in _KEPT:
             setattr(state, name, plain["state"][name])
         state.log_history = [json.loads(line) for line in saved["log"].splitlines()]
@@ -115,7 +115,7 @@ def place_of(saved: Mapping[str, Any]) -> tuple[Place, int]:
     return Place(**plain["place"]), plain["state"]["global_step"]
 
 
-def _number(value: Any) -> float:
+def _number(value: Any) -> Any:
     """numpy's and torch's numbers, which Trainers and their metrics mix with Python's."""
     if callable(item := getattr(value, "item", None)) and not (isinstance(value, torch.Tensor) and value.numel() != 1):
         return item()

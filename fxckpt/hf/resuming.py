@@ -28,8 +28,9 @@ _STATE = "trainer_state.json"
 def folder(trainer: Trainer, place: Place, steps: int, go_on: bool) -> Iterator[str]:
     """A folder that ``train(resume_from_checkpoint=...)`` takes its place from, gone at the end.
 
-    Trainer computes the epoch and the batches to skip from ``global_step`` and the length of an epoch. That is wrong where an epoch
-    or the training was stopped; so it reads there the number from which the right place comes, and gets the true one later.
+    Trainer computes the epoch and the batches to skip from ``global_step`` and the length of an epoch. That is wrong where an
+    epoch or the training was stopped; so it reads there the number from which the right place comes, and gets the true one
+    later.
     """
     counted = _as_trainer_counts(trainer, place, steps, go_on)
     state = TrainerState(global_step=counted, train_batch_size=trainer.args.train_batch_size)
@@ -44,7 +45,7 @@ def folder(trainer: Trainer, place: Place, steps: int, go_on: bool) -> Iterator[
 
 
 def _as_trainer_counts(trainer: Trainer, place: Place, steps: int, go_on: bool) -> int:
-    """The ``global_step`` from which Trainer's arithmetic comes to this place, or behind the last epoch of a training that is over."""
+    """The ``global_step`` from which Trainer's arithmetic comes to this place, or, if it is over, behind the last epoch."""
     args, per_epoch = trainer.args, place.turns_per_epoch
     last = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * per_epoch)
     if steps >= last or (place.stopped and not go_on):

@@ -1,8 +1,8 @@
 """One call of ``trainer.train()``: where its boundaries are, and what comes between them.
 
-An update's boundary is the instant before the batches of the next one are drawn, when ``get_batch_samples`` is called: the log,
-the evaluation, the scheduler and what Trainer saves lie behind it then. The last update of an epoch ends before ``on_epoch_begin``
-of the next one, and the last of all before Trainer adds its summary to the log.
+An update's boundary is the instant before the batches of the next one are drawn, when ``get_batch_samples`` is called: its log,
+its evaluation, its scheduler's step and what Trainer saves lie behind it then. The last update of an epoch ends before
+``on_epoch_begin`` of the next one, and the last of all before Trainer adds its summary to the log.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import has_length
@@ -22,6 +22,7 @@ from fxckpt.config import disabled
 from fxckpt.errors import FxckptError, SetupError, StoreError
 from fxckpt.handle import Handle
 from fxckpt.hf.checks import check_loader
+from fxckpt.hf.others import Attributes, Watch
 from fxckpt.hf.progress import Progress, place_of
 from fxckpt.hf.resuming import folder, newest, turns_per_epoch
 from fxckpt.loading.load import load
@@ -42,6 +43,7 @@ class Options:
 
     directory: str
     go_on: bool
+    attributes: tuple[str, ...]
     extra: Mapping[str, object]
     compiled: Mapping[str, Any]
 
@@ -59,8 +61,8 @@ class Attachment:
         if resume_from_checkpoint not in (None, False):
             raise SetupError(
                 f"trainer.train(resume_from_checkpoint={resume_from_checkpoint!r}): this Trainer resumes from the checkpoints in "
-                f"{self._options.directory!r} by itself. Leave it out. To begin with what a Trainer saved, load the model from that "
-                "folder with from_pretrained()"
+                f"{self._options.directory!r} by itself. Leave it out. To begin with what a Trainer saved, load the model from "
+                "that folder with from_pretrained()"
             )
         if trial is not None:
             raise SetupError(
@@ -80,7 +82,7 @@ class Attachment:
 
     @contextlib.contextmanager
     def _called_first_and_last(self, training: Training) -> Iterator[None]:
-        """What others do at the begin of training is done before it is loaded; what they do at an epoch's, behind the boundary."""
+        """What others do when training begins is done before the load; what they do at an epoch's head, behind the boundary."""
         handler = self._trainer.callback_handler
         handler.callbacks = [First(training), *handler.callbacks, Last(training)]
         try:
@@ -124,6 +126,7 @@ class Training:
         self._ckpt: Handle | None = None
         self._loader: Any = None
         self._pass: Any = None  # what gives the batches of this epoch
+        self._watch: Watch | None = None
         self._undrawn = False  # a turn has begun, and none of its batches was drawn
         self._epoch_began = False
         self._eval_on_start: bool | None = None  # what the arguments said, if it was turned off
@@ -137,8 +140,11 @@ class Training:
         self._loader = trainer.callback_handler.train_dataloader
         check_loader(self._loader)
         extra = {**options.extra, "trainer": self.progress, "lr_scheduler": trainer.lr_scheduler}
-        model: Any = trainer.model
-        optimizer: Any = compile_step(trainer.optimizer, options.directory, model=model, extra=extra, **options.compiled)
+        if options.attributes:
+            extra["attributes"] = Attributes(trainer, options.attributes)
+        self._watch = Watch(trainer, options.attributes, [*options.extra.values()])
+        model, given = cast(Any, trainer.model), cast(Any, trainer.optimizer)
+        optimizer: Any = compile_step(given, options.directory, model=model, extra=extra, **options.compiled)
         self._ckpt = optimizer.ckpt
         mine = turns_per_epoch(trainer, self._loader), trainer.args.gradient_accumulation_steps
         if not options.compiled.get("fresh"):
@@ -159,8 +165,8 @@ class Training:
         other_length = per_epoch != place.turns_per_epoch and (place.epoch or has_length(self._loader))
         if other_length or accumulation != place.accumulation:
             raise SetupError(
-                f"the checkpoint is of epochs of {place.turns_per_epoch} updates with {place.accumulation} batches each, and now they "
-                f"have {per_epoch} with {accumulation}: that is another training. Keep the data, the batch size and "
+                f"the checkpoint is of epochs of {place.turns_per_epoch} updates with {place.accumulation} batches each, and now "
+                f"they have {per_epoch} with {accumulation}: that is another training. Keep the data, the batch size and "
                 "gradient_accumulation_steps as they were (and max_steps, for data without a length)"
             )
         self._eval_on_start, self._trainer.args.eval_on_start = self._trainer.args.eval_on_start, False
@@ -179,6 +185,8 @@ class Training:
         """Everything is at rest: what was trained since the last boundary is a turn."""
         if self.turns is not None and not self._undrawn:
             next(self.turns)
+            if self._watch is not None:
+                self._watch.look()
             self._undrawn = True
 
     def rest_of_pass(self) -> Iterator[Any]:
@@ -188,7 +196,7 @@ class Training:
             self._pass = iter(batches(self._loader, optimizer=optimizer))
             if hasattr(self._loader, "set_epoch"):  # behind a load, which puts it where it was; nothing was drawn yet
                 self._loader.set_epoch(self.progress.place.epoch)
-        return self._pass
+        return cast(Iterator[Any], self._pass)
 
     def drawn(self) -> None:
         """Batches of an update were drawn."""

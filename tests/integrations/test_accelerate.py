@@ -1,4 +1,4 @@
-"""Accelerate: ``compile_step`` on what ``prepare`` returned, loops over prepared loaders killed at random, and states beside ours.
+"""Accelerate: ``compile_step`` on what ``prepare`` returned, loops that are killed at random, and states beside ours.
 
 ``FXCKPT_INTEGRATIONS`` says how many kills each loop gets (``make integrations``: 30).
 """
@@ -84,10 +84,10 @@ def test_a_loop_of_accelerate_ends_with_the_same_bits(name, trainers_server, tmp
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed an uninterrupted training"
     assert whole.dropped == 0
-    for seed in random.SystemRandom().sample(range(2**32), max(KILLS // 10, 1)):
-        resumed = loop.killed(min(KILLS, 10), plain.backwards, seed)
+    for seed in random.SystemRandom().sample(range(2**32), KILLS // 2):
+        resumed = loop.killed(2, plain.backwards, seed)
         assert resumed.lines == plain.lines[-len(resumed.lines) :], f"seed {seed}"
-        counted("kills of a loop of Accelerate", min(KILLS, 10))
+        counted("kills of a loop of Accelerate", 2)
 
 
 def prepared(scaler=False):

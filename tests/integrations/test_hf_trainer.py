@@ -87,7 +87,8 @@ callbacks = [EarlyStoppingCallback(1)] if CASE.pop("early", False) else [EndsAnE
 set_seed(0)
 model = gpt2_with_adapters() if lora else Net()
 quiet = dict(report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, output_dir="out", logging_steps=2)
-arguments = TrainingArguments(**{{"per_device_train_batch_size": 2, "learning_rate": 0.02, "save_strategy": "no", **quiet, **CASE}})
+usual = dict(per_device_train_batch_size=2, learning_rate=0.02, save_strategy="no")
+arguments = TrainingArguments(**{{**usual, **quiet, **CASE}})
 train, test = (Words(), Words()) if lora else (Stream() if stream else Rows(22), Rows(6, changed=False))
 trainer = Trainer(model, arguments, None if lora else collate, train, test, callbacks=callbacks)
 fxckpt.hf.attach(trainer, "ckpt", every=1, update="native")  # fxckpt
@@ -125,6 +126,6 @@ def test_a_trainer_ends_with_the_same_bits_steps_and_log(name, trainers_server, 
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed an uninterrupted training"
     assert whole.dropped == 0
-    for seed in random.SystemRandom().sample(range(2**32), max(KILLS // 10, 1)):
-        assert loop.killed(min(KILLS, 10), plain.backwards, seed).lines == plain.lines, f"seed {seed}"
-        counted("kills of a Trainer", min(KILLS, 10))
+    for seed in random.SystemRandom().sample(range(2**32), KILLS // 2):
+        assert loop.killed(2, plain.backwards, seed).lines == plain.lines, f"seed {seed}"
+        counted("kills of a Trainer", 2)
