@@ -43,7 +43,7 @@ def join(wrapper: Any, ckpt: property, known: Any) -> None:
     if getattr(wrapper, "scaler", None) is not None:
         if not all(hasattr(wrapper, name) for name in _CAPTURED):
             raise SetupError("this version of Accelerate keeps an optimizer's step elsewhere: call compile_step before prepare()")
-        from accelerate.optimizer import patch_optimizer_step  # type: ignore[import-untyped]
+        from accelerate.optimizer import patch_optimizer_step
 
         step = wrapper.optimizer.step
         wrapper._optimizer_original_step_method = step

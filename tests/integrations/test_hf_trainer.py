@@ -90,6 +90,7 @@ quiet = dict(report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memor
 usual = dict(per_device_train_batch_size=2, learning_rate=0.02, save_strategy="no")
 arguments = TrainingArguments(**{{**usual, **quiet, **CASE}})
 train, test = (Words(), Words()) if lora else (Stream() if stream else Rows(22), Rows(6, changed=False))
+test = None if arguments.dataloader_persistent_workers else test
 trainer = Trainer(model, arguments, None if lora else collate, train, test, callbacks=callbacks)
 fxckpt.hf.attach(trainer, "ckpt", every=1, update="native")  # fxckpt
 done = trainer.train()
@@ -115,7 +116,9 @@ CASES = {
         "load_best_model_at_end": True, "save_strategy": "epoch", "learning_rate": 0.5,
     },
     "adapters": {"num_train_epochs": 2, "lora": True, "lr_scheduler_type": "cosine", "optim": "adamw_torch"},
-    "an epoch that is stopped": {"num_train_epochs": 3, "ends": True, "dataloader_drop_last": True},
+    "an epoch that is stopped": {
+        "num_train_epochs": 3, "ends": True, "dataloader_num_workers": 2, "dataloader_persistent_workers": True,
+    },
     "a stream": {"max_steps": 14, "stream": True, "gradient_accumulation_steps": 2},
 }  # fmt: skip
 
