@@ -226,6 +226,8 @@ class Training:
 
     def _count_earlier_seconds(self, logs: dict[str, float]) -> None:
         """The summary is of all steps; so is its time."""
+        if not self.progress.seconds:
+            return
         alone = logs["train_runtime"]
         whole = alone + self.progress.seconds
         entry = self._trainer.state.log_history[-1]

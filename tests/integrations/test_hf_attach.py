@@ -360,6 +360,14 @@ def test_a_loader_that_accelerate_did_not_prepare_is_refused(tmp_path):
         attached(tmp_path, kind=Own).train()
 
 
+def test_turned_off_nothing_is_written_and_nothing_changes(tmp_path, monkeypatch):
+    plain = trained(tmp_path)
+    monkeypatch.setenv("FXCKPT_DISABLE", "1")
+    off = attached(tmp_path)
+    off.train()
+    assert ending(off) == ending(plain) and not (tmp_path / "ckpt").exists()
+
+
 def test_a_checkpoint_of_another_loop_is_refused(tmp_path):
     model = Net()
     opt = fxckpt.compile_step(torch.optim.SGD(model.parameters(), 0.1), tmp_path / "ckpt", model=model, every=1, update="native")
