@@ -14,6 +14,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState
 from digests import digest
 from loop_runs import Loop
 from torch import nn
@@ -91,7 +92,9 @@ def test_a_loop_of_accelerate_ends_with_the_same_bits(name, trainers_server, tmp
 
 
 def prepared(scaler=False):
-    """A model and its optimizer as Accelerate prepares them."""
+    """A model and its optimizer as Accelerate prepares them, in a process in which it was not used before."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     torch.manual_seed(0)
     accelerator, model = Accelerator(cpu=True), nn.Linear(4, 4)
     if scaler:
@@ -110,11 +113,8 @@ def turns(accelerator, model, opt, count, infinite=()):
 def test_what_prepare_returned_comes_back_and_has_ckpt(tmp_path):
     accelerator, model, opt = prepared()
     assert fxckpt.compile_step(opt, tmp_path / "ckpt", model=model, every=1, update="native") is opt
-    assert (
-        isinstance(opt, AcceleratedOptimizer)
-        and isinstance(opt, fxckpt.Checkpointed)
-        and type(opt).__name__ == "AcceleratedOptimizer"
-    )
+    assert isinstance(opt, AcceleratedOptimizer) and isinstance(opt, fxckpt.Checkpointed)
+    assert type(opt).__name__ == "AcceleratedOptimizer"
     assert fxckpt.load(optimizer=opt).step == 0
     turns(accelerator, model, opt, 2)
     assert opt.ckpt is opt.optimizer.ckpt and opt.ckpt.statistics()["checkpoints_started"] == 2

@@ -216,8 +216,8 @@ def test_attributes_of_a_trainer_are_kept_by_name(tmp_path):
     plain = trained(tmp_path, kind=Keeps)
     second = interrupted(tmp_path, 5, attached, kind=Keeps, options={"attributes": ("turn", "kept")})
     assert ending(second) == ending(plain) and second.turn == 14
-    with pytest.raises(fxckpt.SetupError, match="has no 'trun'"):
-        attached(tmp_path, options={"attributes": ("trun",)})
+    with pytest.raises(fxckpt.SetupError, match="has no 'trn'"):
+        attached(tmp_path, options={"attributes": ("trn",)})
 
 
 def test_what_changes_and_is_in_no_checkpoint_is_said_once(tmp_path, caplog):
@@ -284,7 +284,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     first.add_callback(Interrupts(5))
     with pytest.raises(Interrupted):
         first.train()
-    newest = fxckpt.checkpoints(tmp_path / "ckpt")[0].path / "model.safetensors"
+    newest = fxckpt.checkpoints(tmp_path / "ckpt")[-1].path / "model.safetensors"
     data = bytearray(newest.read_bytes())
     data[-3] ^= 1
     newest.write_bytes(data)
@@ -313,7 +313,7 @@ REFUSED = {
     "dataloader_in_order": ({"dataloader_in_order": False, "dataloader_num_workers": 1}, {}),
     "persistent_workers": ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, {}),
     "model=": ({}, {"model": None}),
-    "no option 'evry'": ({}, {"evry": 1}),
+    "no option 'eveery'": ({}, {"eveery": 1}),
     "'lr_scheduler'": ({}, {"extra": {"lr_scheduler": {}}}),
 }
 
