@@ -53,6 +53,7 @@ class Progress:
         self.seconds: float = 0.0
         self.at_end: tuple[int, float] | None = None
         self._began = time.monotonic()
+        self._loaded: Mapping[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """All as it is now. What is plain is one text, which a record takes quicker than its parts."""
@@ -84,6 +85,15 @@ class Progress:
         setattr(trainer, RUNNING_LOSS, saved["loss"].to(trainer.args.device))
         self._lines, self.place, self.seconds = saved["log"].splitlines(), Place(**plain["place"]), plain["seconds"]
         self._began = time.monotonic()
+        self._loaded = saved
+
+    def settle(self) -> None:
+        """Put back once more what was loaded: the head of an epoch that goes on in its middle was called again since, and logged
+        and counted what it had before."""
+        if self._loaded is not None:
+            place = self.place
+            self.load_state_dict(self._loaded)
+            self.place, self._loaded = place, None
 
     def _load_callbacks(self, saved: list[tuple[str, dict[str, Any]]]) -> None:
         """Each gets the state of the one of its class that had its place among those."""

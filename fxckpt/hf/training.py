@@ -109,6 +109,7 @@ class Attachment:
         training = self._training
         if training is None or training.turns is None:
             return self._get_batch_samples(epoch_iterator, *args, **kwargs)
+        training.progress.settle()
         training.boundary()
         found = self._get_batch_samples(training.rest_of_pass(), *args, **kwargs)
         if found[0]:
@@ -179,6 +180,7 @@ class Training:
             place.epoch, place.turns = place.epoch + 1, 0
         self._epoch_began = True
         if place.at_start:
+            self.progress.settle()
             self.boundary()
 
     def boundary(self) -> None:

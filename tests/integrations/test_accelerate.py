@@ -21,6 +21,7 @@ from torch import nn
 
 import fxckpt
 from fxckpt.compat.accelerate import is_prepared, scaler_of, steps_elsewhere, unwrapped
+from fxckpt.run.stepping import Stepping
 
 KILLS = int(os.environ.get("FXCKPT_INTEGRATIONS", "2"))
 
@@ -122,7 +123,9 @@ def test_what_prepare_returned_comes_back_and_has_ckpt(tmp_path):
 
 
 @pytest.mark.parametrize("infinite", [(), (1, 2)])
-def test_steps_through_a_scaler_that_prepare_gave_are_steps_of_the_run(tmp_path, infinite):
+def test_steps_through_a_scaler_that_prepare_gave_are_steps_of_the_run(tmp_path, infinite, monkeypatch):
+    foreign = []
+    monkeypatch.setattr(Stepping, "foreign_step_begins", lambda self, opt: foreign.append(opt))
     accelerator, model, opt = prepared(scaler=True)
     plain = prepared(scaler=True)
     fxckpt.compile_step(opt, tmp_path / "ckpt", model=model, every=1, update="native")
@@ -135,6 +138,7 @@ def test_steps_through_a_scaler_that_prepare_gave_are_steps_of_the_run(tmp_path,
     opt.ckpt.flush()
     counted = opt.ckpt.statistics()
     assert counted["steps"] == counted["checkpoints_committed"] == 4
+    assert foreign == [], "steps came by another way than the class that was swapped"
     assert opt.ckpt.state_dict() == {"step": 4, "updates": 4 - len(infinite), "iteration": 4}
     opt.ckpt.shutdown()
     scale = opt.scaler.get_scale()

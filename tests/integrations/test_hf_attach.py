@@ -121,13 +121,20 @@ class Doubts(Trainer):
 
 class Counts(TrainerCallback, ExportableState):
     def __init__(self):
-        self.steps = 0
+        self.steps = self.epochs = 0
+
+    def on_train_begin(self, *args, **kwargs):
+        self.steps = self.epochs = 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epochs += 1
+        state.log_history.append({"epoch begins": self.epochs})
 
     def on_step_end(self, *args, **kwargs):
         self.steps += 1
 
     def state(self):
-        return {"args": {}, "attributes": {"steps": self.steps}}
+        return {"args": {}, "attributes": {"steps": self.steps, "epochs": self.epochs}}
 
 
 CASES = {
@@ -147,7 +154,11 @@ def test_what_is_interrupted_goes_on_with_the_same_bits_and_log(name, tmp_path):
 
 def test_at_the_head_of_an_epoch_it_goes_on_too(tmp_path):
     plain = trained(tmp_path, eval_strategy="epoch")
-    assert ending(interrupted(tmp_path, 7, attached, eval_strategy="epoch")) == ending(plain)
+    counted = Counts()
+    second = interrupted(tmp_path, 7, attached, callbacks=[counted], eval_strategy="epoch")
+    second.state.log_history = [each for each in second.state.log_history if "epoch begins" not in each]
+    assert ending(second) == ending(plain)
+    assert (counted.steps, counted.epochs) == (14, 2)
 
 
 def test_the_model_may_be_made_by_a_function_and_compiled_by_none(tmp_path):
@@ -187,6 +198,7 @@ def test_callbacks_and_extras_get_their_state_back(tmp_path):
         else:
             trainer.train()
     assert found[1][0].steps == 14 and found[1][1] == {"seen": 0}
+    assert [each["epoch begins"] for each in trainer.state.log_history if "epoch begins" in each] == [1, 2]
     with pytest.raises(fxckpt.SetupError, match="1 Counts; this Trainer has 0"):
         attached(tmp_path, options={"extra": {"box": {}}}).train()
 
@@ -335,6 +347,13 @@ def test_other_ways_to_resume_and_other_trainers_are_refused(tmp_path):
         trainer.train(trial=object())
     with pytest.raises(fxckpt.SetupError, match=r"takes a transformers.Trainer"):
         fxckpt.hf.attach(Net())
+
+
+def test_a_version_of_transformers_without_what_is_needed_is_refused_by_the_part_that_it_lacks(tmp_path, monkeypatch):
+    trainer = made(tmp_path)
+    monkeypatch.delattr(Trainer, "_init_training_state")
+    with pytest.raises(fxckpt.SetupError, match=r"no Trainer._init_training_state: .* transformers 5.24"):
+        fxckpt.hf.attach(trainer, tmp_path / "ckpt")
 
 
 def test_another_length_of_an_epoch_is_refused(tmp_path):
