@@ -65,6 +65,12 @@ optimizers: $(ENGINE)
 models: $(ENGINE)
 	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py $(ARGS)
 
+# Twenty training loops as people write them, and epochs of a loader with workers, each killed many times.
+.PHONY: loops
+loops: export FXCKPT_LOOPS ?= 20
+loops: $(ENGINE)
+	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)

@@ -222,6 +222,9 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
     current = opt.__dict__.get("step")
     if current is None:
         return False
+    if getattr(current, "__self__", None) is opt and getattr(current, "__func__", None) is plain_class(opt).step:
+        del vars(opt)["step"]  # the class's own, as Accelerate leaves it there after a step
+        return False
     if not getattr(current, "_wrapped_by_lr_sched", False):
         raise SetupError(
             f"opt.step of this {type(opt).__name__} was replaced by {current!r}; fxckpt cannot see the "

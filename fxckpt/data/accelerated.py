@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fxckpt.compat.loaders import copied, iterate_with
-from fxckpt.data.generators import global_generators, kept_globals, packed, read, write_all
+from fxckpt.data.generators import Reader, global_generators, global_states, kept_globals, packed, write_all
 from fxckpt.data.loader import LoaderSource
 from fxckpt.data.source import Source
 from fxckpt.errors import SetupError
@@ -22,6 +22,7 @@ class Ahead:
         self.inner = inner
         self.marks: deque[dict[str, Any]] = deque(maxlen=2)
         self._again: tuple[int, dict[str, Any]] | None = None
+        self._reader = Reader(global_generators())
 
     def go_on(self, count: int, states: dict[str, Any]) -> None:
         """The next pass begins with ``count`` batches that were made already, in these states of the global generators."""
@@ -32,6 +33,7 @@ class Ahead:
         again, self._again = self._again, None
         items = self.inner.begin()
         self.marks.clear()
+        self._reader = Reader(global_generators())
         return self._marked(items, again)
 
     def _marked(self, items: Iterator[Any], again: tuple[int, dict[str, Any]] | None) -> Iterator[Any]:
@@ -49,8 +51,7 @@ class Ahead:
                 return
 
     def _next(self, items: Iterator[Any]) -> Any:
-        globals_now = {name: read(each) for name, each in global_generators().items()}
-        self.marks.append({"global": globals_now, **self.inner.mark()})
+        self.marks.append({"global": self._reader.read(), **self.inner.mark()})
         return next(items)
 
 
@@ -118,7 +119,7 @@ class AcceleratedSource(Source):
             place = self.position + self._offset
             found["lag"] = inner["position"] - place
             mark = next((each for each in self._ahead.marks if each["position"] == place), None)
-            now = mark or {"global": {name: read(each) for name, each in global_generators().items()}}
+            now = mark or {"global": global_states()}
             found["global"] = {name: packed(state) for name, state in now["global"].items()}
             if mark is not None:
                 self._inner.set_back(inner, mark)

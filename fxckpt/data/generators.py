@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import random
 import types
@@ -45,11 +46,40 @@ def read(generator: Any) -> Any:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two states that :func:`read` gave are equal."""
+    if a is b:
+        return True
     if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
+        return a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(value, b[key]) for key, value in a.items())
     return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+class Reader:
+    """Reads the states of some generators again and again. Of numpy's global one, which takes longer than all others together,
+    only what moved: its words are compared where they lie."""
+
+    _LENGTH = 625 * 4  # bytes: 624 words, and how many are used
+
+    def __init__(self, generators: Mapping[str, Any]):
+        self._generators = generators
+        self._last: dict[str, Any] = {}
+        self._words = b""
+
+    def read(self) -> dict[str, Any]:
+        """All states; the very same object where one is known not to have changed."""
+        for name, generator in self._generators.items():
+            if not (isinstance(generator, np.random.RandomState) and self._rests(name, generator)):
+                self._last[name] = read(generator)
+        return dict(self._last)
+
+    def _rests(self, name: str, generator: np.random.RandomState) -> bool:
+        """Is this numpy's global generator, where it was? A normal deviate that waits can be used up without a word."""
+        bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
+        if generator is not np.random.get_state.__self__ or not isinstance(bits, np.random.MT19937):  # type: ignore[attr-defined]
+            return False
+        words, self._words = self._words, ctypes.string_at(bits.ctypes.state_address, self._LENGTH)
+        return words == self._words and not self._last[name]["has_gauss"]
 
 
 def packed(state: Any) -> Any:
@@ -86,14 +116,25 @@ def write_all(generators: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             write(each, saved[name])
 
 
-class kept_globals:
-    """Inside, the global generators may be put anywhere; at its end they are as they were."""
+def global_states() -> dict[str, Any]:
+    """The states of the global generators, not packed."""
+    return {name: read(each) for name, each in global_generators().items()}
 
-    def __enter__(self) -> None:
-        self._before = states(global_generators())
+
+def moved(before: Mapping[str, Any], after: Mapping[str, Any]) -> set[str]:
+    """Those that were drawn from in between."""
+    return {name for name, state in after.items() if name in before and not same(before[name], state)}
+
+
+class kept_globals:
+    """Inside, the global generators may be put anywhere; at its end they are as they were. Gives these states."""
+
+    def __enter__(self) -> dict[str, Any]:
+        self._before = global_states()
+        return self._before
 
     def __exit__(self, *_: object) -> None:
-        write_all(global_generators(), self._before)
+        write_all(global_generators(), {name: packed(state) for name, state in self._before.items()})
 
 
 class Owned:

@@ -44,6 +44,7 @@ class LoaderSource(Source):
         self._start: dict[str, Any] = {}
         self._iterator: Any = None
         self._marking: dict[str, Any] = {}
+        self._left_early = False
         self._watch_anew()
 
     # ---- one pass ----
@@ -57,10 +58,14 @@ class LoaderSource(Source):
         assert saved is not None
         self._start = saved["start"]
         if not self.exhausted:
-            with kept_globals():
+            with kept_globals() as real:
                 self._go_to(self._start)
+                for draws, *_ in self._watched():
+                    draws.again = True
                 made = self._make(saved)
                 check_order(self._order.mark, saved["order"], self._sampler)
+                for draws, *who in self._watched():
+                    draws.check_again(real, *who)
         self._owned.write(saved["own"])
         self._samplers.load(saved["samplers"], stateful=self.exhausted)
         return iter(()) if self.exhausted else self._items(made)
@@ -77,9 +82,9 @@ class LoaderSource(Source):
             if data is not None:
                 self.loader.dataset.load_state_dict(data)
         elif not self._stateful:
+            watch_samples(made, self._draws.watch_all)
             if self.position:
                 read_again(made, self.position, type(self.loader.dataset).__name__)
-            watch_samples(made, self._draws.watch_all)
         return made
 
     def _items(self, iterator: Iterator[Any]) -> Iterator[Any]:
@@ -87,6 +92,8 @@ class LoaderSource(Source):
         return iterator
 
     def finish(self) -> None:
+        if self._running:
+            self._left_early = bool(self.position) and not self.exhausted and self._iterable and self._stateful
         super().finish()
         self._iterator = None
 
@@ -108,10 +115,14 @@ class LoaderSource(Source):
             state["dataset"] = copy.deepcopy(mark["dataset"])
 
     def _state(self) -> dict[str, Any]:
-        if self._order.draws is not None and self._running:
-            self._order.draws.check(f"the sampler {self._samplers.name()}", _DRAW_AT_ONCE)
-        if self._running:
-            self._draws.check(f"the data set {type(self.loader.dataset).__name__}", _DRAW_OWN)
+        for draws, *who in self._watched() if self._running else ():
+            draws.check(*who)
+        if self._left_early and not starts_passes_anew(self.loader.dataset) and self._stands_anywhere():
+            raise SetupError(
+                f"the loop left a pass of {type(self.loader.dataset).__name__} before its end: its state does not say whether "
+                "its next pass begins there or anew. Let the data set end where the loop leaves it, or use workers that are not "
+                "persistent"
+            )
         found: dict[str, Any] = {"own": self._owned.states(), "samplers": self._samplers.state(whole=not self._running)}
         if self._running:
             found |= {"start": self._start, "order": self._order.mark}
@@ -170,9 +181,19 @@ class LoaderSource(Source):
 
     # ---- parts ----
 
+    def _stands_anywhere(self) -> bool:
+        """Does the data set stand where the pass before left it?"""
+        return not self._running or self.position == 0
+
     def _watch_anew(self) -> None:
         self._marking = {}
         self._order, self._draws = Order(self._samplers.all_of_torch()), Draws()
+
+    def _watched(self) -> Iterator[tuple[Draws, str, str]]:
+        """Whose draws are watched, and what to do if they are another's too."""
+        if self._order.draws is not None:
+            yield self._order.draws, f"the sampler {self._samplers.name()}", _DRAW_AT_ONCE
+        yield self._draws, f"the data set {type(self.loader.dataset).__name__}", _DRAW_OWN
 
     @property
     def _sampler(self) -> Any:

@@ -35,13 +35,15 @@ class IterableSource(Source):
                 self.loader.load_state_dict(saved["state"])
                 return iter(()) if self.exhausted else iter(self.loader)
         self._start = saved["start"]
-        with kept_globals():
+        with kept_globals() as real:
             write_all(global_generators(), self._start["global"])
             self._owned.write(self._start["own"])
-            items = iter(self.loader)
+            self._draws.again = True
+            items = self._items(iter(self.loader))
             self._pass_by(items)
+            self._draws.check_again(real, f"the {type(self.loader).__name__} that feeds training", _REMEDY)
         self._owned.write(saved["own"])
-        return self._items(items)
+        return items
 
     def _pass_by(self, items: Iterator[Any]) -> None:
         if isinstance(self.loader, (list, tuple, range)):

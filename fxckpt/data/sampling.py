@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxckpt.data.generators import global_generators, read, same
+from fxckpt.data.generators import global_states, moved
 from fxckpt.errors import SetupError
 
 _SCALARS = (bool, int, float, str)
@@ -147,18 +147,21 @@ class Draws:
         self._inside: set[str] = set()
         self._between: set[str] = set()
         self._after: dict[str, Any] = {}  # the states behind the last ``next`` that was watched
+        self.again = False  # iterating again, up to where training stopped: all is watched
 
     def watch_all(self, items: Iterator[Any]) -> Iterator[Any]:
         """The items, of which the first are watched."""
-        for at in range(_WATCHED):
+        at = 0
+        while at < _WATCHED or self.again:
             before = self._look()
             try:
                 item = next(items)
             except StopIteration:
                 return
-            self._after = _states()
+            self._after = global_states()
             if at:
-                self._inside |= _moved(before, self._after)
+                self._inside |= moved(before, self._after)
+            at += 1
             yield item
             del item
         self._look()
@@ -167,27 +170,28 @@ class Draws:
 
     def _look(self) -> dict[str, Any]:
         """What the consumer drew since."""
-        now = _states()
-        self._between |= _moved(self._after, now)
+        now = global_states()
+        self._between |= moved(self._after, now)
         return now
 
     def check(self, what: str, remedy: str) -> None:
         """Raise SetupError where two draw from one generator."""
         self._look()
-        shared = sorted(self._inside & self._between)
-        if shared:
-            raise SetupError(
-                f"{what} draws from global generators ({', '.join(shared)}) while it is iterated, and so does training in "
-                f"between: a new process cannot make the same order again without training again. {remedy}"
-            )
+        _refuse(self._inside & self._between, what, remedy)
+
+    def check_again(self, real: dict[str, Any], what: str, remedy: str) -> None:
+        """Raise SetupError where iterating again, up to where training stopped, drew from a generator that is not then where
+        it really was: something else had drawn from it too, later than :meth:`watch_all` looks."""
+        self.again = False
+        _refuse(self._inside & moved(real, global_states()), what, remedy)
 
 
-def _states() -> dict[str, Any]:
-    return {name: read(each) for name, each in global_generators().items()}
-
-
-def _moved(before: dict[str, Any], after: dict[str, Any]) -> set[str]:
-    return {name for name, state in after.items() if name in before and not same(before[name], state)}
+def _refuse(shared: set[str], what: str, remedy: str) -> None:
+    if shared:
+        raise SetupError(
+            f"{what} draws from global generators ({', '.join(sorted(shared))}) while it is iterated, and so does training in "
+            f"between: a new process cannot make the same order again without training again. {remedy}"
+        )
 
 
 def check_order(found: int | None, expected: int | None, sampler: Any) -> None:

@@ -151,6 +151,10 @@ class WorkersSource(LoaderSource):
             self._left = self._place()
         super().finish()
 
+    def _stands_anywhere(self) -> bool:
+        """Persistent workers have the data set as the pass before left it, until each has made a batch."""
+        return self._persistent and (not self._running or any("dataset" not in state for state in self._handed))
+
     def _place(self) -> dict[str, Any]:
         return {"position": self.position, "exhausted": self.exhausted}
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import get_worker_info
 
 from fxckpt.compat.loaders import DataEnded, pinned, take_back_place, takes_back_its_place, tell_end
-from fxckpt.data.generators import Owned, entry, global_generators, packed, read, same, write_all
+from fxckpt.data.generators import Owned, Reader, entry, global_generators, packed, same, write_all
 from fxckpt.data.sampling import Order
 
 State = dict[str, Any]
@@ -79,8 +79,8 @@ class InWorker:
         self._owner = Owned(lambda: {"dataset": self._dataset, "collate_fn": self._collate})
         if self._former and self._former[worker]:
             self._restore(self._former[worker])
-        self._generators = self._find()
-        self._last = {name: read(each) for name, each in self._generators.items()}
+        self._look()
+        self._last = self._reader.read()
         tell_end(self._end)
 
     def _restore(self, state: State) -> None:
@@ -90,9 +90,11 @@ class InWorker:
         if "dataset" in state:
             take_back_place(self._dataset, state["dataset"], in_worker=True)
 
-    def _find(self) -> dict[str, Any]:
-        found = {f"global/{name}": each for name, each in global_generators().items()}
-        return {**found, **{f"own/{name}": each for name, each in self._owner.find().items()}}
+    def _look(self) -> None:
+        """For generators that this worker has."""
+        self._generators = {f"global/{name}": each for name, each in global_generators().items()}
+        self._generators |= {f"own/{name}": each for name, each in self._owner.find().items()}
+        self._reader = Reader(self._generators)
 
     def collate(self, samples: Any) -> Carried:
         """The user's batch, and what this worker has become."""
@@ -102,7 +104,7 @@ class InWorker:
         batch = self._collate(samples)
         self._batches += 1
         if self._batches <= 2:  # made at the first sample, perhaps
-            self._generators = self._find()
+            self._look()
         state = self._changed()
         if self._batch_size is not None and len(samples) < self._batch_size:
             state["ended"] = True
@@ -118,11 +120,11 @@ class InWorker:
     def _changed(self) -> State:
         """States of the generators that this batch drew from."""
         found: State = {}
-        for name, generator in self._generators.items():
-            now = read(generator)
+        states = self._reader.read()
+        for name, now in states.items():
             if name not in self._last or not same(self._last[name], now):
-                self._last[name] = now
-                found[name] = packed(now) if name.startswith("global/") else entry(generator, now)
+                found[name] = packed(now) if name.startswith("global/") else entry(self._generators[name], now)
+        self._last = states
         return found
 
 

@@ -143,7 +143,7 @@ class MonitorStore:
     def acquire(self, name: str | None = None) -> RemoteSlot:
         link = self._alive()
         found = link.ask({"op": "acquire", "name": name})
-        slot = RemoteSlot(found["key"], found["path"], name, found["before"])
+        slot = RemoteSlot(found["key"], found["path"], name, found["before"], found["files"])
         link.slots[slot.key] = slot
         return slot
 

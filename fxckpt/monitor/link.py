@@ -18,6 +18,7 @@ from typing import Any
 from fxckpt.engine import SLICE, Patience, io
 from fxckpt.errors import SaveFailed
 from fxckpt.monitor import wire
+from fxckpt.store.folder import file_id
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -27,7 +28,9 @@ PATIENCE = 600.0  # seconds to wait for a monitor that says nothing; as long as 
 class RemoteSlot:
     """A slot of the monitor's store; what each method does: see ``fxckpt.saving.stores.CheckpointSlot``."""
 
-    def __init__(self, key: int, path: str, name: str | None, before: Sequence[Any] | None):
+    def __init__(
+        self, key: int, path: str, name: str | None, before: Sequence[Any] | None, files: Mapping[str, Sequence[int]]
+    ):  # fmt: skip
         self.key: int = key
         self.path: str = path
         self.name: str | None = name
@@ -36,12 +39,12 @@ class RemoteSlot:
         self.frozen: list[Any] | None = None  # token and chunks to remember
         self.over: threading.Event = threading.Event()
         self.error: Exception | None = None
-        self._before = before
+        self._before, self._files = before, files
 
     below = io.CWD  # its files are opened by the monitor
 
     def waited(self, file: str) -> None:
-        """The monitor looks whether they are still the same."""
+        """The monitor looks again, when it opens them."""
 
     def opened(self, inodes: Mapping[str, int]) -> None:
         """The monitor knows."""
@@ -51,9 +54,17 @@ class RemoteSlot:
         self.frozen = [_digest(token), chunks]
 
     def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
+        """Of a file that was touched since the monitor looked, nothing: what is not sent, it could not write."""
         if self._before is None or self._before[0] != _digest(token):
             return {}
-        return {name: {int(i): crc for i, crc in chunks.items()} for name, chunks in self._before[1].items()}
+        same = {name: chunks for name, chunks in self._before[1].items() if self._is_same(name)}
+        return {name: {int(i): crc for i, crc in chunks.items()} for name, chunks in same.items()}
+
+    def _is_same(self, name: str) -> bool:
+        try:
+            return file_id(os.lstat(os.path.join(self.path, name))) == tuple(self._files[name])
+        except (OSError, KeyError):
+            return False
 
     def ended(self, timeout: float) -> bool:
         over = self.over.wait(timeout)

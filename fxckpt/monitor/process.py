@@ -104,7 +104,8 @@ class Clerk:
 
     def _do_acquire(self, message: wire.Message, _: memoryview) -> wire.Message:
         slot = self._opened().acquire(message["id"], message["name"])
-        return {"key": message["id"], "path": slot.path, "before": slot._before}
+        before, files = slot.what_waits()
+        return {"key": message["id"], "path": slot.path, "before": before, "files": files}
 
     def _do_begin(self, message: wire.Message, _: memoryview) -> None:
         files = tuple((name, nbytes) for name, nbytes in message["files"])

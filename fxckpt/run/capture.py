@@ -66,6 +66,10 @@ class Capture:
         self._arrangement.look_for_names()
         self.plain.start()
 
+    def moving(self) -> set[str]:
+        """At the first boundary: the frozen parameters that the iteration changed (an average of the weights)."""
+        return self.plain.changed_since_start("parameter") & self._arrangement.inventory.frozen.keys()
+
     def _look(self, parameters: bool) -> Marks:
         """Marks of all that may change outside ``opt.step()`` and can be seen to."""
         inventory = self._arrangement.inventory

@@ -158,6 +158,10 @@ class Closing:
             if pending is not self.open and not pending.closed.is_set():
                 pending.give_up(why)
 
+    def first_boundary(self) -> None:
+        """What the first iteration changed, the next ones will: it is copied in memory from the first checkpoint on."""
+        self._emitter.changed_outside |= self._capture.moving()
+
     def changes_in_forward(self) -> frozenset[str] | None:
         """The parameters that a forward was seen to change; None if the first turn was not seen."""
         if self._plain.changed is None:

@@ -31,12 +31,12 @@ _LARGEST = 1 << 16  # bytes of an array that are looked at
 _LARGEST_BUFFER = 1 << 24
 
 Marks = dict[tuple[str, str], object]
-"""By kind (``"buffer"``, ``"parameter"``, ``"extra"``) and name of what may change outside ``opt.step()``, something that is equal
-as long as it has not."""
+"""By kind (``"buffer"``, ``"parameter"``, ``"extra"``) and name of what may change outside ``opt.step()``: something that is
+equal as long as it has not."""
 
 
 class Unlike(ChangedInTurns):
-    """Random numbers were drawn after the step that ordinary turns do not draw: its checkpoint is dropped, which is no failure."""
+    """Random numbers were drawn after the step that other turns do not draw: its checkpoint is dropped, which is no failure."""
 
 
 def mark(value: Any, depth: int = 8) -> object:
@@ -59,11 +59,12 @@ def mark(value: Any, depth: int = 8) -> object:
 
 
 def mark_buffer(buffer: torch.Tensor) -> object:
-    """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting that as a change.
+    """As ``mark``, by its values too: kernels of normalisation layers change running statistics without counting a change.
     Differs always where they are too many, or lie on a device."""
     if buffer.device.type != "cpu" or buffer.layout is not torch.strided or buffer.nbytes > _LARGEST_BUFFER:
         return object()
-    return mark(buffer), zlib.crc32(buffer.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    copy = buffer.detach().clone(memory_format=torch.contiguous_format)  # memory that numpy has seen cannot be resized any more
+    return mark(buffer), zlib.crc32(copy.reshape(-1).view(torch.uint8).numpy().data)
 
 
 class PlainLoop:
@@ -82,9 +83,9 @@ class PlainLoop:
         self._positions: dict[str, Position] = {}
         self._behind: set[tuple[str, str]] | None = None  # extras that some turn changed behind its step
         self._first_drawn: dict[str, int] = {}
-        self._drawn: dict[str, int] = {}
-        self._alike = self._odd = 0  # turns that drew as the first one did; others since
-        self._said = False
+        self._last_drawn: dict[str, int] = {}
+        self._usual: dict[str, int] | None = None  # what two turns in a row drew
+        self._odd = self._said = False  # the last turn was unlike the usual; somebody was told
 
     def start(self) -> None:
         """The process is where a resumed one would begin."""
@@ -98,7 +99,13 @@ class PlainLoop:
             now = self._look(True)
             self._known = now.keys() & self._marks.keys()
             self.changed = {key for key in self._known if now[key] != self._marks[key]}
-            self._first_drawn = drawn(self._positions, positions())
+            self._first_drawn = self._last_drawn = drawn(self._positions, positions())
+            self._usual = None
+
+    def changed_since_start(self, kind: str) -> set[str]:
+        """The names of this kind that are not as they were at the start, in a loop with boundaries."""
+        now = self._look(True)
+        return {key[1] for key, each in self._marks.items() if key[0] == kind and key in now and now[key] != each}
 
     def step_ended(self) -> None:
         """What is taken at the end of ``opt.step()`` is taken now."""
@@ -131,26 +138,31 @@ class PlainLoop:
         return {key for key, each in self._look(False).items() if key in self._marks and each != self._marks[key]}
 
     def _check_draws(self, step: int) -> None:
-        """Were as many random numbers drawn as in the first turn? Where that differs once in a while, something else was drawn
-        behind the step (an evaluation's loader draws a seed): that checkpoint is dropped. Where it always differs from the
-        first turn, the first turn does what the others do not (a loader's iterator is made)."""
-        before, self._drawn = self._drawn, drawn(self._positions, positions())
-        common = self._drawn.keys() & self._first_drawn.keys()
-        if all(self._drawn[name] == self._first_drawn[name] for name in common):
-            self._alike, self._odd = self._alike + 1, 0
-            return
-        self._odd += 1
-        if self._alike >= 2 and self._odd == 1:
-            what = f"more random numbers than usual were drawn after step {step}, perhaps by an evaluation"
-            raise Unlike(f"{what}, and a run that resumes from it would not draw them. {WAY_OUT}")
-        if self._alike == 0 and self._odd >= 2 and self._drawn == before:
-            self._say(
-                "before the first step other random numbers are drawn than between later ones, as a loader's iterator does: a run "
-                f"that resumes draws them again, and goes on with other ones than this run. {WAY_OUT}."
+        """Were as many random numbers drawn as in other turns? One that differs did something else behind its step (an
+        evaluation's loader draws a seed, an epoch ended): its checkpoint is dropped. Where the first turn differs from all
+        others, it does what the others do not (a loader's iterator is made). Where all differ, nothing can be told."""
+        now, last = drawn(self._positions, positions()), self._last_drawn
+        self._last_drawn = now
+        if self._usual is not None:
+            if _alike(now, self._usual):
+                self._odd = False
+                return
+            if not self._odd:  # never two in a row
+                self._odd = True
+                what = (
+                    f"after step {step} other random numbers were drawn than usual, perhaps by an evaluation or at an epoch's end"
+                )
+                raise Unlike(f"{what}, and a run that resumes from it would not draw them. {WAY_OUT}")
+        self._odd = False
+        self._usual = now if _alike(now, last) else None
+        if self._usual is not None and not _alike(now, self._first_drawn) and not self._said:
+            self._said = True
+            log.warning(
+                "fxckpt: before the first step other random numbers are drawn than between later ones, as a loader's iterator "
+                f"does: a run that resumes draws them again, and goes on with other ones than this run. {WAY_OUT}."
             )
 
-    def _say(self, what: str) -> None:
-        """Once."""
-        if not self._said:
-            self._said = True
-            log.warning("fxckpt: %s", what)
+
+def _alike(a: Mapping[str, int], b: Mapping[str, int]) -> bool:
+    """Is as much drawn of each generator that both know of?"""
+    return all(a[name] == b[name] for name in a.keys() & b.keys())

@@ -44,6 +44,7 @@ class Stepping:
         self._stepper_of = {id(stepper.opt): stepper for stepper in arrangement.steppers}
         self._announcer = Announcer(arrangement, config.max_async)
         self._store_checked = False
+        self._first = True  # no boundary has come
         self._foreign = (True, True)  # of a step that goes another way, what ``WhoSteps.attempt`` said
         self._skipped = 0  # the last step whose checkpoint was skipped
 
@@ -140,6 +141,9 @@ class Stepping:
         if not stepped and self._closing.open is None and not self.schedule.owed:
             return
         with self._closing.between_steps:
+            if self._first:
+                self._first = False
+                self._closing.first_boundary()
             if not self._closing.close_step(at_rest=True):
                 self.schedule.owed = True
             if self._status.active and self._is_due(self._clock.attempts) and not self._arrangement.halfway():

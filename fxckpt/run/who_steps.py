@@ -1,4 +1,4 @@
-"""Which optimizers of a run step in an iteration, and in which order: observed in a loop with boundaries, given by the list else."""
+"""Which optimizers of a run step in an iteration, and in which order: observed between boundaries, else as they are listed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class WhoSteps:
 
     def _check_order(self, stepper: Stepper, leads: bool) -> None:
         """In a loop without boundaries: does the optimizer that leads step after the others? Raises SetupError if another one
-        steps for the first time behind it, before a new gradient has reached the leader: then a checkpoint would mix two steps."""
+        steps for the first time behind it, before a new gradient has reached the leader: a checkpoint would mix two steps."""
         name, leader = type(stepper.opt).__name__, type(self._leader.opt).__name__
         way_out = "Loop with fxckpt.steps, fxckpt.epochs or fxckpt.batches, where any order is right"
         if leads:
@@ -70,6 +70,6 @@ class WhoSteps:
         if self._alone == _PATIENCE and not self._said:
             self._said = True
             log.warning(
-                f"fxckpt: no checkpoint is taken: without a boundary, that is done at the step of the last optimizer of the list, "
+                "fxckpt: no checkpoint is taken: without a boundary, that is done at the step of the list's last optimizer, "
                 f"and the {leader} has not made one while others made {_PATIENCE}. {way_out}"
             )

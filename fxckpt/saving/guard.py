@@ -91,8 +91,8 @@ class Guard:
             raise self._changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 
     def _changed(self, keys: Sequence[str], nbytes: int) -> Changed:
-        """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or at
-        its end if a forward changes them."""
+        """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or
+        at its end if a forward changes them."""
         names = ", ".join(map(repr, keys[:8])) + (" ..." if keys[8:] else "")
         verb = "were" if keys[1:] else "was"
         what = f"{names} {verb} changed in place outside opt.step() while the checkpoint of step {self._step} was being copied"

@@ -361,12 +361,18 @@ class Pool:
         slot.leave()
         return was_busy
 
-    def retire(self, slot: Slot) -> None:
-        """A checkpoint that does not verify any more: put aside, by whatever name it has now."""
+    def retire(self, slot: Slot, *, aside: bool) -> None:
+        """A checkpoint that does not verify any more: put aside, by whatever name it has now, or the first to be given up."""
         with self.mutex:
-            if slot.name is None and self._committed.pop(slot, None) is None:
+            known = self._committed.get(slot)
+            if slot.name is None and known is None:
                 return  # given up meanwhile
-        self.condemn(slot)
+            if known is not None and aside:
+                del self._committed[slot]
+            elif known is not None:
+                self._committed[slot] = dataclasses.replace(known, trust=BAD)
+        if aside:
+            self.condemn(slot)
 
     def condemn(self, slot: Slot) -> None:
         """Rename it ``.bad``; if even that fails, at least this process does not use it again."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from fxckpt.engine import io, read_verified
 from fxckpt.engine.plan import FileId
 from fxckpt.errors import Corrupt, SaveFailed
+from fxckpt.store import names
 from fxckpt.store.files import DAMAGE, in_use
 from fxckpt.store.folder import Folder, file_id
 from fxckpt.store.record import FileRecord
@@ -80,6 +81,11 @@ class Slot:
         """What the files held when the slot was acquired, as remembered with an equal ``token``, else {}."""
         return self._before[1] if self._before is not None and self._before[0] == token else {}
 
+    def what_waits(self) -> tuple[Notes | None, dict[str, FileId]]:
+        """All that can be recalled, and what each of its files was when that was true: for another process."""
+        recalled = self._before[1] if self._before is not None else {}
+        return self._before, {name: self._files[name][0] for name in recalled if name in self._files}
+
     def waited(self, file: str) -> FileId | None:
         """What a file was when what is recalled of it was true. Of another one nothing is known."""
         return self._files[file][0] if file in self._files else None
@@ -124,6 +130,15 @@ class Slot:
         """The directory, which is held."""
         assert self.folder is not None  # from acquire until it is committed or abandoned
         return self.folder
+
+    def has_its_files(self) -> bool:
+        """Whether all that was committed in it is there, as files."""
+        try:
+            with self.parent.within(self.entry) as folder:
+                found = [folder.find(name) for name in (*self._files, names.COMMIT)]
+        except OSError:
+            return False
+        return all(each is not None and stat.S_ISREG(each.st_mode) for each in found)
 
     def is_itself(self) -> bool:
         """Whether its name leads to the directory that is held."""

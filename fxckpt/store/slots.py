@@ -272,15 +272,19 @@ class Store:
 
     def read_back(self, busy: Callable[[], bool]) -> tuple[int, Corrupt] | None:
         """Read back what is due of what was committed, on the thread that commits; what does not verify is put aside, and its
-        step returned with what is wrong. ``busy``: there is something to commit."""
+        step returned with what is wrong. One that somebody took files from is only given up. ``busy``: there is something to
+        commit."""
         try:
             found = self._read_back.read(busy)
             if found is None:
                 return None
             slot, step, error = found
             with self._pool.holding():
-                self._pool.retire(slot)
-            return step, error
+                whole = slot.has_its_files()
+                self._pool.retire(slot, aside=whole)
+            if not whole:  # somebody removes it, or moved a file away: that is his, and no fault of the disk
+                log.error("the checkpoint of step %d is not counted on any more: %s", step, error)
+            return (step, error) if whole else None
         except (OSError, StoreError) as error:
             log.warning("a checkpoint could not be read back: %s", error)
             return None

@@ -389,7 +389,7 @@ def test_a_second_run_in_the_same_process_gets_it_too(store):
 
 
 def test_a_run_whose_directory_was_removed_and_begun_anew_by_another_one_writes_nothing_there(store, fork_server, tmp_path):
-    training = Training(store, keep=2).train(3)
+    training = Training(store, keep=2, read_back="off").train(3)
     training.opt.ckpt.flush()
     script = tmp_path / "second.py"
     script.write_text(f"""

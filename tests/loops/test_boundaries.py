@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import instruments
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ class Killed(Exception):
 
 
 class Life:
-    """One life of a script: two networks, an optimizer each, a scheduler, a loader of ten batches. ``dies``: after so many turns."""
+    """One life of a script: two networks, an optimizer each, a scheduler, a loader of ten batches. ``dies``: in that turn."""
 
     def __init__(self, directory: Path | None, dies: int = -1, **options):
         torch.manual_seed(0)
@@ -65,10 +67,8 @@ class Life:
 def live(script: Callable[[Life], None], directory: Path | None, dies: int = -1, **options) -> Life:
     """One life; one that dies leaves what was committed."""
     life = Life(directory, dies, **options)
-    try:
+    with contextlib.suppress(Killed):
         script(life)
-    except Killed:
-        pass
     if life.ours:
         life.opts[0].ckpt.shutdown()
     return life
@@ -96,7 +96,7 @@ def check(
 
 def epochs_of(batches: Callable, epochs: Callable) -> Callable[[Life], None]:
     def script(life: Life) -> None:
-        for epoch in epochs(3):
+        for _ in epochs(3):
             for x in batches(life.loader):
                 life.step(x)
                 life.turn()
@@ -221,9 +221,29 @@ def test_what_an_iteration_changes_after_its_step_is_in_its_checkpoint_from_the_
     assert last.opts[0].ckpt.statistics()["checkpoints_skipped"] == 0
 
 
+def test_an_average_of_the_weights_costs_no_checkpoint(tmp_path):
+    model, average = nn.Linear(64, 64), nn.Linear(64, 64).requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    fxckpt.compile_step(opt, tmp_path, model=[model, average], every=1, update="native", keep=9, staging_mb=0, threads=1)
+    instruments.delay("copy", 5000)
+    after = []
+    for _ in fxckpt.steps(5):
+        model(torch.ones(2, 64)).sum().backward()
+        opt.step()
+        with torch.no_grad():
+            average.weight.lerp_(model.weight, 0.5)
+        after.append(average.weight.clone())
+    opt.ckpt.shutdown()
+    assert opt.ckpt.statistics()["checkpoints_committed"] == 5
+    for found in fxckpt.checkpoints(tmp_path):
+        again = [nn.Linear(64, 64), nn.Linear(64, 64)]
+        fxckpt.load(tmp_path, model=again, step=found.step)
+        assert torch.equal(again[1].weight, after[found.step - 1])
+
+
 def test_a_loop_over_batches_inside_another_one_is_only_data(tmp_path):
     def script(life: Life) -> None:
-        for epoch in fxckpt.epochs(2):
+        for _ in fxckpt.epochs(2):
             for x in fxckpt.batches(life.loader):
                 for y in fxckpt.batches(life.loader[:2]):
                     life.step(x + y)
@@ -262,7 +282,7 @@ def test_two_loaders_side_by_side(tmp_path):
 @pytest.mark.parametrize("left", ["break", "continue", "exception"])
 def test_iterations_that_are_left_early(left, tmp_path):
     def script(life: Life) -> None:
-        for epoch in fxckpt.epochs(3):
+        for _ in fxckpt.epochs(3):
             try:
                 for i, x in enumerate(fxckpt.batches(life.loader), life.opts[0].ckpt.batch):
                     life.step(x)
@@ -295,7 +315,7 @@ def test_a_second_loop_that_trains_in_one_epoch_is_refused_with_the_way_out(tmp_
 
 def test_a_loop_over_batches_that_does_not_train_may_follow(tmp_path):
     def script(life: Life) -> None:
-        for epoch in fxckpt.epochs(3):
+        for _ in fxckpt.epochs(3):
             for x in fxckpt.batches(life.loader):
                 life.step(x)
                 life.turn()
@@ -310,7 +330,7 @@ def test_a_loop_over_batches_that_does_not_train_may_follow(tmp_path):
 
 def test_accumulation_closes_each_iteration_and_keeps_the_gradients(tmp_path):
     def script(life: Life) -> None:
-        for epoch in fxckpt.epochs(2):
+        for _ in fxckpt.epochs(2):
             for i, x in enumerate(fxckpt.batches(life.loader), life.opts[0].ckpt.batch):
                 life.loss(x).backward()
                 if i % 3 == 2:

@@ -12,7 +12,8 @@ import pytest
 from repository import ROOT
 
 ROOMS = (
-    {"errors", "_registry", "terminal"},
+    {"terminal"},
+    {"errors", "_registry"},
     {"compat", "engine"},
     {"store"},
     {"config", "data", "graph", "monitor", "cli"},

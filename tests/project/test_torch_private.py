@@ -43,6 +43,18 @@ from fxckpt.compat.inductor import (
     load_cpp,
     reset_cudagraphs,
 )
+from fxckpt.compat.loaders import (
+    DataEnded,
+    Start,
+    WorkersIterator,
+    copied,
+    iterates_as_torch,
+    reading_ended,
+    skip_order,
+    tell_end,
+    watch_order,
+    watch_samples,
+)
 from fxckpt.compat.module_state import (
     added_entries,
     fill,
@@ -63,20 +75,30 @@ from fxckpt.compat.modules import (
     one_model,
     own_buffers,
     owners_of,
+    tensors_of,
     unwrap_model,
     wrapped_module,
 )
 from fxckpt.compat.optimizers import (
+    callers,
+    comes_by_itself,
+    complete,
     count_skipped_attempts,
     default_implementation,
+    forwards,
+    has_own_contract,
     hooked,
     inner_hooks,
     is_stock,
     plain_class,
     rebind_scheduler_wrapper,
+    sets_up_state,
     settings_of,
+    steps_like_one,
     stock_step,
+    takes,
     unhooked_step,
+    watch_steps,
 )
 from fxckpt.compat.tensors import gradient_accumulator, is_transformed, is_wrapper, set_grad_mode, version_of
 from fxckpt.compat.threads import can_use_one_core, modes_active, one_core
@@ -130,6 +152,7 @@ def test_persistent_buffers_are_told_from_others():
     module.register_buffer("dropped", torch.zeros(1), persistent=False)
     assert [name for name, _ in own_buffers(module, True)] == ["kept"] == list(module.state_dict())
     assert [name for name, _ in own_buffers(module, False)] == ["dropped"]
+    assert tensors_of(module) == {id(module.kept), id(module.dropped)}
 
 
 def test_modules_being_called_are_on_the_stack():
@@ -589,6 +612,71 @@ def test_a_step_is_found_under_its_wrappers_and_wrapped_again_with_its_mark():
     assert {"lr", "betas", "fused"} <= settings_of(opt) and "params" not in settings_of(opt)
 
 
+def test_our_hooks_are_called_beside_others_and_know_which_step_calls_them():
+    class Twice(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+
+    opt, seen = Twice([nn.Parameter(torch.ones(1))], lr=0.1), []
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])  # so that its step has PyTorch's wrapper, too
+    watch_steps(opt, lambda opt, *_: seen.append(comes_by_itself(opt)), lambda opt, *_: seen.append(comes_by_itself(opt)))
+    opt.step()
+    assert seen == [True, False, False, True], "the outer step, and the one inside it"
+    wrapped = hooked(torch.optim.SGD.step)
+    seen.clear()
+    wrapped(opt)
+    assert seen == [False, False], "inside a step of ours"
+
+
+def test_an_optimizer_that_was_never_initialised_is_completed_and_steps():
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+
+        state = property(lambda self: self.inner.state)
+        param_groups = property(lambda self: self.inner.param_groups)
+
+        @torch.optim.Optimizer.profile_hook_step
+        def step(self, closure=None):
+            return list(callers(self.inner))
+
+    wrapper = Wrapper(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+    with pytest.raises(AttributeError, match="_optimizer_step_pre_hooks"):
+        wrapper.step()
+    complete(wrapper)
+    assert wrapper.step()[0] is wrapper, "whose method calls"
+    assert steps_like_one(wrapper) and not steps_like_one(Wrapper) and not steps_like_one(nn.Linear(1, 1))
+    assert takes(Wrapper) == ("closure",) and not forwards(wrapper)
+    assert forwards(type("AcceleratedOptimizer", (Wrapper,), {})(wrapper))
+
+
+def test_whoever_has_a_say_in_a_state_dict_is_known():
+    opt = torch.optim.SGD([nn.Parameter(torch.ones(1))])
+    assert not has_own_contract(opt)
+    handle = opt.register_state_dict_post_hook(lambda *_: None)
+    assert has_own_contract(opt)
+    handle.remove()
+    assert not has_own_contract(opt)
+    assert has_own_contract(type("Own", (torch.optim.SGD,), {"state_dict": lambda self: {}})(opt.param_groups))
+
+
+def test_a_step_that_dcp_makes_to_have_state_is_known():
+    from torch.distributed.checkpoint.state_dict import _init_optim_state
+
+    seen = []
+
+    class Spy(torch.optim.AdamW):
+        def step(self, closure=None):
+            seen.append(sets_up_state(self))
+            super().step(closure)
+
+    opt = Spy([nn.Parameter(torch.ones(1))], lr=0.1)
+    _init_optim_state(opt)
+    opt.param_groups[0]["params"][0].grad = torch.zeros(1)
+    opt.step()
+    assert seen == [True, False]
+
+
 def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks():
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert not rebind_scheduler_wrapper(opt)
@@ -599,6 +687,8 @@ def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks()
         warnings.simplefilter("error")  # it would warn of a step that was not seen
         opt.step()
         scheduler.step()
+    opt.step = torch.optim.SGD.step.__get__(opt)
+    assert not rebind_scheduler_wrapper(opt) and "step" not in vars(opt), "the class's own"
     opt.step = lambda: None
     with pytest.raises(SetupError, match="was replaced by"):
         rebind_scheduler_wrapper(opt)
@@ -630,3 +720,71 @@ def test_a_symbols_sign_decides_branches():
 
     found = trace_fake(fn, [torch.ones(2), torch.tensor(0.9)])
     assert found.branches == [] and 2.0 in [a for n in found.graph.nodes for a in n.args]
+
+
+# ---- data loaders ------------------------------------------------------------------------------------------------
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """Five numbers; each worker adds a hundred times its own."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        return iter(range(100 * (info.id if info else 0), 100 * (info.id if info else 0) + 5))
+
+
+class Told:
+    """In a worker: told at its end, and who makes a batch."""
+
+    def __call__(self, worker):
+        tell_end(lambda: f"worker {worker} ended")
+
+    def collate(self, samples):
+        return torch.utils.data.get_worker_info().id, samples
+
+
+def test_the_order_behind_an_iterator_is_seen_and_skipped():
+    seen = []
+
+    def watch(indices):
+        for each in indices:
+            seen.append(each)
+            yield each
+
+    iterator = iter(torch.utils.data.DataLoader(range(10), 3))
+    watch_order(iterator, watch)
+    skip_order(iterator, 2)
+    assert [batch.tolist() for batch in iterator] == [[6, 7, 8], [9]]
+    assert seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+
+
+def test_samples_of_an_iterable_data_set_are_seen_and_its_end_within_a_batch():
+    iterator = iter(torch.utils.data.DataLoader(Numbers(), 3))
+    watch_samples(iterator, lambda samples: (each + 1 for each in samples))
+    assert next(iterator).tolist() == [1, 2, 3] and not reading_ended(iterator)
+    assert next(iterator).tolist() == [4, 5] and reading_ended(iterator)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_workers_begin_in_the_middle_of_a_pass_and_tell_their_end():
+    told, received = Told(), []
+    loader = torch.utils.data.DataLoader(range(12), 2, num_workers=2, collate_fn=told.collate)
+    made = WorkersIterator(copied(loader, type(loader)), lambda indices: indices, received.append, Start(3, 1, 77))
+    assert list(made) == [(1, [6, 7]), (0, [8, 9]), (1, [10, 11])] and len(received) == 3
+    assert made.base_seed == 77
+    loader = torch.utils.data.DataLoader(Numbers(), 3, num_workers=2, worker_init_fn=told)
+    made = WorkersIterator(copied(loader, type(loader)), lambda indices: indices, received.append)
+    assert [batch.tolist() for batch in made] == [[0, 1, 2], [100, 101, 102], [3, 4], [103, 104]]
+    assert sorted(each.state for each in received if type(each) is DataEnded) == ["worker 0 ended", "worker 1 ended"]
+
+
+def test_loaders_with_iterators_of_their_own_are_known():
+    class Named(torch.utils.data.DataLoader):
+        pass
+
+    class Other(torch.utils.data.DataLoader):
+        def __iter__(self):
+            return iter(())
+
+    assert iterates_as_torch(Named(range(3))) and not iterates_as_torch(Other(range(3)))
+    assert iterates_as_torch(Other(range(3)), (Other,))

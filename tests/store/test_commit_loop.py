@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from fxckpt.engine import Patience
 from fxckpt.errors import Cancelled, SaveFailed
-from fxckpt.store.commit_loop import CommitLoop, give_back
+from fxckpt.store.commit_loop import CommitLoop, StallDetector, give_back
 
 
 @dataclass(eq=False)
@@ -30,6 +31,7 @@ class Work:
 
     def __init__(self, commit=lambda flight: None):
         self.ends: list[tuple[str, Exception | None]] = []
+        self.rests: list[bool] = []  # after each: whether there was something to do
         self._commit = commit
 
     def commit(self, flight: Flight) -> None:
@@ -39,6 +41,10 @@ class Work:
 
     def end(self, flight: Flight, error: Exception | None) -> None:
         self.ends.append((flight.path, error))
+
+    def rest(self, busy) -> None:
+        self.rests.append(busy())
+        raise RuntimeError("it ends nothing")
 
 
 def test_checkpoints_end_one_by_one_in_the_order_in_which_they_came_and_an_error_ends_only_its_own():
@@ -50,6 +56,7 @@ def test_checkpoints_end_one_by_one_in_the_order_in_which_they_came_and_an_error
     assert [path for path, _ in work.ends] == ["a", "b", "c", "d"]
     assert [type(error) for _, error in work.ends] == [type(None), SaveFailed, Cancelled, type(None)]
     assert work.ends[1][1] is failure
+    assert work.rests == [True] * 4, "the last one saw that the loop is to end"
 
 
 def test_a_disk_that_writes_nothing_ends_the_checkpoint_and_one_that_is_slow_does_not():
@@ -65,6 +72,35 @@ def test_a_disk_that_writes_nothing_ends_the_checkpoint_and_one_that_is_slow_doe
     with pytest.raises(SaveFailed, match=r"slot-0\.partial.*nothing was written for 0\.2 s"):
         loop.wait(flight, ready)
     assert flight.given_up == "the disk hangs" and time.monotonic() - began > 0.6
+
+
+def test_a_process_that_was_stopped_has_not_waited_for_the_disk(monkeypatch):
+    """SIGSTOP, Ctrl-Z, a machine that pauses: hours pass between two looks."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    waited = StallDetector(300, lambda: "the same")
+    for _ in range(20):
+        now[0] += 3600
+        assert not waited.over()
+    for _ in range(2990):
+        now[0] += 0.1
+        assert not waited.over() or now[0] > 20 * 3600 + 297
+    now[0] += 0.9
+    assert waited.over()
+
+
+def test_a_wait_in_slices_does_not_count_a_pause(monkeypatch):
+    now, answers = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def attempt(seconds):
+        answers.append(seconds)
+        now[0] += 3600 if len(answers) == 3 else max(seconds, 0.001)
+        return len(answers) == 60
+
+    assert Patience(10).until(attempt) and max(answers) <= 0.1
+    answers.clear()
+    assert not Patience(5).until(attempt) and 50 <= len(answers) < 60
 
 
 def test_a_thread_that_is_stuck_is_left_behind_in_time():

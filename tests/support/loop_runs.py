@@ -1,0 +1,63 @@
+"""Runs of one marked script: plain, with fxckpt, and killed at random until it is left alone; each tells how it ended."""
+
+from __future__ import annotations
+
+import random
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fork_server import ForkServer
+from killing_itself import kills
+from marked_script import without_fxckpt
+from process_runs import ProcessRun
+
+_FUTURE = "from __future__ import annotations\n"
+_BEGIN = f"{_FUTURE}import killing_itself\nkilling_itself.begin()\n"
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What a run that came to its end printed there, how many backwards it made itself, and how many checkpoints were committed
+    and how many given up."""
+
+    lines: tuple[str, ...]
+    backwards: int
+    committed: int = field(default=0, compare=False)
+    dropped: int = field(default=0, compare=False)
+
+    @classmethod
+    def of(cls, run: ProcessRun) -> Ending:
+        lines = run.wait().splitlines()
+        assert run.returncode == 0, run.output
+        told = [int(n) for line in lines if line.startswith(("BACKWARDS ", "CHECKPOINTS ")) for n in line.split()[1:]]
+        return cls(tuple(line for line in lines if line.startswith(("END ", "DIGEST "))), *told)
+
+
+class Loop:
+    """A marked script and the folder it runs in."""
+
+    def __init__(self, server: ForkServer, text: str, folder: Path):
+        self._server, self._folder = server, folder
+        self._script, self._plain = folder / "loop.py", folder / "plain.py"
+        self._script.write_text(_BEGIN + text.replace(_FUTURE, ""))
+        self._plain.write_text(without_fxckpt(self._script.read_text()))
+
+    def plain(self) -> Ending:
+        """Without fxckpt."""
+        return Ending.of(self._server.start(self._plain, self._folder / "plain"))
+
+    def whole(self) -> Ending:
+        """With it, uninterrupted."""
+        return Ending.of(self._server.start(self._script, self._folder / "whole"))
+
+    def killed(self, times: int, backwards: int, seed: int) -> Ending:
+        """Killed so many times within ``backwards``, which an uninterrupted run makes, and run to its end then."""
+        chance, folder = random.Random(seed), self._folder / f"killed-{seed}"
+        for at in kills(chance, times, backwards):
+            run = self._server.start(self._script, folder, KILL_AT=at)
+            run.wait()
+            assert run.returncode == -signal.SIGKILL, f"seed {seed}: {run.output}"
+        ending = Ending.of(self._server.start(self._script, folder))
+        assert ending.backwards < backwards, f"seed {seed}: nothing was restored"
+        return ending
