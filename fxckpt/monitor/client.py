@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fxckpt.engine import Engine
@@ -146,6 +146,10 @@ class MonitorStore:
         slot = RemoteSlot(found["key"], found["path"], name, found["before"], found["files"])
         link.slots[slot.key] = slot
         return slot
+
+    def reclaim(self, known: Collection[RemoteSlot]) -> None:
+        for slot in [each for each in list(self._check().slots.values()) if each not in known]:
+            self.abandon(slot, bad=False)
 
     def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""
