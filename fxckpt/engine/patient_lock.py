@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxckpt.engine._lib import Patience
 
-if TYPE_CHECKING:
-    from typing import Protocol
-
-    class _Lock(Protocol):
-        def __init__(self) -> None: ...
-        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
-        def release(self) -> None: ...
-        def __exit__(self, *_: object) -> None: ...
-else:
-    _Lock = type(threading.RLock())
+_Lock: Any = type(threading.RLock())  # a class that may be derived from, though type checkers take it for final
 
 
 class PatientLock(_Lock):

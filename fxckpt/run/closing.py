@@ -133,7 +133,7 @@ class Closing:
                 raise TimeoutError(f"opt.step() has not ended after {limit:.3g} s")
             do()
         finally:
-            try:  # nothing before this call that could be interrupted: the lock would stay taken
+            try:  # noqa: SIM105  nothing comes before this call that could be interrupted: the lock would stay taken
                 self.between_steps.release()
             except RuntimeError:  # it was not had
                 pass

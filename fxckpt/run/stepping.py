@@ -285,9 +285,9 @@ class Stepping:
         except (SaveFailed, StoreError, OSError) as error:
             self._saver.tally.note_failure(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
-        self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
             pending.guard.in_forward, self._emitter.current = self._changes_in_forward(), pending
+        self.schedule.started(step, self._saver.stall_seconds())
         return pending
 
     def _changes_in_forward(self) -> frozenset[str] | None:
