@@ -65,13 +65,12 @@ class SlotSupply:
 
     def prepare(self, wanted: Callable[[], bool]) -> None:
         """Get the next slot ready now, on the thread that commits."""
-        with self.lock:
-            if self.ready is not None or not wanted():
-                return
-            try:
-                self.ready = self._store.acquire()
-            except (OSError, FxckptError) as error:
-                log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
+        try:
+            with self.lock:
+                if self.ready is None and wanted():
+                    self.ready = self._store.acquire()
+        except (OSError, FxckptError) as error:
+            log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
 
 
 class Committer:

@@ -123,11 +123,12 @@ class Flights:
     def add(self, pending: InFlight) -> None:
         """One more, to be committed after all others."""
         with self.lock:
-            self._flying.append(pending)
             try:
+                self._flying.append(pending)
                 self.loop.put(pending)
             except BaseException:  # Ctrl-C, and whether it was put in is not known; once more does no harm
-                self.loop.put(pending)
+                if pending in self._flying:
+                    self.loop.put(pending)
                 raise
 
     def is_flying(self, pending: InFlight) -> bool:

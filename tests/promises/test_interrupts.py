@@ -34,11 +34,21 @@ FIRST_IN_A_FINALLY = {"self.between_steps.release()", "set_grad_mode(enabled)"}
 
 
 @cache
-def ends_of_blocks(code: CodeType) -> frozenset[int]:
-    """Where a ``with`` calls ``__exit__`` at its end, which no signal can come before either."""
-    found = list(dis.get_instructions(code))
-    nones = [each.opname == "LOAD_CONST" and each.argval is None for each in found]
-    return frozenset(each.offset for i, each in enumerate(found) if all(nones[i : i + 3]))
+def sees_no_signal(file: str, line: int) -> bool:
+    """A ``try:`` with no call before it in its block: a signal is seen behind a call, and CPython 3.11 has no handler for that
+    instruction, which does nothing."""
+    here, before = (linecache.getline(file, number).partition("  #")[0].rstrip() for number in (line, line - 1))
+    indent = len(here) - len(here.lstrip())
+    return here.strip() == "try:" and not (before.endswith(")") and len(before) - len(before.lstrip()) == indent)
+
+
+def is_end_of_block(code: CodeType, offset: int, line: int) -> bool:
+    """Does a ``with`` call ``__exit__`` here, at its end? No signal can come before that: its line has come once already."""
+    if not linecache.getline(code.co_filename, line).lstrip().startswith("with "):
+        return False
+    starts = [*dis.findlinestarts(code), (len(code.co_code), None)]
+    first = next(i for i, (_, number) in enumerate(starts) if number == line)
+    return offset >= starts[first + 1][0]
 
 
 def ctrl_c() -> None:
@@ -56,9 +66,9 @@ class Interrupt:
 
     def line(self, frame: Any, event: str, _: Any) -> Any:
         file, number = frame.f_code.co_filename, frame.f_lineno
-        if event != "line" or frame.f_lasti in ends_of_blocks(frame.f_code):
+        if event != "line" or is_end_of_block(frame.f_code, frame.f_lasti, number):
             return self.line
-        if linecache.getline(file, number).strip() in FIRST_IN_A_FINALLY:
+        if linecache.getline(file, number).strip() in FIRST_IN_A_FINALLY or sees_no_signal(file, number):
             return self.line
         self.seen += 1
         if self.seen == self.n:
