@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 from torch.utils.data import get_worker_info
@@ -56,6 +58,13 @@ class Arrivals:
             self.states[worker] = {**self.states[worker], **changed}
 
 
+def _leave_if_orphaned(trainer: int) -> None:
+    """At a worker's end. Batches with their states fill the pipe, and where the trainer was killed nobody empties it: the thread
+    that writes there, which an exit waits for, would never end."""
+    if os.getppid() != trainer:
+        os._exit(1)
+
+
 class InWorker:
     """A loader's ``worker_init_fn`` and ``collate_fn`` around the user's own. The two are pickled together, so that they are one
     object in each worker."""
@@ -71,6 +80,7 @@ class InWorker:
 
     def init(self, worker: int) -> None:
         """A new worker of that number, begun as ever; then what the former one had become."""
+        Finalize(None, _leave_if_orphaned, args=(os.getppid(),), exitpriority=0)
         if self._user_init is not None:
             self._user_init(worker)
         info = get_worker_info()

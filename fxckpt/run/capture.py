@@ -28,7 +28,9 @@ from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.run.emitting import snapshot
+from fxckpt.run.loader_watch import LoaderWatch
 from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
+from fxckpt.saving.guard import glimpse
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
 
@@ -48,6 +50,8 @@ class Capture:
         self.extras = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self.loops: Callable[[], dict[str, Any]] = dict  # where the script's loops stand
+        self.loaders: Callable[[], list[Any]] = list  # what they go over
+        self._loader_watch = LoaderWatch()
         self.plain: PlainLoop = PlainLoop(self._look)
         self._snapshots: dict[str, torch.Tensor] = {}  # of buffers at the end of a step
         self._early: tuple[Any, dict[str, Any]] = (None, {})
@@ -75,7 +79,8 @@ class Capture:
         inventory = self._arrangement.inventory
         found: Marks = {("buffer", n): mark_buffer(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
         if parameters:
-            found |= {("parameter", n): mark(t) for n, t in [*inventory.trained.items(), *inventory.frozen.items()]}
+            both = [*inventory.trained.items(), *inventory.frozen.items()]
+            found |= {("parameter", name): (mark(p), glimpse(p)) for name, p in both}
         return found | {("extra", each.name): mark(each.get()) for each in self.extras if not each.early}
 
     def _is_early(self, extra: extra_state.Extra) -> bool:
@@ -171,6 +176,7 @@ class Capture:
         early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
         early["loops"] = encode_state(self.loops(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
+        self._loader_watch.look(self.loaders())
         late = {e.name: e.get() for e in self.extras if not self._is_early(e)}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
         fields = {

@@ -25,22 +25,34 @@ class Level:
         self.first: bool = True
         self.stepped: bool = False
         self._running, self._clock = running, clock
-        self._attempts = 0
+        self._attempts, self._counted = 0, False  # attempts before this iteration; and was it counted?
 
     def __enter__(self) -> None:
-        self._leave()
-        self._running.append(self)
-        self._clock.in_iteration, self._attempts = True, self._clock.attempts
+        try:
+            self._leave()
+            self._attempts, self._counted = self._clock.attempts, False
+            self._running.append(self)
+            self._clock.in_iteration = True
+        except BaseException:  # Ctrl-C: there is no ``__exit__`` then
+            self._left(interrupted=True, whole=False)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._left(interrupted=kind is not None, whole=kind is None)
+        except BaseException:  # Ctrl-C came here: once more, to its end
+            self._left(interrupted=True, whole=kind is None)
+            raise
+
+    def _left(self, interrupted: bool, whole: bool) -> None:
+        """The body was left, ``whole`` at its end. One that was left by a ``break`` or an exception counts if its update was
+        made, which the next one must not make again."""
         self._leave()
         self._clock.in_iteration = bool(self._running)
         self.stepped = self._clock.attempts != self._attempts
-        self._clock.interrupted = kind is not None
-        if self.leads and self.kind != "epochs":
-            # One that was left by a `break` or an exception counts if its update was made, which the next one must not
-            # make again.
-            self._clock.iteration += kind is None or self.stepped
+        self._clock.interrupted = interrupted
+        if self.leads and self.kind != "epochs" and not self._counted:
+            self._counted, self._clock.iteration = True, self._clock.iteration + (whole or self.stepped)
 
     def _leave(self) -> None:
         """Its iteration is over, and with it those of loops inside, which a ``break`` or an exception may have left behind."""
@@ -133,6 +145,10 @@ class Loops:
             return self._restored_batch
         return self._leading.position - any(level.kind == "batches" and level.leads for level in self._running)
 
+    def loaders(self) -> list[Any]:
+        """What ``fxckpt.batches`` was asked to go over."""
+        return [source.loader for source in self._sources.values()]
+
     # -- in a record ----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +158,10 @@ class Loops:
         return {"epoch": self.clock.epoch, "batch": batch, "inside": self._inside, "sources": sources}
 
     def load_state_dict(self, state: Mapping[str, Any], settle: Callable[[], None]) -> None:
-        """Go on from there; ``settle`` puts the random generators back where the checkpoint has them."""
+        """Go on from there; ``settle`` puts the random generators back where the checkpoint has them. A pass that is under way
+        cannot be rewound: where a script goes back to an older checkpoint inside of one, its data go on."""
+        if any(level.kind != "steps" for level in self._running):
+            return
         self._restored, self._restored_batch = dict(state["sources"]), state["batch"]
         self.clock.epoch, self._inside, self._settle = state["epoch"], state["inside"], settle
         self._sources, self._used, self._leading, self._trained = {}, set(), None, None

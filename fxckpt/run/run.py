@@ -64,7 +64,7 @@ class Run:
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
         self.loops: Loops = Loops(self.clock, self.stepping.boundary)
-        self.capture.loops = self.loops.state_dict
+        self.capture.loops, self.capture.loaders = self.loops.state_dict, self.loops.loaders
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
         watch_scalers(extra, self.optimizers, self.stepping.attempt_skipped)

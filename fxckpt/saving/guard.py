@@ -1,7 +1,8 @@
 """Notices tensors that change while a checkpoint copies them, outside ``opt.step()``: such a checkpoint would be torn.
 
 Each tensor's version counter is noted at the end of the step that handed it over, and compared before the next step changes
-it, when the step closes and once all is copied. Counters see operations in place, when they end, and not those on ``.data``.
+it, when the step closes and once all is copied. Counters see operations in place, when they end, and not those on ``.data``,
+so some elements are compared as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from fxckpt.compat.tensors import version_of
 from fxckpt.errors import Cancelled, FxckptError
-from fxckpt.saving.plan import Layout
+from fxckpt.saving.plan import Entry, Layout
 
 WAY_OUT = "Loop with fxckpt.steps(n), or fxckpt.epochs(n) and fxckpt.batches(loader): their boundaries are exact"
 """What to do about a loop that leaves no instant to take a checkpoint of."""
@@ -27,6 +28,24 @@ class ChangedInTurns(Changed, Cancelled):
     """The same where it is known when to copy them: no failure, for that is done from now on."""
 
 
+_ALL = 3  # checkpoints in which elements of all tensors are looked at
+_AT_ONCE = 128  # layers of which parameters are looked at in each one later
+_ELEMENTS = 256
+
+Look = tuple[int, bytes | None]
+"""A tensor's version, and some of its elements."""
+
+
+def glimpse(tensor: torch.Tensor) -> bytes | None:
+    """A few hundred of its elements, as bytes; None where they cannot be read at once."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_quantized:
+        return None
+    flat = tensor.detach().view(-1)
+    if not (count := flat.numel()):
+        return b""
+    return flat[:: -(-count // _ELEMENTS)].clone().view(torch.uint8).numpy().tobytes()
+
+
 class Guard:
     """Watches over the memory that one checkpoint is copied from.
 
@@ -35,24 +54,31 @@ class Guard:
     live until they are copied.
     """
 
-    def __init__(self, step: int, layout: Layout):
+    def __init__(self, step: int, layout: Layout, number: int):
+        """``number``: which checkpoint of the run this is. What is done on ``.data`` or by numpy moves no version counter, so
+        some elements are compared, too: of all tensors in the first checkpoints, later of so many parameters in turn."""
         self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
         self.copies: list[torch.Tensor] = []
-        self._step, self._layout = step, layout
-        self._versions: dict[int, tuple[Sequence[torch.Tensor], list[int]]] = {}  # layer -> its tensors, after the step
+        self._step, self._layout, self._number = step, layout, number
+        self._seen: dict[int, tuple[Sequence[torch.Tensor], list[Look]]] = {}  # layer -> its tensors, after the step
         self._looking = threading.Lock()  # held while they are compared and forgotten
 
     def watch(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """These were handed over in this step, which may go on to change them."""
-        self._versions[layer] = (tensors, [])
+        self._seen[layer] = (tensors, [])
 
     def note_versions(self) -> None:
         """Remember how what was handed over looks at the end of its step. Not at its emit: tensors that are views of one
         buffer count their changes together, and later updates of the same step are no changes behind our back."""
-        for tensors, versions in self._versions.values():
-            if not versions:
-                versions.extend(map(version_of, tensors))
+        for layer, (tensors, looks) in self._seen.items():
+            if not looks:
+                looks.extend(map(self._look, self._layout.layers[layer].entries, tensors))
+
+    def _look(self, entry: Entry, tensor: torch.Tensor) -> Look:
+        """How it looks now."""
+        in_turn = entry.file == 0 and (len(entry.key) + self._number) % (1 + len(self._layout.layers) // _AT_ONCE) == 0
+        return version_of(tensor), glimpse(tensor) if in_turn or self._number < _ALL else None
 
     def watch_again(self) -> None:
         """A step was left in its middle: what it did not come to is being copied still, and must not change unseen."""
@@ -69,7 +95,7 @@ class Guard:
             except Changed as error:
                 changed(error)
             for layer in layers:
-                if (found := self._versions.get(layer)) is not None:
+                if (found := self._seen.get(layer)) is not None:
                     found[1].clear()
 
     def check_unchanged(self) -> None:
@@ -77,16 +103,16 @@ class Guard:
         tensor's name, and remembers it: a frozen one is copied with the buffers from now on."""
         with self._looking:
             self.compare([*self._layout.number("frozen"), *self._layout.number("update")])
-            self._versions.clear()  # what changes from here on, no copy sees
+            self._seen.clear()  # what changes from here on, no copy sees
         self.copies.clear()
 
     def compare(self, layers: Iterable[int]) -> None:
-        """Raises Changed, with all names, if tensors of these layers have another version than after their step."""
+        """Raises Changed, with all names, if tensors of these layers are not as they were after their step."""
         changed = []
         for layer in layers:
-            tensors, versions = self._versions.get(layer, ((), []))
+            tensors, looks = self._seen.get(layer, ((), []))
             entries = self._layout.layers[layer].entries
-            changed += [e for e, t, version in zip(entries, tensors, versions) if version_of(t) != version]
+            changed += [entry for entry, tensor, look in zip(entries, tensors, looks) if self._look(entry, tensor) != look]
         if changed:
             raise self._changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 

@@ -61,7 +61,7 @@ class Saver:
             known, waited = [on_disk.get(name, {}) for name in FILES], [slot.waited(name) for name in FILES]
             copy = self.engine.begin(layout.plan, slot.path, FILES, known, waited, slot.below)
             self.store.begin(slot, copy.id, layout.files)
-            pending = InFlight(step, layout, slot, copy, Guard(step, layout))
+            pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started))
             if self.flights.tracer is not None:
                 self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
             with self.flights.lock:

@@ -374,3 +374,42 @@ def test_a_length_is_the_loaders(tmp_path):
     with pytest.raises(TypeError):
         len(fxckpt.batches(iter(life.loader)))
     life.opts[0].ckpt.shutdown()
+
+
+def test_a_load_inside_a_pass_goes_back_in_all_but_the_data(tmp_path):
+    """A script that goes back after a bad loss: the batches go on, and so they do after a resume."""
+    seen = []
+
+    def script(life: Life) -> None:
+        for i, x in enumerate(fxckpt.batches(life.loader), life.opts[0].ckpt.batch):
+            life.step(x)
+            seen.append(i)
+            life.turn()
+            if i == 5:
+                life.opts[0].ckpt.flush()
+                fxckpt.load(step=4)
+
+    check(script, None, tmp_path, [8], keep=9)
+    assert seen == [*range(10), *range(8), *range(7, 10)]
+
+
+def test_what_is_written_through_data_is_in_the_checkpoint_of_its_iteration(tmp_path):
+    """Weights clipped and a target that follows, as they are written in many places: no version counter moves."""
+    model, target = nn.Linear(300, 300), nn.Linear(300, 300).requires_grad_(False)
+    opt = torch.optim.RMSprop(model.parameters(), lr=0.01)
+    fxckpt.compile_step(opt, tmp_path, model=[model, target], every=1, update="native", keep=9, staging_mb=0, threads=1)
+    instruments.delay("copy", 5000)
+    after = []
+    for _ in fxckpt.steps(7):
+        model(torch.ones(2, 300)).sum().backward()
+        opt.step()
+        for p, q in zip(model.parameters(), target.parameters()):
+            p.data.clamp_(-0.01, 0.01)
+            q.data.copy_(0.9 * q.data + 0.1 * p.data)
+        after.append([p.detach().clone() for p in [*model.parameters(), *target.parameters()]])
+    opt.ckpt.shutdown()
+    assert opt.ckpt.statistics()["checkpoints_committed"] == 7
+    for found in fxckpt.checkpoints(tmp_path):
+        again = [nn.Linear(300, 300), nn.Linear(300, 300)]
+        fxckpt.load(tmp_path, model=again, step=found.step)
+        assert all(torch.equal(a, b) for a, b in zip([p for m in again for p in m.parameters()], after[found.step - 1]))

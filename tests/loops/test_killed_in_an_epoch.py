@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import random
+from pathlib import Path
 
 import pytest
 from loop_runs import Ending, Loop
+from waiting import until
 
 ROUNDS, KILLS = int(os.environ.get("FXCKPT_LOOPS", "1")), 20
 SAMPLES, EPOCHS = 96, 3
@@ -74,3 +76,21 @@ def test_each_sample_is_seen_once_an_epoch_however_often_it_is_killed(workers, p
         assert [sorted(epoch) for epoch in history(resumed)] == [list(range(SAMPLES))] * EPOCHS, f"seed {seed}"
         assert resumed.lines == plain.lines, f"seed {seed}: resumed, it ended otherwise"
         counted("kills in an epoch", KILLS)
+
+
+def processes_in(folder: Path) -> list[str]:
+    """Those whose working directory it is: a run's, and its workers'."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            found += [process.name] if (process / "cwd").readlink() == folder else []
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+def test_the_workers_of_a_killed_run_end_though_nobody_takes_their_batches(fork_server, tmp_path):
+    """With the states that they carry, the batches that are made ahead are more than the pipe takes."""
+    loop = Loop(fork_server, SCRIPT.format(samples=SAMPLES, epochs=EPOCHS, options="num_workers=2, prefetch_factor=6"), tmp_path)
+    folder = loop.kill(tmp_path / "killed", "3 0.2")
+    until(lambda: not processes_in(folder), why=lambda: f"still there: {processes_in(folder)}")

@@ -244,3 +244,30 @@ def test_finish_on_signal_takes_the_checkpoint_of_a_boundary(tmp_path):
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     life.opt.ckpt.shutdown()
     assert ended == [4]
+
+
+@pytest.mark.parametrize("boundaries", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_an_iterator_that_no_checkpoint_knows_are_said(workers, boundaries, tmp_path, caplog):
+    life = Life(tmp_path)
+    source = iter(DataLoader(TensorDataset(torch.randn(40, 4)), batch_size=4, num_workers=workers))
+    for _ in fxckpt.steps(6) if boundaries else range(6):
+        life.backward(next(source)[0])
+        life.opt.step()
+    life.opt.ckpt.shutdown()
+    del source
+    assert caplog.text.count("from an iterator that no checkpoint knows") == 1
+
+
+def test_nothing_is_said_of_iterators_that_end_within_an_iteration_or_are_known(tmp_path, caplog):
+    life = Life(tmp_path)
+    data, other = TensorDataset(torch.randn(40, 4)), TensorDataset(torch.randn(8, 4))
+    validation = DataLoader(other, batch_size=4, num_workers=1, persistent_workers=True)
+    for (x,) in fxckpt.batches(DataLoader(data, batch_size=4)):
+        life.backward(x)
+        life.opt.step()
+        for _ in validation:
+            pass
+        next(iter(DataLoader(other, batch_size=2)))
+    life.opt.ckpt.shutdown()
+    assert "no checkpoint knows" not in caplog.text

@@ -179,22 +179,6 @@ def test_python_in_the_documents_compiles(path):
         compile(block, path.name, "exec")
 
 
-@pytest.mark.slow
-def test_the_tutorial_resumes_where_it_was_stopped(tmp_path):
-    text = (ROOT / "docs" / "tutorial.md").read_text()
-    (script,) = (each for each in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "range(start, 1000)" in each)
-    ending = "print(start, *(float(p.detach().sum()) for p in model.parameters()))"
-    outputs = []
-    for folder, steps in (("whole", 6), ("cut", 3), ("cut", 6)):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / "script.py").write_text(script.replace("1000):", f"{steps}):") + ending)
-        done = run(sys.executable, tmp_path / "script.py", cwd=tmp_path / folder, PYTHONPATH=str(ROOT))
-        assert done.returncode == 0, done.stderr
-        outputs.append(done.stdout.split())
-    assert [each[0] for each in outputs] == ["0", "0", "3"]
-    assert outputs[0][1:] == outputs[2][1:] != outputs[1][1:]
-
-
 def test_links_between_documents_lead_somewhere():
     dead = [
         f"{path.name}: {target}"

@@ -51,13 +51,18 @@ class Loop:
         """With it, uninterrupted."""
         return Ending.of(self._server.start(self._script, self._folder / "whole"))
 
+    def kill(self, folder: Path, at: str) -> Path:
+        """Run it in a folder until it is killed there (``killing_itself.py`` says when)."""
+        run = self._server.start(self._script, folder, KILL_AT=at)
+        run.wait()
+        assert run.returncode == -signal.SIGKILL, run.output
+        return folder
+
     def killed(self, times: int, backwards: int, seed: int) -> Ending:
         """Killed so many times within ``backwards``, which an uninterrupted run makes, and run to its end then."""
         chance, folder = random.Random(seed), self._folder / f"killed-{seed}"
         for at in kills(chance, times, backwards):
-            run = self._server.start(self._script, folder, KILL_AT=at)
-            run.wait()
-            assert run.returncode == -signal.SIGKILL, f"seed {seed}: {run.output}"
+            self.kill(folder, at)
         ending = Ending.of(self._server.start(self._script, folder))
         assert ending.backwards < backwards, f"seed {seed}: nothing was restored"
         return ending
