@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 OURS = str(Path(fxckpt.__file__).parent)
 SAMPLE = int(os.environ.get("FXCKPT_INTERRUPTS", "60"))
-"""How many lines are tried for each loop; 0: every one."""
+"""How many lines of our source are tried for each loop, when they run first; 0: every one, each time it runs."""
 
 FIRST_IN_A_FINALLY = {"self.between_steps.release()", "set_grad_mode(enabled)"}
 """Calls of C with no instruction before them at which a signal could be seen: only a tracer can come there."""
@@ -60,6 +60,7 @@ class Interrupt:
 
     def __init__(self, n: int, handler: Callable[[], None] = ctrl_c):
         self.n, self.seen, self.where, self.handler = n, 0, "", handler
+        self.first: dict[tuple[str, int], int] = {}  # by file and line, when it ran first
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
         return self.line if frame.f_code.co_filename.startswith(OURS) else None
@@ -71,6 +72,7 @@ class Interrupt:
         if linecache.getline(file, number).strip() in FIRST_IN_A_FINALLY or sees_no_signal(file, number):
             return self.line
         self.seen += 1
+        self.first.setdefault((file, number), self.seen)
         if self.seen == self.n:
             self.where = f"{os.path.relpath(file, OURS)}:{number}"
             self.handler()
@@ -162,8 +164,7 @@ def lines_of(run: Run) -> list[int]:
     """Those that are tried."""
     whole = Interrupt(0)
     assert not whole.around(run.interrupted)
-    lines = range(1, whole.seen + 1)
-    return random.Random(0).sample(lines, SAMPLE) if SAMPLE else list(lines)
+    return random.Random(0).sample([*whole.first.values()], SAMPLE) if SAMPLE else [*range(1, whole.seen + 1)]
 
 
 @pytest.mark.parametrize("loop", ["plain", "steps", "save"])
