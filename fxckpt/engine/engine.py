@@ -108,10 +108,15 @@ class Engine:
         keep: list[Any] = []
         held = plan._held(known, waited, keep)
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
-        if lib.fx_begin(self._pointer, plan._pointer, below, ffi.new("char *[]", paths), held, out, error):
-            raise failure(ffi, error)
-        self._say_what_is_slow()
-        return Checkpoint(self, plan, out[0])
+        begun = Checkpoint(self, plan, out)
+        try:
+            if lib.fx_begin(self._pointer, plan._pointer, below, ffi.new("char *[]", paths), held, out, error):
+                raise failure(ffi, error)
+            self._say_what_is_slow()
+        except BaseException:  # Ctrl-C may come when it has begun
+            begun.release()
+            raise
+        return begun
 
     def _say_what_is_slow(self) -> None:
         found = self._statistics()

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fxckpt.engine import Engine
@@ -145,7 +145,16 @@ class MonitorStore:
         found = link.ask({"op": "acquire", "name": name})
         slot = RemoteSlot(found["key"], found["path"], name, found["before"], found["files"])
         link.slots[slot.key] = slot
+        link.unclaimed.discard(slot.key)
         return slot
+
+    def reclaim(self, known: Collection[RemoteSlot]) -> None:
+        link = self._check()
+        for slot in [each for each in list(link.slots.values()) if each not in known]:
+            self.abandon(slot, bad=False)
+        for key in list(link.unclaimed):  # the answer came, and was lost on its way through this thread
+            link.unclaimed.discard(key)
+            link.send({"op": "abandon", "key": key, "bad": False})
 
     def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""

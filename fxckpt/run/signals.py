@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import weakref
 from types import FrameType
 from typing import Any
@@ -13,6 +14,9 @@ from fxckpt.errors import FxckptError, SetupError
 from fxckpt.run.run import Run
 
 log: logging.Logger = logging.getLogger("fxckpt")
+
+_SOON = 0.001
+"""Seconds until the main thread is looked for again where it was inside a step."""
 
 
 class Finisher:
@@ -46,10 +50,13 @@ class Finisher:
             what = "the checkpoint of the next step is taken and finished first; a second signal does not wait"
             log.warning("fxckpt: %s: %s", signal.Signals(number).name, what)
             return
+        if self._closed and run.closing.occupied():  # inside a step, or at its end: what is waited for may need what it holds
+            threading.Timer(_SOON, self._step_closed).start()
+            return
         closed, self._waiting, self._closed, run.status.ending = self._closed, False, False, None
         if closed:
             try:
-                run.saver.flush(None, unclosed=False)  # this thread may be inside a step of its own
+                run.saver.flush(None, unclosed=False)
             except (FxckptError, TimeoutError, OSError) as error:
                 log.error("fxckpt: the last checkpoint before the end failed: %s", error)
         self._go_on(number, frame)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 
-from fxckpt.engine import SLICE, Patience
+from fxckpt.engine import SLICE, PatientLock
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
@@ -27,26 +25,22 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class SlotSupply:
     """Asks the store for slots. ``ready`` is one that the committer has prepared: training need not wait for its syncs."""
 
-    def __init__(self, store: CheckpointStore):
+    def __init__(self, store: CheckpointStore, loop: CommitLoop[InFlight]):
         self.ready: CheckpointSlot | None = None
-        self._store = store
+        self._store, self._loop = store, loop
         # Held while the store is asked for a slot and until that slot's checkpoint is in flight: the store counts what it hands
         # out, and refuses more than max_async.
-        self._lock = threading.Lock()
+        self.lock: PatientLock = PatientLock(lambda: 2 * loop.stuck_after, self._hangs)
         self._reserved: dict[str, int] | None = None  # what the store has set space aside for
 
-    @contextlib.contextmanager
-    def held(self, loop: CommitLoop[InFlight]) -> Iterator[None]:
-        """Around the beginning of a checkpoint. Raises SaveFailed if the loop's thread hangs while it prepares a slot."""
-        if not Patience(2 * loop.stuck_after).until(lambda slice: self._lock.acquire(timeout=slice)):
-            raise SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{loop.operation()}")
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _hangs(self) -> SaveFailed:
+        """The loop's thread hangs while it prepares a slot."""
+        return SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{self._loop.operation()}")
 
-    def take(self, layout: Layout, name: str | None) -> CheckpointSlot:
-        """The slot that was prepared, or a new one, with space for these files; it is ``held``."""
+    def take(self, layout: Layout, name: str | None, others: Collection[CheckpointSlot]) -> CheckpointSlot:
+        """The slot that was prepared, or a new one, with space for these files; ``lock`` is held. ``others``: those of
+        checkpoints in flight. One that is nobody's was lost to Ctrl-C on its way here, and goes back."""
+        self._store.reclaim([*others, *([] if self.ready is None else [self.ready])])
         self._reserve(layout)
         slot, self.ready = self.ready, None
         if slot is not None and slot.error is None:  # else it went with its monitor
@@ -71,13 +65,12 @@ class SlotSupply:
 
     def prepare(self, wanted: Callable[[], bool]) -> None:
         """Get the next slot ready now, on the thread that commits."""
-        with self._lock:
-            if self.ready is not None or not wanted():
-                return
-            try:
-                self.ready = self._store.acquire()
-            except (OSError, FxckptError) as error:
-                log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
+        try:
+            with self.lock:
+                if self.ready is None and wanted():
+                    self.ready = self._store.acquire()
+        except (OSError, FxckptError) as error:
+            log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
 
 
 def _was_replaced(slot: CheckpointSlot) -> bool:
@@ -97,6 +90,8 @@ class Committer:
 
     def commit(self, pending: InFlight) -> None:
         """Take it to the commit. Raises what went wrong; Cancelled if it was given up."""
+        if pending.done.is_set():
+            return  # it was put in twice
         while not self._or_lost(pending, pending.closed.wait(SLICE)):
             continue
         _check_wanted(pending)
@@ -136,12 +131,14 @@ class Committer:
 
     def end(self, pending: InFlight, error: Exception | None) -> None:
         """Return the slot, count, log, let waiters go on; then prepare."""
+        if pending.done.is_set():
+            return
         dropped = isinstance(error, Cancelled) or (error is not None and not pending.fail(error))
         if error is not None:
             pending.phase = f"being given up in {pending.path}"
             give_back(self._store, pending.slot, pending.copy, error)
         pending.error = error = error and (pending.failure or error)
-        with self._flights.changed:
+        with self._flights.lock:
             if error is None:
                 self._tally.committed += pending.slot.generation is not None
                 self._tally.mixed.clear()
@@ -162,7 +159,7 @@ class Committer:
         if (found := self._store.read_back(busy)) is None:
             return
         step, error = found
-        with self._flights.changed:
+        with self._flights.lock:
             self._tally.note_failure(step, error)
             left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
             if self._tally.last_committed == step:

@@ -57,8 +57,8 @@ class Folder:
     """A directory, from ``open`` or ``enter`` to ``close``. ``path`` is for messages; ``fd`` is what counts."""
 
     def __init__(self, path: str, fd: int):
+        self.fd: int = fd  # first: Ctrl-C may come here, and ``__del__`` closes it
         self.path: str = path
-        self.fd: int = fd
 
     @classmethod
     def open(cls, path: str) -> Folder:

@@ -224,6 +224,11 @@ class Store:
             raise
         return slot
 
+    def reclaim(self, known: Collection[Slot]) -> None:
+        """Take back every slot that was acquired and is none of these; nobody else may be acquiring one."""
+        for slot in self._pool.others(known):
+            self.abandon(slot, bad=False)
+
     def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine writes into the slot from now on; nothing to do for it here."""
 
@@ -231,7 +236,7 @@ class Store:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
         names.check_name(name)
         slot = Slot(Folder(self._folder.at(names.NAMED), -1), name + names.PARTIAL, None, name)
-        with self._pool.holding(), slot.reporting():
+        with self._pool.moves, slot.reporting():
             if (named := self._open_named()) is None:
                 self._folder.mkdir(names.NAMED)
                 named = self._folder.enter(names.NAMED)
@@ -244,7 +249,8 @@ class Store:
                 self._folder.sync()
                 named.remove_tree(slot.entry)
                 named.mkdir(slot.entry)
-                return self._pool.occupy(slot)
+                self._pool.occupy(slot)
+                return slot
             except BaseException:
                 named.close()
                 raise
@@ -254,7 +260,7 @@ class Store:
         says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the
         caller then abandons the slot."""
         self._check_open()
-        with self._pool.moves:
+        with self._pool.unhurried():
             if not self._pool.is_busy(slot):
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
@@ -279,7 +285,7 @@ class Store:
             if found is None:
                 return None
             slot, step, error = found
-            with self._pool.holding():
+            with self._pool.moves:
                 whole = slot.has_its_files()
                 self._pool.retire(slot, aside=whole)
             if not whole:  # somebody removes it, or moved a file away: that is his, and no fault of the disk
@@ -370,7 +376,7 @@ class Store:
         directory is renamed ``.bad`` and never used again."""
         self._check_owner()
         try:
-            with self._pool.holding():
+            with self._pool.moves:
                 if not self._pool.release(slot):
                     return
                 slot.forget()
@@ -391,7 +397,7 @@ class Store:
         ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename."""
         if os.getpid() != self._pid or self._lock is None:
             return
-        with self._pool.holding():
+        with self._pool.moves:
             _let_go(self._lock, self._folder)
             self._finalizer.detach()
             self._lock = None
