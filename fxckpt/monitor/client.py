@@ -142,19 +142,21 @@ class MonitorStore:
 
     def acquire(self, name: str | None = None) -> RemoteSlot:
         link = self._alive()
-        found = link.ask({"op": "acquire", "name": name})
+        number = link.number()
+        link.asked_for.add(number)  # first: from here on Ctrl-C, or an answer that comes too late, may lose the slot
+        found = link.ask({"op": "acquire", "name": name}, number)
         slot = RemoteSlot(found["key"], found["path"], name, found["before"], found["files"])
         link.slots[slot.key] = slot
-        link.unclaimed.discard(slot.key)
+        link.asked_for.discard(number)
         return slot
 
     def reclaim(self, known: Collection[RemoteSlot]) -> None:
         link = self._check()
         for slot in [each for each in list(link.slots.values()) if each not in known]:
             self.abandon(slot, bad=False)
-        for key in list(link.unclaimed):  # the answer came, and was lost on its way through this thread
-            link.unclaimed.discard(key)
-            link.send({"op": "abandon", "key": key, "bad": False})
+        for number in list(link.asked_for):  # the key of the slot that it got, if it did
+            link.send({"op": "abandon", "key": number, "bad": False})
+            link.asked_for.discard(number)
 
     def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""

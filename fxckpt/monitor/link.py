@@ -118,7 +118,7 @@ class Link:
         self._silent = False  # it has not answered in time, and said nothing since
         self._numbers = itertools.count(1)  # of questions
         self._answers: dict[int, wire.Message | None] = {}  # to those that somebody waits for; None: not yet
-        self.unclaimed: set[int] = set()  # slots of answers, until the store has them
+        self.asked_for: set[int] = set()  # numbers of questions for a slot, until the store has it
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # an answer came, or it is lost
         _links.add(self)
@@ -142,12 +142,16 @@ class Link:
         what = f"the monitor process {self.process.pid} has said nothing for {PATIENCE:g} s: it is stopped, or the disk hangs"
         return SaveFailed("monitor", self.directory, detail=what)
 
-    def ask(self, message: wire.Message) -> Any:
-        """Send a question and wait for the answer; raises what the monitor raised. SaveFailed after ``PATIENCE``, and from
-        then on at once, until it says something."""
+    def number(self) -> int:
+        """That of the next question."""
+        return next(self._numbers)
+
+    def ask(self, message: wire.Message, number: int | None = None) -> Any:
+        """Send a question, of this ``number``, and wait for the answer; raises what the monitor raised. SaveFailed after
+        ``PATIENCE``, and from then on at once, until it says something."""
         if self._silent and self.lost is None:
             raise self._silence()
-        number, patience = next(self._numbers), Patience(PATIENCE)
+        number, patience = number or self.number(), Patience(PATIENCE)
         try:
             self._answers[number] = None
             self.send({**message, "id": number})
@@ -159,13 +163,8 @@ class Link:
                         self._silent = True
                         raise self._silence()
                     self._changed.wait(SLICE)
-                del self._answers[number]
-        except BaseException:
-            with self._lock:
-                late = self._answers.pop(number, None)
-            if late is not None:
-                self._decline(late)
-            raise
+        finally:
+            self._answers.pop(number, None)
         if "error" in found:
             raise wire.unpack_error(found["error"])
         return found["answer"]
@@ -195,23 +194,9 @@ class Link:
             self.rotten.append((message["rotten"], wire.unpack_error(message["error"])))
             return
         with self._lock:
-            wanted = message["id"] in self._answers
-            if wanted:
-                if isinstance(message.get("answer"), dict):
-                    self.unclaimed.add(message["answer"]["key"])
+            if message["id"] in self._answers:
                 self._answers[message["id"]] = message
                 self._changed.notify_all()
-        if not wanted:
-            self._decline(message)
-
-    def _decline(self, message: wire.Message) -> None:
-        """Nobody waits for this answer any more: if it is a slot, it is given back."""
-        if isinstance(message.get("answer"), dict):
-            self.unclaimed.discard(message["answer"]["key"])
-            try:
-                self.send({"op": "abandon", "key": message["answer"]["key"], "bad": False})
-            except SaveFailed as error:
-                log.debug("%s", error)
 
     def _lose(self) -> None:
         """The stream ended, which only the end of the process does."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 from fxckpt.engine import SLICE, PatientLock
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
@@ -25,22 +25,21 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class SlotSupply:
     """Asks the store for slots. ``ready`` is one that the committer has prepared: training need not wait for its syncs."""
 
-    def __init__(self, store: CheckpointStore, loop: CommitLoop[InFlight]):
+    def __init__(self, store: CheckpointStore, flights: Flights):
         self.ready: CheckpointSlot | None = None
-        self._store, self._loop = store, loop
+        self._store, self._flights = store, flights
         # Held while the store is asked for a slot and until that slot's checkpoint is in flight: the store counts what it hands
         # out, and refuses more than max_async.
-        self.lock: PatientLock = PatientLock(lambda: 2 * loop.stuck_after, self._hangs)
+        self.lock: PatientLock = PatientLock(lambda: 2 * flights.loop.stuck_after, self._hangs)
         self._reserved: dict[str, int] | None = None  # what the store has set space aside for
 
     def _hangs(self) -> SaveFailed:
         """The loop's thread hangs while it prepares a slot."""
-        return SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{self._loop.operation()}")
+        return SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{self._flights.loop.operation()}")
 
-    def take(self, layout: Layout, name: str | None, others: Collection[CheckpointSlot]) -> CheckpointSlot:
-        """The slot that was prepared, or a new one, with space for these files; ``lock`` is held. ``others``: those of
-        checkpoints in flight. One that is nobody's was lost to Ctrl-C on its way here, and goes back."""
-        self._store.reclaim([*others, *([] if self.ready is None else [self.ready])])
+    def take(self, layout: Layout, name: str | None) -> CheckpointSlot:
+        """The slot that was prepared, or a new one, with space for these files; ``lock`` is held."""
+        self._reclaim()
         self._reserve(layout)
         slot, self.ready = self.ready, None
         if slot is not None and slot.error is None:  # else it went with its monitor
@@ -48,6 +47,11 @@ class SlotSupply:
                 return slot
             self._store.abandon(slot, bad=False)
         return self._store.acquire(name)
+
+    def _reclaim(self) -> None:
+        """A slot of no checkpoint in flight was lost to Ctrl-C on its way here, and goes back."""
+        used = [each.slot for each in self._flights.under_way()]
+        self._store.reclaim(used if self.ready is None else [*used, self.ready])
 
     def _reserve(self, layout: Layout) -> None:
         """Have disk space set aside, at the first checkpoint and when the files' sizes changed. Raises NoSpace at the
@@ -68,6 +72,7 @@ class SlotSupply:
         try:
             with self.lock:
                 if self.ready is None and wanted():
+                    self._reclaim()
                     self.ready = self._store.acquire()
         except (OSError, FxckptError) as error:
             log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must

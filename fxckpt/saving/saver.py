@@ -34,7 +34,7 @@ class Saver:
         self.trainer: TrainingThread = TrainingThread()
         self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
         self.flights: Flights = Flights(self.loop, max_async, self.trainer)
-        self.supply: SlotSupply = SlotSupply(store, self.loop)
+        self.supply: SlotSupply = SlotSupply(store, self.flights)
         self._committer = Committer(store, self.supply, self.flights, self.tally)
         self._pid = os.getpid()
 
@@ -56,7 +56,7 @@ class Saver:
         assert self.engine is not None  # a run that is turned off begins none
         slot = copy = pending = None
         try:
-            slot = self.supply.take(layout, name, [each.slot for each in self.flights.under_way()])
+            slot = self.supply.take(layout, name)
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
             known, waited = [on_disk.get(name, {}) for name in FILES], [slot.waited(name) for name in FILES]
             copy = self.engine.begin(layout.plan, slot.path, FILES, known, waited, slot.below)
