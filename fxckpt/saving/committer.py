@@ -15,7 +15,7 @@ from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
-from fxckpt.store.commit_loop import CommitLoop, give_back
+from fxckpt.store.commit_loop import give_back
 from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import FileRecord, Record
 
@@ -35,7 +35,8 @@ class SlotSupply:
 
     def _hangs(self) -> SaveFailed:
         """The loop's thread hangs while it prepares a slot."""
-        return SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{self._flights.loop.operation()}")
+        what = f"the disk hangs: getting a slot ready{self._flights.loop.operation()}"
+        return SaveFailed("wait", self._store.root, detail=what)
 
     def take(self, layout: Layout, name: str | None) -> CheckpointSlot:
         """The slot that was prepared, or a new one, with space for these files; ``lock`` is held."""
