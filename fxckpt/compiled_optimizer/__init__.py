@@ -18,7 +18,7 @@ from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
 from fxckpt.compiled_optimizer.checks import check
 from fxckpt.compiled_optimizer.ends import finish_at_exit
-from fxckpt.compiled_optimizer.start import say, start
+from fxckpt.compiled_optimizer.start import give_up, say, start
 from fxckpt.compiled_optimizer.types import typed
 from fxckpt.config import Config, default_directory, disabled
 from fxckpt.handle import Handle
@@ -102,7 +102,11 @@ def compile_step(
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
-    run = Run(optimizers, directory, module, extras, config, engine, store, devices)
+    try:
+        run = Run(optimizers, directory, module, extras, config, engine, store, devices)
+    except BaseException:
+        give_up(engine, store)
+        raise
     handle = Handle(run)
     for each in optimizers:
         attach(each, handle)

@@ -123,9 +123,13 @@ class Link:
         self._changed = threading.Condition(self._lock)  # an answer came, or it is lost
         _links.add(self)
         control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1e6)))
-        self._courier = Courier(control, lambda: control.shutdown(socket.SHUT_RDWR))
-        self.thread: threading.Thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
-        self.thread.start()
+        try:
+            self._courier = Courier(control, lambda: control.shutdown(socket.SHUT_RDWR))
+            self.thread: threading.Thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
+            self.thread.start()
+        except BaseException:
+            control.shutdown(socket.SHUT_RDWR)  # the monitor ends, though the courier may still have the socket
+            raise
 
     def send(self, message: wire.Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
         """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""

@@ -61,8 +61,7 @@ class Stepping:
             with torch.inference_mode(False):
                 return self.step(opt, closure)
         with self._closing.between_steps:
-            self._saver.trainer.thread = threading.current_thread()
-            self._saver.trainer.progress_ticks += 1
+            self._saver.trainer.comes_by()
             return self._step(opt, closure)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable | None) -> Any:

@@ -28,17 +28,22 @@ class TrainingThread:
     def __init__(self) -> None:
         self.thread: threading.Thread = threading.current_thread()  # that of the last step
         self.progress_ticks = 0
-        self._inside = 0  # it waits in our code
+        self._inside = False  # it waits in our code
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around a wait of whatever thread."""
         trains = threading.current_thread() is self.thread
-        self._inside += trains
+        self._inside = self._inside or trains
         try:
             yield
         finally:
-            self._inside -= trains
+            self._inside = self._inside and not trains
+
+    def comes_by(self) -> None:
+        """This is the thread, at the beginning of a step; it waits for nothing, though Ctrl-C may have left it said so."""
+        self.thread, self._inside = threading.current_thread(), False
+        self.progress_ticks += 1
 
     def let_come_by(self, nbytes: int) -> None:
         """Wait until no operation in place that began before can be under way: it counts itself in the tensor's version when it

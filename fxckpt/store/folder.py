@@ -56,8 +56,10 @@ def opened(path: str, flags: int, below: int = io.CWD) -> Iterator[int]:
 class Folder:
     """A directory, from ``open`` or ``enter`` to ``close``. ``path`` is for messages; ``fd`` is what counts."""
 
+    fd: int = -1
+
     def __init__(self, path: str, fd: int):
-        self.fd: int = fd  # first: Ctrl-C may come here, and ``__del__`` closes it
+        self.fd = fd  # first: Ctrl-C may come here, and ``__del__`` closes it
         self.path: str = path
 
     @classmethod

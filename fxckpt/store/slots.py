@@ -80,21 +80,20 @@ class Store:
         make_directories(self.root)
         self._real = os.path.realpath(self.root)
         folder = self._pool.folder = Folder.open(self.root)
-        try:
-            self._lock = DirectoryLock(folder)
-        except BaseException:
-            folder.close()
-            raise
+        lock = DirectoryLock(folder)
         # A store dropped without close() gives its lock back; at exit the kernel does, after the last write.
-        self._finalizer = weakref.finalize(self, _let_go, self._lock, folder)
+        self._finalizer = weakref.finalize(self, _let_go, lock, folder)
         self._finalizer.atexit = False
         try:
+            lock.hold()
+            self._lock = lock
             self._sync_what_is_there()
             found = candidates(self.root)
             self.store_id = identify(self._folder, [each.record for each in found if isinstance(each, Candidate)])
             self._adopt(found)
         except BaseException:
-            self.close()
+            self._finalizer()
+            self._lock = None
             raise
         if self._pool.keep == 1:
             log.warning("keep=1: while no other checkpoint exists, one damaged block on the disk loses the run")
@@ -398,8 +397,7 @@ class Store:
         if os.getpid() != self._pid or self._lock is None:
             return
         with self._pool.moves:
-            _let_go(self._lock, self._folder)
-            self._finalizer.detach()
+            self._finalizer()
             self._lock = None
 
 
