@@ -91,6 +91,15 @@ def take(fd: int) -> list[str]:
     return granted
 
 
+def give_back(fd: int) -> None:
+    """What ``take`` took, of every kind."""
+    for command, where in ((fcntl.F_OFD_SETLK, _SHARED), (fcntl.F_SETLK, _OWN)):
+        with suppress(OSError):
+            fcntl.fcntl(fd, command, struct.pack(_FLOCK, fcntl.F_UNLCK, os.SEEK_SET, *where, 0))
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def writer(fd: int) -> int | str | None:
     """Who has taken it: a pid, ``"unknown"`` (another machine or container), or None: nobody, though somebody may keep others
     from taking it by a lock for reading."""
@@ -258,6 +267,7 @@ class DirectoryLock:
         with _guard:
             if self._fd < 0 or self._pid != os.getpid():
                 return
+            give_back(self._fd)  # Ctrl-C before this leaves all to do again, and behind it no more than a descriptor
             _held.pop(self._key, None)
             fd, self._fd = self._fd, -1
             io.close_in_child(fd, False)

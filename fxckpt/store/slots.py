@@ -397,7 +397,8 @@ class Store:
         if os.getpid() != self._pid or self._lock is None:
             return
         with self._pool.moves:
-            self._finalizer()
+            _let_go(self._lock, self._folder)
+            self._finalizer.detach()
             self._lock = None
 
 

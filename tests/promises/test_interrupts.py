@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import linecache
 import os
 import random
@@ -10,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -28,6 +29,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OURS = str(Path(fxckpt.__file__).parent)
 SAMPLE = int(os.environ.get("FXCKPT_INTERRUPTS", "60"))
 """How many lines of our source are tried for each loop, when they run first; 0: every one, each time it runs."""
+
+STARTING = tuple(f"{OURS}/{room}" for room in ("compiled_optimizer", "engine", "monitor", "run/run", "saving/saver", "store"))
+"""Where a run takes what another one can only have later."""
 
 FIRST_IN_A_FINALLY = {"self.between_steps.release()", "set_grad_mode(enabled)"}
 """Calls of C with no instruction before them at which a signal could be seen: only a tracer can come there."""
@@ -56,14 +60,14 @@ def ctrl_c() -> None:
 
 
 class Interrupt:
-    """Calls a handler before the n-th line of ours, as a signal would; ``seen`` counts them."""
+    """Calls a handler before the n-th line of ``rooms``, as a signal would; ``seen`` counts them."""
 
-    def __init__(self, n: int, handler: Callable[[], None] = ctrl_c):
-        self.n, self.seen, self.where, self.handler = n, 0, "", handler
+    def __init__(self, n: int, handler: Callable[[], None] = ctrl_c, rooms: tuple[str, ...] = (OURS,)):
+        self.n, self.seen, self.where, self.handler, self.rooms = n, 0, "", handler, rooms
         self.first: dict[tuple[str, int], int] = {}  # by file and line, when it ran first
 
     def __call__(self, frame: Any, event: str, _: Any) -> Any:
-        return self.line if frame.f_code.co_filename.startswith(OURS) else None
+        return self.line if frame.f_code.co_filename.startswith(self.rooms) else None
 
     def line(self, frame: Any, event: str, _: Any) -> Any:
         file, number = frame.f_code.co_filename, frame.f_lineno
@@ -100,8 +104,9 @@ class Run:
         self.opt = torch.optim.AdamW(self.model.parameters(), lr=0.01)
         self.directory, self.loop = directory, loop
         fxckpt.compile_step(
-            self.opt, directory, model=self.model, every=1, update="native", chunk_mb=1, read_back="off", fresh=True
-        )
+            self.opt, directory, model=self.model, every=1, update="native", chunk_mb=1, read_back="off", fresh=True,
+            writer="monitor" if loop == "monitor" else "thread",
+        )  # fmt: skip
         self.inside = self.opt.ckpt._run
         self.inside.saver.loop.stuck_after = 2.0
         self.train(3)
@@ -137,12 +142,19 @@ class Run:
         newest = max(fxckpt.checkpoints(self.directory), key=lambda each: each.step)
         assert newest.step == self.opt.ckpt.statistics()["steps"]
         assert differences(stored(newest.path), snapshot(self.model, self.opt)) == []
-        saver, pool = self.inside.saver, self.inside.store._pool
-        until(lambda: not [slot for slot in list(pool._busy) if slot is not saver.supply.ready])
+        saver, closing = self.inside.saver, self.inside.closing
+        until(lambda: all(slot is saver.supply.ready for slot in self.slots_in_use()))
         assert not saver.flights.under_way() and self.inside.emitter.current is None
-        closing = self.inside.closing
-        for lock in (closing.between_steps, closing._lock, saver.supply.lock, pool.moves, pool.mutex, saver.flights.lock):
+        for lock in (closing.between_steps, closing._lock, saver.supply.lock, saver.flights.lock, *self.locks_of_store()):
             assert free_for_others(lock)
+
+    def slots_in_use(self) -> list[object]:
+        store = self.inside.store
+        return [*(store._link.slots.values() if self.loop == "monitor" else store._pool._busy)]
+
+    def locks_of_store(self) -> tuple[Any, ...]:
+        store = self.inside.store
+        return (store._link._lock, store._starting) if self.loop == "monitor" else (store._pool.moves, store._pool.mutex)
 
 
 def free_for_others(lock: Any) -> bool:
@@ -164,10 +176,11 @@ def lines_of(run: Run) -> list[int]:
     """Those that are tried."""
     whole = Interrupt(0)
     assert not whole.around(run.interrupted)
-    return random.Random(0).sample([*whole.first.values()], SAMPLE) if SAMPLE else [*range(1, whole.seen + 1)]
+    count = SAMPLE // 3 if run.loop == "monitor" else SAMPLE
+    return random.Random(0).sample([*whole.first.values()], count) if SAMPLE else [*range(1, whole.seen + 1)]
 
 
-@pytest.mark.parametrize("loop", ["plain", "steps", "save"])
+@pytest.mark.parametrize("loop", ["plain", "steps", "save", "monitor"])
 def test_ctrl_c_before_any_line_of_ours_leaves_nothing_taken(loop, tmp_path):
     run = Run(tmp_path, loop)
     for n in lines_of(run):
@@ -178,6 +191,34 @@ def test_ctrl_c_before_any_line_of_ours_leaves_nothing_taken(loop, tmp_path):
         except Exception as error:
             raise AssertionError(f"interrupted before line {n}, {interrupt.where}") from error
     run.opt.ckpt.shutdown()
+
+
+LONG = pytest.mark.skipif(SAMPLE > 0, reason="starts hundreds of processes: set FXCKPT_INTERRUPTS=0")
+
+
+@pytest.mark.parametrize("writer", ["thread", pytest.param("monitor", marks=LONG)])
+def test_ctrl_c_before_any_line_while_a_run_starts_leaves_its_directory_free(writer, tmp_path):
+    def start(directory: Path) -> None:
+        model = torch.nn.Linear(4, 4)
+        opt = torch.optim.AdamW(model.parameters())
+        fxckpt.compile_step(opt, directory, model=model, every=1, update="native", writer=writer)
+        kept.append(opt)  # Python ignores what is raised where the last reference goes
+        opt.ckpt.shutdown()
+
+    kept: list[object] = []
+    start(tmp_path / "0")
+    whole = Interrupt(0, rooms=STARTING)
+    whole.around(partial(start, tmp_path / "1"))
+    lines = [*whole.first.values()]
+    for n in random.Random(0).sample(lines, 2 * SAMPLE) if SAMPLE else lines:
+        directory, interrupt = tmp_path / f"at-{n}", Interrupt(n, rooms=STARTING)
+        interrupt.around(partial(start, directory))
+        kept.clear()
+        gc.collect()
+        try:
+            start(directory)
+        except Exception as error:
+            raise AssertionError(f"interrupted before line {n}, {interrupt.where}") from error
 
 
 @pytest.mark.parametrize("asks", ["save", "flush"])
