@@ -27,7 +27,7 @@ from fxckpt.store import slots
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OURS = str(Path(fxckpt.__file__).parent)
-SAMPLE = int(os.environ.get("FXCKPT_INTERRUPTS", "60"))
+SAMPLE = int(os.environ.get("FXCKPT_INTERRUPTS", "40"))
 """How many lines of our source are tried for each loop, when they run first; 0: every one, each time it runs."""
 
 STARTING = tuple(f"{OURS}/{room}" for room in ("compiled_optimizer", "engine", "monitor", "run/run", "saving/saver", "store"))
@@ -210,7 +210,7 @@ def test_ctrl_c_before_any_line_while_a_run_starts_leaves_its_directory_free(wri
     whole = Interrupt(0, rooms=STARTING)
     whole.around(partial(start, tmp_path / "1"))
     lines = [*whole.first.values()]
-    for n in random.Random(0).sample(lines, 2 * SAMPLE) if SAMPLE else lines:
+    for n in random.Random(0).sample(lines, 3 * SAMPLE) if SAMPLE else lines:
         directory, interrupt = tmp_path / f"at-{n}", Interrupt(n, rooms=STARTING)
         interrupt.around(partial(start, directory))
         kept.clear()
