@@ -207,6 +207,7 @@ def test_ctrl_c_before_any_line_while_a_run_starts_leaves_its_directory_free(wri
 
     kept: list[object] = []
     start(tmp_path / "0")
+    gc.freeze()  # a collection need not look at all that torch has imported: 0.3 s each
     whole = Interrupt(0, rooms=STARTING)
     whole.around(partial(start, tmp_path / "1"))
     lines = [*whole.first.values()]
