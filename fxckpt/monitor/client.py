@@ -155,7 +155,7 @@ class MonitorStore:
         for slot in [each for each in list(link.slots.values()) if each not in known]:
             self.abandon(slot, bad=False)
         for number in list(link.asked_for):  # the key of the slot that it got, if it did
-            link.send({"op": "abandon", "key": number, "bad": False})
+            self._abandon(link, number, bad=False)
             link.asked_for.discard(number)
 
     def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
@@ -193,10 +193,14 @@ class MonitorStore:
     def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:
         """As ``Store.abandon``; nothing if the monitor ended it already or is gone."""
         link = self._check()
-        if link.slots.pop(slot.key, None) is None or link.lost is not None:
+        if link.slots.pop(slot.key, None) is not None:
+            self._abandon(link, slot.key, bad)
+
+    def _abandon(self, link: Link, key: int, bad: bool) -> None:
+        if link.lost is not None:
             return
         try:
-            link.send({"op": "abandon", "key": slot.key, "bad": bad})
+            link.send({"op": "abandon", "key": key, "bad": bad})
         except SaveFailed as error:
             log.debug("%s", error)
 
