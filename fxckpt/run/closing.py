@@ -84,8 +84,8 @@ class Closing:
         Whether a gradient exists is asked in the thread that trains, or by autograd itself (``in_backward``), for elsewhere a
         backward may be setting it at this moment. Another thread takes what was found there last.
         """
-        if self._clock.interrupted and not at_rest:
-            self.give_up("its iteration was left before its end")
+        if not at_rest:
+            self.left()
         with self._lock:
             pending, self.open = self.open, None
             if pending is None or pending.given_up is not None or not self._status.active:
@@ -162,6 +162,12 @@ class Closing:
             self.open.replaced = True
             self.open.give_up(why)
             self.open = None
+
+    def left(self) -> None:
+        """If an iteration was left before its end, its checkpoint goes; what follows is no part of it."""
+        if self._clock.interrupted:
+            self.give_up("its iteration was left before its end")
+            self._clock.interrupted = False
 
     def drop(self, why: str) -> None:
         """Tensors are about to be replaced: wait for copies, and drop a checkpoint whose step has not closed."""

@@ -97,7 +97,8 @@ class Emitter:
         """
         found = pending.layout.layers[layer]
         guard = pending.guard
-        if found.kind == "update" and not copied and (keys := {e.key for e in found.entries} & self.changed_outside):
+        outside = self.changed_outside if found.kind == "update" and not copied else ()
+        if outside and (keys := {e.key for e in found.entries} & outside):
             if not keys.issubset(guard.in_forward or ()):
                 guard.deferred.append((layer, tensors))
                 return

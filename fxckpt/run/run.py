@@ -76,10 +76,13 @@ class Run:
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and wait for the checkpoints in flight; from inside an iteration of a loop with boundaries, or inside
-        ``opt.step()`` (a signal's handler, a hook), for those of steps before it. Nothing once it was shut down."""
+        ``opt.step()`` (a signal's handler, a hook), for those of steps before it. The checkpoint of an iteration that was left
+        before its end goes. Nothing once it was shut down."""
         if not self.status.active:
             return
         self.closing.refuse_inside("flush()")
+        if not self.clock.in_iteration:
+            self.closing.left()
         self.stepping.rest(timeout)
         self.saver.flush(timeout, unclosed=not self._before_its_end())
 
