@@ -48,7 +48,7 @@ class Run:
         store: CheckpointStore,
         devices: cuda.Devices,
     ):
-        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
+        self._together = list(optimizers) if len(optimizers) > 1 else []  # a run goes on until the last of them is dropped
         self.directory: str = directory
         self.config: Config = config
         self.engine: Engine | None = engine
@@ -58,7 +58,7 @@ class Run:
         self.saver: Saver = Saver(engine, store, max_async=config.max_async)
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
-        self.arrangement: Arrangement = Arrangement(model, self.optimizers, self.emitter, config)
+        self.arrangement: Arrangement = Arrangement(model, optimizers, self.emitter, config)
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
@@ -66,13 +66,19 @@ class Run:
         self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
-        watch_scalers((each.live for each in extras), self.optimizers, self.stepping.attempt_skipped)
+        watch_scalers((each.live for each in extras), optimizers, self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
             self.capture.start()
         live_runs.add(self)
-        weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
+        gone = weakref.finalize(self, _end, self.saver, self.arrangement, self.capture)
+        gone.atexit = False  # at exit, shutdown has run already
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """In the order in which the user gave them."""
+        return self.arrangement.optimizers
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and wait for the checkpoints in flight; from inside an iteration of a loop with boundaries, or inside
@@ -158,6 +164,13 @@ def _in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_child)
+
+
+def _end(saver: Saver, arrangement: Arrangement, capture: Capture) -> None:
+    """The optimizers are gone. Their state is to go with them, and not wait for the garbage collector: circles are cut."""
+    saver.abandon()
+    capture.loops = None
+    arrangement.release()
 
 
 def the_run() -> Run:

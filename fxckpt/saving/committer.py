@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import time
+import traceback
 from collections.abc import Callable
 
 from fxckpt.engine import SLICE, PatientLock
@@ -144,6 +145,8 @@ class Committer:
             pending.phase = f"being given up in {pending.path}"
             give_back(self._store, pending.slot, pending.copy, error)
         pending.error = error = error and (pending.failure or error)
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold the checkpoint, and it holds what it copied
         with self._flights.lock:
             if error is None:
                 self._tally.committed += pending.slot.generation is not None
