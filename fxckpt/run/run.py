@@ -54,7 +54,7 @@ class Run:
         self.store: CheckpointStore = store
         self.clock: StepClock = StepClock()
         self.status: RunStatus = RunStatus(engine is not None)
-        self.saver: Saver = Saver(engine, store, max_async=config.max_async)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every)
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
         self.arrangement: Arrangement = Arrangement(model, self.optimizers, self.emitter, config)

@@ -18,6 +18,7 @@ from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import FILES, Layout
 from fxckpt.saving.stores import CheckpointStore
+from fxckpt.store.about import About
 from fxckpt.store.commit_loop import SETTLE, CommitLoop
 from fxckpt.store.slot import retires_slot
 
@@ -27,10 +28,11 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
-    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int):
+    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1):
         self.engine: Engine | None = engine
         self.store: CheckpointStore = store
         self.tally: Tally = Tally()
+        self.about: About = About(every, os.getpid())
         self.trainer: TrainingThread = TrainingThread()
         self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
         self.flights: Flights = Flights(self.loop, max_async, self.trainer)
