@@ -35,8 +35,11 @@ def take(found: Any, source: Source) -> None:
 
 def _take_optimizers(key: str, value: Any, source: Source) -> None:
     """One optimizer's state dict, or a list of them; all or nothing, so that each stays in its place."""
-    several = value if isinstance(value, (list, tuple)) else [value]
+    several = [value] if isinstance(value, Mapping) and "param_groups" in value else value
+    several = list(several.values()) if isinstance(several, Mapping) else several
     try:
+        if not isinstance(several, (list, tuple)):
+            raise SetupError(f"a {type(value).__name__}, no state dict of an optimizer")
         source.optimizers = [_optimizer(each, f"{key}[{index}]") for index, each in enumerate(several)]
     except (SetupError, StateError) as error:
         source.optimizers = []
@@ -49,10 +52,11 @@ def _optimizer(found: Any, what: str) -> dict[str, Any]:
     if not isinstance(groups, (list, tuple)) or not isinstance(states, Mapping) or not groups:
         raise SetupError(f"{what} is no state dict of an optimizer, with state and param_groups")
     copied = {"state": {}, "param_groups": [copy.copy(dict(group)) for group in groups]}
-    listed = [key for group in groups for key in group.get("params", ())]
-    if len(set(listed)) != len(listed) or not set(states) <= set(listed):
+    listed = {str(key): key for group in groups for key in group.get("params", ())}  # DCP makes text of numbers, as keys only
+    if len(listed) != sum(len(group.get("params", ())) for group in groups) or not set(map(str, states)) <= set(listed):
         raise SetupError(f"{what} has state of parameters that are in none of its groups, or in two")
-    for param, state in states.items():
+    for key, state in states.items():
+        param = listed[str(key)]
         if not isinstance(state, Mapping) or not all(isinstance(name, str) for name in state):
             raise SetupError(f"{what}: the state of parameter {param!r} is no dict by names")
         copied["state"][param] = {name: _value(item, f"{what}, {name} of parameter {param!r}") for name, item in state.items()}
