@@ -87,8 +87,8 @@ def _unpickled(path: str) -> Any:
     except pickle.UnpicklingError as error:
         why = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise SetupError(
-            f"it is damaged, or holds objects that only unpickling can make, which runs code of the file and is not done: {why or error} "
-            "Save what state_dict() gives in its place"
+            "it is damaged, or holds objects that only unpickling can make, which runs code of the file and is not done: "
+            f"{why or error} Save what state_dict() gives in its place"
         ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise Corrupt(path, f"torch.load cannot read it: {str(error).strip().partition(chr(10))[0]}") from error

@@ -19,8 +19,8 @@ KNOWN = frozenset(OF_MODELS.values())
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that can be written: safetensors' type and its shape (a complex one as pairs of reals); ``pieces`` gives its bytes,
-    row-major, each time that it is called."""
+    """A tensor that can be written: safetensors' type and its shape (a complex one as pairs of reals); ``pieces`` gives its
+    bytes, row-major, each time that it is called."""
 
     dtype: str
     shape: tuple[int, ...]

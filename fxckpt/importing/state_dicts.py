@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,7 +50,7 @@ def _optimizer(found: Any, what: str) -> dict[str, Any]:
     groups, states = (found.get("param_groups"), found.get("state")) if isinstance(found, Mapping) else (None, None)
     if not isinstance(groups, (list, tuple)) or not isinstance(states, Mapping) or not groups:
         raise SetupError(f"{what} is no state dict of an optimizer, with state and param_groups")
-    copied = {"state": {}, "param_groups": [copy.copy(dict(group)) for group in groups]}
+    copied: dict[str, Any] = {"state": {}, "param_groups": [dict(group) for group in groups]}
     listed = {str(key): key for group in groups for key in group.get("params", ())}  # DCP makes text of numbers, as keys only
     if len(listed) != sum(len(group.get("params", ())) for group in groups) or not set(map(str, states)) <= set(listed):
         raise SetupError(f"{what} has state of parameters that are in none of its groups, or in two")
@@ -78,10 +77,11 @@ def _value(value: Any, what: str) -> Any:
 
 
 def named(found: dict[str, Any], index: int, names: Mapping[str, Stored]) -> dict[str, Any] | str:
-    """A state dict whose parameters go by names of the model, if it says them (by themselves, or in ``param_names``), else by their
-    places, ``optimizer0.1.3`` (optimizer, group, index): those are the names of a parameter that has no other, and say as much as
+    """A state dict whose parameters go by names of the model, if it says them (by themselves, or in ``param_names``), else by
+    their places, ``optimizer0.1.3`` (optimizer, group, index): the names of parameters that have no other, which say as much as
     torch itself goes by. Or why it can have neither."""
-    groups, calls = [], {}
+    groups: list[dict[str, Any]] = []
+    calls: dict[Any, str] = {}
     for g, group in enumerate(found["param_groups"]):
         params, given = list(group["params"]), group.get("param_names")
         if all(isinstance(each, str) for each in params):

@@ -25,7 +25,7 @@ from fxckpt.store.typed_json import encode_state
 
 SPARE = 1 << 20  # bytes for the record and what a file system takes itself
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 
 class Contents:
@@ -75,8 +75,10 @@ class Contents:
             for each in layout.tensors:
                 key, spec = each.spec.key, each.spec
                 owner = self._owners.get(key, key if layout.name == MODEL else "").rpartition(".")[0]
-                owned.setdefault(owner, []).append(TensorRecord(layout.name, key, each.begin, each.nbytes, spec.shape, spec.dtype))
-        out = []
+                owned.setdefault(owner, []).append(
+                    TensorRecord(layout.name, key, each.begin, each.nbytes, spec.shape, spec.dtype)
+                )
+        out: list[LayerRecord] = []
         for name, tensors in owned.items():
             kind = "update" if any(each.file == OPTIMIZER for each in tensors) else "frozen"
             count = sum(_elements(each) for each in tensors if each.file == MODEL)
@@ -124,14 +126,13 @@ def write(source: Source, path: str, directory: str, progress: Progress) -> tupl
     return str(done), reader.record
 
 
-def _state(contents: Contents, path: str, equal: Mapping[str, str]) -> dict[str, Any]:
-    """The record's ``state``: no random generators, loaders or loops, which an import does not have, and what it says of itself."""
+def _state(contents: Contents, path: str, equal: dict[str, str]) -> dict[str, Any]:
+    """The record's ``state``: none of the random generators, loaders and loops that an import does not have; what it says of
+    itself."""
     source, tensors = contents.source, contents.state_tensors
     early = {"random": {}, "extra": {}, "buffers": {}, "modules": source.modules}
-    about: dict[str, Any] = {
-        "source": path, "format": source.format, "time": time.time(), "step": source.step, "left_out": source.left_out, "equal": equal
-    }  # fmt: skip
-    found = {"early": encode_state(early, tensors, "early"), "late": {}, IMPORTED: encode_state(dict(about), {}, IMPORTED)}
+    about = {"source": path, "format": source.format, "time": time.time(), "step": source.step, "left_out": source.left_out}
+    found = {"early": encode_state(early, tensors, "early"), "late": {}, IMPORTED: {**encode_state(about, {}), "equal": equal}}
     return found if source.config is None else {**found, CONFIG: source.config}
 
 
@@ -143,7 +144,9 @@ def _check_space(directory: str, nbytes: int) -> None:
     found = os.statvfs(there)
     free = found.f_bavail * found.f_frsize
     if free < nbytes + SPARE:
-        raise NoSpace(f"the import takes {nbytes + SPARE:,} bytes, and {there} has {free:,} left: free some, or name another disk")
+        raise NoSpace(
+            f"the import takes {nbytes + SPARE:,} bytes, and {there} has {free:,} left: free some, or name another disk"
+        )
 
 
 def _data(layout: FileLayout, contents: Contents, sums: dict[str, int], progress: Progress) -> Iterator[memoryview]:
@@ -161,8 +164,8 @@ def _data(layout: FileLayout, contents: Contents, sums: dict[str, int], progress
 
 
 def _equal(folder: Folder, layout: FileLayout, sums: Mapping[str, int]) -> dict[str, str]:
-    """Tensors of the model with the bits, type and shape of an earlier one. Formats write a tie under both of its names, and nothing
-    else tells it from two tensors that a model has apart."""
+    """Tensors of the model with the bits, type and shape of an earlier one. Formats write a tie under both of its names, and
+    nothing else tells it from two tensors that a model has apart."""
     first: dict[Any, Any] = {}
     found = {}
     with opened(folder.at(layout.name), os.O_RDONLY) as fd:

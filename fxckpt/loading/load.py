@@ -214,7 +214,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
         apply.set_modes(saved.early.get("eval"), record.step, target)
         run.continue_from(record.step, record.updates, record.iteration)
-        run.saver.about.continue_from(record)
+        run.saver.about.continue_from(record, run.saver.stall_seconds())
         apply.apply_loops(saved, target, run)
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)

@@ -222,12 +222,18 @@ def _import_problems(index: int, old: Mapping[str, Any], record: Record, target:
     for g, (group, live) in enumerate(zip(old["groups"], opt.param_groups)):
         if foreign := sorted(set(group["settings"]) - set(live) - _OF_SCHEDULERS):
             name = plain_class(opt).__name__
-            out.append(f"  optimizer {index}, group {g}: the import has {', '.join(foreign)}, which {name} has not: of another class")
+            out.append(
+                f"  optimizer {index}, group {g}: the import has {', '.join(foreign)}, which {name} has not: of another class"
+            )
         for name, param in zip(group["params"], live["params"]):
             shape = tuple(storable(param).shape)
             for key in old["state"].get(name, {}).get("keys", ()):
                 place = places.get(state_key(index, key, name))
-                if place is not None and len(place.shape) == len(shape) and any(a not in (b, 1) for a, b in zip(place.shape, shape)):
+                if (
+                    place is not None
+                    and len(place.shape) == len(shape)
+                    and any(a not in (b, 1) for a, b in zip(place.shape, shape))
+                ):
                     live_name = target.inventory.name_of(param)
                     out.append(f"  {live_name}: the import's {key} at this place is {_shown(place)}, the parameter {list(shape)}")
     return out

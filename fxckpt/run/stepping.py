@@ -279,7 +279,7 @@ class Stepping:
         try:
             pending = self._saver.begin(step, self._arrangement.current_layout())
         except (SaveFailed, StoreError, OSError) as error:
-            self._saver.tally.note_failure(step, error)  # raised, if at all, at the next step: this one is half done
+            self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
         self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxckpt.store.checks import is_count, is_number, is_str, map_of, optional
+from fxckpt.store.names import STATE
 from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state, encode_state
 
@@ -24,8 +25,8 @@ ROWS, NEWEST = 128, 64  # rows of a history at most; of these the newest stay wh
 
 @dataclass(frozen=True)
 class Passed:
-    """A checkpoint that was committed. Times in seconds since 1970; ``begun`` and ``committed`` are None of one that was loaded: a
-    process began there. ``written`` (bytes) and ``stall`` (seconds that training waited) are sums since the store's beginning."""
+    """A checkpoint that was committed. Times in seconds since 1970; ``begun`` and ``committed`` are None of one that was loaded:
+    a process began there. ``written`` (bytes) and ``stall`` (seconds that training waited) are sums since the first one."""
 
     step: int
     time: float
@@ -54,16 +55,16 @@ class About:
         self._origin: Mapping[str, Any] | None = None
         self._rows: list[list[Any]] = []
         self._last: Passed | None = None
-        self._base = 0.0  # seconds of stall before this process
+        self._base = 0.0  # seconds of stall to be added to those of this process
         self._lock = threading.Lock()
 
-    def continue_from(self, record: Record) -> None:
-        """A checkpoint was loaded."""
+    def continue_from(self, record: Record, stall: float) -> None:
+        """A checkpoint was loaded. ``stall``: seconds so far, of this process."""
         past = history(record)
         with self._lock:
-            self._origin = origin(record)
+            self._origin, self.config = origin(record), self.config or config(record)
             self._rows, self._last = [each.to_row() for each in past], past[-1]
-            self._base = past[-1].stall
+            self._base = past[-1].stall - stall
 
     def note(self, step: int, time: float, begun: float, committed: float, nbytes: int, stall: float, metrics: Any) -> None:
         """One more was committed. ``stall``: seconds, of this process."""
@@ -98,7 +99,7 @@ def origin(record: Record) -> dict[str, Any] | None:
         if isinstance(found, dict) and is_number(found.get("time")) and is_str(found.get("format")):
             try:
                 source = decode_state(found.get("source"), {})
-            except Exception:  # noqa: S112  # another program's
+            except Exception:  # another program's
                 continue
             return {"source": str(source), "format": found["format"], "time": found["time"]}
     return None
@@ -130,7 +131,8 @@ def history(record: Record) -> list[Passed]:
     rows = found.get("rows") if isinstance(found, dict) else None
     past = [_passed(row) for row in rows if _is_row(row)] if isinstance(rows, list) else []
     last = past[-1] if past else Passed(0, 0.0, None, None, 0, 0, 0.0)
-    own = Passed(record.step, record.time, None, None, record.nbytes, last.written + record.nbytes, last.stall, record.metrics)
+    nbytes = sum(file.nbytes for file in record.files if file.name != STATE)
+    own = Passed(record.step, record.time, None, None, nbytes, last.written + nbytes, last.stall, record.metrics)
     return [*(each for each in past if each.step <= record.step), own]
 
 
