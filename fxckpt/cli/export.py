@@ -1,5 +1,5 @@
-"""Write a checkpoint in another format: one file of torch.save, safetensors with a Hugging Face index, a folder that from_pretrained
-opens (hf), or a DCP directory.
+"""Write a checkpoint in another format: one file of torch.save, safetensors with a Hugging Face index, a folder for
+from_pretrained (hf), or a DCP directory.
 
 Every byte is verified before any is used, and the checkpoint is held, so that a trainer may go on meanwhile. OUT must not
 exist; it appears when it is complete. By default only the model is written (with its buffers): --optimizer adds the
@@ -223,8 +223,8 @@ def _hf(source: Origin, path: str, args: argparse.Namespace) -> None:
     config = about.config(source.record) if args.config is None else None
     if args.config is None and config is None:
         raise SetupError(
-            "the record does not know the model's configuration, which a folder for from_pretrained needs (it is noted for models "
-            "of Transformers that are given as model=): say --config FOLDER, one with its config.json, or use --format safetensors"
+            "the record does not know the model's configuration, which from_pretrained needs (it is noted of models of Transformers "
+            "that are given as model=): name a folder that has it with --config FOLDER, or use --format safetensors"
         )
     _safetensors(source, path, args)
     shards = [name for name in os.listdir(path) if name.endswith(".safetensors")]

@@ -65,6 +65,11 @@ def import_checkpoint(
     """
     path, directory = os.path.abspath(local_path(source)), os.path.abspath(local_path(dir))
     found = read(path)
-    done, record = write(found, path, directory, (lambda nbytes: None) if progress is None else progress)
+
+    def advance(nbytes: int) -> None:
+        if progress is not None:
+            progress(nbytes)
+
+    done, record = write(found, path, directory, advance)
     optimizers = len(record.optimizers)
     return Imported(Path(done), Path(path), found.format, len(found.model), record.nbytes, optimizers, dict(found.left_out))

@@ -25,7 +25,7 @@ from fxckpt.store.typed_json import encode_state
 
 SPARE = 1 << 20  # bytes for the record and what a file system takes itself
 
-Progress = Callable[[int], object]
+Progress = Callable[[int], None]
 
 
 class Contents:

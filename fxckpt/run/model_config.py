@@ -1,4 +1,4 @@
-"""The configuration of a model of Transformers, which goes into every record: with it a checkpoint can be opened without the script."""
+"""The configuration of a model of Transformers, which every record has: with it a checkpoint is opened without the script."""
 
 from __future__ import annotations
 
