@@ -223,8 +223,8 @@ def _hf(source: Origin, path: str, args: argparse.Namespace) -> None:
     config = about.config(source.record) if args.config is None else None
     if args.config is None and config is None:
         raise SetupError(
-            "the record does not know the model's configuration, which from_pretrained needs (it is noted of models of Transformers "
-            "that are given as model=): name a folder that has it with --config FOLDER, or use --format safetensors"
+            "the record does not know the model's configuration, which from_pretrained needs (it is noted of models of "
+            "Transformers that are given as model=): name a folder that has it with --config FOLDER, or use --format safetensors"
         )
     _safetensors(source, path, args)
     shards = [name for name in os.listdir(path) if name.endswith(".safetensors")]

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = _found(args.dir)
     damaged = [each for each in found if isinstance(each, Corrupt)]
-    rows = [_row(each, args.dir) for each in found]
+    base = os.path.dirname(os.path.abspath(args.dir)) if common.is_checkpoint(args.dir) else args.dir
+    rows = [_row(each, base) for each in found]
     _mark_best(found, rows)
     others = _others(args.dir)
     origins = [began for each in found if isinstance(each, Candidate) and (began := about.origin(each.record)) is not None]

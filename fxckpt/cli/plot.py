@@ -7,6 +7,7 @@ they are still there or not. Needs matplotlib: pip install "fxckpt[plot]".
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -95,11 +96,17 @@ def _steps(axes: Any, past: list[about.Passed]) -> None:
     axes.legend(fontsize=7, loc="upper left")
 
 
+def _share(a: about.Passed, b: about.Passed) -> float:
+    """Of the time between both, in percent; nothing is drawn where a process began, or where the last is not known yet."""
+    if a.committed is None or b.committed is None or b.committed <= a.committed:
+        return math.nan
+    return 100 * (b.stall - a.stall) / (b.committed - a.committed)
+
+
 def _stall(axes: Any, past: list[about.Passed]) -> None:
     """The share of the time that training waited, between two commits of one process."""
-    pairs = [(a, b) for a, b in pairwise(past) if a.committed is not None and b.committed is not None]
-    shares = [(b, 100 * (b.stall - a.stall) / max((b.committed or 0) - (a.committed or 0), 1e-9)) for a, b in pairs]
-    axes.plot([_clock(each.time) for each, _ in shares], [share for _, share in shares], ".-", color="tab:red", linewidth=1)
+    shares = [_share(a, b) for a, b in pairwise(past)]
+    axes.plot([_clock(each.time) for each in past[1:]], shares, ".-", color="tab:red", linewidth=1)
     axes.set_ylabel("stall, %")
     axes.set_ylim(bottom=0)
 

@@ -54,7 +54,7 @@ class Source:
         elif name.rpartition(".")[2] == "_extra_state":
             self.modules[name.rpartition(".")[0]] = value
         else:
-            self.left_out[name] = f"a {type(value).__name__}, no tensor"
+            self.left_out[name] = f"of type {type(value).__name__}, no tensor"
 
 
 def is_tensor(value: Any) -> bool:

@@ -17,7 +17,7 @@ OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizers", "optimizer_stat
 def take(found: Any, source: Source) -> None:
     """Put what a file or directory holds into ``source``: a state dict, or a dict with one in it. Raises SetupError."""
     if not isinstance(found, Mapping):
-        raise SetupError(f"it holds a {type(found).__name__}, and no state dict")
+        raise SetupError(f"it holds an object of type {type(found).__name__}, and no state dict")
     inside = next((key for key in MODELS if isinstance(found.get(key), Mapping)), None)
     for name, value in flat(found if inside is None else found[inside]):
         source.add(name, value)
@@ -29,7 +29,9 @@ def take(found: Any, source: Source) -> None:
         elif key == "step" and type(value) is int and value >= 0:
             source.step = value
         elif key != inside:
-            source.left_out[str(key)] = f"a {type(value).__name__} beside the model: give it to your script's objects yourself"
+            source.left_out[str(key)] = (
+                f"of type {type(value).__name__}, beside the model: give it to the objects of your script yourself"
+            )
 
 
 def _take_optimizers(key: str, value: Any, source: Source) -> None:
@@ -38,7 +40,7 @@ def _take_optimizers(key: str, value: Any, source: Source) -> None:
     several = list(several.values()) if isinstance(several, Mapping) else several
     try:
         if not isinstance(several, (list, tuple)):
-            raise SetupError(f"a {type(value).__name__}, no state dict of an optimizer")
+            raise SetupError(f"of type {type(value).__name__}, no state dict of an optimizer")
         source.optimizers = [_optimizer(each, f"{key}[{index}]") for index, each in enumerate(several)]
     except (SetupError, StateError) as error:
         source.optimizers = []
