@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,13 @@ class _Reader(FileSystemReader):
         return self.found
 
 
+@dataclass
+class _Refused:
+    """In place of a value that only unpickling could make."""
+
+    why: str
+
+
 class _Planner(DefaultLoadPlanner):
     """torch's planner, but for values that are no tensors. Keys are those of the metadata."""
 
@@ -62,7 +70,11 @@ class _Planner(DefaultLoadPlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        self.state_dict[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+        try:
+            found = torch.load(value, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = _Refused(str(error).partition("\n")[0])
+        self.state_dict[read_item.dest_index.fqn] = found
 
 
 def read_metadata(directory: str) -> Metadata:
@@ -105,13 +117,12 @@ class Directory:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
                 load(state, storage_reader=self._reader, planner=_Planner(), no_dist=True)
-        except pickle.UnpicklingError as error:
-            what = str(error).partition("\n")[0]
-            raise SetupError(f"{self._reader.path}: {key!r} is no plain value, and is not unpickled: {what}") from error
         except Exception as error:
             raise Corrupt(self._reader.path, f"{key!r} cannot be read: {type(error).__name__}: {error}") from error
         except BaseException as error:  # DCP's own is no Exception
             if type(error).__name__ != "CheckpointException":
                 raise
             raise Corrupt(self._reader.path, f"{key!r} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+        if isinstance(state[key], _Refused):
+            raise SetupError(f"{key!r} is no plain value, and is not unpickled: {state[key].why}")
         return state[key]

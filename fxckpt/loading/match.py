@@ -22,6 +22,12 @@ from fxckpt.store.record import Record, TensorRecord
 _OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 """What schedulers put into a group."""
 
+_OF_THE_SAME_SHAPE = {
+    "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev", "square_avg",
+    "step_size", "sum",
+}  # fmt: skip
+"""What classes of torch.optim keep for a parameter in its shape."""
+
 
 @dataclass
 class Match:
@@ -227,13 +233,9 @@ def _import_problems(index: int, old: Mapping[str, Any], record: Record, target:
             )
         for name, param in zip(group["params"], live["params"]):
             shape = tuple(storable(param).shape)
-            for key in old["state"].get(name, {}).get("keys", ()):
+            for key in _OF_THE_SAME_SHAPE.intersection(old["state"].get(name, {}).get("keys", ())):
                 place = places.get(state_key(index, key, name))
-                if (
-                    place is not None
-                    and len(place.shape) == len(shape)
-                    and any(a not in (b, 1) for a, b in zip(place.shape, shape))
-                ):
+                if place is not None and tuple(place.shape) != shape:
                     live_name = target.inventory.name_of(param)
                     out.append(f"  {live_name}: the import's {key} at this place is {_shown(place)}, the parameter {list(shape)}")
     return out
