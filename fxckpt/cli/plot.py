@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def draw(past: list[about.Passed], title: str, out: str) -> None:
     """The picture. Raises SetupError without matplotlib, or for a kind of file that it does not write."""
     try:
+        from matplotlib import rc_context
         from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -64,7 +65,8 @@ def draw(past: list[about.Passed], title: str, out: str) -> None:
     more = f" ({len(metrics) - METRICS} more metrics are not shown)" if len(metrics) > METRICS else ""
     figure.suptitle(one_line(title) + more, fontsize=10, parse_math=False)
     try:
-        figure.savefig(out)
+        with rc_context({"svg.fonttype": "none"}):  # text that can be searched
+            figure.savefig(out)
     except ValueError as error:
         raise SetupError(f"{out}: {error}") from error
 
