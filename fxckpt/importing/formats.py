@@ -25,8 +25,8 @@ from fxckpt.store.layout import header_bytes, parse_header
 TORCH, SAFETENSORS, HUGGING_FACE, DCP = "torch.save", "safetensors", "Hugging Face", "DCP"
 
 CONFIG = "config.json"
-CONFIG_BYTES = 1 << 20
-"""A larger one is no model's configuration, and would be in every record."""
+CONFIG_BYTES = 64 << 10
+"""A larger one would make every record of the store longer."""
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _METADATA = ".metadata"  # by which a directory of DCP is known
@@ -127,7 +127,8 @@ def _pieces(path: str, begin: int, nbytes: int) -> Iterator[memoryview]:
 
 def _hugging_face(path: str) -> Source:
     """A folder as ``save_pretrained`` writes it. Raises SetupError if there is no one set of weights in it."""
-    source = Source(HUGGING_FACE, config=_config(path))
+    source = Source(HUGGING_FACE)
+    source.config = _config(path, source)
     for weights in _WEIGHTS:
         index = os.path.join(path, f"{weights}.index.json")
         if os.path.exists(index):
@@ -174,10 +175,13 @@ def _sharded(folder: str, index: str, source: Source) -> Source:
     return source
 
 
-def _config(folder: str) -> str | None:
-    """The text of config.json, if there is one. Raises Corrupt if it is none."""
+def _config(folder: str, source: Source) -> str | None:
+    """The text of config.json, if there is one that a record can have. Raises Corrupt if it is none."""
     path = os.path.join(folder, CONFIG)
     if not os.path.exists(path):
+        return None
+    if os.path.getsize(path) > CONFIG_BYTES:
+        source.left_out[CONFIG] = f"it has more than the {CONFIG_BYTES} bytes that a record keeps of one"
         return None
     found = parse_json(read_small(path, CONFIG_BYTES), path, depth=64, what=CONFIG)
     if not isinstance(found, dict):

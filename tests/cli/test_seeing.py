@@ -63,8 +63,10 @@ def test_the_view_is_reckoned_from_the_record_and_the_clock(monkeypatch, store):
 
 def test_a_table_says_it_in_words(monkeypatch, store):
     shown = "\n".join(watch.table(seen(monkeypatch, store, 8, 1003.0)))
-    expected = ["WRITER      process 4711 writes, every=8", "STEP        20 is durable", "BEHIND      about 3 steps, 3 s",
-                "STALL       10.00% of the time", "NEXT        step 24, in about 1 s", "1 MB/s, 2 s from step to disk"]  # fmt: skip
+    expected = [
+        "WRITER      process 4711 writes, every=8", "STEP        20 is durable", "BEHIND      about 3 steps, 3 s",
+        "STALL       10.00% of the time", "NEXT        step 24, in about 1 s", "1 MB/s, 2 s from step to disk",
+    ]  # fmt: skip
     assert [line for line in expected if line not in shown] == []
 
 

@@ -72,7 +72,8 @@ def test_metrics_that_are_not_finite_come_through():
 
 FOREIGN = [
     None, [], {"history": 3}, {"history": {"rows": 7, "every": [], "pid": "x"}}, {"origin": {"time": 1}}, {"config": 5},
-    {"history": {"rows": [[1], [-1, 0, 0, 0, 0, 0, 0, {}], None]}}, {"imported": {"source": {"!": "no"}, "format": "x", "time": 1}},
+    {"history": {"rows": [[1], [-1, 0, 0, 0, 0, 0, 0, {}], None]}},
+    {"imported": {"source": {"!": "no"}, "format": "x", "time": 1}},
 ]  # fmt: skip
 
 
