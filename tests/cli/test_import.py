@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from small_models import mlp
 from storing import fast_directory, start
 from torch import nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 import fxckpt
 from fxckpt.cli import main
@@ -157,6 +158,24 @@ def test_what_wrappers_put_in_front_of_names_is_taken_off(prefix, place):
     fxckpt.import_checkpoint(torch_file(state, place), place / "store")
     fxckpt.load(place / "store", model=again)
     assert differences(again.state_dict(), model.state_dict()) == []
+
+
+def test_a_tensor_that_several_ranks_wrote_is_put_together(place):
+    whole = torch.arange(12.0).reshape(4, 3)
+    first, second = (with_dcp({"w": part.clone()}, place / f"{at}") for at, part in enumerate(whole.split(2)))
+    found, other = (pickle.loads((path / ".metadata").read_bytes()) for path in (first, second))
+    info = other.storage_data[MetadataIndex("w", (0, 0))]
+    (second / info.relative_path).rename(first / "__1_0.distcp")
+    info.relative_path = "__1_0.distcp"
+    found.storage_data[MetadataIndex("w", (2, 0))] = info
+    chunks = [ChunkStorageMetadata(torch.Size((at, 0)), torch.Size((2, 3))) for at in (0, 2)]
+    found.state_dict_metadata["w"].size, found.state_dict_metadata["w"].chunks = torch.Size((4, 3)), chunks
+    (first / ".metadata").write_bytes(pickle.dumps(found))
+    fxckpt.import_checkpoint(first, place / "store")
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(4, 3))
+    fxckpt.load(place / "store", model=model)
+    assert torch.equal(model.w.data, whole)
 
 
 # ---- into a training ----
