@@ -12,19 +12,22 @@ import os
 
 from fxckpt.cli import common
 from fxckpt.importing import import_checkpoint
+from fxckpt.importing.source import FLOATS
 
 HELP = "begin a store with what torch.save, safetensors, Hugging Face or DCP wrote"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", help="a file or a directory of one of these formats")
+    kinds = "make the model's floating point numbers of this type (default: as they are)"
+    parser.add_argument("--dtype", choices=sorted(FLOATS.values()), help=kinds)
     parser.add_argument("dir", metavar="DIR", help="the store to begin")
 
 
 def run(args: argparse.Namespace) -> int:
     total = 2 * common.size_of(args.source) if os.path.exists(args.source) else 0
     with common.Progress("importing", total) as progress:
-        done = import_checkpoint(args.source, args.dir, progress=progress.advance)
+        done = import_checkpoint(args.source, args.dir, dtype=args.dtype, progress=progress.advance)
     if args.json:
         common.print_json({"path": str(done.path), "source": str(done.source), "format": done.format, "tensors": done.tensors,
                            "nbytes": done.nbytes, "optimizers": done.optimizers, "left_out": done.left_out})  # fmt: skip

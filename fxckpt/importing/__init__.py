@@ -8,12 +8,15 @@ writing.py      the first checkpoint, by the store's own way to a commit
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fxckpt.errors import SetupError
 from fxckpt.importing.formats import read
+from fxckpt.importing.source import FLOATS, cast
 from fxckpt.importing.writing import write
 from fxckpt.store.directory import local_path
 
@@ -42,7 +45,11 @@ class Imported:
 
 
 def import_checkpoint(
-    source: str | os.PathLike[str], dir: str | os.PathLike[str], *, progress: Callable[[int], object] | None = None
+    source: str | os.PathLike[str],
+    dir: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Imported:
     """Make what another program saved the first checkpoint of a new store, of step 0. No code in it is run.
 
@@ -53,6 +60,8 @@ def import_checkpoint(
         source: a file of ``torch.save`` (a state dict, or a dict with one under ``"model"`` or ``"state_dict"``, and perhaps
             ``"optimizer"``), a safetensors file, a folder of Hugging Face, or a directory of ``torch.distributed.checkpoint``.
         dir: the store to begin: a directory without checkpoints, or none yet.
+        dtype: make the model's floating point numbers of this type: ``"float32"``, ``"bfloat16"``, ``"float16"``, ``"float64"``.
+            None: as they are, and ``fxckpt.load`` wants a model of just these types.
         progress: called with numbers of bytes, as they are written and as they are read back.
 
     Returns:
@@ -64,7 +73,11 @@ def import_checkpoint(
         NoSpace: the disk has no room for it. StoreLocked, NotAStore: as for ``compile_step``. SaveFailed: a write failed.
     """
     path, directory = os.path.abspath(local_path(source)), os.path.abspath(local_path(dir))
+    if dtype is not None and dtype not in FLOATS.values():
+        raise SetupError(f"dtype={dtype!r}: expected one of {', '.join(FLOATS.values())}")
     found = read(path)
+    if dtype is not None:
+        found.model = {name: cast(each, getattr(importlib.import_module("torch"), dtype)) for name, each in found.model.items()}
 
     def advance(nbytes: int) -> None:
         if progress is not None:

@@ -13,6 +13,9 @@ from fxckpt.store.dtypes import OF_MODELS, PARTS, item_size, raw_tensor
 PIECE = 16 << 20
 """Bytes read at a time."""
 
+FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+"""Types that one may be made of another; torch's names."""
+
 KNOWN = frozenset(OF_MODELS.values())
 """safetensors' names of the types that a checkpoint's tensors may have."""
 
@@ -86,6 +89,23 @@ def later(size: Iterable[int], dtype: Any, name: str, read: Callable[[], Any]) -
         yield from of_torch(read(), name).pieces()
 
     return Stored(found.dtype, found.shape, pieces, found.is_complex)
+
+
+def cast(stored: Stored, dtype: Any) -> Stored:
+    """The same with its elements made another of torch's floating types; whole numbers and complex ones stay as they are."""
+    import torch
+
+    if stored.dtype not in FLOATS or stored.is_complex or FLOATS[stored.dtype] == str(dtype).removeprefix("torch."):
+        return stored
+    before, kind = getattr(torch, FLOATS[stored.dtype]), str(dtype).removeprefix("torch.")
+
+    def pieces() -> Iterator[memoryview]:
+        for piece in stored.pieces():
+            for at in range(0, piece.nbytes, PIECE):
+                part = torch.frombuffer(bytearray(piece[at : at + PIECE]), dtype=torch.uint8).view(before)
+                yield raw_tensor(part.to(dtype)).data
+
+    return Stored(OF_MODELS[kind], stored.shape, pieces)
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -160,6 +160,25 @@ def test_what_wrappers_put_in_front_of_names_is_taken_off(prefix, place):
     assert differences(again.state_dict(), model.state_dict()) == []
 
 
+@pytest.mark.parametrize("format", ["torch", "hf", "dcp"])
+def test_numbers_are_made_of_the_type_that_is_asked_for_and_of_no_other(format, place):
+    half, whole = Odd().bfloat16(), Odd()
+    half.turn.data = whole.turn.data.clone()
+    source = FORMATS[format](half.state_dict(), place)
+    fxckpt.import_checkpoint(source, place / "as it is")
+    fxckpt.import_checkpoint(source, place / "store", dtype="float32")
+    again = Odd()
+    again.small.data = again.small.data.float()
+    with pytest.raises(fxckpt.LayoutMismatch, match=r"a\.weight: checkpoint BF16\[3, 3\], live F32"):
+        fxckpt.load(place / "as it is", model=again)
+    fxckpt.load(place / "store", model=again)
+    kinds = {name: value.dtype for name, value in again.state_dict().items()}
+    assert differences(again.state_dict(), {name: value.to(kinds[name]) for name, value in half.state_dict().items()}) == []
+    assert (kinds["count"], kinds["turn"], kinds["small"]) == (torch.int64, torch.complex64, torch.float32)
+    with pytest.raises(fxckpt.SetupError, match="expected one of float16"):
+        fxckpt.import_checkpoint(source, place / "x", dtype="int8")
+
+
 def test_a_tensor_that_several_ranks_wrote_is_put_together(place):
     whole = torch.arange(12.0).reshape(4, 3)
     first, second = (with_dcp({"w": part.clone()}, place / f"{at}") for at, part in enumerate(whole.split(2)))
