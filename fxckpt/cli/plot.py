@@ -1,6 +1,6 @@
 """Draw how a training run went: its steps and commits over time, what training waited, the bytes written and the metrics noted.
 
-It is drawn from what the newest record (or WHICH) says of the checkpoints before it, of which it keeps some hundred, whether
+It is drawn from what the newest record (or WHICH) says of the checkpoints before it, of which it keeps up to 64, whether
 they are still there or not. Needs matplotlib: pip install "fxckpt[plot]".
 """
 

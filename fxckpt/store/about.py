@@ -20,7 +20,7 @@ from fxckpt.store.typed_json import decode_state, encode_state
 IMPORTED, ORIGIN, CONFIG, HISTORY = "imported", "origin", "config", "history"
 """Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past."""
 
-ROWS, NEWEST = 128, 64  # rows of a history at most; of these the newest stay when every second of the others goes
+ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
 
 
 @dataclass(frozen=True)
