@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import cast
@@ -80,15 +81,19 @@ class Run:
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and wait for the checkpoints in flight; from inside an iteration of a loop with boundaries, or inside
-        ``opt.step()`` (a signal's handler, a hook), for those of steps before it. Nothing once it was shut down."""
+        ``opt.step()`` (a signal's handler, a hook), for those of steps before it. The checkpoint of an iteration that was left
+        before its end goes. Nothing once it was shut down."""
         if not self.status.active:
             return
+        self.closing.refuse_inside("flush()")
+        if not self.clock.in_iteration:
+            self.closing.left()
         self.stepping.rest(timeout)
         self.saver.flush(timeout, unclosed=not self._before_its_end())
 
     def _before_its_end(self) -> bool:
         """Is a step under way, or an iteration, whose checkpoint can be closed only when it goes on?"""
-        return self.clock.in_iteration or self.closing.inside_a_step()
+        return self.clock.in_iteration or self.closing.occupied()
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
@@ -99,6 +104,7 @@ class Run:
         if not self.status.active:
             return
         closing = self.closing
+        closing.refuse_inside("shutdown()")
         try:
             if unfinished or self.clock.in_iteration or self.clock.interrupted:
                 closing.drop("the script ended before the step closed")
@@ -119,6 +125,12 @@ class Run:
     def end(self, failed: bool) -> None:
         """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
         self.shutdown(unfinished=failed or (self.closing.open is not None and self.capture.plain.unfinished()))
+
+    def forked(self) -> None:
+        """In a forked child: no lock is waited for that a thread of the parent may have held, and nothing of it is under way."""
+        self.closing.forget()
+        self.capture.noting = threading.RLock()
+        self.saver.flights.forget()
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
@@ -143,6 +155,14 @@ class Run:
         store than the run's own begins a lineage here, and does not stand in for what lies here and was not loaded."""
         if os.path.realpath(directory) == os.path.realpath(self.directory):
             self.store.mark_loaded(generation)
+
+
+def _in_child() -> None:
+    for run in list(live_runs):
+        run.forked()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def the_run() -> Run:

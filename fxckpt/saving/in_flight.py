@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxckpt.engine import Checkpoint, Sources, Streams
+from fxckpt.engine import Checkpoint, Latch, Sources, Streams
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot
@@ -26,8 +26,8 @@ class InFlight:
     guard: Guard
     captured: bool = False  # buffers and early state are in
     record: dict[str, Any] = field(default_factory=dict)  # fields and extra state's tensors; callables are asked at the commit
-    closed: threading.Event = field(default_factory=threading.Event)
-    done: threading.Event = field(default_factory=threading.Event)
+    closed: Latch = field(default_factory=Latch)
+    done: Latch = field(default_factory=Latch)
     phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
     replaced: bool = False  # it was given up for another one of the same step
@@ -61,9 +61,9 @@ class InFlight:
     def give_up(self, why: str) -> None:
         """Drop it: fences are released at once, the committer returns its slot."""
         with self.lock:
-            if self.given_up is not None or self.done.is_set():
+            if self.done.is_set():
                 return
-            self.given_up = why
+            self.given_up = self.given_up or why  # again where Ctrl-C came to the first call
             self.copy.cancel()
         self.closed.set()
 

@@ -38,7 +38,11 @@ def test_a_long_history_is_thinned_out_and_its_sums_stay_right():
     found = noted(range(1, 5001))
     past = about.history(read_back(a_record(5001, state=found.to_state())))
     steps = [each.step for each in past]
-    assert len(past) <= about.ROWS + 1 and steps == sorted(set(steps)) and steps[-about.NEWEST :] == [*range(5002 - about.NEWEST, 5002)]
+    assert (
+        len(past) <= about.ROWS + 1
+        and steps == sorted(set(steps))
+        and steps[-about.NEWEST :] == [*range(5002 - about.NEWEST, 5002)]
+    )
     assert all((each.written, each.stall) == (10 * each.step, pytest.approx(each.step / 10)) for each in past[:-1])
     gaps = [b - a for a, b in pairwise(steps)]
     assert gaps[:8] == sorted(gaps[:8], reverse=True) and gaps[0] > 100, "the older, the wider apart"
