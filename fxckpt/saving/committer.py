@@ -159,7 +159,7 @@ class Committer:
                 self._tally.mixed.append(error)
         pending.phase = "told to callbacks"  # without a lock, and before those who wait for it go on
         self._reporter.ended(pending)
-        with self._flights.changed:
+        with self._flights.lock:
             self._flights.remove(pending)
         flights = self._flights
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)

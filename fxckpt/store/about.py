@@ -7,7 +7,6 @@ branch that the checkpoint is of. Whoever shows it takes it as it comes: what is
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,39 +46,35 @@ _CHECKS = (is_count, is_number, optional(is_number), optional(is_number), is_cou
 
 
 class About:
-    """Of one run. ``every`` and ``pid`` are for whoever watches it; ``note`` is called by the thread that commits."""
+    """Of one run. ``every`` and ``pid`` are for whoever watches it. The thread that commits notes, another one asks, without a
+    lock, which the handler of a signal could find taken by what it interrupted: what is asked for is only ever replaced."""
 
     def __init__(self, every: int | str, pid: int):
         self.config: str | None = None  # the model's, as JSON
         self._run = {"every": every, "pid": pid}
         self._origin: Mapping[str, Any] | None = None
-        self._rows: list[list[Any]] = []
+        self._rows: tuple[list[Any], ...] = ()
         self._last: Passed | None = None
         self._base = 0.0  # seconds of stall to be added to those of this process
-        self._lock = threading.Lock()
 
     def continue_from(self, record: Record, stall: float) -> None:
-        """A checkpoint was loaded. ``stall``: seconds so far, of this process."""
+        """A checkpoint was loaded, and none is in flight. ``stall``: seconds so far, of this process."""
         past = history(record)
-        with self._lock:
-            self._origin, self.config = origin(record), self.config or config(record)
-            self._rows, self._last = [each.to_row() for each in past], past[-1]
-            self._base = past[-1].stall - stall
+        self._origin, self.config = origin(record), self.config or config(record)
+        self._rows, self._last = tuple(each.to_row() for each in past), past[-1]
+        self._base = past[-1].stall - stall
 
     def note(self, step: int, time: float, begun: float, committed: float, nbytes: int, stall: float, metrics: Any) -> None:
         """One more was committed. ``stall``: seconds, of this process."""
-        with self._lock:
-            written = nbytes + (self._last.written if self._last is not None else 0)
-            times = round(time, 3), round(begun, 3), round(committed, 3)
-            self._last = Passed(step, *times, nbytes, written, round(self._base + stall, 4), metrics)
-            self._rows.append(self._last.to_row())
-            if len(self._rows) > ROWS:
-                self._rows = self._rows[:-NEWEST:2] + self._rows[-NEWEST:]
+        written = nbytes + (self._last.written if self._last is not None else 0)
+        times = round(time, 3), round(begun, 3), round(committed, 3)
+        self._last = Passed(step, *times, nbytes, written, round(self._base + stall, 4), metrics)
+        rows = (*self._rows, self._last.to_row())
+        self._rows = rows if len(rows) <= ROWS else rows[:-NEWEST:2] + rows[-NEWEST:]
 
     def to_state(self) -> dict[str, Any]:
         """The members that go into a record's ``state``."""
-        with self._lock:
-            found: dict[str, Any] = {HISTORY: {**self._run, "rows": list(self._rows)}}
+        found: dict[str, Any] = {HISTORY: {**self._run, "rows": list(self._rows)}}
         if self._origin is not None:
             found[ORIGIN] = dict(self._origin)
         if self.config is not None:
