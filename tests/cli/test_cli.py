@@ -521,6 +521,7 @@ def test_every_command_is_safe_while_a_trainer_writes(root, tmp_path, capsys):
         for i in range(5):
             newest = checkpoints(root)[-1].step
             commands = (["ls", root], ["verify", root], ["inspect", root], ["prune", root, "--dry-run"], ["doctor", root],
+                        ["watch", root, "--once"],
                         ["diff", root, "latest", "latest"],
                         ["export", root, tmp_path / f"{i}", "--format", "safetensors"])  # fmt: skip
             statuses += [(words[0], main([str(word) for word in words])) for words in commands]
@@ -530,8 +531,9 @@ def test_every_command_is_safe_while_a_trainer_writes(root, tmp_path, capsys):
         thread.join()
     capsys.readouterr()
     assert failed == [] and first is trainer.store
-    assert {(name, status) for name, status in statuses if name in ("ls", "verify", "doctor")} == {
+    assert {(name, status) for name, status in statuses if name in ("ls", "verify", "doctor", "watch")} == {
         ("ls", 0),
+        ("watch", 0),
         ("verify", 0),
         ("doctor", 0),
     }
