@@ -191,7 +191,7 @@ class Link:
             if message["error"] is None:
                 self.newest = max(self.newest or 0, message["generation"])
             if slot is not None:
-                slot.generation = message["generation"]
+                slot.generation, slot.path = message["generation"], message["path"]
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
             return
         if "rotten" in message:

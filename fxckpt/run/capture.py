@@ -219,7 +219,7 @@ class Capture:
             "layers": pending.layout.records(pending.step),
             "ties": dict(inventory.ties),
             "optimizers": optimizers,
-            "state": {"early": early, "late": encode_state(late, tensors, "late")},
+            "state": {"early": early, "late": encode_state(late, tensors, "late"), **self._emitter.saver.about.to_state()},
         }
         with self.noting:
             fields["metrics"], self._notes = self._notes, {}

@@ -202,6 +202,8 @@ class Closing:
     def _not_captured(self, pending: InFlight, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
         raised; once it could be captured it is a failed save, of which training does not die."""
+        if self._capturable:
+            pending.fail(error)
         pending.give_up(f"its state could not be captured: {error}")
         if not self._capturable:
             raise error

@@ -24,9 +24,11 @@ from fxckpt.run.closing import Closing
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
 from fxckpt.run.loops import Loops
+from fxckpt.run.model_config import config_of
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
 from fxckpt.saving.inventory import trained_by
+from fxckpt.saving.listeners import Listeners
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
 
@@ -55,7 +57,10 @@ class Run:
         self.store: CheckpointStore = store
         self.clock: StepClock = StepClock()
         self.status: RunStatus = RunStatus(engine is not None)
-        self.saver: Saver = Saver(engine, store, max_async=config.max_async)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every)
+        self.saver.about.config = config_of(model)
+        self.listeners: Listeners = Listeners()
+        self.saver.reporter.listeners = weakref.ref(self.listeners)
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
         self.arrangement: Arrangement = Arrangement(model, optimizers, self.emitter, config)

@@ -283,7 +283,7 @@ class Stepping:
             self._closing.reap("its step was interrupted")
             pending = self._saver.begin(step, self._arrangement.current_layout())
         except (SaveFailed, StoreError, OSError) as error:
-            self._saver.tally.note_failure(step, error)  # raised, if at all, at the next step: this one is half done
+            self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
         if pending is not None:
             pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, self._changes_in_forward()

@@ -15,6 +15,7 @@ from fxckpt.saving.flights import Flights, Tally
 from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
+from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import give_back
 from fxckpt.store.reader import Candidate, candidates
@@ -92,8 +93,8 @@ class Committer:
     """Waits until a checkpoint's step has closed, its bytes are copied, unchanged and durable; commits it, counts it and gets
     the next slot ready."""
 
-    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally):
-        self._store, self._supply, self._flights, self._tally = store, supply, flights, tally
+    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally, reporter: Reporter):
+        self._store, self._supply, self._flights, self._tally, self._reporter = store, supply, flights, tally, reporter
 
     def commit(self, pending: InFlight) -> None:
         """Take it to the commit. Raises what went wrong; Cancelled if it was given up."""
@@ -159,6 +160,9 @@ class Committer:
                 self._tally.note_failure(pending.step, error)
             if isinstance(error, Mixed):
                 self._tally.mixed.append(error)
+        pending.phase = "told to callbacks"  # without a lock, and before those who wait for it go on
+        self._reporter.ended(pending)
+        with self._flights.lock:
             self._flights.remove(pending)
         flights = self._flights
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)
@@ -173,6 +177,7 @@ class Committer:
             left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
             if self._tally.last_committed == step:
                 self._tally.last_committed = max(left, default=None)
+        self._reporter.failed(step, error)
 
 
 def _check_wanted(pending: InFlight) -> None:

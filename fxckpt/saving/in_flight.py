@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ class InFlight:
     replaced: bool = False  # it was given up for another one of the same step
     failure: Exception | None = None  # what it failed of, counted and logged
     error: Exception | None = None  # why it was not committed, once it is done
+    begun: tuple[float, float] = field(default_factory=lambda: (time.time(), time.monotonic()))  # by both clocks
     lock: threading.RLock = field(default_factory=threading.RLock)  # between emits, give_up and release; handlers of signals, too
 
     @property

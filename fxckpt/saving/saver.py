@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 
 from fxckpt.engine import Checkpoint, Engine
 from fxckpt.errors import FxckptError
@@ -17,30 +18,45 @@ from fxckpt.saving.flights import Flights, Tally, TrainingThread
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import FILES, Layout
+from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
+from fxckpt.store.about import About
 from fxckpt.store.commit_loop import SETTLE, CommitLoop
 from fxckpt.store.slot import retires_slot
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 
+def _stall_of(tally: Tally, engine: Engine | None) -> Callable[[], float]:
+    """Asks for the seconds that the training thread has waited."""
+    return lambda: tally.wait_seconds + (0.0 if engine is None else engine.statistics()["stall_seconds"])
+
+
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
-    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int):
+    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1):
         self.engine: Engine | None = engine
         self.store: CheckpointStore = store
         self.tally: Tally = Tally()
+        self.about: About = About(every, os.getpid())
         self.trainer: TrainingThread = TrainingThread()
         self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
         self.flights: Flights = Flights(self.loop, max_async, self.trainer)
         self.supply: SlotSupply = SlotSupply(store, self.flights)
-        self._committer = Committer(store, self.supply, self.flights, self.tally)
+        self.reporter: Reporter = Reporter(self.about, self.loop, _stall_of(self.tally, engine))
+        self._committer = Committer(store, self.supply, self.flights, self.tally, self.reporter)
         self._pid = os.getpid()
 
     def stall_seconds(self) -> float:
         """Time the training thread has waited for us so far."""
-        return self.tally.wait_seconds + (0.0 if self.engine is None else self.engine.statistics()["stall_seconds"])
+        return _stall_of(self.tally, self.engine)()
+
+    def not_begun(self, step: int, error: BaseException) -> None:
+        """The checkpoint of this step could not be begun: count it, and have it told."""
+        self.tally.note_failure(step, error)
+        self.loop.start(self._committer)
+        self.reporter.failed(step, error)
 
     def begin(self, step: int, layout: Layout, name: str | None = None) -> InFlight:
         """Start a checkpoint, once fewer than ``max_async`` are in flight; ``name`` makes it a named save. Raises SaveFailed if
