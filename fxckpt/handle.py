@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
+from fxckpt.saving.listeners import Committed, Failed
 from fxckpt.saving.tracing import Tracing
 
 NO_ENGINE: EngineStatistics = {
@@ -21,6 +22,10 @@ NO_ENGINE: EngineStatistics = {
     "copy_seconds": 0.0, "write_seconds": 0.0, "stall_seconds": 0.0,
 }  # fmt: skip
 """Where fxckpt is off."""
+
+
+OnCommit = TypeVar("OnCommit", bound=Callable[[Committed], object])
+OnFailure = TypeVar("OnFailure", bound=Callable[[Failed], object])
 
 
 class Statistics(TypedDict):
@@ -66,6 +71,7 @@ class Handle:
             SaveFailed: it could not be written. SetupError: a name that cannot be one, or the run was shut down.
             FxckptError: there is a checkpoint of that name.
         """
+        self._check_thread("save")
         self._run.stepping.save(name)
 
     def flush(self, timeout: float | None = None) -> None:
@@ -80,6 +86,7 @@ class Handle:
         Raises:
             The first failure that was not raised yet, a SaveFailed or StoreError; TimeoutError after ``timeout``.
         """
+        self._check_thread("flush")
         self._run.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -91,6 +98,7 @@ class Handle:
         Raises:
             What ``flush`` raises, after the run was stopped.
         """
+        self._check_thread("shutdown")
         self._run.shutdown(timeout)
 
     def end_step(self) -> None:
@@ -125,6 +133,49 @@ class Handle:
             SetupError: anything else.
         """
         self._run.capture.note(metrics)
+
+    def on_commit(self, callback: OnCommit) -> OnCommit:
+        """Have a function called with a :class:`~fxckpt.Committed` for each checkpoint that is durable from now on.
+
+            @opt.ckpt.on_commit
+            def log(done: fxckpt.Committed) -> None:
+                writer.add_scalar("checkpoint/seconds", done.seconds, done.step)
+
+        It is called on the thread that commits, one checkpoint after the other, while training goes on: keep it short, for the
+        next commit waits for it, and lock what it shares with the training thread. ``flush`` and ``save`` return after the calls
+        for what they waited for; inside a callback they, and ``shutdown``, raise SetupError. What it raises is logged the first
+        time, and costs no checkpoint. Under ``writer="mock"`` it is called for each checkpoint that would have been written.
+
+        Args:
+            callback: takes one argument; what it returns is ignored.
+
+        Returns:
+            ``callback``, so that this can decorate it.
+        """
+        self._run.listeners.add(Committed, callback)
+        return callback
+
+    def on_failure(self, callback: OnFailure) -> OnFailure:
+        """Have a function called with a :class:`~fxckpt.Failed` for each checkpoint that fails from now on.
+
+        It is called as by ``on_commit``. A checkpoint that was dropped because another takes its place is no failure.
+
+        Args:
+            callback: takes one argument; what it returns is ignored.
+
+        Returns:
+            ``callback``, so that this can decorate it.
+        """
+        self._run.listeners.add(Failed, callback)
+        return callback
+
+    def _check_thread(self, method: str) -> None:
+        """Raises SetupError on the thread that commits, which cannot wait for itself."""
+        if self._run.saver.loop.is_current():
+            raise SetupError(
+                f"opt.ckpt.{method}() waits for the thread that commits, and was called on it, by a callback of on_commit or "
+                "on_failure: note what is to be done, and do it in the thread that trains"
+            )
 
     @property
     def graph(self) -> StepGraph:

@@ -18,7 +18,10 @@ def is_transformed(tensor: torch.Tensor) -> bool:
 
 def version_of(tensor: torch.Tensor) -> int:
     """How often the tensor, or another view of its memory, was changed in place. Inference tensors do not count: always 0."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # an inference tensor; to ask each one first would cost twice
+        return 0
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:

@@ -74,6 +74,8 @@ class Patience:
 
 def in_slices(call: Callable[[int], int], timeout: float) -> int:
     """Repeats a wait of the engine, ``call(nanoseconds)``, until it answers other than 0 or time is over."""
+    if timeout <= SLICE:
+        return call(int(timeout * 1e9))
     patience = Patience(timeout)
     while True:
         left = patience.left()

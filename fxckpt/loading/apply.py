@@ -66,7 +66,7 @@ def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, St
         states: dict[int, State] = {}
         for group in opt.param_groups:
             for param in group["params"]:
-                name = match.stored.get(target.inventory.name_of(param))
+                name = match.states.get(target.inventory.name_of(param))
                 if name is not None and name in old["state"]:
                     places = {key: saved.places.get(state_key(index, key, name)) for key in old["state"][name]["keys"]}
                     states[id(param)] = _make_state(places, old["state"][name], param, group, opt.state.get(param, {}), match)

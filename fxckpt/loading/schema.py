@@ -16,6 +16,7 @@ from fxckpt.errors import Corrupt
 from fxckpt.optim.contract.contract import is_own
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES
+from fxckpt.store.about import IMPORTED
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
 from fxckpt.store.dtypes import Tensor
 from fxckpt.store.names import OPTIMIZER, state_key
@@ -93,8 +94,8 @@ _random = has({"torch": is_anything, "numpy": is_anything, "python": is_anything
 
 
 def _is_random(value: Any) -> bool:
-    """The states of the global generators, as new ones take them."""
-    return _random(value) and extra_state.is_random_state(value)
+    """The states of the global generators, as new ones take them; or none of them, in an import."""
+    return value == {} or (_random(value) and extra_state.is_random_state(value))
 
 
 def _is_count(value: Any) -> bool:
@@ -124,7 +125,8 @@ _values = map_of(is_anything)
 _encoded_group = has({"params": _names, "settings": is_anything})
 _ENCODED = list_of(has({"class": is_str, "groups": list_of(_encoded_group), "state": is_anything, "gradients": is_anything}))
 _encoded_early = has({"random": is_anything, "extra": _values, "buffers": is_anything, "modules": is_anything})
-_STATE = has({"early": _encoded_early, "late": _values})
+_import = has({}, {"equal": map_of(is_str)})
+_STATE = has({"early": _encoded_early, "late": _values}, {IMPORTED: _import})
 
 # After.
 _group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})

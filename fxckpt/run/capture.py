@@ -73,7 +73,7 @@ class Capture:
         optimizers = [] if arrangement.emitter.engine is None else [stepper.opt for stepper in arrangement.steppers]
         self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
         self._notes: dict[str, float] = {}  # metrics for the next record
-        self._noting = threading.RLock()
+        self.noting: threading.RLock = threading.RLock()
         self._limits: int | None = limits_reached()  # None: it was said that one was reached since
         self._said_modes = False
 
@@ -219,9 +219,9 @@ class Capture:
             "layers": pending.layout.records(pending.step),
             "ties": dict(inventory.ties),
             "optimizers": optimizers,
-            "state": {"early": early, "late": encode_state(late, tensors, "late")},
+            "state": {"early": early, "late": encode_state(late, tensors, "late"), **self._emitter.saver.about.to_state()},
         }
-        with self._noting:
+        with self.noting:
             fields["metrics"], self._notes = self._notes, {}
         self._present = [dict.fromkeys(each) for each in self._present]
         return fields, tensors
@@ -253,7 +253,7 @@ class Capture:
     def note(self, metrics: Mapping[str, Any]) -> None:
         """Metrics for the record of the checkpoint that closes next. Raises SetupError for what is not one number."""
         noted = {name: _as_float(name, value) for name, value in metrics.items()}
-        with self._noting:
+        with self.noting:
             self._notes = {**self._notes, **noted}
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fxckpt.compat.tensors import version_of
 from fxckpt.errors import Cancelled, FxckptError
-from fxckpt.saving.plan import Entry, Layout
+from fxckpt.saving.plan import Layout
 
 WAY_OUT = (
     "Loop with fxckpt.steps(n), or fxckpt.epochs(n) and fxckpt.batches(loader): their boundaries are exact, "
@@ -35,12 +35,11 @@ class Mixed(Changed):
     """The same where nothing can be done about it the next time."""
 
 
-_ALL = 3  # checkpoints in which elements of all tensors are looked at
-_AT_ONCE = 128  # layers of which parameters are looked at in each one later
+_ALL = 3  # checkpoints in which elements of all tensors are looked at; one layer's in a later one, as it takes some 30 µs
 _ELEMENTS = 256
 
-Look = tuple[int, tuple[int, bytes] | None]
-"""A tensor's version, and some of its elements, with the address that they were read from."""
+Look = tuple[list[int], list[tuple[int, bytes] | None]]
+"""The versions of a layer's tensors; and some elements of each, with the address that they were read from, or nothing."""
 
 
 def glimpse(tensor: torch.Tensor) -> bytes | None:
@@ -53,11 +52,13 @@ def glimpse(tensor: torch.Tensor) -> bytes | None:
     return flat[:: -(-count // _ELEMENTS)].clone().view(torch.uint8).numpy().tobytes()
 
 
-def _differ(a: Look, b: Look) -> bool:
-    """Was the memory changed? Other memory in its place is none that a copy reads."""
-    if a[0] != b[0] or a[1] is None or b[1] is None:
-        return a[0] != b[0]
-    return a[1][0] == b[1][0] and a[1][1] != b[1][1]
+def _changed(before: Look, after: Look) -> list[int]:
+    """Which tensors of the layer were changed? Other memory in a tensor's place is none that a copy reads."""
+    if before == after:
+        return []
+    moved = {i for i, (a, b) in enumerate(zip(before[0], after[0])) if a != b}
+    seen = {i for i, (a, b) in enumerate(zip(before[1], after[1])) if a and b and a[0] == b[0] and a[1] != b[1]}
+    return sorted(moved | seen)
 
 
 class Guard:
@@ -70,31 +71,34 @@ class Guard:
 
     def __init__(self, step: int, layout: Layout, number: int):
         """``number``: which checkpoint of the run this is. What is done on ``.data`` or by numpy moves no version counter, so
-        some elements are compared, too: of all tensors in the first checkpoints, later of so many parameters in turn."""
+        some elements are compared, too: of all tensors in the first checkpoints, later of one layer in turn."""
         self.bounded = False
         self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
         self.copies: list[torch.Tensor] = []
         self._step, self._layout, self._number = step, layout, number
-        self._seen: dict[int, tuple[Sequence[torch.Tensor], list[Look]]] = {}  # layer -> its tensors, after the step
+        self._seen: dict[int, Sequence[torch.Tensor]] = {}  # layer -> its tensors
+        self._looks: dict[int, Look] = {}  # how they were after the step
         self._looking = threading.Lock()  # held while they are compared and forgotten
 
     def watch(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """These were handed over in this step, which may go on to change them."""
-        self._seen[layer] = (tensors, [])
+        self._seen[layer] = tensors
+        self._looks.pop(layer, None)
 
     def note_versions(self) -> None:
         """Remember how what was handed over looks at the end of its step. Not at its emit: tensors that are views of one
         buffer count their changes together, and later updates of the same step are no changes behind our back."""
-        for layer, (tensors, looks) in self._seen.items():
-            if not looks:
-                looks.extend(map(self._look, self._layout.layers[layer].entries, tensors))
+        for layer, tensors in self._seen.items():
+            if layer not in self._looks:
+                self._looks[layer] = self._look(layer, tensors)
 
-    def _look(self, entry: Entry, tensor: torch.Tensor) -> Look:
-        """How it looks now."""
-        in_turn = entry.file == 0 and (len(entry.key) + self._number) % (1 + len(self._layout.layers) // _AT_ONCE) == 0
-        seen = glimpse(tensor) if in_turn or self._number < _ALL else None
-        return version_of(tensor), None if seen is None else (tensor.data_ptr(), seen)
+    def _look(self, layer: int, tensors: Sequence[torch.Tensor]) -> Look:
+        """How they look now."""
+        versions = [version_of(tensor) for tensor in tensors]
+        if self._number >= _ALL and (layer + self._number) % len(self._layout.layers):
+            return versions, []
+        return versions, [None if (seen := glimpse(t)) is None else (t.data_ptr(), seen) for t in tensors]
 
     def watch_again(self) -> None:
         """A step was left in its middle: what it did not come to is being copied still, and must not change unseen."""
@@ -111,14 +115,14 @@ class Guard:
             except Changed as error:
                 changed(error)
             for layer in layers:
-                if (found := self._seen.get(layer)) is not None:
-                    found[1].clear()
+                self._looks.pop(layer, None)
 
     def check_unchanged(self) -> None:
         """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
         tensor's name, and remembers it: a frozen one is copied with the buffers from now on."""
         with self._looking:
             self.compare([*self._layout.number("frozen"), *self._layout.number("update")])
+            self._looks.clear()
             self._seen.clear()  # what changes from here on, no copy sees
         self.copies.clear()
 
@@ -126,13 +130,13 @@ class Guard:
         """Raises Changed, with all names, if tensors of these layers are not as they were after their step."""
         changed = []
         for layer in layers:
-            tensors, looks = self._seen.get(layer, ((), []))
-            entries = self._layout.layers[layer].entries
-            changed += [e for e, tensor, look in zip(entries, tensors, looks) if _differ(self._look(e, tensor), look)]
+            if (before := self._looks.get(layer)) is not None:
+                entries = self._layout.layers[layer].entries
+                changed += [entries[i] for i in _changed(before, self._look(layer, self._seen[layer]))]
         if changed:
-            raise self._changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
+            raise self._error([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 
-    def _changed(self, keys: Sequence[str], nbytes: int) -> Changed:
+    def _error(self, keys: Sequence[str], nbytes: int) -> Changed:
         """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or
         at its end if a forward changes them."""
         names = ", ".join(map(repr, keys[:8])) + (" ..." if keys[8:] else "")

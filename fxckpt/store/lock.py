@@ -46,7 +46,7 @@ about its own locks."""
 _locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
 """Of this process; none of them is a forked child's."""
 
-_guard = threading.Lock()
+_guard = threading.RLock()  # a collection inside it may let go of another one
 
 _NOTICE = 2.0  # seconds within which a monitor notes that its trainer is gone
 _PROGRESS = 5.0  # seconds between lines of progress
@@ -91,6 +91,15 @@ def take(fd: int) -> list[str]:
     return granted
 
 
+def give_back(fd: int) -> None:
+    """What ``take`` took, of every kind."""
+    for command, where in ((fcntl.F_OFD_SETLK, _SHARED), (fcntl.F_SETLK, _OWN)):
+        with suppress(OSError):
+            fcntl.fcntl(fd, command, struct.pack(_FLOCK, fcntl.F_UNLCK, os.SEEK_SET, *where, 0))
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def writer(fd: int) -> int | str | None:
     """Who has taken it: a pid, ``"unknown"`` (another machine or container), or None: nobody, though somebody may keep others
     from taking it by a lock for reading."""
@@ -114,26 +123,33 @@ def writer(fd: int) -> int | str | None:
 
 
 class DirectoryLock:
-    """The lock of one directory, from construction to ``release``. Raises ``StoreLocked`` with the holder's pid."""
+    """The lock of one directory, from ``hold`` to ``release``."""
 
     def __init__(self, folder: Folder):
         self._folder, self._note = folder, ""
+        self._pid, self._key, self._fd = os.getpid(), (0, 0), -1
+        _locks.add(self)
+
+    def hold(self) -> None:
+        """Take it. Raises ``StoreLocked`` with the holder's pid; whatever is raised, ``release`` it."""
         with _guard:
-            if _is_own(folder.path):
+            if _is_own(self._folder.path):
                 advice = "shut that run down first (opt.ckpt.shutdown()), or use another directory"
-                whose = f"{folder.path} is already being written to by this process (pid {os.getpid()})"
+                whose = f"{self._folder.path} is already being written to by this process (pid {os.getpid()})"
                 raise StoreLocked(f"{whose}: {advice}")
-            self._pid, self._key, self._fd = os.getpid(), (0, 0), -1
             self._keep(self._acquire())
             if os.fstat(self._fd).st_size:
                 self._write_note()  # what an earlier holder noted is not true of us
-            _locks.add(self)
 
     def _keep(self, fd: int) -> None:
         """This descriptor has the lock from now on."""
-        _held.pop(self._key, None)
-        found, old = os.fstat(fd), self._fd
-        self._key, self._fd = (found.st_dev, found.st_ino), fd
+        try:
+            _held.pop(self._key, None)
+            found, old = os.fstat(fd), self._fd
+            self._key, self._fd = (found.st_dev, found.st_ino), fd
+        except BaseException:
+            io.close(fd)
+            raise
         _held[self._key] = self._pid
         io.close_in_child(fd)
         if old >= 0:
@@ -251,6 +267,7 @@ class DirectoryLock:
         with _guard:
             if self._fd < 0 or self._pid != os.getpid():
                 return
+            give_back(self._fd)  # Ctrl-C before this leaves all to do again, and behind it no more than a descriptor
             _held.pop(self._key, None)
             fd, self._fd = self._fd, -1
             io.close_in_child(fd, False)

@@ -314,6 +314,32 @@ def test_iterations_that_are_left_early(left, tmp_path):
     check(script, None, tmp_path, [3, 5, 9])
 
 
+@pytest.mark.parametrize("end", ["flush", "shutdown"])
+def test_an_iteration_that_was_interrupted_is_made_again_whatever_ends_the_script(end, tmp_path):
+    life = Life(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        for i, x in enumerate(fxckpt.batches(life.loader)):
+            life.step(x)
+            if i == 3:
+                raise KeyboardInterrupt
+            life.scheduler.step()
+    getattr(life.opts[0].ckpt, end)()
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 3
+    life.opts[0].ckpt.shutdown()
+
+
+def test_steps_behind_a_loop_that_was_left_have_checkpoints(tmp_path):
+    life = Life(tmp_path)
+    for _ in fxckpt.steps(3):
+        life.step(life.loader[0])
+        break
+    for x in life.loader[1:4]:
+        life.step(x)
+    life.opts[0].ckpt.flush()
+    assert [each.step for each in fxckpt.checkpoints(tmp_path)] == [3, 4]
+    life.opts[0].ckpt.shutdown()
+
+
 def test_a_second_loop_that_trains_in_one_epoch_is_refused_with_the_way_out(tmp_path):
     life = Life(tmp_path)
     for x in fxckpt.batches(life.loader):

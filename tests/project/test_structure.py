@@ -16,6 +16,7 @@ ROOMS = (
     {"errors", "_registry"},
     {"compat", "engine"},
     {"store"},
+    {"importing"},
     {"config", "data", "graph", "monitor", "cli"},
     {"optim"},
     {"saving"},
