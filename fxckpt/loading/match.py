@@ -12,7 +12,7 @@ from fxckpt.compat.modules import every_module
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
-from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, storable
+from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, storable, storable_as
 from fxckpt.saving.ownership import check_names
 from fxckpt.store.names import MODEL
 from fxckpt.store.record import Record, TensorRecord
@@ -66,7 +66,7 @@ def match_tensors(record: Record, target: Target) -> Match:
 
 def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
     """Note the pair: among the ``unfit`` unless shape and type agree."""
-    real = storable(tensor)
+    real = storable_as(tensor, stored.dtype)
     if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
         out.unfit[name] = stored, tensor
         return

@@ -70,8 +70,9 @@ def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, A
         if key not in described["plain"]:
             raise Corrupt(path, f"the optimizer's {what} is neither in a file nor in the record")
         return
-    pairs = key not in described["complex"] or (place.shape[-1:] == (2,) and place.dtype in ("F32", "F64"))
-    if place.dtype not in TORCH_DTYPES or not pairs:
+    is_pairs = place.shape[-1:] == (2,) and place.dtype in ("F32", "F64")
+    fits = is_pairs or place.dtype == "C64" if key in described["complex"] else place.dtype != "C64"
+    if place.dtype not in TORCH_DTYPES or not fits:
         raise Corrupt(path, f"the optimizer's {what} is {place.dtype}{list(place.shape)}, which no state of a run is")
 
 

@@ -131,7 +131,7 @@ except (OSError, fxckpt.FxckptError) as error:
 """
 
 ENDS = ("KeyboardInterrupt", "fxckpt.errors.")
-"""How the last line of a run begins that was interrupted, or whose store is gone."""
+"""What ends a run that was interrupted, or whose store is gone."""
 
 
 def floor_of(report: Path) -> tuple[int, int | None]:
@@ -199,9 +199,10 @@ def let_run_beside(vandal: Vandal, process: ProcessRun, directory: Path, dice: r
         process.kill(signal.SIGTERM)
     process.kill()
     vandal.rest()
-    last = (process.output.splitlines() or [""])[-1]
+    trace = process.output.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    raised = next((line for line in trace if not line.startswith(" ")), "")
     expected = process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM)
-    assert expected or last.startswith(ENDS), f"{process.returncode}: {process.output}"
+    assert expected or raised.startswith(ENDS), f"{process.returncode}: {process.output}"
     return "killed" if process.returncode == -signal.SIGKILL else "refused at its opening" if "REFUSED" in process.output else "ended"
 
 
@@ -230,16 +231,20 @@ def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fo
     root, report = directory / "d", directory / "report"
     print(f"seed {SEED}")
     vandal = Vandal(root, tmp_path / "outside", dice)
+    newest = 0
     for number in range(SOAK):
+        vandal.new_life()
+        before = len(report.read_text().splitlines()) if report.exists() else 0
         process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
         how = let_run_beside(vandal, process, directory, dice)
         counted(f"runs that were {how} beside a vandal ({writer} writer)", 1)
         until(lambda: not users_of(root), why=lambda: f"processes {users_of(root)} are left")
         vandal.check_outside()
-        floor, alive = floor_of(report)[0], survivors(root, vandal)
+        told = report.read_text().splitlines()[before:] if report.exists() else []
+        floor, alive = max([int(line.split()[1]) for line in told], default=newest), survivors(root, vandal)
         where = f"run {number} (seed {SEED}): step {floor} was reported, {alive} load\n{process.output}" + "\n".join(vandal.journal[-50:])
-        lost = floor and max(alive, default=0) < floor
-        assert not lost or vandal.ruined_step(floor), where
+        newest = max(alive, default=0)
+        assert newest >= floor or vandal.ruined_since(floor), where
         if not alive and report.exists():  # nothing is left to go on with
             shutil.rmtree(root)
             report.unlink()

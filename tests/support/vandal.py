@@ -75,10 +75,14 @@ class Vandal:
             return (self.root / name).lstat().st_ino in found
         return bool(found)
 
-    def ruined_step(self, step: int) -> bool:
-        """Whether a checkpoint of that step is, or was, ruined."""
+    def ruined_since(self, step: int) -> bool:
+        """Whether a checkpoint of that step, or a later one, is or was ruined in this life."""
         self._look()
-        return any(names.step_of(name) == step and self.ruined(name) for name in list(self._ruined))
+        return any((names.step_of(name) or 0) >= step and self.ruined(name) for name in list(self._ruined))
+
+    def new_life(self) -> None:
+        """What is not there any more matters no more."""
+        self._ruined = {name: found for name, found in self._ruined.items() if os.path.lexists(self.root / name)}
 
     def check_outside(self) -> None:
         """Nothing was written, cut or removed through a link of ours, and nothing was added there."""
@@ -102,7 +106,7 @@ class Vandal:
     def act(self, trainer: int) -> None:
         """Do one thing, to a file, a directory or a process. ``trainer``: a process that may be sent signals."""
         deeds: list[tuple[int, Callable[[], object]]] = [
-            (10, self._touch), (1, self._touch_root), (1, self._lock), (1, self._copy), (1, lambda: self._pause(trainer)),
+            (20, self._touch), (2, self._touch_root), (2, self._lock), (2, self._copy), (2, lambda: self._pause(trainer)),
             (1, lambda: self._signal(trainer)),
         ]  # fmt: skip
         deed = self.dice.choices([each for _, each in deeds], [weight for weight, _ in deeds])[0]
