@@ -110,7 +110,7 @@ class Vandal:
             (1, lambda: self._signal(trainer)),
         ]  # fmt: skip
         deed = self.dice.choices([each for _, each in deeds], [weight for weight, _ in deeds])[0]
-        with suppress(FileNotFoundError, NotADirectoryError):  # it was faster than we
+        with suppress(OSError):  # it was faster than we, or a link is there already
             deed()
 
     def _count(self, what: str, where: str = "") -> None:
@@ -173,7 +173,7 @@ class Vandal:
         if name == names.LOCK and how == "link":
             how = "remove"  # whoever puts another file there says that the store is his: the run ends
         if how == "cut":
-            os.truncate(path, 0)
+            os.close(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_NOFOLLOW))  # not what a link of ours leads to
         else:
             path.unlink()
             if how == "link":
