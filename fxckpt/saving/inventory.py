@@ -49,8 +49,9 @@ class Inventory:
 
 
 def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
-    """The tensor as a file can hold it: complex numbers of a type that safetensors lacks as pairs of reals, all detached. ``name`` is for messages. Raises
-    SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors)."""
+    """The tensor as a file can hold it: complex numbers of a type that safetensors lacks as pairs of reals, all detached.
+    ``name`` is for messages. Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta
+    tensors)."""
     what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
     if is_transformed(tensor):
         gone = "it is gone when the transform returns. Call compile_step outside, with the parameters themselves."

@@ -58,6 +58,7 @@ OF_TORCH: Mapping[str, str] = {each.torch: name for name, each in DTYPES.items()
 OF_NUMPY: Mapping[str, str] = {each.numpy: name for name, each in DTYPES.items() if each.numpy is not None}
 """The same for numpy."""
 
+
 def item_size(name: str) -> int:
     """Bytes per item of a safetensors type. Raises ``KeyError`` for what is none."""
     return DTYPES[name].nbytes

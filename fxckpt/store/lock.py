@@ -222,9 +222,9 @@ class DirectoryLock:
             io.close(fd)
         raise StoreLocked(f"{self._folder.path} cannot be locked: somebody locks {name} for reading, again and again")
 
-    def _refuse_if_taken(self, fd: int, refused: str) -> None:
+    def _refuse_if_taken(self, fd: int, kind: str) -> None:
         """Say who has it, if somebody has; a lock for reading does not count."""
-        if (who := writer(fd, refused)) is None:
+        if (who := writer(fd, kind)) is None:
             return
         what = f"{self._folder.path} is being written to by another process (pid {who})"
         refused = StoreLocked(f"{what}: stop it, wait for it, or use another directory")

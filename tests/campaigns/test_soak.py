@@ -203,7 +203,13 @@ def let_run_beside(vandal: Vandal, process: ProcessRun, directory: Path, dice: r
     raised = next((line for line in trace if not line.startswith(" ")), "")
     expected = process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM)
     assert expected or raised.startswith(ENDS), f"{process.returncode}: {process.output}"
-    return "killed" if process.returncode == -signal.SIGKILL else "refused at its opening" if "REFUSED" in process.output else "ended"
+    return (
+        "killed"
+        if process.returncode == -signal.SIGKILL
+        else "refused at its opening"
+        if "REFUSED" in process.output
+        else "ended"
+    )
 
 
 def survivors(root: Path, vandal: Vandal) -> list[int]:
@@ -242,7 +248,9 @@ def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fo
         vandal.check_outside()
         told = report.read_text().splitlines()[before:] if report.exists() else []
         floor, alive = max([int(line.split()[1]) for line in told], default=newest), survivors(root, vandal)
-        where = f"run {number} (seed {SEED}): step {floor} was reported, {alive} load\n{process.output}" + "\n".join(vandal.journal[-50:])
+        where = f"run {number} (seed {SEED}): step {floor} was reported, {alive} load\n{process.output}" + "\n".join(
+            vandal.journal[-50:]
+        )
         newest = max(alive, default=0)
         assert newest >= floor or vandal.ruined_since(floor), where
         if not alive and report.exists():  # nothing is left to go on with

@@ -219,6 +219,34 @@ def test_every_type_of_parameter_comes_back(dtype, store):
     assert differences(snapshot(again, other), snapshot(model, opt)) == []
 
 
+def test_other_settings_in_the_script_are_named_once_beside_those_that_are_used(store, caplog):
+    def life(lr: float, foreach: bool | None = None, decay: float = 0.0) -> tuple[str, dict]:
+        model = nn.Linear(3, 3)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.01}]
+        opt = torch.optim.AdamW(groups, lr=lr, foreach=foreach, weight_decay=decay)
+        scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+        fxckpt.compile_step(opt, store, model=model, every=1, update="native", extra={"s": scheduler})
+        caplog.clear()
+        fxckpt.load(optimizer=opt)
+        said = "\n".join(m for m in caplog.messages if "the script now says" in m)
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        scheduler.step()
+        found = dict(opt.param_groups[0])
+        opt.ckpt.shutdown()
+        return said, found
+
+    assert life(0.1)[0] == ""
+    assert life(0.1)[0] == "", "a schedule is no other setting"
+    said, used = life(0.4, foreach=True, decay=0.3)
+    assert used["lr"] == 0.0125 and used["foreach"] is None and used["weight_decay"] == 0.0
+    for part in ("lr=0.4 (it was 0.1)", "foreach=True (it was None)", "weight_decay=0.3 (it was 0.0)", "at step 2 goes on: "):
+        assert said.count(part) == 1
+    assert "lr=0.025 and 0.0025" in said and len(said.splitlines()) == 1
+    assert life(0.4, foreach=True, decay=0.3)[0] == "", "it was said once"
+
+
 BYTES = [name for name, known in OF_TORCH.items() if known.startswith("F8")]
 
 
@@ -229,7 +257,9 @@ def test_frozen_parameters_and_buffers_of_rare_types_come_back(dtype, store):
         raw = torch.arange(6 * dtype.itemsize, dtype=torch.uint8) + seed
         model.frozen = nn.Parameter(raw.view(dtype).reshape(3, 2), requires_grad=False)
         model.register_buffer("buffer", raw.flip(0).contiguous().view(dtype))
-        return model, fxckpt.compile_step(torch.optim.SGD(model.parameters(), lr=0.1), store, model=model, every=1, update="native")
+        return model, fxckpt.compile_step(
+            torch.optim.SGD(model.parameters(), lr=0.1), store, model=model, every=1, update="native"
+        )
 
     model, opt = make(0)
     model.frozen.requires_grad_(False)

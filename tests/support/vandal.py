@@ -26,11 +26,11 @@ OUTSIDE = b"this is somebody else's\n" * 4000
 
 def users_of(directory: Path) -> list[int]:
     """Processes that have it or something below it open, or memory of a file there."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        if any(each == directory or directory in each.parents for each in _open_in(int(process.name))):
-            found.append(int(process.name))
-    return found
+    return [pid for pid in (int(each.name) for each in Path("/proc").glob("[0-9]*")) if _uses(pid, directory)]
+
+
+def _uses(pid: int, directory: Path) -> bool:
+    return any(each == directory or directory in each.parents for each in _open_in(pid))
 
 
 def _open_in(pid: int) -> list[Path]:
@@ -86,8 +86,8 @@ class Vandal:
 
     def check_outside(self) -> None:
         """Nothing was written, cut or removed through a link of ours, and nothing was added there."""
-        assert (self.outside / "file").read_bytes() == (self.outside / "folder" / "model.safetensors").read_bytes() == OUTSIDE
-        assert sorted(os.listdir(self.outside)) == ["file", "folder"] and os.listdir(self.outside / "folder") == ["model.safetensors"]
+        found = {str(path.relative_to(self.outside)): path.read_bytes() for path in self.outside.rglob("*") if path.is_file()}
+        assert found == {"file": OUTSIDE, "folder/model.safetensors": OUTSIDE}
 
     def rest(self) -> None:
         """Let go of what is locked."""
@@ -196,7 +196,8 @@ class Vandal:
         path = self.root / name
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            inode, held = os.fstat(fd).st_ino, path in {each for pid in users_of(path) if pid != os.getpid() for each in _open_in(pid)}
+            others = [pid for pid in users_of(path) if pid != os.getpid()]
+            inode, held = os.fstat(fd).st_ino, any(path in _open_in(pid) for pid in others)
             whole = self.dice.random() < 0.15
             done = self._replace_directory(name) if whole else self._touch_file(fd)
             if done is None:
