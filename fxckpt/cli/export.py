@@ -117,13 +117,13 @@ class Origin:
             yield piece
 
     def tensor(self, record: TensorRecord, is_complex: bool = False) -> Any:
-        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers; a state can be made complex."""
+        """A new torch tensor. What is stored as pairs of real numbers comes so; a state can be made complex."""
         import torch
 
         tensor = torch.empty(record.shape, dtype=getattr(torch, DTYPES[record.dtype].torch))
         if raw := bytearray().join(self.pieces(record)):
             tensor = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype).reshape(record.shape)
-        return torch.view_as_complex(tensor) if is_complex else tensor
+        return torch.view_as_complex(tensor) if is_complex and not tensor.is_complex() else tensor
 
     def model(self) -> dict[str, Any]:
         """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fxckpt.errors import SetupError
-from fxckpt.store.dtypes import OF_MODELS, PARTS, item_size, raw_tensor
+from fxckpt.store.dtypes import OF_TORCH, PARTS, item_size, raw_tensor
 
 PIECE = 16 << 20
 """Bytes read at a time."""
@@ -16,7 +16,7 @@ PIECE = 16 << 20
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 """Types that one may be made of another; torch's names."""
 
-KNOWN = frozenset(OF_MODELS.values())
+KNOWN = frozenset(OF_TORCH.values())
 """safetensors' names of the types that a checkpoint's tensors may have."""
 
 
@@ -71,12 +71,12 @@ def of_torch(tensor: Any, name: str) -> Stored:
 
     kind = str(tensor.dtype).removeprefix("torch.")
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
-    if not plain or tensor.device.type == "meta" or kind not in {**OF_MODELS, **PARTS}:
+    if not plain or tensor.device.type == "meta" or kind not in {**OF_TORCH, **PARTS}:
         what = f"a {type(tensor).__name__} of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
         raise SetupError(f"cannot import {name!r}, {what}: only dense tensors of plain number types can be stored")
     is_complex = kind in PARTS
     shape = (*tensor.shape, 2) if is_complex else tuple(tensor.shape)
-    return Stored(PARTS.get(kind) or OF_MODELS[kind], shape, lambda: [raw_tensor(tensor.detach()).data], is_complex)
+    return Stored(PARTS.get(kind) or OF_TORCH[kind], shape, lambda: [raw_tensor(tensor.detach()).data], is_complex)
 
 
 def later(size: Iterable[int], dtype: Any, name: str, read: Callable[[], Any]) -> Stored:
@@ -105,7 +105,7 @@ def cast(stored: Stored, dtype: Any) -> Stored:
                 part = torch.frombuffer(bytearray(piece[at : at + PIECE]), dtype=torch.uint8).view(before)
                 yield raw_tensor(part.to(dtype)).data
 
-    return Stored(OF_MODELS[kind], stored.shape, pieces)
+    return Stored(OF_TORCH[kind], stored.shape, pieces)
 
 
 def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,6 +21,7 @@ from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply
 from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
+from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.store import names
 from fxckpt.store.about import imported, origin
@@ -213,6 +214,8 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
         apply.set_modes(saved.early.get("eval"), record.step, target)
+        if run.clock.attempts == 0:
+            say_what_changed(saved, record.step, run)
         run.continue_from(record.step, record.updates, record.iteration)
         run.saver.about.continue_from(record, run.saver.stall_seconds())
         apply.apply_loops(saved, target, run)

@@ -13,7 +13,7 @@ from fxckpt.compat.modules import every_module
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
-from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable
+from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable, storable_as
 from fxckpt.saving.ownership import check_names
 from fxckpt.store.about import imported
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -99,7 +99,7 @@ def _import_places(record: Record, target: Target) -> dict[str, str]:
 
 def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
     """Note the pair: among the ``unfit`` unless shape and type agree."""
-    real = storable(tensor)
+    real = storable_as(tensor, stored.dtype)
     if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
         out.unfit[name] = stored, tensor
         return

@@ -71,8 +71,9 @@ def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, A
         if key not in described["plain"]:
             raise Corrupt(path, f"the optimizer's {what} is neither in a file nor in the record")
         return
-    pairs = key not in described["complex"] or (place.shape[-1:] == (2,) and place.dtype in ("F32", "F64"))
-    if place.dtype not in TORCH_DTYPES or not pairs:
+    is_pairs = place.shape[-1:] == (2,) and place.dtype in ("F32", "F64")
+    fits = is_pairs or place.dtype == "C64" if key in described["complex"] else place.dtype != "C64"
+    if place.dtype not in TORCH_DTYPES or not fits:
         raise Corrupt(path, f"the optimizer's {what} is {place.dtype}{list(place.shape)}, which no state of a run is")
 
 
@@ -132,7 +133,7 @@ _STATE = has({"early": _encoded_early, "late": _values}, {IMPORTED: _import})
 _group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})
 _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values}, {"host": _names})
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
-_decoded = has(_optimizer, {"accumulated": _tensors, "own": is_anything})
+_decoded = has(_optimizer, {"accumulated": _tensors, "own": is_anything, "given": list_of(_values)})
 
 
 def _is_optimizer(value: Any) -> bool:

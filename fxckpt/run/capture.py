@@ -69,6 +69,7 @@ class Capture:
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
+        self._given = [encode_state(stepper.given, {}, "given") for stepper in arrangement.steppers]
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         optimizers = [] if arrangement.emitter.engine is None else [stepper.opt for stepper in arrangement.steppers]
         self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
@@ -243,6 +244,7 @@ class Capture:
             "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
             "state": self._described[index][1],  # for hundreds of tensors this is worth making once
             "gradients": list(self._present[index]),
+            "given": self._given[index],
         }
         if (own := self.contracts[index].capture()) is not None:
             record["own"] = encode_state(own, tensors, f"optimizers/{index}/own")

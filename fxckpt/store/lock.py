@@ -71,9 +71,17 @@ def _flock(fd: int) -> None:
 KINDS: dict[str, Callable[[int], None]] = {"OFD": _ofd, "POSIX": _posix, "flock": _flock}
 
 
+class Taken(BlockingIOError):
+    """Somebody has a lock of this ``kind``."""
+
+    def __init__(self, kind: str, number: int):
+        super().__init__(number, os.strerror(number))
+        self.kind: str = kind
+
+
 def take(fd: int) -> list[str]:
-    """Take, or keep, every kind that works here, ``flock`` only if no other does; returns which. Raises ``BlockingIOError`` if
-    somebody has one, ``OSError`` if none works."""
+    """Take, or keep, every kind that works here, ``flock`` only if no other does; returns which. Raises ``Taken`` if somebody has
+    one, ``OSError`` if none works."""
     granted: list[str] = []
     for kind, lock in KINDS.items():
         if kind == "flock" and granted:
@@ -83,7 +91,7 @@ def take(fd: int) -> list[str]:
             granted.append(kind)
         except OSError as error:
             if error.errno in _TAKEN:
-                raise BlockingIOError(error.errno, os.strerror(error.errno)) from error
+                raise Taken(kind, error.errno) from error
             if error.errno not in _UNABLE:
                 raise
     if not granted:
@@ -100,15 +108,18 @@ def give_back(fd: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def writer(fd: int) -> int | str | None:
+def writer(fd: int, refused: str | None = None) -> int | str | None:
     """Who has taken it: a pid, ``"unknown"`` (another machine or container), or None: nobody, though somebody may keep others
-    from taking it by a lock for reading."""
+    from taking it by a lock for reading. ``refused``: the kind that ``take`` was refused. Where that is another than ``flock``,
+    no trainer takes that, and whoever has it may only read: it asks for no right to write."""
     for command, where in ((fcntl.F_GETLK, _OWN), (fcntl.F_OFD_GETLK, _SHARED)):
         with suppress(OSError):
             asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, *where, 0)
             kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, command, asked))
             if kind != fcntl.F_UNLCK:
                 return pid if pid > 0 else "unknown"
+    if refused not in (None, "flock"):
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(fd, fcntl.LOCK_UN)
@@ -166,12 +177,13 @@ class DirectoryLock:
             try:
                 take(fd)
                 return fd
-            except BlockingIOError:
-                self._refuse_if_taken(fd)
+            except Taken as error:
+                refused = error.kind
+                self._refuse_if_taken(fd, refused)
             other = self._replacement()
             # Who came the same way meanwhile has put his file there by now: look again at what is there, before ours is.
             with self._folder.opened(names.LOCK, os.O_RDWR) as now:
-                self._refuse_if_taken(now)
+                self._refuse_if_taken(now, refused)
             os.fchmod(other, stat.S_IMODE(os.fstat(fd).st_mode))
             self._folder.rename(names.LOCK + names.TEMPORARY, names.LOCK)
             log.warning("%s was locked for reading by somebody: replaced", self._folder.at(names.LOCK))
@@ -201,8 +213,8 @@ class DirectoryLock:
                 now = self._folder.find(name)
                 if now is not None and os.path.samestat(now, os.fstat(fd)):
                     return fd
-            except BlockingIOError:
-                self._refuse_if_taken(fd)
+            except Taken as error:
+                self._refuse_if_taken(fd, error.kind)
                 self._folder.unlink(name)  # of a run that was killed here; somebody may read it
             except BaseException:
                 io.close(fd)
@@ -210,9 +222,9 @@ class DirectoryLock:
             io.close(fd)
         raise StoreLocked(f"{self._folder.path} cannot be locked: somebody locks {name} for reading, again and again")
 
-    def _refuse_if_taken(self, fd: int) -> None:
+    def _refuse_if_taken(self, fd: int, kind: str) -> None:
         """Say who has it, if somebody has; a lock for reading does not count."""
-        if (who := writer(fd)) is None:
+        if (who := writer(fd, kind)) is None:
             return
         what = f"{self._folder.path} is being written to by another process (pid {who})"
         refused = StoreLocked(f"{what}: stop it, wait for it, or use another directory")
@@ -246,17 +258,18 @@ class DirectoryLock:
                     "its own and start it again"
                 )
             if found is not None:
-                with suppress(BlockingIOError):
+                try:
                     take(self._fd)
                     return
-                self._refuse_if_lost()
+                except Taken as error:
+                    self._refuse_if_lost(error.kind)
             self._keep(self._acquire())
             if found is None:
                 log.warning("%s was removed by somebody: locked again", self._folder.at(names.LOCK))
             self._write_note()
 
-    def _refuse_if_lost(self) -> None:
-        if (who := writer(self._fd)) is not None:
+    def _refuse_if_lost(self, refused: str) -> None:
+        if (who := writer(self._fd, refused)) is not None:
             raise StoreLocked(
                 f"this run (pid {os.getpid()}) lost the lock of {self._folder.path}, and another process has it (pid {who}): "
                 "nothing more is written to it. Only one of the two may go on"
