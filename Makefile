@@ -71,6 +71,12 @@ loops: export FXCKPT_LOOPS ?= 20
 loops: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
 
+# Hugging Face's Trainer and Accelerate, thirty kills of each case.
+.PHONY: integrations
+integrations: export FXCKPT_INTEGRATIONS ?= 30
+integrations: $(ENGINE)
+	@$(PY) -m pytest -n 2 --dist worksteal tests/integrations/test_hf_trainer.py tests/integrations/test_hf_attach.py tests/integrations/test_accelerate.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)

@@ -34,27 +34,36 @@ if TYPE_CHECKING:
     from fxckpt.checkpointed import Checkpointed
     from fxckpt.compiled_optimizer import compile_step
     from fxckpt.handle import Handle, Statistics
+    from fxckpt.importing import Imported, import_checkpoint
     from fxckpt.loading.load import Restored, load
     from fxckpt.loop import batches, epochs, steps
+    from fxckpt.saving.listeners import Committed, Failed
     from fxckpt.store.reader import checkpoints, latest
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Checkpointed": "fxckpt.checkpointed", "Handle": "fxckpt.handle", "Restored": "fxckpt.loading.load",
+    "Checkpointed": "fxckpt.checkpointed", "Committed": "fxckpt.saving.listeners", "Failed": "fxckpt.saving.listeners",
+    "Handle": "fxckpt.handle", "Imported": "fxckpt.importing", "Restored": "fxckpt.loading.load",
     "Statistics": "fxckpt.handle", "batches": "fxckpt.loop", "checkpoints": "fxckpt.store.reader",
-    "compile_step": "fxckpt.compiled_optimizer", "epochs": "fxckpt.loop", "latest": "fxckpt.store.reader",
-    "load": "fxckpt.loading.load", "steps": "fxckpt.loop",
+    "compile_step": "fxckpt.compiled_optimizer", "epochs": "fxckpt.loop", "import_checkpoint": "fxckpt.importing",
+    "latest": "fxckpt.store.reader", "load": "fxckpt.loading.load", "steps": "fxckpt.loop",
 }  # fmt: skip
 """Where the names are that need torch or the engine: imported at first use."""
 
+<<<<<<< HEAD
 _MODULES = ("lightning",)
 """Need a package that ``pip install fxckpt[lightning]`` brings."""
+=======
+_MODULES = ("hf",)
+"""Need a package that ``pip install fxckpt[hf]`` brings."""
+>>>>>>> main
 
 __all__ = [
-    "Cancelled", "Checkpointed", "Corrupt", "EngineMissing", "FxckptError", "Handle", "LayoutMismatch", "NoCheckpoint", "NoSpace",
-    "NotAStore", "Restored", "SaveFailed", "SetupError", "StateError", "Statistics", "StoreError", "StoreLocked",
-    "StoreNotLoaded", "backend", "batches", "checkpoints", "compile_step", "epochs", "latest", "load", "steps",
+    "Cancelled", "Checkpointed", "Committed", "Corrupt", "EngineMissing", "Failed", "FxckptError", "Handle", "Imported",
+    "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore", "Restored", "SaveFailed", "SetupError", "StateError", "Statistics",
+    "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "batches", "checkpoints", "compile_step", "epochs",
+    "import_checkpoint", "latest", "load", "steps",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from fxckpt.compat.accelerate import join
 from fxckpt.compat.dynamo import untraced
 from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.compat.optimizers import comes_by_itself, hooked, takes, watch_steps
@@ -45,6 +46,14 @@ def attach(opt: torch.optim.Optimizer, handle: Handle) -> None:
     cast(Checkpointed, opt)._fxckpt_handle = handle
     for each in (opt, *held_by(opt)):
         watch_steps(each, _foreign_step_begins, _foreign_step_ended)
+
+
+def attach_wrapper(wrapper: Any) -> None:
+    """Let the steps of what Accelerate prepared be those of its optimizer, which is attached, and let it have ``.ckpt``."""
+    join(wrapper, _CKPT_OF_INNER, Checkpointed)
+
+
+_CKPT_OF_INNER = property(lambda self: self.optimizer.ckpt, doc=Checkpointed.ckpt.__doc__)
 
 
 @functools.cache

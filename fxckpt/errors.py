@@ -75,9 +75,15 @@ class Corrupt(StoreError):
         self.reason: str = reason
         self.layer: str | None = layer
         self.offset: int | None = offset
-        where = self.path + (f", layer {layer!r}" if layer is not None else "")
+        where = self.path + (f", {_some(layer)}" if layer is not None else "")
         where += f", offset {offset}" if offset is not None else ""
         super().__init__(f"{where}: {reason}")
+
+
+def _some(layer: str) -> str:
+    """The layers of a damaged chunk for a message: of many, their number and the first ones."""
+    names = layer.split(", ")
+    return f"layer {layer!r}" if len(names) <= 3 else f"{len(names)} layers ({', '.join(names[:3])}, …)"
 
 
 class SaveFailed(FxckptError):

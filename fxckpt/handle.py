@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from typing import TypedDict, TypeVar
 
 import torch
 
@@ -13,6 +14,7 @@ from fxckpt.errors import SetupError
 from fxckpt.graph.step_graph import StepGraph
 from fxckpt.run.run import Run
 from fxckpt.run.signals import Finisher
+from fxckpt.saving.listeners import Committed, Failed
 from fxckpt.saving.tracing import Tracing
 
 NO_ENGINE: EngineStatistics = {
@@ -20,6 +22,10 @@ NO_ENGINE: EngineStatistics = {
     "copy_seconds": 0.0, "write_seconds": 0.0, "stall_seconds": 0.0,
 }  # fmt: skip
 """Where fxckpt is off."""
+
+
+OnCommit = TypeVar("OnCommit", bound=Callable[[Committed], object])
+OnFailure = TypeVar("OnFailure", bound=Callable[[Failed], object])
 
 
 class Statistics(TypedDict):
@@ -65,6 +71,7 @@ class Handle:
             SaveFailed: it could not be written. SetupError: a name that cannot be one, or the run was shut down.
             FxckptError: there is a checkpoint of that name.
         """
+        self._check_thread("save")
         self._run.stepping.save(name)
 
     def flush(self, timeout: float | None = None) -> None:
@@ -79,6 +86,7 @@ class Handle:
         Raises:
             The first failure that was not raised yet, a SaveFailed or StoreError; TimeoutError after ``timeout``.
         """
+        self._check_thread("flush")
         self._run.flush(timeout)
 
     def shutdown(self, timeout: float | None = None) -> None:
@@ -90,6 +98,7 @@ class Handle:
         Raises:
             What ``flush`` raises, after the run was stopped.
         """
+        self._check_thread("shutdown")
         self._run.shutdown(timeout)
 
     def end_step(self) -> None:
@@ -125,6 +134,49 @@ class Handle:
         """
         self._run.capture.note(metrics)
 
+    def on_commit(self, callback: OnCommit) -> OnCommit:
+        """Have a function called with a :class:`~fxckpt.Committed` for each checkpoint that is durable from now on.
+
+            @opt.ckpt.on_commit
+            def log(done: fxckpt.Committed) -> None:
+                writer.add_scalar("checkpoint/seconds", done.seconds, done.step)
+
+        It is called on the thread that commits, one checkpoint after the other, while training goes on: keep it short, for the
+        next commit waits for it, and lock what it shares with the training thread. ``flush`` and ``save`` return after the calls
+        for what they waited for; inside a callback they, and ``shutdown``, raise SetupError. What it raises is logged the first
+        time, and costs no checkpoint. Under ``writer="mock"`` it is called for each checkpoint that would have been written.
+
+        Args:
+            callback: takes one argument; what it returns is ignored.
+
+        Returns:
+            ``callback``, so that this can decorate it.
+        """
+        self._run.listeners.add(Committed, callback)
+        return callback
+
+    def on_failure(self, callback: OnFailure) -> OnFailure:
+        """Have a function called with a :class:`~fxckpt.Failed` for each checkpoint that fails from now on.
+
+        It is called as by ``on_commit``. A checkpoint that was dropped because another takes its place is no failure.
+
+        Args:
+            callback: takes one argument; what it returns is ignored.
+
+        Returns:
+            ``callback``, so that this can decorate it.
+        """
+        self._run.listeners.add(Failed, callback)
+        return callback
+
+    def _check_thread(self, method: str) -> None:
+        """Raises SetupError on the thread that commits, which cannot wait for itself."""
+        if self._run.saver.loop.is_current():
+            raise SetupError(
+                f"opt.ckpt.{method}() waits for the thread that commits, and was called on it, by a callback of on_commit or "
+                "on_failure: note what is to be done, and do it in the thread that trains"
+            )
+
     @property
     def graph(self) -> StepGraph:
         """The StepGraph of the run's first optimizer. Raises SetupError before its first step.
@@ -151,6 +203,28 @@ class Handle:
         """Batches of the pass over ``fxckpt.batches`` that are behind. After ``load`` those of the checkpoint's pass, so that
         ``enumerate(fxckpt.batches(loader), opt.ckpt.batch)`` counts on."""
         return self._run.loops.batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the run stands: ``step``, ``updates`` and ``iteration``, as in :class:`~fxckpt.Restored`.
+
+        For another way of saving beside this one: ``accelerator.register_for_checkpointing(opt.ckpt)``.
+        """
+        clock = self._run.clock
+        return {"step": clock.attempts, "updates": clock.applied.promise()(), "iteration": clock.iteration_of(clock.attempts)}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Say that the state of that step was put into model and optimizer by other means, and train on from there.
+
+        Args:
+            state_dict: what :meth:`state_dict` gave.
+
+        Raises:
+            SetupError: it is something else.
+        """
+        wanted = ("step", "updates", "iteration")
+        if not all(isinstance(state_dict.get(name), int) for name in wanted):
+            raise SetupError(f"this is no state of opt.ckpt: it needs the numbers {', '.join(wanted)}")
+        self._run.go_on_from(*(state_dict[name] for name in wanted))
 
     @property
     def directory(self) -> str:

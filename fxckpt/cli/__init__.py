@@ -1,13 +1,14 @@
-"""``fxckpt``, also ``python -m fxckpt``: look at, check, compare, export and clean up checkpoints, and measure a disk.
+"""``fxckpt``, also ``python -m fxckpt``: look at, check, compare, import, export and clean up checkpoints, and measure a disk.
 
 One module per command, each with ``HELP``, ``add_arguments`` and ``run``; ``docs/cli.md`` is the manual. torch is imported
-by ``export`` to the formats that are torch's, and by ``diff`` where numpy lacks a type; by nothing else.
+by ``import`` and ``export`` for the formats that are torch's, and by ``diff`` where numpy lacks a type; by nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,10 @@ from fxckpt.cli import common
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, NotAStore, SetupError, StoreLocked
 from fxckpt.store.directory import local_path
 
-COMMANDS = ("ls", "inspect", "verify", "diff", "export", "prune", "bench", "doctor")
+COMMANDS = ("ls", "inspect", "verify", "diff", "watch", "plot", "import", "export", "prune", "bench", "doctor")
+
+PATHS = ("dir", "source", "out", "config")
+"""Arguments that name a place on the disk, in whatever command."""
 
 EPILOG = f"""exit status: {common.OK} done, {common.FAILED} it failed, {common.USAGE} wrong usage,
 {common.CORRUPT} stored bytes do not verify, {common.NOTHING} no such checkpoint or not a store,
@@ -28,9 +32,11 @@ def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     top = argparse.ArgumentParser(prog="fxckpt", description="Checkpoints of fxckpt: look at them, check them, use them.",
                                   epilog=EPILOG)  # fmt: skip
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    version: str = importlib.import_module("fxckpt").__version__
+    top.add_argument("--version", action="version", version=f"fxckpt {version}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
     for name in COMMANDS:
-        module = importlib.import_module(f"fxckpt.cli.{name}")
+        module = importlib.import_module(f"fxckpt.cli.{name}{'_' * keyword.iskeyword(name)}")
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__, epilog=EPILOG,
                                       formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
         module.add_arguments(command)
@@ -41,10 +47,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
-    args = parser().parse_args(argv)
+    top = parser()
+    args = top.parse_args(argv)
+    if args.command is None:
+        top.print_help()
+        return common.OK
     try:
-        if getattr(args, "dir", None) is not None:
-            args.dir = local_path(args.dir)
+        for name in PATHS:
+            if getattr(args, name, None) is not None:
+                setattr(args, name, local_path(getattr(args, name)))
         status = args.run(args)
         sys.stdout.flush()
         return status

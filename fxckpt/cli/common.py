@@ -8,12 +8,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
+from fxckpt.store.record import Record
 from fxckpt.terminal import one_line, plain
 
 OK, FAILED, USAGE, CORRUPT, NOTHING, IN_USE = range(6)
@@ -59,11 +60,12 @@ def open_checkpoint(directory: str, which: str | None) -> Reader:
     return Reader(choose(look(directory), directory, which).path)
 
 
-def verify(path: str) -> None:
-    """Read every byte of a checkpoint, with a bar. Raises Corrupt, NoCheckpoint."""
+def verify(path: str) -> Record:
+    """Read every byte of a checkpoint, with a bar, and return its record. Raises Corrupt, NoCheckpoint."""
     reader = Reader(path)
     with Progress(os.path.basename(path), reader.record.nbytes) as progress:
         reader.verify(progress.advance)
+    return reader.record
 
 
 def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | None) -> Candidate:
@@ -81,6 +83,19 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
         return each
     there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate))
     raise NoCheckpoint(f"{directory} has no checkpoint {which or ''}".rstrip() + f"; there is: {there or 'none'}")
+
+
+def began(found: Mapping[str, Any]) -> str:
+    """That a store began as an import, in words; ``found`` is what its record says."""
+    return f"from an import of {found['source']} ({found['format']}), {clock(found['time'])}"
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file, or of the files in a directory."""
+    if not os.path.isdir(path):
+        return os.stat(path).st_size
+    with os.scandir(path) as entries:
+        return sum(each.stat().st_size for each in entries if each.is_file())
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Compare two checkpoints of a store: which layers changed, and by how much.
+"""Compare two checkpoints of a store, by default its newest two: which layers changed, and by how much.
 
 For each layer, over all its elements: the share that changed, |b - a| / |a| (Euclidean norms) and the largest |b - a|, for
 the parameters and, in the last column, |b - a| / |a| for the optimizer's state. Both are verified first, and held, so that a
@@ -17,9 +17,10 @@ import numpy as np
 
 from fxckpt.cli import common
 from fxckpt.engine import io
+from fxckpt.errors import NoCheckpoint
 from fxckpt.store.dtypes import DTYPES, item_size, numpy_dtype
 from fxckpt.store.names import OPTIMIZER
-from fxckpt.store.reader import Reader
+from fxckpt.store.reader import Candidate, Reader
 
 HELP = "which layers changed between two steps, and by how much"
 
@@ -28,8 +29,9 @@ PIECE = 4 << 20  # elements at a time: a bound for memory, whatever the tensors'
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", metavar="DIR", help="the store")
-    parser.add_argument("a", metavar="A", help=common.WHICH.replace("; default: latest", ""))
-    parser.add_argument("b", metavar="B", help="as A")
+    which = common.WHICH.replace("default: latest", "default: the newest but one")
+    parser.add_argument("a", nargs="?", metavar="A", help=which)
+    parser.add_argument("b", nargs="?", metavar="B", help="as A; default: the newest")
     parser.add_argument("--tensors", action="store_true", help="a line for each tensor instead of each layer")
 
 
@@ -77,7 +79,7 @@ class Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    first, second = common.open_checkpoint(args.dir, args.a), common.open_checkpoint(args.dir, args.b)
+    first, second = _pair(args.dir, args.a, args.b)
     total = first.record.nbytes + second.record.nbytes
     with first.held() as held_a, second.held() as held_b, common.Progress("comparing", 2 * total) as progress:
         for reader in (first, second):
@@ -88,6 +90,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print(rows, first, second)
     return common.OK
+
+
+def _pair(directory: str, a: str | None, b: str | None) -> tuple[Reader, Reader]:
+    """Both, as the command line names them; the newest two whose records verify if it names none. Raises NoCheckpoint."""
+    if a is not None:
+        return common.open_checkpoint(directory, a), common.open_checkpoint(directory, b)
+    found = [each for each in common.look(directory) if isinstance(each, Candidate)]
+    if len(found) < 2:
+        raise NoCheckpoint(f"{directory} has {len(found)} checkpoint{'s' * (len(found) != 1)}: two are compared")
+    return Reader(found[1].path), Reader(found[0].path)
 
 
 def compare(

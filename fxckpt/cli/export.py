@@ -1,4 +1,5 @@
-"""Write a checkpoint in another format: one file of torch.save, safetensors with a Hugging Face index, or a DCP directory.
+"""Write a checkpoint in another format: one file of torch.save, safetensors with a Hugging Face index, a folder for
+from_pretrained (hf), or a DCP directory.
 
 Every byte is verified before any is used, and the checkpoint is held, so that a trainer may go on meanwhile. OUT must not
 exist; it appears when it is complete. By default only the model is written (with its buffers): --optimizer adds the
@@ -19,6 +20,7 @@ from typing import Any
 from fxckpt.cli import common
 from fxckpt.engine import io
 from fxckpt.errors import FxckptError, SaveFailed, SetupError
+from fxckpt.store import about
 from fxckpt.store.dtypes import DTYPES
 from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
@@ -27,26 +29,31 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.record import Record, TensorRecord
 from fxckpt.store.typed_json import decode_state
 
-HELP = "write a checkpoint as torch.save file, safetensors with Hugging Face index, or DCP"
+HELP = "write a checkpoint as torch.save file, safetensors, folder for from_pretrained, or DCP"
 
 INDEX = f"{MODEL}.index.json"
+CONFIG = "config.json"
 PIECE = 16 << 20  # bytes copied at a time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_store(parser)
-    parser.add_argument("out", metavar="OUT", help="the file (torch) or directory (safetensors, dcp) to make")
+    parser.add_argument("out", metavar="OUT", help="the file (torch) or directory (all others) to make")
     parser.add_argument("--format", choices=sorted(_FORMATS), required=True, help="what to write")
     parser.add_argument("--which", metavar="WHICH", help=common.WHICH)
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state too (torch, dcp)")
-    shard = "safetensors: begin a new file after so many bytes (default: 5GB)"
+    config = "hf: a folder with a config.json (and tokenizer), to be copied; default: what the record knows of the model"
+    parser.add_argument("--config", metavar="FOLDER", help=config)
+    shard = "safetensors, hf: begin a new file after so many bytes (default: 5GB)"
     parser.add_argument("--shard", type=common.amount, default=5 * 10**9, metavar="SIZE", help=shard)
 
 
 def run(args: argparse.Namespace) -> int:
     if os.path.lexists(args.out):
         raise SetupError(f"{args.out} exists: name a place where nothing is")
-    if args.optimizer and args.format == "safetensors":
+    if args.config is not None and args.format != "hf":
+        raise SetupError("--config is for --format hf, which writes a config.json")
+    if args.optimizer and args.format in ("safetensors", "hf"):
         raise SetupError("a Hugging Face checkpoint has no place for optimizer state: use --format torch or dcp")
     parent = os.path.dirname(os.path.abspath(args.out))
     if not os.path.isdir(parent):
@@ -110,13 +117,13 @@ class Origin:
             yield piece
 
     def tensor(self, record: TensorRecord, is_complex: bool = False) -> Any:
-        """A new torch tensor. A complex parameter is stored, and comes, as pairs of real numbers; a state can be made complex."""
+        """A new torch tensor. What is stored as pairs of real numbers comes so; a state can be made complex."""
         import torch
 
         tensor = torch.empty(record.shape, dtype=getattr(torch, DTYPES[record.dtype].torch))
         if raw := bytearray().join(self.pieces(record)):
             tensor = torch.frombuffer(raw, dtype=torch.uint8).view(tensor.dtype).reshape(record.shape)
-        return torch.view_as_complex(tensor) if is_complex else tensor
+        return torch.view_as_complex(tensor) if is_complex and not tensor.is_complex() else tensor
 
     def model(self) -> dict[str, Any]:
         """The state dict: parameters and buffers by name, ties under each of their names, modules' own extra state."""
@@ -211,4 +218,34 @@ def _shards(tensors: list[TensorRecord], limit: int) -> list[list[TensorRecord]]
     return shards
 
 
-_FORMATS = {"torch": _torch, "safetensors": _safetensors, "dcp": _dcp}
+def _hf(source: Origin, path: str, args: argparse.Namespace) -> None:
+    """A folder that ``from_pretrained`` opens: weights under the names it looks for, and the model's configuration."""
+    config = about.config(source.record) if args.config is None else None
+    if args.config is None and config is None:
+        raise SetupError(
+            "the record does not know the model's configuration, which from_pretrained needs (it is noted of models of "
+            "Transformers that are given as model=): name a folder that has it with --config FOLDER, or use --format safetensors"
+        )
+    _safetensors(source, path, args)
+    shards = [name for name in os.listdir(path) if name.endswith(".safetensors")]
+    if len(shards) == 1:  # as save_pretrained calls it
+        os.rename(os.path.join(path, shards[0]), os.path.join(path, MODEL))
+        os.unlink(os.path.join(path, INDEX))
+    if config is not None:
+        with open(os.path.join(path, CONFIG), "w", encoding="utf-8") as text:
+            text.write(json.dumps(json.loads(config), indent=2, sort_keys=True) + "\n")
+        return
+    for name in _companions(args.config):
+        shutil.copyfile(os.path.join(args.config, name), os.path.join(path, name))
+
+
+def _companions(folder: str) -> list[str]:
+    """What lies beside a model's weights: its configuration and tokenizer. Raises SetupError if the first is not there."""
+    if not os.path.isfile(os.path.join(folder, CONFIG)):
+        raise SetupError(f"--config {folder}: it has no {CONFIG}")
+    kinds, found = (".json", ".txt", ".model", ".jinja"), sorted(os.listdir(folder))
+    return [name for name in found if name.endswith(kinds) and not name.endswith(".index.json")
+            and os.path.isfile(os.path.join(folder, name))]  # fmt: skip
+
+
+_FORMATS = {"torch": _torch, "safetensors": _safetensors, "hf": _hf, "dcp": _dcp}

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fxckpt.cli import common
+from fxckpt.store import about
 from fxckpt.store.record import Record
 
 HELP = "show what one checkpoint holds"
@@ -33,7 +34,8 @@ def describe(record: Record, path: str) -> dict[str, Any]:
         "path": path, "step": record.step, "generation": record.generation, "parent": record.parent, "name": record.name,
         "iteration": record.iteration, "updates": record.updates, "time": record.time, "store_id": record.store_id,
         "world_size": record.world_size, "rank": record.rank, "metrics": record.metrics, "lasting": record.lasting,
-        "best_by": record.best_by, "ties": record.ties, "extra": extra_names(record),
+        "best_by": record.best_by, "began": about.origin(record), "imported": about.imported(record) is not None,
+        "ties": record.ties, "extra": extra_names(record),
         "optimizers": [_optimizer(each) for each in record.optimizers] if isinstance(record.optimizers, list) else [],
         "files": [{"name": file.name, "nbytes": file.nbytes, "chunk_bytes": file.chunk_bytes, "chunks": len(file.crc32c)}
                   for file in record.files],
@@ -74,11 +76,15 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
     for optimizer in found["optimizers"]:
         for group in optimizer["groups"]:
             shown = ", ".join(f"{name}={value!r}" for name, value in group["settings"].items() if value is not None)
-            common.say(f"{optimizer['class']}: {group['parameters']} tensors, {shown}")
+            common.say(
+                f"{optimizer['class'] or 'an optimizer of a class that is not known'}: {group['parameters']} tensors, {shown}"
+            )
     for name in ("extra", "metrics", "ties"):
         if found[name]:
             common.say(f"{name}: " + ", ".join(found[name] if isinstance(found[name], list)
                                           else (f"{key}={value}" for key, value in found[name].items())))  # fmt: skip
+    if found["began"] is not None:
+        common.say(f"{'this is' if found['imported'] else 'its store began'} {common.began(found['began'])}")
     if found["lasting"]:
         common.say(f"kept for good (by {found['lasting']})")
     common.say()

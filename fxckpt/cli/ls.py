@@ -1,41 +1,58 @@
-"""List the checkpoints of a store, oldest first. Reads the records only; ``verify`` reads everything."""
+"""List the checkpoints of a store, oldest first, or one of them. Reads the records only; ``verify`` reads everything."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt
-from fxckpt.store import names
-from fxckpt.store.reader import Candidate, directory_of
+from fxckpt.store import about, names
+from fxckpt.store.reader import Candidate, directory_of, read_record
 from fxckpt.store.retention import Policy
 
 HELP = "list the checkpoints of a store"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", metavar="DIR", help="the store")
+    common.add_store(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    found = common.look(args.dir)[::-1]
+    found = _found(args.dir)
     damaged = [each for each in found if isinstance(each, Corrupt)]
-    rows = [_row(each, args.dir) for each in found]
+    base = os.path.dirname(os.path.abspath(args.dir)) if common.is_checkpoint(args.dir) else args.dir
+    rows = [_row(each, base) for each in found]
     _mark_best(found, rows)
     others = _others(args.dir)
+    origins = [began for each in found if isinstance(each, Candidate) and (began := about.origin(each.record)) is not None]
+    began = origins[-1] if origins else None
     if args.json:
-        common.print_json({"directory": os.path.abspath(args.dir), "checkpoints": rows, **others})
+        common.print_json({"directory": os.path.abspath(args.dir), "checkpoints": rows, "began": began, **others})
     else:
         _print(rows, others)
+        if began is not None:
+            common.say(f"began {common.began(began)}")
     return common.CORRUPT if damaged else common.OK
+
+
+def _found(directory: str) -> list[Candidate | Corrupt]:
+    """Oldest first; of the directory of a checkpoint, that one."""
+    if not common.is_checkpoint(directory):
+        return common.look(directory)[::-1]
+    path = os.path.abspath(directory)
+    try:
+        return [Candidate(Path(path), read_record(path))]
+    except Corrupt as error:
+        return [error]
 
 
 def _row(each: Candidate | Corrupt, directory: str) -> dict:
     """One checkpoint, or what is wrong with its record."""
     if isinstance(each, Corrupt):
         path = os.path.relpath(directory_of(each), os.path.abspath(directory))
-        return {"path": path, "step": names.step_of(os.path.basename(path)), "damaged": each.reason}
+        return {"path": path, "step": names.step_of(os.path.basename(directory_of(each))), "damaged": each.reason}
     record, kept = each.record, "named" if each.record.name is not None else each.record.lasting
     return {"path": os.path.relpath(each.path, os.path.abspath(directory)), "step": record.step,
             "generation": record.generation, "parent": record.parent, "time": record.time, "name": record.name,

@@ -11,6 +11,7 @@ from typing import Any
 
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint
+from fxckpt.store import about
 from fxckpt.store.reader import directory_of
 
 HELP = "read every byte and check it"
@@ -32,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         for each in results:
             common.say(f"{each['verdict']:8} {each['path']}" + (f": {each['detail']}" if each["detail"] else ""))
+        if (began := next((each["began"] for each in results if each.get("began")), None)) is not None:
+            common.say(f"began {common.began(began)}")
         if not results:
             common.say("no checkpoints")
     return common.CORRUPT if any(each["verdict"] == "damaged" for each in results) else common.OK
@@ -40,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
 def _verify(path: str) -> dict[str, Any]:
     """The verdict on one checkpoint: good, damaged, or gone."""
     try:
-        common.verify(path)
-        return {"path": path, "verdict": "good", "detail": None}
+        began = about.origin(common.verify(path))
+        return {"path": path, "verdict": "good", "detail": None, "began": began}
     except NoCheckpoint as error:
         return {"path": path, "verdict": "gone", "detail": str(error)}
     except Corrupt as error:

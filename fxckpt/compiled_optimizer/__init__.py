@@ -1,34 +1,32 @@
 """``compile_step``: what a user calls to have an optimizer checkpoint its training.
 
-``checks`` looks at the arguments, ``start`` opens the engine and the store, ``types`` says to type checkers what comes back.
+``checks`` looks at the arguments, ``start`` opens the engine and the store, ``ends`` finishes at exit, ``types`` says to type
+checkers what comes back.
 """
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from fxckpt.checkpointed import attach
+from fxckpt.checkpointed import attach, attach_wrapper
 from fxckpt.compat import cuda
+from fxckpt.compat.accelerate import is_prepared
 from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
 from fxckpt.compiled_optimizer.checks import check
-from fxckpt.compiled_optimizer.start import say, start
+from fxckpt.compiled_optimizer.ends import finish_at_exit
+from fxckpt.compiled_optimizer.start import give_up, say, start
 from fxckpt.compiled_optimizer.types import typed
 from fxckpt.config import Config, default_directory, disabled
 from fxckpt.handle import Handle
-from fxckpt.run.run import Run, live_runs
+from fxckpt.run.run import Run
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import NullStore
 from fxckpt.store.directory import local_path
-
-log: logging.Logger = logging.getLogger("fxckpt")
 
 
 @typed
@@ -59,7 +57,8 @@ def compile_step(
     """Checkpoint training layer by layer inside ``opt.step()``.
 
     Args:
-        opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step.
+        opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step. What
+            Accelerate's ``prepare`` returned may be given; its ``GradScaler`` is then among the extras.
         dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``.
         model: what is trained, compiled or wrapped or not: a module, or a list or dict of them, which must own all that the
             optimizers train. Names every tensor, and adds what the optimizer does not hold: frozen parameters, buffers,
@@ -100,28 +99,23 @@ def compile_step(
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error, read_back=read_back,
     )  # fmt: skip
-    optimizers, module, extras = check(list(opt) if isinstance(opt, (list, tuple)) else [opt], model, extra)
+    given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
+    optimizers, module, extras = check(given, model, extra)
     directory = os.path.abspath(local_path(dir if dir is not None else default_directory()))  # wherever the script goes later
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
-    run = Run(optimizers, directory, module, extras, config, engine, store, devices)
+    try:
+        run = Run(optimizers, directory, module, extras, config, engine, store, devices)
+    except BaseException:
+        give_up(engine, store)
+        raise
     handle = Handle(run)
     for each in optimizers:
         attach(each, handle)
         rebind_scheduler_wrapper(each)
+    for wrapper in filter(is_prepared, given):
+        attach_wrapper(wrapper)
+    finish_at_exit()
     say(run)
     return opt
-
-
-def _shutdown_all() -> None:
-    """At exit: finish what was started. ``sys.last_value`` is set when an exception ended the script."""
-    failed = getattr(sys, "last_value", None) is not None
-    for run in list(live_runs):
-        try:
-            run.end(failed)
-        except Exception as error:
-            log.error("fxckpt: at exit: %s", error)
-
-
-atexit.register(_shutdown_all)

@@ -36,13 +36,19 @@ def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[i
         for ordinal in sorted(ordinals):
             engine.open_device(ordinal, devices.driver)
     except BaseException as error:
-        engine.close()
-        store.close()
+        give_up(engine, store)
         if isinstance(error, StoreLocked) and world_size() > 1:
             advice = "give every rank a directory of its own (for example f'checkpoints/rank{rank}')."
             raise SetupError(f"{error}\nThis is rank {rank()} of {world_size()}: {advice}") from error
         raise
     return engine, store
+
+
+def give_up(engine: Engine | None, store: CheckpointStore) -> None:
+    """No run comes to be that would end them."""
+    if engine is not None:
+        engine.close()
+    store.close()
 
 
 def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:

@@ -16,11 +16,16 @@ from fxckpt.errors import Cancelled, SetupError
 class Checkpoint:
     """One pass over a plan: emit each layer once, then wait. Made by :meth:`Engine.begin`."""
 
-    def __init__(self, engine: object, plan: Plan, pointer: Any):
-        self._engine, self._plan, self._pointer = engine, plan, pointer  # the engine: so that it lives as long
+    def __init__(self, engine: object, plan: Plan, out: Any):
+        self._engine, self._plan, self._out = engine, plan, out  # the engine: so that it lives as long
         self._ffi, self._lib = load()
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _release_checkpoint, self._lib, pointer, self._pid)
+        self._finalizer = weakref.finalize(self, _release_checkpoint, self._lib, out, self._pid)
+
+    @property
+    def _pointer(self) -> Any:
+        """What ``fx_begin`` gave; null before it did."""
+        return self._out[0]
 
     def _is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
@@ -108,6 +113,6 @@ class Checkpoint:
         self._finalizer()
 
 
-def _release_checkpoint(lib: Lib, pointer: Any, pid: int) -> None:
-    if os.getpid() == pid:
-        lib.fx_checkpoint_release(pointer)
+def _release_checkpoint(lib: Lib, out: Any, pid: int) -> None:
+    if out[0] and os.getpid() == pid:
+        lib.fx_checkpoint_release(out[0])

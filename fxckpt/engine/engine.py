@@ -64,12 +64,12 @@ class Engine:
         self._devices: set[int] = set()
         options = ffi.new("struct fx_options *", (threads, chunk_bytes, staging_bytes, mock, direct))
         out, error = ffi.new("struct fx_engine **"), ffi.new("struct fx_error *")
+        self._finalizer = weakref.finalize(self, _free_engine, lib, out, self._pid)  # before there is anything to free
         if lib.fx_engine_new(options, out, error):
             raise failure(ffi, error)
         self._pointer = out[0]
         self._ring: object = None  # memory shared with a monitor: it must live until the engine is closed
         self._pending = lib.fx_engine_pending(self._pointer)
-        self._finalizer = weakref.finalize(self, _free_engine, lib, self._pointer, self._pid)
 
     def _is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
@@ -108,10 +108,15 @@ class Engine:
         keep: list[Any] = []
         held = plan._held(known, waited, keep)
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")
-        if lib.fx_begin(self._pointer, plan._pointer, below, ffi.new("char *[]", paths), held, out, error):
-            raise failure(ffi, error)
-        self._say_what_is_slow()
-        return Checkpoint(self, plan, out[0])
+        begun = Checkpoint(self, plan, out)
+        try:
+            if lib.fx_begin(self._pointer, plan._pointer, below, ffi.new("char *[]", paths), held, out, error):
+                raise failure(ffi, error)
+            self._say_what_is_slow()
+        except BaseException:  # Ctrl-C may come when it has begun
+            begun.release()
+            raise
+        return begun
 
     def _say_what_is_slow(self) -> None:
         found = self._statistics()
@@ -211,9 +216,9 @@ class Engine:
             log.error("A writer thread did not come back from the disk within %.1f s: left behind", timeout)
 
 
-def _free_engine(lib: Lib, pointer: Any, pid: int) -> None:
+def _free_engine(lib: Lib, out: Any, pid: int) -> None:
     """Ends an engine that is garbage, or alive at exit: its threads must not read tensors being freed."""
-    if os.getpid() != pid:
+    if not out[0] or os.getpid() != pid:
         return
-    lib.fx_engine_close(pointer, int(EXIT_PATIENCE * 1e9))
-    lib.fx_engine_free(pointer)
+    lib.fx_engine_close(out[0], int(EXIT_PATIENCE * 1e9))
+    lib.fx_engine_free(out[0])

@@ -66,7 +66,7 @@ def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, St
         states: dict[int, State] = {}
         for group in opt.param_groups:
             for param in group["params"]:
-                name = match.stored.get(target.inventory.name_of(param))
+                name = match.states.get(target.inventory.name_of(param))
                 if name is not None and name in old["state"]:
                     places = {key: saved.places.get(state_key(index, key, name)) for key in old["state"][name]["keys"]}
                     states[id(param)] = _make_state(places, old["state"][name], param, group, opt.state.get(param, {}), match)
@@ -98,7 +98,7 @@ def _state_tensor(
 ) -> torch.Tensor:
     """An uninitialised tensor as the record describes it, or the live one if it is just so."""
     shape, dtype = tuple(place.shape), TORCH_DTYPES[place.dtype]
-    if is_complex:
+    if is_complex and not dtype.is_complex:
         shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
     like = torch.empty(shape, dtype=dtype, device="meta")
     layout = like.stride()
@@ -306,10 +306,15 @@ class LateOwners:
         with torch.no_grad():
             for name, tensor in {**seen.buffers, **seen.frozen}.items():
                 if (held := self._tensors.pop(name, None)) is not None:
-                    _fill_late(name, storable(tensor), held)
+                    _fill_late(name, _like(storable(tensor), held), held)
             for name, tensor in seen.transient.items():
                 if (held := self._transient.pop(name, None)) is not None:
                     _fill_late(name, tensor, held)
+
+
+def _like(live: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """A complex one as pairs of reals if an earlier version stored it so."""
+    return torch.view_as_real(live) if live.is_complex() and held.dtype is torch.float32 else live
 
 
 def _fill_late(name: str, live: torch.Tensor, held: torch.Tensor) -> None:

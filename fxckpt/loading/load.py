@@ -21,8 +21,10 @@ from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply
 from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
+from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.store import names
+from fxckpt.store.about import imported, origin
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -48,6 +50,7 @@ class Restored:
         missing: live names that the checkpoint lacks.
         unexpected: names in the checkpoint that nothing live has.
         skipped: newer checkpoints that did not verify, each with the reason.
+        imported: what the store began with (``fxckpt import``); None if it began with training.
     """
 
     step: int = 0
@@ -60,6 +63,7 @@ class Restored:
     skipped: tuple[tuple[str, str], ...] = ()
     epoch: int = 0
     batch: int = 0
+    imported: str | None = None
 
 
 @torch.inference_mode(False)  # what is made here is trained, wherever it was called
@@ -210,7 +214,10 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
         apply.set_modes(saved.early.get("eval"), record.step, target)
+        if run.clock.attempts == 0:
+            say_what_changed(saved, record.step, run)
         run.continue_from(record.step, record.updates, record.iteration)
+        run.saver.about.continue_from(record, run.saver.stall_seconds())
         apply.apply_loops(saved, target, run)
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)
@@ -220,8 +227,15 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
         run.late_owners = apply.LateOwners(held, transient, run.optimizers) if held or transient else None
     if skipped:
         log.warning("fxckpt: continuing from %s; newer ones did not verify", found.path)
-    log.info("fxckpt: restored step %d from %s", record.step, found.path)
+    began = origin(record)
+    if began is not None and imported(record) is not None:
+        left = ["random generators", *([] if record.optimizers or not target.optimizers else ["optimizers"]), *match.missing]
+        what = "fxckpt: began from import: step 0, from %s (%s). Not in it, so as the script made them: %s"
+        log.info(what, began["source"], began["format"], ", ".join(left))
+    else:
+        log.info("fxckpt: restored step %d from %s", record.step, found.path)
     layers = tuple(layer.name for layer in record.layers)
     loops = saved.early.get("loops", apply.NO_LOOPS)
     return Restored(record.step, record.iteration, record.updates, found.path, layers, tuple(match.missing),
-                    tuple(match.unexpected), tuple(skipped), loops["epoch"], loops["batch"])  # fmt: skip
+                    tuple(match.unexpected), tuple(skipped), loops["epoch"], loops["batch"],
+                    None if began is None else began["source"])  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,10 +13,20 @@ from fxckpt.compat.modules import every_module
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
-from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, storable
+from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable, storable_as
 from fxckpt.saving.ownership import check_names
-from fxckpt.store.names import MODEL
+from fxckpt.store.about import imported
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import Record, TensorRecord
+
+_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
+"""What schedulers put into a group."""
+
+_OF_THE_SAME_SHAPE = {
+    "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev", "square_avg",
+    "step_size", "sum",
+}  # fmt: skip
+"""What classes of torch.optim keep for a parameter in its shape."""
 
 
 @dataclass
@@ -24,6 +35,7 @@ class Match:
 
     tensors: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)  # by file and key
     stored: dict[str, str] = field(default_factory=dict)  # live name of a trained parameter -> its stored name, if it fits
+    states: dict[str, str] = field(default_factory=dict)  # the same -> its name in the record of the optimizers
     later: list[TensorRecord] = field(default_factory=list)  # wait for the compiler to show who owns them
     filled: list[tuple[torch.nn.Module, str, torch.Tensor]] = field(default_factory=list)  # buffers that are None still
     resized: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # empty buffers, and what they become
@@ -43,6 +55,10 @@ def match_tensors(record: Record, target: Target) -> Match:
     positions = out.places = _by_position(record, target) if target.model is None else {}
     modules = {} if target.model is None else dict(every_module(target.model))
     aliases = {**record.ties, **{name: alias for alias, name in record.ties.items()}}
+    began = imported(record)
+    equal = {} if began is None else began.get("equal", {})
+    if began is not None:  # other programs store a tie under any of its names, or under all of them
+        aliases |= inventory.ties
     for key, tensor in {tensor.key: tensor for tensor in record.tensors(MODEL)}.items():
         name = positions.get(key, key)
         if name not in live and aliases.get(name) in live:
@@ -56,17 +72,34 @@ def match_tensors(record: Record, target: Target) -> Match:
             made = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device=device)
             out.tensors[MODEL, key] = made
             out.filled.append((*empty, made))
-        else:
+        elif began is None or not _is_second_name(key, out.stored.get(inventory.ties.get(key, key)), equal):
             out.unexpected.append(key)
     _resize_buffers(out, inventory.buffers, modules)
     shared = {alias for alias, name in inventory.ties.items() if name not in live}
     out.missing += [name for name in live if name not in shared]
+    out.states = {**out.stored, **(_import_places(record, target) if began is not None else {})}
+    return out
+
+
+def _is_second_name(key: str, matched: str | None, equal: Mapping[str, str]) -> bool:
+    """Is it another name of the tensor that went to the same live one as ``matched``, and did both have the same bits?"""
+    return matched is not None and equal.get(key, key) == equal.get(matched, matched)
+
+
+def _import_places(record: Record, target: Target) -> dict[str, str]:
+    """Live name -> stored name of the optimizers' state that an import has by its places only, as torch itself goes by."""
+    out: dict[str, str] = {}
+    for saved, opt in zip(record.optimizers, target.optimizers):
+        for group, live in zip(saved["groups"], opt.param_groups):
+            for name, param in zip(group["params"], live["params"]):
+                if is_position(name):
+                    out[target.inventory.name_of(param)] = name
     return out
 
 
 def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
     """Note the pair: among the ``unfit`` unless shape and type agree."""
-    real = storable(tensor)
+    real = storable_as(tensor, stored.dtype)
     if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
         out.unfit[name] = stored, tensor
         return
@@ -152,6 +185,7 @@ def check_match(match: Match, record: Record, target: Target, strict: bool) -> N
 def _extra_problems(record: Record, target: Target, match: Match, strict: bool) -> list[str]:
     """Extras that only one of both has, which are noted; problems if they must fit."""
     saved = {*record.state["early"]["extra"], *record.state["late"]}  # names: the values are not decoded yet
+    strict = strict and imported(record) is None  # it has no extras, and they stay as the script made them
     live = [each.name for each in target.extras]
     missing = [name for name in live if name not in saved]
     unused = sorted(saved - set(live)) if target.asked else []
@@ -167,11 +201,15 @@ def _optimizer_problems(record: Record, target: Target, match: Match, strict: bo
     """Optimizers and groups must be the same, or the state cannot be given to anyone; and what is in them, unless only what
     fits is asked for and names say whose it is."""
     saved, live = record.optimizers, target.optimizers
+    if not saved and imported(record) is not None:
+        return []  # it has none, and they stay as the script made them
     if len(saved) != len(live):
         return [f"  optimizers: checkpoint {len(saved)}, live {len(live)}"]
     out = []
     for i, (old, opt) in enumerate(zip(saved, live)):
-        if old["class"] != plain_class(opt).__name__:
+        if not old["class"] and imported(record) is not None:
+            out += _import_problems(i, old, record, target)
+        elif old["class"] != plain_class(opt).__name__:
             out.append(f"  optimizer {i}: checkpoint {old['class']}, live {plain_class(opt).__name__}")
         sizes = [len(g["params"]) for g in old["groups"]], [len(g["params"]) for g in opt.param_groups]
         if sizes[0] != sizes[1] and (strict or target.model is None or len(sizes[0]) != len(sizes[1])):
@@ -180,6 +218,27 @@ def _optimizer_problems(record: Record, target: Target, match: Match, strict: bo
                 out.append("  groups that the optimizer got in training must be there before the load: fxckpt.latest(dir) says "
                            "which step will be loaded, so that the script can call add_param_group first")  # fmt: skip
     return out + (_moved(record, target, match) if strict else [])
+
+
+def _import_problems(index: int, old: Mapping[str, Any], record: Record, target: Target) -> list[str]:
+    """A state dict does not say of which class it is, and by its places a state may be another parameter's: then its settings are
+    not this class's, or its shapes not the parameters'."""
+    opt = target.optimizers[index]
+    out, places = [], {tensor.key: tensor for tensor in record.tensors(OPTIMIZER)}
+    for g, (group, live) in enumerate(zip(old["groups"], opt.param_groups)):
+        if foreign := sorted(set(group["settings"]) - set(live) - _OF_SCHEDULERS):
+            name = plain_class(opt).__name__
+            out.append(
+                f"  optimizer {index}, group {g}: the import has {', '.join(foreign)}, which {name} has not: of another class"
+            )
+        for name, param in zip(group["params"], live["params"]):
+            shape = tuple(storable(param).shape)
+            for key in _OF_THE_SAME_SHAPE.intersection(old["state"].get(name, {}).get("keys", ())):
+                place = places.get(state_key(index, key, name))
+                if place is not None and tuple(place.shape) != shape:
+                    live_name = target.inventory.name_of(param)
+                    out.append(f"  {live_name}: the import's {key} at this place is {_shown(place)}, the parameter {list(shape)}")
+    return out
 
 
 def _moved(record: Record, target: Target, match: Match) -> list[str]:

@@ -16,6 +16,7 @@ from fxckpt.errors import Corrupt
 from fxckpt.optim.contract.contract import is_own
 from fxckpt.run import extra_state
 from fxckpt.saving.inventory import TORCH_DTYPES
+from fxckpt.store.about import IMPORTED
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
 from fxckpt.store.dtypes import Tensor
 from fxckpt.store.names import OPTIMIZER, state_key
@@ -70,8 +71,9 @@ def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, A
         if key not in described["plain"]:
             raise Corrupt(path, f"the optimizer's {what} is neither in a file nor in the record")
         return
-    pairs = key not in described["complex"] or (place.shape[-1:] == (2,) and place.dtype in ("F32", "F64"))
-    if place.dtype not in TORCH_DTYPES or not pairs:
+    is_pairs = place.shape[-1:] == (2,) and place.dtype in ("F32", "F64")
+    fits = is_pairs or place.dtype == "C64" if key in described["complex"] else place.dtype != "C64"
+    if place.dtype not in TORCH_DTYPES or not fits:
         raise Corrupt(path, f"the optimizer's {what} is {place.dtype}{list(place.shape)}, which no state of a run is")
 
 
@@ -93,8 +95,8 @@ _random = has({"torch": is_anything, "numpy": is_anything, "python": is_anything
 
 
 def _is_random(value: Any) -> bool:
-    """The states of the global generators, as new ones take them."""
-    return _random(value) and extra_state.is_random_state(value)
+    """The states of the global generators, as new ones take them; or none of them, in an import."""
+    return value == {} or (_random(value) and extra_state.is_random_state(value))
 
 
 def _is_count(value: Any) -> bool:
@@ -124,13 +126,14 @@ _values = map_of(is_anything)
 _encoded_group = has({"params": _names, "settings": is_anything})
 _ENCODED = list_of(has({"class": is_str, "groups": list_of(_encoded_group), "state": is_anything, "gradients": is_anything}))
 _encoded_early = has({"random": is_anything, "extra": _values, "buffers": is_anything, "modules": is_anything})
-_STATE = has({"early": _encoded_early, "late": _values})
+_import = has({}, {"equal": map_of(is_str)})
+_STATE = has({"early": _encoded_early, "late": _values}, {IMPORTED: _import})
 
 # After.
 _group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})
 _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values}, {"host": _names})
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
-_decoded = has(_optimizer, {"accumulated": _tensors, "own": is_anything})
+_decoded = has(_optimizer, {"accumulated": _tensors, "own": is_anything, "given": list_of(_values)})
 
 
 def _is_optimizer(value: Any) -> bool:

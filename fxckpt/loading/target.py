@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
+<<<<<<< HEAD
 from fxckpt.compat.fabric import unwrapped
+=======
+from fxckpt.compat.accelerate import unwrapped
+>>>>>>> main
 from fxckpt.compat.modules import Models, one_model, tensors_of
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces

@@ -182,4 +182,4 @@ class Checkpoints:
 
     def _tell_end(self, key: int, slot: Slot, error: Exception | None) -> None:
         packed = None if error is None else wire.pack_error(error)
-        self._tell({"ended": key, "generation": slot.generation, "error": packed})
+        self._tell({"ended": key, "generation": slot.generation, "path": slot.path, "error": packed})

@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fxckpt.engine import Engine
@@ -142,10 +142,21 @@ class MonitorStore:
 
     def acquire(self, name: str | None = None) -> RemoteSlot:
         link = self._alive()
-        found = link.ask({"op": "acquire", "name": name})
+        number = link.number()
+        link.asked_for.add(number)  # first: from here on Ctrl-C, or an answer that comes too late, may lose the slot
+        found = link.ask({"op": "acquire", "name": name}, number)
         slot = RemoteSlot(found["key"], found["path"], name, found["before"], found["files"])
         link.slots[slot.key] = slot
+        link.asked_for.discard(number)
         return slot
+
+    def reclaim(self, known: Collection[RemoteSlot]) -> None:
+        link = self._check()
+        for slot in [each for each in list(link.slots.values()) if each not in known]:
+            self.abandon(slot, bad=False)
+        for number in list(link.asked_for):  # the key of the slot that it got, if it did
+            self._abandon(link, number, bad=False)
+            link.asked_for.discard(number)
 
     def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""
@@ -182,10 +193,14 @@ class MonitorStore:
     def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:
         """As ``Store.abandon``; nothing if the monitor ended it already or is gone."""
         link = self._check()
-        if link.slots.pop(slot.key, None) is None or link.lost is not None:
+        if link.slots.pop(slot.key, None) is not None:
+            self._abandon(link, slot.key, bad)
+
+    def _abandon(self, link: Link, key: int, bad: bool) -> None:
+        if link.lost is not None:
             return
         try:
-            link.send({"op": "abandon", "key": slot.key, "bad": bad})
+            link.send({"op": "abandon", "key": key, "bad": bad})
         except SaveFailed as error:
             log.debug("%s", error)
 

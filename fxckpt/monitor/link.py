@@ -18,6 +18,7 @@ from typing import Any
 from fxckpt.engine import SLICE, Patience, io
 from fxckpt.errors import SaveFailed
 from fxckpt.monitor import wire
+from fxckpt.monitor.courier import Courier
 from fxckpt.store.folder import file_id
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -117,42 +118,48 @@ class Link:
         self._silent = False  # it has not answered in time, and said nothing since
         self._numbers = itertools.count(1)  # of questions
         self._answers: dict[int, wire.Message | None] = {}  # to those that somebody waits for; None: not yet
-        self._changed = threading.Condition()  # an answer came, or it is lost
+        self.asked_for: set[int] = set()  # numbers of questions for a slot, until the store has it
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # an answer came, or it is lost
         _links.add(self)
         control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(PATIENCE), int(PATIENCE % 1 * 1e6)))
-        self._sending = threading.Lock()
-        self.thread: threading.Thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
-        self.thread.start()
+        try:
+            self._courier = Courier(control, lambda: control.shutdown(socket.SHUT_RDWR))
+            self.thread: threading.Thread = threading.Thread(target=self._listen, name="fxckpt-monitor", daemon=True)
+            self.thread.start()
+        except BaseException:
+            control.shutdown(socket.SHUT_RDWR)  # the monitor ends, though the courier may still have the socket
+            raise
 
     def send(self, message: wire.Message, blobs: Sequence[bytes | memoryview] = ()) -> None:
         """Raises SaveFailed if the monitor is gone, or has read nothing for ``PATIENCE``."""
-        if not Patience(PATIENCE).until(lambda slice: self._sending.acquire(timeout=slice)):
+        frame = self._courier.take(message, blobs)
+        if not Patience(PATIENCE).until(lambda slice: frame.sent.wait(slice) or not self._courier.alive()):
             raise self._silence()
-        try:
-            wire.send(self.control, message, blobs)
-        except BlockingIOError as error:  # half a frame is sent, and nothing can follow it
-            self.control.shutdown(socket.SHUT_RDWR)
-            raise self._silence() from error
-        except OSError as error:
-            raise self.loss() from error
-        finally:
-            self._sending.release()
+        if isinstance(frame.error, BlockingIOError):
+            raise self._silence() from frame.error
+        if frame.error is not None or not frame.sent.is_set():
+            raise self.loss() from frame.error
 
     def _silence(self) -> SaveFailed:
         """The error for a monitor that is stopped, or hangs in the disk."""
         what = f"the monitor process {self.process.pid} has said nothing for {PATIENCE:g} s: it is stopped, or the disk hangs"
         return SaveFailed("monitor", self.directory, detail=what)
 
-    def ask(self, message: wire.Message) -> Any:
-        """Send a question and wait for the answer; raises what the monitor raised. SaveFailed after ``PATIENCE``, and from
-        then on at once, until it says something."""
+    def number(self) -> int:
+        """That of the next question."""
+        return next(self._numbers)
+
+    def ask(self, message: wire.Message, number: int | None = None) -> Any:
+        """Send a question, of this ``number``, and wait for the answer; raises what the monitor raised. SaveFailed after
+        ``PATIENCE``, and from then on at once, until it says something."""
         if self._silent and self.lost is None:
             raise self._silence()
-        number, patience = next(self._numbers), Patience(PATIENCE)
+        number, patience = number or self.number(), Patience(PATIENCE)
         try:
             self._answers[number] = None
             self.send({**message, "id": number})
-            with self._changed:
+            with self._lock:
                 while (found := self._answers[number]) is None:
                     if self.lost is not None:
                         raise self.loss()
@@ -160,13 +167,8 @@ class Link:
                         self._silent = True
                         raise self._silence()
                     self._changed.wait(SLICE)
-                del self._answers[number]
-        except BaseException:
-            with self._changed:
-                late = self._answers.pop(number, None)
-            if late is not None:
-                self._decline(late)
-            raise
+        finally:
+            self._answers.pop(number, None)
         if "error" in found:
             raise wire.unpack_error(found["error"])
         return found["answer"]
@@ -181,6 +183,7 @@ class Link:
             self._silent = False
             self._hear(frame[0])
         self._lose()
+        self._courier.end()
 
     def _hear(self, message: wire.Message) -> None:
         if "ended" in message:
@@ -188,27 +191,16 @@ class Link:
             if message["error"] is None:
                 self.newest = max(self.newest or 0, message["generation"])
             if slot is not None:
-                slot.generation = message["generation"]
+                slot.generation, slot.path = message["generation"], message["path"]
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
             return
         if "rotten" in message:
             self.rotten.append((message["rotten"], wire.unpack_error(message["error"])))
             return
-        with self._changed:
-            wanted = message["id"] in self._answers
-            if wanted:
+        with self._lock:
+            if message["id"] in self._answers:
                 self._answers[message["id"]] = message
                 self._changed.notify_all()
-        if not wanted:
-            self._decline(message)
-
-    def _decline(self, message: wire.Message) -> None:
-        """Nobody waits for this answer any more: if it is a slot, it is given back."""
-        if isinstance(message.get("answer"), dict):
-            try:
-                self.send({"op": "abandon", "key": message["answer"]["key"], "bad": False})
-            except SaveFailed as error:
-                log.debug("%s", error)
 
     def _lose(self) -> None:
         """The stream ended, which only the end of the process does."""
@@ -220,7 +212,7 @@ class Link:
         if status is not None and status < 0:
             how = f"was ended by signal {-status} ({signal.Signals(-status).name})"
         detail = f"the monitor process {self.process.pid} {how}"
-        with self._changed:
+        with self._lock:
             self.lost = SaveFailed("monitor", self.directory, detail=detail)
             left, self.slots = list(self.slots.values()), {}
             self._changed.notify_all()

@@ -15,6 +15,7 @@ import torch
 from fxckpt.compat.optimizers import is_stock, settings_of
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import is_count, numeric_items, tensor_items
+from fxckpt.optim.held import HeldWeakly
 
 _END = object()
 """Behind the last object, so that one more or one less is another sequence."""
@@ -82,6 +83,8 @@ class BoundParam:
 
 class Bindings:
     """The parameters of one optimizer as they were bound last, and whether they still are what the optimizer holds."""
+
+    opt = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -14,6 +14,7 @@ from fxckpt.graph import step_graph
 from fxckpt.graph.model.layers import Layer, Place
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import Call, Inputs, ScalarGroup, calls_for, shared
+from fxckpt.optim.held import HeldWeakly
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -47,6 +48,8 @@ class Prepared:
 
 class Executor:
     """The StepGraph of one optimizer, and the calls behind its update nodes."""
+
+    opt = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -14,6 +14,7 @@ from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.specialize import specialize
 from fxckpt.graph.update.trace import MakesState, NotTraceable, Signature, signature_of
 from fxckpt.optim.bindings import BoundParam, is_dense
+from fxckpt.optim.held import HeldWeakly
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -25,8 +26,10 @@ class ProgramCache:
     """The programs of one optimizer. ``mode``: ``None`` (kept as flagged, compiled where the choice was left to PyTorch),
     ``"native"``, ``"inductor"``."""
 
+    opt = HeldWeakly()
+
     def __init__(self, opt: torch.optim.Optimizer, mode: str | None):
-        self.opt: torch.optim.Optimizer = opt
+        self.opt = opt
         self.mode: str | None = mode
         self.traced: dict[Signature, list[Program] | NotTraceable] = {}  # one for each way to branch, or why there is none
         self.missing: bool = True  # some parameter has no program
@@ -85,7 +88,7 @@ class ProgramCache:
         signature = signature_of(opt, group, member.param, state, member.implementation)
         known = self.traced.setdefault(signature, _shared_programs.setdefault(signature, []))
         if isinstance(known, NotTraceable):
-            raise known
+            raise known.anew()
         for found in known:
             if not found.outcomes or found.asks([state[key] for key in found.counts], found.values(group)) == found.outcomes:
                 return found
@@ -94,7 +97,7 @@ class ProgramCache:
             found = specialize(opt, group, member.param, state, signature)
         except NotTraceable as reason:
             log.debug("%s (%s, %s) is not traced: %s", *described, reason)
-            self.traced[signature] = reason
+            self.traced[signature] = reason.anew()
             raise
         log.debug(
             "traced %s (%s, %s): %d scalars, inputs %s, branches %s", *described, found.scalars, found.inputs, found.outcomes

@@ -12,6 +12,8 @@ from fxckpt.errors import SetupError
 from fxckpt.optim.bindings import Bindings, BoundParam
 from fxckpt.optim.contract.wrappers import refuse_inner
 from fxckpt.optim.executor import Executor
+from fxckpt.optim.given import Given, given_to
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.programs import ProgramCache
 from fxckpt.optim.rehearsal.step import RehearsedStep
 from fxckpt.optim.strategy import SplitStep, Strategy, WholeStep
@@ -22,8 +24,11 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class Stepper:
     """The parts that run one optimizer's steps, and how far its step is. ``update_mode``: see ``ProgramCache``."""
 
+    opt = HeldWeakly()
+
     def __init__(self, opt: torch.optim.Optimizer, update_mode: str | None):
         self.opt = opt
+        self.given: Given = given_to(opt)  # by the script, before anything is loaded
         self.bindings: Bindings = Bindings(opt)
         self.programs: ProgramCache = ProgramCache(opt, update_mode)
         self.executor: Executor = Executor(opt)

@@ -22,6 +22,7 @@ from fxckpt.compat.optimizers import stock_step
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import ScalarGroup
 from fxckpt.optim.executor import Executor
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.programs import ProgramCache
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -65,8 +66,10 @@ class Strategy(Protocol):
 class WholeStep:
     """The strategy that splits nothing: the optimizer's own step, on all of its parameters."""
 
+    opt = HeldWeakly()
+
     def __init__(self, opt: torch.optim.Optimizer, whole: str | None = None):
-        self.opt: torch.optim.Optimizer = opt
+        self.opt = opt
         self.whole: str | None = whole
 
     def calls_closure_first(self) -> bool:
@@ -95,8 +98,10 @@ class SplitStep:
 
     whole = None
 
+    opt = HeldWeakly()
+
     def __init__(self, opt: torch.optim.Optimizer, programs: ProgramCache, executor: Executor):
-        self.opt: torch.optim.Optimizer = opt
+        self.opt = opt
         self.programs: ProgramCache = programs
         self.executor: Executor = executor
         self._gradients: list[torch.Tensor | None] = []  # of all parameters; not kept over an own part

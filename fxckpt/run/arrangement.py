@@ -32,7 +32,6 @@ class Arrangement:
         self, model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], emitter: Emitter, config: Config
     ):
         self.model: torch.nn.Module | None = model
-        self.optimizers: Sequence[torch.optim.Optimizer] = optimizers
         self.emitter: Emitter = emitter
         self.steppers: list[Stepper] = [Stepper(opt, config.update) for opt in optimizers]
         self.inventory: Inventory = Inventory()
@@ -47,6 +46,18 @@ class Arrangement:
         self._first_backward: FirstBackward | None = None
         if emitter.engine is not None:
             self._first_backward = FirstBackward(optimizers, untraced(self.hooks.first_backward))
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """In the order in which the user gave them."""
+        return [stepper.opt for stepper in self.steppers]
+
+    def release(self) -> None:
+        """Nothing will be stepped any more: let go of all tensors. A StepGraph refers to what executes it."""
+        for stepper in self.steppers:
+            vars(stepper.executor).clear()
+        self.steppers.clear()
+        self.model, self.inventory, self.layout, self.hooks = None, Inventory(), None, GradientHooks()
 
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed. ``copies``:

@@ -69,11 +69,12 @@ class Capture:
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
         self._present: list[dict[str, torch.Tensor | None]] = [{} for _ in arrangement.steppers]
+        self._given = [encode_state(stepper.given, {}, "given") for stepper in arrangement.steppers]
         self._described: dict[int, tuple[int, Any]] = {}  # optimizer -> (binding, its states' description, encoded)
         optimizers = [] if arrangement.emitter.engine is None else [stepper.opt for stepper in arrangement.steppers]
         self.contracts: list[Contract] = [Contract(opt, tensors_of(arrangement.model)) for opt in optimizers]
         self._notes: dict[str, float] = {}  # metrics for the next record
-        self._noting = threading.RLock()
+        self.noting: threading.RLock = threading.RLock()
         self._limits: int | None = limits_reached()  # None: it was said that one was reached since
         self._said_modes = False
 
@@ -219,9 +220,9 @@ class Capture:
             "layers": pending.layout.records(pending.step),
             "ties": dict(inventory.ties),
             "optimizers": optimizers,
-            "state": {"early": early, "late": encode_state(late, tensors, "late")},
+            "state": {"early": early, "late": encode_state(late, tensors, "late"), **self._emitter.saver.about.to_state()},
         }
-        with self._noting:
+        with self.noting:
             fields["metrics"], self._notes = self._notes, {}
         self._present = [dict.fromkeys(each) for each in self._present]
         return fields, tensors
@@ -243,6 +244,7 @@ class Capture:
             "groups": encode_state(groups, tensors, f"optimizers/{index}/groups"),
             "state": self._described[index][1],  # for hundreds of tensors this is worth making once
             "gradients": list(self._present[index]),
+            "given": self._given[index],
         }
         if (own := self.contracts[index].capture()) is not None:
             record["own"] = encode_state(own, tensors, f"optimizers/{index}/own")
@@ -253,7 +255,7 @@ class Capture:
     def note(self, metrics: Mapping[str, Any]) -> None:
         """Metrics for the record of the checkpoint that closes next. Raises SetupError for what is not one number."""
         noted = {name: _as_float(name, value) for name, value in metrics.items()}
-        with self._noting:
+        with self.noting:
             self._notes = {**self._notes, **noted}
 
 

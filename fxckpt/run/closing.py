@@ -8,11 +8,11 @@ gradient of the next backward arrives, at the next ``opt.step()``, or at ``flush
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from fxckpt.compat.tensors import backward_under_way
-from fxckpt.errors import Cancelled, FxckptError
+from fxckpt.engine import is_owned
+from fxckpt.errors import Cancelled, FxckptError, SetupError
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
@@ -124,17 +124,37 @@ class Closing:
             ending()
         return True
 
-    @contextmanager
-    def resting(self, timeout: float | None = None) -> Iterator[None]:
-        """Between two steps, from any thread. Raises TimeoutError if a step does not end, after ``timeout`` seconds or, without
-        one, after those for which training itself waits."""
+    def resting(self, timeout: float | None, do: Callable[[], None]) -> None:
+        """Call ``do`` between two steps, from any thread that is not ``occupied``. Raises TimeoutError if a step does not end,
+        after ``timeout`` seconds or, without one, after those for which training itself waits."""
         limit = 2 * self._saver.loop.stuck_after if timeout is None else min(max(timeout, 0), threading.TIMEOUT_MAX)
-        if not self.between_steps.acquire(timeout=limit):
-            raise TimeoutError(f"opt.step() has not ended after {limit:.3g} s")
         try:
-            yield
+            if not self.between_steps.acquire(timeout=limit):
+                raise TimeoutError(f"opt.step() has not ended after {limit:.3g} s")
+            do()
         finally:
-            self.between_steps.release()
+            try:  # noqa: SIM105  nothing comes before this call that could be interrupted: the lock would stay taken
+                self.between_steps.release()
+            except RuntimeError:  # it was not had
+                pass
+
+    def occupied(self) -> bool:
+        """Is this thread inside a step or a boundary, or closing one? Then a handler of a signal, or a hook, called."""
+        return is_owned(self.between_steps) or is_owned(self._lock)
+
+    def refuse_inside(self, what: str, hooks: bool = True) -> None:
+        """Raises SetupError if this thread is at an instant that it cannot wait at: what it waits for may need what it holds.
+        ``hooks``: ``on_layer`` may do it, for it is called where nothing of that kind is held."""
+        if self.occupied() and not (hooks and self._emitter.calling):
+            raise SetupError(
+                f"{what} was called inside opt.step() or the end of a step, as by a signal's handler: this thread cannot wait "
+                "for itself. Call opt.ckpt.finish_on_signal() instead, which takes the checkpoint when the step is complete; "
+                f"or have the handler set a flag, and call {what} in the loop"
+            )
+
+    def forget(self) -> None:
+        """In a forked child: what is open is the parent's, and so are the threads that may have had the locks."""
+        self.between_steps, self._lock, self.open = threading.RLock(), threading.RLock(), None
 
     def give_up(self, why: str) -> None:
         """The iteration went on where its checkpoint cannot follow; the boundary takes another."""
@@ -160,7 +180,12 @@ class Closing:
     def abort(self, why: str) -> None:
         """An exception inside a step: its checkpoint is dropped, its fences are released."""
         self._emitter.current = None
-        for pending in self._saver.flights.under_way():  # Ctrl-C may come before the one that was begun is known here
+        self.reap(why)
+
+    def reap(self, why: str) -> None:
+        """Give up checkpoints that nobody would ever close: Ctrl-C came before the one that was begun was known here, or when it
+        was not ``open`` any more. Between two steps, or at the end of one."""
+        for pending in self._saver.flights.under_way():
             if pending is not self.open and not pending.closed.is_set():
                 pending.give_up(why)
 
@@ -174,13 +199,11 @@ class Closing:
             return None
         return frozenset(name for kind, name in self._plain.changed if kind == "parameter")
 
-    def inside_a_step(self) -> bool:
-        """Is this thread in the middle of an ``opt.step()``, which can close only when it goes on?"""
-        return self._emitter.current is not None and threading.current_thread() is self._saver.trainer.thread
-
     def _not_captured(self, pending: InFlight, error: Exception) -> None:
         """An object of ``extra=`` raised, or has state that cannot be stored. At the first checkpoint that is a wrong setup, and
         raised; once it could be captured it is a failed save, of which training does not die."""
+        if self._capturable:
+            pending.fail(error)
         pending.give_up(f"its state could not be captured: {error}")
         if not self._capturable:
             raise error

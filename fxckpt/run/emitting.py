@@ -40,6 +40,7 @@ class Emitter:
         self.changed_outside: set[str] = set()
         self.number: int = ops.register_port(self)
         self.callback_error: Exception | None = None  # what on_layer raised in this step
+        self.calling: bool = False  # on_layer runs, with no lock held that a copy or a commit needs
         self._on_layer = on_layer
 
     def fence(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -122,9 +123,12 @@ class Emitter:
         pending.emit(layer, sources, self._streams() if sources.devices else None)
         if self._on_layer is not None and found.kind == "update":
             try:
+                self.calling = True
                 self._on_layer(found.name, pending.step, {e.key: e.tensor.detach().clone() for e in found.entries})
             except Exception as error:
                 self.callback_error = self.callback_error or error
+            finally:
+                self.calling = False
 
     def open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
         """Make the engine ready for every device that the run's tensors lie on now."""

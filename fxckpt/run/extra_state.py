@@ -150,7 +150,9 @@ def is_random_state(value: Mapping[str, Any]) -> bool:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put the global generators back."""
+    """Put the global generators back. An import has nothing to put back."""
+    if not state:
+        return
     torch.set_rng_state(state["torch"])
     for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", ())):
         torch.cuda.set_rng_state(saved, device)

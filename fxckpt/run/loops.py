@@ -31,7 +31,7 @@ class Level:
         self.first: bool = True
         self.stepped: bool = False
         self._running, self._clock = running, clock
-        self._attempts = 0
+        self._attempts = 0  # before this iteration
 
     def begins(self) -> None:
         """Its first iteration is asked for."""
@@ -42,21 +42,36 @@ class Level:
         return self._clock.attempts != self._attempts
 
     def __enter__(self) -> None:
-        self._leave()
-        self._running.append(self)
-        self._clock.in_iteration, self._attempts = True, self._clock.attempts
-        self._clock.uncounted = (self.leads and self.kind != "epochs") or self._clock.uncounted
+        try:
+            self._leave()
+            self._attempts = self._clock.attempts
+            self._running.append(self)
+            self._clock.in_iteration = True
+            self._clock.uncounted = self._counts() or self._clock.uncounted
+        except BaseException:  # Ctrl-C: there is no ``__exit__`` then
+            self._left(interrupted=True, whole=False)
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._left(interrupted=kind is not None, whole=kind is None)
+        except BaseException:  # Ctrl-C came here: once more, to its end
+            self._left(interrupted=True, whole=kind is None)
+            raise
+
+    def _counts(self) -> bool:
+        """Is it iterations of this loop that ``clock.iteration`` counts?"""
+        return self.leads and self.kind != "epochs"
+
+    def _left(self, interrupted: bool, whole: bool) -> None:
+        """The body was left, ``whole`` at its end. One that was left by a ``break`` or an exception counts if its update was
+        made, which the next one must not make again."""
         self._leave()
         self._clock.in_iteration = bool(self._running)
-        self._clock.interrupted = kind is not None
+        self._clock.interrupted = interrupted
         self.stepped = self.has_stepped()
-        if self.leads and self.kind != "epochs":
-            # One that was left by a `break` or an exception counts if its update was made, which the next one must not
-            # make again.
-            self._clock.iteration += kind is None or self.stepped
-            self._clock.uncounted = False
+        if self._counts() and self._clock.uncounted:
+            self._clock.uncounted, self._clock.iteration = False, self._clock.iteration + (whole or self.stepped)
 
     def _leave(self) -> None:
         """Its iteration is over, and with it those of loops inside, which a ``break`` or an exception may have left behind."""

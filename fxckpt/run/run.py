@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import cast
@@ -23,9 +24,11 @@ from fxckpt.run.closing import Closing
 from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
 from fxckpt.run.loops import Loops
+from fxckpt.run.model_config import config_of
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
 from fxckpt.saving.inventory import trained_by
+from fxckpt.saving.listeners import Listeners
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
 
@@ -47,17 +50,20 @@ class Run:
         store: CheckpointStore,
         devices: cuda.Devices,
     ):
-        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
+        self._together = list(optimizers) if len(optimizers) > 1 else []  # a run goes on until the last of them is dropped
         self.directory: str = directory
         self.config: Config = config
         self.engine: Engine | None = engine
         self.store: CheckpointStore = store
         self.clock: StepClock = StepClock()
         self.status: RunStatus = RunStatus(engine is not None)
-        self.saver: Saver = Saver(engine, store, max_async=config.max_async)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every)
+        self.saver.about.config = config_of(model)
+        self.listeners: Listeners = Listeners()
+        self.saver.reporter.listeners = weakref.ref(self.listeners)
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
-        self.arrangement: Arrangement = Arrangement(model, self.optimizers, self.emitter, config)
+        self.arrangement: Arrangement = Arrangement(model, optimizers, self.emitter, config)
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
@@ -65,13 +71,19 @@ class Run:
         self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
-        watch_scalers((each.live for each in extras), self.optimizers, self.stepping.attempt_skipped)
+        watch_scalers((each.live for each in extras), optimizers, self.stepping.attempt_skipped)
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
             self.capture.start()
         live_runs.add(self)
-        weakref.finalize(self, Saver.abandon, self.saver).atexit = False  # at exit, shutdown has run already
+        gone = weakref.finalize(self, _end, self.saver, self.arrangement, self.capture)
+        gone.atexit = False  # at exit, shutdown has run already
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """In the order in which the user gave them."""
+        return self.arrangement.optimizers
 
     def flush(self, timeout: float | None = None) -> None:
         """Close the step, and wait for the checkpoints in flight; from inside an iteration of a loop with boundaries, or inside
@@ -79,6 +91,7 @@ class Run:
         before its end goes. Nothing once it was shut down."""
         if not self.status.active:
             return
+        self.closing.refuse_inside("flush()")
         if not self.clock.in_iteration:
             self.closing.left()
         self.stepping.rest(timeout)
@@ -86,7 +99,7 @@ class Run:
 
     def _before_its_end(self) -> bool:
         """Is a step under way, or an iteration, whose checkpoint can be closed only when it goes on?"""
-        return self.clock.in_iteration or self.closing.inside_a_step()
+        return self.clock.in_iteration or self.closing.occupied()
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
@@ -97,6 +110,7 @@ class Run:
         if not self.status.active:
             return
         closing = self.closing
+        closing.refuse_inside("shutdown()")
         try:
             if unfinished or self.clock.in_iteration or self.clock.interrupted:
                 closing.drop("the script ended before the step closed")
@@ -118,6 +132,12 @@ class Run:
         """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
         self.shutdown(unfinished=failed or (self.closing.open is not None and self.capture.plain.unfinished()))
 
+    def forked(self) -> None:
+        """In a forked child: no lock is waited for that a thread of the parent may have held, and nothing of it is under way."""
+        self.closing.forget()
+        self.capture.noting = threading.RLock()
+        self.saver.flights.forget()
+
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
         self.closing.drop("load() replaces the state")
@@ -136,11 +156,34 @@ class Run:
         self.capture.restart()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
+    def go_on_from(self, step: int, updates: int, iteration: int) -> None:
+        """Somebody else put the state of this step into the live tensors. What is committed here is what it was before."""
+        self.closing.drop("another state was loaded, by other means than fxckpt.load()")
+        tally = self.saver.tally
+        before = tally.last_handed_over, tally.last_committed
+        self.continue_from(step, updates, iteration)
+        tally.last_handed_over, tally.last_committed = before
+
     def mark_loaded(self, directory: str | os.PathLike[str], generation: int | None) -> None:
         """What comes next continues this checkpoint of ``directory``; None: there was none to load. What is loaded from another
         store than the run's own begins a lineage here, and does not stand in for what lies here and was not loaded."""
         if os.path.realpath(directory) == os.path.realpath(self.directory):
             self.store.mark_loaded(generation)
+
+
+def _in_child() -> None:
+    for run in list(live_runs):
+        run.forked()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
+def _end(saver: Saver, arrangement: Arrangement, capture: Capture) -> None:
+    """The optimizers are gone. Their state is to go with them, and not wait for the garbage collector: circles are cut."""
+    saver.abandon()
+    capture.loops = None
+    arrangement.release()
 
 
 def the_run() -> Run:

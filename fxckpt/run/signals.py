@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
+import threading
 import weakref
 from types import FrameType
 from typing import Any
@@ -14,12 +16,15 @@ from fxckpt.run.run import Run
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
+_SOON = 0.001
+"""Seconds until the main thread is looked for again where it was inside a step, and could have waited for itself."""
+
 
 class Finisher:
     """The handler of one signal. Problem: a signal may come between ``opt.step()`` and ``scheduler.step()``, when the state
     belongs to no step, or inside a wait of the engine. So the handler only notes it: the next ``opt.step()`` takes a
-    checkpoint, whether or not one is due, and when that step closes by itself the signal is raised again, in the main thread,
-    where the checkpoint is waited for and the handler from before is called. A second signal goes straight to that handler.
+    checkpoint, whether or not one is due, and when that step closes by itself the checkpoint is waited for in the main thread,
+    and the handler from before is called there. A second signal goes straight to that handler.
     """
 
     def __init__(self, run: Run, number: int):
@@ -32,9 +37,13 @@ class Finisher:
             raise SetupError(f"a handler of signal {number} can be installed in the main thread only: {error}") from error
 
     def _step_closed(self) -> None:
-        """The state of a step whose checkpoint was begun after the signal is complete. Called in any thread."""
+        """The state of a step whose checkpoint was begun after the signal is complete. Called in any thread; in the main one
+        nothing is held here that a commit may need."""
         self._closed = True
-        os.kill(os.getpid(), self.number)
+        if threading.current_thread() is threading.main_thread() and (run := self._run()) is not None:
+            self._end(run, self.number, sys._getframe())
+        else:
+            os.kill(os.getpid(), self.number)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         run = self._run()
@@ -46,6 +55,13 @@ class Finisher:
             what = "the checkpoint of the next step is taken and finished first; a second signal does not wait"
             log.warning("fxckpt: %s: %s", signal.Signals(number).name, what)
             return
+        if self._closed and run.closing.occupied():  # another thread closed the step, and this one is in the next already
+            threading.Timer(_SOON, self._step_closed).start()
+            return
+        self._end(run, number, frame)
+
+    def _end(self, run: Run, number: int, frame: FrameType | None) -> None:
+        """Wait for the checkpoint if its step has closed, and go on."""
         closed, self._waiting, self._closed, run.status.ending = self._closed, False, False, None
         if closed:
             try:

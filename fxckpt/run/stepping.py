@@ -61,8 +61,7 @@ class Stepping:
             with torch.inference_mode(False):
                 return self.step(opt, closure)
         with self._closing.between_steps:
-            self._saver.trainer.thread = threading.current_thread()
-            self._saver.trainer.progress_ticks += 1
+            self._saver.trainer.comes_by()
             return self._step(opt, closure)
 
     def _step(self, opt: torch.optim.Optimizer, closure: Callable | None) -> Any:
@@ -87,6 +86,7 @@ class Stepping:
         try:
             loss = self._advance(stepper, closure, counts, begins)
         except BaseException as error:
+            self.schedule.owed |= self._emitter.current is not None  # the checkpoint that is dropped: another step takes it
             self._closing.abort(f"opt.step() raised {type(error).__name__}")
             for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
                 pending.guard.watch_again()
@@ -153,12 +153,15 @@ class Stepping:
         """The user says that everything is at rest, in a loop without boundaries: a checkpoint that was begun is of this instant.
         In another thread than the one that trains it is what was taken at the step's end. In an iteration, and inside
         ``opt.step()``, it waits for its end. Raises TimeoutError as ``Closing.resting``."""
-        if self._clock.in_iteration:
-            return
-        with self._closing.resting(timeout):
-            trains = threading.current_thread() is self._saver.trainer.thread and not self._closing.inside_a_step()
-            if not self._closing.close_step(at_rest=trains) and trains:
-                self._take_here(bounded=False)
+        if not self._clock.in_iteration and not self._closing.occupied():
+            self._closing.resting(timeout, self._rest)
+
+    def _rest(self) -> None:
+        """Between two steps."""
+        trains = threading.current_thread() is self._saver.trainer.thread
+        self._closing.reap("its step was interrupted")
+        if not self._closing.close_step(at_rest=trains) and trains:
+            self._take_here(bounded=False)
 
     def _take_here(self, bounded: bool) -> None:
         """A checkpoint of this very instant: all layers are handed over as they are, and the state with them. ``bounded``: it is
@@ -207,8 +210,8 @@ class Stepping:
         if arrangement.unsaid or own is not None:
             self._announcer.announce()
         enabled = torch.is_grad_enabled()
-        set_grad_mode(False)
         try:
+            set_grad_mode(False)
             pending = self._begin(step) if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
@@ -277,14 +280,15 @@ class Stepping:
             self._skipped = step
             return None
         try:
+            self._closing.reap("its step was interrupted")
             pending = self._saver.begin(step, self._arrangement.current_layout())
         except (SaveFailed, StoreError, OSError) as error:
-            self._saver.tally.note_failure(step, error)  # raised, if at all, at the next step: this one is half done
+            self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
-        self.schedule.started(step, self._saver.stall_seconds())
         if pending is not None:
             pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, self._changes_in_forward()
             self._emitter.current = pending
+        self.schedule.started(step, self._saver.stall_seconds())
         return pending
 
     def _changes_in_forward(self) -> frozenset[str] | None:
@@ -313,6 +317,7 @@ class Stepping:
             return
         if not self._status.active:
             raise SetupError("this run takes no checkpoints: it was shut down or disabled, or this is a forked process")
+        self._closing.refuse_inside("save()", hooks=False)  # a hook, too, is in the middle of a step
         with self._closing.between_steps:
             pending = self._hand_everything_over(name)
         self._saver.flights.wait_for(pending)
@@ -338,6 +343,7 @@ class Stepping:
         self._arrangement.look_for_names()
         self._arrangement.refresh()
         try:
+            self._closing.reap("its step was interrupted")
             layout = self._arrangement.current_layout()
             pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, name=name)
             pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, frozenset()

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable
 
-from fxckpt.engine import SLICE, Patience
+from fxckpt.engine import SLICE, PatientLock
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
 from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
+from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
-from fxckpt.store.commit_loop import CommitLoop, give_back
+from fxckpt.store.commit_loop import give_back
 from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import FileRecord, Record
 
@@ -27,26 +27,22 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class SlotSupply:
     """Asks the store for slots. ``ready`` is one that the committer has prepared: training need not wait for its syncs."""
 
-    def __init__(self, store: CheckpointStore):
+    def __init__(self, store: CheckpointStore, flights: Flights):
         self.ready: CheckpointSlot | None = None
-        self._store = store
+        self._store, self._flights = store, flights
         # Held while the store is asked for a slot and until that slot's checkpoint is in flight: the store counts what it hands
         # out, and refuses more than max_async.
-        self._lock = threading.Lock()
+        self.lock: PatientLock = PatientLock(lambda: 2 * flights.loop.stuck_after, self._hangs)
         self._reserved: dict[str, int] | None = None  # what the store has set space aside for
 
-    @contextlib.contextmanager
-    def held(self, loop: CommitLoop[InFlight]) -> Iterator[None]:
-        """Around the beginning of a checkpoint. Raises SaveFailed if the loop's thread hangs while it prepares a slot."""
-        if not Patience(2 * loop.stuck_after).until(lambda slice: self._lock.acquire(timeout=slice)):
-            raise SaveFailed("wait", self._store.root, detail=f"the disk hangs: getting a slot ready{loop.operation()}")
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _hangs(self) -> SaveFailed:
+        """The loop's thread hangs while it prepares a slot."""
+        what = f"the disk hangs: getting a slot ready{self._flights.loop.operation()}"
+        return SaveFailed("wait", self._store.root, detail=what)
 
     def take(self, layout: Layout, name: str | None) -> CheckpointSlot:
-        """The slot that was prepared, or a new one, with space for these files; it is ``held``."""
+        """The slot that was prepared, or a new one, with space for these files; ``lock`` is held."""
+        self._reclaim()
         self._reserve(layout)
         slot, self.ready = self.ready, None
         if slot is not None and slot.error is None:  # else it went with its monitor
@@ -54,6 +50,11 @@ class SlotSupply:
                 return slot
             self._store.abandon(slot, bad=False)
         return self._store.acquire(name)
+
+    def _reclaim(self) -> None:
+        """A slot of no checkpoint in flight was lost to Ctrl-C on its way here, and goes back."""
+        used = [each.slot for each in self._flights.under_way()]
+        self._store.reclaim(used if self.ready is None else [*used, self.ready])
 
     def _reserve(self, layout: Layout) -> None:
         """Have disk space set aside, at the first checkpoint and when the files' sizes changed. Raises NoSpace at the
@@ -71,13 +72,13 @@ class SlotSupply:
 
     def prepare(self, wanted: Callable[[], bool]) -> None:
         """Get the next slot ready now, on the thread that commits."""
-        with self._lock:
-            if self.ready is not None or not wanted():
-                return
-            try:
-                self.ready = self._store.acquire()
-            except (OSError, FxckptError) as error:
-                log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
+        try:
+            with self.lock:
+                if self.ready is None and wanted():
+                    self._reclaim()
+                    self.ready = self._store.acquire()
+        except (OSError, FxckptError) as error:
+            log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
 
 
 def _was_replaced(slot: CheckpointSlot) -> bool:
@@ -92,11 +93,13 @@ class Committer:
     """Waits until a checkpoint's step has closed, its bytes are copied, unchanged and durable; commits it, counts it and gets
     the next slot ready."""
 
-    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally):
-        self._store, self._supply, self._flights, self._tally = store, supply, flights, tally
+    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally, reporter: Reporter):
+        self._store, self._supply, self._flights, self._tally, self._reporter = store, supply, flights, tally, reporter
 
     def commit(self, pending: InFlight) -> None:
         """Take it to the commit. Raises what went wrong; Cancelled if it was given up."""
+        if pending.done.is_set():
+            return  # it was put in twice
         while not self._or_lost(pending, pending.closed.wait(SLICE)):
             continue
         _check_wanted(pending)
@@ -136,12 +139,16 @@ class Committer:
 
     def end(self, pending: InFlight, error: Exception | None) -> None:
         """Return the slot, count, log, let waiters go on; then prepare."""
+        if pending.done.is_set():
+            return
         dropped = isinstance(error, Cancelled) or (error is not None and not pending.fail(error))
         if error is not None:
             pending.phase = f"being given up in {pending.path}"
             give_back(self._store, pending.slot, pending.copy, error)
         pending.error = error = error and (pending.failure or error)
-        with self._flights.changed:
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold the checkpoint, and it holds what it copied
+        with self._flights.lock:
             if error is None:
                 self._tally.committed += pending.slot.generation is not None
                 self._tally.mixed.clear()
@@ -153,6 +160,9 @@ class Committer:
                 self._tally.note_failure(pending.step, error)
             if isinstance(error, Mixed):
                 self._tally.mixed.append(error)
+        pending.phase = "told to callbacks"  # without a lock, and before those who wait for it go on
+        self._reporter.ended(pending)
+        with self._flights.lock:
             self._flights.remove(pending)
         flights = self._flights
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)
@@ -162,11 +172,12 @@ class Committer:
         if (found := self._store.read_back(busy)) is None:
             return
         step, error = found
-        with self._flights.changed:
+        with self._flights.lock:
             self._tally.note_failure(step, error)
             left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
             if self._tally.last_committed == step:
                 self._tally.last_committed = max(left, default=None)
+        self._reporter.failed(step, error)
 
 
 def _check_wanted(pending: InFlight) -> None:

@@ -28,17 +28,22 @@ class TrainingThread:
     def __init__(self) -> None:
         self.thread: threading.Thread = threading.current_thread()  # that of the last step
         self.progress_ticks = 0
-        self._inside = 0  # it waits in our code
+        self._inside = False  # it waits in our code
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Around a wait of whatever thread."""
         trains = threading.current_thread() is self.thread
-        self._inside += trains
+        self._inside = self._inside or trains
         try:
             yield
         finally:
-            self._inside -= trains
+            self._inside = self._inside and not trains
+
+    def comes_by(self) -> None:
+        """This is the thread, at the beginning of a step; it waits for nothing, though Ctrl-C may have left it said so."""
+        self.thread, self._inside = threading.current_thread(), False
+        self.progress_ticks += 1
 
     def let_come_by(self, nbytes: int) -> None:
         """Wait until no operation in place that began before can be under way: it counts itself in the tensor's version when it
@@ -94,14 +99,16 @@ class Tally:
 class Flights:
     """Checkpoints begun and not ended yet, oldest first, ``max_async`` at most; ``loop`` commits them in this order.
 
-    ``changed`` is their lock, and notified when one ends. ``tracer`` is there while somebody records.
+    ``lock`` guards them, and ``changed`` is notified when one ends: a condition as a block, other than its lock, may be left
+    taken by Ctrl-C. ``tracer`` is there while somebody records.
     """
 
     def __init__(self, loop: CommitLoop[InFlight], max_async: int, trainer: TrainingThread):
         self.loop: CommitLoop[InFlight] = loop
         self.max_async: int = max_async
         self.trainer: TrainingThread = trainer
-        self.changed: threading.Condition = threading.Condition()
+        self.lock: threading.RLock = threading.RLock()
+        self.changed: threading.Condition = threading.Condition(self.lock)
         self.tracer: Tracer | None = None
         self._flying: list[InFlight] = []
         self._hung: Hashable = None  # the signs of progress when a wait was given up
@@ -110,17 +117,32 @@ class Flights:
         """All of them. Only the training thread begins one."""
         if not self._flying:
             return []
-        with self.changed:
+        with self.lock:
             return list(self._flying)
+
+    def forget(self) -> None:
+        """In a forked child: they are the parent's, and so are the threads that may have had the lock."""
+        self.lock = threading.RLock()
+        self.changed, self._flying = threading.Condition(self.lock), []
 
     def add(self, pending: InFlight) -> None:
         """One more, to be committed after all others."""
-        with self.changed:
-            self._flying.append(pending)
-            self.loop.put(pending)
+        with self.lock:
+            try:
+                self._flying.append(pending)
+                self.loop.put(pending)
+            except BaseException:  # Ctrl-C, and whether it was put in is not known; once more does no harm
+                if pending in self._flying:
+                    self.loop.put(pending)
+                raise
+
+    def is_flying(self, pending: InFlight) -> bool:
+        """Is it one of them?"""
+        with self.lock:
+            return pending in self._flying
 
     def remove(self, pending: InFlight) -> None:
-        """It has ended; ``changed`` is held."""
+        """It has ended; ``lock`` is held."""
         self._flying.remove(pending)
         pending.release()
         self.changed.notify_all()
@@ -153,7 +175,7 @@ class Flights:
     def wait_for_room(self) -> None:
         """Until one more may begin. Raises SaveFailed if none of them moves."""
         waited = None
-        with self.trainer.waiting(), self.changed:
+        with self.trainer.waiting(), self.lock:
             while len(self._flying) >= self.max_async:
                 waited = waited or self.patience()
                 if self._hangs(waited):
@@ -167,7 +189,7 @@ class Flights:
         moved for as long as ``patience`` has.
         """
         began, waited = time.monotonic(), self.patience()
-        with self.trainer.waiting(), self.changed:
+        with self.trainer.waiting(), self.lock:
             started = {p for p in self._flying if unclosed or p.closed.is_set()}  # another thread may train on, and begin more
             while left := [p for p in self._flying if p in started]:
                 late = timeout is not None and time.monotonic() - began >= timeout
@@ -180,7 +202,8 @@ class Flights:
     def wait_for(self, pending: InFlight) -> None:
         """Until this one is committed or has failed. Raises TimeoutError as ``wait_for_all`` does."""
         waited = self.patience()
-        with self.trainer.waiting():
-            while not pending.done.wait(SLICE):
-                if waited.over():
+        with self.trainer.waiting(), self.lock:
+            while not pending.done.is_set():
+                self.changed.wait(SLICE)
+                if waited.over() and not pending.done.is_set():
                     raise TimeoutError(f"the checkpoint of step {pending.step} is not durable yet: {self.what_is_stuck()}")

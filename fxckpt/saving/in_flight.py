@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxckpt.engine import Checkpoint, Sources, Streams
+from fxckpt.engine import Checkpoint, Latch, Sources, Streams
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot
@@ -25,13 +26,14 @@ class InFlight:
     guard: Guard
     captured: bool = False  # buffers and early state are in
     record: dict[str, Any] = field(default_factory=dict)  # fields and extra state's tensors; callables are asked at the commit
-    closed: threading.Event = field(default_factory=threading.Event)
-    done: threading.Event = field(default_factory=threading.Event)
+    closed: Latch = field(default_factory=Latch)
+    done: Latch = field(default_factory=Latch)
     phase: str = "waiting for its step to close"  # what the committer is at, for messages
     given_up: str | None = None
     replaced: bool = False  # it was given up for another one of the same step
     failure: Exception | None = None  # what it failed of, counted and logged
     error: Exception | None = None  # why it was not committed, once it is done
+    begun: tuple[float, float] = field(default_factory=lambda: (time.time(), time.monotonic()))  # by both clocks
     lock: threading.RLock = field(default_factory=threading.RLock)  # between emits, give_up and release; handlers of signals, too
 
     @property
@@ -59,9 +61,9 @@ class InFlight:
     def give_up(self, why: str) -> None:
         """Drop it: fences are released at once, the committer returns its slot."""
         with self.lock:
-            if self.given_up is not None or self.done.is_set():
+            if self.done.is_set():
                 return
-            self.given_up = why
+            self.given_up = self.given_up or why  # again where Ctrl-C came to the first call
             self.copy.cancel()
         self.closed.set()
 

@@ -17,10 +17,10 @@ from fxckpt.compat.modules import named_buffers, named_parameters
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import TraceBook
-from fxckpt.store.dtypes import OF_MODELS
+from fxckpt.store.dtypes import OF_TORCH
 from fxckpt.store.typed_json import Unkept, encode_state
 
-DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in OF_MODELS.items()}
+DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in OF_TORCH.items()}
 """Torch's types that can be stored, and safetensors' names of them."""
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
@@ -49,8 +49,9 @@ class Inventory:
 
 
 def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
-    """The tensor as a file can hold it: complex numbers as pairs of reals, everything detached. ``name`` is for messages. Raises
-    SetupError for what cannot be written from memory as it is (sparse, quantized, meta tensors)."""
+    """The tensor as a file can hold it: complex numbers of a type that safetensors lacks as pairs of reals, all detached.
+    ``name`` is for messages. Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta
+    tensors)."""
     what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
     if is_transformed(tensor):
         gone = "it is gone when the transform returns. Call compile_step outside, with the parameters themselves."
@@ -73,10 +74,16 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
         )
     cuda.check(tensor)
     tensor = tensor.detach()
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() and tensor.dtype not in DTYPES else tensor
     if tensor.dtype not in DTYPES:
         raise SetupError(f"{what}a {tensor.dtype} tensor: safetensors has no such type")
     return tensor
+
+
+def storable_as(tensor: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The same, as a record of that type has it: an earlier version wrote all complex numbers as pairs of reals."""
+    real = storable(tensor)
+    return torch.view_as_real(real) if real.is_complex() and dtype == "F32" else real
 
 
 def check_storable(found: Inventory) -> None:

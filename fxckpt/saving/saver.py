@@ -9,68 +9,94 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 
-from fxckpt.engine import Engine
+from fxckpt.engine import Checkpoint, Engine
 from fxckpt.errors import FxckptError
 from fxckpt.saving.committer import Committer, SlotSupply
 from fxckpt.saving.flights import Flights, Tally, TrainingThread
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import FILES, Layout
-from fxckpt.saving.stores import CheckpointStore
+from fxckpt.saving.reporter import Reporter
+from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
+from fxckpt.store.about import About
 from fxckpt.store.commit_loop import SETTLE, CommitLoop
 from fxckpt.store.slot import retires_slot
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 
+def _stall_of(tally: Tally, engine: Engine | None) -> Callable[[], float]:
+    """Asks for the seconds that the training thread has waited."""
+    return lambda: tally.wait_seconds + (0.0 if engine is None else engine.statistics()["stall_seconds"])
+
+
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
-    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int):
+    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1):
         self.engine: Engine | None = engine
         self.store: CheckpointStore = store
         self.tally: Tally = Tally()
+        self.about: About = About(every, os.getpid())
         self.trainer: TrainingThread = TrainingThread()
         self.loop: CommitLoop[InFlight] = CommitLoop(lambda: 0 if engine is None else engine.statistics()["bytes_written"])
         self.flights: Flights = Flights(self.loop, max_async, self.trainer)
-        self.supply: SlotSupply = SlotSupply(store)
-        self._committer = Committer(store, self.supply, self.flights, self.tally)
+        self.supply: SlotSupply = SlotSupply(store, self.flights)
+        self.reporter: Reporter = Reporter(self.about, self.loop, _stall_of(self.tally, engine))
+        self._committer = Committer(store, self.supply, self.flights, self.tally, self.reporter)
         self._pid = os.getpid()
 
     def stall_seconds(self) -> float:
         """Time the training thread has waited for us so far."""
-        return self.tally.wait_seconds + (0.0 if self.engine is None else self.engine.statistics()["stall_seconds"])
+        return _stall_of(self.tally, self.engine)()
+
+    def not_begun(self, step: int, error: BaseException) -> None:
+        """The checkpoint of this step could not be begun: count it, and have it told."""
+        self.tally.note_failure(step, error)
+        self.loop.start(self._committer)
+        self.reporter.failed(step, error)
 
     def begin(self, step: int, layout: Layout, name: str | None = None) -> InFlight:
         """Start a checkpoint, once fewer than ``max_async`` are in flight; ``name`` makes it a named save. Raises SaveFailed if
         none of them ends, or if the slot or its files cannot be had."""
+        self.loop.start(self._committer)
         with self.tally.waiting():
             self.flights.wait_for_room()
-            with self.supply.held(self.loop):
-                pending = self._begin(step, layout, name)
-        self.loop.start(self._committer)
-        return pending
+            with self.supply.lock:
+                return self._begin(step, layout, name)
 
     def _begin(self, step: int, layout: Layout, name: str | None) -> InFlight:
         """Get a slot, open its files, and queue the checkpoint for the committer."""
         assert self.engine is not None  # a run that is turned off begins none
-        slot = self.supply.take(layout, name)
+        slot = copy = pending = None
         try:
+            slot = self.supply.take(layout, name)
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
             known, waited = [on_disk.get(name, {}) for name in FILES], [slot.waited(name) for name in FILES]
             copy = self.engine.begin(layout.plan, slot.path, FILES, known, waited, slot.below)
             self.store.begin(slot, copy.id, layout.files)
+            pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started))
+            if self.flights.tracer is not None:
+                self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
+            with self.flights.lock:
+                self.flights.add(pending)
+                self.tally.started += 1
+            return pending
         except BaseException as error:
-            self.store.abandon(slot, bad=retires_slot(error))
+            if pending is not None and self.flights.is_flying(pending):
+                pending.give_up("it was interrupted when it had begun")
+            else:
+                self._take_back(slot, copy, error)
             raise
-        pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started))
-        if self.flights.tracer is not None:
-            self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
-        with self.flights.changed:
-            self.flights.add(pending)
-            self.tally.started += 1
-        return pending
+
+    def _take_back(self, slot: CheckpointSlot | None, copy: Checkpoint | None, error: BaseException) -> None:
+        """Nothing was written to this slot, and nobody else will hear of it."""
+        if copy is not None:
+            copy.release()
+        if slot is not None:
+            self.store.abandon(slot, bad=retires_slot(error))
 
     def flush(self, timeout: float | None, unclosed: bool = True) -> None:
         """Wait for what is in flight, as ``Flights.wait_for_all``; then raise the first error that was not raised yet."""

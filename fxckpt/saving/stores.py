@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Protocol
 
 from fxckpt.engine import io
@@ -79,6 +79,9 @@ class CheckpointStore(Protocol):
     def acquire(self, name: str | None = None) -> CheckpointSlot:
         """A slot for the next checkpoint; ``name`` makes it a named save. Raises StoreError, SaveFailed, SetupError."""
 
+    def reclaim(self, known: Collection[OwnSlot]) -> None:
+        """Take back every slot that was acquired and is none of these; nobody else may be acquiring one."""
+
     def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine has begun the checkpoint of this ``id``, which goes into the slot."""
 
@@ -128,6 +131,7 @@ class NullStore:
     def open(self) -> None: ...
     def close(self) -> None: ...
     def require_loaded(self) -> None: ...
+    def reclaim(self, known: Collection[NullSlot]) -> None: ...
     def mark_loaded(self, generation: int | None) -> None: ...
     def reserve(self, files: Mapping[str, int]) -> None: ...
     def read_back(self, busy: Callable[[], bool]) -> None: ...

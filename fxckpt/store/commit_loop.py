@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from fxckpt.engine import Patience, io
@@ -80,6 +81,13 @@ class StallDetector:
         return not self._patience.left()
 
 
+@dataclass(frozen=True)
+class Errand:
+    """Something else that the loop's thread does, in turn. It must not raise."""
+
+    function: Callable[[], object]
+
+
 class CommitLoop(Generic[F]):
     """Does the work of each checkpoint that is put in, one after the other, on a thread of its own. ``written`` changes with
     every byte that reaches the disk, ``stuck_after`` is in seconds."""
@@ -88,16 +96,22 @@ class CommitLoop(Generic[F]):
         self.stuck_after = stuck_after
         self.ending: bool = False  # nothing will be put in any more
         self.written = written
-        self._queue: queue.SimpleQueue[F | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[F | Errand | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, work: Work[F]) -> None:
-        """Start the thread; nothing if it runs."""
+        """Start the thread, before anything is put in; nothing if it runs."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, args=(work,), name="fxckpt-commit", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=(work, self._queue), name="fxckpt-commit", daemon=True)
+            try:
+                thread.start()
+                self._thread = thread
+            except BaseException:  # Ctrl-C, and whether it runs is not known: if so, it ends
+                self._queue.put(None)
+                self._queue, self._thread = queue.SimpleQueue(), None
+                raise
 
-    def put(self, flight: F) -> None:
+    def put(self, flight: F | Errand) -> None:
         self._queue.put(flight)
 
     def end(self, timeout: float | None = None) -> bool:
@@ -129,8 +143,11 @@ class CommitLoop(Generic[F]):
                 flight.give_up("the disk hangs")
                 raise SaveFailed("write", flight.path, detail=f"nothing was written for {self.stuck_after:g} s; gave up")
 
-    def _run(self, work: Work[F]) -> None:
-        while (flight := self._queue.get()) is not None:
+    def _run(self, work: Work[F], flights: queue.SimpleQueue[F | Errand | None]) -> None:
+        while (flight := flights.get()) is not None:
+            if isinstance(flight, Errand):
+                flight.function()
+                continue
             try:
                 work.commit(flight)
             except Exception as error:
@@ -139,7 +156,7 @@ class CommitLoop(Generic[F]):
                 work.end(flight, None)
             del flight  # nothing of it is kept alive until the next one comes
             try:
-                work.rest(lambda: not self._queue.empty())
+                work.rest(lambda: not flights.empty())
             except Exception:
                 log.exception("fxckpt: a checkpoint could not be read back")
 

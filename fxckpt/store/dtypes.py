@@ -43,23 +43,20 @@ DTYPES: Mapping[str, Dtype] = {
     "I64": Dtype(8, "int64", "<i8"),
     "U64": Dtype(8, "uint64", "<u8"),
     "F64": Dtype(8, "float64", "<f8"),
-    "C64": Dtype(8, "complex64"),
+    "C64": Dtype(8, "complex64", "<c8"),
 }
 """By safetensors' name: every type of whole bytes that a file may hold."""
 
-PARTS: Mapping[str, str] = {"complex32": "F16", "complex64": "F32", "complex128": "F64", "<c8": "F32", "<c16": "F64"}
-"""Torch's and numpy's complex types, which are written as pairs of real numbers of this type."""
-
-_RARE = {"F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"}  # not every reader of safetensors knows these
+PARTS: Mapping[str, str] = {"complex32": "F16", "complex128": "F64", "<c16": "F64"}
+"""Torch's and numpy's complex types that safetensors lacks: written as pairs of real numbers of this type. Earlier versions wrote
+complex64 so, too."""
 
 OF_TORCH: Mapping[str, str] = {each.torch: name for name, each in DTYPES.items() if each.torch not in PARTS}
-"""Torch's name of each type that is written as it is, and safetensors' name."""
+"""Torch's name of each type that is written as it is, and safetensors' name. Not every reader of safetensors knows the rarer
+8-bit floats; a file without them is no matter to it."""
 
 OF_NUMPY: Mapping[str, str] = {each.numpy: name for name, each in DTYPES.items() if each.numpy is not None}
 """The same for numpy."""
-
-OF_MODELS: Mapping[str, str] = {torch: name for torch, name in OF_TORCH.items() if name not in _RARE}
-"""Of ``OF_TORCH``, what a model's parameters and buffers and an optimizer's state may have: any program can read that."""
 
 
 def item_size(name: str) -> int:
@@ -87,22 +84,22 @@ class RawTensor:
 
 
 def raw_tensor(value: Tensor) -> RawTensor:
-    """A numpy array, CPU torch tensor or ``RawTensor`` as bytes, in place if contiguous. Complex ones as real pairs."""
+    """A numpy array, CPU torch tensor or ``RawTensor`` as bytes, in place if contiguous; what is in ``PARTS`` as real pairs."""
     if isinstance(value, RawTensor):
         return value
     if isinstance(value, np.ndarray):
         return _raw_array(value)
     name = str(value.dtype).removeprefix("torch.")
-    real, torch = value.detach(), sys.modules["torch"]
+    real, torch = value.detach().resolve_conj(), sys.modules["torch"]
     if name in PARTS:
-        real = torch.view_as_real(real.resolve_conj())
+        real = torch.view_as_real(real)
     dense = real.resolve_neg().contiguous().reshape(-1)  # where there is one element, with any stride
     flat = dense.as_strided(dense.shape, (1,)).view(torch.uint8).numpy()
     return RawTensor(PARTS.get(name) or OF_TORCH[name], tuple(real.shape), flat.data)
 
 
 def _raw_array(array: np.ndarray) -> RawTensor:
-    """A numpy array as bytes; types that safetensors lacks are complex (real pairs) or kept as U8 (dates, text, …)."""
+    """A numpy array as bytes; types that safetensors lacks are wide complex ones (real pairs) or kept as U8 (dates, text, …)."""
     name, dense = array.dtype.str, np.ascontiguousarray(array).reshape(-1)
     shape = (*array.shape, 2) if name in PARTS else array.shape if name in OF_NUMPY else (array.nbytes,)
     data = dense.view(np.uint8) if array.size else np.empty(0, np.uint8)

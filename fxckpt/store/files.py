@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt
@@ -14,7 +15,7 @@ from fxckpt.store import names
 from fxckpt.store.checks import MAX_BYTES
 from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.folder import Folder, check_regular, opened
-from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
 from fxckpt.store.record import FileRecord
 
 CHUNK_BYTES = 4 << 20
@@ -58,14 +59,17 @@ def replace_file(folder: Folder, name: str, data: bytes, *, durable: bool) -> No
 def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> FileRecord:
     """Write ``tensors`` (arrays, CPU torch tensors, ``RawTensor``) as a safetensors file, in place, and sync it."""
     raw = {key: raw_tensor(tensor) for key, tensor in tensors.items()}
-    specs = [TensorSpec(key, tensor.dtype, tensor.shape, 0) for key, tensor in raw.items()]
-    layout = lay_out(name, specs)
-    pieces = [memoryview(layout.header), *(raw[placed.spec.key].data for placed in layout.tensors)]
+    layout = lay_out(name, [TensorSpec(key, tensor.dtype, tensor.shape, 0) for key, tensor in raw.items()])
+    return write_laid_out(folder, layout, (raw[placed.spec.key].data for placed in layout.tensors))
+
+
+def write_laid_out(folder: Folder, layout: FileLayout, data: Iterable[memoryview]) -> FileRecord:
+    """Write a file whose tensors' bytes come in the layout's order, in pieces of any size; in place, and sync it."""
     crcs: list[int] = []
-    with folder.opened(name, os.O_RDWR | os.O_CREAT) as fd:
+    with folder.opened(layout.name, os.O_RDWR | os.O_CREAT) as fd:
         io.ftruncate(fd, layout.nbytes)
         at = 0
-        for piece in pieces:
+        for piece in itertools.chain([memoryview(layout.header)], data):
             while piece.nbytes:  # cut where a chunk ends
                 if at % CHUNK_BYTES == 0:
                     crcs.append(0)

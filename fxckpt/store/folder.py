@@ -56,9 +56,11 @@ def opened(path: str, flags: int, below: int = io.CWD) -> Iterator[int]:
 class Folder:
     """A directory, from ``open`` or ``enter`` to ``close``. ``path`` is for messages; ``fd`` is what counts."""
 
+    fd: int = -1
+
     def __init__(self, path: str, fd: int):
+        self.fd = fd  # first: Ctrl-C may come here, and ``__del__`` closes it
         self.path: str = path
-        self.fd: int = fd
 
     @classmethod
     def open(cls, path: str) -> Folder:

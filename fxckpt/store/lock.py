@@ -46,7 +46,7 @@ about its own locks."""
 _locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
 """Of this process; none of them is a forked child's."""
 
-_guard = threading.Lock()
+_guard = threading.RLock()  # a collection inside it may let go of another one
 
 _NOTICE = 2.0  # seconds within which a monitor notes that its trainer is gone
 _PROGRESS = 5.0  # seconds between lines of progress
@@ -71,9 +71,17 @@ def _flock(fd: int) -> None:
 KINDS: dict[str, Callable[[int], None]] = {"OFD": _ofd, "POSIX": _posix, "flock": _flock}
 
 
+class Taken(BlockingIOError):
+    """Somebody has a lock of this ``kind``."""
+
+    def __init__(self, kind: str, number: int):
+        super().__init__(number, os.strerror(number))
+        self.kind: str = kind
+
+
 def take(fd: int) -> list[str]:
-    """Take, or keep, every kind that works here, ``flock`` only if no other does; returns which. Raises ``BlockingIOError`` if
-    somebody has one, ``OSError`` if none works."""
+    """Take, or keep, every kind that works here, ``flock`` only if no other does; returns which. Raises ``Taken`` if somebody has
+    one, ``OSError`` if none works."""
     granted: list[str] = []
     for kind, lock in KINDS.items():
         if kind == "flock" and granted:
@@ -83,7 +91,7 @@ def take(fd: int) -> list[str]:
             granted.append(kind)
         except OSError as error:
             if error.errno in _TAKEN:
-                raise BlockingIOError(error.errno, os.strerror(error.errno)) from error
+                raise Taken(kind, error.errno) from error
             if error.errno not in _UNABLE:
                 raise
     if not granted:
@@ -91,15 +99,27 @@ def take(fd: int) -> list[str]:
     return granted
 
 
-def writer(fd: int) -> int | str | None:
+def give_back(fd: int) -> None:
+    """What ``take`` took, of every kind."""
+    for command, where in ((fcntl.F_OFD_SETLK, _SHARED), (fcntl.F_SETLK, _OWN)):
+        with suppress(OSError):
+            fcntl.fcntl(fd, command, struct.pack(_FLOCK, fcntl.F_UNLCK, os.SEEK_SET, *where, 0))
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+
+
+def writer(fd: int, refused: str | None = None) -> int | str | None:
     """Who has taken it: a pid, ``"unknown"`` (another machine or container), or None: nobody, though somebody may keep others
-    from taking it by a lock for reading."""
+    from taking it by a lock for reading. ``refused``: the kind that ``take`` was refused. Where that is another than ``flock``,
+    no trainer takes that, and whoever has it may only read: it asks for no right to write."""
     for command, where in ((fcntl.F_GETLK, _OWN), (fcntl.F_OFD_GETLK, _SHARED)):
         with suppress(OSError):
             asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, *where, 0)
             kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(fd, command, asked))
             if kind != fcntl.F_UNLCK:
                 return pid if pid > 0 else "unknown"
+    if refused not in (None, "flock"):
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         fcntl.flock(fd, fcntl.LOCK_UN)
@@ -114,26 +134,33 @@ def writer(fd: int) -> int | str | None:
 
 
 class DirectoryLock:
-    """The lock of one directory, from construction to ``release``. Raises ``StoreLocked`` with the holder's pid."""
+    """The lock of one directory, from ``hold`` to ``release``."""
 
     def __init__(self, folder: Folder):
         self._folder, self._note = folder, ""
+        self._pid, self._key, self._fd = os.getpid(), (0, 0), -1
+        _locks.add(self)
+
+    def hold(self) -> None:
+        """Take it. Raises ``StoreLocked`` with the holder's pid; whatever is raised, ``release`` it."""
         with _guard:
-            if _is_own(folder.path):
+            if _is_own(self._folder.path):
                 advice = "shut that run down first (opt.ckpt.shutdown()), or use another directory"
-                whose = f"{folder.path} is already being written to by this process (pid {os.getpid()})"
+                whose = f"{self._folder.path} is already being written to by this process (pid {os.getpid()})"
                 raise StoreLocked(f"{whose}: {advice}")
-            self._pid, self._key, self._fd = os.getpid(), (0, 0), -1
             self._keep(self._acquire())
             if os.fstat(self._fd).st_size:
                 self._write_note()  # what an earlier holder noted is not true of us
-            _locks.add(self)
 
     def _keep(self, fd: int) -> None:
         """This descriptor has the lock from now on."""
-        _held.pop(self._key, None)
-        found, old = os.fstat(fd), self._fd
-        self._key, self._fd = (found.st_dev, found.st_ino), fd
+        try:
+            _held.pop(self._key, None)
+            found, old = os.fstat(fd), self._fd
+            self._key, self._fd = (found.st_dev, found.st_ino), fd
+        except BaseException:
+            io.close(fd)
+            raise
         _held[self._key] = self._pid
         io.close_in_child(fd)
         if old >= 0:
@@ -150,12 +177,13 @@ class DirectoryLock:
             try:
                 take(fd)
                 return fd
-            except BlockingIOError:
-                self._refuse_if_taken(fd)
+            except Taken as error:
+                refused = error.kind
+                self._refuse_if_taken(fd, refused)
             other = self._replacement()
             # Who came the same way meanwhile has put his file there by now: look again at what is there, before ours is.
             with self._folder.opened(names.LOCK, os.O_RDWR) as now:
-                self._refuse_if_taken(now)
+                self._refuse_if_taken(now, refused)
             os.fchmod(other, stat.S_IMODE(os.fstat(fd).st_mode))
             self._folder.rename(names.LOCK + names.TEMPORARY, names.LOCK)
             log.warning("%s was locked for reading by somebody: replaced", self._folder.at(names.LOCK))
@@ -185,8 +213,8 @@ class DirectoryLock:
                 now = self._folder.find(name)
                 if now is not None and os.path.samestat(now, os.fstat(fd)):
                     return fd
-            except BlockingIOError:
-                self._refuse_if_taken(fd)
+            except Taken as error:
+                self._refuse_if_taken(fd, error.kind)
                 self._folder.unlink(name)  # of a run that was killed here; somebody may read it
             except BaseException:
                 io.close(fd)
@@ -194,9 +222,9 @@ class DirectoryLock:
             io.close(fd)
         raise StoreLocked(f"{self._folder.path} cannot be locked: somebody locks {name} for reading, again and again")
 
-    def _refuse_if_taken(self, fd: int) -> None:
+    def _refuse_if_taken(self, fd: int, kind: str) -> None:
         """Say who has it, if somebody has; a lock for reading does not count."""
-        if (who := writer(fd)) is None:
+        if (who := writer(fd, kind)) is None:
             return
         what = f"{self._folder.path} is being written to by another process (pid {who})"
         refused = StoreLocked(f"{what}: stop it, wait for it, or use another directory")
@@ -230,17 +258,18 @@ class DirectoryLock:
                     "its own and start it again"
                 )
             if found is not None:
-                with suppress(BlockingIOError):
+                try:
                     take(self._fd)
                     return
-                self._refuse_if_lost()
+                except Taken as error:
+                    self._refuse_if_lost(error.kind)
             self._keep(self._acquire())
             if found is None:
                 log.warning("%s was removed by somebody: locked again", self._folder.at(names.LOCK))
             self._write_note()
 
-    def _refuse_if_lost(self) -> None:
-        if (who := writer(self._fd)) is not None:
+    def _refuse_if_lost(self, refused: str) -> None:
+        if (who := writer(self._fd, refused)) is not None:
             raise StoreLocked(
                 f"this run (pid {os.getpid()}) lost the lock of {self._folder.path}, and another process has it (pid {who}): "
                 "nothing more is written to it. Only one of the two may go on"
@@ -251,6 +280,7 @@ class DirectoryLock:
         with _guard:
             if self._fd < 0 or self._pid != os.getpid():
                 return
+            give_back(self._fd)  # Ctrl-C before this leaves all to do again, and behind it no more than a descriptor
             _held.pop(self._key, None)
             fd, self._fd = self._fd, -1
             io.close_in_child(fd, False)

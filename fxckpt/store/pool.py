@@ -15,7 +15,7 @@ import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
-from fxckpt.engine import Patience, io
+from fxckpt.engine import PatientLock, io
 from fxckpt.errors import Corrupt, NoCheckpoint, NoSpace, SaveFailed, StoreError
 from fxckpt.store import names
 from fxckpt.store.files import FOREIGN
@@ -35,7 +35,8 @@ PATIENCE = 300.0
 
 class Pool:
     """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart. ``mutex``
-    guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames."""
+    guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames: a ``StoreError`` if another
+    thread that does is stuck in the disk."""
 
     def __init__(self, root: str, keep: int, max_async: int):
         self.root: str = root
@@ -44,7 +45,7 @@ class Pool:
         self.max_async: int = max_async
         self.limit: int = keep + max_async  # slots, those beyond ``keep`` apart
         self.mutex: threading.Lock = threading.Lock()
-        self.moves: threading.RLock = threading.RLock()
+        self.moves: PatientLock = PatientLock(lambda: PATIENCE, self._hangs)
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
         self.pinned: int | None = None  # the loaded one, which stays until a newer one is committed
         self.since: int = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up
@@ -134,9 +135,11 @@ class Pool:
         try:
             if (slot := self._take_free()) is not None:
                 return slot
-            with self.holding():  # a commit that is giving up its surplus is about to free one: wait for it
+            with self.moves:  # a commit that is giving up its surplus is about to free one: wait for it
                 self._make_room()
-                return self._take_free() or self.occupy(self.make_slot())
+                while (slot := self._take_free()) is None:
+                    self._free.append(self.make_slot())
+                return slot
         except OSError as error:
             path = os.fsdecode(error.filename or self.root)
             raise SaveFailed(io.operation_of(error) or "open", path, None, error.errno) from error
@@ -145,15 +148,17 @@ class Pool:
         """A free slot, occupied; those whose directory somebody removed are forgotten."""
         with self.mutex:
             while self._free:
-                slot = self._free.pop(0)  # the one that readers had the longest time to leave
+                slot = self._free[0]  # the one that readers had the longest time to leave
                 try:
                     is_there = self._enter(slot)
                 except OSError:
-                    self._free.append(slot)
+                    self._free.append(self._free.pop(0))
                     raise
                 if is_there:
                     slot.begin()
-                    self._busy.add(slot)
+                    self._busy.add(slot)  # before it is free no more: Ctrl-C may come in between, and then it is given back
+                self._free.remove(slot)
+                if is_there:
                     return slot
         return None
 
@@ -172,27 +177,28 @@ class Pool:
             self._numbers.discard(slot.number)
         return False
 
+    def _hangs(self) -> StoreError:
+        return StoreError(f"{self.root}: another thread has been renaming or syncing there for {PATIENCE:g} s: the disk hangs")
+
+    def others(self, known: Collection[Slot]) -> list[Slot]:
+        """What is being written, and is none of these."""
+        with self.mutex:
+            return [slot for slot in self._busy if slot not in known]
+
+    def occupy(self, slot: Slot) -> None:
+        """A new slot, that of a named save, is being written."""
+        slot.enter()
+        with self.mutex:
+            self._busy.add(slot)
+
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Hold ``moves``. Raises ``StoreError`` if who holds it is stuck in the disk."""
-        if not Patience(PATIENCE).until(lambda slice: self.moves.acquire(timeout=slice)):
-            raise StoreError(f"{self.root}: another thread has been renaming or syncing there for {PATIENCE:g} s: the disk hangs")
+    def unhurried(self) -> Iterator[None]:
+        """Hold ``moves``, however long another thread sets space aside: for the thread that commits, which is not interrupted."""
+        self.moves.acquire()
         try:
             yield
         finally:
             self.moves.release()
-
-    def occupy(self, slot: Slot) -> Slot:
-        """A new slot is being written; a free one again if it cannot be opened."""
-        try:
-            slot.enter()
-        except OSError:
-            if slot.name is None:
-                self._free.append(slot)
-            raise
-        with self.mutex:
-            self._busy.add(slot)
-        return slot
 
     def is_busy(self, slot: Slot) -> bool:
         with self.mutex:
@@ -338,7 +344,8 @@ class Pool:
             self.condemn(slot)
             return
         with self.mutex:
-            self._free.append(slot)
+            if slot not in self._free:
+                self._free.append(slot)
 
     def discard(self, paths: Collection[str]) -> None:
         """Remove these checkpoints, and every slot that waits to be used again."""

@@ -122,7 +122,7 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
 
     Raises:
         NotAStore: the directory holds something else.
-        SetupError: it is a URL, or names a variable that nothing has expanded.
+        SetupError: it is a URL, or names a variable that is not set.
     """
     found = [each for each in candidates(local_path(directory)) if isinstance(each, Candidate)]
     return [describe(each.path, each.record) for each in reversed(found)]
@@ -140,7 +140,7 @@ def latest(directory: str | os.PathLike[str], verify: bool = True) -> Checkpoint
 
     Raises:
         NotAStore: the directory holds something else.
-        SetupError: it is a URL, or names a variable that nothing has expanded.
+        SetupError: it is a URL, or names a variable that is not set.
         NoCheckpoint: a trainer takes each one back before it is read, again and again.
     """
     for _ in range(_LOOKS):

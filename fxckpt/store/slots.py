@@ -80,21 +80,20 @@ class Store:
         make_directories(self.root)
         self._real = os.path.realpath(self.root)
         folder = self._pool.folder = Folder.open(self.root)
-        try:
-            self._lock = DirectoryLock(folder)
-        except BaseException:
-            folder.close()
-            raise
+        lock = DirectoryLock(folder)
         # A store dropped without close() gives its lock back; at exit the kernel does, after the last write.
-        self._finalizer = weakref.finalize(self, _let_go, self._lock, folder)
+        self._finalizer = weakref.finalize(self, _let_go, lock, folder)
         self._finalizer.atexit = False
         try:
+            lock.hold()
+            self._lock = lock
             self._sync_what_is_there()
             found = candidates(self.root)
             self.store_id = identify(self._folder, [each.record for each in found if isinstance(each, Candidate)])
             self._adopt(found)
         except BaseException:
-            self.close()
+            self._finalizer()
+            self._lock = None
             raise
         if self._pool.keep == 1:
             log.warning("keep=1: while no other checkpoint exists, one damaged block on the disk loses the run")
@@ -224,6 +223,11 @@ class Store:
             raise
         return slot
 
+    def reclaim(self, known: Collection[Slot]) -> None:
+        """Take back every slot that was acquired and is none of these; nobody else may be acquiring one."""
+        for slot in self._pool.others(known):
+            self.abandon(slot, bad=False)
+
     def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout]) -> None:
         """The engine writes into the slot from now on; nothing to do for it here."""
 
@@ -231,7 +235,7 @@ class Store:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
         names.check_name(name)
         slot = Slot(Folder(self._folder.at(names.NAMED), -1), name + names.PARTIAL, None, name)
-        with self._pool.holding(), slot.reporting():
+        with self._pool.moves, slot.reporting():
             if (named := self._open_named()) is None:
                 self._folder.mkdir(names.NAMED)
                 named = self._folder.enter(names.NAMED)
@@ -244,7 +248,8 @@ class Store:
                 self._folder.sync()
                 named.remove_tree(slot.entry)
                 named.mkdir(slot.entry)
-                return self._pool.occupy(slot)
+                self._pool.occupy(slot)
+                return slot
             except BaseException:
                 named.close()
                 raise
@@ -254,7 +259,7 @@ class Store:
         says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the
         caller then abandons the slot."""
         self._check_open()
-        with self._pool.moves:
+        with self._pool.unhurried():
             if not self._pool.is_busy(slot):
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
@@ -279,7 +284,7 @@ class Store:
             if found is None:
                 return None
             slot, step, error = found
-            with self._pool.holding():
+            with self._pool.moves:
                 whole = slot.has_its_files()
                 self._pool.retire(slot, aside=whole)
             if not whole:  # somebody removes it, or moved a file away: that is his, and no fault of the disk
@@ -370,7 +375,7 @@ class Store:
         directory is renamed ``.bad`` and never used again."""
         self._check_owner()
         try:
-            with self._pool.holding():
+            with self._pool.moves:
                 if not self._pool.release(slot):
                     return
                 slot.forget()
@@ -391,7 +396,7 @@ class Store:
         ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename."""
         if os.getpid() != self._pid or self._lock is None:
             return
-        with self._pool.holding():
+        with self._pool.moves:
             _let_go(self._lock, self._folder)
             self._finalizer.detach()
             self._lock = None

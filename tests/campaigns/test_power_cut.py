@@ -119,6 +119,23 @@ def named(root: Path, acks: Path, writer: str) -> None:
     trainer.close()
 
 
+def touched(root: Path, acks: Path, writer: str) -> None:
+    """Somebody removes a file of a waiting slot, puts a directory in the place of another, and removes the
+    lock."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    for step in (1, 2):
+        trainer.save(step)
+    [slot] = root.glob("slot-*.partial")
+    io.unlink(slot / "optimizer.safetensors")
+    io.unlink(slot / "model.safetensors")
+    io.mkdir(slot / "model.safetensors")
+    for step in (3, 4):
+        trainer.save(step)
+    io.unlink(root / "lock")
+    trainer.save(5)
+    trainer.close()
+
+
 def interrupted(trainer: Trainer, step: int, name: str) -> None:
     """Ctrl-C between the rename and the sync of a commit; a monitor has no Ctrl-C, there the sync's ``open`` fails."""
     if isinstance(trainer, MonitoredTrainer):
@@ -221,6 +238,7 @@ SCENARIOS = {
     "one_slot": (one_slot, 1),
     "rotation": (rotation, 3),
     "named": (named, 1),
+    "touched": (touched, 1),
     "restarts": (restarts, 2),
     "real_run": (real_run, 2),
 }

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from known_sums import good
+from known_sums import check, good
 from process_runs import ProcessRun
+from vandal import Vandal, users_of
 from waiting import until
+
+from fxckpt.errors import Corrupt
+from fxckpt.store.reader import candidates, directory_of
 
 SOAK = int(os.environ.get("FXCKPT_SOAK", "3"))
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
@@ -80,6 +85,55 @@ except (OSError, fxckpt.FxckptError) as error:
 """
 
 
+VANDALIZED = """
+from script_prelude import *
+from known_sums import Sums, Tally, tell, wrong
+import shutil, signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+dice = random.Random(int(os.environ["DICE"]))
+m = Sums(frozen=300_000)
+model = eager(m)
+tally = Tally()
+opt = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1.0, momentum=1.0)
+try:
+    fxckpt.compile_step(opt, "d", model=m, every=1, keep=dice.choice([2, 3]), update="native", chunk_mb=1,
+                        max_async=dice.choice([1, 2]), writer=os.environ["WRITER"], extra={"tally": tally},
+                        read_back=dice.choice(["off", "sampled", "all"]))
+    if dice.random() < 0.5:
+        opt.ckpt.finish_on_signal()
+    start = fxckpt.load().step
+except (OSError, fxckpt.FxckptError) as error:
+    print("REFUSED", type(error).__name__, error)
+    raise SystemExit(0)
+tell("loaded", start)
+assert not wrong(start, m, opt, tally), wrong(start, m, opt, tally)
+end = start + (dice.randint(1, 60) if dice.random() < 0.2 else 10**9)
+for step in range(start, end):
+    model().backward()
+    opt.step()
+    opt.zero_grad()
+    tally.steps += 1
+    found = opt.ckpt.statistics()
+    if (found["last_committed_step"] or start) != start:
+        tell("committed", found["last_committed_step"])
+    if dice.random() < 0.01:
+        shutil.rmtree("upload", ignore_errors=True)
+        try:
+            shutil.copytree("d", "upload", symlinks=True, ignore=lambda path, found: [each for each in found if each != "lock"
+                            and not os.path.isdir(os.path.join(path, each))])
+        except (OSError, shutil.Error):
+            pass
+try:
+    opt.ckpt.shutdown()
+except (OSError, fxckpt.FxckptError) as error:
+    print("SHUTDOWN", error)
+"""
+
+ENDS = ("KeyboardInterrupt", "fxckpt.errors.")
+"""What ends a run that was interrupted, or whose store is gone."""
+
+
 def floor_of(report: Path) -> tuple[int, int | None]:
     """The newest step that was reported in the branch that counts, and where a run went back to that reported none yet."""
     floor, back = 0, None
@@ -106,19 +160,6 @@ def let_run(process: ProcessRun, directory: Path, dice: random.Random) -> str:
     return "killed" if process.returncode else "refused at its opening" if "REFUSED" in process.output else "ended"
 
 
-def users_of(directory: Path) -> list[int]:
-    """Processes that have a file below it open, or memory of one."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            links = [os.readlink(link) for link in (process / "fd").iterdir()]
-        except OSError:
-            continue  # it ended while we looked
-        if any(link.startswith(f"{directory}/") for link in links):
-            found.append(int(process.name))
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer, fork_server, tmp_path, counted):
@@ -140,3 +181,81 @@ def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer,
     counted("steps reported durable in the soak", len((directory / "report").read_text().splitlines()))
     left = {name for name in os.listdir("/dev/shm") if not name.startswith("fxckpt-test-")}  # folders of tests beside us
     assert left <= shared, "shared memory is left"
+
+
+def let_run_beside(vandal: Vandal, process: ProcessRun, directory: Path, dice: random.Random) -> str:
+    """The same, with a vandal at work."""
+    report = directory / "report"
+    before = report.stat().st_size if report.exists() else 0
+    if dice.random() < 0.8:
+        until(lambda: not process.alive() or (report.exists() and report.stat().st_size > before), why=lambda: process.output)
+    for _ in range(dice.randint(3, 40)):
+        time.sleep(dice.uniform(0, 0.05))
+        if not process.alive():
+            break
+        vandal.act(process.pid)
+    killed = process.alive() and dice.random() < 0.8
+    if not killed:
+        process.kill(signal.SIGTERM)
+    process.kill()
+    vandal.rest()
+    trace = process.output.rpartition("Traceback (most recent call last):\n")[2].splitlines()
+    raised = next((line for line in trace if not line.startswith(" ")), "")
+    expected = process.returncode in (0, -signal.SIGKILL, -signal.SIGTERM)
+    assert expected or raised.startswith(ENDS), f"{process.returncode}: {process.output}"
+    return (
+        "killed"
+        if process.returncode == -signal.SIGKILL
+        else "refused at its opening"
+        if "REFUSED" in process.output
+        else "ended"
+    )
+
+
+def survivors(root: Path, vandal: Vandal) -> list[int]:
+    """The steps that load, newest first; what does not must be the vandal's work, and its error says which it is."""
+    found = []
+    for each in candidates(root):
+        name = Path(directory_of(each)).name
+        try:
+            if isinstance(each, Corrupt):
+                raise each
+            check(each)
+            found.append(each.record.step)
+        except Corrupt as error:
+            assert vandal.ruined(name), f"nobody touched it: {error}"
+            assert name in str(error)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("writer", WRITERS)
+def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fork_server, tmp_path, counted):
+    script, directory, dice = tmp_path / "train.py", tmp_path / "d", random.Random(SEED)
+    script.write_text(VANDALIZED)
+    directory.mkdir()
+    root, report = directory / "d", directory / "report"
+    print(f"seed {SEED}")
+    vandal = Vandal(root, tmp_path / "outside", dice)
+    newest = 0
+    for number in range(SOAK):
+        vandal.new_life()
+        before = len(report.read_text().splitlines()) if report.exists() else 0
+        process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
+        how = let_run_beside(vandal, process, directory, dice)
+        counted(f"runs that were {how} beside a vandal ({writer} writer)", 1)
+        until(lambda: not users_of(root), why=lambda: f"processes {users_of(root)} are left")
+        vandal.check_outside()
+        told = report.read_text().splitlines()[before:] if report.exists() else []
+        floor, alive = max([int(line.split()[1]) for line in told], default=newest), survivors(root, vandal)
+        where = f"run {number} (seed {SEED}): step {floor} was reported, {alive} load\n{process.output}" + "\n".join(
+            vandal.journal[-50:]
+        )
+        newest = max(alive, default=0)
+        assert newest >= floor or vandal.ruined_since(floor), where
+        if not alive and report.exists():  # nothing is left to go on with
+            shutil.rmtree(root)
+            report.unlink()
+            counted("stores of which nothing was left", 1)
+    for what, many in vandal.acts.items():
+        counted(f"acts of a vandal: {what}", many)

@@ -114,11 +114,13 @@ def test_an_empty_store_is_no_error(capsys, root):
     assert text(capsys, "ls", root) == (0, "no checkpoints\n") == text(capsys, "verify", root)
 
 
-@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"doctor", "bench"}))
+@pytest.mark.parametrize("command", sorted(set(COMMANDS) - {"doctor", "bench", "import"}))
 def test_what_is_not_there_or_no_store_is_exit_status_4_and_nothing_is_made(command, capsys, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes").write_text("mine")
-    rest = {"diff": ["1", "2"], "export": [tmp_path / "out", "--format", "torch"]}.get(command, [])
+    rest = {"diff": ["1", "2"], "export": [tmp_path / "out", "--format", "torch"], "plot": ["-o", tmp_path / "run.svg"]}.get(
+        command, []
+    )
     for place in ("nothing", "other"):
         status, found = run(capsys, command, tmp_path / place, *rest)
         assert status == 4 and found["error"]["type"] == "NotAStore"
@@ -519,6 +521,7 @@ def test_every_command_is_safe_while_a_trainer_writes(root, tmp_path, capsys):
         for i in range(5):
             newest = checkpoints(root)[-1].step
             commands = (["ls", root], ["verify", root], ["inspect", root], ["prune", root, "--dry-run"], ["doctor", root],
+                        ["watch", root, "--once"],
                         ["diff", root, "latest", "latest"],
                         ["export", root, tmp_path / f"{i}", "--format", "safetensors"])  # fmt: skip
             statuses += [(words[0], main([str(word) for word in words])) for words in commands]
@@ -528,8 +531,9 @@ def test_every_command_is_safe_while_a_trainer_writes(root, tmp_path, capsys):
         thread.join()
     capsys.readouterr()
     assert failed == [] and first is trainer.store
-    assert {(name, status) for name, status in statuses if name in ("ls", "verify", "doctor")} == {
+    assert {(name, status) for name, status in statuses if name in ("ls", "verify", "doctor", "watch")} == {
         ("ls", 0),
+        ("watch", 0),
         ("verify", 0),
         ("doctor", 0),
     }
@@ -572,7 +576,8 @@ def test_torch_is_imported_only_where_it_is_needed(store):
             "print([main(line.split('|')) for line in sys.argv[1:]], 'torch' in sys.modules, file=sys.stderr)")  # fmt: skip
     commands = (["ls", store], ["inspect", store], ["verify", store], ["diff", store, "10", "12"], ["doctor", store],
                 ["bench", store, "--size", "8MiB", "--seconds", "0"], ["prune", store, "--dry-run"],
-                ["export", store, store / "out", "--format", "safetensors"])  # fmt: skip
+                ["export", store, store / "out", "--format", "safetensors"], ["watch", store, "--once"],
+                ["import", store / "out", store / "again"])  # fmt: skip
     lines = ["|".join(map(str, words)) for words in commands]
     done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1:] == [f"{[0] * len(commands)} False"], done.stderr

@@ -189,6 +189,17 @@ def test_links_between_documents_lead_somewhere():
     assert dead == []
 
 
+def test_every_line_about_security_names_a_test_that_there_is():
+    text = (ROOT / "docs/security.md").read_text()
+    lines = [
+        line for line in text.split("## Reading", 1)[1].splitlines() if re.match(r"\| (?!---|can|they|cannot|\| test)", line)
+    ]
+    assert len(lines) > 20 and [line for line in lines if "test_" not in line and "as above" not in line] == []
+    for place, name in re.findall(r"`([a-z_/]+): (test_\w+)`", text):
+        folder, _, file = place.partition("/")
+        assert f"def {name}(" in (ROOT / "tests" / folder / f"test_{file}.py").read_text(), name
+
+
 def test_demo_fails_when_a_digest_differs(capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import demo

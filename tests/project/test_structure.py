@@ -16,6 +16,7 @@ ROOMS = (
     {"errors", "_registry"},
     {"compat", "engine"},
     {"store"},
+    {"importing"},
     {"config", "data", "graph", "monitor", "cli"},
     {"optim"},
     {"saving"},
@@ -23,7 +24,11 @@ ROOMS = (
     {"loading", "handle"},
     {"checkpointed"},
     {"compiled_optimizer", "loop", "torch_backend"},
+<<<<<<< HEAD
     {"lightning"},
+=======
+    {"hf"},
+>>>>>>> main
     {"__init__", "__main__"},
 )
 """A room imports from those above it, and from itself."""

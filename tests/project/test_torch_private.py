@@ -805,3 +805,16 @@ def test_the_backward_under_way_has_a_number_of_its_own():
     for _ in range(2):
         (weight * 2).sum().backward()
     assert backward_under_way() is None and None not in seen and seen[0] != seen[1]
+
+
+def test_the_metadata_of_dcp_is_made_of_the_classes_that_may_be_unpickled(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    from fxckpt.compat.dcp import read_metadata
+
+    kinds = [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"a": [torch.zeros(2, dtype=kind) for kind in kinds], "b": {"lr": 0.1}}, checkpoint_id=tmp_path, no_dist=True)
+    found = read_metadata(str(tmp_path))
+    assert {each.properties.dtype for key, each in found.state_dict_metadata.items() if key.startswith("a")} == set(kinds)

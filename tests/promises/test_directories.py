@@ -27,8 +27,10 @@ WRONG = ["s3://bucket/run", Path("gs://bucket/run"), b"hf://me/run", "$SCRATCH/r
 
 @pytest.mark.parametrize("directory", WRONG, ids=str)
 @pytest.mark.parametrize("use", [run_in, fxckpt.checkpoints, fxckpt.latest, lambda d: fxckpt.load(d, model=nn.Linear(2, 1))])
-def test_a_url_and_an_unexpanded_variable_are_refused_wherever_a_directory_is_named(use, directory, tmp_path, monkeypatch):
+def test_a_url_and_a_variable_that_is_not_set_are_refused_wherever_a_directory_is_named(use, directory, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for variable in ("SCRATCH", "ID"):
+        monkeypatch.delenv(variable, raising=False)
     with pytest.raises(fxckpt.SetupError, match=r"is a URL|names a variable"):
         use(directory)
     assert os.listdir(tmp_path) == []

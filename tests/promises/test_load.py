@@ -15,6 +15,8 @@ from torch.nn.utils import prune
 from waiting import committed
 
 import fxckpt
+from fxckpt.saving import inventory
+from fxckpt.store.dtypes import OF_TORCH
 from fxckpt.store.reader import Reader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -215,6 +217,95 @@ def test_every_type_of_parameter_comes_back(dtype, store):
     again, other = make(1)
     assert fxckpt.load(optimizer=other).step == 3
     assert differences(snapshot(again, other), snapshot(model, opt)) == []
+
+
+def test_other_settings_in_the_script_are_named_once_beside_those_that_are_used(store, caplog):
+    def life(lr: float, foreach: bool | None = None, decay: float = 0.0) -> tuple[str, dict]:
+        model = nn.Linear(3, 3)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "lr": 0.01}]
+        opt = torch.optim.AdamW(groups, lr=lr, foreach=foreach, weight_decay=decay)
+        scheduler = torch.optim.lr_scheduler.StepLR(opt, 1, gamma=0.5)
+        fxckpt.compile_step(opt, store, model=model, every=1, update="native", extra={"s": scheduler})
+        caplog.clear()
+        fxckpt.load(optimizer=opt)
+        said = "\n".join(m for m in caplog.messages if "the script now says" in m)
+        model(torch.ones(1, 3)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+        scheduler.step()
+        found = dict(opt.param_groups[0])
+        opt.ckpt.shutdown()
+        return said, found
+
+    assert life(0.1)[0] == ""
+    assert life(0.1)[0] == "", "a schedule is no other setting"
+    said, used = life(0.4, foreach=True, decay=0.3)
+    assert used["lr"] == 0.0125 and used["foreach"] is None and used["weight_decay"] == 0.0
+    for part in ("lr=0.4 (it was 0.1)", "foreach=True (it was None)", "weight_decay=0.3 (it was 0.0)", "at step 2 goes on: "):
+        assert said.count(part) == 1
+    assert "lr=0.025 and 0.0025" in said and len(said.splitlines()) == 1
+    assert life(0.4, foreach=True, decay=0.3)[0] == "", "it was said once"
+
+
+BYTES = [name for name, known in OF_TORCH.items() if known.startswith("F8")]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex32, torch.complex128, *(getattr(torch, name) for name in BYTES)])
+def test_frozen_parameters_and_buffers_of_rare_types_come_back(dtype, store):
+    def make(seed: int):
+        model = nn.Linear(3, 3)
+        raw = torch.arange(6 * dtype.itemsize, dtype=torch.uint8) + seed
+        model.frozen = nn.Parameter(raw.view(dtype).reshape(3, 2), requires_grad=False)
+        model.register_buffer("buffer", raw.flip(0).contiguous().view(dtype))
+        return model, fxckpt.compile_step(
+            torch.optim.SGD(model.parameters(), lr=0.1), store, model=model, every=1, update="native"
+        )
+
+    model, opt = make(0)
+    model.frozen.requires_grad_(False)
+    model(torch.ones(1, 3)).sum().backward()
+    opt.step()
+    opt.ckpt.shutdown()
+    again, other = make(1)
+    assert fxckpt.load(optimizer=other).step == 1
+    for name in ("frozen", "buffer"):
+        old, new = getattr(model, name), getattr(again, name)
+        assert old.dtype == new.dtype and torch.equal(old.detach().view(torch.uint8), new.detach().view(torch.uint8))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_store_whose_complex_numbers_are_pairs_still_loads(late, store, monkeypatch):
+    """As versions before wrote complex64. ``late``: nobody knows the names of buffers until the compiler has seen them."""
+
+    class Turn(nn.Module):
+        def __init__(self, seed: int):
+            super().__init__()
+            g = torch.Generator().manual_seed(seed)
+            self.w = nn.Parameter(torch.randn(3, 2, generator=g, dtype=torch.complex64))
+            self.register_buffer("turn", torch.randn(2, generator=g, dtype=torch.complex64))
+
+        def forward(self):
+            return (self.w * self.turn).abs().square().sum()
+
+    def life(seed: int):
+        model = Turn(seed)
+        opt = torch.optim.Adam(model.parameters(), lr=0.1)
+        fxckpt.compile_step(opt, store, model=None if late else model, every=1, update=None)
+        return model, opt, fxckpt.load(optimizer=opt).step
+
+    with monkeypatch.context() as before:
+        for table in (inventory.DTYPES, inventory.TORCH_DTYPES):
+            before.delitem(table, torch.complex64 if torch.complex64 in table else "C64")
+        model, opt, _ = life(0)
+        forward = eager(model) if late else model
+        forward().backward()
+        opt.step()
+        opt.ckpt.shutdown()
+    again, other, step = life(1)
+    if late:
+        torch._dynamo.reset()
+        eager(again)()
+    assert step == 1 and differences(snapshot(again, other), snapshot(model, opt)) == []
 
 
 def test_param_groups_come_back_with_all_their_settings(store):

@@ -16,6 +16,7 @@ from torch import nn
 from waiting import until
 
 import fxckpt
+from fxckpt.graph.model.book import traces
 from fxckpt.saving import flights, saver
 from fxckpt.store import slots
 from fxckpt.store.reader import Reader
@@ -327,3 +328,44 @@ def test_a_scaler_that_is_kept_does_not_keep_the_run(tmp_path):
     del opt
     gc.collect()
     assert run() is None
+
+
+def test_a_forked_child_waits_for_no_lock_that_a_thread_of_its_parent_has(tmp_path):
+    training = Training(tmp_path, on_layer=None)
+    training.train(2)
+    run, held, forked = training.opt.ckpt._run, threading.Event(), threading.Event()
+
+    def holds() -> None:
+        closing, flights = run.closing, run.saver.flights
+        with closing.between_steps, closing._lock, run.capture.noting, flights.lock, run.saver.supply.lock, traces._lock:
+            held.set()
+            forked.wait(60)
+
+    thread = threading.Thread(target=holds)
+    thread.start()
+    assert held.wait(60)
+    if (pid := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
+        try:
+            training.train(2)
+            ckpt = training.opt.ckpt
+            for each in (
+                ckpt.flush,
+                ckpt.end_step,
+                ckpt.statistics,
+                lambda: ckpt.graph,
+                lambda: ckpt.note(loss=1.0),
+                ckpt.shutdown,
+            ):
+                each()
+            training.opt.load_state_dict(training.opt.state_dict())
+            os._exit(0)
+        finally:
+            os._exit(1)
+    forked.set()
+    thread.join()
+    assert os.waitpid(pid, 0)[1] == 0
+    training.train(1)
+    training.opt.ckpt.shutdown()
+    assert set(training.stored()) == {1, 2, 3}

@@ -247,10 +247,11 @@ def test_a_directory_that_is_exchanged_for_a_link_is_not_written_to(root, outsid
     trainer.close()
 
 
-def test_files_and_directories_get_the_permissions_that_the_umask_leaves(root):
+@pytest.mark.parametrize("writer", ["thread", "monitor"])
+def test_files_and_directories_get_the_permissions_that_the_umask_leaves(root, writer):
     before = os.umask(0o027)
     try:
-        trainer = start(root)
+        trainer = start(root, writer=writer)
         trainer.save(1)
         trainer.save(2, name="best")
         trainer.close()

@@ -45,6 +45,9 @@ import fcntl, os, struct, sys, time
 fd = os.open(sys.argv[1], os.O_RDONLY)
 if sys.argv[2] == "flock":
     fcntl.flock(fd, fcntl.LOCK_SH)
+elif sys.argv[2] == "both":
+    fcntl.flock(fd, fcntl.LOCK_EX)  # who may read may take this one, too
+    fcntl.fcntl(fd, fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
 else:
     command = fcntl.F_OFD_SETLK if sys.argv[2] == "OFD" else fcntl.F_SETLK
     fcntl.fcntl(fd, command, struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0))
@@ -173,6 +176,17 @@ def test_a_lock_for_reading_keeps_nobody_out_and_lets_nobody_in(root, kind, with
         trainer.close()
     assert stat.S_IMODE((root / "lock").stat().st_mode) == mode
     assert not (root / "lock.tmp").exists()
+
+
+@pytest.mark.parametrize("without", COMBINATIONS[:-1], ids=lambda kinds: "without " + ",".join(kinds))
+def test_every_lock_that_who_may_read_can_take_together_keep_nobody_out(root, without, monkeypatch):
+    disable(monkeypatch, *without)
+    start(root).close()
+    with reader(root / "lock", "both"):
+        trainer = start(root)
+        trainer.save(1)
+        assert "locked" in other_process(root, *without)
+        trainer.close()
 
 
 def test_a_lock_for_reading_taken_after_the_lock_was_lost_does_not_stop_the_trainer(root, monkeypatch):

@@ -13,15 +13,18 @@ from digests import stored
 from process_runs import ProcessRun
 from waiting import until
 
-from fxckpt.store.reader import Reader, candidates, latest
+from fxckpt.store.reader import Candidate, Reader, candidates, latest
 from fxckpt.store.typed_json import decode_state
 
 
 class Sums(torch.nn.Module):
-    """The gradient of every parameter is -1: after step k all momenta are -k, all parameters k(k+1)/2, all buffers k."""
+    """The gradient of every parameter is -1: after step k all momenta are -k, all parameters k(k+1)/2, all buffers k.
+    What is frozen stays 7."""
 
-    def __init__(self):
+    def __init__(self, frozen: int = 0):
         super().__init__()
+        if frozen:
+            self.base = torch.nn.Parameter(torch.full((frozen,), 7, dtype=torch.float64), requires_grad=False)
         zeros = [torch.zeros(n, dtype=torch.float64) for n in (3, 70_000, 1, 90_000, 20_000)]
         self.weights = torch.nn.ParameterList(torch.nn.Parameter(each) for each in zeros)
         self.register_buffer("calls", torch.zeros(3000, dtype=torch.int64))
@@ -46,6 +49,8 @@ class Tally:
 
 def expected(name: str, step: int) -> int:
     """The value of all elements of a tensor after so many steps."""
+    if name == "base":
+        return 7
     return step if name == "calls" else -step if name.startswith("momentum_buffer/") else step * (step + 1) // 2
 
 
@@ -79,14 +84,19 @@ def told(directory: Path) -> tuple[int, list[str]]:
     return max((int(line.split()[1]) for line in lines), default=0), lines
 
 
+def check(found: Candidate) -> None:
+    """That a checkpoint verifies and is one step, whole."""
+    Reader(found.path).verify()
+    step, tensors = found.record.step, stored(found.path)
+    assert len(tensors) == 11 + ("base" in tensors) and off(tensors, step) == []
+    assert decode_state(found.record.state["late"], {}) == {"tally": {"steps": step}}
+
+
 def good(directory: Path, at_least: int) -> int:
     """Every complete checkpoint verifies and is one step, whole; returns the newest one's step."""
     for found in candidates(directory / "d"):
         assert not isinstance(found, Exception), found
-        Reader(found.path).verify()
-        step, tensors = found.record.step, stored(found.path)
-        assert len(tensors) == 11 and off(tensors, step) == []
-        assert decode_state(found.record.state["late"], {}) == {"tally": {"steps": step}}
+        check(found)
     newest = latest(directory / "d")
     found = newest.step if newest is not None else 0
     assert found >= at_least, f"step {at_least} was reported committed, the newest checkpoint is of step {found}"

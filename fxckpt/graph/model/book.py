@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import weakref
 from collections import defaultdict
@@ -100,6 +101,10 @@ class TraceBook:
         self._params: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {region: ParamTrace}
         self._arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> when its gradient arrived, an ordinal
         self._warned = False
+
+    def forget_who_waits(self) -> None:
+        """In a forked child: a thread of the parent may have had the lock."""
+        self._lock = self.models._lock = threading.RLock()
 
     def record(self, trace: JointTrace) -> JointTrace:
         """Take in a new trace and tell the listeners; returns it with its region. A recompile of the same frame takes the place
@@ -237,3 +242,5 @@ class TraceBook:
 
 traces: TraceBook = TraceBook()
 """What the compiler has shown in this process, for all runs."""
+
+os.register_at_fork(after_in_child=traces.forget_who_waits)

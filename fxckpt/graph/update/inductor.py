@@ -76,10 +76,10 @@ def compile_body(program: Program) -> Update:
         try:
             _compiled[key] = _compile(program)
         except NotTraceable as reason:
-            _compiled[key] = reason
+            _compiled[key] = reason.anew()
     found = _compiled[key]
     if isinstance(found, NotTraceable):
-        raise found
+        raise found.anew()
     return found
 
 

@@ -30,6 +30,10 @@ Key = tuple[str, int | None]
 class NotTraceable(Exception):
     """This optimizer's step cannot be split; the message says why. The caller runs the stock step instead."""
 
+    def anew(self) -> NotTraceable:
+        """The same, without the frames that it was raised in: they hold the optimizer."""
+        return type(self)(*self.args)
+
 
 class MakesState(NotTraceable):
     """The traced step makes optimizer state: a first step, which is the stock one's to run."""

@@ -11,6 +11,7 @@ from fxckpt.compat.optimizers import complete, has_own_contract, is_stock, plain
 from fxckpt.errors import LayoutMismatch, SetupError
 from fxckpt.optim.contract.pack import Packer, Unstorable, is_torchs_own
 from fxckpt.optim.contract.unpack import Unpacker, is_optimizer
+from fxckpt.optim.held import HeldWeakly
 
 WAY_OUT = (
     "Give the class state_dict() and load_state_dict() that keep what of it training changes, as numbers, strings, containers "
@@ -29,9 +30,11 @@ class Contract:
     ``ours``: tensors that checkpoints hold anyway, those of the model, by ``id``.
     """
 
+    opt = HeldWeakly()
+
     def __init__(self, opt: torch.optim.Optimizer, ours: Iterable[int] = ()):
         complete(opt)
-        self.opt: torch.optim.Optimizer = opt
+        self.opt = opt
         self._ours = frozenset(ours)
         packer = Packer(opt, self._ours)
         self._pack(packer)

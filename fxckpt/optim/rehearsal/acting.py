@@ -14,6 +14,7 @@ import torch
 from fxckpt.compat.optimizers import inner_hooks, plain_class
 from fxckpt.compat.tracing import watched
 from fxckpt.graph.update.trace import MakesState, NotTraceable
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.rehearsal import effects, values
 from fxckpt.optim.rehearsal.parts import Part, plain_value
 from fxckpt.optim.rehearsal.recorder import Recorder
@@ -45,6 +46,8 @@ class Found:
 
 class Stage:
     """Where one optimizer's step is rehearsed."""
+
+    opt = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -15,6 +15,7 @@ from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import Signature
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import ScalarGroup
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Role
 from fxckpt.optim.rehearsal.stand_in import Hole, Ref, StandIn
@@ -40,6 +41,8 @@ class Cast(ScalarGroup):
 
 class Casting:
     """The casts of one optimizer, and their programs by what was noted."""
+
+    opt = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -12,6 +12,7 @@ import torch
 from fxckpt.compat import cuda
 from fxckpt.graph.update.trace import NotTraceable, is_count
 from fxckpt.optim.bindings import BoundParam
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.stand_in import StandIn
 
@@ -38,6 +39,8 @@ class Part:
 
 class Partition:
     """The parts of one optimizer, kept while nothing that decides them changes."""
+
+    opt = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

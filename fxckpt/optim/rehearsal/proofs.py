@@ -11,6 +11,7 @@ import torch
 from fxckpt.graph.update.trace import MakesState, NotTraceable
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import Inputs, calls_for
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Stage
 from fxckpt.optim.rehearsal.casting import Cast
@@ -25,6 +26,8 @@ MOST = 64
 
 class Proofs:
     """What was compared so far: each tape, alone in its group or beside a part that does the same, and each parameter."""
+
+    opt = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -25,6 +25,7 @@ from fxckpt.compat.optimizers import plain_class
 from fxckpt.graph.update.trace import MakesState, NotTraceable
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.executor import Executor
+from fxckpt.optim.held import HeldWeakly
 from fxckpt.optim.rehearsal import values
 from fxckpt.optim.rehearsal.acting import Found, Stage
 from fxckpt.optim.rehearsal.casting import Casting
@@ -38,8 +39,10 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class RehearsedStep:
     """Rehearses each step, and runs it split once that is proven; whole until then, or for good."""
 
+    opt = HeldWeakly()
+
     def __init__(self, opt: torch.optim.Optimizer, executor: Executor):
-        self.opt: torch.optim.Optimizer = opt
+        self.opt = opt
         self.executor: Executor = executor
         self.whole: str | None = None
         self.partition: Partition = Partition(opt)

@@ -1,0 +1,59 @@
+"""Private parts of Accelerate's optimizer wrapper: what ``prepare`` captured of the optimizer, and that its steps reach ours.
+
+``AcceleratedOptimizer`` takes the bound ``step`` of the optimizer where it has a ``GradScaler``, and puts that on the instance at
+each of its steps: a class that was swapped later would never be asked.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from fxckpt.compat.instance_subclass import instance_subclass
+from fxckpt.errors import SetupError
+
+_CAPTURED = ("_optimizer_original_step_method", "_optimizer_patched_step_method")
+
+
+def is_prepared(value: object) -> bool:
+    """Is it what ``Accelerator.prepare`` makes of an optimizer? Its subclasses leave the steps to DeepSpeed or Megatron."""
+    cls = getattr(type(value), "_fxckpt_base", type(value))
+    return (cls.__module__, cls.__name__) == ("accelerate.optimizer", "AcceleratedOptimizer")
+
+
+def steps_elsewhere(value: object) -> bool:
+    """Is it a wrapper of Accelerate's whose engine makes the steps itself?"""
+    names = [(cls.__module__, cls.__name__) for cls in type(value).__mro__]
+    return ("accelerate.optimizer", "AcceleratedOptimizer") in names and not is_prepared(value)
+
+
+def unwrapped(value: Any) -> Any:
+    """The optimizer that steps."""
+    return value.optimizer if is_prepared(value) else value
+
+
+def scaler_of(value: Any) -> Any:
+    """The ``GradScaler`` that a prepared optimizer steps with, if any."""
+    return getattr(value, "scaler", None) if is_prepared(value) else None
+
+
+def join(wrapper: Any, ckpt: property, known: Any) -> None:
+    """Let the steps of a prepared optimizer reach the new class of the one inside, and give it ``.ckpt``. ``known``: the abstract
+    class that its instances belong to from now on."""
+    if getattr(wrapper, "scaler", None) is not None:
+        if not all(hasattr(wrapper, name) for name in _CAPTURED):
+            raise SetupError("this version of Accelerate keeps an optimizer's step elsewhere: call compile_step before prepare()")
+        from accelerate.optimizer import patch_optimizer_step
+
+        step = wrapper.optimizer.step
+        wrapper._optimizer_original_step_method = step
+        wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, step)
+    kind: Any = type(wrapper)
+    wrapper.__class__ = _joined_class(kind, ckpt, known)
+
+
+@functools.cache
+def _joined_class(base: Any, ckpt: property, known: Any) -> Any:
+    made = instance_subclass(base, {"ckpt": ckpt})
+    known.register(made)
+    return made

@@ -1,0 +1,141 @@
+"""What each record of a run repeats of the run as a whole: where its store began, the model's configuration, how it went so far.
+
+It lies in the record's ``state``, beside what is restored, so that it goes wherever a checkpoint is copied, and is true of the
+branch that the checkpoint is of. Whoever shows it takes it as it comes: what is malformed is not shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fxckpt.store.checks import is_count, is_number, is_str, map_of, optional
+from fxckpt.store.names import STATE
+from fxckpt.store.record import Record
+from fxckpt.store.typed_json import decode_state, encode_state
+
+IMPORTED, ORIGIN, CONFIG, HISTORY = "imported", "origin", "config", "history"
+"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past."""
+
+ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A checkpoint that was committed. Times in seconds since 1970; ``begun`` and ``committed`` are None of one that was loaded:
+    a process began there. ``written`` (bytes) and ``stall`` (seconds that training waited) are sums since the first one."""
+
+    step: int
+    time: float
+    begun: float | None
+    committed: float | None
+    nbytes: int
+    written: int
+    stall: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_row(self) -> list[Any]:
+        """As a record has it."""
+        metrics = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
+        return [self.step, self.time, self.begun, self.committed, self.nbytes, self.written, self.stall, metrics]
+
+
+_CHECKS = (is_count, is_number, optional(is_number), optional(is_number), is_count, is_count, is_number, map_of(lambda _: True))
+
+
+class About:
+    """Of one run. ``every`` and ``pid`` are for whoever watches it. The thread that commits notes, another one asks, without a
+    lock, which the handler of a signal could find taken by what it interrupted: what is asked for is only ever replaced."""
+
+    def __init__(self, every: int | str, pid: int):
+        self.config: str | None = None  # the model's, as JSON
+        self._run = {"every": every, "pid": pid}
+        self._origin: Mapping[str, Any] | None = None
+        self._rows: tuple[list[Any], ...] = ()
+        self._last: Passed | None = None
+        self._base = 0.0  # seconds of stall to be added to those of this process
+
+    def continue_from(self, record: Record, stall: float) -> None:
+        """A checkpoint was loaded, and none is in flight. ``stall``: seconds so far, of this process."""
+        past = history(record)
+        self._origin, self.config = origin(record), self.config or config(record)
+        self._rows, self._last = tuple(each.to_row() for each in past), past[-1]
+        self._base = past[-1].stall - stall
+
+    def note(self, step: int, time: float, begun: float, committed: float, nbytes: int, stall: float, metrics: Any) -> None:
+        """One more was committed. ``stall``: seconds, of this process."""
+        written = nbytes + (self._last.written if self._last is not None else 0)
+        times = round(time, 3), round(begun, 3), round(committed, 3)
+        self._last = Passed(step, *times, nbytes, written, round(self._base + stall, 4), metrics)
+        rows = (*self._rows, self._last.to_row())
+        self._rows = rows if len(rows) <= ROWS else rows[:-NEWEST:2] + rows[-NEWEST:]
+
+    def to_state(self) -> dict[str, Any]:
+        """The members that go into a record's ``state``."""
+        found: dict[str, Any] = {HISTORY: {**self._run, "rows": list(self._rows)}}
+        if self._origin is not None:
+            found[ORIGIN] = dict(self._origin)
+        if self.config is not None:
+            found[CONFIG] = self.config
+        return found
+
+
+def _member(record: Record, name: str) -> Any:
+    """What a record's ``state`` has under this name."""
+    return record.state.get(name) if isinstance(record.state, dict) else None
+
+
+def origin(record: Record) -> dict[str, Any] | None:
+    """Of what its store began as an import: ``source``, ``format`` and ``time``; None if it was none."""
+    for name in (IMPORTED, ORIGIN):
+        found = _member(record, name)
+        if isinstance(found, dict) and is_number(found.get("time")) and is_str(found.get("format")):
+            try:
+                source = decode_state(found.get("source"), {})
+            except Exception:  # another program's
+                continue
+            return {"source": str(source), "format": found["format"], "time": found["time"]}
+    return None
+
+
+def imported(record: Record) -> dict[str, Any] | None:
+    """What an import's own record says of it; None of a checkpoint that a run wrote."""
+    found = _member(record, IMPORTED)
+    return found if isinstance(found, dict) else None
+
+
+def config(record: Record) -> str | None:
+    """The text of the model's ``config.json``, if it is known."""
+    found = _member(record, CONFIG)
+    return found if isinstance(found, str) else None
+
+
+def watched(record: Record) -> tuple[int | str | None, int | None]:
+    """``every`` and the process id of the run that wrote it, as far as they are known."""
+    found = _member(record, HISTORY)
+    found = found if isinstance(found, dict) else {}
+    every, pid = found.get("every"), found.get("pid")
+    return every if is_count(every) or is_str(every) else None, pid if is_count(pid) else None
+
+
+def history(record: Record) -> list[Passed]:
+    """The checkpoints that it continues, thinned out, and itself, oldest first."""
+    found = _member(record, HISTORY)
+    rows = found.get("rows") if isinstance(found, dict) else None
+    past = [_passed(row) for row in rows if _is_row(row)] if isinstance(rows, list) else []
+    last = past[-1] if past else Passed(0, 0.0, None, None, 0, 0, 0.0)
+    nbytes = sum(file.nbytes for file in record.files if file.name != STATE)
+    own = Passed(record.step, record.time, None, None, nbytes, last.written + nbytes, last.stall, record.metrics)
+    return [*(each for each in past if each.step <= record.step), own]
+
+
+def _is_row(row: Any) -> bool:
+    return type(row) is list and len(row) == len(_CHECKS) and all(check(value) for check, value in zip(_CHECKS, row))
+
+
+def _passed(row: list[Any]) -> Passed:
+    """A row of a record; a metric that is no number is left out."""
+    metrics = {name: value for name, value in decode_state(row[-1], {}).items() if isinstance(value, float)}
+    return dataclasses.replace(Passed(*row[:-1]), metrics=metrics)

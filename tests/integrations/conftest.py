@@ -1,0 +1,20 @@
+"""A fork server whose processes have the packages that these tests are about: they take seconds to import."""
+
+from __future__ import annotations
+
+import pytest
+from fork_server import ForkServer
+
+
+@pytest.fixture(scope="session")
+def _server_with_trainers(inductor_cache):
+    made = ForkServer(inductor_cache, "transformers.trainer", "accelerate", "peft", "fxckpt.hf")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def trainers_server(_server_with_trainers):
+    """Starts scripts that train with transformers or Accelerate."""
+    yield _server_with_trainers
+    _server_with_trainers.end_runs()

@@ -1,0 +1,79 @@
+"""An optimizer that is dropped takes its run with it, at once."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import fxckpt
+
+KINDS = {
+    "traced": torch.optim.AdamW,
+    "whole": torch.optim.LBFGS,
+    "rehearsed": lambda params: Own(params, lr=0.1),
+}
+
+
+class Own(torch.optim.Optimizer):
+    """One that nobody knows."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                p.sub_(mean.lerp_(p.grad, 0.1), alpha=group["lr"])
+
+
+@pytest.mark.parametrize("end", ["dropped", "shut down"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_optimizer_that_nobody_refers_to_is_gone_at_once_with_all_that_it_held(kind, end, tmp_path):
+    def life() -> list[weakref.ref]:
+        model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+        opt = KINDS[kind](model.parameters())
+        fxckpt.compile_step(opt, tmp_path, model=model, every=1, update="native", fresh=True)
+
+        def loss() -> torch.Tensor:
+            opt.zero_grad()
+            (found := model(torch.ones(2, 3)).square().sum()).backward()
+            return found
+
+        for _ in fxckpt.steps(6):
+            loss()
+            opt.step(loss if kind == "whole" else None)
+        if end == "shut down":
+            opt.ckpt.shutdown()
+        states = [v for state in opt.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+        return [weakref.ref(each) for each in (opt, model, *model.parameters(), *states)]
+
+    life()  # what torch imports at a first use keeps frames
+    gc.collect()
+    gc.disable()
+    try:
+        left = [ref() for ref in life()]
+    finally:
+        gc.enable()
+    assert left == [None] * len(left)
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 6, "what was complete is durable"
+
+
+def test_an_optimizer_of_several_that_is_dropped_goes_with_the_last_of_them(tmp_path):
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+    opts = [torch.optim.AdamW(m.parameters()) for m in (a, b)]
+    fxckpt.compile_step(opts, tmp_path, model={"a": a, "b": b}, every=1, update="native")
+    first = weakref.ref(opts.pop(0))
+    for _ in fxckpt.steps(2):
+        b(torch.ones(2, 3)).sum().backward()
+        opts[0].step()
+    assert first() is not None, "its state is in the checkpoints"
+    opts[0].ckpt.shutdown()
+    opts.clear()
+    gc.collect()
+    assert first() is None
