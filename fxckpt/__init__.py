@@ -51,13 +51,8 @@ _HOME = {
 }  # fmt: skip
 """Where the names are that need torch or the engine: imported at first use."""
 
-<<<<<<< HEAD
-_MODULES = ("lightning",)
-"""Need a package that ``pip install fxckpt[lightning]`` brings."""
-=======
-_MODULES = ("hf",)
-"""Need a package that ``pip install fxckpt[hf]`` brings."""
->>>>>>> main
+_MODULES = ("hf", "lightning")
+"""Each needs a package that ``pip install fxckpt[hf]`` or ``fxckpt[lightning]`` brings."""
 
 __all__ = [
     "Cancelled", "Checkpointed", "Committed", "Corrupt", "EngineMissing", "Failed", "FxckptError", "Handle", "Imported",

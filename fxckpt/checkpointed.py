@@ -14,10 +14,10 @@ from typing import Any, cast
 
 import torch
 
-from fxckpt.compat.accelerate import join
 from fxckpt.compat.dynamo import untraced
 from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.compat.optimizers import comes_by_itself, hooked, takes, watch_steps
+from fxckpt.compat.wrappers import join
 from fxckpt.handle import Handle
 from fxckpt.optim.contract.wrappers import held_by
 from fxckpt.optim.strategy import Arguments
@@ -49,7 +49,7 @@ def attach(opt: torch.optim.Optimizer, handle: Handle) -> None:
 
 
 def attach_wrapper(wrapper: Any) -> None:
-    """Let the steps of what Accelerate prepared be those of its optimizer, which is attached, and let it have ``.ckpt``."""
+    """Let the steps of what Accelerate prepared, or Fabric set up, be those of its optimizer, which is attached, and let it have ``.ckpt``."""
     join(wrapper, _CKPT_OF_INNER, Checkpointed)
 
 

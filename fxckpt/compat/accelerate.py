@@ -6,10 +6,8 @@ each of its steps: a class that was swapped later would never be asked.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
-from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.errors import SetupError
 
 _CAPTURED = ("_optimizer_original_step_method", "_optimizer_patched_step_method")
@@ -37,9 +35,8 @@ def scaler_of(value: Any) -> Any:
     return getattr(value, "scaler", None) if is_prepared(value) else None
 
 
-def join(wrapper: Any, ckpt: property, known: Any) -> None:
-    """Let the steps of a prepared optimizer reach the new class of the one inside, and give it ``.ckpt``. ``known``: the abstract
-    class that its instances belong to from now on."""
+def rebind(wrapper: Any) -> None:
+    """Let the steps of a prepared optimizer reach the new class of the one inside."""
     if getattr(wrapper, "scaler", None) is not None:
         if not all(hasattr(wrapper, name) for name in _CAPTURED):
             raise SetupError("this version of Accelerate keeps an optimizer's step elsewhere: call compile_step before prepare()")
@@ -48,12 +45,3 @@ def join(wrapper: Any, ckpt: property, known: Any) -> None:
         step = wrapper.optimizer.step
         wrapper._optimizer_original_step_method = step
         wrapper._optimizer_patched_step_method = patch_optimizer_step(wrapper, step)
-    kind: Any = type(wrapper)
-    wrapper.__class__ = _joined_class(kind, ckpt, known)
-
-
-@functools.cache
-def _joined_class(base: Any, ckpt: property, known: Any) -> Any:
-    made = instance_subclass(base, {"ckpt": ckpt})
-    known.register(made)
-    return made

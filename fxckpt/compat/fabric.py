@@ -24,20 +24,25 @@ def _is_one(value: object, kinds: set[tuple[str, str]]) -> bool:
     return any((kind.__module__, kind.__name__) in kinds for kind in type(value).__mro__)
 
 
+def is_wrapped(value: object) -> bool:
+    """Is it what ``Fabric.setup``, or a Trainer of Lightning, makes of an optimizer?"""
+    return _is_one(value, _OPTIMIZERS)
+
+
 def unwrapped(value: Any) -> Any:
     """The optimizer that steps."""
-    return value.optimizer if _is_one(value, _OPTIMIZERS) else value
+    return value.optimizer if is_wrapped(value) else value
 
 
 def strategy_that_steps(value: Any) -> str | None:
     """The name of a strategy whose engine shards the parameters, or makes the steps itself."""
-    name = type(getattr(value, "_strategy", None)).__name__ if _is_one(value, _OPTIMIZERS) else ""
+    name = type(getattr(value, "_strategy", None)).__name__ if is_wrapped(value) else ""
     return name if name in _STEP_THEMSELVES else None
 
 
 def scaler_of(value: Any) -> Any:
     """The ``GradScaler`` that a wrapped optimizer steps with, if any."""
-    if not _is_one(value, _OPTIMIZERS):
+    if not is_wrapped(value):
         return None
     strategy = getattr(value, "_strategy", None)
     precision = getattr(strategy, "precision", None) or getattr(strategy, "precision_plugin", None)

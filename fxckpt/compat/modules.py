@@ -25,8 +25,8 @@ _WRAPPERS = (
 
 
 def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
-    """The model inside a wrapper of torch's or Fabric's, or None if it is no wrapper. The attributes that hold it are private; the
-    types are looked up only where their module is imported already."""
+    """The model inside a wrapper of torch's or Fabric's, or None if it is no wrapper. The attributes that hold it are private;
+    the types are looked up only where their module is imported already."""
     for where, name, attribute in _WRAPPERS:
         kind = getattr(sys.modules.get(where), name, None)
         if kind is not None and isinstance(module, kind):

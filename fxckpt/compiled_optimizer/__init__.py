@@ -14,9 +14,9 @@ import torch
 
 from fxckpt.checkpointed import attach, attach_wrapper
 from fxckpt.compat import cuda
-from fxckpt.compat.accelerate import is_prepared
 from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
+from fxckpt.compat.wrappers import is_wrapper
 from fxckpt.compiled_optimizer.checks import check
 from fxckpt.compiled_optimizer.ends import finish_at_exit
 from fxckpt.compiled_optimizer.start import give_up, say, start
@@ -58,7 +58,7 @@ def compile_step(
 
     Args:
         opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step. What
-            Accelerate's ``prepare`` returned may be given; its ``GradScaler`` is then among the extras.
+            Accelerate's ``prepare`` or Fabric's ``setup`` returned may be given; its ``GradScaler`` is then among the extras.
         dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``.
         model: what is trained, compiled or wrapped or not: a module, or a list or dict of them, which must own all that the
             optimizers train. Names every tensor, and adds what the optimizer does not hold: frozen parameters, buffers,
@@ -114,7 +114,7 @@ def compile_step(
     for each in optimizers:
         attach(each, handle)
         rebind_scheduler_wrapper(each)
-    for wrapper in filter(is_prepared, given):
+    for wrapper in filter(is_wrapper, given):
         attach_wrapper(wrapper)
     finish_at_exit()
     say(run)

@@ -9,14 +9,12 @@ from typing import cast
 import torch
 
 from fxckpt.checkpointed import Checkpointed
-<<<<<<< HEAD
-from fxckpt.compat.fabric import scaler_of, strategy_that_steps, unwrapped
-=======
-from fxckpt.compat.accelerate import scaler_of, steps_elsewhere, unwrapped
->>>>>>> main
+from fxckpt.compat.accelerate import steps_elsewhere
+from fxckpt.compat.fabric import strategy_that_steps
 from fxckpt.compat.module_state import state_of
 from fxckpt.compat.modules import named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
+from fxckpt.compat.wrappers import scaler_of, unwrapped
 from fxckpt.config import disabled
 from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import traces
@@ -38,14 +36,11 @@ def check(
     """The optimizers, the models as one and the extras, once they can make a run; raises SetupError if not."""
     if not optimizers:
         raise SetupError("compile_step needs an optimizer, or a list of them; the list is empty")
-<<<<<<< HEAD
     if sharded := next(filter(None, map(strategy_that_steps, optimizers)), None):
         raise SetupError(
-            f"the {sharded} of this optimizer's Fabric shards what it trains, or makes the steps itself: there is no opt.step() whose "
-            "layers could be copied. Use another strategy, or save with fabric.save()"
+            f"the {sharded} of this optimizer's Fabric shards what it trains, or makes the steps itself: there is no opt.step() "
+            "whose layers could be copied. Use another strategy, or save with fabric.save()"
         )
-=======
->>>>>>> main
     checked = [_free_optimizer(unwrapped(each)) for each in optimizers]
     module = one_model(model)
     names = {} if module is None else {id(p): name for name, p in named_parameters(module)}
@@ -62,24 +57,16 @@ def check(
 
 
 def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | None) -> Mapping[str, object] | None:
-<<<<<<< HEAD
-    """The extras, and the scalers that Fabric gave optimizers, unless they are among them."""
-=======
-    """The extras, and the scalers that Accelerate gave prepared optimizers, unless they are among them."""
->>>>>>> main
+    """The extras, and the scalers that Accelerate or Fabric gave optimizers, unless they are among them."""
     if extra is not None and not isinstance(extra, Mapping):
         return extra
     found = dict(extra or {})
     for scaler in map(scaler_of, optimizers):
         if scaler is not None and not any(value is scaler for value in found.values()):
             if "scaler" in found:
-<<<<<<< HEAD
-                raise SetupError("extra['scaler'] is the name of Fabric's GradScaler, which is kept with it: choose another one")
-=======
                 raise SetupError(
-                    "extra['scaler'] is the name of Accelerate's GradScaler, which is kept with it: choose another one"
+                    "extra['scaler'] is the name of the wrapper's GradScaler, which is kept with it: choose another one"
                 )
->>>>>>> main
             found["scaler"] = scaler
     return found
 

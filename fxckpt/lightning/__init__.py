@@ -1,9 +1,12 @@
-"""``fxckpt.lightning.Checkpoint``: a Lightning callback that has a Trainer checkpoint at every step, and resume with the same bits.
+"""``fxckpt.lightning.Checkpoint``: a Lightning callback that has a Trainer checkpoint at every step and resume exactly.
 
     import fxckpt.lightning
 
     trainer = Trainer(max_epochs=90, callbacks=[fxckpt.lightning.Checkpoint("checkpoints/", every=1)])
     trainer.fit(module, loader)
+
+``checks`` says what is refused, ``training`` is one call of ``fit()``, ``progress`` is what a record holds of a Trainer with the
+``results`` it has logged so far, ``feed`` is a loader whose passes are ours, and ``logs`` lets CSV files go on.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ _HOW = "fxckpt.lightning.Checkpoint"
 def check_trainer(trainer: Any, callback: Any) -> None:
     """Raises SetupError, with the way out, for a Trainer whose training no checkpoint could bring back."""
     if missing := missing_parts(trainer):
-        raise SetupError(f"this version of Lightning has no {', '.join(missing)}, which {_HOW} needs; it is known to work with 2.6")
+        raise SetupError(
+            f"this version of Lightning has no {', '.join(missing)}, which {_HOW} needs; it is known to work with 2.6"
+        )
     if why := next(iter(_reasons(trainer, callback)), None):
         raise SetupError(f"{_HOW}: {why}")
 

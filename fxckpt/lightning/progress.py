@@ -119,7 +119,7 @@ class Progress:
         loops = self.loaded["loops"]
         if self.loaded["amid"]:
             progress = loops["epoch_progress"]
-            over = {kind: {name: progress[kind]["processed"] for name in progress[kind]} for kind in ("total", "current")}
+            over = {kind: dict.fromkeys(progress[kind], progress[kind]["processed"]) for kind in ("total", "current")}
             loops = {**loops, "epoch_progress": {**progress, **over}}
         load_loops(self._trainer.fit_loop, loops)
 
@@ -143,7 +143,7 @@ class Progress:
         kinds, wanted = [type(each).__name__ for each in live], [kind for kind, _ in saved]
         if kinds != wanted:
             raise SetupError(
-                f"the checkpoint was taken with the schedulers {wanted or 'none'}, and configure_optimizers gives {kinds or 'none'}"
+                f"the checkpoint has the schedulers {wanted or 'none'}, and configure_optimizers gives {kinds or 'none'}"
             )
         for scheduler, (_, state) in zip(live, saved):
             scheduler.load_state_dict(state)
@@ -158,5 +158,7 @@ def _is_own(value: Any, hook: str) -> bool:
 def _holds_tensors(state: Any) -> bool:
     """Are there tensors in this state, in dicts of dicts?"""
     if isinstance(state, Mapping):
-        return any(isinstance(each, Mapping) and any(isinstance(v, torch.Tensor) for v in each.values()) for each in state.values())
+        return any(
+            isinstance(each, Mapping) and any(isinstance(v, torch.Tensor) for v in each.values()) for each in state.values()
+        )
     return False

@@ -15,14 +15,16 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import fxckpt
 from fxckpt.compat.lightning import release, scaler_of, stand_in
+from fxckpt.compiled_optimizer import compile_step
 from fxckpt.errors import SetupError
 from fxckpt.handle import Handle
 from fxckpt.lightning.checks import check_loaders, check_trainer
 from fxckpt.lightning.feed import Feed
 from fxckpt.lightning.logs import continue_logs
 from fxckpt.lightning.progress import Progress
+from fxckpt.loading.load import load
+from fxckpt.loop import batches, steps
 
 _ENDLESS = 1 << 62
 _OURS = "lightning"
@@ -40,9 +42,9 @@ class Training:
         optimizers = list(trainer.optimizers)
         self._optimizer = optimizers[-1]
         arguments: dict[str, Any] = {**options, "model": module, "extra": self._extras(options.get("extra"))}
-        fxckpt.compile_step(optimizers, directory, **arguments)
+        compile_step(optimizers, directory, **arguments)
         self.handle: Handle = self._optimizer.ckpt
-        self._resumes = not options.get("fresh") and fxckpt.load(optimizer=self._optimizer).path is not None
+        self._resumes = not options.get("fresh") and load(optimizer=self._optimizer).path is not None
         if self._resumes:
             self._progress.head()
             continue_logs(trainer.loggers, self._progress.loaded["logs"])
@@ -69,7 +71,7 @@ class Training:
             self._progress.put_metrics()  # the sanity check has reset them
 
     def _begin_pass(self, loader: Any) -> Iterator[Any]:
-        return iter(fxckpt.batches(loader, optimizer=self._optimizer))
+        return iter(batches(loader, optimizer=self._optimizer))
 
     def _advance(self, data_fetcher: Any) -> None:
         """A batch is about to be fetched."""
@@ -78,10 +80,10 @@ class Training:
             return
         if self._resumes:
             self._progress.here = data_fetcher
-            fxckpt.load(optimizer=self._optimizer)
+            load(optimizer=self._optimizer)
             self._progress.here = None
         self._progress.amid = True
-        self._turns = fxckpt.steps(_ENDLESS, optimizer=self._optimizer)
+        self._turns = steps(_ENDLESS, optimizer=self._optimizer)
         next(self._turns)
         if self._resumes:
             for feed in self._feeds:

@@ -8,12 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-<<<<<<< HEAD
-from fxckpt.compat.fabric import unwrapped
-=======
-from fxckpt.compat.accelerate import unwrapped
->>>>>>> main
 from fxckpt.compat.modules import Models, one_model, tensors_of
+from fxckpt.compat.wrappers import unwrapped
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
 from fxckpt.optim.contract.contract import Contract

@@ -24,11 +24,7 @@ ROOMS = (
     {"loading", "handle"},
     {"checkpointed"},
     {"compiled_optimizer", "loop", "torch_backend"},
-<<<<<<< HEAD
-    {"lightning"},
-=======
-    {"hf"},
->>>>>>> main
+    {"hf", "lightning"},
     {"__init__", "__main__"},
 )
 """A room imports from those above it, and from itself."""
