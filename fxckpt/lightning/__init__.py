@@ -40,12 +40,8 @@ def _base() -> Any:
 _Callback: Any = _base()
 
 
-class Checkpoint(_Callback):  # type: ignore[misc]
-    """Checkpoints at the end of each batch whose optimizer stepped; ``trainer.fit`` goes on from the newest one by itself.
-
-    Where it stands among the callbacks does not matter. ``ckpt`` is the run's :class:`~fxckpt.Handle` while ``fit`` runs, and
-    afterwards.
-    """
+class _Hooks(_Callback):  # type: ignore[misc]
+    """Begins a :class:`Training` when ``fit`` starts, and ends it."""
 
     def __init__(self, directory: str | os.PathLike[str], **options: Any):
         """Args:
@@ -90,3 +86,11 @@ class Checkpoint(_Callback):  # type: ignore[misc]
         training, self._training = self._training, None
         if training is not None:
             training.end()
+
+
+class Checkpoint(_Hooks):
+    """Checkpoints at the end of each batch whose optimizer stepped; ``trainer.fit`` goes on from the newest one by itself.
+
+    Where it stands among the callbacks does not matter. ``ckpt`` is the run's :class:`~fxckpt.Handle` while ``fit`` runs, and
+    afterwards.
+    """

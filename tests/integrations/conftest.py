@@ -18,3 +18,17 @@ def trainers_server(_server_with_trainers):
     """Starts scripts that train with transformers or Accelerate."""
     yield _server_with_trainers
     _server_with_trainers.end_runs()
+
+
+@pytest.fixture(scope="session")
+def _server_with_lightning(inductor_cache):
+    made = ForkServer(inductor_cache, "lightning", "torchdata.stateful_dataloader", "fxckpt.lightning")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lightning_server(_server_with_lightning):
+    """Starts scripts that train with Lightning or Fabric."""
+    yield _server_with_lightning
+    _server_with_lightning.end_runs()
