@@ -49,7 +49,7 @@ def attach(opt: torch.optim.Optimizer, handle: Handle) -> None:
 
 
 def attach_wrapper(wrapper: Any) -> None:
-    """Let the steps of what Accelerate or Fabric wrapped be those of its optimizer, which is attached, and let it have ``.ckpt``."""
+    """Let the steps of what Accelerate or Fabric wrapped be those of its optimizer, which is attached, and give it ``.ckpt``."""
     join(wrapper, _CKPT_OF_INNER, Checkpointed)
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxckpt
 import fxckpt.lightning
+from fxckpt.lightning.checks import check_trainer
 
 KILLS = int(os.environ.get("FXCKPT_INTEGRATIONS", "2"))
 
@@ -209,16 +210,15 @@ def fit(directory, module=None, loader=None, *callbacks, ckpt_path=None, **optio
 
 def test_a_training_that_is_over_stays_over_and_more_epochs_go_on(tmp_path, monkeypatch):
     ours, trainer = fit(tmp_path / "ckpt")
-    assert trainer.global_step == ours.ckpt.statistics()["steps"] == 4
+    assert trainer.global_step == ours.ckpt.statistics()["last_committed_step"] == 4
     again, trainer = fit(tmp_path / "ckpt")
-    assert trainer.global_step == 4 and again.ckpt.statistics()["steps"] == 0
+    assert trainer.global_step == 4 and again.ckpt.statistics()["checkpoints_started"] == 0
     monkeypatch.setitem(QUIET, "max_epochs", 2)
     more, trainer = fit(tmp_path / "ckpt")
-    assert trainer.global_step == 8 and more.ckpt.statistics()["steps"] == 4
+    assert trainer.global_step == 8 and more.ckpt.statistics()["checkpoints_started"] == 4
 
 
 REFUSED = {
-    "ddp": (lambda: {"strategy": DDPStrategy()}, "one device"),
     "reload": (lambda: {"reload_dataloaders_every_n_epochs": 1}, "set_epoch"),
     "iterator": (lambda: {"module": TakesTheIterator()}, "take a batch"),
     "thaws": (lambda: {"callbacks": [Thaws()]}, "Thaws adds parameter groups"),
@@ -231,13 +231,16 @@ REFUSED = {
 def test_what_cannot_be_resumed_is_refused_with_the_way_out(name, tmp_path):
     options, why = REFUSED[name]
     given = options()
-    if name == "ddp":
-        with pytest.raises(fxckpt.SetupError, match=why):
-            fxckpt.lightning.checks.check_trainer(lightning.Trainer(**QUIET, **given), None)
-        return
     module, loader, callbacks = given.pop("module", None), given.pop("loader", None), given.pop("callbacks", [])
     with pytest.raises(fxckpt.SetupError, match=why):
         fit(tmp_path / "ckpt", module, loader, *callbacks, **given)
+
+
+def test_several_devices_are_refused_with_the_way_out():
+    trainer = lightning.Trainer(**QUIET, strategy=DDPStrategy())
+    trainer.strategy.connect(Small())
+    with pytest.raises(fxckpt.SetupError, match=r"DDPStrategy .*one device.*a directory for each rank"):
+        check_trainer(trainer, None)
 
 
 def test_a_checkpoint_of_lightnings_own_is_refused_beside_ours(tmp_path):
@@ -255,5 +258,5 @@ def test_the_model_is_not_an_option_and_there_is_no_run_before_fit():
 
 
 def test_lightning_is_not_imported_before_it_is_asked_for():
-    code = "import sys, fxckpt, fxckpt.compiled_optimizer, fxckpt.loop; assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)"
+    code = "import sys, fxckpt.compiled_optimizer, fxckpt.loop; assert not {'lightning', 'pytorch_lightning'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
