@@ -71,11 +71,11 @@ loops: export FXCKPT_LOOPS ?= 20
 loops: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
 
-# Hugging Face's Trainer and Accelerate, thirty kills of each case.
+# Hugging Face's Trainer, Accelerate, Lightning and Fabric, thirty kills of each case.
 .PHONY: integrations
 integrations: export FXCKPT_INTEGRATIONS ?= 30
 integrations: $(ENGINE)
-	@$(PY) -m pytest -n 2 --dist worksteal tests/integrations/test_hf_trainer.py tests/integrations/test_hf_attach.py tests/integrations/test_accelerate.py $(ARGS)
+	@$(PY) -m pytest -n 2 --dist worksteal tests/integrations/test_hf_trainer.py tests/integrations/test_hf_attach.py tests/integrations/test_accelerate.py tests/integrations/test_lightning.py tests/integrations/test_fabric.py $(ARGS)
 
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)

@@ -1,4 +1,4 @@
-"""The examples with Trainer and Accelerate: without fxckpt, with it, and killed twice, they end with the same weights."""
+"""The examples with Trainer, Accelerate and Lightning: without fxckpt, with it, and killed twice, they end with the same weights."""
 
 from __future__ import annotations
 
@@ -29,10 +29,13 @@ def weights(folder: Path) -> str:
     return digest(load_file(saved) if saved.exists() else torch.load(folder / "last.pt"))
 
 
-@pytest.mark.parametrize("name", ["finetune_trainer", "train_accelerate"])
-def test_a_killed_example_ends_with_the_same_weights(name, trainers_server, tmp_path):
+SERVERS = {"finetune_trainer": "trainers_server", "train_accelerate": "trainers_server", "train_lightning": "lightning_server"}
+
+
+@pytest.mark.parametrize("name", SERVERS)
+def test_a_killed_example_ends_with_the_same_weights(name, request, tmp_path):
     text = (ROOT / "examples" / f"{name}.py").read_text()
-    loop = Loop(trainers_server, text, tmp_path)
+    loop = Loop(request.getfixturevalue(SERVERS[name]), text, tmp_path)
     (tmp_path / "plain.py").write_text(without_fxckpt((tmp_path / "loop.py").read_text()))
     plain, whole = loop.plain(), loop.whole()
     assert weights(tmp_path / "plain") == weights(tmp_path / "whole")
