@@ -1,4 +1,4 @@
-"""The optimizers that Accelerate, Fabric and Lightning wrap: what is inside, whichever of them it was, and how one joins a run."""
+"""The optimizers that Accelerate, Fabric and Lightning wrap: what is inside, whichever of them it was, how one joins a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples with Trainer, Accelerate and Lightning: without fxckpt, with it, and killed twice, they end with the same weights."""
+"""The examples with Trainer, Accelerate, Lightning: without fxckpt, with it, and killed twice, they end with the same weights."""
 
 from __future__ import annotations
 
