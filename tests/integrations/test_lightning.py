@@ -33,6 +33,7 @@ import lightning as L
 import torch
 from lightning.pytorch import callbacks as cb
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
 from script_prelude import finish
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -59,7 +60,9 @@ class Data(L.LightningDataModule):
         kind = DataLoader
         if CASE["stateful"]:
             from torchdata.stateful_dataloader import StatefulDataLoader as kind
-        return kind(Noisy(), 2, shuffle=True, num_workers=CASE["workers"])
+        loader = kind(Noisy(), 2, shuffle=True, num_workers=CASE["workers"])
+        both = {{"a": loader, "b": DataLoader(Noisy(), 5, shuffle=True)}}
+        return CombinedLoader(both, "max_size_cycle") if CASE["manual"] else loader
 
     def val_dataloader(self):
         return DataLoader(Noisy(), 4)
@@ -76,7 +79,7 @@ class Net(L.LightningModule):
         return self.layers(x).squeeze(-1)
 
     def training_step(self, batch, i):
-        x, y = batch
+        x, y = batch if not CASE["manual"] else (torch.cat(each) for each in zip(batch["a"], batch["b"]))
         loss = nn.functional.mse_loss(self(x), y)
         self.error(self(x).detach().float(), y)
         self.log("loss", loss, on_step=True, on_epoch=True)
@@ -110,7 +113,7 @@ class Net(L.LightningModule):
 
 
 def callbacks():
-    yield cb.ModelCheckpoint("saved", save_top_k=2, monitor="val", save_last=True)
+    yield cb.ModelCheckpoint("saved", save_top_k=2, monitor="val", save_last=True, enable_version_counter=False)
     if "early" in CASE["callbacks"]:
         yield cb.EarlyStopping("val", patience=1, min_delta=0.2)
     if "swa" in CASE["callbacks"]:
@@ -144,7 +147,9 @@ CASES = {
     "plateau, bf16, early, averaged": {
         **USUAL, "scheduler": "plateau", "callbacks": ("early", "ema"), "trainer": {"max_epochs": 4, "precision": "bf16-mixed"},
     },
-    "two optimizers by hand": {**USUAL, "manual": True, "trainer": {"max_epochs": 2, "num_sanity_val_steps": 0}},
+    "two optimizers by hand, two loaders": {
+        **USUAL, "manual": True, "trainer": {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_train_batches": 9},
+    },
     "stateful, averaged at the end": {
         **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa",), "trainer": {"max_epochs": 3},
     },
