@@ -6,6 +6,8 @@ at an epoch's end run before other callbacks. Its way of restarting from counter
 
 from __future__ import annotations
 
+import csv
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -115,6 +117,23 @@ def put_combined(fit_loop: Any, data_fetcher: Any, state: Mapping[str, Any]) -> 
     if hasattr(iterator, "_consumed"):
         iterator._consumed = list(state["consumed"])
     data_fetcher.fetched = state["fetched"]
+
+
+def replace_at_once(writer: Any, path: str) -> None:
+    """Have a ``CSVLogger`` write its file anew, for a new column, under another name first. It truncates the file otherwise, and a
+    kill then takes all rows."""
+
+    def _rewrite_with_new_header(fieldnames: list[str]) -> None:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        with open(path + ".new", "w", newline="") as file:
+            written = csv.DictWriter(file, fieldnames)
+            written.writeheader()
+            written.writerows(rows)
+        os.replace(path + ".new", path)
+
+    if hasattr(writer, "_rewrite_with_new_header"):
+        vars(writer)["_rewrite_with_new_header"] = _rewrite_with_new_header
 
 
 # -- logged values ----------------------------------------------------------------------------------------------------------

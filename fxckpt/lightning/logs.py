@@ -12,6 +12,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from fxckpt.compat.lightning import replace_at_once
+
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _SECOND_NAME = ".fxckpt"
@@ -20,6 +22,13 @@ _SECOND_NAME = ".fxckpt"
 def positions(loggers: Sequence[Any]) -> list[int | None]:
     """Of each logger, how many rows its file has; None if it is none of Lightning's CSV files."""
     return [_rows(path) if (path := _csv_path(each)) is not None else None for each in loggers]
+
+
+def keep_rows(loggers: Sequence[Any]) -> None:
+    """See that a kill leaves no CSV file without the rows that it had."""
+    for logger in loggers:
+        if (path := _csv_path(logger)) is not None:
+            replace_at_once(logger.experiment, path)
 
 
 def continue_logs(loggers: Sequence[Any], saved: Sequence[int | None]) -> None:
@@ -50,9 +59,11 @@ def _rows(path: str) -> int:
 
 def _name_again(path: str) -> None:
     """See that the file's second name is that of this file."""
-    second, new = path + _SECOND_NAME, path + ".new"
+    second, new = path + _SECOND_NAME, path + ".link"
     try:
         if not (os.path.exists(second) and os.path.samefile(path, second)):
+            if os.path.exists(new):  # left by a kill
+                os.remove(new)
             os.link(path, new)
             os.replace(new, second)
     except OSError as error:  # a file system without links

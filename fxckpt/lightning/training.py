@@ -21,7 +21,7 @@ from fxckpt.errors import SetupError
 from fxckpt.handle import Handle
 from fxckpt.lightning.checks import check_loaders, check_trainer
 from fxckpt.lightning.feed import Feed
-from fxckpt.lightning.logs import continue_logs
+from fxckpt.lightning.logs import continue_logs, keep_rows
 from fxckpt.lightning.progress import Progress
 from fxckpt.loading.load import load
 from fxckpt.loop import batches, steps
@@ -45,6 +45,7 @@ class Training:
         compile_step(optimizers, directory, **arguments)
         self.handle: Handle = self._optimizer.ckpt
         self._resumes = not options.get("fresh") and load(optimizer=self._optimizer).path is not None
+        keep_rows(trainer.loggers)
         if self._resumes:
             self._progress.head()
             continue_logs(trainer.loggers, self._progress.loaded["logs"])

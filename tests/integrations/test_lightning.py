@@ -5,15 +5,18 @@ Each case is many features of Trainer at once. ``FXCKPT_INTEGRATIONS`` says how 
 
 from __future__ import annotations
 
+import csv
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from loop_runs import Loop
 from torch import nn
@@ -22,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import fxckpt
 import fxckpt.lightning
 from fxckpt.lightning.checks import check_trainer
+from fxckpt.lightning.logs import continue_logs, keep_rows, positions
 
 KILLS = int(os.environ.get("FXCKPT_INTEGRATIONS", "2"))
 
@@ -253,6 +257,25 @@ def test_a_checkpoint_of_lightnings_own_is_refused_beside_ours(tmp_path):
     trainer.save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(fxckpt.SetupError, match="ckpt_path"):
         fit(tmp_path / "other", ckpt_path=tmp_path / "own.ckpt")
+
+
+def test_a_kill_while_a_log_gets_a_new_column_loses_no_row(tmp_path, monkeypatch):
+    logger = CSVLogger(tmp_path, version=0)
+    keep_rows([logger])
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.save()
+    rows = positions([logger])
+
+    def die(writer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(csv.DictWriter, "writeheader", die)
+    logger.log_metrics({"b": 1.0}, 1)
+    with pytest.raises(KeyboardInterrupt):
+        logger.save()
+    again = CSVLogger(tmp_path, version=0)
+    continue_logs([again], rows)
+    assert Path(again.log_dir, "metrics.csv").read_text().splitlines() == ["a,step", "1.0,0"]
 
 
 def test_the_model_is_not_an_option_and_there_is_no_run_before_fit():
