@@ -120,8 +120,8 @@ def put_combined(fit_loop: Any, data_fetcher: Any, state: Mapping[str, Any]) -> 
 
 
 def replace_at_once(writer: Any, path: str) -> None:
-    """Have a ``CSVLogger`` write its file anew, for a new column, under another name first. It truncates the file otherwise, and a
-    kill then takes all rows."""
+    """Have a ``CSVLogger`` write its file anew, for a new column, under another name first. It truncates the file otherwise, and
+    a kill then takes all rows."""
 
     def _rewrite_with_new_header(fieldnames: list[str]) -> None:
         with open(path, newline="") as file:

@@ -37,7 +37,8 @@ def continue_logs(loggers: Sequence[Any], saved: Sequence[int | None]) -> None:
     for logger, rows in zip(loggers, saved):
         path = _csv_path(logger)
         if rows and path is not None and os.path.exists(path + _SECOND_NAME):
-            logger.experiment.metrics_keys = _put_back(path, rows)
+            writer = logger.experiment  # deletes the file when it is made
+            writer.metrics_keys = _put_back(path, rows)
 
 
 def _csv_path(logger: Any) -> str | None:
