@@ -54,7 +54,7 @@ def glimpse(tensor: torch.Tensor, most: int = _FEW, shift: int = 0) -> int | Non
     flat = tensor.detach().view(-1)
     apart = -(-flat.numel() // most) or 1
     copy = flat[shift % apart :: apart].clone()  # memory that numpy has seen cannot be resized any more
-    return crc32c(copy.view(torch.uint8).numpy())
+    return crc32c(copy.view(torch.uint8).numpy().data)
 
 
 def _changed(before: Look, after: Look) -> list[int]:
