@@ -18,10 +18,10 @@ from fxckpt.compat.dynamo import untraced
 from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.compat.optimizers import comes_by_itself, hooked, takes, watch_steps
 from fxckpt.compat.wrappers import join
-from fxckpt.handle import Handle
+from fxckpt.handle import Handle, handle_of
 from fxckpt.optim.contract.wrappers import held_by
 from fxckpt.optim.strategy import Arguments
-from fxckpt.run.run import live_runs
+from fxckpt.run.run import Run, live_runs
 
 
 class Checkpointed(torch.optim.Optimizer, metaclass=ABCMeta):
@@ -31,19 +31,19 @@ class Checkpointed(torch.optim.Optimizer, metaclass=ABCMeta):
     ``isinstance(opt, fxckpt.Checkpointed)`` that ``opt`` is both what it was and one with ``.ckpt``.
     """
 
-    _fxckpt_handle: Handle
+    _fxckpt_run: Run
 
     @property
     def ckpt(self) -> Handle:
         """The run's handle; all optimizers of one ``compile_step`` share it."""
-        return self._fxckpt_handle
+        return handle_of(self._fxckpt_run)
 
 
-def attach(opt: torch.optim.Optimizer, handle: Handle) -> None:
-    """Make ``opt`` step through the run of ``handle`` from now on."""
+def attach(opt: torch.optim.Optimizer, run: Run) -> None:
+    """Make ``opt`` step through this run from now on, and keep it."""
     plain: type = type(opt)
     opt.__class__ = stepped_class(plain)
-    cast(Checkpointed, opt)._fxckpt_handle = handle
+    cast(Checkpointed, opt)._fxckpt_run = run
     for each in (opt, *held_by(opt)):
         watch_steps(each, _foreign_step_begins, _foreign_step_ended)
 
@@ -62,19 +62,24 @@ def stepped_class(base: type) -> type:
     optimizer."""
 
     def step(self: Checkpointed, closure: Callable[[], Any] | None = None) -> Any:
-        return self._fxckpt_handle._run.stepping.step(self, closure)
+        return self._fxckpt_run.stepping.step(self, closure)
 
     def step_with_arguments(self: Checkpointed, *args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
         only_closure = names[0] == "closure" and len(given) == 1 and kwargs.keys() <= {"closure"}
         closure = Arguments(args, kwargs) if given and not only_closure else next(iter(given), None)
-        return self._fxckpt_handle._run.stepping.step(self, closure)
+        return self._fxckpt_run.stepping.step(self, closure)
 
     names = takes(base)
     made_step: Any = step if names in ((), ("closure",)) else step_with_arguments
     made_step.__signature__ = inspect.signature(base.step)  # type: ignore[attr-defined]
     functools.update_wrapper(made_step, base.step, assigned=("__doc__",), updated=())  # type: ignore[attr-defined]
-    ours = {"step": untraced(hooked(made_step)), "load_state_dict": _load_state_dict, "add_param_group": _add_param_group}
+    ours = {
+        "step": untraced(hooked(made_step)),
+        "load_state_dict": _load_state_dict,
+        "add_param_group": _add_param_group,
+        "__del__": _dropped,
+    }
     for_profilers = {} if issubclass(base, torch.optim.Optimizer) else {"_optimizer_step_code": lambda self: None}
     made = instance_subclass(base, {**for_profilers, **ours, "ckpt": Checkpointed.ckpt})
     Checkpointed.register(made)
@@ -83,15 +88,23 @@ def stepped_class(base: type) -> type:
 
 def _load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Load, once no copy reads the tensors that it replaces."""
-    self._fxckpt_handle._run.closing.drop("load_state_dict() replaced its tensors")
+    self._fxckpt_run.closing.drop("load_state_dict() replaced its tensors")
     return self._fxckpt_base.load_state_dict(self, *args, **kwargs)
 
 
 def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     """Add a group; the checkpoint of a step that has not closed would have the old layers and the new groups."""
-    if "_fxckpt_handle" in self.__dict__:
-        self._fxckpt_handle._run.closing.drop("add_param_group() changed the optimizer before the step closed")
+    if "_fxckpt_run" in self.__dict__:
+        self._fxckpt_run.closing.drop("add_param_group() changed the optimizer before the step closed")
     self._fxckpt_base.add_param_group(self, param_group)
+
+
+def _dropped(self: Any) -> None:
+    """Nobody refers to it any more: its run ends, which no copy of it has."""
+    if (run := vars(self).get("_fxckpt_run")) is not None:
+        run.dropped()
+    if (own := getattr(self._fxckpt_base, "__del__", None)) is not None:
+        own(self)
 
 
 @untraced
@@ -99,7 +112,7 @@ def _foreign_step_begins(opt: Any, *_: Any) -> None:
     """A hook: if this step does not come through the run, the run must know of it."""
     holder = _holder(opt)
     if holder is not None and comes_by_itself(opt, holder):
-        holder._fxckpt_handle._run.stepping.foreign_step_begins(holder)
+        holder._fxckpt_run.stepping.foreign_step_begins(holder)
 
 
 @untraced
@@ -107,13 +120,13 @@ def _foreign_step_ended(opt: Any, *_: Any) -> None:
     """A hook: what was said to begin has been done."""
     holder = _holder(opt)
     if holder is not None and comes_by_itself(opt, holder):
-        holder._fxckpt_handle._run.stepping.foreign_step_ended(holder)
+        holder._fxckpt_run.stepping.foreign_step_ended(holder)
 
 
 def _holder(opt: Any) -> Any:
     """The optimizer of a run whose step this one's is: itself, or one that holds it, as where a loop calls the two halves of a
     sharpness-aware step and the second ends with ``base_optimizer.step()``. A copy has the hooks, and no run."""
-    if "_fxckpt_handle" in vars(opt):
+    if "_fxckpt_run" in vars(opt):
         return opt
     holders = (each for run in live_runs for each in run.optimizers if any(inner is opt for inner in held_by(each)))
     return next(holders, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TypedDict, TypeVar
 
@@ -52,10 +53,10 @@ class Statistics(TypedDict):
 
 
 class Handle:
-    """A run's handle. All optimizers of a run share it."""
+    """A run's handle. All optimizers of a run share it, and who has it keeps them."""
 
     def __init__(self, run: Run):
-        self._run = run
+        self._run, self._kept = run, run.optimizers
 
     def save(self, name: str | None = None) -> None:
         """Take a full checkpoint of the state as it is now, and wait until it is durable.
@@ -273,3 +274,12 @@ class Handle:
             f"<fxckpt run in {self._run.directory!r}: step {found['steps']}, last committed "
             f"{found['last_committed_step']}, {found['checkpoints_failed']} failed>"
         )
+
+
+def handle_of(run: Run) -> Handle:
+    """The one handle of this run; made anew where nobody has it."""
+    found = run.handle()
+    if not isinstance(found, Handle):
+        found = Handle(run)
+        run.handle = weakref.ref(found)
+    return found

@@ -22,7 +22,6 @@ from fxckpt.compiled_optimizer.ends import finish_at_exit
 from fxckpt.compiled_optimizer.start import give_up, say, start
 from fxckpt.compiled_optimizer.types import typed
 from fxckpt.config import Config, default_directory, disabled
-from fxckpt.handle import Handle
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import NullStore
@@ -110,9 +109,8 @@ def compile_step(
     except BaseException:
         give_up(engine, store)
         raise
-    handle = Handle(run)
     for each in optimizers:
-        attach(each, handle)
+        attach(each, run)
         rebind_scheduler_wrapper(each)
     for wrapper in filter(is_wrapper, given):
         attach_wrapper(wrapper)

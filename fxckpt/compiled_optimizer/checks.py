@@ -103,7 +103,7 @@ def _free_optimizer(given: object) -> torch.optim.Optimizer:
             "inner optimizer, before it is wrapped or with wrapper.optimizer, and train with the wrapper as before."
         )
     for each in (opt, *held_by(opt)):
-        if isinstance(each, Checkpointed) and "_fxckpt_handle" in vars(each) and not each.ckpt._run.status.stopped:
+        if isinstance(each, Checkpointed) and "_fxckpt_run" in vars(each) and not each._fxckpt_run.status.stopped:
             held = "" if each is opt else f" (held by the {type(opt).__name__}, whose checkpoints hold both)"
             raise SetupError(f"this {type(each).__name__}{held} already belongs to {each.ckpt!r}; call opt.ckpt.shutdown() first")
     return opt

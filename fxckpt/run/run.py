@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -31,6 +32,8 @@ from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.listeners import Listeners
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 live_runs: weakref.WeakSet[Run] = weakref.WeakSet()
 """The runs that ``compile_step`` made and that are still alive: a run lives as long as its optimizers do."""
@@ -72,6 +75,7 @@ class Run:
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
         watch_scalers((each.live for each in extras), optimizers, self.stepping.attempt_skipped)
+        self.handle: Callable[[], object] = lambda: None  # a weak reference to the user's, once there is one
         self.late_owners: object = None  # what a load left for modules that the compiler has not shown yet; kept here only
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
@@ -137,6 +141,20 @@ class Run:
         self.closing.forget()
         self.capture.noting = threading.RLock()
         self.saver.flights.forget()
+
+    def dropped(self) -> None:
+        """Nobody refers to an optimizer of it any more, so no step will follow: as at the end of the process. In the thread that
+        commits (the garbage collector runs anywhere) it is left to ``Saver.abandon``, as that cannot wait for itself."""
+        if self.saver.loop.is_current():
+            return
+        try:
+            complete = len(self.optimizers) > 0
+        except ReferenceError:  # the garbage collector takes them, and no state can be read any more
+            complete = False
+        try:
+            self.end(failed=not complete)
+        except Exception as error:
+            log.error("fxckpt: the optimizer is gone, and the end of its run failed: %s", error)
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""

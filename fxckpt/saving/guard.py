@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from fxckpt.compat.tensors import version_of
+from fxckpt.engine import crc32c
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.saving.plan import Layout
 
@@ -35,21 +36,25 @@ class Mixed(Changed):
     """The same where nothing can be done about it the next time."""
 
 
-_ALL = 3  # checkpoints in which elements of all tensors are looked at; one layer's in a later one, as it takes some 30 µs
-_ELEMENTS = 256
+_FIRST = 3
+"""Checkpoints in which all tensors are looked at, at many elements: a loop that writes past version counters does so from the
+first turn on. Later ones look at one layer in turn, at few, which takes some 30 µs."""
 
-Look = tuple[list[int], list[tuple[int, bytes] | None]]
-"""The versions of a layer's tensors; and some elements of each, with the address that they were read from, or nothing."""
+_MANY, _FEW = 1 << 20, 256
+
+Look = tuple[list[int], list[tuple[int, int] | None]]
+"""The versions of a layer's tensors; and a checksum of elements of each, with the address they were read from, or nothing."""
 
 
-def glimpse(tensor: torch.Tensor) -> bytes | None:
-    """A few hundred of its elements, as bytes; None where they cannot be read at once."""
+def glimpse(tensor: torch.Tensor, most: int = _FEW, shift: int = 0) -> int | None:
+    """The checksum of its elements, or of ``most`` of them, evenly apart, from which one on ``shift`` says; None where they
+    cannot be read at once."""
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_quantized:
         return None
     flat = tensor.detach().view(-1)
-    if not (count := flat.numel()):
-        return b""
-    return flat[:: -(-count // _ELEMENTS)].clone().view(torch.uint8).numpy().tobytes()
+    apart = -(-flat.numel() // most) or 1
+    copy = flat[shift % apart :: apart].clone()  # memory that numpy has seen cannot be resized any more
+    return crc32c(copy.view(torch.uint8).numpy().data)
 
 
 def _changed(before: Look, after: Look) -> list[int]:
@@ -71,7 +76,7 @@ class Guard:
 
     def __init__(self, step: int, layout: Layout, number: int):
         """``number``: which checkpoint of the run this is. What is done on ``.data`` or by numpy moves no version counter, so
-        some elements are compared, too: of all tensors in the first checkpoints, later of one layer in turn."""
+        elements are compared, too; see ``_FIRST``."""
         self.bounded = False
         self.in_forward: frozenset[str] | None = None
         self.deferred: list[tuple[int, Sequence[torch.Tensor]]] = []
@@ -96,9 +101,11 @@ class Guard:
     def _look(self, layer: int, tensors: Sequence[torch.Tensor]) -> Look:
         """How they look now."""
         versions = [version_of(tensor) for tensor in tensors]
-        if self._number >= _ALL and (layer + self._number) % len(self._layout.layers):
+        first = self._number < _FIRST
+        if not first and (layer + self._number) % len(self._layout.layers):
             return versions, []
-        return versions, [None if (seen := glimpse(t)) is None else (t.data_ptr(), seen) for t in tensors]
+        seen = [glimpse(tensor, _MANY if first else _FEW, self._number) for tensor in tensors]
+        return versions, [None if found is None else (t.data_ptr(), found) for t, found in zip(tensors, seen)]
 
     def watch_again(self) -> None:
         """A step was left in its middle: what it did not come to is being copied still, and must not change unseen."""

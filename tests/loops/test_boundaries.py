@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -448,6 +449,21 @@ def test_what_is_written_through_data_is_in_the_checkpoint_of_its_iteration(tmp_
     opt.ckpt.shutdown()
     assert opt.ckpt.statistics()["checkpoints_committed"] == 7
     check_stored(tmp_path, 300, after)
+
+
+def test_one_number_of_many_that_numpy_writes_is_in_the_checkpoint_of_its_iteration(tmp_path):
+    model, other = nn.Linear(600, 600), nn.Linear(600, 600).requires_grad_(False)
+    opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    fxckpt.compile_step(opt, tmp_path, model=[model, other], every=1, update="native", keep=9, chunk_mb=1)
+    after = []
+    for _ in fxckpt.steps(5):
+        model(torch.ones(2, 600)).sum().backward()
+        opt.step()
+        time.sleep(0.1)  # its chunk is full, and copied
+        model.weight.detach().numpy()[123, 45] += 1.0
+        after.append(values(model, other))
+    opt.ckpt.shutdown()
+    check_stored(tmp_path, 600, after)
 
 
 def test_steps_inside_of_epochs_count_each_iteration_once(tmp_path):

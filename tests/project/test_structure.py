@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -157,10 +158,16 @@ def test_every_object_at_module_level_that_changes_is_in_the_registry():
 LASTING = {"dict", "list", "set", "deque", "WeakSet", "WeakValueDictionary", "WeakKeyDictionary", "defaultdict"}
 
 
+@functools.cache
+def classes_that_change() -> set[str]:
+    """Names of our own classes, but for those whose objects are frozen."""
+    classes = [n for t in files().values() for n in ast.walk(t) if isinstance(n, ast.ClassDef)]
+    return {n.name for n in classes if "frozen=True" not in ast.unparse(n)}
+
+
 def mutable(tree: ast.Module) -> Iterator[str]:
     """Names of what is assigned at module level and changes later: empty containers, and objects of our own classes."""
-    classes = [n for t in files().values() for n in ast.walk(t) if isinstance(n, ast.ClassDef)]
-    own = {n.name for n in classes if "frozen=True" not in ast.unparse(n)}
+    own = classes_that_change()
     for node in tree.body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)) or node.value is None:
             continue

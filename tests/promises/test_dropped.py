@@ -64,6 +64,28 @@ def test_an_optimizer_that_nobody_refers_to_is_gone_at_once_with_all_that_it_hel
     assert fxckpt.checkpoints(tmp_path)[-1].step == 6, "what was complete is durable"
 
 
+def test_whoever_has_the_handle_keeps_the_optimizer(tmp_path):
+    model = nn.Linear(3, 3)
+    handle = fxckpt.compile_step(torch.optim.AdamW(model.parameters()), tmp_path, model=model, every=1, update="native").ckpt
+    gc.collect()
+    handle.save("begun")
+    assert [each.name for each in fxckpt.checkpoints(tmp_path)] == ["begun"]
+    handle.shutdown()
+
+
+def test_a_plain_loop_in_a_function_that_returns_has_committed_its_last_step(tmp_path):
+    def train() -> None:
+        model = nn.Linear(3, 3)
+        opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters()), tmp_path, model=model, every=1, update="native")
+        for _ in range(4):
+            model(torch.ones(2, 3)).sum().backward()
+            opt.step()
+            opt.zero_grad()
+
+    train()
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 4
+
+
 def test_an_optimizer_of_several_that_is_dropped_goes_with_the_last_of_them(tmp_path):
     a, b = nn.Linear(3, 3), nn.Linear(3, 3)
     opts = [torch.optim.AdamW(m.parameters()) for m in (a, b)]

@@ -364,8 +364,8 @@ def test_extra_state_comes_back_with_its_types(store):
     first = Training(store, extra={"anything": held}).train(1)
     first.end()
     other = Anything(None)
-    Training(store, extra={"anything": other}, seed=9)
-    fxckpt.load()
+    second = Training(store, extra={"anything": other}, seed=9)
+    fxckpt.load(optimizer=second.opt)
     back = other.value
     assert repr(back) == repr(value) and [type(v) for v in back.values()] == [type(v) for v in value.values()]
     assert back["deque"].maxlen == 4 and str(back["minus"]) == "-0.0" and torch.equal(back["tensor"], value["tensor"])

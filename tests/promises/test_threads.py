@@ -311,7 +311,9 @@ def test_a_run_that_is_collected_in_its_own_committing_thread_ends_and_frees_its
     try:
         opt.step()
         opt.ckpt.end_step()
-        del opt
+        circle = [opt]
+        circle.append(circle)
+        del opt, circle
         dropped.set()
         assert collected.wait(30)
     finally:

@@ -21,7 +21,7 @@ from fxckpt.optim.rehearsal.recorder import Recorder
 from fxckpt.optim.rehearsal.stand_in import Tape
 from fxckpt.optim.strategy import own_step
 
-_OURS = {"state", "param_groups", "step", "_fxckpt_handle", "grad_scale", "found_inf"}
+_OURS = {"state", "param_groups", "step", "_fxckpt_run", "grad_scale", "found_inf"}
 
 
 @dataclass
