@@ -219,7 +219,7 @@ def test_demo_fails_when_a_digest_differs(capsys, monkeypatch):
 
 
 SMALL = {
-    "train_gpt.py": ["--steps", "9", "--layers", "2", "--width", "32", "--heads", "2", "--length", "32", "--batch", "2"],
+    "train_gpt.py": ["--steps", "9", "--layers", "1", "--width", "32", "--heads", "2", "--length", "32", "--batch", "2"],
     "train_resnet.py": ["--steps", "9", "--width", "8", "--batch", "16"],
 }
 
