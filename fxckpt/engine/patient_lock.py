@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxckpt.engine._lib import Patience
 
-_Lock: Any = type(threading.RLock())  # a class that may be derived from, though type checkers take it for final
+if TYPE_CHECKING:
+
+    class _Lock:
+        """What the class below is, which may be derived from, though type checkers take it for final."""
+
+        def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+        def release(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
+
+else:
+    _Lock = type(threading.RLock())
 
 
 class PatientLock(_Lock):

@@ -15,7 +15,8 @@ class Frame:
     """One frame on its way: ``sent`` when it was, or could not be, because of ``error``."""
 
     def __init__(self, message: wire.Message, blobs: Sequence[bytes | memoryview]):
-        self.message, self.blobs = message, blobs
+        self.message: wire.Message = message
+        self.blobs: Sequence[bytes | memoryview] = blobs
         self.sent: Latch = Latch()
         self.error: OSError | None = None
 

@@ -84,7 +84,7 @@ class BoundParam:
 class Bindings:
     """The parameters of one optimizer as they were bound last, and whether they still are what the optimizer holds."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

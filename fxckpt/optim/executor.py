@@ -49,7 +49,7 @@ class Prepared:
 class Executor:
     """The StepGraph of one optimizer, and the calls behind its update nodes."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -26,7 +26,7 @@ class ProgramCache:
     """The programs of one optimizer. ``mode``: ``None`` (kept as flagged, compiled where the choice was left to PyTorch),
     ``"native"``, ``"inductor"``."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer, mode: str | None):
         self.opt = opt

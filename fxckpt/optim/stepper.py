@@ -24,7 +24,7 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class Stepper:
     """The parts that run one optimizer's steps, and how far its step is. ``update_mode``: see ``ProgramCache``."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer, update_mode: str | None):
         self.opt = opt

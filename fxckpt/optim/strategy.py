@@ -66,7 +66,7 @@ class Strategy(Protocol):
 class WholeStep:
     """The strategy that splits nothing: the optimizer's own step, on all of its parameters."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer, whole: str | None = None):
         self.opt = opt
@@ -98,7 +98,7 @@ class SplitStep:
 
     whole = None
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer, programs: ProgramCache, executor: Executor):
         self.opt = opt

@@ -27,7 +27,7 @@ class TrainingThread:
 
     def __init__(self) -> None:
         self.thread: threading.Thread = threading.current_thread()  # that of the last step
-        self.progress_ticks = 0
+        self.progress_ticks: int = 0
         self._inside = False  # it waits in our code
 
     @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Contract:
     ``ours``: tensors that checkpoints hold anyway, those of the model, by ``id``.
     """
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer, ours: Iterable[int] = ()):
         complete(opt)

@@ -47,7 +47,7 @@ class Found:
 class Stage:
     """Where one optimizer's step is rehearsed."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

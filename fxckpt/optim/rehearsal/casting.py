@@ -42,7 +42,7 @@ class Cast(ScalarGroup):
 class Casting:
     """The casts of one optimizer, and their programs by what was noted."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

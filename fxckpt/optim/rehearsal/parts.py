@@ -40,7 +40,7 @@ class Part:
 class Partition:
     """The parts of one optimizer, kept while nothing that decides them changes."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

@@ -27,7 +27,7 @@ MOST = 64
 class Proofs:
     """What was compared so far: each tape, alone in its group or beside a part that does the same, and each parameter."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer):
         self.opt = opt

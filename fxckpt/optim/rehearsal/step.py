@@ -39,7 +39,7 @@ log: logging.Logger = logging.getLogger("fxckpt")
 class RehearsedStep:
     """Rehearses each step, and runs it split once that is proven; whole until then, or for good."""
 
-    opt = HeldWeakly()
+    opt: HeldWeakly = HeldWeakly()
 
     def __init__(self, opt: torch.optim.Optimizer, executor: Executor):
         self.opt = opt
