@@ -59,11 +59,11 @@ optimizers: $(ENGINE)
 	@$(PY) tools/optimizer_table.py
 	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py $(ARGS)
 
-# Every model of tests/support/model_cases.py through Inductor itself, with and without us, then killed and resumed:
-# half an hour.
+# Every model of tests/support/model_cases.py through Inductor itself, with and without us, then killed and resumed, and the
+# examples that compile one: half an hour.
 .PHONY: models
 models: $(ENGINE)
-	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py $(ARGS)
+	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py tests/project/test_project.py $(ARGS)
 
 # Twenty training loops as people write them, and epochs of a loader with workers, each killed many times.
 .PHONY: loops
