@@ -173,10 +173,10 @@ class Committer:
             return
         step, error = found
         with self._flights.lock:
-            self._tally.note_failure(step, error)
             left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
             if self._tally.last_committed == step:
                 self._tally.last_committed = max(left, default=None)
+            self._tally.note_failure(step, error)  # last: who asks for the statistics takes no lock
         self._reporter.failed(step, error)
 
 
