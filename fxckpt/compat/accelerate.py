@@ -25,11 +25,6 @@ def steps_elsewhere(value: object) -> bool:
     return ("accelerate.optimizer", "AcceleratedOptimizer") in names and not is_prepared(value)
 
 
-def unwrapped(value: Any) -> Any:
-    """The optimizer that steps."""
-    return value.optimizer if is_prepared(value) else value
-
-
 def scaler_of(value: Any) -> Any:
     """The ``GradScaler`` that a prepared optimizer steps with, if any."""
     return getattr(value, "scaler", None) if is_prepared(value) else None

@@ -29,11 +29,6 @@ def is_wrapped(value: object) -> bool:
     return _is_one(value, _OPTIMIZERS)
 
 
-def unwrapped(value: Any) -> Any:
-    """The optimizer that steps."""
-    return value.optimizer if is_wrapped(value) else value
-
-
 def strategy_that_steps(value: Any) -> str | None:
     """The name of a strategy whose engine shards the parameters, or makes the steps itself."""
     name = type(getattr(value, "_strategy", None)).__name__ if is_wrapped(value) else ""

@@ -16,7 +16,7 @@ def is_wrapper(value: object) -> bool:
 
 def unwrapped(value: Any) -> Any:
     """The optimizer that steps."""
-    return fabric.unwrapped(accelerate.unwrapped(value))
+    return value.optimizer if is_wrapper(value) else value
 
 
 def scaler_of(value: Any) -> Any:

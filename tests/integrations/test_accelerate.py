@@ -20,7 +20,8 @@ from loop_runs import Loop
 from torch import nn
 
 import fxckpt
-from fxckpt.compat.accelerate import is_prepared, scaler_of, steps_elsewhere, unwrapped
+from fxckpt.compat.accelerate import is_prepared, scaler_of, steps_elsewhere
+from fxckpt.compat.wrappers import unwrapped
 from fxckpt.run.stepping import Stepping
 
 KILLS = int(os.environ.get("FXCKPT_INTEGRATIONS", "2"))
