@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-import random
 
 import pytest
 import torch
@@ -87,8 +86,7 @@ def test_a_loop_of_accelerate_ends_with_the_same_bits(name, trainers_server, tmp
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed an uninterrupted training"
     assert whole.dropped == 0
-    for seed in random.SystemRandom().sample(range(2**32), KILLS // 2):
-        resumed = loop.killed(2, plain.backwards, seed)
+    for seed, resumed in loop.killed_anew(KILLS // 2, 2, plain.backwards):
         assert resumed.lines == plain.lines[-len(resumed.lines) :], f"seed {seed}"
         counted("kills of a loop of Accelerate", 2)
 

@@ -6,7 +6,6 @@ Each case is many features of Trainer at once. ``FXCKPT_INTEGRATIONS`` says how 
 from __future__ import annotations
 
 import os
-import random
 
 import pytest
 from loop_runs import Loop
@@ -129,6 +128,6 @@ def test_a_trainer_ends_with_the_same_bits_steps_and_log(name, trainers_server, 
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed an uninterrupted training"
     assert whole.dropped == 0
-    for seed in random.SystemRandom().sample(range(2**32), KILLS // 2):
-        assert loop.killed(2, plain.backwards, seed).lines == plain.lines, f"seed {seed}"
+    for seed, resumed in loop.killed_anew(KILLS // 2, 2, plain.backwards):
+        assert resumed.lines == plain.lines, f"seed {seed}"
         counted("kills of a Trainer", 2)

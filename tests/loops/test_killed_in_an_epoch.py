@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -71,8 +70,7 @@ def test_each_sample_is_seen_once_an_epoch_however_often_it_is_killed(workers, p
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed the bits of an uninterrupted run"
     assert whole.committed == plain.backwards and whole.dropped == 0
-    for seed in random.SystemRandom().sample(range(2**32), ROUNDS):
-        resumed = loop.killed(KILLS, plain.backwards, seed)
+    for seed, resumed in loop.killed_anew(ROUNDS, KILLS, plain.backwards):
         assert [sorted(epoch) for epoch in history(resumed)] == [list(range(SAMPLES))] * EPOCHS, f"seed {seed}"
         assert resumed.lines == plain.lines, f"seed {seed}: resumed, it ended otherwise"
         counted("kills in an epoch", KILLS)

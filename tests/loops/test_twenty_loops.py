@@ -7,7 +7,6 @@ Each script of ``scripts/`` stands there as its author would change it; the line
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
 import pytest
@@ -33,6 +32,6 @@ def test_a_loop_ends_with_the_same_bits_plain_whole_and_killed_at_random(script,
     plain, whole = loop.plain(), loop.whole()
     assert whole == plain, "fxckpt changed the bits of an uninterrupted run"
     assert whole.committed > IN_FLIGHT >= whole.dropped
-    for seed in random.SystemRandom().sample(range(2**32), ROUNDS):
-        assert loop.killed(KILLS, plain.backwards, seed).lines == plain.lines, f"seed {seed}: resumed, it ended otherwise"
+    for seed, resumed in loop.killed_anew(ROUNDS, KILLS, plain.backwards):
+        assert resumed.lines == plain.lines, f"seed {seed}: resumed, it ended otherwise"
         counted("kills of loops as people write them", KILLS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -66,3 +67,8 @@ class Loop:
         ending = Ending.of(self._server.start(self._script, folder))
         assert ending.backwards < backwards, f"seed {seed}: nothing was restored"
         return ending
+
+    def killed_anew(self, rounds: int, times: int, backwards: int) -> Iterator[tuple[int, Ending]]:
+        """``killed`` with so many random seeds, which are given with the endings."""
+        for seed in random.SystemRandom().sample(range(2**32), rounds):
+            yield seed, self.killed(times, backwards, seed)
