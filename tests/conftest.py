@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -30,9 +31,8 @@ def inductor_cache(tmp_path_factory):
 def _fork_server(inductor_cache):
     from fork_server import ForkServer
 
-    made = ForkServer(inductor_cache)
-    yield made
-    made.close()
+    with contextlib.closing(ForkServer(inductor_cache)) as made:
+        yield made
 
 
 @pytest.fixture
@@ -40,6 +40,15 @@ def fork_server(_fork_server):
     """Starts scripts in processes of their own, quickly; see fork_server.ForkServer."""
     yield _fork_server
     _fork_server.end_runs()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Where a store will be: in memory where possible, since durable writes are slow on a busy disk."""
+    from storing import fast_directory
+
+    with fast_directory(tmp_path) as directory:
+        yield directory / "checkpoints"
 
 
 @pytest.fixture

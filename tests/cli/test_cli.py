@@ -22,7 +22,7 @@ from repository import ROOT
 from safetensors.torch import load_file
 from small_models import mlp
 from small_training import Training
-from storing import all_verify, fast_directory, overlay, start
+from storing import all_verify, overlay, start
 
 import fxckpt
 from fxckpt.cli import COMMANDS, common, main
@@ -31,12 +31,6 @@ from fxckpt.cli.diff import Change, _compare
 from fxckpt.errors import NoCheckpoint
 from fxckpt.store.dtypes import DTYPES, raw_tensor
 from fxckpt.store.reader import Reader, checkpoints
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 @pytest.fixture

@@ -13,18 +13,12 @@ import pytest
 import torch
 from digests import differences
 from small_training import Training
-from storing import a_record, fast_directory, start
+from storing import a_record, start
 
 import fxckpt
 from fxckpt.cli import main, watch
 from fxckpt.errors import Corrupt
 from fxckpt.store import lock
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 @pytest.fixture

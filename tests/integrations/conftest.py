@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from fork_server import ForkServer
 
 
 @pytest.fixture(scope="session")
 def _server_with_trainers(inductor_cache):
-    made = ForkServer(inductor_cache, "transformers.trainer", "accelerate", "peft", "fxckpt.hf")
-    yield made
-    made.close()
+    with contextlib.closing(ForkServer(inductor_cache, "transformers.trainer", "accelerate", "peft", "fxckpt.hf")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -22,9 +23,8 @@ def trainers_server(_server_with_trainers):
 
 @pytest.fixture(scope="session")
 def _server_with_lightning(inductor_cache):
-    made = ForkServer(inductor_cache, "lightning", "torchdata.stateful_dataloader", "fxckpt.lightning")
-    yield made
-    made.close()
+    with contextlib.closing(ForkServer(inductor_cache, "lightning", "torchdata.stateful_dataloader", "fxckpt.lightning")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -12,19 +12,12 @@ import pytest
 import torch
 from repository import ROOT
 from small_training import Training
-from storing import fast_directory
 from torch import nn
 
 import fxckpt
 from fxckpt.errors import SaveFailed
 from fxckpt.store.reader import Reader
 from fxckpt.store.slots import Store
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 @pytest.mark.parametrize("writer", ["thread", "monitor", "mock"])

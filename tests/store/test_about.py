@@ -7,18 +7,12 @@ from itertools import pairwise
 
 import pytest
 from small_training import Training
-from storing import a_record, fast_directory
+from storing import a_record
 
 import fxckpt
 from fxckpt.store import about
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import Record
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 def noted(steps: range) -> about.About:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-from storing import a_record, fast_directory, start
+from storing import a_record, start
 
 from fxckpt.cli import main
 from fxckpt.errors import Corrupt, SetupError
@@ -25,12 +25,6 @@ from fxckpt.terminal import one_line, plain
 
 MOST_MIB = 700
 """What reading may take beside what importing takes."""
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 def sealed(body: bytes) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import instruments
 import pytest
-from storing import all_verify, fast_directory, names, start
+from storing import all_verify, names, start
 
 from fxckpt.errors import (
     Corrupt,
@@ -19,13 +19,6 @@ from fxckpt.errors import (
     StoreError,
 )
 from fxckpt.store.reader import Reader, latest
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Where a store will be: in memory where possible, so that syncs take no time."""
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 @pytest.fixture(autouse=True)

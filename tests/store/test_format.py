@@ -15,15 +15,9 @@ import torch
 from repository import ROOT, SUPPORT
 from small_models import GPT, Loader
 from small_training import Training
-from storing import fast_directory, start
+from storing import start
 
 DOCUMENT = (ROOT / "docs" / "format.md").read_text()
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 def read_elsewhere(store: Path) -> dict:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from storing import all_verify, fast_directory, start
+from storing import all_verify, start
 
 from fxckpt.cli import main
 from fxckpt.errors import StoreLocked
@@ -57,13 +57,6 @@ time.sleep(60)
 
 COMBINATIONS = [(), ("POSIX",), ("OFD",), ("OFD", "POSIX")]
 """Kinds that do not work on a file system."""
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Where a store will be: in memory where possible, so that syncs take no time."""
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 def other_process(root: Path, *without: str) -> str:

@@ -8,7 +8,7 @@ import time
 import instruments
 import pytest
 import torch
-from storing import all_verify, fast_directory, names, start
+from storing import all_verify, names, start
 from waiting import until
 
 import fxckpt
@@ -19,12 +19,6 @@ from fxckpt.store.read_back import ReadBack
 from fxckpt.store.reader import latest
 
 IDLE, BUSY = (lambda: False), (lambda: True)
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 def damage(path, name="model.safetensors"):

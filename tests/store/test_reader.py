@@ -14,7 +14,7 @@ import instruments
 import numpy as np
 import pytest
 import torch
-from storing import a_record, fast_directory, start
+from storing import a_record, start
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore
 from fxckpt.store.dtypes import RawTensor, raw_tensor
@@ -23,12 +23,6 @@ from fxckpt.store.layout import parse_header
 from fxckpt.store.reader import Reader, candidates, checkpoints, latest
 from fxckpt.store.record import LayerRecord, TensorRecord
 from fxckpt.store.typed_json import decode_state, encode_state
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 @pytest.fixture(autouse=True)

@@ -9,18 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_training import Training
-from storing import fast_directory, names, start
+from storing import names, start
 
 import fxckpt
 from fxckpt.errors import SetupError
 from fxckpt.store.reader import Reader, candidates, checkpoints
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, beyond, newest, surplus
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 def steps(root) -> list[int]:

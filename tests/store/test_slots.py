@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from storing import a_record, all_verify, fast_directory, inodes, names, overlay, start
+from storing import a_record, all_verify, inodes, names, overlay, start
 
 from fxckpt.errors import (
     SetupError,
@@ -15,14 +15,6 @@ from fxckpt.errors import (
 )
 from fxckpt.store.reader import Reader, candidates, checkpoints, latest
 from fxckpt.store.retention import CheckpointStatus, ancestors, surplus
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Where a store will be: in memory where possible, so that syncs take no time."""
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
-
 
 # ---- slots ----
 

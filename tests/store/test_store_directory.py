@@ -14,7 +14,7 @@ import time
 import instruments
 import pytest
 from safetensors.torch import load_file
-from storing import fast_directory, names, start
+from storing import names, start
 
 from fxckpt.errors import (
     Cancelled,
@@ -27,14 +27,6 @@ from fxckpt.errors import (
 from fxckpt.store.files import in_use
 from fxckpt.store.reader import candidates, checkpoints, latest
 from fxckpt.store.slots import Store
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Where a store will be: in memory where possible, so that syncs take no time."""
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
-
 
 # ---- a store that was there before ----
 

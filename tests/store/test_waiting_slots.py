@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from storing import all_verify, fast_directory, names
+from storing import all_verify, names
 
 import fxckpt
 from fxckpt.store import slot as slots
@@ -86,12 +86,6 @@ class Run:
 
     def waiting(self):
         return sorted(self.root.glob("slot-*.partial/model.safetensors"))
-
-
-@pytest.fixture
-def root(tmp_path):
-    with fast_directory(tmp_path) as directory:
-        yield directory / "checkpoints"
 
 
 @pytest.mark.parametrize("writer", ["thread", "monitor"])
