@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from storing import all_verify, names
+from waiting import until
 
 import fxckpt
 from fxckpt.store import slot as slots
@@ -85,6 +86,8 @@ class Run:
         return self.opt.ckpt._run.engine.statistics()["bytes_written"]
 
     def waiting(self):
+        """The files of slots that nobody works at: the next one is ready."""
+        until(lambda: self.opt.ckpt._run.saver.supply.ready is not None)
         return sorted(self.root.glob("slot-*.partial/model.safetensors"))
 
 
