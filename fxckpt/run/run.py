@@ -145,7 +145,7 @@ class Run:
     def dropped(self) -> None:
         """Nobody refers to an optimizer of it any more, so no step will follow: as at the end of the process. In the thread that
         commits (the garbage collector runs anywhere) it is left to ``Saver.abandon``, as that cannot wait for itself."""
-        if self.saver.loop.is_current():
+        if self.status.stopped or self.saver.loop.is_current():  # stopped: at the end of the process, when modules are gone
             return
         try:
             complete = len(self.optimizers) > 0

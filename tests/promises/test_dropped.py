@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
+import textwrap
 import weakref
 
 import pytest
@@ -84,6 +87,19 @@ def test_a_plain_loop_in_a_function_that_returns_has_committed_its_last_step(tmp
 
     train()
     assert fxckpt.checkpoints(tmp_path)[-1].step == 4
+
+
+def test_nothing_is_said_of_an_optimizer_that_the_end_of_the_process_takes(tmp_path):
+    script = """
+        import torch, fxckpt
+        model = torch.nn.Linear(3, 3)
+        opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters()), "ckpt", model=model, every=1, update="native")
+        model(torch.ones(2, 3)).sum().backward()
+        opt.step()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert fxckpt.checkpoints(tmp_path / "ckpt")[-1].step == 1
 
 
 def test_an_optimizer_of_several_that_is_dropped_goes_with_the_last_of_them(tmp_path):
