@@ -7,6 +7,7 @@ so some elements are compared as well.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
@@ -37,22 +38,28 @@ class Mixed(Changed):
 
 
 _FIRST = 3
-"""Checkpoints in which all tensors are looked at, at many elements: a loop that writes past version counters does so from the
-first turn on. Later ones look at one layer in turn, at few, which takes some 30 µs."""
+"""Checkpoints in which all tensors are looked at, from end to end: a loop that writes past version counters does so from the
+first turn on. Later ones look at one layer in turn, at a few elements, which takes some 30 µs."""
 
-_MANY, _FEW = 1 << 20, 256
+_FEW = 256
 
 Look = tuple[list[int], list[tuple[int, int] | None]]
 """The versions of a layer's tensors; and a checksum of elements of each, with the address they were read from, or nothing."""
 
 
-def glimpse(tensor: torch.Tensor, most: int = _FEW, shift: int = 0) -> int | None:
-    """The checksum of its elements, or of ``most`` of them, evenly apart, from which one on ``shift`` says; None where they
-    cannot be read at once."""
+def glimpse(tensor: torch.Tensor, whole: bool = False, shift: int = 0) -> int | None:
+    """The checksum of its elements, or of a few of them, evenly apart, from which one on ``shift`` says. None where they cannot
+    be read at once.
+
+    Nothing here is large enough for torch to use OpenMP: with a team of its own, the thread that commits would slow down all
+    others of the process, since libgomp's threads spin less where there are more of them than cores.
+    """
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_quantized:
         return None
+    if whole and tensor.numel():
+        return crc32c((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
     flat = tensor.detach().view(-1)
-    apart = -(-flat.numel() // most) or 1
+    apart = -(-flat.numel() // _FEW) or 1
     copy = flat[shift % apart :: apart].clone()  # memory that numpy has seen cannot be resized any more
     return crc32c(copy.view(torch.uint8).numpy().data)
 
@@ -104,7 +111,7 @@ class Guard:
         first = self._number < _FIRST
         if not first and (layer + self._number) % len(self._layout.layers):
             return versions, []
-        seen = [glimpse(tensor, _MANY if first else _FEW, self._number) for tensor in tensors]
+        seen = [glimpse(tensor, first, self._number) for tensor in tensors]
         return versions, [None if found is None else (t.data_ptr(), found) for t, found in zip(tensors, seen)]
 
     def watch_again(self) -> None:
