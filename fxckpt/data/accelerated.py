@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fxckpt.compat.loaders import copied, iterate_with
-from fxckpt.data.generators import Reader, global_generators, global_states, kept_globals, packed, write_all
+from fxckpt.data.generators import Reader, global_generators, kept_globals, packed, write_all
 from fxckpt.data.loader import LoaderSource
 from fxckpt.data.source import Source
 from fxckpt.errors import SetupError
@@ -27,6 +27,11 @@ class Ahead:
     def go_on(self, count: int, states: dict[str, Any]) -> None:
         """The next pass begins with ``count`` batches that were made already, in these states of the global generators."""
         self._again = count, states
+
+    def global_states(self, mark: dict[str, Any] | None) -> dict[str, Any]:
+        """The packed states of the global generators at a mark, or now."""
+        found = self._reader.read() if mark is None else mark["global"]
+        return {name: packed(state) for name, state in found.items()}
 
     def begin(self) -> Iterator[Any]:
         """The inner source's pass."""
@@ -119,8 +124,7 @@ class AcceleratedSource(Source):
             place = self.position + self._offset
             found["lag"] = inner["position"] - place
             mark = next((each for each in self._ahead.marks if each["position"] == place), None)
-            now = mark or {"global": global_states()}
-            found["global"] = {name: packed(state) for name, state in now["global"].items()}
+            found["global"] = self._ahead.global_states(mark)
             if mark is not None:
                 self._inner.set_back(inner, mark)
         return found

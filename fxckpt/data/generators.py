@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import random
 import types
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxckpt.compat.generators import Glance, looking_at
 from fxckpt.errors import SetupError
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
@@ -56,44 +56,45 @@ def same(a: Any, b: Any) -> bool:
 
 
 class Reader:
-    """Reads the states of some generators again and again. Of numpy's global one, which takes longer than all others together,
-    only what moved: its words are compared where they lie."""
-
-    _LENGTH = 625 * 4  # bytes: 624 words, and how many are used
+    """Reads the states of some generators again and again: where they lie, which costs a worker a tenth of asking for them
+    (behind its data, the objects that they are made of are never in the processor's caches)."""
 
     def __init__(self, generators: Mapping[str, Any]):
-        self._generators = generators
-        self._last: dict[str, Any] = {}
-        self._words = b""
+        self._ways = [(name, each, looking_at(each)) for name, each in generators.items()]
 
     def read(self) -> dict[str, Any]:
-        """All states; the very same object where one is known not to have changed."""
-        for name, generator in self._generators.items():
-            if not (isinstance(generator, np.random.RandomState) and self._rests(name, generator)):
-                self._last[name] = read(generator)
-        return dict(self._last)
-
-    def _rests(self, name: str, generator: np.random.RandomState) -> bool:
-        """Is this numpy's global generator, where it was? A normal deviate that waits can be used up without a word."""
-        bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
-        if generator is not np.random.get_state.__self__ or not isinstance(bits, np.random.MT19937):  # type: ignore[attr-defined]
-            return False
-        words, self._words = self._words, ctypes.string_at(bits.ctypes.state_address, self._LENGTH)
-        return words == self._words and not self._last[name]["has_gauss"]
+        """All states, for :func:`same` and for :func:`packed`."""
+        glances = ((name, each, look() if look is not None else None) for name, each, look in self._ways)
+        return {name: read(each) if glance is None else glance for name, each, glance in glances}
 
 
 def packed(state: Any) -> Any:
-    """What :func:`read` gave as arrays and plain values; Python's 625 numbers as one array, which is a hundred times quicker."""
+    """What :func:`read` or a :class:`Reader` gave as arrays and plain values; Python's 625 numbers as one array, which is a
+    hundred times quicker. One that is packed stays as it is."""
     if isinstance(state, torch.Tensor):
         return state.numpy()
+    if isinstance(state, Glance):
+        return _unfolded(state)
     if isinstance(state, tuple):
         version, words, gauss = state
         return {"version": version, "words": np.array(words, np.uint32), "gauss": gauss}
     return state
 
 
+def _unfolded(glance: Glance) -> Any:
+    """A glance as the state asked for is packed."""
+    if glance.kind == "torch":
+        return np.frombuffer(glance.words, np.uint8).copy()
+    words, gauss = np.frombuffer(glance.words, np.uint32).copy(), glance.gauss
+    if glance.kind == "python":
+        return {"version": random.Random.VERSION, "words": words, "gauss": gauss}
+    state = {"key": words[:-1], "pos": int(words[-1])}
+    return {"bit_generator": "MT19937", "state": state, "has_gauss": int(gauss is not None), "gauss": gauss or 0.0}
+
+
 def write(generator: Any, state: Any) -> None:
-    """Put a generator into a packed state."""
+    """Put a generator into a state, packed or as it was read."""
+    state = packed(state)
     if isinstance(generator, torch.Generator):
         generator.set_state(torch.from_numpy(np.array(state, np.uint8)))
     elif isinstance(generator, np.random.Generator):
@@ -152,7 +153,7 @@ class Owned:
 
     def states(self) -> dict[str, Any]:
         """Kind and packed state of each."""
-        return {name: entry(each, read(each)) for name, each in self.find().items()}
+        return {name: entry(each, packed(read(each))) for name, each in self.find().items()}
 
     def write(self, saved: Mapping[str, Any]) -> None:
         """Put all into their saved states. One that is made at its first use, and that has not come yet, is made."""
@@ -178,8 +179,8 @@ class Owned:
 
 
 def entry(generator: Any, state: Any) -> dict[str, Any]:
-    """A generator's kind and its state, packed."""
-    return {"kind": _kind(generator), "state": packed(state)}
+    """A generator's kind and a state of it."""
+    return {"kind": _kind(generator), "state": state}
 
 
 def _step(holder: Any, part: str) -> Any:

@@ -19,7 +19,7 @@ from fxckpt.compat.loaders import (
     watch_order,
     watch_samples,
 )
-from fxckpt.data.generators import Owned, entry, global_generators, kept_globals, read, states, write_all
+from fxckpt.data.generators import Owned, entry, global_generators, kept_globals, packed, read, states, write_all
 from fxckpt.data.sampling import Draws, Order, Samplers, check_order
 from fxckpt.data.source import Source, length_of, read_again
 from fxckpt.errors import SetupError
@@ -113,7 +113,7 @@ class LoaderSource(Source):
         if not self._marking:
             self._marking = self._owned.find()
         found: dict[str, Any] = {"position": self.position, "exhausted": reading_ended(self._iterator)}
-        found["own"] = {name: entry(each, read(each)) for name, each in self._marking.items()}
+        found["own"] = {name: entry(each, packed(read(each))) for name, each in self._marking.items()}
         return {**found, "dataset": copy.deepcopy(self.loader.dataset.state_dict())} if self._stateful else found
 
     def set_back(self, state: dict[str, Any], mark: Mapping[str, Any]) -> None:

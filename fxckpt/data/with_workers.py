@@ -12,7 +12,7 @@ from fxckpt.compat.loaders import Start, WorkersIterator, copied, has_workers_ru
 from fxckpt.data.generators import kept_globals
 from fxckpt.data.loader import LoaderSource
 from fxckpt.data.source import read_again
-from fxckpt.data.workers import Arrivals, InWorker, State
+from fxckpt.data.workers import Arrivals, InWorker, State, packed_states
 from fxckpt.errors import SetupError
 
 
@@ -148,7 +148,8 @@ class WorkersSource(LoaderSource):
 
     def set_back(self, state: dict[str, Any], mark: Mapping[str, Any]) -> None:
         super().set_back(state, mark)
-        state["workers"] |= {name: mark[name] for name in ("position", "states", "next")}
+        place = {name: mark[name] for name in ("position", "next")}
+        state["workers"] |= {**place, "states": packed_states(mark["states"])}
 
     def finish(self) -> None:
         if self._running:
@@ -186,7 +187,7 @@ class WorkersSource(LoaderSource):
     def _workers(self) -> dict[str, Any]:
         place = self._place() if self._running else self._left
         states = self._arrivals.states if place["exhausted"] else self._handed
-        found = {"states": list(states), "at_start": self._at_start, "next": self._next}
+        found = {"states": packed_states(states), "at_start": packed_states(self._at_start), "next": self._next}
         return {**place, **self._made, **found, "base_seed": self._base_seed, "again": self._again}
 
     def _loaded(self, state: dict[str, Any]) -> None:

@@ -131,14 +131,25 @@ class InWorker:
         return self._changed()
 
     def _changed(self) -> State:
-        """States of the generators that this batch drew from."""
+        """States of the generators that this batch drew from, not packed: the training process does it at a checkpoint."""
         found: State = {}
         states = self._reader.read()
         for name, now in states.items():
             if name not in self._last or not same(self._last[name], now):
-                found[name] = packed(now) if name.startswith("global/") else entry(self._generators[name], now)
+                found[name] = now if name.startswith("global/") else entry(self._generators[name], now)
         self._last = states
         return found
+
+
+def packed_states(states: list[State]) -> list[State]:
+    """Each worker's, for a checkpoint."""
+    return [{name: _packed(name, value) for name, value in state.items()} for state in states]
+
+
+def _packed(name: str, value: Any) -> Any:
+    if name.startswith("own/"):
+        return {**value, "state": packed(value["state"])}
+    return packed(value) if name.startswith("global/") else value
 
 
 def _split(state: State) -> list[tuple[tuple[str, str], Any]]:

@@ -1,0 +1,74 @@
+"""States of random generators that are read where they lie: the same as those asked for, whatever was drawn."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fxckpt.compat.generators import looking_at
+from fxckpt.data.generators import Reader, packed, read, same, write
+
+DRAWS = {
+    "torch": (lambda g: torch.rand(3, generator=g), lambda g: torch.randn(1, generator=g), lambda g: g.manual_seed(7)),
+    "numpy": (lambda g: g.rand(5), lambda g: g.randn(), lambda g: g.randint(9), lambda g: g.seed(7)),
+    "python": (lambda g: g.random(), lambda g: g.gauss(0, 1), lambda g: g.randbytes(3000), lambda g: g.seed(7)),
+    "numpy's new ones": (lambda g: g.random(3), lambda g: g.standard_normal()),
+}
+MAKE = {
+    "torch": lambda: torch.Generator().manual_seed(1),
+    "numpy": lambda: np.random.RandomState(1),
+    "python": lambda: random.Random(1),
+    "numpy's new ones": lambda: np.random.default_rng(1),
+}
+
+
+def equal(a, b):
+    """Two packed states, in values and types."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(value, b[name]) for name, value in a.items())
+    return type(a) is type(b) and (np.array_equal(a, b) and a.dtype == b.dtype if isinstance(a, np.ndarray) else a == b)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@settings(deadline=None, max_examples=40)
+@given(draws=st.lists(st.integers(0, 3), max_size=12))
+def test_a_state_read_where_it_lies_is_the_one_asked_for_and_differs_when_it_moved(kind, draws):
+    generator = MAKE[kind]()
+    reader, asked = Reader({"it": generator}), read(generator)
+    for draw in draws:
+        before, asked_before = reader.read()["it"], asked
+        DRAWS[kind][draw % len(DRAWS[kind])](generator)
+        now, asked = reader.read()["it"], read(generator)
+        assert equal(packed(now), packed(asked))
+        assert same(before, now) == equal(packed(asked_before), packed(asked))
+        other = MAKE[kind]()
+        write(other, now)
+        assert equal(packed(read(other)), packed(asked))
+
+
+def test_the_three_kinds_that_people_draw_from_are_read_where_they_lie():
+    assert all(looking_at(MAKE[kind]()) is not None for kind in ("torch", "numpy", "python"))
+    assert looking_at(MAKE["numpy's new ones"]()) is None
+
+
+def test_a_class_of_the_users_is_asked():
+    class Mine(random.Random):
+        def getstate(self):
+            return (3, tuple(range(625)), None)
+
+    mine = Mine()
+    assert looking_at(mine) is None
+    assert packed(Reader({"it": mine}).read()["it"])["words"][5] == 5
+
+
+def test_numpys_bits_replaced_by_others_are_noticed():
+    generator = np.random.RandomState(1)
+    reader = Reader({"it": generator})
+    other = np.random.RandomState(np.random.PCG64(5))
+    generator.__init__(np.random.PCG64(5))
+    assert equal(packed(reader.read()["it"]), packed(read(other)))
