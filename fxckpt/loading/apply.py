@@ -21,7 +21,7 @@ from fxckpt.loading.target import Target
 from fxckpt.optim.contract.contract import NOTHING
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run
-from fxckpt.saving.inventory import TORCH_DTYPES, storable, take
+from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
@@ -99,7 +99,7 @@ def _state_tensor(
     """An uninitialised tensor as the record describes it, or the live one if it is just so."""
     shape, dtype = tuple(place.shape), TORCH_DTYPES[place.dtype]
     if is_complex and not dtype.is_complex:
-        shape, dtype = shape[:-1], torch.complex64 if dtype == torch.float32 else torch.complex128
+        shape, dtype = shape[:-1], COMPLEX_OF[place.dtype]
     like = torch.empty(shape, dtype=dtype, device="meta")
     layout = like.stride()
     if strides is not None and len(strides) == len(shape):

@@ -15,7 +15,7 @@ import torch
 from fxckpt.errors import Corrupt
 from fxckpt.optim.contract.contract import is_own
 from fxckpt.run import extra_state
-from fxckpt.saving.inventory import TORCH_DTYPES
+from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES
 from fxckpt.store.about import IMPORTED
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
 from fxckpt.store.dtypes import Tensor
@@ -71,7 +71,7 @@ def _check_state(place: TensorRecord | None, key: str, described: Mapping[str, A
         if key not in described["plain"]:
             raise Corrupt(path, f"the optimizer's {what} is neither in a file nor in the record")
         return
-    is_pairs = place.shape[-1:] == (2,) and place.dtype in ("F32", "F64")
+    is_pairs = place.shape[-1:] == (2,) and place.dtype in COMPLEX_OF
     fits = is_pairs or place.dtype == "C64" if key in described["complex"] else place.dtype != "C64"
     if place.dtype not in TORCH_DTYPES or not fits:
         raise Corrupt(path, f"the optimizer's {what} is {place.dtype}{list(place.shape)}, which no state of a run is")

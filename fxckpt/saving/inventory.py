@@ -25,6 +25,9 @@ DTYPES: dict[torch.dtype, str] = {getattr(torch, name): known for name, known in
 
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
+COMPLEX_OF: dict[str, torch.dtype] = {"F16": torch.complex32, "F32": torch.complex64, "F64": torch.complex128}
+"""What pairs of real numbers of a type are; earlier versions wrote complex64 as pairs, too."""
+
 
 @dataclass
 class Inventory:

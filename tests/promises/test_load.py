@@ -273,6 +273,32 @@ def test_frozen_parameters_and_buffers_of_rare_types_come_back(dtype, store):
         assert old.dtype == new.dtype and torch.equal(old.detach().view(torch.uint8), new.detach().view(torch.uint8))
 
 
+@pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128])
+def test_an_optimizers_state_of_complex_numbers_comes_back(dtype, store):
+    class Turning(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                state = self.state[p]
+                state["turn"] = state.get("turn", torch.ones(2, dtype=torch.complex64)).to(torch.complex64).mul(1j).to(dtype)
+            super().step(closure)
+
+    def life(steps: int):
+        model = nn.Linear(2, 1)
+        opt = fxckpt.compile_step(Turning(model.parameters(), lr=0.1), store, model=model, every=1)
+        start = fxckpt.load(optimizer=opt).step
+        found = [state.get("turn") for state in opt.state.values()]
+        for _ in range(steps):
+            model(torch.ones(1, 2)).sum().backward()
+            opt.step()
+        opt.ckpt.shutdown()
+        return start, found
+
+    life(3)
+    start, found = life(0)
+    assert start == 3
+    assert [(each.dtype, each.tolist()) for each in found] == [(dtype, [-1j, -1j])] * 2
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_store_whose_complex_numbers_are_pairs_still_loads(late, store, monkeypatch):
     """As versions before wrote complex64. ``late``: nobody knows the names of buffers until the compiler has seen them."""
