@@ -17,8 +17,11 @@ from torch.optim import optimizer
 from fxckpt.compat.instance_subclass import instance_subclass
 from fxckpt.errors import SetupError
 
-GROUP_BOOKKEEPING = {"params", "param_names", "initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
-"""Entries of a group that no optimizer's arithmetic reads: its parameters, and what schedulers leave there."""
+SCHEDULER_NOTES = {"initial_lr", "swa_lr", "base_momentum", "max_momentum", "max_lr", "min_lr"}
+"""What schedulers leave in a group."""
+
+GROUP_BOOKKEEPING = {"params", "param_names", *SCHEDULER_NOTES}
+"""Entries of a group that no optimizer's arithmetic reads."""
 
 HOOKS = ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
 """The hooks of an optimizer, each kind in an attribute ``_optimizer_<kind>_hooks``."""

@@ -17,6 +17,7 @@ from transformers.trainer_utils import has_length
 
 from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.hf.progress import Place
+from fxckpt.loading.load import saved_amid_an_iteration
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.store import names
 from fxckpt.store.reader import Candidate, Reader, candidates
@@ -61,7 +62,7 @@ def newest(directory: str) -> tuple[Path, Mapping[str, Any]] | None:
     Raises:
         SetupError: it is of a training that was no Trainer's.
     """
-    for found in sorted(_good(directory), key=lambda each: _amid(each.record.state)):
+    for found in sorted(_good(directory), key=lambda each: saved_amid_an_iteration(each.record)):
         path = str(Path(found.path) / names.COMMIT)
         try:
             reader = Reader(found.path)
@@ -82,13 +83,6 @@ def newest(directory: str) -> tuple[Path, Mapping[str, Any]] | None:
 def _good(directory: str) -> list[Candidate]:
     """Those whose records can be read."""
     return [each for each in candidates(directory) if isinstance(each, Candidate)] if os.path.isdir(directory) else []
-
-
-def _amid(state: Any) -> bool:
-    """Was it saved in the middle of an iteration? Then others go before it, as in ``fxckpt.load``."""
-    for name in ("early", "loops", "amid"):
-        state = state.get(name) if isinstance(state, Mapping) else None
-    return state is True
 
 
 def turns_per_epoch(trainer: Trainer, loader: Any) -> int:

@@ -26,6 +26,7 @@ from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.store import names
 from fxckpt.store.about import imported, origin
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
+from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -137,7 +138,7 @@ def _choose(found: Sequence[Found], step: int | None, name: str | None, director
     """Those to try, in order, of a listing that is newest first: all, or the newest of the step or name that was asked for.
     Raises NoCheckpoint if there is none of that step or name, saying what there is."""
     if step is None and name is None:
-        return sorted(found, key=_amid)
+        return sorted(found, key=lambda each: isinstance(each, Candidate) and saved_amid_an_iteration(each.record))
     chosen = [each for each in found if _is_meant(each, step, name, directory)]
     if not chosen:
         there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate)) or "none"
@@ -150,11 +151,9 @@ def _choose(found: Sequence[Found], step: int | None, name: str | None, director
     return [newest]
 
 
-def _amid(each: Found) -> bool:
-    """Was it saved in the middle of an iteration? A run goes on from a boundary if it can."""
-    if isinstance(each, Corrupt):
-        return False
-    found: object = each.record.state  # not checked yet
+def saved_amid_an_iteration(record: Record) -> bool:
+    """A run goes on from a boundary if it can: these come last."""
+    found: object = record.state  # not checked yet
     for name in ("early", "loops", "amid"):
         found = found.get(name) if isinstance(found, Mapping) else None
     return found is True

@@ -10,7 +10,7 @@ import torch
 
 from fxckpt.compat.module_state import takes_shapes
 from fxckpt.compat.modules import every_module
-from fxckpt.compat.optimizers import plain_class
+from fxckpt.compat.optimizers import SCHEDULER_NOTES, plain_class
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
 from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable, storable_as
@@ -19,7 +19,6 @@ from fxckpt.store.about import imported
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import Record, TensorRecord
 
-_OF_SCHEDULERS = {"initial_lr", "max_lr", "min_lr", "max_momentum", "base_momentum", "swa_lr"}
 """What schedulers put into a group."""
 
 _OF_THE_SAME_SHAPE = {
@@ -226,7 +225,7 @@ def _import_problems(index: int, old: Mapping[str, Any], record: Record, target:
     opt = target.optimizers[index]
     out, places = [], {tensor.key: tensor for tensor in record.tensors(OPTIMIZER)}
     for g, (group, live) in enumerate(zip(old["groups"], opt.param_groups)):
-        if foreign := sorted(set(group["settings"]) - set(live) - _OF_SCHEDULERS):
+        if foreign := sorted(set(group["settings"]) - set(live) - SCHEDULER_NOTES):
             name = plain_class(opt).__name__
             out.append(
                 f"  optimizer {index}, group {g}: the import has {', '.join(foreign)}, which {name} has not: of another class"

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.optimizers import SCHEDULER_NOTES
+
 Given = list[dict[str, Any]]
 """Of each group, by name."""
-
-_SCHEDULERS = "initial_lr"
-"""What a scheduler notes of ``lr`` in each group."""
 
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -19,7 +18,7 @@ _PLAIN = (bool, int, float, str, type(None))
 def given_to(opt: torch.optim.Optimizer) -> Given:
     """What stands in its groups now, as far as it is plain: numbers, flags, text, and tuples of them."""
     return [
-        {key: value for key, found in group.items() if key != _SCHEDULERS and (value := _plain(found)) is not _NOT}
+        {key: value for key, found in group.items() if key not in SCHEDULER_NOTES and (value := _plain(found)) is not _NOT}
         for group in opt.param_groups
     ]
 

@@ -217,10 +217,10 @@ class Slot:
         try:
             yield
         except OSError as error:
-            operation = io.operation_of(error) or "open"
-            self.suspect |= operation in _SYNCS or error.errno in DAMAGE
             path = os.fsdecode(error.filename) if error.filename else self.path
-            raise SaveFailed(operation, path, getattr(error, "offset", None), error.errno) from error
+            failed = SaveFailed(io.operation_of(error) or "open", path, getattr(error, "offset", None), error.errno)
+            self.suspect |= retires_slot(failed)
+            raise failed from error
 
 
 def _allocate(fd: int, nbytes: int) -> None:
