@@ -84,11 +84,25 @@ def test_no_machine_paths_and_no_notes_to_self_in_tracked_files():
     assert found == []
 
 
-def test_readme_links_and_code_are_sound():
-    text = (ROOT / "README.md").read_text()
-    links = [target.split("#")[0] for target in re.findall(r"\]\(([^)]+)\)", text) if "://" not in target]
-    assert [target for target in links if target and not (ROOT / target).exists()] == []
-    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+def anchors(page: Path) -> set[str]:
+    """Of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_link_between_pages_leads_to_a_file_and_a_heading_that_are_there():
+    wrong = []
+    for page in (each for each in project_files() if each.suffix == ".md"):
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            there = page.parent / name if name else page
+            if "://" not in target and (not there.exists() or (anchor and anchor not in anchors(there))):
+                wrong.append(f"{page.relative_to(ROOT)}: {target}")
+    assert wrong == []
+
+
+def test_code_in_the_readme_compiles():
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         compile(block, "README.md", "exec")
 
 

@@ -107,6 +107,13 @@ def test_imports_go_one_way_between_rooms():
     assert wrong == []
 
 
+def test_the_map_of_rooms_names_every_file():
+    """But those of rooms that have one file a command, a subject of torch, or a part of the rehearsal."""
+    words = set(re.findall(r"\w+", (ROOT / "ARCHITECTURE.md").read_text()))
+    listed = (each for each in files() if not re.match(r"fxckpt\.(cli|compat|optim\.rehearsal)\.", each))
+    assert {each.rpartition(".")[2] for each in listed} - words == {"__main__"}
+
+
 def test_no_files_import_each_other_in_a_circle():
     edges = {module: set(imported(tree)) - {module} for module, tree in files().items()}
     packages = {module for module in edges if any(other.startswith(module + ".") for other in edges)}
