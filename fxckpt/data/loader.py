@@ -20,7 +20,7 @@ from fxckpt.compat.loaders import (
     watch_samples,
 )
 from fxckpt.data.generators import Owned, entry, global_generators, kept_globals, packed, read, states, write_all
-from fxckpt.data.sampling import Draws, Order, Samplers, check_order
+from fxckpt.data.sampling import Draws, Order, Samplers, check_order, kept_by_data
 from fxckpt.data.source import Source, length_of, read_again
 from fxckpt.errors import SetupError
 
@@ -39,7 +39,7 @@ class LoaderSource(Source):
         self._kind = kind or type(loader)
         self._iterable = is_iterable_style(loader)
         self._stateful = takes_back_its_place(loader.dataset)
-        self._samplers = Samplers(loader)
+        self._samplers, self._data = Samplers(loader), kept_by_data(loader.dataset)
         self._owned = Owned(lambda: _roots(loader))
         self._start: dict[str, Any] = {}
         self._iterator: Any = None
@@ -68,6 +68,7 @@ class LoaderSource(Source):
                     draws.check_again(real, *who)
         self._owned.write(saved["own"])
         self._samplers.load(saved["samplers"], stateful=self.exhausted)
+        self._data.load(saved.get("data", {}))
         return iter(()) if self.exhausted else self._items(made)
 
     def _make(self, saved: dict[str, Any] | None) -> Iterator[Any]:
@@ -132,7 +133,9 @@ class LoaderSource(Source):
                 "its next pass begins there or anew. Let the data set end where the loop leaves it, or use workers that are not "
                 "persistent"
             )
-        found: dict[str, Any] = {"own": self._owned.states(), "samplers": self._samplers.state(whole=not self._running)}
+        whole = not self._running
+        found: dict[str, Any] = {"samplers": self._samplers.state(whole), "data": self._data.state(whole)}
+        found["own"] = self._owned.states()
         if self._running:
             found |= {"start": self._start, "order": self._order.mark}
         if self._stateful:
@@ -146,6 +149,7 @@ class LoaderSource(Source):
         if not state["running"]:
             self._owned.write(state["own"])
             self._samplers.load(state["samplers"], keep_epoch=True)
+            self._data.load(state.get("data", {}), keep_epoch=True)
         if "dataset" in state and (not state["running"] or state["exhausted"]):
             self._put_back_data(state["dataset"])
 
@@ -162,13 +166,15 @@ class LoaderSource(Source):
 
     def _whole(self) -> dict[str, Any]:
         """All that a pass starts from."""
-        return {"global": states(global_generators()), "own": self._owned.states(), "samplers": self._samplers.state(whole=True)}
+        kept = {"samplers": self._samplers.state(whole=True), "data": self._data.state(whole=True)}
+        return {"global": states(global_generators()), "own": self._owned.states(), **kept}
 
     def _go_to(self, start: Mapping[str, Any]) -> None:
         """Generators and samplers as they were when the pass began."""
         write_all(global_generators(), start["global"])
         self._owned.write(start["own"])
         self._samplers.load(start["samplers"])
+        self._data.load(start.get("data", {}))
 
     def _fingerprint(self) -> dict[str, Any]:
         loader = self.loader

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
+from fxckpt.data.attributes import is_stateful
 from fxckpt.data.generators import Owned, global_generators, kept_globals, states, write_all
-from fxckpt.data.sampling import Draws, is_stateful
+from fxckpt.data.sampling import Draws, kept_by_data
 from fxckpt.data.source import Source, length_of, read_again
 
 _REMEDY = "Give it state_dict() and load_state_dict(), or iterate over a torch DataLoader"
@@ -20,14 +21,14 @@ class IterableSource(Source):
     def __init__(self, loader: Any):
         super().__init__(loader)
         self._stateful = is_stateful(loader)
-        self._owned = Owned(lambda: {"loader": loader})
+        self._owned, self._kept = Owned(lambda: {"loader": loader}), kept_by_data(loader)
         self._draws = Draws()
         self._start: dict[str, Any] = {}
 
     def _begin(self, saved: dict[str, Any] | None, going_on: bool) -> Iterator[Any]:
         self._draws = Draws()
         if not going_on:
-            self._start = {"global": states(global_generators()), "own": self._owned.states()}
+            self._start = {"global": states(global_generators()), **self._own(whole=True)}
             return self._items(iter(self.loader))
         assert saved is not None
         if self._stateful:
@@ -37,13 +38,21 @@ class IterableSource(Source):
         self._start = saved["start"]
         with kept_globals() as real:
             write_all(global_generators(), self._start["global"])
-            self._owned.write(self._start["own"])
+            self._write(self._start)
             self._draws.again = True
             items = self._items(iter(self.loader))
             self._pass_by(items)
             self._draws.check_again(real, f"the {type(self.loader).__name__} that feeds training", _REMEDY)
-        self._owned.write(saved["own"])
+        self._write(saved)
         return items
+
+    def _own(self, whole: bool) -> dict[str, Any]:
+        """Its generators, and what it keeps in attributes."""
+        return {"own": self._owned.states(), "kept": self._kept.state(whole)}
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        self._owned.write(state["own"])
+        self._kept.load(state.get("kept", {}))
 
     def _pass_by(self, items: Iterator[Any]) -> None:
         if isinstance(self.loader, (list, tuple, range)):
@@ -60,14 +69,14 @@ class IterableSource(Source):
             return {"state": copy.deepcopy(self.loader.state_dict())}
         if self._running:
             self._draws.check(f"the {type(self.loader).__name__} that feeds training", _REMEDY)
-        return {"own": self._owned.states(), **({"start": self._start} if self._running else {})}
+        return {**self._own(whole=not self._running), **({"start": self._start} if self._running else {})}
 
     def _loaded(self, state: dict[str, Any]) -> None:
         if not state["running"]:
             if self._stateful:
                 self.loader.load_state_dict(state["state"])
             else:
-                self._owned.write(state["own"])
+                self._write(state)
 
     def _fingerprint(self) -> dict[str, Any]:
         return {"kind": type(self.loader).__name__, "length": None if self._stateful else length_of(self.loader)}

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from fxckpt.data.attributes import Attributes, is_stateful
 from fxckpt.data.generators import global_states, moved
 from fxckpt.errors import SetupError
 
-_SCALARS = (bool, int, float, str)
 _WATCHED = 64  # batches of a pass: a sampler that draws as it goes does so early
+_DEEPEST, _MOST = 8, 64  # levels of data sets that wrap others, and how many one is put together from
+_LARGEST = 1 << 20  # bytes of an array or a list of a data set: what is larger is data
 
 
-def is_stateful(value: Any) -> bool:
-    """Has it a state that it takes back?"""
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
-
-
-class Samplers:
+class Samplers(Attributes):
     """The samplers of a loader, outermost first, and what they keep from pass to pass: an epoch's number, an order."""
 
     def __init__(self, loader: Any):
         self._loader = loader
-        self._given = {name: _marks(each) for name, each in self.chain().items()}
+        super().__init__(self.chain, every_number=True)
 
     def chain(self) -> dict[str, Any]:
         """Batch sampler, its sampler, and what these wrap."""
@@ -49,66 +45,24 @@ class Samplers:
         """Are they torch's own?"""
         return all(type(each).__module__.startswith("torch.utils.data.") for each in self.chain().values())
 
-    def state(self, whole: bool) -> dict[str, Any]:
-        """What they keep; ``whole``: also orders and weights that changed since the loader was given. Those are looked at
-        between passes only, as there may be millions of them."""
-        return {name: _kept(each, self._given.get(name, {}) if whole else None) for name, each in self.chain().items()}
 
-    def load(self, saved: Mapping[str, Any], keep_epoch: bool = False, stateful: bool = True) -> None:
-        """Put it back. ``keep_epoch``: the loop has called ``set_epoch`` for the pass to come, or will; ``stateful``: also what
-        samplers have as their own state, which would begin another pass."""
-        for name, each in self.chain().items():
-            state = saved.get(name, {})
-            if "state_dict" in state and stateful:
-                each.load_state_dict(state["state_dict"])
-            for attribute, value in state.get("attributes", {}).items():
-                if not (keep_epoch and attribute == "epoch" and hasattr(each, "set_epoch")):
-                    _put(each, attribute, value)
+def kept_by_data(dataset: Any) -> Attributes:
+    """What a data set, and those that it wraps, keep in attributes and change: the number of a pass, an order, a curriculum.
+    One that has a state of its own says it there; those of Hugging Face change no attribute as they are read."""
+    return Attributes(lambda: _wrapped(dataset), largest=_LARGEST)
 
 
-def _put(owner: Any, attribute: str, value: Any) -> None:
-    """Set an attribute, and a list or tensor that others may share in place."""
-    mine = vars(owner).get(attribute)
-    if isinstance(mine, list):
-        mine[:] = value.tolist() if isinstance(value, np.ndarray) else value
-    elif isinstance(mine, torch.Tensor) and mine.shape == value.shape:
-        mine.copy_(value)
-    else:
-        setattr(owner, attribute, value)
-
-
-def _kept(sampler: Any, given: Mapping[str, int] | None) -> dict[str, Any]:
-    """One sampler's state: its own, or its attributes that are numbers, or that changed."""
-    if is_stateful(sampler):
-        return {"state_dict": copy.deepcopy(sampler.state_dict())}
-    values = getattr(sampler, "__dict__", {})
-    attributes = {name: value for name, value in values.items() if isinstance(value, _SCALARS)}
-    if given is not None:
-        for name, mark in _marks(sampler).items():
-            if given.get(name) != mark:
-                attributes[name] = _copied(values[name])
-    return {"attributes": attributes}
-
-
-def _copied(value: Any) -> Any:
-    """A list of numbers as an array, which is stored quickly; anything else as a copy."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, list) and all(type(each) is int for each in value):
-        return np.array(value, np.int64)
-    return value.copy()
-
-
-def _marks(sampler: Any) -> dict[str, int]:
-    """Checksums of its lists, arrays and tensors."""
-    found = {}
-    for name, value in getattr(sampler, "__dict__", {}).items():
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout is torch.strided:
-            found[name] = zlib.crc32(value.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-            found[name] = zlib.crc32(np.ascontiguousarray(value).view(np.uint8).data)
-        elif isinstance(value, list) and value and type(value[0]) in (int, float, str):
-            found[name] = zlib.crc32(repr(value).encode())
+def _wrapped(dataset: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    level = [("dataset", dataset)]
+    for _ in range(_DEEPEST):
+        level = [(name, each) for name, each in level if hasattr(each, "__dict__") and not is_stateful(each)]
+        level = [(name, each) for name, each in level if type(each).__module__.partition(".")[0] != "datasets"]
+        found |= level
+        inside = [(f"{name}.dataset", getattr(each, "dataset", None)) for name, each in level]
+        parts = [(name, vars(each).get("datasets")) for name, each in level]
+        inside += [(f"{n}.{at}", each) for n, all_ in parts if isinstance(all_, list) for at, each in enumerate(all_[:_MOST])]
+        level = inside
     return found
 
 

@@ -80,7 +80,7 @@ class WorkersSource(LoaderSource):
         self._handed, self._again = list(former) if former else [{} for _ in range(loader.num_workers)], False
         self._arrivals = Arrivals(list(self._handed), self._arrivals.drew)
         self._arrivals.order = None if self._iterable else self._order
-        self._made = {"own": self._owned.states()} if self._persistent else {}
+        self._made = {"own": self._owned.states(), "numbers": self._data.numbers()} if self._persistent else {}
         both = InWorker(
             loader.collate_fn, loader.worker_init_fn, list(self._handed), loader.batch_size if self._iterable else None
         )
@@ -122,9 +122,10 @@ class WorkersSource(LoaderSource):
         )
         if "own" in former:  # workers that have made nothing yet have the data set as it was when they were made
             self._owned.write(former["own"])
+            self._data.load(former.get("numbers", {}))
         made = self._first(states, start)
-        self._again, self._made, self._at_start = again, {k: former[k] for k in ("own",) if k in former}, former["at_start"]
-        self._next = start.worker
+        self._made = {key: former[key] for key in ("own", "numbers") if key in former}
+        self._again, self._at_start, self._next = again, former["at_start"], start.worker
         if reads_again and position:
             read_again(self._items(made), position, type(self.loader.dataset).__name__)
         return made

@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 
 from fxckpt.compat.loaders import DataEnded, pinned, take_back_place, takes_back_its_place, tell_end
 from fxckpt.data.generators import Owned, Reader, entry, global_generators, packed, same, write_all
-from fxckpt.data.sampling import Order
+from fxckpt.data.sampling import Order, kept_by_data
 
 State = dict[str, Any]
 
@@ -90,15 +90,17 @@ class InWorker:
         assert info is not None
         self._worker, self._dataset, self._stateful = worker, info.dataset, takes_back_its_place(info.dataset)
         self._owner = Owned(lambda: {"dataset": self._dataset, "collate_fn": self._collate})
+        self._kept = kept_by_data(self._dataset)
         if self._former and self._former[worker]:
             self._restore(self._former[worker])
         self._look()
-        self._last = self._reader.read()
+        self._last, self._last_kept = self._reader.read(), self._kept.state(whole=False)
         tell_end(self._end)
 
     def _restore(self, state: State) -> None:
         write_all(global_generators(), {name: value for (where, name), value in _split(state) if where == "global"})
         self._owner.write({name: value for (where, name), value in _split(state) if where == "own"})
+        self._kept.load(state.get("data", {}))
         self._ended = state.get("ended", False)
         if "dataset" in state:
             take_back_place(self._dataset, state["dataset"], in_worker=True)
@@ -131,13 +133,16 @@ class InWorker:
         return self._changed()
 
     def _changed(self) -> State:
-        """States of the generators that this batch drew from, not packed: the training process does it at a checkpoint."""
+        """States of the generators that this batch drew from, not packed: the training process does it at a checkpoint; and
+        what the data set keeps in attributes, where that changed."""
         found: State = {}
         states = self._reader.read()
         for name, now in states.items():
             if name not in self._last or not same(self._last[name], now):
                 found[name] = now if name.startswith("global/") else entry(self._generators[name], now)
         self._last = states
+        if not same(kept := self._kept.state(whole=False), self._last_kept):
+            found["data"] = self._last_kept = kept
         return found
 
 

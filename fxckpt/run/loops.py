@@ -154,6 +154,7 @@ class Loops:
         if level.leads and self._leading is source:
             source.finish()  # a pass was left by a `break`, and no epoch ended
         if restored and level.leads:
+            self._head = None  # what is put back here did not change in this epoch's head
             self.settle("batches")
         return source, source.begin()
 

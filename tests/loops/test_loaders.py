@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_runs import (
     BETWEEN,
+    Anneals,
     Batches,
     Counting,
+    CountsPasses,
     Crops,
     EpochSampler,
     GlobalSampler,
@@ -30,6 +32,7 @@ from loader_runs import (
     ShufflingSampler,
     StatefulSampler,
     Stream,
+    Turns,
     generators,
     gone_on,
     plain,
@@ -42,6 +45,7 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     RandomSampler,
+    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
     default_collate,
@@ -80,6 +84,9 @@ CASES: dict[str, Callable[..., Any]] = {
     "many at once": lambda **how: DataLoader(Pairs(), 4, shuffle=True, **how),
     "lazy generator": lambda **how: DataLoader(Lazy(), 4, shuffle=True, **how),
     "data set's state": lambda **how: DataLoader(Counting(), 4, shuffle=True, **how),
+    "data set that anneals": lambda **how: DataLoader(Anneals(), 4, shuffle=True, **how),
+    "part of one": lambda **how: DataLoader(Subset(Anneals(), range(3, 20)), 4, shuffle=True, **how),
+    "counts passes": lambda **how: DataLoader(CountsPasses(), 2, **how),
     "stream": lambda **how: DataLoader(Stream(), 2, **how),
     "resumable stream": lambda **how: DataLoader(Resumable(), 2, **how),
     "resumable stream, no batches": lambda **how: DataLoader(Resumable(9), batch_size=None, **how),
@@ -285,6 +292,11 @@ def state_of(loader: Any, batches: int = 2) -> dict[str, Any]:
         next(items)
         random.random()
     return stored(source.state_dict())
+
+
+def test_a_sequence_that_turns_its_order_at_the_end_of_a_pass_goes_on():
+    whole = plain(Turns)
+    assert resumed(Turns, {2, 12, 20, BETWEEN}) == whole
 
 
 def test_batches_in_the_order_of_chance_are_refused():

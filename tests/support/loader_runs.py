@@ -78,6 +78,51 @@ class Counting(Plain):
         self.count = state["count"]
 
 
+class Turns:
+    """A sequence that is no data set, and turns its order at the end of each pass."""
+
+    def __init__(self, n: int = 9):
+        self.order = np.arange(n)
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, at: int):
+        if at >= len(self.order):
+            self.order[:] = np.roll(self.order, 2)
+            raise IndexError
+        return torch.tensor([self.order[at]])
+
+
+class CountsPasses(IterableDataset):
+    """Shuffled by the number of its pass, which it counts when it is iterated; each worker takes its share."""
+
+    def __init__(self, n: int = 23):
+        self.n, self.epoch = n, 0
+
+    def __iter__(self):
+        self.epoch += 1
+        info = get_worker_info()
+        order = np.random.RandomState(self.epoch).permutation(self.n)
+        yield from (torch.tensor([i, self.epoch]) for i in order[info.id if info else 0 :: info.num_workers if info else 1])
+
+
+class Anneals(Dataset):
+    """Its samples depend on how many it has made, and an order inside of it is turned as it goes."""
+
+    def __init__(self, n: int = 22):
+        self.n, self.made, self.order, self.turned = n, 0, np.arange(n), torch.zeros(n)
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i: int):
+        self.made += 1
+        self.order[:] = np.roll(self.order, i)
+        self.turned[i] += 1
+        return torch.tensor([i, self.made, self.order[0], float(self.turned.sum() * self.turned[0])])
+
+
 class Stream(IterableDataset):
     """Iterable, without a state; draws from a generator of its own, and in workers from the global one too. Shards are uneven."""
 
