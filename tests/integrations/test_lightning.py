@@ -123,6 +123,8 @@ def callbacks():
         yield cb.StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=2)
     if "ema" in CASE["callbacks"]:
         yield cb.EMAWeightAveraging(decay=0.9)
+    if "rates" in CASE["callbacks"]:
+        yield cb.LearningRateMonitor()
 
 
 L.seed_everything(0, verbose=False)
@@ -144,7 +146,7 @@ finish(net, *trainer.optimizers, [each.scheduler.state_dict() for each in traine
 USUAL = {"workers": 0, "stateful": False, "manual": False, "scheduler": "step", "callbacks": ()}
 CASES = {
     "accumulation, workers": {
-        **USUAL, "workers": 2,
+        **USUAL, "workers": 2, "callbacks": ("rates",),
         "trainer": {"max_steps": 13, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 0.5},
     },
     "plateau, bf16, early, averaged": {
@@ -154,7 +156,7 @@ CASES = {
         **USUAL, "manual": True, "trainer": {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_train_batches": 9},
     },
     "stateful, averaged at the end": {
-        **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa",), "trainer": {"max_epochs": 3},
+        **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa", "rates"), "trainer": {"max_epochs": 3},
     },
 }  # fmt: skip
 
@@ -275,6 +277,18 @@ def test_a_kill_while_a_log_gets_a_new_column_loses_no_row(tmp_path, monkeypatch
     again = CSVLogger(tmp_path, version=0)
     continue_logs([again], rows)
     assert Path(again.log_dir, "metrics.csv").read_text().splitlines() == ["a,step", "1.0,0"]
+
+
+def test_a_row_that_a_callback_has_logged_and_nobody_has_written_is_in_the_checkpoint(tmp_path):
+    logger = CSVLogger(tmp_path, version=0)
+    assert positions([logger]) == [0] and logger._experiment is None, "making its writer would delete the file"
+    logger.log_metrics({"a": 1.0}, 0)
+    assert positions([logger]) == [1]
+    logger.log_metrics({"a": 2.0}, 1)
+    logger.save()
+    logger.log_metrics({"a": 3.0}, 2)
+    continue_logs([logger], [1])
+    assert positions([logger]) == [1], "what was logged behind it is gone, written or not"
 
 
 def test_the_model_is_not_an_option_and_there_is_no_run_before_fit():

@@ -67,13 +67,17 @@ def _run(block: Block) -> None:
     for long, short in () if FULL else doc_samples.SHORTER.items():
         text = re.sub(long, short, text, flags=re.MULTILINE)
     if block.language in ("sh", "console"):
-        _run_commands(text, shown=block.text)
+        together = block.mark.startswith("full")  # killed in one block, and gone on with in the next one
+        _run_commands(text, block.text, _folder("together") if together else _folder())
     for script in old_and_new(text) if block.language == "diff" else [text] if block.language == "python" else []:
         _run_python(script, block)
 
 
-def _enter_a_new_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(dir=os.environ["FXCKPT_DOCS_FOLDER"]))
+def _folder(name: str = "") -> Path:
+    """Enter a folder of this name, or a new one."""
+    of_all = Path(os.environ["FXCKPT_DOCS_FOLDER"])
+    folder = of_all / name if name else Path(tempfile.mkdtemp(dir=of_all))
+    folder.mkdir(exist_ok=True)
     os.chdir(folder)
     return folder
 
@@ -82,7 +86,7 @@ def _enter_a_new_folder() -> Path:
 
 
 def _run_python(script: str, block: Block) -> None:
-    _enter_a_new_folder()
+    _folder()
     setting = next((code for words, code in doc_samples.SETTINGS.items() if words in block.text), doc_samples.SMALL)
     names: dict[str, Any] = {"__name__": "a_block"}
     exec(compile(setting, "the setting of the block", "exec"), names)
@@ -97,10 +101,10 @@ def _run_python(script: str, block: Block) -> None:
 # ---- commands ----
 
 
-def _run_commands(text: str, shown: str) -> None:
-    folder = _enter_a_new_folder()
+def _run_commands(text: str, shown: str, folder: Path) -> None:
     kept = next((make(folder) for words, make in doc_samples.STORES.items() if words in text), None)
-    os.symlink(ROOT / "examples", folder / "examples")
+    if not (folder / "examples").exists():
+        os.symlink(ROOT / "examples", folder / "examples")
     status, output = 0, []
     steps = _steps(text)
     for at, (command, _) in enumerate(steps):
@@ -173,8 +177,10 @@ def matches(command: str, shown: str, said: str) -> bool:
     for name, cell in _BY_MACHINE.items():
         if command.startswith(name):
             shown, said = (_cells(text, cell) for text in (shown, said))
-    words = (_pattern(word) for word in _once(shown).split())
-    return re.match(r"\s*" + r"\s+".join(words), _once(said), re.DOTALL) is not None
+    if not re.search(r"^(?:\.\.\.|…)$", shown, re.MULTILINE):
+        shown, said = _once(shown), _once(said)
+    words = (_pattern(word) for word in shown.split())
+    return re.match(r"\s*" + r"\s+".join(words), said, re.DOTALL) is not None
 
 
 def _once(text: str) -> str:
