@@ -131,22 +131,29 @@ L.seed_everything(0, verbose=False)
 quiet = dict(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)
 chosen = list(callbacks())
 chosen.insert(0, fxckpt.lightning.Checkpoint("ckpt", every=1, update="native"))  # fxckpt
+if CASE["fp16"]:  # Trainer(precision="16-mixed") on a CPU makes bf16 of it; the plugin itself does not
+    from lightning.pytorch.plugins import MixedPrecision
+    quiet["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))]
 logger = CSVLogger("out", name="log", version=0, flush_logs_every_n_steps={flush})
 trainer = L.Trainer(**quiet, **CASE["trainer"], callbacks=chosen, logger=logger)
 net = Net()
 trainer.fit(net, datamodule=Data())
 values = {{name: float(value).hex() for name, value in sorted(trainer.callback_metrics.items())}}
 print("END", trainer.global_step, trainer.current_epoch, values)
+if CASE["fp16"]:
+    scaler = trainer.precision_plugin.scaler
+    assert scaler.get_scale() < scaler._init_scale, "no step was skipped"
+    print("END", scaler.state_dict())
 for row in Path("out/log/version_0/metrics.csv").read_text().splitlines():
     print("END", row)
 print("END", [(Path(each.best_model_path).name, each.best_k_models.__len__()) for each in trainer.checkpoint_callbacks])
 finish(net, *trainer.optimizers, [each.scheduler.state_dict() for each in trainer.lr_scheduler_configs])
 """
 
-USUAL = {"workers": 0, "stateful": False, "manual": False, "scheduler": "step", "callbacks": ()}
+USUAL = {"workers": 0, "fp16": False, "stateful": False, "manual": False, "scheduler": "step", "callbacks": ()}
 CASES = {
-    "accumulation, workers": {
-        **USUAL, "workers": 2, "callbacks": ("rates",),
+    "accumulation, workers, fp16": {
+        **USUAL, "workers": 2, "fp16": True, "callbacks": ("rates",),
         "trainer": {"max_steps": 13, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 0.5},
     },
     "plateau, bf16, early, averaged": {

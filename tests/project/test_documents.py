@@ -120,6 +120,7 @@ def test_a_diff_has_two_sides():
         ("12 steps, 3.5 MB", "7 steps, 812 kB", True),
         ("good /data/run7/a", "good /tmp/x/y/a", True),
         ("good  a\n…\nbad  z", "good a\ngood b\nbad z", True),
+        ("good  a\n...\nbad  z", "good a\nbad z", True),
         ("CRC-32C 97c223f2", "CRC-32C 00aa11bb", True),
         ("remove slot-1\nremove slot-2", "remove slot-7", True),
         ("12 steps", "12 turns", False),

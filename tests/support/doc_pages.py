@@ -179,8 +179,8 @@ def matches(command: str, shown: str, said: str) -> bool:
             shown, said = (_cells(text, cell) for text in (shown, said))
     if not re.search(r"^(?:\.\.\.|…)$", shown, re.MULTILINE):
         shown, said = _once(shown), _once(said)
-    words = (_pattern(word) for word in shown.split())
-    return re.match(r"\s*" + r"\s+".join(words), said, re.DOTALL) is not None
+    words = (".*?" if word in ("...", "…") else _pattern(word) + r"\s+" for word in shown.split())
+    return re.match(r"\s*" + "".join(words), said + "\n", re.DOTALL) is not None
 
 
 def _once(text: str) -> str:
