@@ -163,7 +163,8 @@ CASES = {
         **USUAL, "manual": True, "trainer": {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_train_batches": 9},
     },
     "stateful, averaged at the end": {
-        **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa", "rates"), "trainer": {"max_epochs": 3},
+        **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa", "rates"),
+        "trainer": {"max_epochs": 3},
     },
 }  # fmt: skip
 
