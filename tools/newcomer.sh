@@ -2,7 +2,7 @@
 # A newcomer's first hour, timed: clone, pip install ., the tutorial's plain script, its eight lines changed, a kill, the same command.
 #
 #   sh tools/newcomer.sh                        everything from the package index, torch too
-#   sh tools/newcomer.sh --system-site-packages torch and the packages that build are those of PYTHON (python3)
+#   sh tools/newcomer.sh --system-site-packages torch, numpy and cffi are those that PYTHON (python3) has
 #
 # Everything is taken from the tutorial as it stands in the clone, its commands included. Leaves nothing behind.
 set -eu
@@ -27,7 +27,7 @@ PATH="$FOLDER/venv/bin:$PATH"
 if [ "${1:-}" = --system-site-packages ]; then
     # A link to what PYTHON has: venv's own option would look behind a virtual environment that PYTHON is itself of.
     "$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$("$FOLDER/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/system.pth"
-    pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+    pip install -q --disable-pip-version-check --no-deps .
 else
     pip install -q --disable-pip-version-check .
 fi

@@ -1,6 +1,7 @@
 """Run the cells of a notebook in order, without Jupyter, and store what they print: python tools/run_notebook.py FILE [OUT].
 
-For notebooks whose cells are plain Python and print what they show. Runs in the current directory; without OUT, FILE gets the output.
+For notebooks whose cells are plain Python and print what they show. Runs in the current directory; without OUT, FILE gets what
+is printed.
 """
 
 from __future__ import annotations

@@ -34,6 +34,10 @@ def test_the_notebook_kills_a_training_and_resumes_it_with_the_same_bits(fork_se
     now = printed(json.loads((tmp_path / "there" / "ran.ipynb").read_text()))
     before = printed(json.loads(NOTEBOOK.read_text()))
     assert [bool(text) for text in now] == [bool(text) for text in before], "the outputs that are stored are of other cells"
-    assert now[-3:] == before[-3:] == ["the same bits of weights and optimizer\n", "begins behind step 0\n", "begins behind step 16\n"]
+    assert (
+        now[-3:]
+        == before[-3:]
+        == ["the same bits of weights and optimizer\n", "begins behind step 0\n", "begins behind step 16\n"]
+    )
     begins = [int(text.split()[3]) for text in now if text.startswith("begins")]
     assert begins[0] == 0 and 20 <= begins[1] < 80 and begins[2] == 0
