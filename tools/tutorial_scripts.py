@@ -1,6 +1,7 @@
 """Write the tutorial's script as it is before fxckpt and with its lines changed: python tools/tutorial_scripts.py FOLDER.
 
-Makes ``plain.py``, the block of Python, and ``resumed.py``, the same with the hunks of the diff put in by hand, as a reader would.
+Makes ``plain.py``, the block of Python, and ``resumed.py``, the same with the lines of the diff changed as a
+reader does.
 """
 
 from __future__ import annotations
