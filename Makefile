@@ -77,6 +77,11 @@ integrations: export FXCKPT_INTEGRATIONS ?= 30
 integrations: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/integrations/test_hf_trainer.py tests/integrations/test_hf_attach.py tests/integrations/test_accelerate.py tests/integrations/test_lightning.py tests/integrations/test_fabric.py $(ARGS)
 
+# The documents' blocks as they stand, where make test shortens loops and leaves Inductor out.
+.PHONY: docs
+docs: $(ENGINE)
+	@FXCKPT_DOCS=full $(PY) -m pytest tests/project/test_documents.py tests/integrations/test_documented_diffs.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)
