@@ -1,4 +1,4 @@
-"""The two custom ops of a StepGraph: ``ckpt_fence`` before an update, ``ckpt_emit`` after it.
+"""The custom ops: ``ckpt_fence`` before an update, ``ckpt_emit`` after it, and ``layer_ready`` where one may run in a backward.
 
     scalars = scalars(counts)                       # once a step, on the host; fenced and emitted like a layer
     ckpt_fence([w, exp_avg, ...], run, 3, "h.0")    # wait until the last checkpoint has copied this layer
@@ -9,6 +9,9 @@ Both take the layer's tensors, though the engine knows their addresses, to show 
 so whatever removes unused nodes must be told that they have effects: see ``has_side_effect`` below, and never run dead code
 elimination on a StepGraph. They live between the compiled pieces, never inside one: there, an op that reads a mutated input may
 see a temporary that is copied back at the end. ``run`` is the number under which a live run registered its port.
+
+``layer_ready`` does live inside compiled code, that of a backward, and takes no parameter. It tells whoever listens to the region
+whose backward runs that a layer's gradients are final and its parameters read for the last time; see ``graph/backward``.
 """
 
 from __future__ import annotations
@@ -35,6 +38,16 @@ _LIBRARY = torch.library.Library("fxckpt", "DEF")
 # Written by hand: a schema inferred from annotations would give `int` arguments as SymInt and cost a wrapper per call.
 _LIBRARY.define("ckpt_fence(Tensor[] tensors, int run, int layer, str name) -> ()")
 _LIBRARY.define("ckpt_emit(Tensor[] tensors, int run, int layer, str name) -> ()")
+
+# Both are inputs for the order alone: the op runs behind what computes them. The region and the layer are in the arguments since no
+# pass runs where the code comes from Inductor's cache.
+_LIBRARY.define("layer_ready(Tensor[] gradients, int[] inputs, Tensor[] after, str region, int layer) -> ()")
+_LIBRARY.define("pin_reader(Tensor value) -> ()")
+
+Listener = Callable[[Sequence[torch.Tensor], Sequence[int], str, int], None]
+"""Told of a layer: its gradients, the inputs that they belong to, the region's token, the layer's number."""
+
+_LISTENER: list[Listener] = []
 
 _PORTS: weakref.WeakValueDictionary[int, Port] = weakref.WeakValueDictionary()
 
@@ -68,11 +81,38 @@ def _fake(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> N
     """Under fake tensors there is nothing to wait for and nothing to copy."""
 
 
-for _name, _function in (("ckpt_fence", _fence), ("ckpt_emit", _emit)):
+def listen(listener: Listener | None) -> None:
+    """Who is told of layers from now on: the run whose region's backward begins, or nobody."""
+    _LISTENER[:] = [] if listener is None else [listener]
+
+
+def _layer_ready(
+    gradients: Sequence[torch.Tensor], inputs: Sequence[int], after: Sequence[torch.Tensor], region: str, layer: int
+) -> None:
+    for listener in _LISTENER:
+        listener(gradients, inputs, region, layer)
+
+
+def _pin_reader(value: torch.Tensor) -> None:
+    """That it is called is all."""
+
+
+def _fake_layer_ready(*_: object) -> None:
+    """Fake tensors are no gradients."""
+
+
+for _name, _function, _as_fake in (
+    ("ckpt_fence", _fence, _fake),
+    ("ckpt_emit", _emit, _fake),
+    ("layer_ready", _layer_ready, _fake_layer_ready),
+    ("pin_reader", _pin_reader, _pin_reader),
+):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxckpt::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"fxckpt::{_name}", _as_fake, lib=_LIBRARY)
 
 ckpt_fence: Callable[..., Any] = torch.ops.fxckpt.ckpt_fence.default
 ckpt_emit: Callable[..., Any] = torch.ops.fxckpt.ckpt_emit.default
-for _op in (ckpt_fence, ckpt_emit):
+layer_ready: Callable[..., Any] = torch.ops.fxckpt.layer_ready.default
+pin_reader: Callable[..., Any] = torch.ops.fxckpt.pin_reader.default
+for _op in (ckpt_fence, ckpt_emit, layer_ready, pin_reader):
     fx.node.has_side_effect(_op)

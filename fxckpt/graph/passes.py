@@ -4,9 +4,11 @@
     the scalars' graphs:           native_calls
     a body, by what runs it:       native_calls (list kernels), widen_to_lists, call_methods, or tensor_scalars (Inductor)
     the StepGraph:                 write_updates, place_fences, place_emits, verify_schedule
+    Dynamo's graph:                bind_inputs
+    Inductor's backward graph:     find_legal_points, pin_readers, place_updates; then verify_backward checks its schedule
 
 A new pass is a function ``xxx_pass(gm, …) -> gm`` in the file of its subject, a line in ``PASSES``, and a key where its graph is
-made (specialize.py, inductor.py, step_graph.py).
+made (specialize.py, inductor.py, step_graph.py, backward/placing.py).
 """
 
 from __future__ import annotations
@@ -17,6 +19,9 @@ from typing import Any
 
 import torch.fx as fx
 
+from fxckpt.graph.backward.legal import find_legal_points_pass
+from fxckpt.graph.backward.place import pin_readers_pass, place_updates_pass
+from fxckpt.graph.backward.region import bind_inputs_pass
 from fxckpt.graph.contract import SWITCH, ContractError, Pass, run_passes, switched_off
 from fxckpt.graph.schedule import place_emits_pass, place_fences_pass, verify_schedule_pass, write_updates_pass
 from fxckpt.graph.update.foreach import call_methods_pass, widen_to_lists_pass
@@ -34,6 +39,10 @@ PASSES = (
     Pass(place_fences_pass, requires=("updates",), provides=("fences",)),
     Pass(place_emits_pass, requires=("updates", "fences"), provides=("emits",)),
     Pass(verify_schedule_pass, requires=("updates", "fences", "emits"), provides=("verified",)),
+    Pass(bind_inputs_pass, provides=("region",)),
+    Pass(find_legal_points_pass, requires=("region",), provides=("legal points",)),
+    Pass(pin_readers_pass, requires=("legal points",), provides=("pins",)),
+    Pass(place_updates_pass, requires=("legal points", "pins"), provides=("placed updates",)),
 )
 
 Chosen = Mapping[Callable[..., fx.GraphModule], Mapping[str, Any]]

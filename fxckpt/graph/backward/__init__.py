@@ -1,0 +1,1 @@
+"""The passes that put a layer's update into the compiled backward."""
