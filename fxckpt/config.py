@@ -47,6 +47,7 @@ class Config:
     layer: str | Callable[[str], str] = "module"
     on_layer: Callable[[str, int, dict[str, torch.Tensor]], object] | None = None
     update: str | None = None
+    updates: str = "after_backward"
     threads: int = 2
     chunk_mb: int = 4
     staging_mb: int | None = None
@@ -70,6 +71,7 @@ class Config:
         if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
         _one_of("update", self.update, (None, "native", "inductor"))
+        _one_of("updates", self.updates, ("after_backward", "in_backward"))
         _one_of("on_error", self.on_error, ("warn", "raise"))
         _one_of("read_back", self.read_back, MODES)
         _one_of("writer", self.writer, ("thread", "monitor", "mock"))

@@ -13,12 +13,15 @@ called.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import fx
 
+    from fxckpt.graph.backward.region import Region
+    from fxckpt.graph.model.book import Placer
     from fxckpt.graph.model.joint import JointTrace
 
 
@@ -37,9 +40,14 @@ def backend(
     options = dict(options or {})
     inner = options.pop("inner", "inductor")
     read = None if disabled() else _reader(_record(gm, example_inputs))
-    if inner == "inductor":
-        return compile_with_inductor(gm, example_inputs, mode, options, read)
-    return compile_with_backend(inner, gm, example_inputs, mode, options, read)
+    placer, region = (None, None) if disabled() else _placer_of(gm, example_inputs)
+    if inner != "inductor":
+        compiled = compile_with_backend(inner, gm, example_inputs, mode, options, read)
+    elif region is None:
+        compiled = compile_with_inductor(gm, example_inputs, mode, options, read)
+    else:
+        compiled = _compile_placed(region, gm, example_inputs, mode, options, read)
+    return compiled if placer is None or region is None else placer.watched(region, compiled)
 
 
 def reset() -> None:
@@ -63,6 +71,44 @@ def _record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace | N
         traces.could_not_read("a forward graph", error)
         return None
     return traces.record(trace)
+
+
+def _placer_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Placer | None, Region | None]:
+    """The run with ``updates="in_backward"`` that trains what is in this graph, and which of its inputs are that; none, most
+    often."""
+    from fxckpt.graph.model.book import traces
+
+    if not traces.placers:
+        return None, None
+    from fxckpt.graph import passes
+    from fxckpt.graph.backward.region import Region, bind_inputs_pass
+
+    names = traces.models.names_by_id()
+    for placer in list(traces.placers):
+        region, layer_of = Region(), functools.partial(placer.layer_of, names)
+        try:
+            passes.run(gm, {bind_inputs_pass: {"inputs": example_inputs, "layer_of": layer_of, "region": region}})
+        except Exception as error:
+            traces.could_not_read("the inputs of a graph", error)
+        else:
+            if region.bound:
+                return placer, region
+    return None, None
+
+
+def _compile_placed(
+    region: Region,
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    read: Callable[[fx.Graph], None] | None,
+) -> Callable[..., Any]:
+    """Inductor, with the updates of the region's layers placed in its backward."""
+    from fxckpt.compat.inductor import compile_with_inductor
+    from fxckpt.graph.backward.placing import Placing
+
+    return compile_with_inductor(gm, example_inputs, mode, options, read, Placing(region).options)
 
 
 def _reader(trace: JointTrace | None) -> Callable[[fx.Graph], None]:

@@ -127,11 +127,16 @@ def joint_pass(read: Reader, users: Any) -> Any:
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any], read: Reader | None = None
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: dict[str, Any],
+    read: Reader | None = None,
+    more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> Callable[..., Any]:
     """Compile exactly as ``torch.compile(backend="inductor", mode=mode, options=options)`` does. ``_TorchCompileInductorWrapper``
     is what that call makes: it checks the options and turns them and the mode into config patches. ``read`` joins those patches,
-    so they also hold when the backward is compiled later."""
+    so they also hold when the backward is compiled later; so does what ``more`` makes of them."""
     import torch._inductor.config as config
 
     try:
@@ -141,6 +146,8 @@ def compile_with_inductor(
     if read is not None:
         user = wrapper.config.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
         wrapper.config["joint_custom_pre_pass"] = joint_pass(read, user)
+    if more is not None:
+        wrapper.config.update(more(wrapper.config))
     return wrapper(gm, example_inputs)
 
 

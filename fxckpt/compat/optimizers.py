@@ -91,6 +91,12 @@ def _has_hooks(opt: torch.optim.Optimizer) -> bool:
     return bool(len(before) > (_OURS in before) or len(after) > (_OURS in after) or of_all)
 
 
+def has_pre_hooks(opt: torch.optim.Optimizer) -> bool:
+    """Are hooks registered in front of ``step``, on ``opt`` or for all optimizers, which are not ours?"""
+    before = opt._optimizer_step_pre_hooks
+    return bool(len(before) > (_OURS in before) or optimizer._global_optimizer_pre_hooks)
+
+
 def hooked(function: Callable) -> Callable:
     """Wrap ``function`` as ``Optimizer.__init__`` wraps ``step``: a region for profilers, and pre and post hooks, once each.
 

@@ -43,3 +43,8 @@ def backward_under_way() -> int | None:
     """The number of the backward that runs in this thread, as its hooks do; None outside of one."""
     number = torch._C._current_graph_task_id()
     return None if number < 0 else number
+
+
+def hooks_of(param: torch.Tensor) -> bool:
+    """Has it hooks of its own, which see its gradient before or after it is added? Nothing public lists them."""
+    return bool(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None))

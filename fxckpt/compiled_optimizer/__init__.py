@@ -44,6 +44,7 @@ def compile_step(
     layer: Literal["module", "block"] | Callable[[str], str] = "module",
     on_layer: Callable[[str, int, dict[str, torch.Tensor]], object] | None = None,
     update: Literal["native", "inductor"] | None = None,
+    updates: Literal["after_backward", "in_backward"] = "after_backward",
     threads: int = 2,
     chunk_mb: int = 4,
     staging_mb: int | None = None,
@@ -78,6 +79,8 @@ def compile_step(
             key: ``"h.0.weight"``, ``"exp_avg/h.0.weight"``) that it may keep.
         update: ``None`` keeps the kernels that flags ask for and compiles the rest; ``"native"`` or ``"inductor"``
             (what Inductor cannot take stays native, said once).
+        updates: ``"in_backward"`` updates a layer as soon as its gradient is final and gives back the gradient's memory, where
+            that can be shown to change no bit (docs/graph.md); what cannot is left to ``opt.step()``, and said.
         threads, chunk_mb, staging_mb, max_async: writer threads, MiB per chunk, MiB for what a fence copies itself
             (default 32), checkpoints in flight. ``preset``: ``"throughput"``, ``"latency"`` or ``"memory"`` sets all four.
         on_error: ``"warn"`` logs a failed checkpoint and trains on; ``"raise"`` raises it at the next step.
@@ -96,7 +99,7 @@ def compile_step(
     config = Config(
         every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
-        writer=writer, layer=layer, on_layer=on_layer, update=update, on_error=on_error, read_back=read_back,
+        writer=writer, layer=layer, on_layer=on_layer, update=update, updates=updates, on_error=on_error, read_back=read_back,
     )  # fmt: skip
     given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     optimizers, module, extras = check(given, model, extra)

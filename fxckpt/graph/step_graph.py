@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,13 +36,18 @@ class UpdateTimer:
             self.shortest = seconds
 
 
+UNSEEN = "no backward has shown its gradients yet"
+"""Why a layer is not updated inside the backward, before anything is known."""
+
+
 @dataclass(frozen=True)
 class StepGraph:
     """The optimizer step of a run, as it runs and as a user looks at it (``opt.ckpt.graph``).
 
     ``layers`` in update order; ``order`` the parameter names in the order in which their gradients become final; ``edges`` pairs
     of layer names, from producer to consumer in the forward pass; ``sizes`` bytes of each layer's tensors, parameters and
-    optimizer state; ``clocks`` one for each layer; ``places`` where each parameter's place in the order came from.
+    optimizer state; ``clocks`` one for each layer; ``places`` where each parameter's place in the order came from; ``standing``
+    by layer, with ``updates="in_backward"``, why it is not updated inside the backward (empty: it is), else None.
     """
 
     layers: tuple[Layer, ...]
@@ -51,6 +56,7 @@ class StepGraph:
     sizes: dict[str, int] = field(default_factory=dict)
     clocks: tuple[UpdateTimer, ...] = ()
     places: Mapping[str, Place] = field(default_factory=dict)
+    standing: Mapping[str, str] | None = None
 
     @property
     def times(self) -> dict[str, float]:
@@ -65,8 +71,12 @@ class StepGraph:
 
     @property
     def why(self) -> dict[str, Place]:
-        """Where each layer's place in the order came from, which is its last parameter's, and then each parameter's own."""
-        return {layer.name: self.places[layer.params[-1]] for layer in self.layers if self.places} | {**self.places}
+        """Where each layer's place in the order came from, which is its last parameter's, and then each parameter's own. With
+        ``updates="in_backward"`` a layer's says why it is not armed, too."""
+        layers = {layer.name: self.places[layer.params[-1]] for layer in self.layers if self.places}
+        if self.standing is not None:
+            layers = {name: replace(place, unarmed=self.standing.get(name, UNSEEN)) for name, place in layers.items()}
+        return layers | {**self.places}
 
     @property
     def graph(self) -> fx.Graph:

@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from fxckpt.graph import step_graph
+from fxckpt.graph import sections, step_graph
 from fxckpt.graph.model.layers import Layer, Place
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import Call, Inputs, ScalarGroup, calls_for, shared
@@ -55,6 +55,10 @@ class Executor:
         self.opt = opt
         self._versions: list[int] = []  # of the counts, when they were advanced last
         self._gradients: Sequence[torch.Tensor | None] = ()  # while a step runs
+        self.gradients: list[torch.Tensor | None] = []  # of a step that runs in sections, put here before each layer's turn
+        self.standing: dict[str, str] | None = None  # see StepGraph.standing
+        self._sections: tuple[object, sections.Sections] | None = None  # and the graph that they were cut from
+        self._spread: tuple[int | None, Inputs] | None = None  # the step that runs in sections: the run's number, its inputs
         self.arrange([], (), (), (), None, {})
 
     def arrange(
@@ -77,7 +81,7 @@ class Executor:
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
         chosen = step_graph.step_passes(layers, numbers, counts_number, lambda i: self._layer_update(i, clocks[i]), self._scalars)
         module = step_graph.build(chosen)
-        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
+        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places, self.standing)
         self.arranged: Arranged = Arranged(
             graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over
         )
@@ -124,6 +128,39 @@ class Executor:
                 self.arranged.graph.module.forward(number, *(tensors for _, tensors in self.arranged.handed_over))
         finally:
             self._gradients = ()  # whoever drops them has their memory back
+
+    def begin(self, number: int | None, gradients: list[torch.Tensor | None]) -> None:
+        """Begin a step whose layers are updated one by one: all counts advance, and ``gradients`` is read when a layer's turn
+        comes. ``number`` as in ``Strategy.run``."""
+        self._gradients = self.gradients = gradients
+        step = self._scalars() if number is None else self._cut().begin.forward(number, *self._counts())
+        self._spread = number, step
+
+    def section(self, index: int) -> None:
+        """One layer of the step that was begun: with its ops, if that has them."""
+        assert self._spread is not None, "no step was begun"
+        number, step = self._spread
+        if number is None:
+            for call in self.prepared.by_layer[index]:
+                call(step)
+        else:
+            tensors = self.arranged.handed_over[index + len(self._counts())][1]
+            self._cut().layers[index].forward(number, tensors, step)
+
+    def end(self) -> None:
+        """The step that was begun has come to its end, or was left."""
+        self._gradients, self.gradients, self._spread = (), [], None
+
+    def _counts(self) -> list[list[torch.Tensor]]:
+        """What the StepGraph has in front of its layers."""
+        return [] if self.arranged.counts_number is None else [self.arranged.handed_over[0][1]]
+
+    def _cut(self) -> sections.Sections:
+        """The StepGraph in pieces, cut when they are asked for first."""
+        module = self.arranged.graph.module
+        if self._sections is None or self._sections[0] is not module:
+            self._sections = module, sections.cut(module)
+        return self._sections[1]
 
     def _scalars(self, counts: Sequence[torch.Tensor] = ()) -> Inputs:
         """Advance the counts (the graph passes them to show what is changed) and compute every group's scalars."""

@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -107,6 +107,7 @@ class SplitStep:
         self._gradients: list[torch.Tensor | None] = []  # of all parameters; not kept over an own part
         self._complete = False  # none of them is missing, as far as is known
         self._done: set[int] = set()  # parameters that the own part of this step updated
+        self._before: list[list[torch.Tensor]] = []  # the counts that a step in sections began with, by group
 
     def calls_closure_first(self) -> bool:
         """Those of ``torch.optim`` whose step is split call it once, before all else."""
@@ -147,16 +148,45 @@ class SplitStep:
     def run(self, number: int | None) -> bool:
         """Update everything that has a gradient and was not updated by the own part; most steps find the calls of the step
         before."""
-        executor, prepared, groups, done = self.executor, self.executor.prepared, self.opt.param_groups, self._done
+        executor, done = self.executor, self._done
         gradients, self._gradients = self._gradients or list(map(_gradient_of, executor.arranged.params)), []
         mask = [True] * len(gradients) if self._complete else [g is not None for g in gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, executor.arranged.params)]
+        self.prepare_for(mask)
+        executor.run(number, gradients)
+        return True
+
+    def prepare_for(self, mask: list[bool]) -> None:
+        """Have the calls of a step of these parameters: those of the step before, unless that was another one."""
+        executor, prepared, groups = self.executor, self.executor.prepared, self.opt.param_groups
         holds = mask == prepared.made_for and executor.untouched()
         if not holds or (prepared.branching and not all(group.holds(groups[group.group]) for group in prepared.branching)):
             self._prepare(mask)
-        executor.run(number, gradients)
-        return True
+
+    def begin(self, number: int | None, mask: list[bool]) -> list[torch.Tensor | None]:
+        """Begin a step of these parameters whose layers are updated one by one, by ``executor.section``. The list that comes back
+        is where it reads their gradients; ``number`` as in ``run``."""
+        self.prepare_for(mask)
+        self._before = [[t.clone() for t in group.representative] for group in self.executor.prepared.groups]
+        gradients: list[torch.Tensor | None] = [None] * len(mask)
+        self.executor.begin(number, gradients)
+        return gradients
+
+    def run_rest(self, updated: Collection[int]) -> None:
+        """End a step that was begun where other parameters came than it was begun for: those that are not ``updated`` (by index)
+        get their counts back, and then a step of their own. Nothing may be copied meanwhile."""
+        self.executor.end()
+        members = self.executor.arranged.members
+        waiting = {id(t) for m in members if m.index not in updated for t in m.state.values()}
+        for group, before in zip(self.executor.prepared.groups, self._before):
+            for value, first, column in zip(before, group.representative, group.others):
+                for count in (first, *column):
+                    if id(count) in waiting:
+                        count.copy_(value)
+        self._done = {id(members[index].param) for index in updated}
+        self._gradients, self._complete = [], False
+        self.run(None)
 
     def _prepare(self, mask: list[bool]) -> None:
         """Have the calls for these parameters, put together by their group, program and counts."""
@@ -177,6 +207,7 @@ class SplitStep:
     def abandon(self) -> None:
         """Whoever drops the gradients has their memory back."""
         self._gradients, self._complete = [], False
+        self.executor.end()
 
     def describe(self) -> str:
         """Which kernels update the layers."""

@@ -103,7 +103,7 @@ class Run:
 
     def _before_its_end(self) -> bool:
         """Is a step under way, or an iteration, whose checkpoint can be closed only when it goes on?"""
-        return self.clock.in_iteration or self.closing.occupied()
+        return self.clock.in_iteration or self.closing.occupied() or self.stepping.in_the_middle()
 
     def shutdown(self, timeout: float | None = None, *, unfinished: bool = False) -> None:
         """Finish what was started, then stop. Later steps train on without checkpoints.
@@ -115,6 +115,7 @@ class Run:
             return
         closing = self.closing
         closing.refuse_inside("shutdown()")
+        self.stepping.leave_backward("the run was shut down before opt.step()")
         try:
             if unfinished or self.clock.in_iteration or self.clock.interrupted:
                 closing.drop("the script ended before the step closed")
@@ -163,6 +164,7 @@ class Run:
 
     def continue_from(self, step: int, updates: int, iteration: int) -> None:
         """A load put the state of this step into the live tensors: the run goes on from there."""
+        self.stepping.leave_backward("another state was loaded before opt.step()")
         self.clock.attempts, self.clock.iteration = step, iteration
         self.clock.applied.set(updates)
         self.stepping.schedule.started(step, self.saver.stall_seconds())

@@ -10,8 +10,10 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import torch
 
@@ -19,11 +21,13 @@ from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
+from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.stepper import Stepper
 from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
+from fxckpt.run.in_backward import INSTEAD, InBackward
 from fxckpt.run.who_steps import WhoSteps
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Tally
@@ -47,6 +51,13 @@ class Stepping:
         self._first = True  # no boundary has come
         self._foreign = (True, True)  # of a step that goes another way, what ``WhoSteps.attempt`` said
         self._skipped = 0  # the last step whose checkpoint was skipped
+        self._opened: Opened | None = None  # the step that a backward began
+        self.in_backward: InBackward | None = None
+        if config.updates == "in_backward" and arrangement.emitter.engine is not None:
+            begin, left = WeakMethod(self._begin_in_backward), WeakMethod(self._left_in_backward)
+            self.in_backward = InBackward(
+                arrangement, status, config.layer, lambda mask: _alive(begin)(mask), lambda why: _alive(left)(why)
+            )
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks. Returns what the closure returned."""
@@ -72,6 +83,8 @@ class Stepping:
         if not (self._store_checked or self._status.stopped):
             self._check_store()
         stepper = self._stepper_of[id(opt)]
+        if self.in_backward is not None and self._ends_what_a_backward_began(stepper, closure):
+            return None
         if not opt.state and sets_up_state(opt):
             self._emitter.fence_all()
             return own_step(opt, closure)
@@ -86,15 +99,115 @@ class Stepping:
         try:
             loss = self._advance(stepper, closure, counts, begins)
         except BaseException as error:
-            self.schedule.owed |= self._emitter.current is not None  # the checkpoint that is dropped: another step takes it
-            self._closing.abort(f"opt.step() raised {type(error).__name__}")
-            for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
-                pending.guard.watch_again()
-            stepper.strategy.abandon()
+            self._left(stepper, f"opt.step() raised {type(error).__name__}")
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)
+        if self.in_backward is not None:
+            self.in_backward.ended()
         return loss
+
+    def _left(self, stepper: Stepper, why: str) -> None:
+        """A step is left in its middle: its checkpoint is dropped, and nothing waits for what it would have emitted."""
+        self.schedule.owed |= self._emitter.current is not None  # the checkpoint that is dropped: another step takes it
+        self._closing.abort(why)
+        for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
+            pending.guard.watch_again()
+        stepper.strategy.abandon()
+
+    def _ends_what_a_backward_began(self, stepper: Stepper, closure: Callable | None) -> bool:
+        """With ``updates="in_backward"``: end the step that the backward began. False if it is to be made from the beginning."""
+        inside = self.in_backward
+        assert inside is not None
+        if inside.open and not inside.complete:
+            inside.leave("the backward was left by an exception")
+        scaled = any(getattr(stepper.opt, name, None) is not None for name in ("grad_scale", "found_inf"))
+        unusual = (
+            "opt.step() was given a closure" if closure is not None else "a GradScaler scales the gradients" if scaled else None
+        )
+        try:
+            if inside.open and unusual is not None:
+                raise SetupError(f"{unusual}, when the backward had updated layers already. {INSTEAD}")
+            updated = inside.consumed() if inside.open else {}
+            inside.observe(unusual)
+            if not inside.open:
+                return False
+            with torch.no_grad():
+                self._finish(stepper, updated)
+        except BaseException as error:
+            inside.leave(f"opt.step() raised {type(error).__name__}")
+            raise
+        inside.ended()
+        if self._emitter.callback_error is not None:
+            self._raise_callback_error()
+        return True
+
+    def _begin_in_backward(self, mask: list[bool]) -> list[torch.Tensor | None]:
+        """Begin a step of these parameters inside the backward; a checkpoint with it, if one is due. The list that comes back is
+        where each layer's gradients are put before it is updated."""
+        [stepper] = self._arrangement.steppers
+        strategy, emitter = stepper.strategy, self._emitter
+        with self._closing.between_steps, torch.no_grad():
+            self._saver.trainer.comes_by()
+            self._closing.gradient_arrived(0)
+            counts, begins = self._attempt(stepper.opt) if self._clock.in_iteration else (True, True)
+            self._before_step()
+            stepper.stepped = True
+            step = self._clock.attempts + counts
+            due, copying = begins and self._is_due(step), emitter.engine.pending()
+            if due:
+                self._arrangement.look_for_names()
+            self._arrangement.refresh(due or copying)
+            emitter.look_for_changes(stepper.executor.arranged.numbers, self._arrangement.layout)
+            pending = self._begin(step) if due else None
+            stepper.halfway = True
+            self._opened = Opened(counts, pending)
+            return strategy.begin(emitter.number if copying or pending is not None else None, mask)  # type: ignore[attr-defined]
+
+    def _finish(self, stepper: Stepper, updated: Mapping[int, BoundParam]) -> None:
+        """Update what the backward did not, and close the step."""
+        opened, executor = self._opened, stepper.executor
+        assert opened is not None
+        arranged, mask = executor.arranged, executor.prepared.made_for
+        waiting = [m for m in arranged.members if m.index not in updated]
+        present = [m.param.grad for m in waiting]
+        as_begun = all((g is not None) == mask[m.index] for m, g in zip(waiting, present))  # type: ignore[index]
+        if as_begun and all(g is None or g.layout is torch.strided for g in present):
+            for member, gradient in zip(waiting, present):
+                executor.gradients[member.index] = gradient
+            for place, owned in enumerate(arranged.owned):
+                if not any(m.index in updated for m in owned):
+                    executor.section(place)
+            executor.end()
+        else:
+            if opened.pending is not None:
+                opened.pending.replaced = self.schedule.owed = True
+                opened.pending.give_up("other parameters got gradients than in the step before")
+                self._emitter.current, opened = None, Opened(opened.counts, None)
+            self._emitter.fence_all()
+            stepper.strategy.run_rest(updated)  # type: ignore[attr-defined]
+        self._opened = None
+        stepper.halfway = stepper.accumulated = False
+        if opened.counts:
+            self._clock.attempts += 1
+            self._clock.applied.add()
+        if opened.pending is not None:
+            self._emit_rest(opened.pending, stepper)
+
+    def _left_in_backward(self, why: str) -> None:
+        """The step that a backward began will not be ended."""
+        self._opened = None
+        [stepper] = self._arrangement.steppers
+        self._left(stepper, why)
+
+    def leave_backward(self, why: str) -> None:
+        """If a backward began a step that nothing ended, it is left as by an exception in the middle of ``opt.step()``."""
+        if self.in_backward is not None:
+            self.in_backward.leave(why)
+
+    def in_the_middle(self) -> bool:
+        """Has a backward begun a step that ``opt.step()`` is to end?"""
+        return self._opened is not None
 
     def _check_store(self) -> None:
         """Raises StoreNotLoaded before the first checkpoint would join others that were never looked at."""
@@ -153,7 +266,7 @@ class Stepping:
         """The user says that everything is at rest, in a loop without boundaries: a checkpoint that was begun is of this instant.
         In another thread than the one that trains it is what was taken at the step's end. In an iteration, and inside
         ``opt.step()``, it waits for its end. Raises TimeoutError as ``Closing.resting``."""
-        if not self._clock.in_iteration and not self._closing.occupied():
+        if not self._clock.in_iteration and not self._closing.occupied() and not self.in_the_middle():
             self._closing.resting(timeout, self._rest)
 
     def _rest(self) -> None:
@@ -355,6 +468,21 @@ class Stepping:
             raise
         self._closing.close_step(at_rest=True)
         return pending
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A step that a backward began: does it count, and the checkpoint that was begun with it."""
+
+    counts: bool
+    pending: InFlight | None
+
+
+def _alive(method: WeakMethod[Any]) -> Callable[..., Any]:
+    """The method of an object that is there: it holds who asks."""
+    found = method()
+    assert found is not None
+    return found
 
 
 class Announcer:

@@ -41,7 +41,5 @@ def place_updates_pass(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
             before = before.next
         waits = list(dict.fromkeys(value for reader in point.readers for value in outputs_of(reader)))
         with gm.graph.inserting_before(before):
-            gm.graph.call_function(
-                ops.layer_ready, (list(point.gradients), list(point.inputs), waits, region.token, point.layer)
-            )
+            gm.graph.call_function(ops.layer_ready, (list(point.gradients), list(point.inputs), waits, region.token, point.layer))
     return finished(gm)

@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakIdKeyDictionary
 
 from fxckpt.compat.modules import every_module
+from fxckpt.graph.backward.region import Region
 from fxckpt.graph.model import names
 from fxckpt.graph.model.joint import JointRead, JointTrace, ParamTrace, is_frozen
 
@@ -86,6 +87,16 @@ class KnownModels:
         return list(found.values())
 
 
+class Placer(Protocol):
+    """A run that wants updates placed in the backwards that are compiled from now on."""
+
+    def layer_of(self, names: dict[int, str], tensor: Tensor) -> tuple[str, str] | None:
+        """The name of a parameter and that of its layer, if the run trains it; ``names``: what is known, by identity."""
+
+    def watched(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """What is to be called in place of the compiled region."""
+
+
 class TraceBook:
     """All that the compiler has shown, merged by parameter identity over graph breaks, splits, recompiles. ``listeners`` (those
     that are weak references are dropped when they die) are called with each new trace inside the backend call, before the graph
@@ -101,6 +112,7 @@ class TraceBook:
         self._params: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {region: ParamTrace}
         self._arrivals: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> when its gradient arrived, an ordinal
         self._warned = False
+        self.placers: weakref.WeakSet[Placer] = weakref.WeakSet()  # the runs with updates="in_backward"
 
     def forget_who_waits(self) -> None:
         """In a forked child: a thread of the parent may have had the lock."""

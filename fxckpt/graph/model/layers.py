@@ -32,14 +32,20 @@ class Place:
     """Why a parameter stands where it does in the update order: what was seen of it, and where. ``origin``: "joint" and "dynamo":
     its region's forward graph, where ``position`` is the op that uses it first (for "joint" AOTAutograd's joint graph was seen
     too, and its gradient is final at node ``final``); "arrival": its gradient came as number ``position`` of those of the first
-    backward; "registration": it was never seen, and is number ``position`` of its optimizer."""
+    backward; "registration": it was never seen, and is number ``position`` of its optimizer. ``unarmed``, of a layer with ``updates="in_backward"``: why it is not
+    updated inside the backward; empty if it is, None where nobody asked for it."""
 
     origin: str
     position: int
     region: int | None = None
     final: int | None = None
+    unarmed: str | None = None
 
     def __str__(self) -> str:
+        armed = "" if self.unarmed is None else f", after the backward: {self.unarmed}" if self.unarmed else ", in the backward"
+        return self._origin() + armed
+
+    def _origin(self) -> str:
         if self.region is not None:
             return f"graph {self.region} op {self.position}" + (f" (joint {self.final})" if self.origin == "joint" else "")
         return f"{'arrived' if self.origin == 'arrival' else 'never seen'} #{self.position}"
@@ -78,14 +84,20 @@ def group_layers(order: Iterable[str], layer: str | Callable[[str], str] = "modu
     """Split ``order`` into layers, sorted by when the last gradient of each becomes final. "module": the parameters one module
     owns directly. "block": those under the outermost list element (``h.0``); what is in no list, by module. Or a function from a
     parameter's FQN to the name of its layer."""
-    if not callable(layer) and layer not in _GROUPINGS:
-        raise SetupError(f"layer={layer!r}: expected 'module', 'block' or a function of a parameter's name")
-    name_of = layer if callable(layer) else _GROUPINGS[layer]
     groups: dict[str, list[str]] = {}
     for name in order:
-        group = name_of(name)
+        group = layer_name(name, layer)
         groups[group] = [*groups.pop(group, ()), name]  # re-inserted: the dict is sorted by last parameter
     return tuple(Layer(name, tuple(params)) for name, params in groups.items())
+
+
+def layer_name(name: str, layer: str | Callable[[str], str]) -> str:
+    """The name of the layer that the parameter ``name`` is in; ``layer`` as for ``group_layers``."""
+    if callable(layer):
+        return layer(name)
+    if layer not in _GROUPINGS:
+        raise SetupError(f"layer={layer!r}: expected 'module', 'block' or a function of a parameter's name")
+    return _GROUPINGS[layer](name)
 
 
 def module_of(name: str) -> str:

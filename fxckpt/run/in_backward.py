@@ -1,0 +1,421 @@
+"""Updates inside the backward: which layers are armed, and what each op of a compiled backward does then.
+
+A layer is *armed* for one backward only if nothing could tell the difference: its gradient is final where the op stands (the
+passes say so), the region ran forward once since the last step and no other one holds its parameters, and the loop has not
+touched a gradient between backward and ``opt.step()`` in the steps before (``Habit``). Armed or not, the same kernels run on the
+same numbers, so nothing of this need be the same after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from fxckpt.compat.dynamo import untraced
+from fxckpt.compat.optimizers import has_pre_hooks
+from fxckpt.compat.placing import accumulates, autograd_is_compiled, call_at_end_of_backward, region_nodes
+from fxckpt.compat.ranks import world_size
+from fxckpt.compat.tensors import backward_under_way, gradient_accumulator, hooks_of
+from fxckpt.errors import SetupError
+from fxckpt.graph import ops
+from fxckpt.graph.backward.region import Region
+from fxckpt.graph.model.book import traces
+from fxckpt.graph.model.layers import layer_name
+from fxckpt.optim.bindings import BoundParam
+from fxckpt.optim.spent import SpentGradient
+from fxckpt.optim.stepper import Stepper
+from fxckpt.optim.strategy import SplitStep
+from fxckpt.run.arrangement import Arrangement
+from fxckpt.run.clock import RunStatus
+from fxckpt.run.habit import NEEDED, Habit
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+_PATIENCE = 5  # steps, before it is said that nothing is armed
+
+INSTEAD = 'Use updates="after_backward" for such a loop'
+
+
+class Seen:
+    """One compiled region as it runs: how often forward since the last step, and what speaks against arming it for good."""
+
+    def __init__(self, region: Region):
+        self.region: Region = region
+        self.at: list[int] = [each.index for each in region.bound]
+        self.forwards = 0
+        self.why = ""  # it can never be armed
+        self.nodes: list[Any] = []  # the accumulators of its parameters; autograd keeps the same ones while they are held
+        self.members: dict[int, BoundParam] = {}  # by input
+        self.bound = -1  # the binding that they are of
+
+
+class InBackward:
+    """Decides at the beginning of each region's backward, and takes what its ops bring. ``open``: a step was begun in this
+    backward, which ``opt.step()`` ends; ``complete``: the backward is.
+
+    ``begin(mask)`` begins a step of the parameters of ``mask`` and gives the list that it will read gradients from; ``left(why)``
+    is told that one will not be ended.
+    """
+
+    def __init__(
+        self,
+        arrangement: Arrangement,
+        status: RunStatus,
+        layer: str | Callable[[str], str],
+        begin: Callable[[list[bool]], list[torch.Tensor | None]],
+        left: Callable[[str], None],
+    ):
+        self.open = False
+        self.complete = False
+        self.standing: dict[str, str] = {}  # see StepGraph.standing
+        self._arrangement, self._status, self._layer = arrangement, status, layer
+        self._begin, self._left = begin, left
+        self._habit = Habit()
+        self._bound = -1  # the binding that the habit is of
+        self._thread = threading.current_thread()
+        self._ran: list[Seen] = []  # the regions whose forward ran since the last step
+        self._task: int | None = None  # the backward under way, or the last one
+        self._backwards = 0  # since the last step
+        self._why_none: str | None = None  # why nothing is armed in this backward
+        self._now: Seen | None = None  # the region whose backward is under way
+        self._layer_of: list[int] = []  # by a parameter's index ...
+        self._arranged: object = None  # ... in this arrangement
+        self._armed: dict[int, int] = {}  # layers of the step that is open, and how many gradients each still lacks
+        self._gradients: list[torch.Tensor | None] = []
+        self._consumed: dict[int, BoundParam] = {}  # by index, of the step that is open
+        self._spent: dict[int, SpentGradient] = {}
+        self._steps = 0
+        self._said: set[str] = set()
+        for stepper in arrangement.steppers:
+            stepper.executor.standing = self.standing
+        traces.placers.add(self)
+
+    @property
+    def stepper(self) -> Stepper:
+        """The only optimizer of the run, where anything is armed at all."""
+        return self._arrangement.steppers[0]
+
+    # ---- what the compiler asks ------------------------------------------------------------------------------------------
+
+    def layer_of(self, names: dict[int, str], tensor: torch.Tensor) -> tuple[str, str] | None:
+        """See ``graph.backward.region.LayerOf``."""
+        if not any(tensor is p for opt in self._arrangement.optimizers for group in opt.param_groups for p in group["params"]):
+            return None
+        name = names.get(id(tensor), "?")
+        return name, layer_name(name, self._layer)
+
+    def watched(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """The compiled region, and what this run has to know of its forwards."""
+        seen, this = Seen(region), weakref.ref(self)
+
+        def run(*args: Any) -> Any:
+            watching = this()
+            if watching is None or not watching._status.enabled:
+                return inner(*args)
+            watching._forward_begins(seen, args)
+            out = inner(*args)
+            watching._forward_ended(seen, out, this)
+            return out
+
+        return run
+
+    # ---- what a region does ----------------------------------------------------------------------------------------------
+
+    def _forward_begins(self, seen: Seen, args: Sequence[Any]) -> None:
+        """Its inputs are what the run trains, and an update that was made in a backward is to be seen only behind the step."""
+        if self.open and backward_under_way() is None:
+            if self.complete:
+                raise SetupError(
+                    "a forward ran between backward() and opt.step(), when the backward had updated layers already: it would see "
+                    f"parameters that no loop without updates in the backward shows. {INSTEAD}"
+                )
+            self.leave("the backward was left by an exception")
+        ops.listen(None)
+        given = list(map(args.__getitem__, seen.at))
+        if list(map(id, given)) != seen.region.ids:
+            seen.why = "its code also runs for other parameters (blocks that share one compile)"
+        elif not seen.nodes:
+            seen.nodes = [gradient_accumulator(param) for param in given if param.requires_grad]
+
+    def _forward_ended(self, seen: Seen, out: Any, this: weakref.ref[InBackward]) -> None:
+        """Have the run told when the backward of this very forward begins and ends."""
+        if not seen.region.layers or not torch.is_grad_enabled():
+            return
+        if autograd_is_compiled():
+            seen.why = "compiled autograd runs the backward"
+            return
+        node = next((n for n in region_nodes(out) if _MARK not in n.metadata), None)
+        if node is None:
+            return
+        node.metadata[_MARK] = True
+        if backward_under_way() is not None:
+            seen.why = "its forward also runs inside a backward (activation checkpointing around it)"
+        seen.forwards += 1
+        if seen not in self._ran:
+            self._ran.append(seen)
+        node.register_prehook(partial(_region_begins, this, seen))
+        node.register_hook(partial(_region_ended, this, seen))
+
+    def region_begins(self, seen: Seen) -> None:
+        """The backward of a region begins: listen to its ops, and begin the step here if a layer of it is armed."""
+        self._now = None
+        ops.listen(None)
+        if not self._status.active:
+            return
+        task = backward_under_way()
+        if task != self._task:
+            self._task, self._backwards = task, self._backwards + 1
+            self._why_none = self._why_none_is_armed() if not self.open else "a second backward"
+            self._habit.backward_begins(self.stepper.opt.param_groups)
+        if self._against(seen) or (self.open and self._backwards > 1):
+            return
+        if not self._bind(seen):
+            return
+        self._now = seen
+        ops.listen(self._take)
+        if not self.open and self._why_none is None and any(self._ready(m) for m in seen.members.values()):
+            self._open()
+
+    def region_ended(self, seen: Seen, gradients: Sequence[torch.Tensor | None]) -> tuple[torch.Tensor | None, ...] | None:
+        """Its gradients go on to autograd: none in place of one that was used up. Autograd must not touch those, for they have no
+        memory; and whoever looks for ``param.grad`` finds what says so."""
+        ops.listen(None)
+        self._now = None
+        if not self.open or not self._consumed:
+            return None
+        for member in seen.members.values():
+            if member.index in self._consumed:
+                member.param.grad = self._spent_of(member)
+        return tuple(None if g is not None and _is_emptied(g) else g for g in gradients)
+
+    def _take(self, gradients: Sequence[torch.Tensor], inputs: Sequence[int], token: str, layer: int) -> None:
+        """An op: these gradients are final, and nobody reads their parameters any more."""
+        seen = self._now
+        if seen is None or token != seen.region.token:
+            return
+        for index, gradient in zip(inputs, gradients):
+            member = seen.members[index]
+            place = self._layer_of[member.index]
+            if not self.open or place not in self._armed:
+                self._habit.note(member, gradient)
+                continue
+            self._gradients[member.index] = gradient
+            self._armed[place] -= 1
+            if not self._armed[place]:
+                self._update(place)
+
+    def _update(self, place: int) -> None:
+        """All gradients of an armed layer are there."""
+        executor = self.stepper.executor
+        with torch.no_grad():
+            executor.section(place)
+        for member in executor.arranged.owned[place]:
+            gradient, self._gradients[member.index] = self._gradients[member.index], None
+            if gradient is not None:
+                gradient.untyped_storage().resize_(0)
+                self._consumed[member.index] = member
+        del self._armed[place]
+
+    # ---- what decides ----------------------------------------------------------------------------------------------------
+
+    def _why_none_is_armed(self) -> str | None:
+        """What speaks against arming any layer in the backward that begins."""
+        opt, members = self.stepper.opt, self.stepper.bindings.members
+        if len(self._arrangement.steppers) > 1:
+            return "several optimizers make one run"
+        if world_size() > 1:
+            return "gradients are averaged over ranks behind the backward"
+        if not isinstance(self.stepper.strategy, SplitStep):
+            return "its step is not one that is traced and split into layers"
+        if self.stepper.strategy.programs.missing or self.stepper.bindings.stale():
+            return "the optimizer has no state yet, or it was replaced"
+        if any(m.param.device.type != "cpu" for m in members):
+            return "parameters are on a device, whose backward runs in a thread of its own"
+        if threading.current_thread() is not self._thread:
+            return "the backward runs in another thread than opt.step()"
+        if self._backwards > 1 or any(m.param.grad is not None for m in members):
+            return "gradients are added up over several backwards"
+        if torch.is_grad_enabled():
+            return "the backward makes a graph of its own (create_graph=True)"
+        if any(map(hooks_of, (m.param for m in members))):
+            return "there are hooks on parameters, which see gradients"
+        if has_pre_hooks(opt):
+            return "there are hooks in front of opt.step()"
+        return None
+
+    def _against(self, seen: Seen) -> str:
+        """What speaks against arming this region's layers."""
+        if seen.why:
+            return seen.why
+        if seen.forwards != 1:
+            return f"its region ran forward {seen.forwards} times since the last step"
+        mine = set(seen.region.ids)
+        if any(other is not seen and not mine.isdisjoint(other.region.ids) for other in self._ran):
+            return "another compiled region uses its parameters, too"
+        if not all(map(accumulates, seen.nodes)):
+            return "the backward does not add to its parameters' gradients"
+        return ""
+
+    def _bind(self, seen: Seen) -> bool:
+        """Which parameters of the optimizer the region's are; False if they are not bound now."""
+        bindings, arranged = self.stepper.bindings, self.stepper.executor.arranged
+        if self._arranged is not arranged:
+            self._bound, self._arranged, self._spent = bindings.number, arranged, {}
+            self._habit.bind(len(arranged.owned))
+            self._layer_of = [0] * len(bindings.members)
+            for place, owned in enumerate(arranged.owned):
+                for member in owned:
+                    self._layer_of[member.index] = place
+        if seen.bound != bindings.number:
+            by_id = {id(m.param): m for m in bindings.members}
+            found = zip(seen.at, map(by_id.get, seen.region.ids))
+            seen.members, seen.bound = {index: m for index, m in found if m is not None}, bindings.number
+        return len(seen.members) == len(seen.at)
+
+    def _ready(self, member: BoundParam) -> bool:
+        """Is the layer of this parameter to be armed?"""
+        return self._habit.clean[self._layer_of[member.index]] >= NEEDED
+
+    def _open(self) -> None:
+        """Begin the step."""
+        executor = self.stepper.executor
+        mask = executor.prepared.made_for
+        if not isinstance(mask, list) or len(mask) != len(executor.arranged.members):
+            return
+        self.open, self.complete, self._consumed = True, False, {}
+        self._gradients = self._begin(mask)
+        call_at_end_of_backward(untraced(self._completed))
+        if executor.arranged is not self._arranged:
+            return  # bound anew at this step: all of it is left to opt.step()
+        for place, owned in enumerate(executor.arranged.owned):
+            lacks = sum(mask[m.index] for m in owned)
+            if self._habit.clean[place] >= NEEDED and lacks:
+                self._armed[place] = lacks
+
+    def _completed(self) -> None:
+        """The backward is over."""
+        self.complete = True
+
+    def _spent_of(self, member: BoundParam) -> SpentGradient:
+        """What stands for the gradient of this parameter, the same one at every step."""
+        found = self._spent.get(member.index)
+        if found is None:
+            found = self._spent[member.index] = SpentGradient(member.param, self._names()[self._layer_of[member.index]])
+        return found
+
+    def _names(self) -> list[str]:
+        """The layers' names."""
+        return [layer.name for layer in self.stepper.executor.arranged.graph.layers]
+
+    # ---- what opt.step() does --------------------------------------------------------------------------------------------
+
+    def consumed(self) -> dict[int, BoundParam]:
+        """The parameters that the backward has updated, by index. Raises SetupError if the loop did something that the step must
+        not have missed."""
+        if self._habit.settings_changed(self.stepper.opt.param_groups):
+            raise SetupError(
+                "a setting of the optimizer was changed between backward() and opt.step(): layers that were updated inside the "
+                f"backward had the old one. Change it before the backward. {INSTEAD}"
+            )
+        for member in self._consumed.values():
+            if member.param.grad is not self._spent.get(member.index):
+                raise SetupError(
+                    f"the gradient of {member.name!r} was replaced between backward() and opt.step(), when the backward had "
+                    f"updated it already. {INSTEAD}"
+                )
+        return self._consumed
+
+    def observe(self, unusual: str | None) -> None:
+        """``opt.step()`` begins, or ends what the backward began: what was seen of the loop decides what is armed next.
+        ``unusual``: this step was called in a way that is never armed."""
+        self._steps += 1
+        habit, armed = self._habit, self._consumed if self.open else {}
+        why = unusual or self._why_none or ("gradients are added up over several backwards" if self._backwards > 1 else None)
+        if why is None and habit.settings_changed(self.stepper.opt.param_groups):
+            why = "a setting of the optimizer is changed between backward and opt.step()"
+        owned = self.stepper.executor.arranged.owned
+        if self._bound != self.stepper.bindings.number or not self._backwards:
+            why = why or "no backward of a region that was compiled for this run was seen"
+        if len(habit.clean) != len(owned):
+            habit.bind(len(owned))
+        regions = {self._layer_of[m.index]: seen for seen in self._ran for m in seen.members.values() if self._layer_of}
+        for place, members in enumerate(owned):
+            if any(m.index in armed for m in members):
+                habit.why[place] = ""
+                continue
+            region = regions.get(place)
+            habit.judge(place, members, why or (self._against_at_step(region) if region is not None else None))
+        self._tell()
+
+    def _against_at_step(self, seen: Seen) -> str | None:
+        """What speaks against a region, where no backward is under way."""
+        if seen.why or seen.forwards != 1:
+            return seen.why or f"its region ran forward {seen.forwards} times since the last step"
+        return None
+
+    def _tell(self) -> None:
+        """Keep what stands in the way of each layer, and say once what became of it."""
+        names, habit = self._names(), self._habit
+        waiting = "its gradients must be seen untouched in two steps first"
+        self.standing.clear()
+        for name, why, clean in zip(names, habit.why, habit.clean):
+            self.standing[name] = why or ("" if clean >= NEEDED else waiting)
+        if self._steps == _PATIENCE:
+            late = {name: why for name, why in self.standing.items() if why}
+            where = f"{len(names) - len(late)} of {len(names)} layers are updated inside the backward"
+            some = next(iter(late.items()), None)
+            log.log(
+                logging.INFO if some is None else logging.WARNING,
+                "fxckpt: %s%s", where, "" if some is None else f"; not {some[0]!r}: {some[1]} (opt.ckpt.graph.why tells of each)",
+            )  # fmt: skip
+
+    def ended(self) -> None:
+        """The step is over, made inside the backward or not."""
+        self._close()
+        for seen in self._ran:
+            seen.forwards = 0
+        self._ran, self._backwards, self._task = [], 0, None
+        self._habit.step_ended()
+
+    def leave(self, why: str) -> None:
+        """The step that is open will not be ended: nothing of it is to be kept."""
+        if not self.open:
+            return
+        for member in self._consumed.values():
+            if isinstance(member.param.grad, SpentGradient):
+                member.param.grad = None
+        self._close()
+        self._habit.all_in_the_way(why)
+        self._left(why)
+
+    def _close(self) -> None:
+        ops.listen(None)
+        self.open = self.complete = False
+        self._armed, self._gradients, self._consumed, self._now = {}, [], {}, None
+
+
+_MARK = "fxckpt"
+"""In an autograd node's metadata: it is a region's, and watched."""
+
+
+def _is_emptied(gradient: torch.Tensor) -> bool:
+    """Was its memory given back?"""
+    return bool(gradient.numel()) and gradient.layout is torch.strided and not gradient.untyped_storage().nbytes()
+
+
+def _region_begins(this: weakref.ref[InBackward], seen: Seen, _: Any) -> None:
+    """A hook of autograd, which must not keep the run."""
+    if (watching := this()) is not None:
+        watching.region_begins(seen)
+
+
+def _region_ended(this: weakref.ref[InBackward], seen: Seen, gradients: Any, _: Any) -> Any:
+    """The same behind the region."""
+    watching = this()
+    return None if watching is None else watching.region_ended(seen, gradients)
