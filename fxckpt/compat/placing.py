@@ -59,10 +59,13 @@ def _schedule_pass(check: Check, key: Any, user: Any) -> Any:
         def uuid(self) -> Any | None:
             return _key("fxckpt-verifies-updates", key, chain, CustomSchedulerPass)
 
+        def __reduce__(self) -> Any:  # it is pickled into the keys, as it is
+            return str, (repr(self.uuid() or id(self)),)
+
     return SchedulePass()
 
 
-def _key(name: str, key: Any, chain: Sequence[Any], base: type) -> Any | None:
+def _key(name: str, key: Any, chain: Sequence[Any], base: Any) -> Any | None:
     """What goes into the keys of the caches; None, which turns them off, where a user's pass has no identity."""
     ids = tuple(user.uuid() if isinstance(user, base) else None for user in chain)
     return (name, repr(key), *ids) if all(ids) else None
@@ -80,15 +83,16 @@ def scheduled(node: Any) -> tuple[frozenset[str], Collection[str], frozenset[str
 
 def called_op(node: Any, op: Any) -> tuple[list[str], list[Any]] | None:
     """If the node of a schedule calls ``op``: the buffers among its arguments, in order, and its other arguments."""
-    kernel = getattr(node, "node", None)
+    kernel: Any = getattr(node, "node", None)
     if getattr(kernel, "op_overload", None) is not op:
         return None
     return [value.get_name() for value in kernel.inputs], list(kernel.constant_args)
 
 
-def region_nodes(outputs: Any) -> Iterator[torch.autograd.graph.Node]:
+def region_nodes(outputs: Any, mark: str) -> Iterator[torch.autograd.graph.Node]:
     """The autograd nodes of the compiled region that gave these outputs: one, most often. AOTAutograd makes a Function of each
-    region, whose backward is the compiled one; an output that is a view of another has a node of its own in front of it."""
+    region, whose backward is the compiled one; an output that is a view of another has a node of its own in front of it. Not
+    those whose metadata has ``mark``: an earlier region's, of which this one's output may be a view."""
     seen: set[Any] = set()
     stack = [t.grad_fn for t in torch.utils._pytree.tree_leaves(outputs) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
     while stack:
@@ -97,14 +101,15 @@ def region_nodes(outputs: Any) -> Iterator[torch.autograd.graph.Node]:
             continue
         seen.add(node)
         if node.name() == "CompiledFunctionBackward":
-            yield node
+            if mark not in node.metadata:
+                yield node
         elif len(seen) < 64:
             stack += [behind for behind, _ in node.next_functions if behind is not None]
 
 
-def accumulates(param: torch.Tensor, node: Any) -> bool:
-    """Will the backward that is under way add to ``param.grad``? ``node`` is the parameter's accumulator. Not if it was asked for
-    other gradients (``torch.autograd.grad``). Raises RuntimeError outside of a backward."""
+def accumulates(node: Any) -> bool:
+    """Will the backward that is under way add to the gradient of the parameter whose accumulator ``node`` is? Not if it was asked
+    for other gradients (``torch.autograd.grad``). Raises RuntimeError outside of a backward."""
     return torch._C._will_engine_execute_node(node)
 
 

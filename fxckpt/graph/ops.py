@@ -39,8 +39,8 @@ _LIBRARY = torch.library.Library("fxckpt", "DEF")
 _LIBRARY.define("ckpt_fence(Tensor[] tensors, int run, int layer, str name) -> ()")
 _LIBRARY.define("ckpt_emit(Tensor[] tensors, int run, int layer, str name) -> ()")
 
-# Both are inputs for the order alone: the op runs behind what computes them. The region and the layer are in the arguments since no
-# pass runs where the code comes from Inductor's cache.
+# ``after`` is there for the order alone: the op runs behind what computes it. Region and layer are arguments since no pass
+# runs where the code comes from Inductor's cache.
 _LIBRARY.define("layer_ready(Tensor[] gradients, int[] inputs, Tensor[] after, str region, int layer) -> ()")
 _LIBRARY.define("pin_reader(Tensor value) -> ()")
 

@@ -1,4 +1,4 @@
-"""What stands in ``param.grad`` once an update inside the backward has used a gradient: a tensor without memory, which tells so."""
+"""What stands in ``param.grad`` once an update inside the backward has used it up: a tensor without memory, which says so."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class SpentGradient(torch.Tensor):
 
     layer: str
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, param: torch.Tensor, layer: str) -> SpentGradient:
@@ -28,7 +28,7 @@ class SpentGradient(torch.Tensor):
         """All is made by ``__new__``."""
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> NoReturn:
         leaves = torch.utils._pytree.tree_leaves((args, kwargs))
@@ -48,6 +48,6 @@ def _used(layer: str, by: str) -> SetupError:
     """The error that says which layer's gradient it was, and what to do."""
     return SetupError(
         f"the gradient of layer {layer!r} was used up inside the backward, and {by} needs it: with "
-        'updates="in_backward" a layer is updated as soon as its gradient is final, and the memory is given back. Loops that read '
-        'or add up gradients need updates="after_backward"'
+        'updates="in_backward" a layer is updated as soon as its gradient is final, and its memory is given back. Loops that '
+        'read or add up gradients need updates="after_backward"'
     )

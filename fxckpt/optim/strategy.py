@@ -173,9 +173,9 @@ class SplitStep:
         self.executor.begin(number, gradients)
         return gradients
 
-    def run_rest(self, updated: Collection[int]) -> None:
-        """End a step that was begun where other parameters came than it was begun for: those that are not ``updated`` (by index)
-        get their counts back, and then a step of their own. Nothing may be copied meanwhile."""
+    def take_back(self, updated: Collection[int]) -> None:
+        """A step was begun, and other parameters have gradients than it was begun for: those that are not ``updated`` (by index)
+        get their counts back, for a step of their own. Nothing may be copied meanwhile."""
         self.executor.end()
         members = self.executor.arranged.members
         waiting = {id(t) for m in members if m.index not in updated for t in m.state.values()}
@@ -184,7 +184,10 @@ class SplitStep:
                 for count in (first, *column):
                     if id(count) in waiting:
                         count.copy_(value)
-        self._done = {id(members[index].param) for index in updated}
+
+    def run_others(self, updated: set[int]) -> None:
+        """The rest of such a step: for all but these (by ``id``) and those that the own part updated."""
+        self._done = self._done | updated
         self._gradients, self._complete = [], False
         self.run(None)
 

@@ -150,7 +150,7 @@ class InBackward:
         if autograd_is_compiled():
             seen.why = "compiled autograd runs the backward"
             return
-        node = next((n for n in region_nodes(out) if _MARK not in n.metadata), None)
+        node: Any = next(region_nodes(out, _MARK), None)
         if node is None:
             return
         node.metadata[_MARK] = True
@@ -233,8 +233,8 @@ class InBackward:
             return "gradients are averaged over ranks behind the backward"
         if not isinstance(self.stepper.strategy, SplitStep):
             return "its step is not one that is traced and split into layers"
-        if self.stepper.strategy.programs.missing or self.stepper.bindings.stale():
-            return "the optimizer has no state yet, or it was replaced"
+        if not isinstance(self.stepper.executor.prepared.made_for, list) or self.stepper.bindings.stale():
+            return "the optimizer has made no step with these tensors yet"
         if any(m.param.device.type != "cpu" for m in members):
             return "parameters are on a device, whose backward runs in a thread of its own"
         if threading.current_thread() is not self._thread:

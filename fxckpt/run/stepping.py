@@ -23,7 +23,7 @@ from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, SplitStep, own_step
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
@@ -54,10 +54,8 @@ class Stepping:
         self._opened: Opened | None = None  # the step that a backward began
         self.in_backward: InBackward | None = None
         if config.updates == "in_backward" and arrangement.emitter.engine is not None:
-            begin, left = WeakMethod(self._begin_in_backward), WeakMethod(self._left_in_backward)
-            self.in_backward = InBackward(
-                arrangement, status, config.layer, lambda mask: _alive(begin)(mask), lambda why: _alive(left)(why)
-            )
+            begin, left = weakly(self._begin_in_backward), weakly(self._left_in_backward)
+            self.in_backward = InBackward(arrangement, status, config.layer, begin, left)
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks. Returns what the closure returned."""
@@ -100,6 +98,8 @@ class Stepping:
             loss = self._advance(stepper, closure, counts, begins)
         except BaseException as error:
             self._left(stepper, f"opt.step() raised {type(error).__name__}")
+            if self.in_backward is not None:
+                self.in_backward.ended()
             raise
         if tracer is not None:
             tracer.add(f"opt.step() {self._clock.attempts}", tracing.STEPS, started, step=self._clock.attempts)
@@ -185,7 +185,7 @@ class Stepping:
                 opened.pending.give_up("other parameters got gradients than in the step before")
                 self._emitter.current, opened = None, Opened(opened.counts, None)
             self._emitter.fence_all()
-            stepper.strategy.run_rest(updated)  # type: ignore[attr-defined]
+            self._make_rest(stepper, updated)
         self._opened = None
         stepper.halfway = stepper.accumulated = False
         if opened.counts:
@@ -193,6 +193,17 @@ class Stepping:
             self._clock.applied.add()
         if opened.pending is not None:
             self._emit_rest(opened.pending, stepper)
+
+    def _make_rest(self, stepper: Stepper, updated: Mapping[int, BoundParam]) -> None:
+        """Other parameters got gradients than this step was begun for: a step of its own for all that the backward left."""
+        strategy, params = stepper.split, {id(m.param) for m in updated.values()}
+        assert isinstance(strategy, SplitStep)
+        strategy.take_back(updated)
+        own = strategy.own_part(None)
+        if own is not None:
+            own()
+            self._arrangement.refresh()
+        strategy.run_others(params)
 
     def _left_in_backward(self, why: str) -> None:
         """The step that a backward began will not be ended."""
@@ -353,6 +364,9 @@ class Stepping:
             self._status.refuse_mixture()
             if not self._store_checked:
                 self._check_store()
+            if self.in_backward is not None:
+                self.in_backward.leave("a step came another way than through opt.step()")
+                self.in_backward.ended()
             self._foreign = self._attempt(opt)
             self._before_step()
             self._arrangement.refresh()
@@ -478,11 +492,16 @@ class Opened:
     pending: InFlight | None
 
 
-def _alive(method: WeakMethod[Any]) -> Callable[..., Any]:
-    """The method of an object that is there: it holds who asks."""
-    found = method()
-    assert found is not None
-    return found
+def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, without holding its object, which is there whenever it is called: it holds who calls."""
+    weak = WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        found = weak()
+        assert found is not None
+        return found(*args)
+
+    return call
 
 
 class Announcer:

@@ -27,7 +27,6 @@ def verify_backward(schedule: Sequence[Kernel], layers: Sequence[str]) -> Mappin
             if kernel is op or not kernel.reads & op.changes or kernel.names & set(op.before):
                 continue
             if kernel.layer is None:
-                wrong[op.layer or 0] = (
-                    f"Inductor may run {min(kernel.names)}, which reads {layers[op.layer or 0]!r}, behind its update"
-                )
+                who = f"{min(kernel.names)}, which reads {layers[op.layer or 0]!r},"
+                wrong[op.layer or 0] = f"Inductor may run {who} behind its update"
     return wrong

@@ -32,8 +32,8 @@ class Place:
     """Why a parameter stands where it does in the update order: what was seen of it, and where. ``origin``: "joint" and "dynamo":
     its region's forward graph, where ``position`` is the op that uses it first (for "joint" AOTAutograd's joint graph was seen
     too, and its gradient is final at node ``final``); "arrival": its gradient came as number ``position`` of those of the first
-    backward; "registration": it was never seen, and is number ``position`` of its optimizer. ``unarmed``, of a layer with ``updates="in_backward"``: why it is not
-    updated inside the backward; empty if it is, None where nobody asked for it."""
+    backward; "registration": it was never seen, and is number ``position`` of its optimizer. ``unarmed``, of a layer with
+    ``updates="in_backward"``: why it is not updated inside the backward; empty if it is, None where nobody asked for it."""
 
     origin: str
     position: int
