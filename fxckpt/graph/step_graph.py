@@ -15,6 +15,7 @@ import torch
 import torch.fx as fx
 
 from fxckpt.graph import draw, passes
+from fxckpt.graph.listing import listing
 from fxckpt.graph.model.layers import Layer, Place
 from fxckpt.graph.schedule import COUNTS, place_emits_pass, place_fences_pass, verify_schedule_pass, write_updates_pass
 
@@ -98,7 +99,8 @@ class StepGraph:
             file.write(draw.to_svg(self.layers, self.edges, self.sizes, self.times))
 
     def __str__(self) -> str:
-        return readable(self.module)
+        code = readable(self.module)
+        return code if self.standing is None else listing(code, self.layers, self.standing, self.places)
 
 
 def step_passes(

@@ -88,6 +88,7 @@ class InBackward:
         self._arranged: object = None  # ... in this arrangement
         self._armed: dict[int, int] = {}  # layers of the step that is open, and how many gradients each still lacks
         self._gradients: list[torch.Tensor | None] = []
+        self._came: dict[int, None] = {}  # the layers of the last backward, in the order of their last gradients
         self._consumed: dict[int, BoundParam] = {}  # by index, of the step that is open
         self._spent: dict[int, SpentGradient] = {}
         self._steps = 0
@@ -171,7 +172,7 @@ class InBackward:
         task = backward_under_way()
         if task != self._task:
             self._task, self._backwards = task, self._backwards + 1
-            self._why_none = self._why_none_is_armed() if not self.open else "a second backward"
+            self._why_none, self._came = self._why_none_is_armed(), {}
             self._habit.backward_begins(self.stepper.opt.param_groups)
         if self._against(seen) or (self.open and self._backwards > 1):
             return
@@ -202,6 +203,8 @@ class InBackward:
         for index, gradient in zip(inputs, gradients):
             member = seen.members[index]
             place = self._layer_of[member.index]
+            self._came.pop(place, None)
+            self._came[place] = None
             if not self.open or place not in self._armed:
                 self._habit.note(member, gradient)
                 continue
@@ -364,8 +367,8 @@ class InBackward:
         names, habit = self._names(), self._habit
         waiting = "its gradients must be seen untouched in two steps first"
         self.standing.clear()
-        for name, why, clean in zip(names, habit.why, habit.clean):
-            self.standing[name] = why or ("" if clean >= NEEDED else waiting)
+        for place in [*self._came, *(place for place in range(len(names)) if place not in self._came)]:
+            self.standing[names[place]] = habit.why[place] or ("" if habit.clean[place] >= NEEDED else waiting)
         if self._steps == _PATIENCE:
             late = {name: why for name, why in self.standing.items() if why}
             where = f"{len(names) - len(late)} of {len(names)} layers are updated inside the backward"
