@@ -8,7 +8,7 @@ from fxckpt.graph.model.layers import Layer, Place
 
 
 def listing(code: str, layers: Sequence[Layer], standing: Mapping[str, str], places: Mapping[str, Place]) -> str:
-    """``code`` is that of the StepGraph, ``standing`` as in StepGraph, its armed layers in the order in which they are updated."""
+    """``code`` is that of the StepGraph; ``standing`` as there, with the armed layers in the order in which they are updated."""
     head, *body, end = code.splitlines()
     begin, each = body[: len(body) - 3 * len(layers)], body[len(body) - 3 * len(layers) :]
     lines = {layer.name: each[3 * at : 3 * at + 3] for at, layer in enumerate(layers)}

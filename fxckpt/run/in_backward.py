@@ -39,6 +39,8 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 _PATIENCE = 5  # steps, before it is said that nothing is armed
 
+ADDED_UP = "gradients are added up over several backwards"
+
 INSTEAD = 'Use updates="after_backward" for such a loop'
 
 
@@ -50,6 +52,7 @@ class Seen:
         self.at: list[int] = [each.index for each in region.bound]
         self.forwards = 0
         self.why = ""  # it can never be armed
+        self.against = ""  # it was not armed in the last backward
         self.nodes: list[Any] = []  # the accumulators of its parameters; autograd keeps the same ones while they are held
         self.members: dict[int, BoundParam] = {}  # by input
         self.bound = -1  # the binding that they are of
@@ -174,9 +177,8 @@ class InBackward:
             self._task, self._backwards = task, self._backwards + 1
             self._why_none, self._came = self._why_none_is_armed(), {}
             self._habit.backward_begins(self.stepper.opt.param_groups)
-        if self._against(seen) or (self.open and self._backwards > 1):
-            return
-        if not self._bind(seen):
+        seen.against = self._against(seen) if self._bind(seen) else "its parameters are not those of the optimizer"
+        if seen.against or (self.open and self._backwards > 1):
             return
         self._now = seen
         ops.listen(self._take)
@@ -206,7 +208,7 @@ class InBackward:
             self._came.pop(place, None)
             self._came[place] = None
             if not self.open or place not in self._armed:
-                self._habit.note(member, gradient)
+                self._habit.note(member, place, gradient)
                 continue
             self._gradients[member.index] = gradient
             self._armed[place] -= 1
@@ -242,8 +244,8 @@ class InBackward:
             return "parameters are on a device, whose backward runs in a thread of its own"
         if threading.current_thread() is not self._thread:
             return "the backward runs in another thread than opt.step()"
-        if self._backwards > 1 or any(m.param.grad is not None for m in members):
-            return "gradients are added up over several backwards"
+        if self._backwards > 1:
+            return ADDED_UP
         if torch.is_grad_enabled():
             return "the backward makes a graph of its own (create_graph=True)"
         if any(map(hooks_of, (m.param for m in members))):
@@ -258,6 +260,8 @@ class InBackward:
             return seen.why
         if seen.forwards != 1:
             return f"its region ran forward {seen.forwards} times since the last step"
+        if any(m.param.grad is not None for m in seen.members.values()):
+            return ADDED_UP
         mine = set(seen.region.ids)
         if any(other is not seen and not mine.isdisjoint(other.region.ids) for other in self._ran):
             return "another compiled region uses its parameters, too"
@@ -339,7 +343,7 @@ class InBackward:
         ``unusual``: this step was called in a way that is never armed."""
         self._steps += 1
         habit, armed = self._habit, self._consumed if self.open else {}
-        why = unusual or self._why_none or ("gradients are added up over several backwards" if self._backwards > 1 else None)
+        why = unusual or self._why_none or (ADDED_UP if self._backwards > 1 else None)
         if why is None and habit.settings_changed(self.stepper.opt.param_groups):
             why = "a setting of the optimizer is changed between backward and opt.step()"
         owned = self.stepper.executor.arranged.owned
@@ -358,9 +362,9 @@ class InBackward:
 
     def _against_at_step(self, seen: Seen) -> str | None:
         """What speaks against a region, where no backward is under way."""
-        if seen.why or seen.forwards != 1:
-            return seen.why or f"its region ran forward {seen.forwards} times since the last step"
-        return None
+        if seen.why or seen.against or seen.forwards == 1:
+            return seen.why or seen.against or None
+        return f"its region ran forward {seen.forwards} times since the last step"
 
     def _tell(self) -> None:
         """Keep what stands in the way of each layer, and say once what became of it."""
@@ -379,10 +383,12 @@ class InBackward:
             )  # fmt: skip
 
     def ended(self) -> None:
-        """The step is over, made inside the backward or not."""
-        self._close()
+        """The step is over, made inside the backward or not, or was left."""
+        ops.listen(None)
+        self.open = self.complete = False
+        self._armed, self._gradients, self._consumed, self._now = {}, [], {}, None
         for seen in self._ran:
-            seen.forwards = 0
+            seen.forwards, seen.against = 0, ""
         self._ran, self._backwards, self._task = [], 0, None
         self._habit.step_ended()
 
@@ -393,14 +399,9 @@ class InBackward:
         for member in self._consumed.values():
             if isinstance(member.param.grad, SpentGradient):
                 member.param.grad = None
-        self._close()
+        self.ended()
         self._habit.all_in_the_way(why)
         self._left(why)
-
-    def _close(self) -> None:
-        ops.listen(None)
-        self.open = self.complete = False
-        self._armed, self._gradients, self._consumed, self._now = {}, [], {}, None
 
 
 _MARK = "fxckpt"

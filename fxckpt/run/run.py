@@ -159,12 +159,12 @@ class Run:
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
+        self.stepping.leave_backward("another state was loaded before opt.step()")
         self.closing.drop("load() replaces the state")
         self.saver.flush(None)
 
     def continue_from(self, step: int, updates: int, iteration: int) -> None:
         """A load put the state of this step into the live tensors: the run goes on from there."""
-        self.stepping.leave_backward("another state was loaded before opt.step()")
         self.clock.attempts, self.clock.iteration = step, iteration
         self.clock.applied.set(updates)
         self.stepping.schedule.started(step, self.saver.stall_seconds())
@@ -178,6 +178,7 @@ class Run:
 
     def go_on_from(self, step: int, updates: int, iteration: int) -> None:
         """Somebody else put the state of this step into the live tensors. What is committed here is what it was before."""
+        self.stepping.leave_backward("another state was loaded before opt.step()")
         self.closing.drop("another state was loaded, by other means than fxckpt.load()")
         tally = self.saver.tally
         before = tally.last_handed_over, tally.last_committed
