@@ -35,8 +35,8 @@ class Habit:
         self._settings, self._noted, self._seen = settings(groups), {}, {}
 
     def note(self, member: BoundParam, layer: int, gradient: torch.Tensor) -> None:
-        """An op came by: this is the gradient, and it is final. Before its layer may be armed some elements are looked at, too: what
-        a GradScaler does in place moves no version."""
+        """An op came by: this is the gradient, and it is final. Before its layer may be armed some elements are looked at, too:
+        what a GradScaler does in place moves no version."""
         self._noted[member.index] = gradient.data_ptr(), gradient._version
         if self.clean[layer] == NEEDED - 1 and layer not in self._for_good:
             self._seen[member.index] = glimpse(gradient)

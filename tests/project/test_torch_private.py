@@ -87,6 +87,7 @@ from fxckpt.compat.optimizers import (
     default_implementation,
     forwards,
     has_own_contract,
+    has_pre_hooks,
     hooked,
     inner_hooks,
     is_stock,
@@ -101,7 +102,24 @@ from fxckpt.compat.optimizers import (
     unhooked_step,
     watch_steps,
 )
-from fxckpt.compat.tensors import backward_under_way, gradient_accumulator, is_transformed, is_wrapper, set_grad_mode, version_of
+from fxckpt.compat.placing import (
+    accumulates,
+    autograd_is_compiled,
+    call_at_end_of_backward,
+    called_op,
+    placing_options,
+    region_nodes,
+    scheduled,
+)
+from fxckpt.compat.tensors import (
+    backward_under_way,
+    gradient_accumulator,
+    hooks_of,
+    is_transformed,
+    is_wrapper,
+    set_grad_mode,
+    version_of,
+)
 from fxckpt.compat.threads import can_use_one_core, modes_active, one_core
 from fxckpt.compat.tracing import (
     branch_node,
@@ -488,9 +506,66 @@ def test_a_reached_recompile_limit_is_counted():
     assert limits_reached() > before
 
 
+# ---- updates inside the backward -----------------------------------------------------------------------------------------
+
+
+def test_a_schedule_and_the_graph_before_it_are_shown_and_nodes_can_be_left_out(inductor_cache):
+    from fxckpt.graph import ops
+
+    changed, schedules = [], []
+
+    def change(graph):
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default):
+            changed.append(node)
+            with graph.inserting_after(node):
+                graph.call_function(ops.pin_reader, (node,))
+
+    def check(nodes):
+        schedules.append([(*scheduled(node), called_op(node, ops.pin_reader)) for node in nodes])
+        return [node for node in nodes if called_op(node, ops.pin_reader)]
+
+    config = placing_options(change, check, "key", {})
+    assert all(option.uuid() for option in config.values())
+    assert config["_post_fusion_custom_pass"].__reduce__()[0] is str
+    x = torch.ones(3, 3)
+    with inductor_config.patch({**config, "force_disable_caches": True}):
+        assert torch.equal(torch.compile(lambda x: (x @ x) @ x, backend="inductor")(x), x @ x @ x)
+    [nodes] = schedules
+    assert len(changed) == 2 and sum(op is not None for *_, op in nodes) == 2
+    (names, before, reads, _), *_ = nodes
+    assert names and not before and reads == {"arg0_1"}
+    assert all(op[0] and op[1] == [] and names for names, _, _, op in nodes if op is not None)
+
+
+def test_a_region_has_one_node_and_its_backward_can_be_asked():
+    model, asked = nn.Linear(2, 2), []
+    out = torch.compile(model, backend="aot_eager")(torch.ones(2, 2))
+    [node] = region_nodes({"out": out.view(4)}, "mark")
+    accumulators = [gradient_accumulator(p) for p in model.parameters()]
+    node.register_prehook(lambda _: asked.append(list(map(accumulates, accumulators))))
+    node.register_prehook(lambda _: call_at_end_of_backward(lambda: asked.append("end")))
+    out.sum().backward(retain_graph=True)
+    out.sum().backward(inputs=[model.weight])
+    assert asked == [[True, True], "end", [True, False], "end"]
+    node.metadata["mark"] = True
+    assert list(region_nodes(out, "mark")) == [] and not autograd_is_compiled()
+
+
+def test_hooks_on_parameters_and_before_steps_are_seen():
+    param = nn.Parameter(torch.ones(1))
+    opt = torch.optim.SGD([param])
+    assert not hooks_of(param) and not has_pre_hooks(opt)
+    param.register_hook(lambda gradient: None)
+    opt.register_step_pre_hook(lambda *_: None)
+    assert hooks_of(param) and has_pre_hooks(opt)
+    other = nn.Parameter(torch.ones(1))
+    other.register_post_accumulate_grad_hook(lambda _: None)
+    assert hooks_of(other)
+
+
 # ---- what the sections above do not reach ------------------------------------------------------------------------------
 
-SUBJECTS = ("dynamo", "inductor", "module_state", "modules", "optimizers", "tensors", "threads", "tracing")
+SUBJECTS = ("dynamo", "inductor", "module_state", "modules", "optimizers", "placing", "tensors", "threads", "tracing")
 """Files of fxckpt/compat that touch private parts; ``cuda`` is tested with devices, the others touch none."""
 
 
