@@ -68,9 +68,16 @@ class Plain(nn.Module):
 
 
 class Broken(Plain):
+    """One of its layers is compiled, and the other is not."""
+
     def forward(self, x):
         x = torch.relu(torch.compile(self.up, backend=fxckpt.backend)(x))
         return self.down(x).square().mean()
+
+
+def called_as_it_is(run, step):
+    run.compiled = run.model
+    run.step(batch(step))
 
 
 def clipped(run, step):
@@ -81,26 +88,157 @@ def clipped(run, step):
 
 
 def test_listing_of_an_mlp(interpreted):
-    assert_expected_inline(listed(Plain), """""")
+    assert_expected_inline(
+        listed(Plain),
+        """\
+def forward(self, run : int, counts, down, up):
+    ...  # forward of graph 0
+    torch.ops.fxckpt.ckpt_fence(counts, run, 0, 'counts')
+    scalars = self.scalars(counts)
+    torch.ops.fxckpt.ckpt_emit(counts, run, 0, 'counts')
+    ...  # backward of graph 0, until the gradients of 'down' are final
+    torch.ops.fxckpt.ckpt_fence(down, run, 1, 'down')
+    update_down = self.update_down(down, scalars)
+    torch.ops.fxckpt.ckpt_emit(down, run, 1, 'down')
+    ...  # backward of graph 0, until the gradients of 'up' are final
+    torch.ops.fxckpt.ckpt_fence(up, run, 2, 'up')
+    update_up = self.update_up(up, scalars)
+    torch.ops.fxckpt.ckpt_emit(up, run, 2, 'up')
+    ...  # the rest of the backward
+    # opt.step()
+    return None""",
+    )
 
 
 def test_listing_and_pins_of_a_layer_norm(interpreted):
-    assert_expected_inline(short(listed(Net)), """""")
-    assert_expected_inline(backward(interpreted), """""")
+    assert_expected_inline(
+        short(listed(Net)),
+        """\
+def forward(self, run : int, counts, fc2, norm, fc1):
+    ...  # forward of graph 0
+    scalars = self.scalars(counts)
+    ...  # backward of graph 0, until the gradients of 'fc2' are final
+    update_fc2 = self.update_fc2(fc2, scalars)
+    ...  # backward of graph 0, until the gradients of 'norm' are final
+    update_norm = self.update_norm(norm, scalars)
+    ...  # backward of graph 0, until the gradients of 'fc1' are final
+    update_fc1 = self.update_fc1(fc1, scalars)
+    ...  # the rest of the backward
+    # opt.step()
+    return None""",
+    )
+    assert_expected_inline(
+        backward(interpreted),
+        """\
+... 12 ops
+layer_ready([mm_1, view], inputs [5, 6], after [mm], layer 2)
+... 1 ops
+pin_reader(mul_5)
+... 20 ops
+layer_ready([sum_4, sum_5], inputs [3, 4], after [mul_5], layer 1)
+... 7 ops
+layer_ready([mm_2, view_1], inputs [0, 1], after [], layer 0)
+... 0 ops""",
+    )
 
 
 def test_listing_of_a_tied_gpt(interpreted):
-    assert_expected_inline(short(listed(GPT, images)), """""")
+    assert_expected_inline(
+        short(listed(GPT, images)),
+        """\
+def forward(self, run : int, counts, ln_f, h_1_down, h_1_up, h_1_ln, h_0_down, h_0_up, h_0_ln, wpe, wte):
+    ...  # forward of graph 0
+    scalars = self.scalars(counts)
+    ...  # backward of graph 0, until the gradients of 'ln_f' are final
+    update_ln_f = self.update_ln_f(ln_f, scalars)
+    ...  # backward of graph 0, until the gradients of 'h.1.down' are final
+    update_h_1_down = self.update_h_1_down(h_1_down, scalars)
+    ...  # backward of graph 0, until the gradients of 'h.1.up' are final
+    update_h_1_up = self.update_h_1_up(h_1_up, scalars)
+    ...  # backward of graph 0, until the gradients of 'h.1.ln' are final
+    update_h_1_ln = self.update_h_1_ln(h_1_ln, scalars)
+    ...  # backward of graph 0, until the gradients of 'h.0.down' are final
+    update_h_0_down = self.update_h_0_down(h_0_down, scalars)
+    ...  # backward of graph 0, until the gradients of 'h.0.up' are final
+    update_h_0_up = self.update_h_0_up(h_0_up, scalars)
+    ...  # backward of graph 0, until the gradients of 'h.0.ln' are final
+    update_h_0_ln = self.update_h_0_ln(h_0_ln, scalars)
+    ...  # backward of graph 0, until the gradients of 'wpe' are final
+    update_wpe = self.update_wpe(wpe, scalars)
+    ...  # backward of graph 0, until the gradients of 'wte' are final
+    update_wte = self.update_wte(wte, scalars)
+    ...  # the rest of the backward
+    # opt.step()
+    return None""",
+    )
 
 
 def test_listing_of_a_convolution_with_batch_norm(interpreted):
-    assert_expected_inline(short(listed(ConvNet, images)), """""")
-    assert_expected_inline(backward(interpreted), """""")
+    assert_expected_inline(
+        short(listed(ConvNet, images)),
+        """\
+def forward(self, run : int, counts, head, bn, conv):
+    ...  # forward of graph 0
+    scalars = self.scalars(counts)
+    ...  # backward of graph 0, until the gradients of 'head' are final
+    update_head = self.update_head(head, scalars)
+    ...  # backward of graph 0, until the gradients of 'bn' are final
+    update_bn = self.update_bn(bn, scalars)
+    ...  # backward of graph 0, until the gradients of 'conv' are final
+    update_conv = self.update_conv(conv, scalars)
+    ...  # the rest of the backward
+    # opt.step()
+    return None""",
+    )
+    assert_expected_inline(
+        backward(interpreted),
+        """\
+... 8 ops
+layer_ready([mm_1, view], inputs [8, 9], after [mm], layer 2)
+... 9 ops
+pin_reader(mul_6)
+... 3 ops
+pin_reader(add_4)
+... 13 ops
+pin_reader(mul_8)
+... 11 ops
+pin_reader(mul_12)
+... 8 ops
+layer_ready([mul_15, sum_3], inputs [6, 7], after [add_4, mul_12, mul_6, mul_8], layer 1)
+... 3 ops
+layer_ready([getitem_3, getitem_4], inputs [1, 2], after [getitem_3, getitem_4], layer 0)
+... 0 ops""",
+    )
 
 
 def test_listing_with_a_layer_that_is_not_compiled(interpreted):
-    assert_expected_inline(short(listed(Broken)), """""")
+    assert_expected_inline(
+        short(listed(Broken, loop=called_as_it_is)),
+        """\
+def forward(self, run : int, counts, down, up):
+    ...  # forward of graph 0
+    scalars = self.scalars(counts)
+    ...  # backward of graph 0, until the gradients of 'up' are final
+    update_up = self.update_up(up, scalars)
+    ...  # the rest of the backward
+    # opt.step()
+    # after the backward: no op of a compiled backward brings the gradient of 'down.bias'
+    update_down = self.update_down(down, scalars)
+    return None""",
+    )
 
 
 def test_listing_of_a_loop_that_clips(interpreted):
-    assert_expected_inline(short(listed(Plain, loop=clipped)), """""")
+    assert_expected_inline(
+        short(listed(Plain, loop=clipped)),
+        """\
+def forward(self, run : int, counts, down, up):
+    ...  # forward and backward
+    # opt.step()
+    scalars = self.scalars(counts)
+    # after the backward: the gradient of 'down.bias' is changed between backward and opt.step()
+    update_down = self.update_down(down, scalars)
+    # after the backward: the gradient of 'up.bias' is changed between backward and opt.step()
+    update_up = self.update_up(up, scalars)
+    return None""",
+    )

@@ -542,7 +542,7 @@ def test_a_region_has_one_node_and_its_backward_can_be_asked():
     out = torch.compile(model, backend="aot_eager")(torch.ones(2, 2))
     [node] = region_nodes({"out": out.view(4)}, "mark")
     accumulators = [gradient_accumulator(p) for p in model.parameters()]
-    node.register_prehook(lambda _: asked.append(list(map(accumulates, accumulators))))
+    node.register_prehook(lambda _: asked.append([accumulates(each) for each in accumulators]))
     node.register_prehook(lambda _: call_at_end_of_backward(lambda: asked.append("end")))
     out.sum().backward(retain_graph=True)
     out.sum().backward(inputs=[model.weight])
