@@ -63,7 +63,7 @@ optimizers: $(ENGINE)
 # examples that compile one: half an hour.
 .PHONY: models
 models: $(ENGINE)
-	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py tests/project/test_project.py $(ARGS)
+	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py tests/campaigns/test_models_in_backward.py tests/graph/test_in_backward.py tests/project/test_project.py $(ARGS)
 
 # Twenty training loops as people write them, and epochs of a loader with workers, each killed many times.
 .PHONY: loops

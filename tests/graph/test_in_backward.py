@@ -383,6 +383,14 @@ def test_gradients_that_are_dropped_before_the_step_are_an_error(interpreted):
         run.opt.step()
 
 
+def test_a_weight_that_is_used_elsewhere_for_the_first_time_is_an_error(interpreted):
+    for first in (True, False):
+        run = warmed_up(build=Pair)
+        both = run.compiled(batch(0)), run.model.fc1.weight.square().sum()
+        with pytest.raises(fxckpt.SetupError, match="layer 'fc1' was used up"):
+            (both[0] + both[1] if first else both[1] + both[0]).backward()
+
+
 def test_gradients_asked_for_by_hand_update_nothing(interpreted):
     run = warmed_up(build=Pair)
     before = [p.detach().clone() for p in run.model.parameters()]
