@@ -19,3 +19,15 @@ def rank() -> int:
 
 def _runs() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def default_store() -> tuple[dist.Store, float] | None:
+    """The key-value store by which this job's process group was made, and its timeout in seconds; None without a group.
+
+    Private: a group does not show its store, and a store of our own would need a port that all ranks know."""
+    if not _runs():
+        return None
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    return store, store.timeout.total_seconds()

@@ -16,8 +16,9 @@ from fxckpt.store.names import STATE
 from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state, encode_state
 
-IMPORTED, ORIGIN, CONFIG, HISTORY = "imported", "origin", "config", "history"
-"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past."""
+IMPORTED, ORIGIN, CONFIG, HISTORY, LIFE = "imported", "origin", "config", "history", "life"
+"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past; which life of a job
+of several ranks wrote it."""
 
 ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
 
@@ -51,6 +52,7 @@ class About:
 
     def __init__(self, every: int | str, pid: int):
         self.config: str | None = None  # the model's, as JSON
+        self.life: str | None = None  # drawn anew, the same on all ranks, whenever they agree on what to load
         self._run = {"every": every, "pid": pid}
         self._origin: Mapping[str, Any] | None = None
         self._rows: tuple[list[Any], ...] = ()
@@ -79,6 +81,8 @@ class About:
             found[ORIGIN] = dict(self._origin)
         if self.config is not None:
             found[CONFIG] = self.config
+        if self.life is not None:
+            found[LIFE] = self.life
         return found
 
 
@@ -110,6 +114,12 @@ def config(record: Record) -> str | None:
     """The text of the model's ``config.json``, if it is known."""
     found = _member(record, CONFIG)
     return found if isinstance(found, str) else None
+
+
+def life(record: Record) -> str:
+    """Which life of a job of several ranks wrote it; empty if its ranks agreed on nothing."""
+    found = _member(record, LIFE)
+    return found if isinstance(found, str) else ""
 
 
 def watched(record: Record) -> tuple[int | str | None, int | None]:
