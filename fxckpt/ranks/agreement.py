@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from fxckpt.errors import RanksDisagree
 
 Key = tuple[int, int, str]
-"""What makes two ranks' checkpoints one of the job: step, iteration, and the life that wrote it (all ranks of a life began together)."""
+"""What makes two ranks' checkpoints one of the job: step, iteration, and the life that wrote it.
+All ranks of a life began together."""
 
 _SLICE = 0.02  # seconds between two looks at the store
 
@@ -53,8 +54,8 @@ class Agreement:
                 seen, until = beats, time.monotonic() + self._limit
             if time.monotonic() > until:
                 raise RanksDisagree(
-                    f"rank {rank} of {self.world} said nothing for {self._limit:g} s while rank {self.rank} loaded ({topic}): it is "
-                    "dead, hangs, or does not call fxckpt.load(), which all ranks must call equally often. Restart the whole job."
+                    f"rank {rank} of {self.world} said nothing for {self._limit:g} s while rank {self.rank} loaded ({topic}): "
+                    "it is dead, hangs, or does not call fxckpt.load(), which all ranks must call equally often. Restart the whole job."
                 )
             time.sleep(_SLICE)
         return json.loads(self._store.get(key))

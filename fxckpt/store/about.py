@@ -17,8 +17,8 @@ from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state, encode_state
 
 IMPORTED, ORIGIN, CONFIG, HISTORY, LIFE = "imported", "origin", "config", "history", "life"
-"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past; which life of a job
-of several ranks wrote it."""
+"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past; which life
+of a job of several ranks wrote it."""
 
 ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
 

@@ -83,7 +83,9 @@ def test_no_fresh_start_beside_a_resumed_one(two, tmp_path):
 def test_a_step_that_was_asked_for_must_be_on_both(two):
     runs, _ = two()
     train(runs, 3, 2)
-    assert [each.step for each in two(step=2)[1]] == [2, 2]
+    runs, found = two(step=2)
+    assert [each.step for each in found] == [2, 2]
+    train(runs, 0, 0)
     assert [type(each) for each in two(step=3)[1]] == [RanksDisagree, RanksDisagree]
 
 
