@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch.distributed as dist
 
@@ -29,5 +30,5 @@ def default_store() -> tuple[dist.Store, float] | None:
         return None
     from torch.distributed.distributed_c10d import _get_default_store
 
-    store = _get_default_store()
+    store: Any = _get_default_store()  # its stub lacks ``timeout``
     return store, store.timeout.total_seconds()

@@ -55,7 +55,8 @@ class Agreement:
             if time.monotonic() > until:
                 raise RanksDisagree(
                     f"rank {rank} of {self.world} said nothing for {self._limit:g} s while rank {self.rank} loaded ({topic}): "
-                    "it is dead, hangs, or does not call fxckpt.load(), which all ranks must call equally often. Restart the whole job."
+                    "it is dead, hangs, or does not call fxckpt.load(), which all ranks must call equally often. "
+                    "Restart the whole job."
                 )
             time.sleep(_SLICE)
         return json.loads(self._store.get(key))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from small_training import Training
 
 import fxckpt
+from fxckpt.compat.ranks import default_store
 from fxckpt.errors import LayoutMismatch, RanksDisagree
 from fxckpt.loading import load as loading
 from fxckpt.ranks.agreement import Agreement, newest_common
@@ -115,6 +116,17 @@ def test_a_store_that_died_is_an_error_of_ours():
         client = dist.TCPStore("127.0.0.1", server.port, None, False, timeout=timedelta(seconds=2))
         del server
         Agreement(client, 0, 2, 1.0).exchange("has", 1)
+
+
+def test_the_store_of_the_process_group_is_found_with_its_timeout():
+    assert default_store() is None
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
+    try:
+        store, limit = default_store()
+        assert isinstance(store, dist.Store) and limit > 0
+        assert store.add("a", 1) == 1 and store.check(["a"]) and not store.check(["b"])
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_newest_common_key_is_in_the_order_of_rank_0():
