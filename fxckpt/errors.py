@@ -61,7 +61,7 @@ class NoCheckpoint(StoreError):
 
 
 class RanksDisagree(StoreError):
-    """The ranks of a job cannot start from one step, or one of them does not answer; the message names each."""
+    """The ranks of a job cannot start from one step, or one of them is dead; the message names each."""
 
 
 class Corrupt(StoreError):

@@ -1,4 +1,4 @@
-"""Which rank of how many this process is."""
+"""Which rank of how many this process is, and the store by which they talk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from typing import Any
 
 import torch.distributed as dist
+
+_SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+"""Where torchrun, Open MPI, MPICH and Slurm's ``srun`` say how many processes they started. The first that is set counts."""
 
 
 def world_size() -> int:
@@ -18,12 +21,19 @@ def rank() -> int:
     return dist.get_rank() if _runs() else int(os.environ.get("RANK", "0"))
 
 
+def launched() -> tuple[str, int]:
+    """The variable by which a launcher tells the number of processes it started, and the number; ``("", 1)`` without one."""
+    name = next((each for each in _SIZES if os.environ.get(each, "").isdigit()), "")
+    return name, int(os.environ[name]) if name else 1
+
+
 def _runs() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def default_store() -> tuple[dist.Store, float] | None:
-    """The key-value store by which this job's process group was made, and its timeout in seconds; None without a group.
+def default_store() -> tuple[Any, float] | None:
+    """The key-value store by which this job's process group was made, and its timeout in seconds; None without a group, or if
+    it has none (MPI).
 
     Private: a group does not show its store, and a store of our own would need a port that all ranks know."""
     if not _runs():
@@ -31,4 +41,4 @@ def default_store() -> tuple[dist.Store, float] | None:
     from torch.distributed.distributed_c10d import _get_default_store
 
     store: Any = _get_default_store()  # its stub lacks ``timeout``
-    return store, store.timeout.total_seconds()
+    return None if store is None else (store, store.timeout.total_seconds())

@@ -2,53 +2,64 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import uuid
 from collections.abc import Callable, Sequence
 
-from fxckpt.compat.ranks import default_store, rank, world_size
-from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree
+from fxckpt.compat.ranks import default_store, launched, rank, world_size
+from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree, SetupError
 from fxckpt.loading.target import Target
-from fxckpt.ranks.agreement import Agreement, Key, described, newest_common
-from fxckpt.store.about import life
+from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, stores_digest
+from fxckpt.store.about import Job, job
+from fxckpt.store.identity import keep_id
 from fxckpt.store.reader import Candidate, Reader, directory_of
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 Found = Candidate | Corrupt
 
 
-def agreement_for(target: Target) -> Agreement | None:
-    """How this load is agreed on; None for one process, or for weights that are loaded into no run."""
-    found = default_store() if target.run is not None and world_size() > 1 else None
-    return None if found is None else Agreement(found[0], rank(), world_size(), found[1])
+def agreement_for(target: Target, asked: bool) -> Agreement | None:
+    """How this load is agreed on; None for one process, or for weights that are loaded into no run. ``asked``: the script says
+    which checkpoint. Raises SetupError if there are other ranks that cannot be asked."""
+    if target.run is None:
+        return None
+    if (found := default_store()) is not None:
+        return Agreement(found[0], rank(), world_size(), found[1]) if world_size() > 1 else None
+    name, size = launched()
+    size = max(size, world_size())
+    if size > 1 and not asked:
+        raise SetupError(
+            f"this is one of {size} ranks ({name or 'torch.distributed'} says so), and they cannot agree on a step to start "
+            "from: there is no process group with a store. Call torch.distributed.init_process_group() before fxckpt.load(), or "
+            "name the step on every rank with load(step=...). If each process is a training of its own, set WORLD_SIZE=1"
+        )
+    return None
 
 
 def choose_together(
-    agreement: Agreement, look: Callable[[], Sequence[Found]], directory: str, skipped: list[tuple[str, str]]
-) -> tuple[Candidate | None, str]:
-    """The checkpoint that all ranks have chosen (None: no rank has any), and the life that begins. What did not verify here is
+    agreement: Agreement, look: Callable[[], Sequence[Found]], target: Target, directory: str, skipped: list[tuple[str, str]]
+) -> tuple[Candidate | None, Job]:
+    """The checkpoint that all ranks have chosen (None: all begin anew), and the life that begins. What did not verify here is
     added to ``skipped``. Raises RanksDisagree if there is no common one, with what each rank has."""
-    mine: dict[Key, Candidate] = {}
-    broken, error, own = 0, "", None
-    try:
-        for each in look():
-            if isinstance(each, Corrupt):
-                broken += 1
-                skipped.append((directory_of(each), str(each)))
-            else:
-                mine.setdefault((each.record.step, each.record.iteration, life(each.record)), each)
-    except FxckptError as failed:  # the others are told before it is raised
-        error, own = str(failed), failed
-    said = agreement.exchange("has", {"keys": list(mine), "damaged": broken, "error": error, "directory": directory,
-                                      "life": uuid.uuid4().hex})  # fmt: skip
-    if own is not None and not isinstance(own, NoCheckpoint):
-        raise own
-    if all(isinstance(each, dict) and not each["keys"] and not each["damaged"] and not each["error"] for each in said):
-        return None, said[0]["life"]
+    mine, own, error = _look(look, target, directory, skipped)
+    said: list[Said] = agreement.exchange("has", own)
+    if error is not None and not isinstance(error, NoCheckpoint):
+        raise error
+    begins = Job(said[0]["life"], stores_digest([each["store"] for each in said]))
+    if not any(each["keys"] or each["damaged"] or each["error"] for each in said):
+        return None, begins
     banned: set[Key] = set()
-    while (key := newest_common([[tuple(key) for key in each["keys"]] for each in said], banned)) is not None:
-        verdict = _verify(mine[key], agreement, skipped)
+    while (key := newest_common(said, banned)) is not None:
+        verdict = _verify(mine[key], skipped)
         if not any(agreement.exchange(f"damaged/{len(banned)}", verdict)):
-            return mine[key], said[0]["life"]
+            return mine[key], begins
         banned.add(key)
+    if none_was_common(said):
+        log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
+                    "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
+        return None, begins
     raise RanksDisagree(
         "the ranks have no checkpoint of one step, written in one life of the job, that verifies on all of them:"
         f"{described(said)}\n{len(banned)} common one(s) did not verify. To start over give all of them up with "
@@ -56,10 +67,32 @@ def choose_together(
     )
 
 
-def _verify(found: Candidate, agreement: Agreement, skipped: list[tuple[str, str]]) -> str:
+def _look(
+    look: Callable[[], Sequence[Found]], target: Target, directory: str, skipped: list[tuple[str, str]]
+) -> tuple[dict[Key, Candidate], Said, FxckptError | None]:
+    """What this rank has, what it says of it, and the error that the others are told of before it is raised."""
+    mine: dict[Key, Candidate] = {}
+    damaged, failed, run = 0, None, target.run
+    elsewhere = run is None or os.path.realpath(directory) != os.path.realpath(run.directory)
+    try:
+        for each in look():
+            if isinstance(each, Corrupt):
+                damaged += 1
+                skipped.append((directory_of(each), str(each)))
+            else:
+                mine.setdefault((each.record.step, each.record.iteration, job(each.record).life), each)
+    except FxckptError as error:
+        failed = error
+    beside = sorted({job(each.record).stores for each in mine.values()})
+    store = None if run is None else keep_id(run.directory)
+    return mine, {"keys": list(mine), "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
+                  "beside": beside, "life": uuid.uuid4().hex, "error": "" if failed is None else str(failed)}, failed  # fmt: skip
+
+
+def _verify(found: Candidate, skipped: list[tuple[str, str]]) -> str:
     """What is wrong with it here; empty if nothing is."""
     try:
-        Reader(found.path).verify(lambda _: agreement.alive())
+        Reader(found.path).verify()
     except (Corrupt, NoCheckpoint) as error:
         skipped.append((str(found.path), str(error)))
         return str(error)

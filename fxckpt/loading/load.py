@@ -107,9 +107,10 @@ def load(
         LayoutMismatch: the model, optimizer or extras differ from the checkpoint.
         Corrupt: the checkpoint asked for, or every one there is, does not verify.
         NoCheckpoint: no such step or name, or a trainer took back each one that was found.
-        RanksDisagree: the ranks have no step in common, or one of them is silent.
+        RanksDisagree: the ranks have no step in common, or one of them is dead.
         NotAStore: the directory holds something else.
-        SetupError: several runs are live, or nothing says what to load into.
+        SetupError: several runs are live, nothing says what to load into, or this is one of several ranks without a process
+            group.
     """
     if disabled():
         log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing was loaded")
@@ -118,7 +119,7 @@ def load(
     if target.run is not None:
         target.run.prepare_load()
     skipped: Skipped = []
-    if (agreement := agreement_for(target)) is not None:
+    if (agreement := agreement_for(target, step is not None or name is not None)) is not None:
         return _load_agreed(agreement, target, directory, step, name, strict, skipped)
     for _ in range(_LOOKS):
         chosen = _choose(candidates(directory), step, name, directory)
@@ -151,15 +152,18 @@ def _load_agreed(
     agreement: Agreement, target: Target, directory: str, step: int | None, name: str | None, strict: bool, skipped: Skipped
 ) -> Restored:
     """Restore what all ranks agreed on, in the life that begins with it."""
-    found, life = choose_together(agreement, lambda: _choose(candidates(directory), step, name, directory), directory, skipped)
     out: list[Restored] = []
 
     def restore() -> None:
         out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped))
 
-    all_restored(agreement, restore)
+    with agreement:
+        found, begins = choose_together(
+            agreement, lambda: _choose(candidates(directory), step, name, directory), target, directory, skipped
+        )
+        all_restored(agreement, restore)
     if target.run is not None:
-        target.run.saver.about.life = life
+        target.run.saver.about.job = begins
     return out[0]
 
 

@@ -3,94 +3,92 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fxckpt.errors import RanksDisagree
+from fxckpt.ranks.heart import SILENCE, Heart, Pulse
+from fxckpt.ranks.messages import Messages, named
 
-Key = tuple[int, int, str]
-"""What makes two ranks' checkpoints one of the job: step, iteration, and the life that wrote it.
-All ranks of a life began together."""
+log: logging.Logger = logging.getLogger("fxckpt")
 
-_SLICE = 0.02  # seconds between two looks at the store
-
-
-class Messages(Protocol):
-    """The calls of torch.distributed's ``Store`` that are used."""
-
-    def set(self, key: str, value: str, /) -> None: ...
-    def get(self, key: str, /) -> bytes: ...
-    def add(self, key: str, amount: int, /) -> int: ...
-    def check(self, keys: list[str], /) -> bool: ...
+_SLICE, _LOOK = 0.01, 0.2  # seconds between two looks for an answer, and between two looks at a pulse
+SAY_AFTER = 30.0  # seconds after which it is said whom this rank waits for
 
 
 class Agreement:
-    """What one rank says and hears in one load. ``limit``: seconds that a rank may show no sign of life."""
+    """What one rank says and hears in one load, inside a ``with`` block. ``limit``: seconds that a rank may take to come to its
+    load; from there on ``silence`` is how long it may show no sign of life.
 
-    def __init__(self, store: Messages, rank: int, world: int, limit: float):
+    Rank 0 collects what each says and hands all of it to everyone, so ``n`` ranks send ``2 n`` messages, and who waits for
+    somebody dead is told by rank 0, or notices that rank 0 is."""
+
+    def __init__(self, store: Messages, rank: int, world: int, limit: float, silence: float = SILENCE):
         self.rank, self.world = rank, world
-        self._store, self._limit = store, limit
-        with _Named("cannot be reached"):
+        self._store, self._limit, self._silence = store, limit, min(silence, limit)
+        with named():
             self._prefix = f"fxckpt/load/{store.add(f'fxckpt/loads/{rank}', 1)}"  # the nth load of each rank belongs together
+            self._heart = Heart(store.clone(), self._beats_of(rank), self._silence)
 
-    def alive(self) -> None:
-        """This rank is still at work: the others wait for it from now on."""
-        with _Named("cannot be reached"):
-            self._store.add(f"{self._prefix}/alive/{self.rank}", 1)
+    def __enter__(self) -> Agreement:
+        with named():
+            self._heart.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._heart.stop()
+
+    def _beats_of(self, rank: int) -> str:
+        return f"{self._prefix}/alive/{rank}"
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
-        """Say ``value`` (JSON), and return what all ranks said, in their order. Raises RanksDisagree if one is silent."""
-        with _Named("cannot be reached"):
+        """Say ``value`` (JSON), and return what all ranks said, in their order. Raises RanksDisagree if one is dead."""
+        with named():
+            if self.rank == 0:
+                return self._collect(topic, value)
             self._store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(value))
-            return [self._hear(topic, rank) for rank in range(self.world)]
+            heard = self._hear(f"{self._prefix}/{topic}/all", 0, topic)
+        if isinstance(heard, str):
+            raise RanksDisagree(heard)
+        found: list[Any] = heard
+        return found
 
-    def _hear(self, topic: str, rank: int) -> Any:
-        """What that rank says, polled: a wait inside the store could not be ended by Ctrl-C."""
-        key, beat = f"{self._prefix}/{topic}/{rank}", f"{self._prefix}/alive/{rank}"
-        seen, until = -1, time.monotonic() + self._limit
+    def _collect(self, topic: str, own: Any) -> list[Any]:
+        """Rank 0: hear each, and tell all; or tell them who is dead."""
+        everyone = f"{self._prefix}/{topic}/all"
+        try:
+            found = [own, *(self._hear(f"{self._prefix}/{topic}/{rank}", rank, topic) for rank in range(1, self.world))]
+        except RanksDisagree as error:
+            self._store.set(everyone, json.dumps(str(error)))
+            raise
+        self._store.set(everyone, json.dumps(found))
+        return found
+
+    def _hear(self, key: str, rank: int, topic: str) -> Any:
+        """What that rank says, polled."""
+        pulse = Pulse(self._store, self._beats_of(rank), self._silence, self._limit)
+        looked = began = said = time.monotonic()
         while not self._store.check([key]):
-            if (beats := self._store.add(beat, 0)) != seen:
-                seen, until = beats, time.monotonic() + self._limit
-            if time.monotonic() > until:
-                raise RanksDisagree(
-                    f"rank {rank} of {self.world} said nothing for {self._limit:g} s while rank {self.rank} loaded ({topic}): "
-                    "it is dead, hangs, or does not call fxckpt.load(), which all ranks must call equally often. "
-                    "Restart the whole job."
-                )
+            if (now := time.monotonic()) - looked > min(_LOOK, self._silence / 4):
+                looked = now
+                if pulse.is_dead():
+                    raise RanksDisagree(self._who_is_dead(rank, pulse, topic))
+                if now - said > SAY_AFTER:
+                    said = now
+                    what = f"is alive, and loads ({topic})" if pulse.beats else "has not come to its fxckpt.load() yet"
+                    log.warning("fxckpt: rank %d has waited %.0f s for rank %d, which %s", self.rank, now - began, rank, what)
             time.sleep(_SLICE)
         return json.loads(self._store.get(key))
 
-
-class _Named:
-    """What the store raises, as an error of ours."""
-
-    def __init__(self, what: str):
-        self._what = what
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):  # all that torch.distributed's stores raise
-            raise RanksDisagree(f"the process group's store {self._what}: {error}. Restart the whole job.") from error
-
-
-def newest_common(said: Sequence[Sequence[Key]], banned: set[Key]) -> Key | None:
-    """The first key in rank 0's order that every rank has and nobody found damaged; None if there is none."""
-    others = [set(map(tuple, keys)) for keys in said[1:]]
-    first = (key for key in said[0] if key not in banned and all(key in keys for keys in others))
-    return next(first, None)
-
-
-def described(said: Sequence[Mapping[str, Any]]) -> str:
-    """What each rank has, a line a rank, for a message."""
-    return "".join(f"\n  rank {rank}: {_one(each)}" for rank, each in enumerate(said))
-
-
-def _one(each: Mapping[str, Any]) -> str:
-    """What one rank has."""
-    if each["error"]:
-        return str(each["error"])
-    steps = ", ".join(str(key[0]) for key in each["keys"]) or "none"
-    return f"steps {steps} in {each['directory']}" + (f", {each['damaged']} damaged" if each["damaged"] else "")
+    def _who_is_dead(self, rank: int, pulse: Pulse, topic: str) -> str:
+        """For a message."""
+        if pulse.beats:
+            return (
+                f"rank {rank} of {self.world} was loading and has shown no sign of life for {self._silence:g} s ({topic}): it is "
+                "dead, or was stopped. Restart the whole job."
+            )
+        return (
+            f"rank {rank} of {self.world} did not come to its fxckpt.load() within {self._limit:g} s: it is dead, hangs, or does "
+            "not call it, which all ranks must do equally often. Restart the whole job."
+        )

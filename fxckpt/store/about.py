@@ -16,9 +16,9 @@ from fxckpt.store.names import STATE
 from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state, encode_state
 
-IMPORTED, ORIGIN, CONFIG, HISTORY, LIFE = "imported", "origin", "config", "history", "life"
+IMPORTED, ORIGIN, CONFIG, HISTORY, JOB = "imported", "origin", "config", "history", "job"
 """Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past; which life
-of a job of several ranks wrote it."""
+of which job of several ranks wrote it."""
 
 ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
 
@@ -43,6 +43,15 @@ class Passed:
         return [self.step, self.time, self.begun, self.committed, self.nbytes, self.written, self.stall, metrics]
 
 
+@dataclass(frozen=True)
+class Job:
+    """Of several ranks, each with a store of its own. ``life``: drawn anew, the same on all ranks, whenever they agree on what to
+    load. ``stores``: a digest of the ids of all ranks' stores, by which is known which belong together."""
+
+    life: str = ""
+    stores: str = ""
+
+
 _CHECKS = (is_count, is_number, optional(is_number), optional(is_number), is_count, is_count, is_number, map_of(lambda _: True))
 
 
@@ -52,7 +61,7 @@ class About:
 
     def __init__(self, every: int | str, pid: int):
         self.config: str | None = None  # the model's, as JSON
-        self.life: str | None = None  # drawn anew, the same on all ranks, whenever they agree on what to load
+        self.job: Job | None = None  # what all ranks agreed on when they loaded
         self._run = {"every": every, "pid": pid}
         self._origin: Mapping[str, Any] | None = None
         self._rows: tuple[list[Any], ...] = ()
@@ -81,8 +90,8 @@ class About:
             found[ORIGIN] = dict(self._origin)
         if self.config is not None:
             found[CONFIG] = self.config
-        if self.life is not None:
-            found[LIFE] = self.life
+        if self.job is not None:
+            found[JOB] = dataclasses.asdict(self.job)
         return found
 
 
@@ -116,10 +125,11 @@ def config(record: Record) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def life(record: Record) -> str:
-    """Which life of a job of several ranks wrote it; empty if its ranks agreed on nothing."""
-    found = _member(record, LIFE)
-    return found if isinstance(found, str) else ""
+def job(record: Record) -> Job:
+    """Which life of which job wrote it; empty if its ranks agreed on nothing."""
+    found = _member(record, JOB)
+    found = found if isinstance(found, dict) else {}
+    return Job(*(value if isinstance(value := found.get(each.name), str) else "" for each in dataclasses.fields(Job)))
 
 
 def watched(record: Record) -> tuple[int | str | None, int | None]:

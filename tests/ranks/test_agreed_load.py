@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -13,9 +14,9 @@ from small_training import Training
 
 import fxckpt
 from fxckpt.compat.ranks import default_store
-from fxckpt.errors import LayoutMismatch, RanksDisagree
+from fxckpt.errors import LayoutMismatch, NoCheckpoint, RanksDisagree, SetupError
 from fxckpt.loading import load as loading
-from fxckpt.ranks.agreement import Agreement, newest_common
+from fxckpt.ranks import Agreement, newest_common
 
 
 @pytest.fixture
@@ -23,10 +24,14 @@ def two(tmp_path, monkeypatch):
     """Starts two ranks that load; returns what became of each: what was restored, or the error."""
     store = dist.HashStore()
 
-    def begin(ranks=(0, 1), limit=20.0, **asked):
+    def begin(ranks=(0, 1), limit=20.0, silence=20.0, **asked):
         runs = {rank: Training(tmp_path / f"rank{rank}", seed=0) for rank in ranks}
         of = {id(run.opt): rank for rank, run in runs.items()}
-        monkeypatch.setattr(loading, "agreement_for", lambda target: Agreement(store, of[id(target.optimizers[0])], 2, limit))
+        monkeypatch.setattr(
+            loading,
+            "agreement_for",
+            lambda target, asked: Agreement(store, of[id(target.optimizers[0])], 2, limit, silence),
+        )
 
         def one(run):
             try:
@@ -90,9 +95,10 @@ def test_a_step_that_was_asked_for_must_be_on_both(two):
     assert [type(each) for each in two(step=3)[1]] == [RanksDisagree, RanksDisagree]
 
 
-def test_a_rank_that_is_missing_is_named(two):
-    _, found = two(ranks=(0,), limit=0.2)
-    assert isinstance(found[0], RanksDisagree) and "rank 1 of 2 said nothing" in str(found[0])
+@pytest.mark.parametrize("there", [0, 1])
+def test_a_rank_that_is_missing_is_named(two, there):
+    _, found = two(ranks=(there,), limit=0.2)
+    assert isinstance(found[0], RanksDisagree) and f"rank {1 - there} of 2 did not come to its fxckpt.load()" in str(found[0])
 
 
 def test_what_cannot_be_restored_on_one_rank_stops_both(two, monkeypatch):
@@ -111,11 +117,12 @@ def test_what_cannot_be_restored_on_one_rank_stops_both(two, monkeypatch):
 
 
 def test_a_store_that_died_is_an_error_of_ours():
-    with pytest.raises(RanksDisagree, match="store cannot be reached"):
+    with pytest.raises(RanksDisagree, match="store, which lives in the launcher or in rank 0, cannot be reached"):
         server = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=2), wait_for_workers=False)
         client = dist.TCPStore("127.0.0.1", server.port, None, False, timeout=timedelta(seconds=2))
         del server
-        Agreement(client, 0, 2, 1.0).exchange("has", 1)
+        with Agreement(client, 0, 2, 1.0) as agreement:
+            agreement.exchange("has", 1)
 
 
 def test_the_store_of_the_process_group_is_found_with_its_timeout():
@@ -129,11 +136,71 @@ def test_the_store_of_the_process_group_is_found_with_its_timeout():
         dist.destroy_process_group()
 
 
+def test_a_slow_restore_is_no_dead_rank(two, monkeypatch):
+    runs, _ = two()
+    train(runs, 1, 1)
+    restore = loading._restore
+
+    def slow(found, *rest):
+        if "rank1" in str(found.path):
+            time.sleep(1.5)
+        return restore(found, *rest)
+
+    monkeypatch.setattr(loading, "_restore", slow)
+    assert [each.step for each in two(silence=0.5)[1]] == [1, 1]
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_rank_that_dies_while_it_loads_is_named_by_the_others(dead):
+    store = dist.HashStore()
+    with Agreement(store, dead, 3, 60.0, 0.3) as victim:
+        pass  # its heart stops before it has said anything
+    assert victim.rank == dead
+    others = [rank for rank in range(3) if rank != dead]
+
+    def say(rank):
+        with Agreement(store, rank, 3, 60.0, 0.3) as agreement, pytest.raises(RanksDisagree) as found:
+            agreement.exchange("has", 1)
+        return str(found.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(f"rank {dead} of 3 was loading and has shown no sign of life" in each for each in pool.map(say, others))
+
+
+def test_a_rank_killed_before_its_first_commit_takes_all_back_to_the_beginning(two, caplog):
+    runs, _ = two()
+    train(runs, 2, 0)  # rank 1 committed nothing
+    runs, found = two()
+    assert [each.step for each in found] == [0, 0] and [each.path for each in found] == [None, None]
+    assert "all ranks start from the beginning" in caplog.text and "rank 1: steps none" in caplog.text
+    train(runs, 1, 1)
+    assert [each.step for each in two()[1]] == [1, 1]
+
+
+def test_what_is_damaged_is_not_taken_for_what_never_was(two, tmp_path):
+    runs, _ = two()
+    train(runs, 2, 0)
+    (tmp_path / "rank0" / "step-000000001" / "commit.json").write_text("{}")
+    assert [type(each) for each in two()[1]] == [RanksDisagree, RanksDisagree]
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_ranks_without_a_process_group_are_refused(variable, tmp_path, monkeypatch):
+    run = Training(tmp_path / "rank0")
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(SetupError, match=f"one of 2 ranks .{variable} says so.*init_process_group"):
+        fxckpt.load()
+    run.train(1)
+    with pytest.raises(NoCheckpoint, match="no checkpoint of step 3"):  # the script has chosen
+        fxckpt.load(step=3)
+    run.opt.ckpt.shutdown()
+
+
 def test_the_newest_common_key_is_in_the_order_of_rank_0():
     a, b, c = (3, 3, "x"), (2, 2, "x"), (1, 1, "x")
-    assert newest_common([[a, b, c], [c, b]], set()) == b
-    assert newest_common([[a, b, c], [c, b]], {b}) == c
-    assert newest_common([[a], [b]], set()) is None
+    assert newest_common([{"keys": [a, b, c]}, {"keys": [c, b]}], set()) == b
+    assert newest_common([{"keys": [a, b, c]}, {"keys": [c, b]}], {b}) == c
+    assert newest_common([{"keys": [a]}, {"keys": [b]}], set()) is None
 
 
 def damage(path: Path) -> None:
