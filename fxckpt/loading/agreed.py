@@ -22,9 +22,10 @@ Found = Candidate | Corrupt
 
 def agreement_for(target: Target, asked: bool) -> Agreement | None:
     """How this load is agreed on; None for one process, or for weights that are loaded into no run. ``asked``: the script says
-    which checkpoint. Raises SetupError if there are other ranks that cannot be asked."""
+    which checkpoint. Raises SetupError if there are other ranks that cannot be asked, or whose checkpoints will not meet."""
     if target.run is None:
         return None
+    target.run.saver.ranks.check_schedule()
     if (found := default_store()) is not None:
         return Agreement(found[0], rank(), world_size(), found[1]) if world_size() > 1 else None
     name, size = launched()
@@ -80,13 +81,22 @@ def _look(
                 damaged += 1
                 skipped.append((directory_of(each), str(each)))
             else:
-                mine.setdefault((each.record.step, each.record.iteration, job(each.record).life), each)
+                mine.setdefault(key_of(each), each)
     except FxckptError as error:
         failed = error
     beside = sorted({job(each.record).stores for each in mine.values()})
     store = None if run is None else keep_id(run.directory)
-    return mine, {"keys": list(mine), "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
-                  "beside": beside, "life": uuid.uuid4().hex, "error": "" if failed is None else str(failed)}, failed  # fmt: skip
+    common = any(job(each.record).common is not None for each in mine.values())
+    said: Said = {
+        "keys": list(mine), "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
+        "beside": beside, "common": common, "life": uuid.uuid4().hex, "error": "" if failed is None else str(failed),
+    }  # fmt: skip
+    return mine, said, failed
+
+
+def key_of(found: Candidate) -> Key:
+    """By which it is known on all ranks."""
+    return found.record.step, found.record.iteration, job(found.record).life
 
 
 def _verify(found: Candidate, skipped: list[tuple[str, str]]) -> str:

@@ -19,7 +19,7 @@ from fxckpt.compat.modules import Models
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply
-from fxckpt.loading.agreed import agreement_for, all_restored, choose_together
+from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
 from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
@@ -162,8 +162,10 @@ def _load_agreed(
             agreement, lambda: _choose(candidates(directory), step, name, directory), target, directory, skipped
         )
         all_restored(agreement, restore)
-    if target.run is not None:
-        target.run.saver.about.job = begins
+    if (run := target.run) is not None:
+        own = found is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
+        loaded = (key_of(found), found.record.generation) if own and found is not None else None
+        run.saver.ranks.begin(begins, agreement.store, agreement.rank, agreement.world, loaded)
     return out[0]
 
 

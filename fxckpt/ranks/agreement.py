@@ -25,8 +25,10 @@ class Agreement:
     somebody dead is told by rank 0, or notices that rank 0 is."""
 
     def __init__(self, store: Messages, rank: int, world: int, limit: float, silence: float = SILENCE):
-        self.rank, self.world = rank, world
-        self._store, self._limit, self._silence = store, limit, min(silence, limit)
+        self.rank: int = rank
+        self.world: int = world
+        self.store: Messages = store
+        self._limit, self._silence = limit, min(silence, limit)
         with named():
             self._prefix = f"fxckpt/load/{store.add(f'fxckpt/loads/{rank}', 1)}"  # the nth load of each rank belongs together
             self._heart = Heart(store.clone(), self._beats_of(rank), self._silence)
@@ -47,7 +49,7 @@ class Agreement:
         with named():
             if self.rank == 0:
                 return self._collect(topic, value)
-            self._store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(value))
+            self.store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(value))
             heard = self._hear(f"{self._prefix}/{topic}/all", 0, topic)
         if isinstance(heard, str):
             raise RanksDisagree(heard)
@@ -60,16 +62,16 @@ class Agreement:
         try:
             found = [own, *(self._hear(f"{self._prefix}/{topic}/{rank}", rank, topic) for rank in range(1, self.world))]
         except RanksDisagree as error:
-            self._store.set(everyone, json.dumps(str(error)))
+            self.store.set(everyone, json.dumps(str(error)))
             raise
-        self._store.set(everyone, json.dumps(found))
+        self.store.set(everyone, json.dumps(found))
         return found
 
     def _hear(self, key: str, rank: int, topic: str) -> Any:
         """What that rank says, polled."""
-        pulse = Pulse(self._store, self._beats_of(rank), self._silence, self._limit)
+        pulse = Pulse(self.store, self._beats_of(rank), self._silence, self._limit)
         looked = began = said = time.monotonic()
-        while not self._store.check([key]):
+        while not self.store.check([key]):
             if (now := time.monotonic()) - looked > min(_LOOK, self._silence / 4):
                 looked = now
                 if pulse.is_dead():
@@ -79,7 +81,7 @@ class Agreement:
                     what = f"is alive, and loads ({topic})" if pulse.beats else "has not come to its fxckpt.load() yet"
                     log.warning("fxckpt: rank %d has waited %.0f s for rank %d, which %s", self.rank, now - began, rank, what)
             time.sleep(_SLICE)
-        return json.loads(self._store.get(key))
+        return json.loads(self.store.get(key))
 
     def _who_is_dead(self, rank: int, pulse: Pulse, topic: str) -> str:
         """For a message."""

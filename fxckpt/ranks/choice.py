@@ -14,8 +14,9 @@ together)."""
 class Said(TypedDict):
     """What one rank says when a load begins. ``keys``: its checkpoints in the order in which it would load them. ``damaged``: how
     many more have a record that cannot be read. ``elsewhere``: they lie in another store than the run's own, whose id is
-    ``store`` (empty: it has none). ``beside``: digests of the stores beside which they were written. ``life``: what the life that
-    begins may be called. ``error``: why it cannot say more."""
+    ``store`` (empty: it has none). ``beside``: digests of the stores beside which they were written. ``common``: a step that all
+    ranks have was known when one of them was written. ``life``: what the life that begins may be called. ``error``: why it cannot
+    say more."""
 
     keys: Sequence[Sequence[object]]
     damaged: int
@@ -23,19 +24,20 @@ class Said(TypedDict):
     elsewhere: bool
     store: str
     beside: Sequence[str]
+    common: bool
     life: str
     error: str
 
 
 def newest_common(said: Sequence[Said], banned: Collection[Key]) -> Key | None:
     """The first key in rank 0's order that every rank has and nobody found damaged; None if there is none."""
-    first, *others = [[_key(key) for key in each["keys"]] for each in said]
+    first, *others = [[key_of(key) for key in each["keys"]] for each in said]
     held = [set(keys) for keys in others]
     return next((key for key in first if key not in banned and all(key in keys for keys in held)), None)
 
 
-def _key(sent: Sequence[object]) -> Key:
-    """JSON knows no tuples."""
+def key_of(sent: Sequence[object]) -> Key:
+    """A key as it came in JSON, which knows no tuples."""
     step, iteration, life = sent
     return int(str(step)), int(str(iteration)), str(life)
 
@@ -46,12 +48,10 @@ def stores_digest(stores: Sequence[str]) -> str:
 
 
 def none_was_common(said: Sequence[Said]) -> bool:
-    """Is it certain that no step was ever committed on all ranks, though some have checkpoints? It is if one rank has none, as a
-    store with one committed checkpoint never gives up the last; if its store is the one that it was; and if nothing is damaged.
-    A store that was lost and made anew has another id than the others' records tell."""
-    if any(each["damaged"] or each["error"] or each["elsewhere"] or not each["store"] for each in said):
-        return False
-    if all(each["keys"] for each in said):
+    """Is it certain that no step was ever common to all ranks, though some have checkpoints? A common one is never given up
+    (``common.py``). So it is, unless a record tells of one, something is damaged, or a store was lost: one that was made anew has
+    another id than the others' records tell."""
+    if any(each["damaged"] or each["error"] or each["elsewhere"] or each["common"] or not each["store"] for each in said):
         return False
     together = stores_digest([each["store"] for each in said])
     return all(set(each["beside"]) <= {together} for each in said)

@@ -46,10 +46,16 @@ class Passed:
 @dataclass(frozen=True)
 class Job:
     """Of several ranks, each with a store of its own. ``life``: drawn anew, the same on all ranks, whenever they agree on what to
-    load. ``stores``: a digest of the ids of all ranks' stores, by which is known which belong together."""
+    load. ``stores``: a digest of the ids of all ranks' stores, by which is known which belong together. ``common``: the newest
+    step that was known to be committed on all ranks; None of none."""
 
     life: str = ""
     stores: str = ""
+    common: int | None = None
+
+    def to_state(self) -> dict[str, Any]:
+        """The member of a record's ``state``."""
+        return {JOB: dataclasses.asdict(self)}
 
 
 _CHECKS = (is_count, is_number, optional(is_number), optional(is_number), is_count, is_count, is_number, map_of(lambda _: True))
@@ -61,7 +67,6 @@ class About:
 
     def __init__(self, every: int | str, pid: int):
         self.config: str | None = None  # the model's, as JSON
-        self.job: Job | None = None  # what all ranks agreed on when they loaded
         self._run = {"every": every, "pid": pid}
         self._origin: Mapping[str, Any] | None = None
         self._rows: tuple[list[Any], ...] = ()
@@ -90,8 +95,6 @@ class About:
             found[ORIGIN] = dict(self._origin)
         if self.config is not None:
             found[CONFIG] = self.config
-        if self.job is not None:
-            found[JOB] = dataclasses.asdict(self.job)
         return found
 
 
@@ -129,7 +132,8 @@ def job(record: Record) -> Job:
     """Which life of which job wrote it; empty if its ranks agreed on nothing."""
     found = _member(record, JOB)
     found = found if isinstance(found, dict) else {}
-    return Job(*(value if isinstance(value := found.get(each.name), str) else "" for each in dataclasses.fields(Job)))
+    life, stores = (value if isinstance(value := found.get(name), str) else "" for name in ("life", "stores"))
+    return Job(life, stores, found["common"] if is_count(found.get("common")) else None)
 
 
 def watched(record: Record) -> tuple[int | str | None, int | None]:
