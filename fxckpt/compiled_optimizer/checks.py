@@ -12,7 +12,7 @@ from fxckpt.checkpointed import Checkpointed
 from fxckpt.compat.accelerate import steps_elsewhere
 from fxckpt.compat.fabric import strategy_that_steps
 from fxckpt.compat.module_state import state_of
-from fxckpt.compat.modules import named_parameters, one_model, tensors_of
+from fxckpt.compat.modules import compiled_in_vain, named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
 from fxckpt.compat.spread import is_flattened, is_zero, steps_in_backward, steps_in_hooks
 from fxckpt.compat.wrappers import scaler_of, unwrapped
@@ -54,6 +54,7 @@ def check(
         for each in checked:
             Contract(each, tensors_of(module))
         _warn_of_other_runs(names)
+        _warn_of_what_is_not_compiled(model)
         extra_state.probe(extras)
         if module is not None:
             _check_model(module, checked)
@@ -107,6 +108,16 @@ def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | No
                 )
             found["scaler"] = scaler
     return found
+
+
+def _warn_of_what_is_not_compiled(model: object) -> None:
+    """Say so if ``torch.compile`` compiles nothing of this model: its gradients' order is not known then."""
+    if (kind := compiled_in_vain(model)) is not None:
+        log.warning(
+            f"fxckpt: torch.compile(DistributedDataParallel({kind}(...))) compiles nothing: Dynamo does not look at the "
+            f"forward of torch's own classes behind that of DDP. Write "
+            f"DistributedDataParallel(torch.compile({kind}(...), backend=fxckpt.backend)), or give the model a class of its own"
+        )
 
 
 def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
