@@ -60,6 +60,13 @@ def test_both_start_at_the_newest_step_that_both_have(two):
     assert [each.step for each in found] == [3, 3]
 
 
+def test_another_number_of_ranks_is_said(two, caplog):
+    runs, _ = two()
+    train(runs, 1, 1)  # in this process, their records say that there is one
+    _, found = two()
+    assert [each.step for each in found] == [1, 1] and "was written by 1 ranks, and 2 go on from it" in caplog.text
+
+
 def test_one_bad_chunk_takes_both_back(two, tmp_path):
     runs, _ = two()
     train(runs, 3, 3)
