@@ -163,8 +163,8 @@ def _load_agreed(
         )
         all_restored(agreement, restore)
     if found is not None and found.record.world_size != agreement.world:
-        log.warning("fxckpt: %s was written by %d ranks, and %d go on from it: random generators and loaders are those of the rank "
-                    "that had this number, so this is no bit-exact continuation", found.path, found.record.world_size,
+        log.warning("fxckpt: %s was written by %d ranks, and %d go on from it: random generators and loaders are those of the "
+                    "rank that had this number, so this is no bit-exact continuation", found.path, found.record.world_size,
                     agreement.world)  # fmt: skip
     if (run := target.run) is not None:
         own = found is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
