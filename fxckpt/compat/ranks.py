@@ -41,4 +41,8 @@ def default_store() -> tuple[Any, float] | None:
     from torch.distributed.distributed_c10d import _get_default_store
 
     store: Any = _get_default_store()  # its stub lacks ``timeout``
-    return None if store is None else (store, store.timeout.total_seconds())
+    if store is None:
+        return None
+    # torchrun's agent may keep one store over restarts: what an earlier attempt said must not be heard.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"fxckpt/attempt_{attempt}", store), store.timeout.total_seconds()

@@ -143,6 +143,16 @@ def test_the_store_of_the_process_group_is_found_with_its_timeout():
         dist.destroy_process_group()
 
 
+def test_what_an_earlier_attempt_of_the_launcher_said_is_not_heard(monkeypatch):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        default_store()[0].set("x", "stale")
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        assert not default_store()[0].check(["x"])
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_slow_restore_is_no_dead_rank(two, monkeypatch):
     runs, _ = two()
     train(runs, 1, 1)

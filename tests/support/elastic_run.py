@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import signal
 import sys
 
@@ -41,6 +42,8 @@ def launch(restarts: int, arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Else torch's agent keeps one store over restarts, and gloo finds addresses of ranks that are dead.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     warm_up()
     gc.collect()
     gc.freeze()  # a collection in a rank need not touch, and so copy, what is here
