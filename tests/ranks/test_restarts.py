@@ -102,7 +102,8 @@ def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_w
     assert agent.process.returncode == 0, output
     assert killed > LIVES // 2, output
     whole, after = output.split(MARK)
-    assert END.findall(after) == END.findall(whole) and len(set(END.findall(whole))) == 1, output
+    ends = END.findall(after)  # more than two if one was killed behind its last line
+    assert len(ends) >= 2 and set(ends) == set(END.findall(whole)) and len(set(ends)) == 1, output
 
     lives: dict[int, set[int]] = {}
     for life, _, step in START.findall(after):
