@@ -23,7 +23,7 @@ LIVES = int(os.environ.get("FXCKPT_RANKS", "3"))
 
 MARK = "NOW THEY ARE KILLED"
 START = re.compile(r"life (\d+) rank (\d) starts at step (\d+)")
-END = re.compile(r"rank \d ends at step (\d+) with weights (\w+)")
+END = re.compile(r"rank \d ends at step (\d+) with weights ([0-9a-f]{16})")  # two processes may share a line
 
 
 class Agent:
