@@ -34,6 +34,19 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
     return None
 
 
+def compiled_in_vain(model: object) -> str | None:
+    """The class of a module of which ``torch.compile(DistributedDataParallel(module))`` compiles nothing: Dynamo compiles frames,
+    leaves DDP's own to the interpreter, and looks at no forward that is defined in ``torch.nn`` when it is called from there."""
+    compiled = False
+    while isinstance(model, torch.nn.Module) and (inner := wrapped_module(model)) is not None:
+        kind = type(model).__name__
+        if compiled and kind == "DistributedDataParallel" and type(inner).__module__.startswith("torch.nn."):
+            return type(inner).__name__
+        compiled = compiled or kind == "OptimizedModule"
+        model = inner
+    return None
+
+
 def own_buffers(module: torch.nn.Module, persistent: bool) -> list[tuple[str, torch.Tensor]]:
     """The module's own buffers that ``state_dict`` holds, or the others; nothing public tells them apart."""
     skipped = module._non_persistent_buffers_set

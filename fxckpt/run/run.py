@@ -60,7 +60,7 @@ class Run:
         self.store: CheckpointStore = store
         self.clock: StepClock = StepClock()
         self.status: RunStatus = RunStatus(engine is not None)
-        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every, keep=config.keep)
         self.saver.about.config = config_of(model)
         self.listeners: Listeners = Listeners()
         self.saver.reporter.listeners = weakref.ref(self.listeners)

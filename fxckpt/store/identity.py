@@ -8,6 +8,7 @@ import stat
 import uuid
 from collections.abc import Sequence
 
+from fxckpt.engine import io
 from fxckpt.errors import Corrupt, NotAStore
 from fxckpt.store import names
 from fxckpt.store.checks import parse_json
@@ -49,6 +50,20 @@ def check_store(root: str) -> None:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
         what = f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store"
         raise NotAStore(f"{what}. Name an empty directory, or one that fxckpt made")
+
+
+def keep_id(root: str) -> str | None:
+    """The store's id, durable from now on: a store that never held a checkpoint is to be known again. None if there is none."""
+    found = read_store_id(root) if os.path.isdir(root) else None
+    if found is not None:
+        folder = Folder.open(root)
+        try:
+            with folder.opened(names.STORE, os.O_RDONLY) as fd:
+                io.fsync(fd)
+            folder.sync()
+        finally:
+            folder.close()
+    return found
 
 
 def identify(root: Folder, records: Sequence[Record]) -> str:

@@ -67,6 +67,7 @@ from fxckpt.compat.module_state import (
 )
 from fxckpt.compat.modules import (
     _WRAPPERS,
+    compiled_in_vain,
     every_module,
     extra_state_modules,
     has_extra_state,
@@ -138,6 +139,16 @@ def test_wrappers_are_known_by_type():
     assert isinstance(wrapped_module(wrapped), nn.DataParallel)
     assert unwrap_model(wrapped) is model
     assert wrapped_module(model) is None
+
+
+def test_a_model_of_which_torch_compiles_nothing_is_known_by_its_wrappers():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)  # one would need a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Sequential(nn.Linear(2, 2))
+    assert compiled_in_vain(torch.compile(wrapped)) == "Sequential"  # tests/ranks/test_ddp.py sees that it is so
+    assert compiled_in_vain(wrapped) is None and compiled_in_vain(torch.compile(wrapped.module)) is None
+    wrapped.module = GPT()
+    assert compiled_in_vain(torch.compile(wrapped)) is None
 
 
 def test_every_wrapper_in_the_table_has_the_attribute():
