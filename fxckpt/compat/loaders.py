@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,12 +214,13 @@ class _Believed(dict):
         return self._times >= 0
 
 
-def iterators_alive() -> list[tuple[_BaseDataLoaderIter, int]]:
-    """Every iterator of a ``DataLoader`` that was begun and has not ended, and how many batches it has given. It looks at all
-    objects that the collector knows: tens of milliseconds."""
-    # By type: isinstance asks an object for its __class__, which a proxy may answer by importing what it stands for.
-    found = [each for each in gc.get_objects() if issubclass(type(each), _BaseDataLoaderIter)]
-    return [(each, each._num_yielded) for each in found if each._num_yielded and not _has_ended(each)]
+ITERATOR: type[Any] = _BaseDataLoaderIter
+"""What a ``DataLoader`` makes for a pass."""
+
+
+def under_way(iterators: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Those that were begun and have not ended, and how many batches each has given."""
+    return [(each, each._num_yielded) for each in iterators if each._num_yielded and not _has_ended(each)]
 
 
 def _has_ended(iterator: _BaseDataLoaderIter) -> bool:

@@ -174,7 +174,7 @@ class Owned:
             holder = _step(holder, part)
         if holder is None or isinstance(holder, (*_PLAIN, Mapping, list, tuple)) or getattr(holder, last, None) is not None:
             raise SetupError(f"the checkpoint has the state of a random generator at {name}, where this process has none")
-        setattr(holder, last, _new(kind))
+        setattr(holder, last, made(kind))
         return getattr(holder, last)
 
 
@@ -201,7 +201,7 @@ def _kind(generator: Any) -> str:
     return "numpy.RandomState" if isinstance(generator, np.random.RandomState) else "python"
 
 
-def _new(kind: str) -> Any:
+def made(kind: str) -> Any:
     """A generator of a kind."""
     package, _, what = kind.partition(".")
     if package == "torch":
@@ -209,6 +209,17 @@ def _new(kind: str) -> Any:
     if kind == "numpy.RandomState":
         return np.random.RandomState()
     return np.random.Generator(getattr(np.random, what)()) if package == "numpy" else random.Random()
+
+
+def is_kind(kind: str, state: Any) -> bool:
+    """Would a new generator of this kind take this state? Of another device than the host's nobody tries."""
+    if kind.startswith("torch.") and kind != "torch.cpu":
+        return isinstance(state, np.ndarray)
+    try:
+        write(made(kind), state)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError):
+        return False
+    return True
 
 
 def _generators_in(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

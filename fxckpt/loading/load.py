@@ -252,6 +252,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
         apply.set_modes(saved.early.get("eval"), record.step, target)
+        apply.set_values(saved, run)
         if run.clock.attempts == 0:
             say_what_changed(saved, record.step, run)
         run.continue_from(record.step, record.updates, record.iteration)

@@ -158,6 +158,8 @@ class Run:
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
+        if not self.clock.attempts:  # what the script set until now, the next process sets, too
+            self.capture.values.begin(self.arrangement.model)
         self.closing.drop("load() replaces the state")
         self.saver.flush(None)
 
@@ -201,6 +203,7 @@ def _end(saver: Saver, arrangement: Arrangement, capture: Capture) -> None:
     """The optimizers are gone. Their state is to go with them, and not wait for the garbage collector: circles are cut."""
     saver.abandon()
     capture.loops = None
+    capture.values.begin(None)
     arrangement.release()
 
 

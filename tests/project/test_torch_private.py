@@ -17,6 +17,7 @@ from graph_models import GPT, D, batch, book, front_end
 from repository import ROOT
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxckpt.compat.dynamo import (
@@ -55,6 +56,7 @@ from fxckpt.compat.loaders import (
     watch_order,
     watch_samples,
 )
+from fxckpt.compat.module_attributes import OWN_NAMES, plain_attributes
 from fxckpt.compat.module_state import (
     added_entries,
     fill,
@@ -800,6 +802,18 @@ def test_loaders_with_iterators_of_their_own_are_known():
 
     assert iterates_as_torch(Named(range(3))) and not iterates_as_torch(Other(range(3)))
     assert iterates_as_torch(Other(range(3)), (Other,))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_torch_keeps_among_the_attributes_of_a_module_is_told_from_what_its_author_does():
+    layer = nn.Linear(2, 2)
+    assert {"training", "_parameters", "_buffers", "_modules", "_forward_pre_hooks"} <= OWN_NAMES
+    assert [name for name, _ in plain_attributes(layer)] == ["in_features", "out_features"]
+    layer.mine = 3
+    torch.nn.utils.spectral_norm(torch.nn.utils.weight_norm(layer, "bias"), "weight")
+    prune.l1_unstructured(other := nn.Linear(2, 2), "weight", 1)
+    assert [name for name, _ in plain_attributes(layer)] == ["in_features", "out_features", "mine"]
+    assert [name for name, _ in plain_attributes(other)] == ["in_features", "out_features"]
 
 
 def test_a_scheduler_does_not_warn_of_an_optimizer_that_stepped_in_an_earlier_process(recwarn):
