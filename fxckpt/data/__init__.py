@@ -40,8 +40,8 @@ def source_of(loader: Any) -> Source:
     if isinstance(loader, DataLoader) and holds_workers(loader):
         raise SetupError(
             f"a {type(loader).__name__} keeps one iterator over all its passes, whose workers have made batches of later ones "
-            "already: no resumed run can repeat that. Use torch's own DataLoader with persistent_workers=True, whose workers stay "
-            "as well"
+            "already: no resumed run can repeat that. Use torch's own DataLoader with persistent_workers=True, whose workers "
+            "stay as well"
         )
     return IterableSource(loader)
 

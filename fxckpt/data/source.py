@@ -14,9 +14,9 @@ log: logging.Logger = logging.getLogger("fxckpt")
 _EVERY = 10.0  # seconds between two lines of progress
 
 _OVER = (
-    "a pass over a {} goes on that is over: an epoch has ended since its last batch, or a new pass was begun. A resumed run begins "
-    "a new one there, with other batches. Ask for fxckpt.batches(loader) anew in each epoch; where passes and epochs are of "
-    "different lengths, loop over fxckpt.steps(n) and draw from fxckpt.batches in its turns"
+    "a pass over a {} goes on that is over: an epoch has ended since its last batch, or a new pass was begun. A resumed run "
+    "begins a new one there, with other batches. Ask for fxckpt.batches(loader) anew in each epoch; where passes and epochs are "
+    "of different lengths, loop over fxckpt.steps(n) and draw from fxckpt.batches in its turns"
 )
 
 
