@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 from fxckpt.compat.loaders import loaders_alive
 from fxckpt.data import source_of
 from fxckpt.data.source import Source
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 _REMEMBERED = 8  # loaders that others took the places of
 
@@ -28,6 +31,7 @@ class Loaders:
         self._restored = list(restored)
         self._sources: dict[int, Source] = {}
         self._others: list[tuple[int, Source]] = []  # whose places others have now
+        self._turns: dict[int, int | None] = {}  # the turn in which each was first asked for, if it was in one
         self._used: set[int] = set()  # the places that were asked for in this epoch
         self._passes: dict[int, weakref.ref[Any]] = {}  # place -> the generator of its pass
         self._of_epoch: set[int] = set()  # places whose passes were asked for by an epoch itself, not by a turn in it
@@ -39,9 +43,11 @@ class Loaders:
         if self._restored and self._old is None:
             self._old = loaders_alive()
 
-    def ask(self, loader: Any) -> tuple[Source, bool, bool]:
-        """A loop over this loader begins: its source; is it the first in this epoch; was a state restored?"""
+    def ask(self, loader: Any, turn: int | None = None) -> tuple[Source, bool, bool]:
+        """A loop over this loader begins: its source; is it the first in this epoch; was a state restored? ``turn``: the number
+        of the turn that asks, if it is one."""
         place = self._place(loader)
+        self._turns.setdefault(place, turn)
         source = self._sources[place]
         first = place not in self._used
         self._used.add(place)
@@ -63,8 +69,23 @@ class Loaders:
         chosen = next((each for each in fitting if each[0] == place), next(iter(fitting or must_fit), None))
         if chosen is None:
             return None
+        self._warn_of_look_alikes(chosen, fitting)
         self._restored = [each for each in self._restored if each is not chosen]
-        return {name: value for name, value in chosen[1].items() if name != "current"}
+        self._turns[place] = chosen[1].get("turn")
+        return {name: value for name, value in chosen[1].items() if name not in ("current", "turn")}
+
+    def _warn_of_look_alikes(self, chosen: tuple[int, Any], fitting: Sequence[tuple[int, Any]]) -> None:
+        """Turns may ask for loaders in an order of chance, or of their numbers: another one in a run that resumes amid."""
+        turns = [state.get("turn") for _, state in [chosen, *fitting] if state.get("current", True)]
+        if chosen[1].get("turn") is not None and len({turn for turn in turns if turn is not None}) > 1:
+            kinds = ", ".join(f"{name}: {value}" for name, value in chosen[1]["loader"].items() if value is not None)
+            log.warning(
+                "fxckpt: %d loaders are alike (%s) and were first asked for in different turns. They are told apart by that "
+                "order: if this run does not ask for them in the same one, they have changed places. Ask for all of them in a "
+                "fixed order before the loop, `passes = [iter(fxckpt.batches(each)) for each in loaders]`",
+                len(fitting),
+                kinds,
+            )
 
     def _place(self, loader: Any) -> int:
         """Its own, unless a pass over it is under way: then it is two loaders; else the next of this epoch. A pass that somebody
@@ -75,6 +96,7 @@ class Loaders:
             self._sources[place].finish()
         if own:
             return place
+        self._turns.pop(place, None)
         if (evicted := self._sources.pop(place, None)) is not None:
             self._others = [*self._others[-_REMEMBERED + 1 :], (place, evicted)]
         back = next((each for each in self._others if each[1].loader is loader and each[0] == place), None)
@@ -123,7 +145,7 @@ class Loaders:
 
     def state_dict(self) -> list[tuple[int, Any]]:
         """Places and states of all, what was not asked for since a load among them."""
-        now = [(place, source.state_dict()) for place, source in self._sources.items()]
+        now = [(place, {**source.state_dict(), "turn": self._turns.get(place)}) for place, source in self._sources.items()]
         others = [(place, {**source.state_dict(), "current": False}) for place, source in self._others]
         return [*now, *others, *self._restored][: len(now) + 2 * _REMEMBERED]
 

@@ -26,8 +26,8 @@ class Script:
     def __init__(self, restored: list[tuple[int, Any]] = ()):
         self.loaders = Loaders([(place, stored(state)) for place, state in restored])
 
-    def ask(self, loader: Any, of_epoch: bool = True) -> Iterator[Any]:
-        source, _, _ = self.loaders.ask(loader)
+    def ask(self, loader: Any, of_epoch: bool = True, turn: int | None = None) -> Iterator[Any]:
+        source, _, _ = self.loaders.ask(loader, turn)
         generator = (batch.flatten().tolist() for batch in source.begin())
         self.loaders.begun(source, generator, of_epoch)
         return generator
@@ -89,6 +89,20 @@ def test_a_loader_that_each_epoch_makes_begins_with_its_own_generator_and_one_th
     again, staying = script.killed(), rows(seed=1)
     again.loaders.begin_epoch()
     assert (list(again.ask(rows(seed=1) if within else staying)) == whole) is within
+
+
+@pytest.mark.parametrize(("turns", "others", "said"), [((0, 1), 24, 1), ((0, 0), 24, 0), ((None, 1), 24, 0), ((0, 1), 30, 0)])
+def test_loaders_that_are_alike_and_were_asked_for_in_different_turns_are_said(turns, others, said, caplog):
+    script = Script()
+    passes = [script.ask(rows(n), of_epoch=False, turn=turn) for n, turn in zip((24, others), turns)]
+    for each in passes:
+        next(each)
+    script = script.killed().killed()
+    again = [script.ask(rows(n), of_epoch=False, turn=7) for n in (24, others)]
+    assert [next(each)[0] for each in again] == [4.0, 4.0]
+    assert caplog.text.count("2 loaders are alike (kind: DataLoader, data set: Plain") == said
+    passes = [script.killed().ask(rows(24), of_epoch=False, turn=9)]  # as they were first asked for
+    assert caplog.text.count("2 loaders are alike") == 2 * said
 
 
 def test_what_is_restored_and_never_asked_for_is_not_carried_along_for_ever():
