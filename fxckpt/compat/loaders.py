@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +44,11 @@ def iterate_with(loader: DataLoader[Any], begin: Callable[[], Iterator[Any]]) ->
 def has_workers_running(loader: DataLoader[Any]) -> bool:
     """Has it been iterated before, with workers that stay?"""
     return loader.persistent_workers and getattr(loader, "_iterator", None) is not None
+
+
+def holds_workers(loader: DataLoader[Any]) -> bool:
+    """Does it keep an iterator with workers in an attribute of its own, whose passes go on from one to the next?"""
+    return any(isinstance(each, _MultiProcessingDataLoaderIter) for name, each in vars(loader).items() if name != "_iterator")
 
 
 def watch_order(iterator: Any, watch: Callable[[Indices], Indices]) -> None:
@@ -221,6 +228,11 @@ ITERATOR: type[Any] = _BaseDataLoaderIter
 def under_way(iterators: Iterable[Any]) -> list[tuple[Any, int]]:
     """Those that were begun and have not ended, and how many batches each has given."""
     return [(each, each._num_yielded) for each in iterators if each._num_yielded and not _has_ended(each)]
+
+
+def loaders_alive() -> dict[int, weakref.ref[Any]]:
+    """Every ``DataLoader``, by its id. It looks at all objects that the collector knows."""
+    return {id(each): weakref.ref(each) for each in gc.get_objects() if issubclass(type(each), DataLoader)}
 
 
 def _has_ended(iterator: _BaseDataLoaderIter) -> bool:

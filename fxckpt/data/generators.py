@@ -160,9 +160,9 @@ class Owned:
         found = self.find()
         for name, entry in saved.items():
             generator = found[name] if name in found else self._make(name, entry["kind"])
-            if _kind(generator) != entry["kind"]:
+            if kind_of(generator) != entry["kind"]:
                 raise SetupError(
-                    f"{name} is a {_kind(generator)} generator; the checkpoint has the state of a {entry['kind']} one"
+                    f"{name} is a {kind_of(generator)} generator; the checkpoint has the state of a {entry['kind']} one"
                 )
             write(generator, entry["state"])
 
@@ -174,13 +174,13 @@ class Owned:
             holder = _step(holder, part)
         if holder is None or isinstance(holder, (*_PLAIN, Mapping, list, tuple)) or getattr(holder, last, None) is not None:
             raise SetupError(f"the checkpoint has the state of a random generator at {name}, where this process has none")
-        setattr(holder, last, made(kind))
+        setattr(holder, last, new_of(kind))
         return getattr(holder, last)
 
 
 def entry(generator: Any, state: Any) -> dict[str, Any]:
     """A generator's kind and a state of it."""
-    return {"kind": _kind(generator), "state": state}
+    return {"kind": kind_of(generator), "state": state}
 
 
 def _step(holder: Any, part: str) -> Any:
@@ -192,7 +192,7 @@ def _step(holder: Any, part: str) -> Any:
     return dict(_attributes(holder)).get(part)
 
 
-def _kind(generator: Any) -> str:
+def kind_of(generator: Any) -> str:
     """What a state fits: the class, the device, and numpy's algorithm."""
     if isinstance(generator, torch.Generator):
         return f"torch.{generator.device.type}"
@@ -201,7 +201,7 @@ def _kind(generator: Any) -> str:
     return "numpy.RandomState" if isinstance(generator, np.random.RandomState) else "python"
 
 
-def made(kind: str) -> Any:
+def new_of(kind: str) -> Any:
     """A generator of a kind."""
     package, _, what = kind.partition(".")
     if package == "torch":
@@ -216,7 +216,7 @@ def is_kind(kind: str, state: Any) -> bool:
     if kind.startswith("torch.") and kind != "torch.cpu":
         return isinstance(state, np.ndarray)
     try:
-        write(made(kind), state)
+        write(new_of(kind), state)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError):
         return False
     return True

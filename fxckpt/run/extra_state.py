@@ -96,6 +96,8 @@ def _advice(name: str, value: Any) -> str:
     if plain_values.is_frozen(value):
         return "its class is frozen, so a load cannot change it. Keep it in a dict"
     needs = "it needs state_dict() and load_state_dict(), or to be a torch, numpy or Python random generator"
+    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, type):
+        return f"{needs}. Or give what it holds: extra={{{name!r}: vars(...)}}"
     return f"{needs}, or a plain value: a dict, list, dataclass instance, SimpleNamespace, array or tensor"
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fxckpt.compat.module_attributes import is_registered, plain_attributes
 from fxckpt.compat.modules import every_module
-from fxckpt.data.generators import GENERATORS, entry, global_generators, made, packed, read, write
+from fxckpt.data.generators import GENERATORS, entry, global_generators, new_of, packed, read, write
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -111,7 +111,7 @@ class ModuleValues:
             for key, state in saved.get(each.name, {}).items():
                 live = each.attributes.get(key)
                 if live is None:
-                    live = each.attributes[key] = made(state["kind"])
+                    live = each.attributes[key] = new_of(state["kind"])
                 if not isinstance(live, GENERATORS) or entry(live, None)["kind"] != state["kind"]:
                     what = "fxckpt: %s is no random generator of the kind %s any more"
                     log.warning(what, named(each.name, key), state["kind"])

@@ -436,6 +436,24 @@ def test_a_loader_class_that_iterates_otherwise_is_read_again(caplog):
     assert "reading 3 batches of a Twice again" in caplog.text
 
 
+class Endless(DataLoader):
+    """Keeps one iterator over all its passes, which has no end."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.iterator = super().__iter__()
+
+    def __iter__(self):
+        return (next(self.iterator) for _ in range(5))
+
+
+def test_a_loader_whose_workers_stay_ahead_over_its_passes_is_refused_with_the_way_out():
+    again = RandomSampler(range(22), num_samples=22 * 9)
+    with pytest.raises(SetupError, match=r"a Endless keeps one iterator.*persistent_workers=True"):
+        source_of(Endless(Plain(), 4, sampler=again, num_workers=1))
+    source_of(Endless(Plain(), 4, sampler=again))
+
+
 # ---- packages ----------------------------------------------------------------------------------------------------
 
 
