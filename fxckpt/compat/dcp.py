@@ -106,14 +106,12 @@ def _is_covered(tensor: TensorStorageMetadata) -> bool:
     """Whether a tensor's pieces lie in it and are as many elements as it has. What no piece covers would be left as the memory
     was."""
     try:
-        inside = all(
-            len(piece.offsets) == len(piece.sizes) == len(tensor.size)
-            and all(
-                begin >= 0 and n >= 0 and begin + n <= size for begin, n, size in zip(piece.offsets, piece.sizes, tensor.size)
-            )
-            for piece in tensor.chunks
-        )
-        return inside and sum(math.prod(piece.sizes) for piece in tensor.chunks) == math.prod(tensor.size)
+        for piece in tensor.chunks:
+            if not len(piece.offsets) == len(piece.sizes) == len(tensor.size):
+                return False
+            if not all(0 <= at <= at + n <= size for at, n, size in zip(piece.offsets, piece.sizes, tensor.size)):
+                return False
+        return sum(math.prod(piece.sizes) for piece in tensor.chunks) == math.prod(tensor.size)
     except (TypeError, AttributeError):
         return False
 

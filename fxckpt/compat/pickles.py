@@ -40,9 +40,10 @@ class BoundedUnpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
 
     def load_build(self) -> None:
         """Set an object's attributes; not those of a class, which others have, too."""
-        if isinstance(self.stack[-2], type):
-            raise pickle.UnpicklingError(f"it would change the class {self.stack[-2].__name__}")
-        super().load_build()
+        made = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(made, type):
+            raise pickle.UnpicklingError(f"it would change the class {made.__name__}")
+        super().load_build()  # type: ignore[misc]
 
     dispatch[pickle.BUILD[0]] = load_build
     del dispatch[pickle.BYTEARRAY8[0]]  # takes memory before it reads

@@ -51,8 +51,8 @@ def check_store(root: str) -> None:
         return
     if taken := [name for name in ours if not _is_beginning(root, name)]:
         raise NotAStore(
-            f"{root} holds {_some(taken)} and no {names.STORE} that says that a store gave that name: what lies there is somebody "
-            "else's. Move it away, or name another directory"
+            f"{root} holds {_some(taken)} and no {names.STORE} that says that a store gave that name: what lies there is "
+            "somebody else's. Move it away, or name another directory"
         )
 
 
@@ -88,8 +88,8 @@ def _has_checkpoint(root: str) -> bool:
 
 
 def _is_beginning(root: str, name: str) -> bool:
-    """Whether an entry is such as a store has before it has a checkpoint, with others' files around it: its lock, a ``store.json``
-    that a power cut emptied, slots."""
+    """Whether an entry is such as a store has before it has a checkpoint: its lock, a ``store.json`` that a power cut emptied,
+    slots."""
     path = os.path.join(root, name)
     if name == names.LOCK and holder(root) == os.getpid():
         return True  # and not opened: closing it would end a lock of ours

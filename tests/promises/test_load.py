@@ -698,14 +698,14 @@ def test_a_directory_of_others_files_is_none_to_load_from_and_one_to_begin_a_sto
     other = tmp_path / "other"
     other.mkdir()
     (other / "notes.txt").write_text("mine")
-    with pytest.raises(fxckpt.NotAStore, match="notes.txt"):
+    with pytest.raises(fxckpt.NotAStore, match=r"notes\.txt"):
         fxckpt.load(other, model=mlp())
     assert os.listdir(other) == ["notes.txt"]
     Training(other).train(1).end()
     assert fxckpt.load(other, model=mlp()).step == 1 and (other / "notes.txt").read_text() == "mine"
     (other / "store.json").write_text("mine, too")
     shutil.rmtree(other / "step-000000001")
-    with pytest.raises(fxckpt.NotAStore, match="store.json"):
+    with pytest.raises(fxckpt.NotAStore, match=r"store\.json"):
         fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), other)
 
 

@@ -59,8 +59,8 @@ def test_fresh_gives_the_old_ones_up_only_as_new_ones_become_durable(root):
     trainer.close()
 
 
-FOREIGN = {"lock": b"12345\n", "store.json": b"{}", "step-000000001": None, "named": None, "slot-1.partial": b"", "notes.bad": b"x",
-           "lock.tmp": b"x"}  # fmt: skip
+FOREIGN = {"lock": b"12345\n", "store.json": b"{}", "step-000000001": None, "named": None, "slot-1.partial": b"",
+           "notes.bad": b"x", "lock.tmp": b"x"}  # fmt: skip
 """What others may have under a name that a store gives; None: a directory with a file in it."""
 
 
