@@ -88,8 +88,9 @@ except (OSError, fxckpt.FxckptError) as error:
 VANDALIZED = """
 from script_prelude import *
 from known_sums import Sums, Tally, tell, wrong
-import shutil, signal
+import faulthandler, shutil, signal
 
+faulthandler.enable()  # says where it was, if something aborts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 dice = random.Random(int(os.environ["DICE"]))
 m = Sums(frozen=300_000)
