@@ -95,7 +95,7 @@ bench: $(ENGINE)
 # An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
 fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600
 fuzz: $(ENGINE)
-	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py $(ARGS)
+	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py tests/campaigns/test_fuzz_import.py $(ARGS)
 
 # The engine is built first: its binding is imported where types are checked.
 lint: $(ENGINE) $(VENV)/.lint

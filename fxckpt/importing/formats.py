@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from fxckpt.compat.pickles import BoundedFile
 from fxckpt.engine import io
 from fxckpt.errors import Corrupt, SetupError
 from fxckpt.importing import state_dicts
@@ -83,15 +84,20 @@ def _unpickled(path: str) -> Any:
     with open(path, "rb") as file:
         mappable = file.read(2) == b"PK"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        if mappable:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with BoundedFile(path) as bounded:
+            return torch.load(bounded, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise SetupError(
             "it is damaged, or holds objects that only unpickling can make, which runs code of the file and is not done: "
-            f"{why or error} Save what state_dict() gives in its place"
+            f"{(why or str(error))[:300]} Save what state_dict() gives in its place"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Corrupt(path, f"torch.load cannot read it: {str(error).strip().partition(chr(10))[0]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged bytes make torch say
+        raise Corrupt(path, f"torch.load cannot read it: {str(error).strip().partition(chr(10))[0][:300]}") from error
 
 
 # ---- safetensors, and folders of Hugging Face ----

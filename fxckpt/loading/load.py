@@ -27,6 +27,7 @@ from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.ranks.agreement import Agreement
 from fxckpt.store import names
 from fxckpt.store.about import imported, origin
+from fxckpt.store.identity import check_begun
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 from fxckpt.store.record import Record
 
@@ -118,6 +119,7 @@ def load(
     target, directory = find_target(dir, model, optimizer, extra)
     if target.run is not None:
         target.run.prepare_load()
+    check_begun(os.path.abspath(directory))
     skipped: Skipped = []
     if (agreement := agreement_for(target, step is not None or name is not None)) is not None:
         return _load_agreed(agreement, target, directory, step, name, strict, skipped)

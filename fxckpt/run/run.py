@@ -131,6 +131,8 @@ class Run:
                         self.tracing.__exit__()
                 finally:
                     self.saver.stop(timeout, unclosed)
+                    self._together.clear()  # no checkpoint needs the others any more,
+                    self.capture.extras = ()  # nor a scheduler, which holds its optimizer
 
     def end(self, failed: bool) -> None:
         """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
