@@ -191,12 +191,12 @@ class Loops:
     def begin(self, loader: Any, level: Level) -> tuple[Source, Iterator[Any]]:
         """A loop over a loader begins: its source, and the batches of the pass, or of what is left of it after a load."""
         source, level.first, restored = self._loaders.ask(loader, self.clock.iteration if self._in_a_turn() else None)
-        self.begin_outermost(level)
+        level.begins()
         if level.leads and self._leading is source:
             source.finish()  # a pass was left by a `break`, and no epoch ended
         if restored and level.leads:
             self._head = None  # what is put back here did not change in this epoch's head
-            self.settle("batches", "at the head of an epoch" if self._running else "between two loops")
+            self._put_back("at the head of an epoch" if self._running else "between two loops")
         return source, source.begin()
 
     def _in_a_turn(self) -> bool:
@@ -210,7 +210,7 @@ class Loops:
     def lead(self, source: Source, level: Level) -> None:
         """The first batch of a pass is asked for. Raises SetupError if the head of the epoch made a step."""
         resumed = self._back is not None and self._inside == "batches"
-        level.begins()
+        self.begin_outermost(level)
         if not level.leads:
             return
         if self._running and self._running[-1].has_stepped() and self._trained is None:
@@ -282,13 +282,15 @@ class Loops:
         self._outermost, self._restored_outermost, self._ends = 0, state.get("outermost"), dict(state.get("ends", {}))
         self._leading, self._trained = None, None
 
-    def settle(self, kind: str, where: str = "between two loops") -> None:
-        """A loop of this kind begins, or was over before it began. If it is the one that the loaded checkpoint was taken in,
-        everything is put back once more: what a script does behind ``load()``, the run that was not interrupted did not do here.
-        ``where``: what lies between."""
-        if self._back is None or self._inside not in (kind, None):
-            return
-        if self._restored_outermost is not None and self._outermost != self._restored_outermost:
+    def settle(self, kind: str) -> None:
+        """A loop of this kind begins, or was over before it began: is it the one that the loaded checkpoint was taken in?"""
+        if self._inside in (kind, None) and self._restored_outermost in (self._outermost, None):
+            self._put_back("between two loops")
+
+    def _put_back(self, where: str) -> None:
+        """Where training goes on, everything is as the checkpoint has it: what a script does behind ``load()``, the run that was
+        not interrupted did not do here. ``where``: what lies between."""
+        if self._back is None:
             return
         self._back.generators()
         if self._running or self._outermost > 1:
