@@ -49,7 +49,9 @@ from fxckpt.compat.loaders import (
     Start,
     WorkersIterator,
     copied,
+    holds_workers,
     iterates_as_torch,
+    loaders_alive,
     reading_ended,
     skip_order,
     tell_end,
@@ -814,6 +816,13 @@ def test_what_torch_keeps_among_the_attributes_of_a_module_is_told_from_what_its
     prune.l1_unstructured(other := nn.Linear(2, 2), "weight", 1)
     assert [name for name, _ in plain_attributes(layer)] == ["in_features", "out_features", "mine"]
     assert [name for name, _ in plain_attributes(other)] == ["in_features", "out_features"]
+
+
+def test_loaders_that_exist_and_iterators_that_they_keep_are_found():
+    loader = torch.utils.data.DataLoader(range(3), num_workers=1)
+    assert loaders_alive()[id(loader)]() is loader and not holds_workers(loader)
+    loader.kept = iter(loader)
+    assert holds_workers(loader)
 
 
 def test_a_scheduler_does_not_warn_of_an_optimizer_that_stepped_in_an_earlier_process(recwarn):
