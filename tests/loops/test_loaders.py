@@ -31,6 +31,7 @@ from loader_runs import (
     ResumableOnce,
     ShufflingSampler,
     StatefulSampler,
+    Still,
     Stream,
     Turns,
     generators,
@@ -277,7 +278,7 @@ def test_workers_send_only_what_changed():
 @pytest.mark.parametrize("now", [0, 3])
 def test_workers_that_drew_nothing_may_be_of_another_number(now):
     def make(workers=2):
-        return DataLoader(Plain(), 4, shuffle=True, num_workers=workers)
+        return DataLoader(Still(), 4, shuffle=True, num_workers=workers)
 
     assert resumed(make, {3, 8}, remake=lambda: make(now)) == plain(make)
 
