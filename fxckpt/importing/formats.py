@@ -15,7 +15,7 @@ from typing import Any
 
 from fxckpt.compat.pickles import BoundedFile
 from fxckpt.engine import io
-from fxckpt.errors import Corrupt, SetupError
+from fxckpt.errors import Corrupt, FxckptError, SetupError
 from fxckpt.importing import state_dicts
 from fxckpt.importing.source import KNOWN, PIECE, Source, Stored, later, plain_names
 from fxckpt.store import names
@@ -37,10 +37,15 @@ def read(path: str) -> Source:
     """What is at ``path``. Raises SetupError for what is none of the formats, Corrupt for what is damaged."""
     if not os.path.exists(path):
         raise SetupError(f"there is nothing at {path}")
-    source = _directory(path) if os.path.isdir(path) else _file(path)
-    if not source.model:
-        raise SetupError(f"{path} has no tensors in it")
-    plain_names(source)
+    try:
+        source = _directory(path) if os.path.isdir(path) else _file(path)
+        if not source.model:
+            raise SetupError(f"{path} has no tensors in it")
+        plain_names(source)
+    except (FxckptError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what is read may be of any types in any place
+        raise Corrupt(path, f"it does not hold what its format says: {type(error).__name__}: {str(error)[:300]}") from error
     return source
 
 
