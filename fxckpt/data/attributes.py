@@ -97,6 +97,8 @@ class Attributes:
         for name, value in getattr(owner, "__dict__", {}).items():
             if isinstance(value, _SCALARS):
                 found[name, "value"] = value
+            elif isinstance(value, torch.Tensor) and value.is_shared():
+                continue  # by processes: it is the state of none of them
             elif isinstance(value, torch.Tensor):
                 found[name, "version"] = (id(value), value._version)
             if deep and (check := self._checksum(value)) is not None:

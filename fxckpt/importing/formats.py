@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from fxckpt.compat.pickles import BoundedFile
 from fxckpt.engine import io
 from fxckpt.errors import Corrupt, FxckptError, SetupError
 from fxckpt.importing import state_dicts
@@ -85,6 +84,8 @@ def _unpickled(path: str) -> Any:
     """What ``torch.load`` makes of it, mapped into memory where the file allows that. Raises SetupError for what only unpickling
     could make, which runs what it is told to."""
     import torch
+
+    from fxckpt.compat.pickles import BoundedFile
 
     with open(path, "rb") as file:
         mappable = file.read(2) == b"PK"

@@ -110,6 +110,11 @@ class Capture:
         """As ``_look``, and of numbers among the attributes of modules."""
         return self._look(parameters) | self.values.marks()
 
+    def let_go(self) -> None:
+        """Nothing is captured any more: the extras are the script's alone."""
+        self.extras = ()
+        self._strays.let_go()
+
     def _look(self, parameters: bool) -> Marks:
         """Marks of all that may change outside ``opt.step()`` and can be seen to."""
         found = self._look_at_tensors(parameters)

@@ -132,7 +132,7 @@ class Run:
                 finally:
                     self.saver.stop(timeout, unclosed)
                     self._together.clear()  # no checkpoint needs the others any more,
-                    self.capture.extras = ()  # nor a scheduler, which holds its optimizer
+                    self.capture.let_go()  # nor a scheduler, which holds its optimizer
 
     def end(self, failed: bool) -> None:
         """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""

@@ -53,6 +53,10 @@ class Strays:
         """What else they have."""
         return [each.live for each in self._extras if each.live is not None]
 
+    def let_go(self) -> None:
+        """There are no more checkpoints to look at."""
+        self._left, self._extras = 0, ()
+
     def look(self, loaders: Sequence[Any] | None) -> None:
         """A checkpoint is taken. ``loaders``: those that ``fxckpt.batches`` goes over; None: no others matter."""
         if self._left == 0:

@@ -63,6 +63,7 @@ from fxckpt.compat.module_state import (
     added_entries,
     fill,
     give_back,
+    keeps_more,
     mixed_modes,
     own_contracts,
     set_modes,
@@ -448,6 +449,7 @@ class Resized(nn.Module):
 def test_what_a_module_adds_to_its_own_state_dict_is_told_apart_and_given_back():
     model = nn.Sequential(nn.Linear(1, 1), Resized())
     assert [name for name, _ in own_contracts(model)] == ["1"]
+    assert [keeps_more(each) for each in (model[0], model[1])] == [False, True]
     assert added_entries(model[1]) == {"number": 1}
     assert state_of(model) == {"modules": {}, "eval": [], "contracts": {"1": {"number": 1}}}
     give_back(model[1], {"number": 5})
