@@ -35,26 +35,26 @@ HANG = 120.0  # seconds after which one input counts as a hang, on a busy machin
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """A bound on memory, and an end to what hangs. Lifted before pytest reports, which takes memory of its own; so does what
-    is logged, which pytest keeps."""
+    """A bound on memory, and an end to what hangs: for an input alone, as hypothesis and pytest take memory of their own; so does
+    what is logged, which pytest keeps."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (of_process("VmData") + MEMORY, hard))
     logging.disable(logging.CRITICAL)
+    faulthandler.dump_traceback_later(HANG, exit=True)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
         faulthandler.cancel_dump_traceback_later()
+        logging.disable(logging.NOTSET)
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def try_one(test: Callable[[Any], None], drawn: Any) -> None:
     """One input. It has ``HANG`` seconds before the process ends with a traceback."""
-    faulthandler.dump_traceback_later(HANG, exit=True)
-    with peak_growth() as grown:
+    with bounded(), peak_growth() as grown:
         test(drawn)
-        assert grown() < MEMORY, f"it cost {grown() >> 20} MiB"
-    faulthandler.cancel_dump_traceback_later()
+        cost = grown()
+    assert cost < MEMORY, f"it cost {cost >> 20} MiB"
 
 
 def campaign(strategy: st.SearchStrategy, test: Callable[[Any], None], examples: int = EXAMPLES) -> None:
@@ -63,8 +63,7 @@ def campaign(strategy: st.SearchStrategy, test: Callable[[Any], None], examples:
     while tried == 0 or time.monotonic() < end:
         options = settings(max_examples=examples, database=None, deadline=None, suppress_health_check=list(HealthCheck),
                            phases=(Phase.generate, Phase.shrink))  # fmt: skip
-        with bounded():
-            options(given(strategy)(lambda drawn: try_one(test, drawn)))()
+        options(given(strategy)(lambda drawn: try_one(test, drawn)))()
         tried += examples
     print(f"{tried} inputs in {SECONDS:.0f} s")
 
