@@ -63,7 +63,8 @@ class Holder:
     def __init__(self, rank: int, loaded: Key | None):
         self._rank = rank
         self.common: Key | None = loaded
-        self._seen = self.promise = Promise(0, () if loaded is None else (loaded,))
+        self.promise: Promise = Promise(0, () if loaded is None else (loaded,))
+        self._seen = self.promise
 
     @property
     def waits(self) -> bool:

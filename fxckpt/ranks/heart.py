@@ -49,7 +49,7 @@ class Pulse:
 
     def __init__(self, store: Messages, key: str, limit: float, patience: float):
         self._store, self._key, self._limit, self._patience = store, key, limit, patience
-        self.beats = 0
+        self.beats: int = 0
         self._since = time.monotonic()
 
     def silent_for(self) -> float:

@@ -33,7 +33,8 @@ class Peers:
     def __init__(
         self, store: Messages, rank: int, world: int, prefix: str, hold: Hold, window: int, loaded: tuple[Key, int] | None
     ):
-        self.rank, self.world = rank, world
+        self.rank: int = rank
+        self.world: int = world
         self._store, self._prefix, self._hold, self._window = store, prefix, hold, window
         self._holder = Holder(rank, None if loaded is None else loaded[0])
         self._decision = Decision(self._holder.common, (-1,) * world)

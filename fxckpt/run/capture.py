@@ -61,7 +61,7 @@ class Capture:
     """Takes a run's state beside parameters and optimizer state: ``early`` at the end of a step, ``late`` when it closes."""
 
     def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, clock: StepClock):
-        self.extras = extras
+        self.extras: Sequence[extra_state.Extra] = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self.loops: LoopState | None = None  # where the script's loops stand; it comes later
         self._strays = Strays(arrangement, extras)
