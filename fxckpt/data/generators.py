@@ -16,6 +16,7 @@ from fxckpt.errors import SetupError
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
+_BITS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")  # numpy's algorithms
 _DEEPEST, _MOST, _LONGEST = 8, 2000, 128  # levels, objects, elements of a container: a list of a million paths holds none
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, np.ndarray, type, types.ModuleType)
 _PACKAGES = ("torch", "numpy", "builtins", "functools", "collections", "random", "accelerate", "datasets", "torchdata")
@@ -93,9 +94,10 @@ def _unfolded(glance: Glance) -> Any:
 
 
 def write(generator: Any, state: Any) -> None:
-    """Put a generator into a state, packed or as it was read."""
-    state = packed(state)
+    """Put a generator into a packed state. Raises TypeError for what is none: made into an array, it might be endless."""
     if isinstance(generator, torch.Generator):
+        if not isinstance(state, np.ndarray):
+            raise TypeError(f"a state of torch's generators is an array, not a {type(state).__name__}")
         generator.set_state(torch.from_numpy(np.array(state, np.uint8)))
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
@@ -202,13 +204,17 @@ def kind_of(generator: Any) -> str:
 
 
 def new_of(kind: str) -> Any:
-    """A generator of a kind."""
+    """A generator of a kind. Raises ValueError for what is none; nothing else that is named so is called."""
     package, _, what = kind.partition(".")
     if package == "torch":
         return torch.Generator(device=what)
     if kind == "numpy.RandomState":
         return np.random.RandomState()
-    return np.random.Generator(getattr(np.random, what)()) if package == "numpy" else random.Random()
+    if kind == "python":
+        return random.Random()
+    if package == "numpy" and what in _BITS:
+        return np.random.Generator(getattr(np.random, what)())
+    raise ValueError(f"there is no generator of kind {kind!r}")
 
 
 def is_kind(kind: str, state: Any) -> bool:
