@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from torch.utils.data import IterableDataset as _IterableDataset
 from torch.utils.data._utils import worker as _worker
 from torch.utils.data._utils.pin_memory import pin_memory as _pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
+
+from fxckpt.compat.alive import alive
 
 Indices = Iterator[Any]
 
@@ -176,10 +177,15 @@ def tell_end(state: Callable[[], Any]) -> None:
     _worker._IterableDatasetStopIteration = lambda worker: DataEnded(worker, state())  # type: ignore[assignment,misc]
 
 
+def is_stateful(value: object) -> bool:
+    """Has it a state that it takes back?"""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
 def takes_back_its_place(dataset: Any) -> bool:
     """Does its state bring back exactly what comes next? Hugging Face's iterable data sets say that they lose what is in a
     shuffle buffer, and may lose a batch of a batched ``map`` over Arrow tables."""
-    if not (callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))):
+    if not is_stateful(dataset):
         return False
     level, seen = [getattr(dataset, "_ex_iterable", None)], 0
     while _is_hugging_face(dataset) and level and seen < 1000:
@@ -232,7 +238,7 @@ def under_way(iterators: Iterable[Any]) -> list[tuple[Any, int]]:
 
 def loaders_alive() -> dict[int, weakref.ref[Any]]:
     """Every ``DataLoader``, by its id. It looks at all objects that the collector knows."""
-    return {id(each): weakref.ref(each) for each in gc.get_objects() if issubclass(type(each), DataLoader)}
+    return {id(each): weakref.ref(each) for each in alive(DataLoader)}
 
 
 def _has_ended(iterator: _BaseDataLoaderIter) -> bool:

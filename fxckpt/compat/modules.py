@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from fxckpt.compat.alive import alive
 from fxckpt.errors import SetupError
 
 Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
@@ -87,8 +87,8 @@ def owners_of(params: Iterable[torch.Tensor]) -> dict[int, torch.nn.Module]:
     wanted = {id(p) for p in params}
     parents: dict[int, torch.nn.Module] = {}
     found: dict[int, torch.nn.Module] = {}
-    for each in gc.get_objects():
-        if not issubclass(type(each), torch.nn.Module) or type(each) is Several:  # isinstance would wake lazy proxies
+    for each in alive(torch.nn.Module):
+        if type(each) is Several:
             continue
         for child in (vars(each).get("_modules") or {}).values():
             parents.setdefault(id(child), each)

@@ -4,12 +4,13 @@ Nobody who does not use it need import it. Each mark is private; without it what
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from fxckpt.compat.alive import alive
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -20,7 +21,7 @@ def is_zero(opt: object) -> bool:
     kind = getattr(sys.modules.get(_ZERO), "ZeroRedundancyOptimizer", None)
     if kind is None:
         return False
-    return isinstance(opt, kind) or any(issubclass(type(z), kind) and getattr(z, "optim", None) is opt for z in gc.get_objects())
+    return isinstance(opt, kind) or any(getattr(each, "optim", None) is opt for each in alive(kind))
 
 
 def is_flattened(param: torch.Tensor) -> bool:

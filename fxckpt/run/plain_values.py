@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxckpt.data.attributes import is_stateful
+from fxckpt.compat.loaders import is_stateful
 from fxckpt.data.generators import GENERATORS, entry, kind_of, new_of, packed, read, write
 from fxckpt.errors import LayoutMismatch, StateError
 from fxckpt.store.typed_json import MAX_DEPTH

@@ -21,6 +21,18 @@ KINDS = {
 }
 
 
+def nothing_is_left(life):
+    """What a life returns is gone when it is over, without the garbage collector."""
+    life()  # what torch imports at a first use keeps frames
+    gc.collect()
+    gc.disable()
+    try:
+        left = [ref() for ref in life()]
+    finally:
+        gc.enable()
+    assert left == [None] * len(left)
+
+
 class Own(torch.optim.Optimizer):
     """One that nobody knows."""
 
@@ -56,14 +68,7 @@ def test_an_optimizer_that_nobody_refers_to_is_gone_at_once_with_all_that_it_hel
         states = [v for state in opt.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         return [weakref.ref(each) for each in (opt, model, *model.parameters(), *states)]
 
-    life()  # what torch imports at a first use keeps frames
-    gc.collect()
-    gc.disable()
-    try:
-        left = [ref() for ref in life()]
-    finally:
-        gc.enable()
-    assert left == [None] * len(left)
+    nothing_is_left(life)
     assert fxckpt.checkpoints(tmp_path)[-1].step == 6, "what was complete is durable"
 
 
@@ -85,14 +90,7 @@ def test_a_run_that_was_shut_down_keeps_no_optimizer_by_another_or_by_a_schedule
         states = [v for opt in opts for state in opt.state.values() for v in state.values()]
         return [weakref.ref(each) for each in (*opts, *models, *states)]
 
-    life()
-    gc.collect()
-    gc.disable()
-    try:
-        left = [ref() for ref in life()]
-    finally:
-        gc.enable()
-    assert left == [None] * len(left)
+    nothing_is_left(life)
     assert fxckpt.checkpoints(tmp_path)[-1].step == 2
 
 
