@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
+from contextlib import suppress
 from datetime import timedelta
 
 import pytest
@@ -12,7 +15,7 @@ from small_training import Training
 from storing import start
 from waiting import until
 
-from fxckpt.errors import SetupError
+from fxckpt.errors import SaveFailed, SetupError
 from fxckpt.ranks.common import Decision, Holder, Promise, decide, least_kept
 from fxckpt.ranks.peers import Peers
 from fxckpt.store.about import job
@@ -140,6 +143,30 @@ def test_when_the_store_of_the_process_group_dies_checkpoints_go_on_and_the_comm
         job.commit(0, step)
     assert {1, 7, 8} <= job.steps(0) and len(job.steps(0)) <= 1 + 3 * least_kept(2, 1)
     job.close()
+
+
+def test_a_monitor_holds_what_other_ranks_rely_on_and_so_does_the_one_that_takes_its_place(root, caplog):
+    run = Training(root, keep=2, writer="monitor", on_error="warn").train(1)
+    run.opt.ckpt.flush()
+    store, (first,) = run.opt.ckpt._run.store, candidates(root)
+
+    def steps():
+        with suppress(SaveFailed):  # of a step whose slot the dead monitor had made ready
+            run.opt.ckpt.flush()
+        return {each.step for each in checkpoints(root)}
+
+    assert store.hold([first.record.generation, 99]) == [first.record.generation]
+    run.train(4)
+    assert {1, 4, 5} <= steps()
+    pid = store.pid
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: "SIGKILL" in caplog.text)
+    run.train(5)
+    assert {1, 10} <= steps() and store.pid != pid
+    assert store.hold([]) == []
+    run.train(4)
+    assert 1 not in steps()
+    run.end()
 
 
 @pytest.fixture
