@@ -70,8 +70,8 @@ class Agent:
         return kills
 
     def _wait_for_step(self, root: Path, step: float, ranks: set[int]) -> None:
-        """Until a later one is committed, or these ranks have ended (gloo may fail to connect them in time)."""
-        until(lambda: not ranks <= self.ranks() or newest(root) > step, why=lambda: self.output)
+        """Until it is committed, or these ranks have ended (gloo may fail to connect them in time)."""
+        until(lambda: not ranks <= self.ranks() or newest(root) >= step, why=lambda: self.output)
 
     def _two_others(self, seen: set[int]) -> set[int]:
         """The ranks of the next life; none if the agent ends."""
@@ -95,6 +95,7 @@ def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_w
     try:
         until(lambda: agent.ended() or MARK in agent.output, why=lambda: agent.output)
         killed = agent.kill_ranks(tmp_path / "killed", LIVES, 16 * epochs, random.Random(seed))
+        (tmp_path / "over").touch()
         until(agent.ended, 5 * TIMEOUT, why=lambda: agent.output)
     finally:
         agent.process.kill()

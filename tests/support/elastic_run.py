@@ -2,7 +2,9 @@
 
     python elastic_run.py RESTARTS ARGUMENT...
 
-It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``.
+It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a rank that has come to its end
+waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed just before it hears so
+(``MultiprocessContext`` says it of its ``_worker_finished_event``).
 """
 
 from __future__ import annotations
@@ -12,16 +14,22 @@ import importlib.util
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 from fork_server import warm_up
 from repository import ROOT
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
-def rank(arguments: list[str]) -> None:
-    """One rank. SIGTERM ends it wherever it waits, as it ends one that was not forked: the agent has a handler."""
+def rank(arguments: list[str], over: Path | None) -> None:
+    """One rank. SIGTERM ends it wherever it waits, as it ends one that was not forked: the agent has a handler. ``over``: it
+    returns when that is there."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    agent = os.getppid()
     example().main(arguments)
+    while over is not None and not over.exists() and os.getppid() == agent:
+        time.sleep(0.01)
 
 
 def example():
@@ -32,13 +40,13 @@ def example():
     return module
 
 
-def launch(restarts: int, arguments: list[str]) -> None:
+def launch(restarts: int, arguments: list[str], over: Path | None = None) -> None:
     """Two ranks, started again whenever one of them ends otherwise than by itself."""
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         max_restarts=restarts, monitor_interval=0.05, start_method="fork",
     )  # fmt: skip
-    elastic_launch(config, rank)(arguments)
+    elastic_launch(config, rank)(arguments, over)
 
 
 if __name__ == "__main__":
@@ -49,4 +57,4 @@ if __name__ == "__main__":
     gc.freeze()  # a collection in a rank need not touch, and so copy, what is here
     launch(0, ["--dir", "whole", *sys.argv[2:]])
     print("NOW THEY ARE KILLED", flush=True)
-    launch(int(sys.argv[1]), ["--dir", "killed", *sys.argv[2:]])
+    launch(int(sys.argv[1]), ["--dir", "killed", *sys.argv[2:]], Path("over").absolute())
