@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -48,3 +48,20 @@ def backward_under_way() -> int | None:
 def hooks_of(param: torch.Tensor) -> bool:
     """Has it hooks of its own, which see its gradient before or after it is added? Nothing public lists them."""
     return bool(param._backward_hooks or getattr(param, "_post_accumulate_grad_hooks", None))
+
+
+_Kind = TypeVar("_Kind", bound=torch.Tensor)
+
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+"""The ``__torch_function__`` of a subclass whose ops reach ``__torch_dispatch__`` at once; the public way is a Python call."""
+
+
+def shape_only(kind: type[_Kind], like: torch.Tensor) -> _Kind:
+    """A tensor of a subclass with the shape of another and no memory. Nothing public makes one."""
+    make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+    return make(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """What lies in nested lists, tuples and dicts, as an op's arguments are; ``torch.utils._pytree`` is private by name only."""
+    return torch.utils._pytree.tree_leaves(tree)

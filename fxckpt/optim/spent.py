@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fxckpt.compat.tensors import leaves_of, no_torch_function, shape_only
 from fxckpt.errors import SetupError
 
 
@@ -15,12 +16,11 @@ class SpentGradient(torch.Tensor):
 
     layer: str
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
 
     @staticmethod
     def __new__(cls, param: torch.Tensor, layer: str) -> SpentGradient:
-        make: Any = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
-        spent: SpentGradient = make(cls, param.shape, strides=param.stride(), dtype=param.dtype, device=param.device)
+        spent = shape_only(cls, param)
         spent.layer = layer
         return spent
 
@@ -31,7 +31,7 @@ class SpentGradient(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> NoReturn:
-        leaves = torch.utils._pytree.tree_leaves((args, kwargs))
+        leaves = leaves_of((args, kwargs))
         raise _used(next(leaf.layer for leaf in leaves if isinstance(leaf, SpentGradient)), str(func))
 
     def tolist(self) -> NoReturn:

@@ -13,15 +13,13 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fxckpt.compat.dynamo import untraced
-from fxckpt.compat.optimizers import has_pre_hooks
-from fxckpt.compat.placing import accumulates, autograd_is_compiled, call_at_end_of_backward, region_nodes
-from fxckpt.compat.ranks import world_size
-from fxckpt.compat.tensors import backward_under_way, gradient_accumulator, hooks_of
+from fxckpt.compat.placing import autograd_is_compiled, call_at_end_of_backward, region_nodes
+from fxckpt.compat.tensors import backward_under_way, gradient_accumulator
 from fxckpt.errors import SetupError
 from fxckpt.graph import ops
 from fxckpt.graph.backward.region import Region
@@ -30,7 +28,7 @@ from fxckpt.graph.model.layers import layer_name
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.spent import SpentGradient
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import SplitStep
+from fxckpt.run.arming import ADDED_UP, Seen, against_all, against_at_step, against_now
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus
 from fxckpt.run.habit import NEEDED, Habit
@@ -39,31 +37,24 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 _PATIENCE = 5  # steps, before it is said that nothing is armed
 
-ADDED_UP = "gradients are added up over several backwards"
-
 INSTEAD = 'Use updates="after_backward" for such a loop'
 
 
-class Seen:
-    """One compiled region as it runs: how often forward since the last step, and what speaks against arming it for good."""
+class Begins(Protocol):
+    """Who begins a step in a backward: see ``ArmedStep``."""
 
-    def __init__(self, region: Region):
-        self.region: Region = region
-        self.at: list[int] = [each.index for each in region.bound]
-        self.forwards = 0
-        self.why = ""  # it can never be armed
-        self.against = ""  # it was not armed in the last backward
-        self.nodes: list[Any] = []  # the accumulators of its parameters; autograd keeps the same ones while they are held
-        self.members: dict[int, BoundParam] = {}  # by input
-        self.bound = -1  # the binding that they are of
+    def begin(self, mask: list[bool]) -> list[torch.Tensor | None]:
+        """Begin one of the parameters of ``mask``; what comes back is the list that it will read gradients from."""
+
+    def left(self, why: str) -> None:
+        """The one that was begun will not be ended."""
 
 
 class InBackward:
     """Decides at the beginning of each region's backward, and takes what its ops bring. ``open``: a step was begun in this
     backward, which ``opt.step()`` ends; ``complete``: the backward is.
 
-    ``begin(mask)`` begins a step of the parameters of ``mask`` and gives the list that it will read gradients from; ``left(why)``
-    is told that one will not be ended.
+    ``step`` holds this, and is to be a weak reference.
     """
 
     def __init__(
@@ -71,14 +62,13 @@ class InBackward:
         arrangement: Arrangement,
         status: RunStatus,
         layer: str | Callable[[str], str],
-        begin: Callable[[list[bool]], list[torch.Tensor | None]],
-        left: Callable[[str], None],
+        step: Begins,
     ):
         self.open = False
         self.complete = False
         self.standing: dict[str, str] = {}  # see StepGraph.standing
         self._arrangement, self._status, self._layer = arrangement, status, layer
-        self._begin, self._left = begin, left
+        self._step = step
         self._habit = Habit()
         self._bound = -1  # the binding that the habit is of
         self._thread = threading.current_thread()
@@ -175,9 +165,9 @@ class InBackward:
         task = backward_under_way()
         if task != self._task:
             self._task, self._backwards = task, self._backwards + 1
-            self._why_none, self._came = self._why_none_is_armed(), {}
+            self._why_none, self._came = against_all(self._arrangement, self._thread, self._backwards), {}
             self._habit.backward_begins(self.stepper.opt.param_groups)
-        seen.against = self._against(seen) if self._bind(seen) else "its parameters are not those of the optimizer"
+        seen.against = against_now(seen, self._ran) if self._bind(seen) else "its parameters are not those of the optimizer"
         if seen.against or (self.open and self._backwards > 1):
             return
         self._now = seen
@@ -229,46 +219,6 @@ class InBackward:
 
     # ---- what decides ----------------------------------------------------------------------------------------------------
 
-    def _why_none_is_armed(self) -> str | None:
-        """What speaks against arming any layer in the backward that begins."""
-        opt, members = self.stepper.opt, self.stepper.bindings.members
-        if len(self._arrangement.steppers) > 1:
-            return "several optimizers make one run"
-        if world_size() > 1:
-            return "gradients are averaged over ranks behind the backward"
-        if not isinstance(self.stepper.strategy, SplitStep):
-            return "its step is not one that is traced and split into layers"
-        if not isinstance(self.stepper.executor.prepared.made_for, list) or self.stepper.bindings.stale():
-            return "the optimizer has made no step with these tensors yet"
-        if any(m.param.device.type != "cpu" for m in members):
-            return "parameters are on a device, whose backward runs in a thread of its own"
-        if threading.current_thread() is not self._thread:
-            return "the backward runs in another thread than opt.step()"
-        if self._backwards > 1:
-            return ADDED_UP
-        if torch.is_grad_enabled():
-            return "the backward makes a graph of its own (create_graph=True)"
-        if any(map(hooks_of, (m.param for m in members))):
-            return "there are hooks on parameters, which see gradients"
-        if has_pre_hooks(opt):
-            return "there are hooks in front of opt.step()"
-        return None
-
-    def _against(self, seen: Seen) -> str:
-        """What speaks against arming this region's layers."""
-        if seen.why:
-            return seen.why
-        if seen.forwards != 1:
-            return f"its region ran forward {seen.forwards} times since the last step"
-        if any(m.param.grad is not None for m in seen.members.values()):
-            return ADDED_UP
-        mine = set(seen.region.ids)
-        if any(other is not seen and not mine.isdisjoint(other.region.ids) for other in self._ran):
-            return "another compiled region uses its parameters, too"
-        if not all(map(accumulates, seen.nodes)):
-            return "the backward does not add to its parameters' gradients"
-        return ""
-
     def _bind(self, seen: Seen) -> bool:
         """Which parameters of the optimizer the region's are; False if they are not bound now."""
         bindings, arranged = self.stepper.bindings, self.stepper.executor.arranged
@@ -296,7 +246,7 @@ class InBackward:
         if not isinstance(mask, list) or len(mask) != len(executor.arranged.members):
             return
         self.open, self.complete, self._consumed = True, False, {}
-        self._gradients = self._begin(mask)
+        self._gradients = self._step.begin(mask)
         call_at_end_of_backward(untraced(self._completed))
         if executor.arranged is not self._arranged:
             return  # bound anew at this step: all of it is left to opt.step()
@@ -357,14 +307,8 @@ class InBackward:
                 habit.why[place] = ""
                 continue
             region = regions.get(place)
-            habit.judge(place, members, why or (self._against_at_step(region) if region is not None else None))
+            habit.judge(place, members, why or (against_at_step(region) if region is not None else None))
         self._tell()
-
-    def _against_at_step(self, seen: Seen) -> str | None:
-        """What speaks against a region, where no backward is under way."""
-        if seen.why or seen.against or seen.forwards == 1:
-            return seen.why or seen.against or None
-        return f"its region ran forward {seen.forwards} times since the last step"
 
     def _tell(self) -> None:
         """Keep what stands in the way of each layer, and say once what became of it."""
@@ -401,7 +345,7 @@ class InBackward:
                 member.param.grad = None
         self.ended()
         self._habit.all_in_the_way(why)
-        self._left(why)
+        self._step.left(why)
 
 
 _MARK = "fxckpt"

@@ -10,10 +10,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable
 from typing import Any
-from weakref import WeakMethod
 
 import torch
 
@@ -21,13 +20,12 @@ from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
-from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import Arguments, EvaluatedClosure, SplitStep, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
+from fxckpt.run.armed_step import ArmedStep
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
-from fxckpt.run.in_backward import INSTEAD, InBackward
 from fxckpt.run.who_steps import WhoSteps
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Tally
@@ -51,11 +49,9 @@ class Stepping:
         self._first = True  # no boundary has come
         self._foreign = (True, True)  # of a step that goes another way, what ``WhoSteps.attempt`` said
         self._skipped = 0  # the last step whose checkpoint was skipped
-        self._opened: Opened | None = None  # the step that a backward began
-        self.in_backward: InBackward | None = None
+        self.in_backward: ArmedStep | None = None
         if config.updates == "in_backward" and arrangement.emitter.engine is not None:
-            begin, left = weakly(self._begin_in_backward), weakly(self._left_in_backward)
-            self.in_backward = InBackward(arrangement, status, config.layer, begin, left)
+            self.in_backward = ArmedStep(weakref.proxy(self), arrangement, closing, clock, status, config.layer)
 
     def step(self, opt: torch.optim.Optimizer, closure: Callable | None = None) -> Any:
         """What ``opt.step()`` runs, between its hooks. Returns what the closure returned."""
@@ -81,14 +77,14 @@ class Stepping:
         if not (self._store_checked or self._status.stopped):
             self._check_store()
         stepper = self._stepper_of[id(opt)]
-        if self.in_backward is not None and self._ends_what_a_backward_began(stepper, closure):
+        if self.in_backward is not None and self.in_backward.ends(stepper, closure):
             return None
         if not opt.state and sets_up_state(opt):
             self._emitter.fence_all()
             return own_step(opt, closure)
         alone = len(self._stepper_of) == 1 and not self._clock.in_iteration
-        counts, begins = (True, True) if alone else self._attempt(opt)
-        self._before_step()
+        counts, begins = (True, True) if alone else self.attempt(opt)
+        self.before_step()
         stepper.stepped = True
         if self._found_inf(opt):
             self._clock.attempts += counts
@@ -97,7 +93,7 @@ class Stepping:
         try:
             loss = self._advance(stepper, closure, counts, begins)
         except BaseException as error:
-            self._left(stepper, f"opt.step() raised {type(error).__name__}")
+            self.left(stepper, f"opt.step() raised {type(error).__name__}")
             if self.in_backward is not None:
                 self.in_backward.ended()
             raise
@@ -107,109 +103,13 @@ class Stepping:
             self.in_backward.ended()
         return loss
 
-    def _left(self, stepper: Stepper, why: str) -> None:
+    def left(self, stepper: Stepper, why: str) -> None:
         """A step is left in its middle: its checkpoint is dropped, and nothing waits for what it would have emitted."""
         self.schedule.owed |= self._emitter.current is not None  # the checkpoint that is dropped: another step takes it
         self._closing.abort(why)
         for pending in self._saver.flights.under_way():  # what was not waited for must not change unseen
             pending.guard.watch_again()
         stepper.strategy.abandon()
-
-    def _ends_what_a_backward_began(self, stepper: Stepper, closure: Callable | None) -> bool:
-        """With ``updates="in_backward"``: end the step that the backward began. False if it is to be made from the beginning."""
-        inside = self.in_backward
-        assert inside is not None
-        if inside.open and not inside.complete:
-            inside.leave("the backward was left by an exception")
-        scaled = any(getattr(stepper.opt, name, None) is not None for name in ("grad_scale", "found_inf"))
-        unusual = (
-            "opt.step() was given a closure" if closure is not None else "a GradScaler scales the gradients" if scaled else None
-        )
-        try:
-            if inside.open and unusual is not None:
-                raise SetupError(f"{unusual}, when the backward had updated layers already. {INSTEAD}")
-            updated = inside.consumed() if inside.open else {}
-            inside.observe(unusual)
-            if not inside.open:
-                return False
-            with torch.no_grad():
-                self._finish(stepper, updated)
-        except BaseException as error:
-            inside.leave(f"opt.step() raised {type(error).__name__}")
-            raise
-        inside.ended()
-        if self._emitter.callback_error is not None:
-            self._raise_callback_error()
-        return True
-
-    def _begin_in_backward(self, mask: list[bool]) -> list[torch.Tensor | None]:
-        """Begin a step of these parameters inside the backward; a checkpoint with it, if one is due. The list that comes back is
-        where each layer's gradients are put before it is updated."""
-        [stepper] = self._arrangement.steppers
-        strategy, emitter = stepper.strategy, self._emitter
-        with self._closing.between_steps, torch.no_grad():
-            self._saver.trainer.comes_by()
-            self._closing.gradient_arrived(0)
-            counts, begins = self._attempt(stepper.opt) if self._clock.in_iteration else (True, True)
-            self._before_step()
-            stepper.stepped = True
-            step = self._clock.attempts + counts
-            due, copying = begins and self._is_due(step), emitter.engine.pending()
-            if due:
-                self._arrangement.look_for_names()
-            self._arrangement.refresh(due or copying)
-            emitter.look_for_changes(stepper.executor.arranged.numbers, self._arrangement.layout)
-            pending = self._begin(step) if due else None
-            stepper.halfway = True
-            self._opened = Opened(counts, pending)
-            return strategy.begin(emitter.number if copying or pending is not None else None, mask)  # type: ignore[attr-defined]
-
-    def _finish(self, stepper: Stepper, updated: Mapping[int, BoundParam]) -> None:
-        """Update what the backward did not, and close the step."""
-        opened, executor = self._opened, stepper.executor
-        assert opened is not None
-        arranged, mask = executor.arranged, executor.prepared.made_for
-        waiting = [m for m in arranged.members if m.index not in updated]
-        present = [m.param.grad for m in waiting]
-        as_begun = all((g is not None) == mask[m.index] for m, g in zip(waiting, present))  # type: ignore[index]
-        if as_begun and all(g is None or g.layout is torch.strided for g in present):
-            for member, gradient in zip(waiting, present):
-                executor.gradients[member.index] = gradient
-            for place, owned in enumerate(arranged.owned):
-                if not any(m.index in updated for m in owned):
-                    executor.section(place)
-            executor.end()
-        else:
-            if opened.pending is not None:
-                opened.pending.replaced = self.schedule.owed = True
-                opened.pending.give_up("other parameters got gradients than in the step before")
-                self._emitter.current, opened = None, Opened(opened.counts, None)
-            self._emitter.fence_all()
-            self._make_rest(stepper, updated)
-        self._opened = None
-        stepper.halfway = stepper.accumulated = False
-        if opened.counts:
-            self._clock.attempts += 1
-            self._clock.applied.add()
-        if opened.pending is not None:
-            self._emit_rest(opened.pending, stepper)
-
-    def _make_rest(self, stepper: Stepper, updated: Mapping[int, BoundParam]) -> None:
-        """Other parameters got gradients than this step was begun for: a step of its own for all that the backward left."""
-        strategy, params = stepper.split, {id(m.param) for m in updated.values()}
-        assert isinstance(strategy, SplitStep)
-        strategy.take_back(updated)
-        own = strategy.own_part(None)
-        if own is not None:
-            own()
-            self._arrangement.refresh()
-        strategy.run_others(params)
-
-    def _left_in_backward(self, why: str) -> None:
-        """The step that a backward began will not be ended."""
-        self._opened = None
-        [stepper] = self._arrangement.steppers
-        self._left(stepper, why)
 
     def leave_backward(self, why: str) -> None:
         """If a backward began a step that nothing ended, it is left as by an exception in the middle of ``opt.step()``."""
@@ -218,14 +118,14 @@ class Stepping:
 
     def in_the_middle(self) -> bool:
         """Has a backward begun a step that ``opt.step()`` is to end?"""
-        return self._opened is not None
+        return self.in_backward is not None and self.in_backward.under_way()
 
     def _check_store(self) -> None:
         """Raises StoreNotLoaded before the first checkpoint would join others that were never looked at."""
         self._saver.store.require_loaded()
         self._store_checked = True
 
-    def _before_step(self) -> None:
+    def before_step(self) -> None:
         """Close the step before this one, or, before a boundary, give up its checkpoint, which this step changes; the boundary
         takes another. Raise what went wrong since, if the user asked for that."""
         if not self._clock.in_iteration:
@@ -244,7 +144,7 @@ class Stepping:
         if len(tally.mixed) > 1 and not tally.committed and not self._clock.in_iteration:
             raise SetupError(f"no checkpoint can be taken in this loop: {tally.mixed[-1]}")
 
-    def _attempt(self, opt: torch.optim.Optimizer) -> tuple[bool, bool]:
+    def attempt(self, opt: torch.optim.Optimizer) -> tuple[bool, bool]:
         """See ``WhoSteps.attempt``; where an order is refused, the checkpoint that was begun in it goes."""
         try:
             return self.who_steps.attempt(opt)
@@ -254,8 +154,8 @@ class Stepping:
 
     def attempt_skipped(self, opt: torch.optim.Optimizer) -> None:
         """A scaler found an inf, and did not call this optimizer's step."""
-        self._before_step()
-        self._clock.attempts += self._attempt(opt)[0]
+        self.before_step()
+        self._clock.attempts += self.attempt(opt)[0]
 
     def boundary(self) -> None:
         """Everything is at rest, and of one instant: close the checkpoint that was begun in this iteration, or take one if it is
@@ -270,7 +170,7 @@ class Stepping:
                 self._closing.first_boundary()
             if not self._closing.close_step(at_rest=True):
                 self.schedule.owed = True
-            if self._status.active and self._is_due(self._clock.attempts) and not self._arrangement.halfway():
+            if self._status.active and self.is_due(self._clock.attempts) and not self._arrangement.halfway():
                 self._take_here(bounded=True)
 
     def rest(self, timeout: float | None = None) -> None:
@@ -292,11 +192,11 @@ class Stepping:
         a boundary."""
         self._arrangement.look_for_names()
         self._arrangement.refresh()
-        pending = self._begin(self._clock.attempts)
+        pending = self.begin(self._clock.attempts)
         if pending is not None:
             pending.guard.bounded, pending.guard.in_forward = bounded, frozenset()
             with torch.no_grad():
-                self._emit_rest(pending, None)
+                self.emit_rest(pending, None)
             self._closing.close_step(at_rest=True)
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
@@ -312,7 +212,7 @@ class Stepping:
         """One update, and a checkpoint if it ``begins`` one and one is due. ``counts``: it is a step of the run."""
         arrangement, emitter = self._arrangement, self._emitter
         step = self._clock.attempts + counts
-        opt, loss, due, copying = stepper.opt, None, begins and self._is_due(step), emitter.engine.pending()
+        opt, loss, due, copying = stepper.opt, None, begins and self.is_due(step), emitter.engine.pending()
         if due:
             arrangement.look_for_names()
         arrangement.refresh(due or copying)
@@ -336,7 +236,7 @@ class Stepping:
         enabled = torch.is_grad_enabled()
         try:
             set_grad_mode(False)
-            pending = self._begin(step) if due else None
+            pending = self.begin(step) if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
             stepper.halfway = False
@@ -348,11 +248,11 @@ class Stepping:
                 skipped = emitter.later(found) if emitter.is_remote(found) and not self._status.stopped else None
                 self._clock.applied.add(skipped)
             if pending is not None:
-                self._emit_rest(pending, stepper if emitted else None)
+                self.emit_rest(pending, stepper if emitted else None)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:
-            self._raise_callback_error()
+            self.raise_callback_error()
         return loss
 
     def foreign_step_begins(self, opt: torch.optim.Optimizer) -> None:
@@ -367,8 +267,8 @@ class Stepping:
             if self.in_backward is not None:
                 self.in_backward.leave("a step came another way than through opt.step()")
                 self.in_backward.ended()
-            self._foreign = self._attempt(opt)
-            self._before_step()
+            self._foreign = self.attempt(opt)
+            self.before_step()
             self._arrangement.refresh()
             self._emitter.fence_all()
             stepper.stepped = stepper.halfway = True
@@ -380,26 +280,26 @@ class Stepping:
         with self._closing.between_steps, torch.no_grad():
             stepper, (counts, begins) = self._stepper_of[id(opt)], self._foreign
             step = self._clock.attempts + counts
-            if due := begins and self._is_due(step):
+            if due := begins and self.is_due(step):
                 self._arrangement.look_for_names()
             self._arrangement.refresh(due)
-            pending = self._begin(step) if due else None
+            pending = self.begin(step) if due else None
             stepper.halfway, stepper.accumulated = False, not stepper.stock
             if counts:
                 self._clock.attempts += 1
                 self._clock.applied.add()
             if pending is not None:
-                self._emit_rest(pending, None)
-            self._raise_callback_error()
+                self.emit_rest(pending, None)
+            self.raise_callback_error()
 
-    def _is_due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Is a checkpoint of this step to be begun? Ask once a step: the schedule counts."""
         if self._status.stopped:
             return False
         stalled = 0.0 if self.schedule.waits else self._saver.stall_seconds()  # what every=N does not ask costs a look
         return bool(self._status.ending) or self.schedule.due(step, stalled)
 
-    def _begin(self, step: int) -> InFlight | None:
+    def begin(self, step: int) -> InFlight | None:
         """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting."""
         flights = self._saver.flights
         if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
@@ -422,7 +322,7 @@ class Stepping:
         """See ``Guard.in_forward``."""
         return frozenset() if self._clock.in_iteration else self._closing.changes_in_forward()
 
-    def _emit_rest(self, pending: InFlight, stepped: Stepper | None) -> None:
+    def emit_rest(self, pending: InFlight, stepped: Stepper | None) -> None:
         """The other optimizers' layers, and what is captured at the end of ``opt.step()``."""
         for stepper in self._arrangement.steppers:
             if stepper is not stepped:
@@ -430,7 +330,7 @@ class Stepping:
                     self._emitter.emit(number, tensors)
         self._closing.take(pending)
 
-    def _raise_callback_error(self) -> None:
+    def raise_callback_error(self) -> None:
         """Raise what ``on_layer`` raised, now that all layers were updated: half a step is nothing to go on from."""
         error, self._emitter.callback_error = self._emitter.callback_error, None
         if error is not None:
@@ -475,33 +375,13 @@ class Stepping:
             pending = self._emitter.current = self._saver.begin(self._clock.attempts, layout, name=name)
             pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, frozenset()
             with torch.no_grad():
-                self._emit_rest(pending, None)
-            self._raise_callback_error()
+                self.emit_rest(pending, None)
+            self.raise_callback_error()
         except BaseException:
             self._closing.abort("save() failed")
             raise
         self._closing.close_step(at_rest=True)
         return pending
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A step that a backward began: does it count, and the checkpoint that was begun with it."""
-
-    counts: bool
-    pending: InFlight | None
-
-
-def weakly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The method, without holding its object, which is there whenever it is called: it holds who calls."""
-    weak = WeakMethod(method)
-
-    def call(*args: Any) -> Any:
-        found = weak()
-        assert found is not None
-        return found(*args)
-
-    return call
 
 
 class Announcer:

@@ -60,7 +60,7 @@ def poisoned(name, poison):
     run = begun("in_backward", MODELS[name])
     for _ in range(5):
         run.step(**MODELS[name].batch())
-    inside, executor, seen = run.opt.ckpt._run.stepping.in_backward, run.opt.ckpt._run.steppers[0].executor, {}
+    inside, executor, seen = run.opt.ckpt._run.stepping.in_backward.armed, run.opt.ckpt._run.steppers[0].executor, {}
     real = executor.section
 
     def section(place):

@@ -24,7 +24,7 @@ from waiting import until
 import fxckpt
 from fxckpt.graph.backward.verify import Kernel, verify_backward
 from fxckpt.optim.spent import SpentGradient
-from fxckpt.run import in_backward
+from fxckpt.run import arming
 
 __all__ = ["book", "interpreted"]  # fixtures
 
@@ -95,7 +95,7 @@ def test_a_checkpoint_of_an_armed_step_is_what_is_trained(interpreted, tmp_path)
 
 def test_gradients_give_their_memory_back_one_layer_after_the_other(interpreted):
     run, seen = warmed_up(build=Pair), []
-    inside, real = run.opt.ckpt._run.stepping.in_backward, run.opt.ckpt._run.steppers[0].executor.section
+    inside, real = run.opt.ckpt._run.stepping.in_backward.armed, run.opt.ckpt._run.steppers[0].executor.section
     given = []
 
     def section(place):
@@ -130,7 +130,7 @@ def test_a_spent_gradient_says_whose_it_was_when_it_is_read_or_added_to(interpre
 def test_what_an_update_writes_reaches_no_other_gradient(interpreted):
     def sums(poison):
         run, found = warmed_up(), {}
-        inside, executor = run.opt.ckpt._run.stepping.in_backward, run.opt.ckpt._run.steppers[0].executor
+        inside, executor = run.opt.ckpt._run.stepping.in_backward.armed, run.opt.ckpt._run.steppers[0].executor
         real = executor.section
 
         def section(place):
@@ -335,7 +335,7 @@ def test_blocks_that_share_one_compile_are_never_armed(interpreted):
 
 def test_several_ranks_and_several_optimizers_are_never_armed(interpreted, monkeypatch):
     run = begun("in_backward", Pair)
-    monkeypatch.setattr(in_backward, "world_size", lambda: 2)
+    monkeypatch.setattr(arming, "world_size", lambda: 2)
     for step in range(STEPS):
         run.step(batch(step))
     assert run.armed == [0] * STEPS and "ranks" in run.opt.ckpt.graph.standing["fc1"]

@@ -58,7 +58,7 @@ class Trained:
     def used_up(self) -> int:
         """The gradients that the backward has used up, since it began the step."""
         stepping = self.opt.ckpt._run.stepping
-        return len(stepping.in_backward._consumed) if stepping.in_backward is not None else 0
+        return len(stepping.in_backward.armed._consumed) if stepping.in_backward is not None else 0
 
     def step(self, *args: Any, autocast: bool = False, **kwargs: Any) -> None:
         """One turn of the plainest loop."""
