@@ -109,8 +109,14 @@ def region_nodes(outputs: Any, mark: str) -> Iterator[torch.autograd.graph.Node]
 
 def accumulates(node: Any) -> bool:
     """Will the backward that is under way add to the gradient of the parameter whose accumulator ``node`` is? Not if it was asked
-    for other gradients (``torch.autograd.grad``). Raises RuntimeError outside of a backward."""
-    return torch._C._will_engine_execute_node(node)
+    for other gradients (``torch.autograd.grad``), where the engine does not even answer for a leaf that was asked for. Raises
+    RuntimeError outside of a backward."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        if torch._C._current_graph_task_id() < 0:
+            raise
+        return False
 
 
 def call_at_end_of_backward(function: Callable[[], None]) -> None:

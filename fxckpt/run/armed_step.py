@@ -85,11 +85,18 @@ class ArmedStep:
         """If a backward began a step that nothing ended, it is left as by an exception in the middle of ``opt.step()``."""
         self.armed.leave(why)
 
+    def made_another_way(self) -> None:
+        """A step came that is not through ``opt.step()``. Raises SetupError if it would make the rest of one."""
+        self.armed.leave("a step came another way than through opt.step()")
+        self.armed.ended()
+        self.armed.refuse_rest()
+
     def ends(self, stepper: Stepper, closure: Callable | None) -> bool:
         """``opt.step()`` is called: end the step that the backward began. False if it is to be made from the beginning."""
         inside = self.armed
         if inside.open and not inside.complete:
             inside.leave("the backward was left by an exception")
+        inside.refuse_rest()
         scaled = any(getattr(stepper.opt, name, None) is not None for name in ("grad_scale", "found_inf"))
         unusual = (
             "opt.step() was given a closure" if closure is not None else "a GradScaler scales the gradients" if scaled else None

@@ -81,6 +81,7 @@ class InBackward:
         self._arranged: object = None  # ... in this arrangement
         self._armed: dict[int, int] = {}  # layers of the step that is open, and how many gradients each still lacks
         self._gradients: list[torch.Tensor | None] = []
+        self._rest_is_gone: str | None = None  # why what a backward began cannot be ended any more, until another backward
         self._came: dict[int, None] = {}  # the layers of the last backward, in the order of their last gradients
         self._consumed: dict[int, BoundParam] = {}  # by index, of the step that is open
         self._spent: dict[int, SpentGradient] = {}
@@ -158,7 +159,7 @@ class InBackward:
 
     def region_begins(self, seen: Seen) -> None:
         """The backward of a region begins: listen to its ops, and begin the step here if a layer of it is armed."""
-        self._now = None
+        self._now = self._rest_is_gone = None
         ops.listen(None)
         if not self._status.active:
             return
@@ -280,6 +281,11 @@ class InBackward:
                 "a setting of the optimizer was changed between backward() and opt.step(): layers that were updated inside the "
                 f"backward had the old one. Change it before the backward. {INSTEAD}"
             )
+        if self.stepper.bindings.stale():
+            raise SetupError(
+                "parameters or state of the optimizer were replaced between backward() and opt.step(), when the backward had "
+                f"updated layers already. {INSTEAD}"
+            )
         for member in self._consumed.values():
             if member.param.grad is not self._spent.get(member.index):
                 raise SetupError(
@@ -287,6 +293,16 @@ class InBackward:
                     f"updated it already. {INSTEAD}"
                 )
         return self._consumed
+
+    def refuse_rest(self) -> None:
+        """Raises SetupError if ``opt.step()`` would make the rest of a step that was left behind a whole backward: what that had
+        updated already, it would not."""
+        why, self._rest_is_gone = self._rest_is_gone, None
+        if why is not None:
+            raise SetupError(
+                f"{why}, when the backward had updated layers already, whose gradients are used up: make another backward before "
+                f"opt.step(). {INSTEAD}"
+            )
 
     def observe(self, unusual: str | None) -> None:
         """``opt.step()`` begins, or ends what the backward began: what was seen of the loop decides what is armed next.
@@ -340,6 +356,7 @@ class InBackward:
         """The step that is open will not be ended: nothing of it is to be kept."""
         if not self.open:
             return
+        self._rest_is_gone = why if self.complete else None
         for member in self._consumed.values():
             if isinstance(member.param.grad, SpentGradient):
                 member.param.grad = None

@@ -265,8 +265,7 @@ class Stepping:
             if not self._store_checked:
                 self._check_store()
             if self.in_backward is not None:
-                self.in_backward.leave("a step came another way than through opt.step()")
-                self.in_backward.ended()
+                self.in_backward.made_another_way()
             self._foreign = self.attempt(opt)
             self.before_step()
             self._arrangement.refresh()

@@ -452,6 +452,102 @@ def test_a_run_with_armed_updates_is_not_kept_by_what_was_compiled(interpreted):
     assert run.model.fc1.weight.grad is not None and not isinstance(run.model.fc1.weight.grad, SpentGradient)
 
 
+# ---- what else a script does between backward and step -------------------------------------------------------------------
+
+
+def test_what_waits_or_saves_between_backward_and_step_changes_no_bit(interpreted):
+    run = warmed_up(build=Pair)
+    run.compiled(batch(WARM_UP)).backward()
+    assert run.used_up() == 4
+    run.opt.ckpt.flush()
+    with pytest.raises(fxckpt.SetupError, match="some layers are updated and some are not"):
+        run.opt.ckpt.save()
+    run.opt.step()
+    run.opt.zero_grad()
+    run.step(batch(WARM_UP + 1))
+    run.opt.ckpt.flush()
+    assert run.armed[-1] == 4 and run.opt.ckpt.statistics()["checkpoints_failed"] == 0
+    assert same(run.bits(), bits_of_plain(run, adamw, WARM_UP + 2))
+
+
+def test_a_step_whose_rest_is_gone_is_an_error_and_another_backward_goes_on(interpreted):
+    run = warmed_up(build=Pair)
+    ways = {
+        "state of the optimizer were replaced": lambda: run.opt.load_state_dict(run.opt.state_dict()),
+        "a step came another way": lambda: type(run.opt).__mro__[1].step(run.opt),
+        "the run was shut down": run.opt.ckpt.shutdown,
+    }
+    for why, way in ways.items():
+        while not run.used_up():
+            run.opt.step()
+            run.opt.zero_grad()
+            run.compiled(batch(0)).backward()
+        with pytest.raises(fxckpt.SetupError, match=f"{why}.*had updated"):
+            way()
+            run.opt.step()
+        run.opt.zero_grad()
+        run.step(batch(1))
+
+
+def test_gradients_asked_for_by_hand_and_graphs_of_gradients_are_never_armed(interpreted):
+    def by_hand(run, step):
+        params = list(run.model.parameters())
+        for param, gradient in zip(params, torch.autograd.grad(run.compiled(batch(step)), params)):
+            param.grad = gradient
+        run.opt.step()
+        run.opt.zero_grad()
+
+    run = begun("in_backward", Pair)
+    for step in range(STEPS):
+        by_hand(run, step)
+    assert "does not add to its parameters' gradients" in run.opt.ckpt.graph.standing["fc1"]
+    assert same(run.bits(), bits_of_plain(run, adamw, STEPS, by_hand))
+
+
+def test_several_optimizers_are_never_armed(interpreted):
+    torch.manual_seed(0)
+    model = Pair()
+    both = fxckpt.compile_step([adamw(model.fc1), adamw(model.fc2)], model=model, writer="mock", every=1, updates="in_backward")
+    compiled = torch.compile(model, backend=fxckpt.backend)
+    for step in range(STEPS):
+        compiled(batch(step)).backward()
+        assert not any(isinstance(p.grad, SpentGradient) for p in model.parameters())
+        for opt in both:
+            opt.step()
+            opt.zero_grad()
+    assert "several optimizers" in both[0].ckpt.graph.standing["fc1"]
+
+
+def test_iterations_that_make_boundaries_are_armed_and_checkpointed(interpreted, tmp_path):
+    with fast_directory(tmp_path) as directory:
+        run = begun("in_backward", Pair, directory=directory / "d")
+        fxckpt.load()
+        for step in fxckpt.steps(STEPS):
+            run.step(batch(step))
+        run.opt.ckpt.flush()
+        assert run.armed == [0] * WARM_UP + [4] * (STEPS - WARM_UP)
+        assert run.opt.ckpt.statistics()["checkpoints_committed"] == STEPS
+        kept = [t.clone() for t in run.bits()]
+        fxckpt.load(step=STEPS)
+        assert same(kept, run.bits())
+
+
+def test_layers_are_shown_to_on_layer_and_the_monitor_inside_the_backward_too(interpreted, tmp_path):
+    with fast_directory(tmp_path) as directory:
+        seen = []
+        run = begun("in_backward", Pair, directory=directory / "d", writer="monitor", on_layer=lambda *a: seen.append(a[:2]))
+        fxckpt.load()
+        for step in range(STEPS):
+            run.step(batch(step))
+        run.opt.ckpt.flush()
+        assert run.armed[-1] == 4 and {name for name, step in seen if step == STEPS} >= {"fc1", "fc2"}
+        kept = [t.clone() for t in run.bits()]
+        run.step(batch(99))
+        fxckpt.load(step=STEPS)
+        assert same(kept, run.bits())
+        run.opt.ckpt.shutdown()
+
+
 # ---- Inductor itself -----------------------------------------------------------------------------------------------------
 
 FULL = os.environ.get("FXCKPT_MODELS") == "full"

@@ -123,7 +123,10 @@ from fxckpt.compat.tensors import (
     hooks_of,
     is_transformed,
     is_wrapper,
+    leaves_of,
+    no_torch_function,
     set_grad_mode,
+    shape_only,
     version_of,
 )
 from fxckpt.compat.threads import can_use_one_core, modes_active, one_core
@@ -564,8 +567,31 @@ def test_a_region_has_one_node_and_its_backward_can_be_asked():
     out.sum().backward(retain_graph=True)
     out.sum().backward(inputs=[model.weight])
     assert asked == [[True, True], "end", [True, False], "end"]
+    first = torch.compile(model, backend="aot_eager")(torch.ones(2, 2))
+    [other] = region_nodes(first, "mark")
+    other.register_prehook(lambda _: asked.append([accumulates(each) for each in accumulators]))
+    torch.autograd.grad(first.sum(), [model.weight])
+    assert asked[-1] == [False, False]
     node.metadata["mark"] = True
     assert list(region_nodes(out, "mark")) == [] and not autograd_is_compiled()
+
+
+def test_a_tensor_of_a_shape_without_memory_hands_each_op_to_its_class():
+    seen = []
+
+    class Empty(torch.Tensor):
+        __torch_function__ = no_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            seen.append((func, leaves_of({"args": [args], "kwargs": kwargs})))
+            return torch.zeros(1)
+
+    empty = shape_only(Empty, torch.zeros(2, 3).t())
+    assert type(empty) is Empty and empty.shape == (3, 2) and empty.stride() == (1, 3)
+    torch.neg(empty)
+    [(func, leaves)] = seen
+    assert func is torch.ops.aten.neg.default and leaves[0] is empty
 
 
 def test_hooks_on_parameters_and_before_steps_are_seen():
