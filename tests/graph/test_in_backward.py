@@ -566,6 +566,7 @@ def test_compiled_and_armed_ends_with_the_bits_of_plain_inductor(inductor_cache,
     assert all(same(bits[None], found) for found in bits.values())
 
 
+@pytest.mark.skipif(not FULL, reason="make models: compiles with Inductor twice")
 def test_an_op_that_waits_for_nobody_is_caught_by_what_verifies_the_schedule(inductor_cache, monkeypatch, caplog):
     from fxckpt.graph.backward import place
 
@@ -602,6 +603,12 @@ import torch, fxckpt
 from in_backward_runs import Trained, adamw, batch, begun
 from digests import digest
 torch.set_num_threads(1)
+if "INTERPRETED" in os.environ:
+    import functools
+    from torch._inductor import compile_fx, config
+    from interpreted import interpret
+    compile_fx.compile_fx = functools.partial(compile_fx.compile_fx, inner_compile=interpret)
+    config.force_disable_caches = True
 run = begun(directory="d")
 start = fxckpt.load().step
 section = run.opt.ckpt._run.steppers[0].executor.section
@@ -615,7 +622,7 @@ def counted(place):
         os.kill(os.getpid(), signal.SIGKILL)
 
 run.opt.ckpt._run.steppers[0].executor.section = counted
-for now[0] in range(start, 40):
+for now[0] in range(start, {steps}):
     now[1] = 0
     run.step(batch(now[0]))
     print("LOSS", now[0], run.losses[-1].hex(), flush=True)
@@ -628,15 +635,17 @@ print("DIGEST warm", hits > 0, flush=True)
 """
 
 
-def test_killed_inside_the_backward_it_ends_with_the_same_bits_from_the_cache_too(inductor_cache, fork_server, tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(support=str(SUPPORT)))
-    cold = fork_server.start(script, tmp_path / "whole").succeed()
+@pytest.mark.parametrize("code", ["interpreted", "inductor"] if FULL else ["interpreted"])
+def test_killed_inside_the_backward_it_ends_with_the_same_bits_from_the_cache_too(code, inductor_cache, fork_server, tmp_path):
+    script, how = tmp_path / "train.py", {"INTERPRETED": "1"} if code == "interpreted" else {}
+    steps = 40 if FULL else 9
+    script.write_text(SCRIPT.format(support=str(SUPPORT), steps=steps))
+    cold = fork_server.start(script, tmp_path / "whole", **how).succeed()
     assert cold["DIGEST armed"] == "6"
-    for kill in [f"{step},{1 + step % 3}" for step in (range(5, 40, 5) if FULL else (5, 10))]:
-        process = fork_server.start(script, tmp_path / "killed", KILL=kill)
+    for kill in [f"{step},{1 + step % 3}" for step in range(5, steps, 5)]:
+        process = fork_server.start(script, tmp_path / "killed", KILL=kill, **how)
         until(lambda process=process: not process.alive(), why=lambda process=process: process.output)
         assert process.returncode == -signal.SIGKILL, process.output
-    again = fork_server.start(script, tmp_path / "killed").succeed()
+    again = fork_server.start(script, tmp_path / "killed", **how).succeed()
     assert again["DIGEST bits"] == cold["DIGEST bits"]
-    assert again["DIGEST warm"] == "True"
+    assert again["DIGEST warm"] == str(code == "inductor")
