@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    few, many = (3, 3) if args.quick else (21, 25)
+    few, many = (3, 3) if args.quick else (41, 25)
     results = {
         "0 workers, samples that cost nothing": rounds(lambda: DataLoader(Nothing(20_000), 4, shuffle=True), many, 100),
         "2 workers, pictures, drawn": rounds(lambda: DataLoader(Pictures(4000, True), 32, num_workers=2), few, 6),

@@ -117,6 +117,10 @@ class Arrangement:
         """Was a step left by an exception in its middle, with some layers updated and some not?"""
         return any(stepper.halfway for stepper in self.steppers)
 
+    def have_gradients(self) -> bool:
+        """Does a parameter have one, which waits for a step?"""
+        return any(p.grad is not None for p in trained_by(self.optimizers))
+
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""
         return (self.emitter.saver.tally.started > 0 and not self.inventory.positional) or traces.version

@@ -70,7 +70,7 @@ class Run:
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
-        self.loops: Loops = Loops(self.clock, self.stepping.boundary, self.capture.look)
+        self.loops: Loops = Loops(self.clock, self.stepping.boundary, self.capture.look, self.arrangement.have_gradients)
         self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)

@@ -75,6 +75,8 @@ class Stepping:
         if not opt.state and sets_up_state(opt):
             self._emitter.fence_all()
             return own_step(opt, closure)
+        if self._clock.thread is not None and self._clock.thread != threading.get_ident():
+            self._refuse_thread()
         alone = len(self._stepper_of) == 1 and not self._clock.in_iteration
         counts, begins = (True, True) if alone else self._attempt(opt)
         self._before_step()
@@ -114,6 +116,13 @@ class Stepping:
             self._refuse_mixing(tally)
         if self._config.on_error == "raise":
             tally.raise_unreported()
+
+    def _refuse_thread(self) -> None:
+        """Raises SetupError: nobody waits between two batches for the step that was made of the first."""
+        raise SetupError(
+            "opt.step() is called in another thread than the one that asks fxckpt.batches for batches: what reads ahead in "
+            "a thread of its own goes inside, `fxckpt.batches(Prefetcher(loader))`, so that a batch counts when it was trained on."
+        )
 
     def _refuse_mixing(self, tally: Tally) -> None:
         """Raises SetupError if no checkpoint can be taken in this loop: the first two would have mixed iterations."""
