@@ -43,8 +43,7 @@ def check_store(root: str) -> None:
     if not os.path.exists(root) or read_store_id(root) is not None:
         return
     others = set(os.listdir(root)) - _FIXED - _TOLERATED
-    foreign = sorted(name for name in others if names.step_of(name) is None and names.slot_number(name) is None
-                     and not name.endswith(names.BAD))  # fmt: skip
+    foreign = sorted(name for name in others if not names.is_given(name) and not name.endswith(names.BAD))
     if foreign:
         some = ", ".join(map(repr, foreign[:3])) + (" and more" if len(foreign) > 3 else "")
         what = f"{root} holds {some} and no {names.STORE}: it is not a checkpoint store"
