@@ -36,7 +36,8 @@ import fxckpt
 from fxckpt.engine import io
 from fxckpt.monitor import launch
 from fxckpt.store import names
-from fxckpt.store.reader import candidates, latest
+from fxckpt.store.reader import candidates, latest, read_record
+from fxckpt.store.record import Journal
 
 WHOLE = os.environ.get("FXCKPT_CRASH") == "full"
 RULE = FULL if WHOLE else SHORT
@@ -133,6 +134,22 @@ def touched(root: Path, acks: Path, writer: str) -> None:
         trainer.save(step)
     io.unlink(root / "lock")
     trainer.save(5)
+    trainer.close()
+
+
+def journalled(root: Path, acks: Path, writer: str) -> None:
+    """Two records of a journal behind each checkpoint, of which keep=1 stays; a rollback cuts the last one off."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer, journal=3)
+    for step in range(1, 7):
+        number = (step - 1) % 3
+        if number == 0:
+            base = after = read_record(str(trainer.save(step))).generation
+            continue
+        link = Journal(base, after, number, None, [], {}, {}, "")
+        path = trainer.finish(step, *trainer.begin(step, journal=True), journal=link)
+        after = read_record(str(path)).generation
+    trainer.store.mark_loaded(after - 1)
+    trainer.save(6)
     trainer.close()
 
 
@@ -240,6 +257,7 @@ SCENARIOS = {
     "named": (named, 1),
     "touched": (touched, 1),
     "restarts": (restarts, 2),
+    "journalled": (journalled, 1),
     "real_run": (real_run, 2),
 }
 MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}

@@ -21,7 +21,9 @@ from pathlib import Path
 import instruments
 
 from fxckpt.errors import Corrupt
-from fxckpt.store.reader import Reader
+from fxckpt.store.journaled import journaled
+from fxckpt.store.reader import Candidate, Reader
+from fxckpt.store.record import Record
 
 SECTOR = 512
 
@@ -273,11 +275,11 @@ class Judge:
 
     def __init__(self, store: str, scratch: Path, keep: int):
         self.way, self.scratch, self.keep = store.split("/"), scratch, keep
-        self._verdicts: dict[tuple, int | Corrupt] = {}
+        self._verdicts: dict[tuple, Record | Corrupt] = {}
         self.states = 0
 
-    def verdict(self, checkpoint: Content) -> int | Corrupt:
-        """The generation of a checkpoint directory that verifies, or what is wrong with it."""
+    def verdict(self, checkpoint: Content) -> Record | Corrupt:
+        """The record of a checkpoint directory that verifies, or what is wrong with it."""
         key = tuple(sorted(checkpoint.items()))
         if key not in self._verdicts:
             path = self.scratch / f"{len(self._verdicts)}"
@@ -285,7 +287,7 @@ class Judge:
             try:
                 reader = Reader(path)
                 reader.verify()
-                self._verdicts[key] = reader.record.generation
+                self._verdicts[key] = reader.record
             except Corrupt as error:
                 self._verdicts[key] = error
             shutil.rmtree(path)
@@ -302,7 +304,7 @@ class Judge:
         self.states += 1
         store = self.store(state)
         named = {f"named/{name}": inner for name, inner in store.get("named", {}).items()}
-        good: dict[str, int] = {}
+        good: dict[str, Record] = {}
         for name, inner in {**store, **named}.items():
             if not isinstance(inner, dict) or name == "named" or name.endswith((".bad", ".partial")):
                 continue
@@ -310,10 +312,10 @@ class Judge:
             if isinstance(verdict, Corrupt):
                 return f"{name} does not verify: {verdict}"
             good[name] = verdict
-        return self._missing(good, acknowledged)
+        return self._missing(loadable(good), acknowledged)
 
     def _missing(self, good: dict[str, int], acknowledged: list[tuple[int, str | None]]) -> str | None:
-        """What was acknowledged and cannot be loaded any more."""
+        """What was acknowledged and cannot be loaded any more; ``good``: generations."""
         for generation, name in acknowledged:
             if name is not None and good.get(f"named/{name}") != generation:
                 return f"the named save {name!r} is lost"
@@ -321,10 +323,18 @@ class Judge:
         if max(good.values(), default=0) < newest:
             return f"generation {newest} was acknowledged, the newest is {max(good.values(), default=None)}"
         unnamed = [generation for generation, name in acknowledged if name is None]
-        steps = [name for name in good if not name.startswith("named/")]
+        steps = [name for name in good if not name.startswith(("named/", "journal-"))]
         if len(steps) < min(self.keep, len(unnamed)):
             return f"{len(steps)} checkpoints are left of the {self.keep} to keep"
         return None
+
+
+def loadable(good: dict[str, Record]) -> dict[str, int]:
+    """The generations of checkpoints, and of those records of a journal that have a checkpoint and all records before them."""
+    found = [Candidate(Path(name), record) for name, record in good.items()]
+    rows = journaled([e for e in found if e.record.journal is None], [e for e in found if e.record.journal is not None])
+    reached = {str(each.path) for row in rows for each in row.records}
+    return {name: record.generation for name, record in good.items() if record.journal is None or name in reached}
 
 
 @dataclass(frozen=True)
