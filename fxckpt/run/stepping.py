@@ -300,7 +300,8 @@ class Stepping:
         try:
             self._closing.reap("its step was interrupted")
             layout = self._arrangement.current_layout()
-            record = None if stepper is None else self._chain.next(stepper, refused, layout, stepper.gradients())
+            journalled = stepper is not None and self._chain.steps > 1
+            record = self._chain.next(stepper, refused, layout, stepper.gradients()) if stepper and journalled else None
             pending = self._saver.begin(step, layout) if record is None else self._saver.begin(step, record[0], link=record[1])
         except (SaveFailed, StoreError, OSError) as error:
             self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
