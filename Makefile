@@ -71,6 +71,12 @@ loops: export FXCKPT_LOOPS ?= 20
 loops: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
 
+# Two ranks under torchrun's agent, killed and restarted.
+.PHONY: ranks
+ranks: export FXCKPT_RANKS ?= 100
+ranks: $(ENGINE)
+	@$(PY) -m pytest tests/ranks/test_restarts.py $(ARGS)
+
 # Hugging Face's Trainer, Accelerate, Lightning and Fabric, thirty kills of each case.
 .PHONY: integrations
 integrations: export FXCKPT_INTEGRATIONS ?= 30
@@ -95,7 +101,7 @@ bench: $(ENGINE)
 # An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
 fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600
 fuzz: $(ENGINE)
-	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py $(ARGS)
+	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py tests/campaigns/test_fuzz_import.py $(ARGS)
 
 # The engine is built first: its binding is imported where types are checked.
 lint: $(ENGINE) $(VENV)/.lint

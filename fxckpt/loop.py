@@ -129,12 +129,12 @@ class Batches(Generic[T]):
         loops = self._run.loops
         level = loops.level("batches")
         source, rest = loops.begin(self._loader, level)  # here, as a loader's iterator draws when it is made
-        generator = self._pass(level, source, rest)
+        generator = self._pass(level, source, rest, source.passes)
         loops.passed_by(source, generator)
         return generator
 
-    def _pass(self, level: Level, source: Source, rest: Iterator[T]) -> Iterator[T]:
-        """The batches; each iteration ends when the next one is asked for."""
+    def _pass(self, level: Level, source: Source, rest: Iterator[T], number: int) -> Iterator[T]:
+        """The batches of the source's pass of that number; each iteration ends when the next one is asked for."""
         loops = self._run.loops
         loops.lead(source, level)
         try:
@@ -143,5 +143,5 @@ class Batches(Generic[T]):
                     yield batch
                 loops.boundary(level)
         finally:
-            if not level.leads:
+            if not level.leads and source.passes == number:
                 source.finish()  # the next loop over it begins anew, and so does that of a resumed run

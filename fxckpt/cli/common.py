@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
+from fxckpt.store.identity import check_begun
 from fxckpt.store.journaled import Journaled, journaled
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, records
 from fxckpt.store.record import Record
@@ -38,6 +39,7 @@ def look(directory: str) -> list[Candidate | Corrupt]:
     """All checkpoints of a store, newest first. Raises NotAStore also for what is not there: nobody means that here."""
     if not os.path.isdir(directory):
         raise NotAStore(f"{directory} is not a directory")
+    check_begun(os.path.abspath(directory))
     return candidates(directory)
 
 

@@ -159,7 +159,7 @@ def _with_suffix(directory: str, suffix: str) -> list[str]:
     root = os.path.abspath(directory)
     found = os.listdir(root) if suffix == names.BAD else names.subdirectories(root)  # what was put aside may be anything
     return [os.path.join(root, name) for name in sorted(found)
-            if name.endswith(suffix) and (suffix == names.BAD or names.is_given(name))]  # fmt: skip
+            if name.endswith(suffix) and (suffix == names.BAD or names.is_slot(name))]  # fmt: skip
 
 
 def _size(path: str) -> int:

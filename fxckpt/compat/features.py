@@ -65,6 +65,7 @@ USEFUL: Mapping[str, Sequence[str]] = {
         "torch._inductor.cudagraph_trees.reset_cudagraph_trees",
         "torch._inductor.custom_graph_pass.CustomGraphPass",
     ),
+    "load() in a job of several ranks": ("torch.distributed.distributed_c10d._get_default_store",),
     "torch.compile around a function with a step in it": (
         "torch._C._dynamo.eval_frame.get_eval_frame_callback",
         "torch._dynamo.eval_frame.skip_code",

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxckpt.compat.loaders import is_stateful
+
 _SCALARS = (bool, int, float, str)
 _LOOKS = 3  # states within a pass for which all arrays are looked at; from then on those that were seen to change
 _ABSENT = object()
@@ -17,11 +19,6 @@ _ABSENT = object()
 Objects = Callable[[], Mapping[str, Any]]
 Marks = dict[tuple[str, str], Any]
 """What tells that an attribute changed: (attribute, a value, a version or a checksum) → it."""
-
-
-def is_stateful(value: Any) -> bool:
-    """Has it a state that it takes back?"""
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 class Attributes:
@@ -97,6 +94,8 @@ class Attributes:
         for name, value in getattr(owner, "__dict__", {}).items():
             if isinstance(value, _SCALARS):
                 found[name, "value"] = value
+            elif isinstance(value, torch.Tensor) and value.is_shared():
+                continue  # by processes: it is the state of none of them
             elif isinstance(value, torch.Tensor):
                 found[name, "version"] = (id(value), value._version)
             if deep and (check := self._checksum(value)) is not None:

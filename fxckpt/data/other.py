@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from fxckpt.data.attributes import is_stateful
+from fxckpt.compat.loaders import is_stateful
 from fxckpt.data.generators import Owned, global_generators, kept_globals, states, write_all
 from fxckpt.data.sampling import Draws, kept_by_data
 from fxckpt.data.source import Source, length_of, read_again

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from fxckpt.compat.optimizers import plain_class
+from fxckpt.compat.ranks import world_size
 from fxckpt.graph.update.inductor import is_dense
 from fxckpt.graph.update.trace import ELEMENTWISE
 from fxckpt.optim.stepper import Stepper
@@ -17,6 +18,8 @@ WAY_OUT = "each step is a full checkpoint instead; leave out journal= to have fe
 
 def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
     """Why no step of this run is journalled, known before the first one; None if steps may be."""
+    if (why := _other_ranks()) is not None:
+        return why
     if len(steppers) != 1:
         return f"the run has {len(steppers)} optimizers, and a record holds one step of one"
     stepper = steppers[0]
@@ -30,8 +33,17 @@ def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
     return None
 
 
+def _other_ranks() -> str | None:
+    """Ranks agree on checkpoints, and on what none of them may give up; records of a journal are not part of that."""
+    if (world := world_size()) > 1:
+        return f"this is one of {world} ranks, which agree on full checkpoints only"
+    return None
+
+
 def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> str | None:
     """Why the coming step is not journalled, though such steps may be."""
+    if (why := _other_ranks()) is not None:  # the process group may have come after compile_step
+        return why
     if stepper.whole is not None:
         return f"its own step runs whole ({stepper.whole})"
     for member, grad in zip(stepper.executor.arranged.members, gradients):

@@ -21,6 +21,7 @@ from fxckpt.loading.target import Target
 from fxckpt.optim.contract.contract import NOTHING
 from fxckpt.optim.given import given_to, what_changed
 from fxckpt.run import extra_state
+from fxckpt.run.module_values import ModuleValues
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
@@ -224,28 +225,32 @@ def apply_extras(saved: Saved, target: Target) -> None:
 
 def apply_loops(saved: Saved, target: Target, run: Run) -> None:
     """Tell a run's loops where they stand."""
-    run.loops.load_state_dict(saved.early.get("loops", NO_LOOPS), _WayBack(saved, target))
+    run.loops.load_state_dict(saved.early.get("loops", NO_LOOPS), _WayBack(saved, target, run.capture.values))
 
 
 class _WayBack:
     """What a script does again on its way to the loop that a checkpoint was taken in, undone there."""
 
-    def __init__(self, saved: Saved, target: Target):
+    def __init__(self, saved: Saved, target: Target, of_modules: ModuleValues):
         values = {**saved.early["extra"], **saved.late}
         self._random, self._optimizers = saved.early["random"], target.optimizers
         self._extras = [(each, values[each.name]) for each in target.extras if each.name in values]
         self._kept: list[list[dict[str, Any]]] = []
+        self._modules, self._generators, self._numbers = of_modules, saved.early.get("generators", {}), of_modules.numbers()
 
     def generators(self) -> None:
         for each, value in self._extras:
             if each.is_generator():
                 each.set(value)
+        self._modules.set_generators(self._generators)
         extra_state.set_random_state(self._random)
 
     def keep(self) -> None:
+        self._numbers = self._modules.numbers()
         self._kept = [given_to(opt) for opt in self._optimizers]
 
     def undo(self, where: str) -> None:
+        self._modules.set_numbers(self._numbers)
         before = [given_to(opt) for opt in self._optimizers]
         for opt, groups in zip(self._optimizers, self._kept):
             for group, settings in zip(opt.param_groups, groups):
@@ -301,6 +306,14 @@ def set_modes(evaluating: Sequence[str] | None, step: int, target: Target) -> No
         return
     for training, found in module_state.set_modes(target.model, set(evaluating)).items():
         _say("these modules are in " + ("training" if training else "eval") + " mode", step, found)
+
+
+def set_values(saved: Saved, run: Run) -> None:
+    """Give modules back the numbers and generators that they keep in attributes. Records of earlier versions have none."""
+    if "numbers" in saved.early:
+        run.capture.values.set_numbers(saved.early["numbers"])
+    if saved.early.get("loops", NO_LOOPS)["inside"] is None:  # else the loop does that, as with all generators
+        run.capture.values.set_generators(saved.early.get("generators", {}))
 
 
 def _say(what: str, step: int, found: Sequence[str]) -> None:

@@ -69,7 +69,8 @@ class Level:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._left(interrupted=kind is not None, whole=kind is None)
+            amid = self in self._running  # else it was left long ago, and its generator is let go of now
+            self._left(interrupted=kind is not None if amid else self._clock.interrupted, whole=kind is None)
         except BaseException:  # Ctrl-C came here: once more, to its end
             self._left(interrupted=True, whole=kind is None)
             raise
@@ -166,6 +167,7 @@ class Loops:
 
     def begin_epoch(self) -> None:
         """An epoch begins, or goes on after a load: then its head runs again, with the random numbers that it drew."""
+        self._loaders.begin_epoch()
         if self._back is not None and self._inside not in ("epochs", None):
             if self._outermost > 1:
                 self._back.undo("between two loops")
@@ -188,23 +190,27 @@ class Loops:
 
     def begin(self, loader: Any, level: Level) -> tuple[Source, Iterator[Any]]:
         """A loop over a loader begins: its source, and the batches of the pass, or of what is left of it after a load."""
-        source, level.first, restored = self._loaders.ask(loader)
-        self.begin_outermost(level)
+        source, level.first, restored = self._loaders.ask(loader, self.clock.iteration if self._in_a_turn() else None)
+        level.begins()
         if level.leads and self._leading is source:
             source.finish()  # a pass was left by a `break`, and no epoch ended
         if restored and level.leads:
             self._head = None  # what is put back here did not change in this epoch's head
-            self.settle("batches", "at the head of an epoch" if self._running else "between two loops")
+            self._put_back("at the head of an epoch" if self._running else "between two loops")
         return source, source.begin()
+
+    def _in_a_turn(self) -> bool:
+        """Does the body of a loop run that is no loop over epochs?"""
+        return any(each.kind != "epochs" for each in self._running)
 
     def passed_by(self, source: Source, generator: Any) -> None:
         """This generator gives the batches of the pass that was begun."""
-        self._loaders.begun(source, generator)
+        self._loaders.begun(source, generator, bool(self._running) and not self._in_a_turn())
 
     def lead(self, source: Source, level: Level) -> None:
         """The first batch of a pass is asked for. Raises SetupError if the head of the epoch made a step."""
         resumed = self._back is not None and self._inside == "batches"
-        level.begins()
+        self.begin_outermost(level)
         if not level.leads:
             return
         if self._running and self._running[-1].has_stepped() and self._trained is None:
@@ -276,13 +282,15 @@ class Loops:
         self._outermost, self._restored_outermost, self._ends = 0, state.get("outermost"), dict(state.get("ends", {}))
         self._leading, self._trained = None, None
 
-    def settle(self, kind: str, where: str = "between two loops") -> None:
-        """A loop of this kind begins, or was over before it began. If it is the one that the loaded checkpoint was taken in,
-        everything is put back once more: what a script does behind ``load()``, the run that was not interrupted did not do here.
-        ``where``: what lies between."""
-        if self._back is None or self._inside not in (kind, None):
-            return
-        if self._restored_outermost is not None and self._outermost != self._restored_outermost:
+    def settle(self, kind: str) -> None:
+        """A loop of this kind begins, or was over before it began: is it the one that the loaded checkpoint was taken in?"""
+        if self._inside in (kind, None) and self._restored_outermost in (self._outermost, None):
+            self._put_back("between two loops")
+
+    def _put_back(self, where: str) -> None:
+        """Where training goes on, everything is as the checkpoint has it: what a script does behind ``load()``, the run that was
+        not interrupted did not do here. ``where``: what lies between."""
+        if self._back is None:
             return
         self._back.generators()
         if self._running or self._outermost > 1:

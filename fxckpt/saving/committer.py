@@ -16,6 +16,7 @@ from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.landing import Landing
 from fxckpt.saving.plan import Layout
+from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import give_back
@@ -106,8 +107,11 @@ class Committer:
     """Waits until a checkpoint's step has closed, its bytes are copied, unchanged and durable; commits it, counts it and gets
     the next slot ready."""
 
-    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally, reporter: Reporter):
+    def __init__(
+        self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally, reporter: Reporter, ranks: Ranks
+    ):
         self._store, self._supply, self._flights, self._tally, self._reporter = store, supply, flights, tally, reporter
+        self._ranks = ranks
         self._last = Landing()  # of the last full checkpoint
 
     def commit(self, pending: InFlight) -> None:
@@ -135,11 +139,13 @@ class Committer:
             fields["journal"] = pending.link.record()
         started, tracer = time.monotonic_ns(), self._flights.tracer
         pending.phase = f"being committed in {pending.path}"
-        self._store.commit(pending.slot, Record(files=files, **fields), tensors)
+        record = self._ranks.described(Record(files=files, **fields))
+        self._store.commit(pending.slot, record, tensors)
         self._tally.last_handed_over = pending.step
         self._wait(pending, lambda: pending.slot.ended(SLICE))
         if pending.slot.generation is None:
             return
+        self._ranks.committed(record, pending.slot.generation)
         if tracer is not None:
             tracer.add(f"commit of step {pending.step}", tracing.COMMITS, started, step=pending.step)
         self._tally.last_committed = pending.step

@@ -20,6 +20,9 @@ COMMIT, MODEL, OPTIMIZER, STATE = "commit.json", "model.safetensors", "optimizer
 
 PARTIAL, BAD, TEMPORARY = ".partial", ".bad", ".tmp"
 
+UNFINISHED = (PARTIAL, BAD)
+"""What ends in one of these is no checkpoint."""
+
 GRADIENTS = "gradients.safetensors"
 """In a record of the journal: the gradients that a step was made with."""
 
@@ -63,15 +66,21 @@ def slot_number(name: str, kind: str = STEPS) -> int | None:
     return int(match[2]) if match and (match[1] is None) == (kind == STEPS) else None
 
 
+def is_slot(name: str) -> bool:
+    """Is it the name of a slot, for checkpoints or for records?"""
+    return _SLOT.fullmatch(name) is not None
+
+
 def is_given(name: str) -> bool:
-    """Is it a name that a store gives to directories of steps, records and slots?"""
-    return _COMMITTED.fullmatch(name) is not None or _SLOT.fullmatch(name) is not None
+    """Whether a store gives such a name to something in its directory."""
+    fixed = (STORE, LOCK, NAMED, STORE + TEMPORARY, LOCK + TEMPORARY)
+    return name in fixed or _COMMITTED.fullmatch(name) is not None or is_slot(name) or name.endswith(BAD)
 
 
 def check_name(name: str) -> None:
     """Refuse a name for a named save that is not a plain directory name, or that would read as something else."""
     plain = type(name) is str and name and name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
-    if not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or is_given(name):
+    if not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or _COMMITTED.fullmatch(name):
         raise SetupError(
             f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable text without "
             f"slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not be called as that of a step is"
@@ -102,4 +111,4 @@ def committed(root: str) -> list[str]:
     """Paths of all checkpoint directories of the store, named ones too, whatever is in them."""
     steps = [os.path.join(root, name) for name in subdirectories(root) if step_of(name) is not None]
     named = os.path.join(root, NAMED)
-    return steps + [os.path.join(named, name) for name in saved(root) if not name.endswith((PARTIAL, BAD))]
+    return steps + [os.path.join(named, name) for name in saved(root) if not name.endswith(UNFINISHED)]

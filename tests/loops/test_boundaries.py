@@ -565,6 +565,54 @@ def test_shuffled_loaders_side_by_side_draw_as_pytorch_s_do(deaths, tmp_path):
     check(zipped(fxckpt.batches, fxckpt.epochs), zipped(iter, range), tmp_path, deaths)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("deaths", [[4, 2], [3, 3, 3]])
+def test_iterators_that_are_made_at_the_head_of_each_epoch_and_held_go_on(deaths, anew, tmp_path):
+    def held(batches: Callable, epochs: Callable, batch: Callable[[Life], int]) -> Callable[[Life], None]:
+        def script(life: Life) -> None:
+            first, second = drawn_loader(1), drawn_loader()
+            for _ in epochs(3):
+                if anew:
+                    first, second = drawn_loader(3), drawn_loader()
+                one = iter(batches(first))
+                two = iter(batches(second))
+                for _ in range(batch(life), 3):  # of four batches: neither pass is found to be exhausted
+                    (x,), (y,) = next(one), next(two)
+                    life.step(x + y)
+                    life.turn()
+
+        return script
+
+    ours = held(fxckpt.batches, fxckpt.epochs, lambda life: life.opts[0].ckpt.batch)
+    check(ours, held(iter, range, lambda life: 0), tmp_path, deaths)
+
+
+def test_a_pass_that_goes_on_from_one_epoch_into_the_next_is_refused(tmp_path):
+    life = Life(tmp_path)
+    endless = iter(fxckpt.batches(life.loader))
+    with pytest.raises(fxckpt.SetupError, match=r"an epoch has ended since its last batch.*fxckpt\.steps"):
+        for _ in fxckpt.epochs(2):
+            for _ in range(4):
+                life.step(next(endless))
+    life.opts[0].ckpt.shutdown()
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 4
+
+
+def test_an_iterator_that_is_let_go_of_in_a_later_epoch_drops_no_checkpoint(tmp_path):
+    life = Life(tmp_path)
+    for epoch in fxckpt.epochs(2):
+        one = iter(fxckpt.batches(life.loader[:2]))
+        for _ in range(2):
+            life.step(next(one))
+        if epoch == 0:
+            held = one
+        elif epoch == 1:
+            del held
+    del one
+    life.opts[0].ckpt.shutdown()
+    assert [each.step for each in fxckpt.checkpoints(tmp_path)][-1] == 4
+
+
 def test_a_pass_over_a_loader_inside_of_a_pass_over_it_is_one_of_its_own(tmp_path):
     def script(life: Life) -> None:
         loader = drawn_loader()
