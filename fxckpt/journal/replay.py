@@ -59,13 +59,14 @@ class Replay:
     def make(self, readers: Sequence[Reader]) -> None:
         """All steps of these records. Raises Broken, with the tensors in the middle of it."""
         began = time.monotonic()
+        steps = f"step {readers[0].record.step} to {readers[-1].record.step}"
+        log.info("fxckpt: making %s again from the journal: %d updates", steps, len(readers))
         for index, reader in enumerate(readers):
             try:
                 self._step(reader, _journal(reader))
             except Corrupt as error:
                 raise Broken(index, error) from error
             self._compare(index, reader)
-        steps = f"step {readers[0].record.step} to {readers[-1].record.step}"
         log.info("fxckpt: made %s again from the journal: %d updates in %.3g s", steps, len(readers), time.monotonic() - began)
 
     def _step(self, reader: Reader, journal: Journal) -> None:

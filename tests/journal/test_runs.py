@@ -213,6 +213,42 @@ def test_several_optimizers_are_stored_in_full_and_it_is_said(root, one_thread, 
     opts[0].ckpt.shutdown()
 
 
+def test_one_of_several_ranks_stores_steps_in_full_and_it_is_said(root, caplog, monkeypatch):
+    model = nn.Linear(2, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with caplog.at_level(logging.WARNING, "fxckpt"):
+        opt = fxckpt.compile_step(torch.optim.SGD(model.parameters(), lr=0.1), root, model=model, every=1, journal=4)
+    assert "no journal: this is one of 2 ranks" in caplog.text
+    opt.ckpt.shutdown()
+
+
+def test_a_process_group_that_comes_later_ends_the_journal_and_it_is_said(root, one_thread, caplog, monkeypatch):
+    life = Life(root).train(9)
+    life.opt.ckpt.flush()
+    there = journalled(root)
+    monkeypatch.setattr("fxckpt.journal.repeatable.world_size", lambda: 2)
+    with caplog.at_level(logging.WARNING, "fxckpt"):
+        life.train(13).end()
+    assert there and set(journalled(root)) <= set(there) and max(fulls(root)) == 13
+    assert sum("one of 2 ranks" in text for text in caplog.messages) == 1
+
+
+def test_a_long_way_is_said_before_it_is_gone(root, one_thread, caplog):
+    Life(root).train(11).end()
+    with caplog.at_level(logging.INFO, "fxckpt"):
+        Life(root).end()
+    said = [text for text in caplog.messages if "from the journal" in text]
+    assert len(said) == 2 and said[0].startswith("fxckpt: making step") and said[1].startswith("fxckpt: made step")
+
+
+def test_a_store_that_lost_its_id_is_known_by_its_records_too(root, one_thread):
+    life = Life(root).train(11).end()
+    for name in ("store.json", "lock"):
+        (root / name).unlink()
+    (root / "notes.txt").write_text("of somebody else")
+    assert Life(root).end().at == life.states[11]
+
+
 def test_a_journal_goes_with_every_step_only(root):
     opt = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
     for every in (2, "auto"):
