@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import random
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from process_runs import results
 from waiting import until
 
+from fxckpt.errors import NoCheckpoint
 from fxckpt.store.reader import Candidate, Reader, records
 
 LONG = "FXCKPT_JOURNAL" in os.environ
@@ -93,7 +95,8 @@ class Runs:
         assert all(step >= before[0] for step in loaded), f"step {before[0]} was reported committed; loaded: {loaded}"
         for each in records(place / "d"):
             assert isinstance(each, Candidate), each
-            Reader(each.path).verify()
+            with suppress(NoCheckpoint):  # a monitor outlives its trainer, and may give one up meanwhile
+                Reader(each.path).verify()
         return results(output) or None  # killed behind its end, too
 
 
