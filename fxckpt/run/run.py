@@ -69,9 +69,10 @@ class Run:
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
         self.arrangement: Arrangement = Arrangement(model, optimizers, self.emitter, config)
         emitter = self.emitter
-        emitter.chain = self.chain = Chain(
+        self.chain: Chain = Chain(
             config.journal, config.update, self.arrangement.steppers, engine, emitter.changed_outside, emitter.sources
         )
+        emitter.chain = self.chain
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
