@@ -1,11 +1,12 @@
-"""The two custom ops of a StepGraph: ``ckpt_fence`` before an update, ``ckpt_emit`` after it.
+"""The custom ops of a StepGraph: ``ckpt_fence`` before an update, ``ckpt_emit`` after it; with a journal ``ckpt_log`` between.
 
     scalars = scalars(counts)                       # once a step, on the host; fenced and emitted like a layer
     ckpt_fence([w, exp_avg, ...], run, 3, "h.0")    # wait until the last checkpoint has copied this layer
+    ckpt_log([w.grad, ...], run, 3, "h.0")          # hand the gradients to the engine, in a record of the journal
     update_h_0([w, exp_avg, ...], scalars)          # change it in place
     ckpt_emit([w, exp_avg, ...], run, 3, "h.0")     # hand it to the engine; the copy runs during the next iteration
 
-Both take the layer's tensors, though the engine knows their addresses, to show which values each op orders. They return nothing,
+They take the layer's tensors, though the engine knows their addresses, to show which values each op orders. They return nothing,
 so whatever removes unused nodes must be told that they have effects: see ``has_side_effect`` below, and never run dead code
 elimination on a StepGraph. They live between the compiled pieces, never inside one: there, an op that reads a mutated input may
 see a temporary that is copied back at the end. ``run`` is the number under which a live run registered its port.
@@ -30,11 +31,15 @@ class Port(Protocol):
     def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Start copying ``layer``."""
 
+    def log(self, layer: int, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Start copying the gradients that ``layer`` is about to be updated with; None of parameters that have none."""
+
 
 _LIBRARY = torch.library.Library("fxckpt", "DEF")
 # Written by hand: a schema inferred from annotations would give `int` arguments as SymInt and cost a wrapper per call.
 _LIBRARY.define("ckpt_fence(Tensor[] tensors, int run, int layer, str name) -> ()")
 _LIBRARY.define("ckpt_emit(Tensor[] tensors, int run, int layer, str name) -> ()")
+_LIBRARY.define("ckpt_log(Tensor?[] gradients, int run, int layer, str name) -> ()")
 
 _PORTS: weakref.WeakValueDictionary[int, Port] = weakref.WeakValueDictionary()
 
@@ -64,15 +69,20 @@ def _emit(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> N
     _port(run, "ckpt_emit", name).emit(layer, tensors)
 
 
-def _fake(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> None:
+def _log(gradients: Sequence[torch.Tensor | None], run: int, layer: int, name: str) -> None:
+    _port(run, "ckpt_log", name).log(layer, gradients)
+
+
+def _fake(tensors: Sequence[torch.Tensor | None], run: int, layer: int, name: str) -> None:
     """Under fake tensors there is nothing to wait for and nothing to copy."""
 
 
-for _name, _function in (("ckpt_fence", _fence), ("ckpt_emit", _emit)):
+for _name, _function in (("ckpt_fence", _fence), ("ckpt_emit", _emit), ("ckpt_log", _log)):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxckpt::{_name}", _fake, lib=_LIBRARY)
 
 ckpt_fence: Callable[..., Any] = torch.ops.fxckpt.ckpt_fence.default
 ckpt_emit: Callable[..., Any] = torch.ops.fxckpt.ckpt_emit.default
-for _op in (ckpt_fence, ckpt_emit):
+ckpt_log: Callable[..., Any] = torch.ops.fxckpt.ckpt_log.default
+for _op in (ckpt_fence, ckpt_emit, ckpt_log):
     fx.node.has_side_effect(_op)

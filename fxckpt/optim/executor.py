@@ -55,6 +55,7 @@ class Executor:
         self.opt = opt
         self._versions: list[int] = []  # of the counts, when they were advanced last
         self._gradients: Sequence[torch.Tensor | None] = ()  # while a step runs
+        self.journals: bool = False  # the StepGraph hands gradients over, too
         self.arrange([], (), (), (), None, {})
 
     def arrange(
@@ -75,7 +76,8 @@ class Executor:
         if counts_number is not None:
             handed_over.insert(0, (counts_number, counts))
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
-        chosen = step_graph.step_passes(layers, numbers, counts_number, lambda i: self._layer_update(i, clocks[i]), self._scalars)
+        update, logged = (lambda i: self._layer_update(i, clocks[i])), self._layer_gradients if self.journals else None
+        chosen = step_graph.step_passes(layers, numbers, counts_number, update, self._scalars, logged)
         module = step_graph.build(chosen)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places)
         self.arranged: Arranged = Arranged(
@@ -95,6 +97,14 @@ class Executor:
             for call in calls:
                 call(step)
             clock.add(perf_counter() - start)
+
+        return run
+
+    def _layer_gradients(self, index: int) -> Callable[[Inputs], list[torch.Tensor | None]]:
+        """The callable that takes the gradients of one layer out of a step's inputs."""
+
+        def run(step: Inputs) -> list[torch.Tensor | None]:
+            return [step.gradients[member.index] for member in self.arranged.owned[index]]
 
         return run
 

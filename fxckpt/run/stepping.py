@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -19,8 +19,9 @@ from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
+from fxckpt.journal.chain import Chain
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, Strategy, own_step
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
@@ -38,6 +39,7 @@ class Stepping:
     def __init__(self, arrangement: Arrangement, closing: Closing, clock: StepClock, status: RunStatus, config: Config):
         self._arrangement, self._closing = arrangement, closing
         self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
+        self._chain = cast(Chain, self._emitter.chain)
         self._clock, self._status, self._config = clock, status, config
         self.schedule: Schedule = Schedule(config.every)
         self.who_steps: WhoSteps = WhoSteps(arrangement.steppers, clock)
@@ -182,6 +184,7 @@ class Stepping:
             pending.guard.bounded, pending.guard.in_forward = bounded, frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
+            self._chain.taken(pending, self._arrangement.layout)
             self._closing.close_step(at_rest=True)
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
@@ -211,6 +214,7 @@ class Stepping:
         # After the closure, whose forward may change what is being copied.
         emitter.look_for_changes(stepper.executor.arranged.numbers, arrangement.layout)
         own = strategy.own_part(closure)
+        self._chain.advance()
         if own is not None:
             emitter.fence_all()
             stepper.halfway = True
@@ -221,7 +225,7 @@ class Stepping:
         enabled = torch.is_grad_enabled()
         try:
             set_grad_mode(False)
-            pending = self._begin(step) if due else None
+            pending = self._begin(step, stepper, self._refused(stepper, strategy, own)) if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
             stepper.halfway = False
@@ -234,6 +238,8 @@ class Stepping:
                 self._clock.applied.add(skipped)
             if pending is not None:
                 self._emit_rest(pending, stepper if emitted else None)
+            if due:
+                self._chain.taken(pending, self._arrangement.layout)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:
@@ -254,6 +260,7 @@ class Stepping:
             self._arrangement.refresh()
             self._emitter.fence_all()
             stepper.stepped = stepper.halfway = True
+            self._chain.advance()
 
     def foreign_step_ended(self, opt: torch.optim.Optimizer) -> None:
         """It counts, and if a checkpoint is due, everything is handed over as it is now."""
@@ -272,7 +279,17 @@ class Stepping:
                 self._clock.applied.add()
             if pending is not None:
                 self._emit_rest(pending, None)
+            if due:
+                self._chain.taken(pending, self._arrangement.layout)
             self._raise_callback_error()
+
+    def _refused(self, stepper: Stepper, strategy: Strategy, own: object) -> str | None:
+        """Why the step that is about to run cannot be a record of the journal, whatever came before it."""
+        if strategy is not stepper.strategy:
+            return "gradients are unscaled inside the step, or it takes arguments"
+        if own is not None and strategy.whole is None:
+            return "its own step updates some parameters, whose state or gradients it has to make"
+        return None
 
     def _is_due(self, step: int) -> bool:
         """Is a checkpoint of this step to be begun? Ask once a step: the schedule counts."""
@@ -281,8 +298,9 @@ class Stepping:
         stalled = 0.0 if self.schedule.waits else self._saver.stall_seconds()  # what every=N does not ask costs a look
         return bool(self._status.ending) or self.schedule.due(step, stalled)
 
-    def _begin(self, step: int) -> InFlight | None:
-        """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting."""
+    def _begin(self, step: int, stepper: Stepper | None = None, refused: str | None = None) -> InFlight | None:
+        """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting. Where
+        ``stepper`` is about to make the step, it may be a record of the journal, unless that is ``refused``."""
         flights = self._saver.flights
         if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
             self._saver.tally.skipped += step != self._skipped
@@ -290,7 +308,10 @@ class Stepping:
             return None
         try:
             self._closing.reap("its step was interrupted")
-            pending = self._saver.begin(step, self._arrangement.current_layout())
+            layout = self._arrangement.current_layout()
+            journalled = stepper is not None and self._chain.steps > 1
+            record = self._chain.next(stepper, refused, layout, stepper.gradients()) if stepper and journalled else None
+            pending = self._saver.begin(step, layout) if record is None else self._saver.begin(step, record[0], link=record[1])
         except (SaveFailed, StoreError, OSError) as error:
             self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
@@ -358,6 +379,8 @@ class Stepping:
             pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, frozenset()
             with torch.no_grad():
                 self._emit_rest(pending, None)
+            if name is None:
+                self._chain.taken(pending, layout)
             self._raise_callback_error()
         except BaseException:
             self._closing.abort("save() failed")
