@@ -123,7 +123,7 @@ class Stepping:
         """Raises SetupError: nobody waits between two batches for the step that was made of the first."""
         raise SetupError(
             "opt.step() is called in another thread than the one that asks fxckpt.batches for batches: what reads ahead in "
-            "a thread of its own goes inside, `fxckpt.batches(Prefetcher(loader))`, so that a batch counts when it was trained on."
+            "a thread of its own goes inside, `fxckpt.batches(Prefetcher(loader))`, so that a batch counts once it was used."
         )
 
     def _refuse_mixing(self, tally: Tally) -> None:
