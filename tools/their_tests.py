@@ -129,9 +129,24 @@ def outcomes(kind: str | None, files: list[str], options: list[str], seconds: fl
         paths = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {REPORT: str(report), ATTACH: kind or "", STORES: folder, "PYTHONPATH": os.pathsep.join(paths)}
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", **given}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "their_tests", "--tb=short", "-p", "no:cacheprovider", *options, *files]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "their_tests",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            "--continue-on-collection-errors",
+            *options,
+            *files,
+        ]
         try:
-            done = subprocess.run(command, env=environ, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            done = subprocess.run(
+                command, env=environ, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
             printed = done.stdout
         except subprocess.TimeoutExpired:
             printed = f"ended after {seconds:.0f} seconds"
