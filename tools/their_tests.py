@@ -5,8 +5,8 @@
     python tools/their_tests.py accelerate ../accelerate/tests/test_optimizer.py [...]
 
 The files come from a checkout of theirs, of the version that is installed. Attached means: every ``Trainer`` of transformers
-gets ``fxckpt.hf.attach``, every fit of Lightning's a ``Checkpoint`` callback, every optimizer that Accelerate prepares goes through
-``compile_step``; each with a store of its own, at every step. Exit status 1 if a test passes without ours and not with ours.
+gets ``fxckpt.hf.attach``, every fit of Lightning's a ``Checkpoint`` callback, every optimizer that Accelerate prepares goes
+through ``compile_step``; each with a store of its own, at every step. Exit status 1 if a test passes without ours and not with ours.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 REPORT, ATTACH, STORES = "FXCKPT_THEIRS_REPORT", "FXCKPT_THEIRS_ATTACH", "FXCKPT_THEIRS_STORES"
+QUIET = ["--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 
 
 # ---- in the process of pytest, which loads this file as a plugin ----
@@ -60,7 +61,7 @@ def attach_hf() -> None:
     def made(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         if self.train_dataset is not None:
-            fxckpt.hf.attach(self, store())
+            fxckpt.hf.attach(self, store(), every=1)
 
     Trainer.__init__ = made
 
@@ -74,7 +75,7 @@ def attach_lightning() -> None:
     fit = Trainer.fit
 
     def fitted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        ours = fxckpt.lightning.Checkpoint(store())
+        ours = fxckpt.lightning.Checkpoint(store(), every=1)
         self.callbacks.append(ours)
         try:
             return fit(self, *args, **kwargs)
@@ -99,7 +100,7 @@ def attach_accelerate() -> None:
         models = [each for each in several if isinstance(each, torch.nn.Module)]
         for each in several:
             if isinstance(each, torch.optim.Optimizer) and models:
-                fxckpt.compile_step(each, store(), model=models[0])
+                fxckpt.compile_step(each, store(), model=models[0], every=1)
         return found
 
     Accelerator.prepare = prepared
@@ -129,24 +130,9 @@ def outcomes(kind: str | None, files: list[str], options: list[str], seconds: fl
         paths = [str(ROOT), str(ROOT / "tools"), *filter(None, [os.environ.get("PYTHONPATH")])]
         given = {REPORT: str(report), ATTACH: kind or "", STORES: folder, "PYTHONPATH": os.pathsep.join(paths)}
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", **given}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "their_tests",
-            "--tb=short",
-            "-p",
-            "no:cacheprovider",
-            "--continue-on-collection-errors",
-            *options,
-            *files,
-        ]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "their_tests", *QUIET, *options, *files]
         try:
-            done = subprocess.run(
-                command, env=environ, timeout=seconds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
+            done = subprocess.run(command, env=environ, timeout=seconds, capture_output=True, text=True)
             printed = done.stdout
         except subprocess.TimeoutExpired:
             printed = f"ended after {seconds:.0f} seconds"
