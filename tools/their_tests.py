@@ -6,7 +6,7 @@
 
 The files come from a checkout of theirs, of the version that is installed. Attached means: every ``Trainer`` of transformers
 gets ``fxckpt.hf.attach``, every fit of Lightning's a ``Checkpoint`` callback, every optimizer that Accelerate prepares goes
-through ``compile_step``; each with a store of its own, at every step. Exit status 1 if a test passes without ours and not with ours.
+through ``compile_step``; each with a store of its own, at every step. Exit status 1 if a test passes only without ours.
 """
 
 from __future__ import annotations
