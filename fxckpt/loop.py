@@ -43,7 +43,7 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
     loops = _run_of(optimizer).loops
     level, clock = loops.level("steps"), loops.clock
     clock.counts_iterations = True
-    loops.begin_outermost(level)
+    level.begins()
     if clock.iteration >= n:
         loops.warn_if_over("steps", n)
     loops.settle("steps")
@@ -51,7 +51,6 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
         with level:
             yield clock.iteration
         loops.boundary(level)  # not after a `break` or an exception: there it ended somewhere in its middle
-    loops.end_outermost()
 
 
 def epochs(n: int | None = None, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
@@ -78,17 +77,15 @@ def epochs(n: int | None = None, *, optimizer: Checkpointed | None = None) -> It
     """
     loops = _run_of(optimizer).loops
     level, clock = loops.level("epochs"), loops.clock
-    loops.begin_outermost(level)
+    level.begins()
     if n is not None and clock.epoch >= n:
         loops.warn_if_over("epochs", n)
-        loops.settle("epochs")
     while n is None or clock.epoch < n:
         loops.begin_epoch()
         with level:
             yield clock.epoch
         loops.end_epoch()
         loops.boundary(level)
-    loops.end_outermost()
 
 
 def batches(loader: Iterable[T], *, optimizer: Checkpointed | None = None) -> Batches[T]:

@@ -69,8 +69,7 @@ class IterableSource(Source):
             return {"state": copy.deepcopy(self.loader.state_dict())}
         if self._running:
             self._draws.check(f"the {type(self.loader).__name__} that feeds training", _REMEDY)
-        own = self._own(whole=not self._running)
-        return {**own, "start": {**self._start, "kept": self._kept.begun(self._start.get("kept", {}))}} if self._running else own
+        return {**self._own(whole=not self._running), **({"start": self._start} if self._running else {})}
 
     def _loaded(self, state: dict[str, Any]) -> None:
         if not state["running"]:

@@ -105,7 +105,7 @@ def _is_count(value: Any) -> bool:
 
 _loops = has(
     {"epoch": _is_count, "batch": _is_count, "inside": is_anything, "sources": is_anything},
-    {"amid": is_anything, "random": is_anything, "outermost": is_anything, "ends": is_anything},
+    {"amid": is_anything, "random": is_anything},
 )
 
 
@@ -114,11 +114,6 @@ def _is_loops(value: Any) -> bool:
     if not _loops(value) or type(value["sources"]) is not list:
         return False
     if value.get("random") is not None and not _is_random(value["random"]):
-        return False
-    if value.get("outermost") is not None and not _is_count(value["outermost"]):
-        return False
-    ends = value.get("ends", {})
-    if not isinstance(ends, Mapping) or not all(_is_random(each) for each in ends.values()):
         return False
     return all(type(e) is tuple and len(e) == 2 and _is_count(e[0]) and type(e[1]) is dict for e in value["sources"])
 

@@ -92,12 +92,8 @@ class Capture:
         self.plain.start(marks)
 
     def look(self) -> Marks:
-        """Marks of what the head of an epoch may change and nobody puts back where it is done again, in a run that takes
-        checkpoints."""
-        if self._emitter.engine is None:
-            return {}
-        kept = [each for each in self.extras if not each.early and not each.done_again()]
-        return self._look_at_tensors(False) | {("extra", each.name): mark(each.get()) for each in kept}
+        """Marks of what a loop may change outside ``opt.step()``, in a run that takes checkpoints."""
+        return {} if self._emitter.engine is None else self._look(False)
 
     def moving(self) -> set[str]:
         """At the first boundary: the frozen parameters that the iteration changed (an average of the weights)."""

@@ -33,14 +33,6 @@ class Extra:
     live: Any = None
     plain: bool = False
 
-    def is_generator(self) -> bool:
-        """Is it a random generator?"""
-        return self.live is None
-
-    def done_again(self) -> bool:
-        """May it be put back once more, where a script has done again what it had done? A plain value, or a scheduler."""
-        return self.plain or isinstance(self.live, torch.optim.lr_scheduler.LRScheduler)
-
     def misfit(self, saved: Any) -> str | None:
         """Why the object cannot become what was saved; None if it can, as far as can be told before it is tried."""
         return plain_values.replaces(self.live, saved) if self.plain else None
