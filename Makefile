@@ -71,11 +71,22 @@ loops: export FXCKPT_LOOPS ?= 20
 loops: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
 
+# Two ranks under torchrun's agent, killed and restarted.
+.PHONY: ranks
+ranks: export FXCKPT_RANKS ?= 100
+ranks: $(ENGINE)
+	@$(PY) -m pytest tests/ranks/test_restarts.py $(ARGS)
+
 # Hugging Face's Trainer, Accelerate, Lightning and Fabric, thirty kills of each case.
 .PHONY: integrations
 integrations: export FXCKPT_INTEGRATIONS ?= 30
 integrations: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/integrations/test_hf_trainer.py tests/integrations/test_hf_attach.py tests/integrations/test_accelerate.py tests/integrations/test_lightning.py tests/integrations/test_fabric.py $(ARGS)
+
+# The documents' blocks as they stand, where make test shortens loops and leaves Inductor out.
+.PHONY: docs
+docs: $(ENGINE)
+	@FXCKPT_DOCS=full $(PY) -m pytest tests/project/test_documents.py tests/integrations/test_documented_diffs.py $(ARGS)
 
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
@@ -95,7 +106,7 @@ tables: $(VENV)/.packages
 # An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
 fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600
 fuzz: $(ENGINE)
-	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py $(ARGS)
+	@$(PY) -m pytest -s tests/campaigns/test_fuzz.py tests/campaigns/test_fuzz_import.py $(ARGS)
 
 # The engine is built first: its binding is imported where types are checked.
 lint: $(ENGINE) $(VENV)/.lint

@@ -281,8 +281,9 @@ struct fx_target {
 #define FX_TRUNCATED 2
 
 /* Reads chunks [first, first + n) of an open file in `threads` threads, checks each against crcs[] (indexed
- * from the file's first chunk) and only then copies it into the targets that overlap it. 0, FX_MISMATCH or
- * FX_TRUNCATED with *error filled in, or a negative errno. */
+ * from the file's first chunk) and only then copies it into the targets that overlap it. A thread takes 64 MiB at most,
+ * however large the chunks are: larger ones are read twice where a target wants them. 0, FX_MISMATCH or FX_TRUNCATED with
+ * *error filled in, or a negative errno. */
 int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
                      uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error);

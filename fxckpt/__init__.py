@@ -21,6 +21,7 @@ from fxckpt.errors import (
     NoCheckpoint,
     NoSpace,
     NotAStore,
+    RanksDisagree,
     SaveFailed,
     SetupError,
     StateError,
@@ -56,7 +57,8 @@ _MODULES = ("hf", "lightning")
 
 __all__ = [
     "Cancelled", "Checkpointed", "Committed", "Corrupt", "EngineMissing", "Failed", "FxckptError", "Handle", "Imported",
-    "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore", "Restored", "SaveFailed", "SetupError", "StateError", "Statistics",
+    "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore", "RanksDisagree",
+    "Restored", "SaveFailed", "SetupError", "StateError", "Statistics",
     "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "batches", "checkpoints", "compile_step", "epochs",
     "import_checkpoint", "latest", "load", "steps",
 ]  # fmt: skip

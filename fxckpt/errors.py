@@ -60,6 +60,10 @@ class NoCheckpoint(StoreError):
     """The step or name that was asked for is not there."""
 
 
+class RanksDisagree(StoreError):
+    """The ranks of a job cannot start from one step, or one of them is dead; the message names each."""
+
+
 class Corrupt(StoreError):
     """Stored bytes do not verify.
 

@@ -43,7 +43,7 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
     loops = _run_of(optimizer).loops
     level, clock = loops.level("steps"), loops.clock
     clock.counts_iterations = True
-    level.begins()
+    loops.begin_outermost(level)
     if clock.iteration >= n:
         loops.warn_if_over("steps", n)
     loops.settle("steps")
@@ -51,6 +51,7 @@ def steps(n: int, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
         with level:
             yield clock.iteration
         loops.boundary(level)  # not after a `break` or an exception: there it ended somewhere in its middle
+    loops.end_outermost()
 
 
 def epochs(n: int | None = None, *, optimizer: Checkpointed | None = None) -> Iterator[int]:
@@ -77,15 +78,17 @@ def epochs(n: int | None = None, *, optimizer: Checkpointed | None = None) -> It
     """
     loops = _run_of(optimizer).loops
     level, clock = loops.level("epochs"), loops.clock
-    level.begins()
+    loops.begin_outermost(level)
     if n is not None and clock.epoch >= n:
         loops.warn_if_over("epochs", n)
+        loops.settle("epochs")
     while n is None or clock.epoch < n:
         loops.begin_epoch()
         with level:
             yield clock.epoch
         loops.end_epoch()
         loops.boundary(level)
+    loops.end_outermost()
 
 
 def batches(loader: Iterable[T], *, optimizer: Checkpointed | None = None) -> Batches[T]:
@@ -126,12 +129,12 @@ class Batches(Generic[T]):
         loops = self._run.loops
         level = loops.level("batches")
         source, rest = loops.begin(self._loader, level)  # here, as a loader's iterator draws when it is made
-        generator = self._pass(level, source, rest)
+        generator = self._pass(level, source, rest, source.passes)
         loops.passed_by(source, generator)
         return generator
 
-    def _pass(self, level: Level, source: Source, rest: Iterator[T]) -> Iterator[T]:
-        """The batches; each iteration ends when the next one is asked for."""
+    def _pass(self, level: Level, source: Source, rest: Iterator[T], number: int) -> Iterator[T]:
+        """The batches of the source's pass of that number; each iteration ends when the next one is asked for."""
         loops = self._run.loops
         loops.lead(source, level)
         try:
@@ -140,5 +143,5 @@ class Batches(Generic[T]):
                     yield batch
                 loops.boundary(level)
         finally:
-            if not level.leads:
+            if not level.leads and source.passes == number:
                 source.finish()  # the next loop over it begins anew, and so does that of a resumed run

@@ -1,10 +1,14 @@
-/* Reading back: chunk by chunk into a bounce buffer, verified, and only then into the targets. */
+/* Reading back: chunk by chunk into a bounce buffer, verified, and only then into the targets. A record may say that chunks
+ * are large: what is larger than a piece is read piece by piece, once to verify the chunk and, where a target wants it, once
+ * more, and no byte of the second time is taken that was not there the first time. */
 #include "core/system.h"
 #include "engine.h"
 
 #include <errno.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+
+#define PIECE (UINT64_C(64) << 20) /* of a chunk; no thread has a larger buffer */
 
 struct reader {
     int fd;
@@ -53,28 +57,81 @@ static int read_chunk(struct reader *r, uint64_t offset, uint64_t nbytes, char *
     return err;
 }
 
-static void do_chunk(struct reader *r, uint64_t index, char *buffer) {
-    uint64_t offset = index * r->chunk_bytes, rest = r->nbytes - offset;
-    uint64_t nbytes = rest < r->chunk_bytes ? rest : r->chunk_bytes;
+/* What a thread reads with. crcs[i]: of the chunk up to its piece i; it is 0 for the first. */
+struct hands {
+    char *buffer;
+    uint64_t nbytes;
+    uint32_t *crcs;
+};
+
+static int hands_new(struct hands *h, uint64_t chunk_bytes) {
+    h->nbytes = chunk_bytes < PIECE ? chunk_bytes : PIECE;
+    h->buffer = fx_buffer_new(h->nbytes);
+    h->crcs = calloc(chunk_bytes / PIECE + 2, sizeof *h->crcs);
+    return h->buffer && h->crcs;
+}
+
+static void hands_free(struct hands *h) {
+    fx_buffer_free(h->buffer, h->nbytes);
+    free(h->crcs);
+}
+
+/* One piece into the buffer, and the checksum of its chunk up to its end; false if reading failed. */
+static int read_piece(struct reader *r, struct hands *h, uint64_t at, uint64_t nbytes, uint32_t before, uint32_t *crc) {
     size_t got = 0;
-    int err = read_chunk(r, offset, nbytes, buffer, &got);
-    if (err) return fail(r, err, offset, 0, 0);
-    if (got < nbytes) return fail(r, FX_TRUNCATED, offset, 0, 0);
-    uint32_t found = fx_crc32c(0, buffer, nbytes);
-    if (found != r->crcs[index]) return fail(r, FX_MISMATCH, offset, r->crcs[index], found);
-    scatter(r, offset, nbytes, buffer);
+    int err = read_chunk(r, at, nbytes, h->buffer, &got);
+    if (err || got < nbytes) {
+        fail(r, err ? err : FX_TRUNCATED, at, 0, 0);
+        return 0;
+    }
+    *crc = fx_crc32c(before, h->buffer, nbytes);
+    return 1;
+}
+
+static int is_wanted(const struct reader *r, uint64_t offset, uint64_t nbytes) {
+    for (uint32_t i = 0; i < r->n_targets; i++) {
+        const struct fx_target *t = &r->targets[i];
+        if (t->offset < offset + nbytes && offset < t->offset + t->nbytes) return 1;
+    }
+    return 0;
+}
+
+/* The pieces of a verified chunk that a target wants, read again. */
+static void take_pieces(struct reader *r, struct hands *h, uint64_t offset, uint64_t nbytes) {
+    for (uint64_t i = 0, at = 0; at < nbytes && !r->result; at += PIECE, i++) {
+        uint64_t n = nbytes - at < PIECE ? nbytes - at : PIECE;
+        uint32_t found;
+        if (!is_wanted(r, offset + at, n)) continue;
+        if (!read_piece(r, h, offset + at, n, h->crcs[i], &found)) return;
+        if (found != h->crcs[i + 1]) return fail(r, FX_MISMATCH, offset, h->crcs[i + 1], found);
+        scatter(r, offset + at, n, h->buffer);
+    }
+}
+
+static void do_chunk(struct reader *r, uint64_t index, struct hands *h) {
+    uint64_t offset = index * r->chunk_bytes, rest = r->nbytes - offset;
+    uint64_t nbytes = rest < r->chunk_bytes ? rest : r->chunk_bytes, i = 0;
+    for (uint64_t at = 0; at < nbytes && !r->result; at += PIECE, i++)
+        if (!read_piece(r, h, offset + at, nbytes - at < PIECE ? nbytes - at : PIECE, h->crcs[i], &h->crcs[i + 1])) return;
+    if (r->result) return;
+    if (h->crcs[i] != r->crcs[index]) return fail(r, FX_MISMATCH, offset, r->crcs[index], h->crcs[i]);
+    if (nbytes <= PIECE)
+        scatter(r, offset, nbytes, h->buffer);
+    else
+        take_pieces(r, h, offset, nbytes);
 }
 
 static void *reader_main(void *argument) {
     struct reader *r = argument;
-    char *buffer = fx_buffer_new(r->chunk_bytes);
-    if (!buffer) fail(r, -ENOMEM, 0, 0, 0);
-    while (buffer && !r->result) {
+    struct hands hands = {0};
+    int able = hands_new(&hands, r->chunk_bytes);
+    if (!able) fail(r, -ENOMEM, 0, 0, 0);
+    while (able && !r->result) {
         uint64_t index = r->next++;
         if (index >= r->end) break;
-        do_chunk(r, index, buffer);
+        do_chunk(r, index, &hands);
     }
-    fx_buffer_free(buffer, r->chunk_bytes);
+    hands_free(&hands);
     return NULL;
 }
 

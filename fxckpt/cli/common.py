@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
+from fxckpt.store.identity import check_begun
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 from fxckpt.store.record import Record
 from fxckpt.terminal import one_line, plain
@@ -35,6 +36,7 @@ def look(directory: str) -> list[Candidate | Corrupt]:
     """All checkpoints of a store, newest first. Raises NotAStore also for what is not there: nobody means that here."""
     if not os.path.isdir(directory):
         raise NotAStore(f"{directory} is not a directory")
+    check_begun(os.path.abspath(directory))
     return candidates(directory)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import about, lock, names
-from fxckpt.store.identity import check_store
+from fxckpt.store.identity import check_begun
 from fxckpt.store.reader import read_record
 from fxckpt.store.record import Record
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         raise NotAStore(f"{args.dir} is not a directory")
     if not args.interval > 0:
         raise SetupError(f"--interval {args.interval}: seconds above 0")
-    check_store(os.path.abspath(args.dir))
+    check_begun(os.path.abspath(args.dir))
     if args.json:
         common.print_json(asdict(look(args.dir)))
         return common.OK

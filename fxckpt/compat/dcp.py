@@ -8,6 +8,7 @@ and the second goes through ``weights_only``. Tensors torch itself reads with ``
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import warnings
@@ -18,6 +19,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from fxckpt.compat.pickles import BoundedFile, BoundedUnpickler
 from fxckpt.errors import Corrupt, SetupError
 
 METADATA = ".metadata"
@@ -33,7 +35,7 @@ _ALLOWED = {
 """What ``.metadata`` of torch 2.3 to 2.14 is made of; and ``torch.float32`` and the other types of elements."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(BoundedUnpickler):
     """Makes only what is allowed; none of it does anything but hold its arguments."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -81,18 +83,37 @@ def read_metadata(directory: str) -> Metadata:
     """``.metadata`` of a directory. Raises Corrupt if it is something else, or names files outside of the directory."""
     path = os.path.join(directory, METADATA)
     try:
-        with open(path, "rb") as file:
+        with BoundedFile(path) as file:
             found = _Unpickler(file).load()
         entries, places = dict(found.state_dict_metadata), dict(found.storage_data)
         names = {os.fspath(place.relative_path) for place in places.values()}
-    except (pickle.UnpicklingError, AttributeError, TypeError, ValueError, LookupError, EOFError, ImportError) as error:
-        raise Corrupt(path, f"it is no metadata of torch.distributed.checkpoint: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged bytes make the classes say
+        raise Corrupt(path, f"it is no metadata of torch.distributed.checkpoint: {str(error)[:300]}") from error
     if not isinstance(found, Metadata) or not all(isinstance(key, str) for key in entries):
         raise Corrupt(path, "it is no metadata of torch.distributed.checkpoint")
+    for key, entry in entries.items():
+        if isinstance(entry, TensorStorageMetadata) and not _is_covered(entry):
+            raise Corrupt(path, f"the pieces of {key!r} are not the whole of it")
     for name in names:
         if os.path.basename(name) != name or name in ("", ".", ".."):
             raise Corrupt(path, f"it says that data lie in {name!r}, which is not a file of this directory")
     return found
+
+
+def _is_covered(tensor: TensorStorageMetadata) -> bool:
+    """Whether a tensor's pieces lie in it and are as many elements as it has. What no piece covers would be left as the memory
+    was."""
+    try:
+        for piece in tensor.chunks:
+            if not len(piece.offsets) == len(piece.sizes) == len(tensor.size):
+                return False
+            if not all(0 <= at <= at + n <= size for at, n, size in zip(piece.offsets, piece.sizes, tensor.size)):
+                return False
+        return sum(math.prod(piece.sizes) for piece in tensor.chunks) == math.prod(tensor.size)
+    except (TypeError, AttributeError):
+        return False
 
 
 class Directory:
@@ -112,17 +133,19 @@ class Directory:
     def value(self, key: str) -> Any:
         """A tensor, put together of its pieces, or what else was saved. Raises Corrupt."""
         size, dtype = self.tensors.get(key, (None, None))
-        state: dict[str, Any] = {key: None if size is None else torch.empty(size, dtype=dtype)}
         try:
+            state: dict[str, Any] = {key: None if size is None else torch.empty(size, dtype=dtype)}
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
                 load(state, storage_reader=self._reader, planner=_Planner(), no_dist=True)
+        except MemoryError:
+            raise
         except Exception as error:
-            raise Corrupt(self._reader.path, f"{key!r} cannot be read: {type(error).__name__}: {error}") from error
+            raise Corrupt(self._reader.path, f"{key!r} cannot be read: {type(error).__name__}: {str(error)[:300]}") from error
         except BaseException as error:  # DCP's own is no Exception
             if type(error).__name__ != "CheckpointException":
                 raise
-            raise Corrupt(self._reader.path, f"{key!r} cannot be read: {str(error).strip().splitlines()[-1]}") from error
+            raise Corrupt(self._reader.path, f"{key!r} cannot be read: {str(error).strip().splitlines()[-1][:300]}") from error
         if isinstance(state[key], _Refused):
-            raise SetupError(f"{key!r} is no plain value, and is not unpickled: {state[key].why}")
+            raise SetupError(f"{key!r} is no plain value, and is not unpickled: {state[key].why[:300]}")
         return state[key]

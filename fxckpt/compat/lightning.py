@@ -136,6 +136,11 @@ def replace_at_once(writer: Any, path: str) -> None:
         vars(writer)["_rewrite_with_new_header"] = _rewrite_with_new_header
 
 
+def has_unwritten_rows(logger: Any) -> bool:
+    """Has a ``CSVLogger`` rows that are not in its file yet? To ask for its ``experiment`` would make it, and delete the file."""
+    return bool(getattr(getattr(logger, "_experiment", None), "metrics", ()))
+
+
 # -- logged values ----------------------------------------------------------------------------------------------------------
 
 _KEPT = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_first_loop_iter", "_current_fx")

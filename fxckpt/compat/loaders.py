@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.utils.data import IterableDataset as _IterableDataset
 from torch.utils.data._utils import worker as _worker
 from torch.utils.data._utils.pin_memory import pin_memory as _pin_memory
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter, _SingleProcessDataLoaderIter
+
+from fxckpt.compat.alive import alive
 
 Indices = Iterator[Any]
 
@@ -43,6 +45,11 @@ def iterate_with(loader: DataLoader[Any], begin: Callable[[], Iterator[Any]]) ->
 def has_workers_running(loader: DataLoader[Any]) -> bool:
     """Has it been iterated before, with workers that stay?"""
     return loader.persistent_workers and getattr(loader, "_iterator", None) is not None
+
+
+def holds_workers(loader: DataLoader[Any]) -> bool:
+    """Does it keep an iterator with workers in an attribute of its own, whose passes go on from one to the next?"""
+    return any(isinstance(each, _MultiProcessingDataLoaderIter) for name, each in vars(loader).items() if name != "_iterator")
 
 
 def watch_order(iterator: Any, watch: Callable[[Indices], Indices]) -> None:
@@ -170,10 +177,15 @@ def tell_end(state: Callable[[], Any]) -> None:
     _worker._IterableDatasetStopIteration = lambda worker: DataEnded(worker, state())  # type: ignore[assignment,misc]
 
 
+def is_stateful(value: object) -> bool:
+    """Has it a state that it takes back?"""
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
 def takes_back_its_place(dataset: Any) -> bool:
     """Does its state bring back exactly what comes next? Hugging Face's iterable data sets say that they lose what is in a
     shuffle buffer, and may lose a batch of a batched ``map`` over Arrow tables."""
-    if not (callable(getattr(dataset, "state_dict", None)) and callable(getattr(dataset, "load_state_dict", None))):
+    if not is_stateful(dataset):
         return False
     level, seen = [getattr(dataset, "_ex_iterable", None)], 0
     while _is_hugging_face(dataset) and level and seen < 1000:
@@ -215,12 +227,18 @@ class _Believed(dict):
         return self._times >= 0
 
 
-def iterators_alive() -> list[tuple[_BaseDataLoaderIter, int]]:
-    """Every iterator of a ``DataLoader`` that was begun and has not ended, and how many batches it has given. It looks at all
-    objects that the collector knows: tens of milliseconds."""
-    # By type: isinstance asks an object for its __class__, which a proxy may answer by importing what it stands for.
-    found = [each for each in gc.get_objects() if issubclass(type(each), _BaseDataLoaderIter)]
-    return [(each, each._num_yielded) for each in found if each._num_yielded and not _has_ended(each)]
+ITERATOR: type[Any] = _BaseDataLoaderIter
+"""What a ``DataLoader`` makes for a pass."""
+
+
+def under_way(iterators: Iterable[Any]) -> list[tuple[Any, int]]:
+    """Those that were begun and have not ended, and how many batches each has given."""
+    return [(each, each._num_yielded) for each in iterators if each._num_yielded and not _has_ended(each)]
+
+
+def loaders_alive() -> dict[int, weakref.ref[Any]]:
+    """Every ``DataLoader``, by its id. It looks at all objects that the collector knows."""
+    return {id(each): weakref.ref(each) for each in alive(DataLoader)}
 
 
 def _has_ended(iterator: _BaseDataLoaderIter) -> bool:

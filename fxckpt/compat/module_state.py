@@ -60,6 +60,11 @@ def _has_contract(module: torch.nn.Module) -> bool:
     return overridden or "state_dict" in vars(module) or bool(module._state_dict_hooks or module._state_dict_pre_hooks)
 
 
+def keeps_more(module: torch.nn.Module) -> bool:
+    """Does its class or a hook say what else than tensors is in its state dict?"""
+    return has_extra_state(module) or _has_contract(module)
+
+
 def added_entries(module: torch.nn.Module) -> dict[str, Any]:
     """What ``module.state_dict()`` has beyond extra state and registered tensors, be they under other names there."""
     registered = dict(_registered(module))

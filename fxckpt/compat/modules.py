@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
+from fxckpt.compat.alive import alive
 from fxckpt.errors import SetupError
 
 Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
@@ -31,6 +31,19 @@ def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
         kind = getattr(sys.modules.get(where), name, None)
         if kind is not None and isinstance(module, kind):
             return getattr(module, attribute)
+    return None
+
+
+def compiled_in_vain(model: object) -> str | None:
+    """The class of a module of which ``torch.compile(DistributedDataParallel(module))`` compiles nothing: Dynamo compiles frames,
+    leaves DDP's own to the interpreter, and looks at no forward that is defined in ``torch.nn`` when it is called from there."""
+    compiled = False
+    while isinstance(model, torch.nn.Module) and (inner := wrapped_module(model)) is not None:
+        kind = type(model).__name__
+        if compiled and kind == "DistributedDataParallel" and type(inner).__module__.startswith("torch.nn."):
+            return type(inner).__name__
+        compiled = compiled or kind == "OptimizedModule"
+        model = inner
     return None
 
 
@@ -74,8 +87,8 @@ def owners_of(params: Iterable[torch.Tensor]) -> dict[int, torch.nn.Module]:
     wanted = {id(p) for p in params}
     parents: dict[int, torch.nn.Module] = {}
     found: dict[int, torch.nn.Module] = {}
-    for each in gc.get_objects():
-        if not issubclass(type(each), torch.nn.Module) or type(each) is Several:  # isinstance would wake lazy proxies
+    for each in alive(torch.nn.Module):
+        if type(each) is Several:
             continue
         for child in (vars(each).get("_modules") or {}).values():
             parents.setdefault(id(child), each)

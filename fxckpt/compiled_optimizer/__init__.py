@@ -64,7 +64,8 @@ def compile_step(
             modes. Without it names and buffers come from graphs compiled with ``backend=fxckpt.backend``.
         every: ``N`` (each N-th optimizer step, waiting when the disk is behind), ``"auto"`` (at most once a minute,
             within a stall budget of 1 %) or ``"continuous"`` (the same budget, no minimum interval).
-        keep: good checkpoints to keep. With 1, rot on the disk cannot be survived.
+        keep: good checkpoints to keep. With 1, rot on the disk cannot be survived. Each of several ranks keeps ``max_async + 1``
+            at least, and the newest step that all of them have.
         keep_every, keep_minutes: keep for good, beyond ``keep``, the first checkpoint at or behind each multiple of so
             many steps, or of so many minutes of the clock (UTC).
         keep_best: keep the best checkpoint by a metric given with ``opt.ckpt.note``: ``"loss"`` (the lowest), or

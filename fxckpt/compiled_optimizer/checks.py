@@ -12,8 +12,9 @@ from fxckpt.checkpointed import Checkpointed
 from fxckpt.compat.accelerate import steps_elsewhere
 from fxckpt.compat.fabric import strategy_that_steps
 from fxckpt.compat.module_state import state_of
-from fxckpt.compat.modules import named_parameters, one_model, tensors_of
+from fxckpt.compat.modules import compiled_in_vain, named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
+from fxckpt.compat.spread import is_flattened, is_zero, steps_in_backward, steps_in_hooks
 from fxckpt.compat.wrappers import scaler_of, unwrapped
 from fxckpt.config import disabled
 from fxckpt.errors import SetupError, StateError
@@ -41,19 +42,57 @@ def check(
             f"the {sharded} of this optimizer's Fabric shards what it trains, or makes the steps itself: there is no opt.step() "
             "whose layers could be copied. Use another strategy, or save with fabric.save()"
         )
-    checked = [_free_optimizer(unwrapped(each)) for each in optimizers]
+    inner = [unwrapped(each) for each in optimizers]
+    _refuse_zero(inner)
+    checked = [_free_optimizer(each) for each in inner]
     module = one_model(model)
     names = {} if module is None else {id(p): name for name, p in named_parameters(module)}
+    _refuse_what_steps_elsewhere(checked, model, names)
     _check_parameters(checked, names)
     extras = extra_state.extras(_with_scalers(optimizers, extra))
     if not disabled():
         for each in checked:
             Contract(each, tensors_of(module))
         _warn_of_other_runs(names)
+        _warn_of_what_is_not_compiled(model)
         extra_state.probe(extras)
         if module is not None:
             _check_model(module, checked)
     return checked, module, extras
+
+
+def _refuse_zero(optimizers: Sequence[object]) -> None:
+    """Raises SetupError for a ``ZeroRedundancyOptimizer``, and for the optimizer of one rank's share in it."""
+    for opt in optimizers:
+        if is_zero(opt):
+            raise SetupError(
+                "a ZeroRedundancyOptimizer sends each parameter from the rank that stepped it to all others behind opt.step(): a "
+                "checkpoint of its inner optimizer would mix two steps. Give the inner class all parameters, as "
+                "torch.optim.AdamW(model.parameters()), with DistributedDataParallel and a directory for each rank; or save its "
+                "consolidate_state_dict() with torch.save"
+            )
+
+
+def _refuse_what_steps_elsewhere(optimizers: Sequence[torch.optim.Optimizer], model: object, names: Mapping[int, str]) -> None:
+    """Raises SetupError for parameters that are no tensors of their own, or that are not stepped in ``opt.step()``."""
+    for param in trained_by(optimizers):
+        name = names.get(id(param), "a parameter")
+        if is_flattened(param):
+            raise SetupError(
+                f"FullyShardedDataParallel (FSDP1) keeps {name!r} in a flat shard, which no checkpoint of fxckpt could give back "
+                "its shape. Train with DistributedDataParallel and a directory for each rank, or save with "
+                "torch.distributed.checkpoint in place of fxckpt"
+            )
+        if (kind := steps_in_backward(param)) is not None:
+            raise SetupError(
+                f"{name!r} is stepped by a {kind} inside the backward (_apply_optimizer_in_backward): there is no opt.step() "
+                "whose layers could be copied. Call opt.step() behind the backward"
+            )
+    if steps_in_hooks(model):
+        raise SetupError(
+            "DistributedDataParallel steps these parameters itself, as their gradients are averaged (_register_fused_optim): "
+            "there is no opt.step() whose layers could be copied. Call opt.step() behind the backward"
+        )
 
 
 def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | None) -> Mapping[str, object] | None:
@@ -69,6 +108,16 @@ def _with_scalers(optimizers: Sequence[object], extra: Mapping[str, object] | No
                 )
             found["scaler"] = scaler
     return found
+
+
+def _warn_of_what_is_not_compiled(model: object) -> None:
+    """Say so if ``torch.compile`` compiles nothing of this model: its gradients' order is not known then."""
+    if (kind := compiled_in_vain(model)) is not None:
+        log.warning(
+            f"fxckpt: torch.compile(DistributedDataParallel({kind}(...))) compiles nothing: Dynamo does not look at the "
+            f"forward of torch's own classes behind that of DDP. Write "
+            f"DistributedDataParallel(torch.compile({kind}(...), backend=fxckpt.backend)), or give the model a class of its own"
+        )
 
 
 def _check_model(module: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:

@@ -11,6 +11,7 @@ from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.engine.reading import READING_THREADS
 from fxckpt.errors import SetupError, StoreLocked
+from fxckpt.ranks import least_kept
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import CheckpointStore, NullStore
@@ -57,6 +58,8 @@ def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
         return NullStore()
     names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if world_size() > 1:
+        options["keep"] = least_kept(config.keep, config.max_async)
     if config.writer == "monitor":
         from fxckpt.monitor.client import MonitorStore
 
@@ -79,7 +82,7 @@ def say(run: Run) -> None:
         f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records, code and reading back), plus a snapshot "
         "of the model's buffers and of tensors in extra="
     )
-    if config.keep == 1:
+    if config.keep == 1 and world_size() == 1:
         log.warning("fxckpt: keep=1 cannot survive rot on disk: there is no older checkpoint to fall back to")
     if config.writer == "mock":
         log.warning('fxckpt: writer="mock" writes nothing; there will be no checkpoints')

@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from fxckpt.compat.fabric import is_set_up, loader_in
-from fxckpt.compat.loaders import iterates_as_torch
+from fxckpt.compat.loaders import holds_workers, iterates_as_torch
 from fxckpt.data.accelerated import AcceleratedSource
 from fxckpt.data.fabric import FabricSource
 from fxckpt.data.loader import LoaderSource
@@ -37,6 +37,12 @@ def source_of(loader: Any) -> Source:
     if isinstance(loader, DataLoader) and iterates_as_torch(loader, (stateful,) if stateful is not None else ()):
         kind = DataLoader if stateful is not None else None
         return WorkersSource(loader, kind) if loader.num_workers else LoaderSource(loader, kind)
+    if isinstance(loader, DataLoader) and holds_workers(loader):
+        raise SetupError(
+            f"a {type(loader).__name__} keeps one iterator over all its passes, whose workers have made batches of later ones "
+            "already: no resumed run can repeat that. Use torch's own DataLoader with persistent_workers=True, whose workers "
+            "stay as well"
+        )
     return IterableSource(loader)
 
 

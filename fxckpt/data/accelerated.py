@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -133,6 +133,9 @@ class AcceleratedSource(Source):
         self._inner.load_state_dict(state["inner"])
         if not state["running"]:
             self.loader.iteration = state["iteration"]
+
+    def _misfits(self, state: Mapping[str, Any]) -> list[str]:
+        return super()._misfits(state) or self._inner._misfits(state["inner"])
 
     def _fingerprint(self) -> dict[str, Any]:
         return {"kind": type(self.loader).__name__, "skip_batches": self._skip}

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxckpt.compat.loaders import is_stateful
+
 _SCALARS = (bool, int, float, str)
 _LOOKS = 3  # states within a pass for which all arrays are looked at; from then on those that were seen to change
 _ABSENT = object()
@@ -17,11 +19,6 @@ _ABSENT = object()
 Objects = Callable[[], Mapping[str, Any]]
 Marks = dict[tuple[str, str], Any]
 """What tells that an attribute changed: (attribute, a value, a version or a checksum) → it."""
-
-
-def is_stateful(value: Any) -> bool:
-    """Has it a state that it takes back?"""
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 class Attributes:
@@ -37,6 +34,7 @@ class Attributes:
         self._objects, self._every, self._largest = objects, every_number, largest
         self._given = {name: self._marks(each, True) for name, each in objects().items()}
         self._start = self._given
+        self._contents: dict[str, dict[str, Any]] = {}  # what could move within the pass, as it was when that began
         self._moving: set[tuple[str, str]] = set()  # (object, attribute) that changes within a pass
         self._looks = _LOOKS
 
@@ -46,10 +44,24 @@ class Attributes:
         now = {name: self._marks(each, whole or self._looks > 0) for name, each in objects.items()}
         if whole:
             self._start = now
+            self._contents = {name: self._copies(each, now[name]) for name, each in objects.items()}
         else:
             self._looks = max(self._looks - 1, 0)
             self._moving |= {(name, key) for name in now for key in _changed(self._start.get(name, {}), now[name])}
         return {name: self._state(name, each, now[name]) for name, each in objects.items()}
+
+    def begun(self, start: Mapping[str, Any]) -> dict[str, Any]:
+        """The state that was taken when the pass began, with what turned out to move since: elsewhere it may be as it is now."""
+        found = {name: {**each} for name, each in start.items()}
+        for name, key in self._moving:
+            if "attributes" in found.get(name, {}) and key in self._contents.get(name, {}):
+                found[name]["attributes"] = {**found[name]["attributes"], key: self._contents[name][key]}
+        return found
+
+    def _copies(self, owner: Any, marks: Marks) -> dict[str, Any]:
+        """Of what has marks."""
+        names = {name for name, kind in marks if kind != "version"}
+        return {name: _copied(value) for name, value in getattr(owner, "__dict__", {}).items() if name in names}
 
     def _state(self, name: str, owner: Any, now: Marks) -> dict[str, Any]:
         if is_stateful(owner):
@@ -82,6 +94,8 @@ class Attributes:
         for name, value in getattr(owner, "__dict__", {}).items():
             if isinstance(value, _SCALARS):
                 found[name, "value"] = value
+            elif isinstance(value, torch.Tensor) and value.is_shared():
+                continue  # by processes: it is the state of none of them
             elif isinstance(value, torch.Tensor):
                 found[name, "version"] = (id(value), value._version)
             if deep and (check := self._checksum(value)) is not None:

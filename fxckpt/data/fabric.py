@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fxckpt.compat.fabric import StandIn, loader_in, passes_of, put_loader, set_passes
@@ -42,6 +42,9 @@ class FabricSource(Source):
         self._inner.load_state_dict(state["inner"])
         if not state["running"]:
             set_passes(self.loader, state["number"])
+
+    def _misfits(self, state: Mapping[str, Any]) -> list[str]:
+        return super()._misfits(state) or self._inner._misfits(state["inner"])
 
     def _fingerprint(self) -> dict[str, Any]:
         return {"kind": type(self.loader).__name__}

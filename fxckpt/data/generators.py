@@ -16,6 +16,7 @@ from fxckpt.errors import SetupError
 
 GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
+_BITS = ("MT19937", "PCG64", "PCG64DXSM", "Philox", "SFC64")  # numpy's algorithms
 _DEEPEST, _MOST, _LONGEST = 8, 2000, 128  # levels, objects, elements of a container: a list of a million paths holds none
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Tensor, np.ndarray, type, types.ModuleType)
 _PACKAGES = ("torch", "numpy", "builtins", "functools", "collections", "random", "accelerate", "datasets", "torchdata")
@@ -93,9 +94,10 @@ def _unfolded(glance: Glance) -> Any:
 
 
 def write(generator: Any, state: Any) -> None:
-    """Put a generator into a state, packed or as it was read."""
-    state = packed(state)
+    """Put a generator into a packed state. Raises TypeError for what is none: made into an array, it might be endless."""
     if isinstance(generator, torch.Generator):
+        if not isinstance(state, np.ndarray):
+            raise TypeError(f"a state of torch's generators is an array, not a {type(state).__name__}")
         generator.set_state(torch.from_numpy(np.array(state, np.uint8)))
     elif isinstance(generator, np.random.Generator):
         generator.bit_generator.state = state
@@ -160,9 +162,9 @@ class Owned:
         found = self.find()
         for name, entry in saved.items():
             generator = found[name] if name in found else self._make(name, entry["kind"])
-            if _kind(generator) != entry["kind"]:
+            if kind_of(generator) != entry["kind"]:
                 raise SetupError(
-                    f"{name} is a {_kind(generator)} generator; the checkpoint has the state of a {entry['kind']} one"
+                    f"{name} is a {kind_of(generator)} generator; the checkpoint has the state of a {entry['kind']} one"
                 )
             write(generator, entry["state"])
 
@@ -174,13 +176,13 @@ class Owned:
             holder = _step(holder, part)
         if holder is None or isinstance(holder, (*_PLAIN, Mapping, list, tuple)) or getattr(holder, last, None) is not None:
             raise SetupError(f"the checkpoint has the state of a random generator at {name}, where this process has none")
-        setattr(holder, last, _new(kind))
+        setattr(holder, last, new_of(kind))
         return getattr(holder, last)
 
 
 def entry(generator: Any, state: Any) -> dict[str, Any]:
     """A generator's kind and a state of it."""
-    return {"kind": _kind(generator), "state": state}
+    return {"kind": kind_of(generator), "state": state}
 
 
 def _step(holder: Any, part: str) -> Any:
@@ -192,7 +194,7 @@ def _step(holder: Any, part: str) -> Any:
     return dict(_attributes(holder)).get(part)
 
 
-def _kind(generator: Any) -> str:
+def kind_of(generator: Any) -> str:
     """What a state fits: the class, the device, and numpy's algorithm."""
     if isinstance(generator, torch.Generator):
         return f"torch.{generator.device.type}"
@@ -201,14 +203,29 @@ def _kind(generator: Any) -> str:
     return "numpy.RandomState" if isinstance(generator, np.random.RandomState) else "python"
 
 
-def _new(kind: str) -> Any:
-    """A generator of a kind."""
+def new_of(kind: str) -> Any:
+    """A generator of a kind. Raises ValueError for what is none; nothing else that is named so is called."""
     package, _, what = kind.partition(".")
     if package == "torch":
         return torch.Generator(device=what)
     if kind == "numpy.RandomState":
         return np.random.RandomState()
-    return np.random.Generator(getattr(np.random, what)()) if package == "numpy" else random.Random()
+    if kind == "python":
+        return random.Random()
+    if package == "numpy" and what in _BITS:
+        return np.random.Generator(getattr(np.random, what)())
+    raise ValueError(f"there is no generator of kind {kind!r}")
+
+
+def is_kind(kind: str, state: Any) -> bool:
+    """Would a new generator of this kind take this state? Of another device than the host's nobody tries."""
+    if kind.startswith("torch.") and kind != "torch.cpu":
+        return isinstance(state, np.ndarray)
+    try:
+        write(new_of(kind), state)
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError):
+        return False
+    return True
 
 
 def _generators_in(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

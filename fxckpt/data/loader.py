@@ -137,7 +137,9 @@ class LoaderSource(Source):
         found: dict[str, Any] = {"samplers": self._samplers.state(whole), "data": self._data.state(whole)}
         found["own"] = self._owned.states()
         if self._running:
-            found |= {"start": self._start, "order": self._order.mark}
+            both = {"samplers": self._samplers, "data": self._data}
+            kept = {name: each.begun(self._start.get(name, {})) for name, each in both.items()}
+            found |= {"start": {**self._start, **kept}, "order": self._order.mark}
         if self._stateful:
             found["dataset"] = copy.deepcopy(self.loader.dataset.state_dict())
         if self._running and reading_ended(self._iterator):

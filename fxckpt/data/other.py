@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from fxckpt.data.attributes import is_stateful
+from fxckpt.compat.loaders import is_stateful
 from fxckpt.data.generators import Owned, global_generators, kept_globals, states, write_all
 from fxckpt.data.sampling import Draws, kept_by_data
 from fxckpt.data.source import Source, length_of, read_again
@@ -69,7 +69,8 @@ class IterableSource(Source):
             return {"state": copy.deepcopy(self.loader.state_dict())}
         if self._running:
             self._draws.check(f"the {type(self.loader).__name__} that feeds training", _REMEDY)
-        return {**self._own(whole=not self._running), **({"start": self._start} if self._running else {})}
+        own = self._own(whole=not self._running)
+        return {**own, "start": {**self._start, "kept": self._kept.begun(self._start.get("kept", {}))}} if self._running else own
 
     def _loaded(self, state: dict[str, Any]) -> None:
         if not state["running"]:

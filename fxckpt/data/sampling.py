@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxckpt.data.attributes import Attributes, is_stateful
+from fxckpt.compat.loaders import is_stateful
+from fxckpt.data.attributes import Attributes
 from fxckpt.data.generators import global_states, moved
 from fxckpt.errors import SetupError
 

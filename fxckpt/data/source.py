@@ -13,6 +13,12 @@ from fxckpt.errors import SetupError
 log: logging.Logger = logging.getLogger("fxckpt")
 _EVERY = 10.0  # seconds between two lines of progress
 
+_OVER = (
+    "a pass over a {} goes on that is over: an epoch has ended since its last batch, or a new pass was begun. A resumed run "
+    "begins a new one there, with other batches. Ask for fxckpt.batches(loader) anew in each epoch; where passes and epochs are "
+    "of different lengths, loop over fxckpt.steps(n) and draw from fxckpt.batches in its turns"
+)
+
 
 class Source(ABC):
     """One loader over all its passes.
@@ -20,7 +26,7 @@ class Source(ABC):
     Attributes:
         position: batches handed out in the current pass.
         exhausted: the current pass has ended by itself.
-        begun: a pass was begun in this process.
+        passes: how many were begun in this process.
     """
 
     def __init__(self, loader: Any):
@@ -29,11 +35,17 @@ class Source(ABC):
         self.exhausted: bool = False
         self._running = False
         self._saved: dict[str, Any] | None = None
-        self.begun: bool = False
+        self.passes: int = 0
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Is this state of a loader like this one?"""
-        return bool(self._fingerprint() == state["loader"])
+        return not self._misfits(state)
+
+    def _misfits(self, state: Mapping[str, Any]) -> list[str]:
+        """What differs from the loader that the state is of."""
+        mine, theirs = self._fingerprint(), state["loader"]
+        names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
+        return [f"{name}: {theirs.get(name)} then, {mine.get(name)} now" for name in names if not self._may_differ(name, state)]
 
     def begin(self) -> Iterator[Any]:
         """The next pass; or, once after :meth:`load_state_dict`, the rest of the pass that the state is of: nothing, if that was
@@ -42,14 +54,14 @@ class Source(ABC):
         Raises:
             SetupError: the rest cannot be the one of the uninterrupted run.
         """
-        saved, self._saved, self.begun = self._saved, None, True
+        saved, self._saved, self.passes = self._saved, None, self.passes + 1
         going_on = saved is not None and bool(saved["running"])
         self._running, self.exhausted, self.position = True, False, 0
         if going_on:
             assert saved is not None
             self.position, self.exhausted = saved["position"], saved["exhausted"]
         items = self._begin(saved, going_on)
-        return iter(()) if self.exhausted else self._handed_out(items)
+        return iter(()) if self.exhausted else self._handed_out(items, self.passes)
 
     def finish(self) -> None:
         """The pass is over: it was exhausted, or the loop left it. The next :meth:`begin` starts a new one."""
@@ -73,10 +85,7 @@ class Source(ABC):
         Raises:
             SetupError: it is of a loader that differs in what decides the order of batches; the message lists what.
         """
-        mine, theirs = self._fingerprint(), state["loader"]
-        names = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-        wrong = [f"{name}: {theirs.get(name)} then, {mine.get(name)} now" for name in names if not self._may_differ(name, state)]
-        if wrong:
+        if wrong := self._misfits(state):
             raise SetupError(
                 f"the checkpoint is of another loader than this {type(self.loader).__name__}, so its batches cannot be those of "
                 f"the uninterrupted run ({'; '.join(wrong)}). Make the loader as before"
@@ -88,13 +97,16 @@ class Source(ABC):
     def __len__(self) -> int:
         return len(self.loader)
 
-    def _handed_out(self, items: Iterator[Any]) -> Iterator[Any]:
-        """Count the batches that the loop gets; the last one is not kept while the next is made."""
+    def _handed_out(self, items: Iterator[Any], number: int) -> Iterator[Any]:
+        """Count the batches that the loop gets in this pass; the last one is not kept while the next is made."""
         for item in items:
+            if number != self.passes or not self._running:
+                raise SetupError(_OVER.format(type(self.loader).__name__))
             self.position += 1
             yield item
             del item
-        self.exhausted = True
+        if number == self.passes:
+            self.exhausted = True
 
     @abstractmethod
     def _begin(self, saved: dict[str, Any] | None, going_on: bool) -> Iterator[Any]:

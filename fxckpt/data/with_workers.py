@@ -182,7 +182,7 @@ class WorkersSource(LoaderSource):
         if self._former is not None:
             found |= {name: self._former[name] for name in ("start", "order", "workers")}
         elif self._copy is not None and (self._persistent or (self._running and not self.exhausted)):
-            found |= {"start": self._start, "order": self._order.mark, "workers": self._workers()}
+            found |= {"start": found.get("start", self._start), "order": self._order.mark, "workers": self._workers()}
         return found
 
     def _workers(self) -> dict[str, Any]:

@@ -16,14 +16,13 @@ from fxckpt.errors import Corrupt, SetupError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-MOST_BYTES = 1 << 30  # of buffers: a record may say that chunks are large
 SLICE_BYTES = 256 << 20  # read in C at a time, so that Ctrl-C is served
 
 Target = tuple[int, int, int, "tuple[int, ...] | None", "tuple[int, ...] | None"]
 
 
 READING_THREADS = 2
-"""Each with a buffer of a chunk."""
+"""Each with a buffer of a chunk, of 64 MiB at most: a record may say that chunks are larger."""
 
 
 def crc32c(buffer: Buffer, crc: int = 0) -> int:
@@ -73,8 +72,7 @@ def read_verified(
         array = ffi.new("struct fx_target[]", max(len(wanted), 1))
         _fill_targets(ffi, array, wanted, nbytes, keep)
         table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
-        chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # the size of each thread's buffer
-        threads = max(min(threads, MOST_BYTES // chunk_bytes), 1)
+        chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # more than the file has is not needed
         file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, table), (array, len(wanted), threads, error)
         at_once = max(SLICE_BYTES // chunk_bytes, 1)
         which = only or range(chunks)

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from fxckpt.engine import io
-from fxckpt.errors import Corrupt, SetupError
+from fxckpt.errors import Corrupt, FxckptError, SetupError
 from fxckpt.importing import state_dicts
 from fxckpt.importing.source import KNOWN, PIECE, Source, Stored, later, plain_names
 from fxckpt.store import names
@@ -36,10 +36,15 @@ def read(path: str) -> Source:
     """What is at ``path``. Raises SetupError for what is none of the formats, Corrupt for what is damaged."""
     if not os.path.exists(path):
         raise SetupError(f"there is nothing at {path}")
-    source = _directory(path) if os.path.isdir(path) else _file(path)
-    if not source.model:
-        raise SetupError(f"{path} has no tensors in it")
-    plain_names(source)
+    try:
+        source = _directory(path) if os.path.isdir(path) else _file(path)
+        if not source.model:
+            raise SetupError(f"{path} has no tensors in it")
+        plain_names(source)
+    except (FxckptError, OSError, MemoryError):
+        raise
+    except Exception as error:  # what is read may be of any types in any place
+        raise Corrupt(path, f"it does not hold what its format says: {type(error).__name__}: {str(error)[:300]}") from error
     return source
 
 
@@ -80,18 +85,25 @@ def _unpickled(path: str) -> Any:
     could make, which runs what it is told to."""
     import torch
 
+    from fxckpt.compat.pickles import BoundedFile
+
     with open(path, "rb") as file:
         mappable = file.read(2) == b"PK"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+        if mappable:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with BoundedFile(path) as bounded:
+            return torch.load(bounded, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         why = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), "")
         raise SetupError(
             "it is damaged, or holds objects that only unpickling can make, which runs code of the file and is not done: "
-            f"{why or error} Save what state_dict() gives in its place"
+            f"{(why or str(error))[:300]} Save what state_dict() gives in its place"
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise Corrupt(path, f"torch.load cannot read it: {str(error).strip().partition(chr(10))[0]}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever damaged bytes make torch say
+        raise Corrupt(path, f"torch.load cannot read it: {str(error).strip().partition(chr(10))[0][:300]}") from error
 
 
 # ---- safetensors, and folders of Hugging Face ----

@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from fxckpt.compat.lightning import replace_at_once
+from fxckpt.compat.lightning import has_unwritten_rows, replace_at_once
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -20,8 +20,15 @@ _SECOND_NAME = ".fxckpt"
 
 
 def positions(loggers: Sequence[Any]) -> list[int | None]:
-    """Of each logger, how many rows its file has; None if it is none of Lightning's CSV files."""
-    return [_rows(path) if (path := _csv_path(each)) is not None else None for each in loggers]
+    """Of each logger, how many rows its file has; None if it is none of Lightning's CSV files. What a callback has logged and
+    nobody has written yet is written now."""
+    return [_all_rows(each, path) if (path := _csv_path(each)) is not None else None for each in loggers]
+
+
+def _all_rows(logger: Any, path: str) -> int:
+    if has_unwritten_rows(logger):
+        logger.experiment.save()
+    return _rows(path)
 
 
 def keep_rows(loggers: Sequence[Any]) -> None:
@@ -32,13 +39,13 @@ def keep_rows(loggers: Sequence[Any]) -> None:
 
 
 def continue_logs(loggers: Sequence[Any], saved: Sequence[int | None]) -> None:
-    """Let each CSV file be written on, from the row that the checkpoint stands at. A logger that numbers its folders itself has a
-    new one, with what comes from here on."""
+    """Let each CSV file be written on, from the row that the checkpoint stands at; what was logged since is gone. A logger that
+    numbers its folders itself has a new one, with what comes from here on."""
     for logger, rows in zip(loggers, saved):
         path = _csv_path(logger)
         if rows and path is not None and os.path.exists(path + _SECOND_NAME):
             writer = logger.experiment  # deletes the file when it is made
-            writer.metrics_keys = _put_back(path, rows)
+            writer.metrics, writer.metrics_keys = [], _put_back(path, rows)
 
 
 def _csv_path(logger: Any) -> str | None:

@@ -83,6 +83,7 @@ class Training:
             self._progress.here = data_fetcher
             load(optimizer=self._optimizer)
             self._progress.here = None
+            continue_logs(self._trainer.loggers, self._progress.loaded["logs"])  # callbacks have logged at the head once more
         self._progress.amid = True
         self._turns = steps(_ENDLESS, optimizer=self._optimizer)
         next(self._turns)

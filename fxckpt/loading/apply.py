@@ -19,7 +19,9 @@ from fxckpt.loading.match import Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
 from fxckpt.optim.contract.contract import NOTHING
+from fxckpt.optim.given import given_to, what_changed
 from fxckpt.run import extra_state
+from fxckpt.run.module_values import ModuleValues
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES, storable, take
 from fxckpt.saving.plan import source_items
@@ -204,10 +206,12 @@ def check_extras(saved: Saved, target: Target) -> None:
 
 
 def apply_extras(saved: Saved, target: Target) -> None:
-    """Set extras, module extra state and transient buffers, and the random generators last."""
+    """Set extras, module extra state and transient buffers, and the random generators last: these only where no loop of ours
+    will, so that what a script draws in between is what it drew in its first life."""
     early, values = saved.early, {**saved.early["extra"], **saved.late}
+    in_a_loop = early.get("loops", NO_LOOPS)["inside"] is not None
     for each in target.extras:
-        if each.name in values:
+        if each.name in values and not (in_a_loop and each.is_generator()):
             each.set(values[each.name])
     if target.model is not None:
         for name, module in extra_state_modules(target.model):
@@ -215,21 +219,48 @@ def apply_extras(saved: Saved, target: Target) -> None:
                 module.set_extra_state(early["modules"][name])
         _apply_transient({**early["buffers"], **early.get("remote", {})}, target, dict(every_module(target.model)))
         _give_contracts_back(early.get("contracts", {}), target.model)
-    if target.optimizers:
+    if target.optimizers and not in_a_loop:
         extra_state.set_random_state(early["random"])
 
 
 def apply_loops(saved: Saved, target: Target, run: Run) -> None:
-    """Tell a run's loops where they stand. What the script draws before the first of them begins is taken back there."""
-    random, extras = saved.early["random"], saved.early["extra"]
-    generators = [each for each in target.extras if each.live is None and each.name in extras]
+    """Tell a run's loops where they stand."""
+    run.loops.load_state_dict(saved.early.get("loops", NO_LOOPS), _WayBack(saved, target, run.capture.values))
 
-    def settle() -> None:
-        for each in generators:
-            each.set(extras[each.name])
-        extra_state.set_random_state(random)
 
-    run.loops.load_state_dict(saved.early.get("loops", NO_LOOPS), settle)
+class _WayBack:
+    """What a script does again on its way to the loop that a checkpoint was taken in, undone there."""
+
+    def __init__(self, saved: Saved, target: Target, of_modules: ModuleValues):
+        values = {**saved.early["extra"], **saved.late}
+        self._random, self._optimizers = saved.early["random"], target.optimizers
+        self._extras = [(each, values[each.name]) for each in target.extras if each.name in values]
+        self._kept: list[list[dict[str, Any]]] = []
+        self._modules, self._generators, self._numbers = of_modules, saved.early.get("generators", {}), of_modules.numbers()
+
+    def generators(self) -> None:
+        for each, value in self._extras:
+            if each.is_generator():
+                each.set(value)
+        self._modules.set_generators(self._generators)
+        extra_state.set_random_state(self._random)
+
+    def keep(self) -> None:
+        self._numbers = self._modules.numbers()
+        self._kept = [given_to(opt) for opt in self._optimizers]
+
+    def undo(self, where: str) -> None:
+        self._modules.set_numbers(self._numbers)
+        before = [given_to(opt) for opt in self._optimizers]
+        for opt, groups in zip(self._optimizers, self._kept):
+            for group, settings in zip(opt.param_groups, groups):
+                _apply_settings({key: value for key, value in settings.items() if group.get(key) != value}, group)
+        for each, value in self._extras:
+            if each.done_again():
+                each.set(value)
+        changed = {each for old, new in zip(self._kept, before) for each in what_changed(old, new)}
+        if changed:
+            log.warning("fxckpt: what the script set again %s is put back as it was: %s", where, ", ".join(sorted(changed)))
 
 
 def _apply_transient(saved: Mapping[str, torch.Tensor], target: Target, modules: Mapping[str, torch.nn.Module]) -> None:
@@ -275,6 +306,14 @@ def set_modes(evaluating: Sequence[str] | None, step: int, target: Target) -> No
         return
     for training, found in module_state.set_modes(target.model, set(evaluating)).items():
         _say("these modules are in " + ("training" if training else "eval") + " mode", step, found)
+
+
+def set_values(saved: Saved, run: Run) -> None:
+    """Give modules back the numbers and generators that they keep in attributes. Records of earlier versions have none."""
+    if "numbers" in saved.early:
+        run.capture.values.set_numbers(saved.early["numbers"])
+    if saved.early.get("loops", NO_LOOPS)["inside"] is None:  # else the loop does that, as with all generators
+        run.capture.values.set_generators(saved.early.get("generators", {}))
 
 
 def _say(what: str, step: int, found: Sequence[str]) -> None:

@@ -19,12 +19,15 @@ from fxckpt.compat.modules import Models
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply
+from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
 from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
+from fxckpt.ranks.agreement import Agreement
 from fxckpt.store import names
 from fxckpt.store.about import imported, origin
+from fxckpt.store.identity import check_begun
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
 from fxckpt.store.record import Record
 
@@ -83,6 +86,9 @@ def load(
     Without arguments: of the run that ``compile_step`` registered, into its model, optimizers and extras; before the first
     forward or later, compiled or not. With ``dir`` and ``model`` only: weights for inference.
 
+    Where torch.distributed runs several ranks, each with a store of its own, all of them load the newest step that every rank
+    has and that verifies on every rank; all must call it, equally often.
+
     Every chunk is verified before a byte of it is used. A run that has not stepped yet is read in one pass; whatever holds
     something of value (a run that has trained, a model without a run) is only touched after the whole checkpoint verified.
 
@@ -102,8 +108,10 @@ def load(
         LayoutMismatch: the model, optimizer or extras differ from the checkpoint.
         Corrupt: the checkpoint asked for, or every one there is, does not verify.
         NoCheckpoint: no such step or name, or a trainer took back each one that was found.
+        RanksDisagree: the ranks have no step in common, or one of them is dead.
         NotAStore: the directory holds something else.
-        SetupError: several runs are live, or nothing says what to load into.
+        SetupError: several runs are live, nothing says what to load into, or this is one of several ranks without a process
+            group.
     """
     if disabled():
         log.warning("fxckpt is off (FXCKPT_DISABLE=1): nothing was loaded")
@@ -111,7 +119,10 @@ def load(
     target, directory = find_target(dir, model, optimizer, extra)
     if target.run is not None:
         target.run.prepare_load()
+    check_begun(os.path.abspath(directory))
     skipped: Skipped = []
+    if (agreement := agreement_for(target, step is not None or name is not None)) is not None:
+        return _load_agreed(agreement, target, directory, step, name, strict, skipped)
     for _ in range(_LOOKS):
         chosen = _choose(candidates(directory), step, name, directory)
         with contextlib.suppress(NoCheckpoint):  # taken back meanwhile; there are newer ones now
@@ -127,11 +138,41 @@ def load(
             why += ("\nThe model now holds parts of a corrupt checkpoint and this run takes no step with it: build the model, "
                     "the optimizer and the run anew to start over.")  # fmt: skip
         raise Corrupt(directory, why)
+    return _start_fresh(target, directory)
+
+
+def _start_fresh(target: Target, directory: str) -> Restored:
+    """There is no checkpoint, and the run may begin."""
     log.info("fxckpt: no checkpoint in %r yet: a fresh start", directory)
     if target.run is not None:
         target.run.mark_loaded(directory, None)
         target.run.capture.restart()
     return Restored()
+
+
+def _load_agreed(
+    agreement: Agreement, target: Target, directory: str, step: int | None, name: str | None, strict: bool, skipped: Skipped
+) -> Restored:
+    """Restore what all ranks agreed on, in the life that begins with it."""
+    out: list[Restored] = []
+
+    def restore() -> None:
+        out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped))
+
+    with agreement:
+        found, begins = choose_together(
+            agreement, lambda: _choose(candidates(directory), step, name, directory), target, directory, skipped
+        )
+        all_restored(agreement, restore)
+    if found is not None and found.record.world_size != agreement.world:
+        log.warning("fxckpt: %s was written by %d ranks, and %d go on from it: random generators and loaders are those of the "
+                    "rank that had this number, so this is no bit-exact continuation", found.path, found.record.world_size,
+                    agreement.world)  # fmt: skip
+    if (run := target.run) is not None:
+        own = found is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
+        loaded = (key_of(found), found.record.generation) if own and found is not None else None
+        run.saver.ranks.begin(begins, agreement.store, agreement.rank, agreement.world, loaded)
+    return out[0]
 
 
 def _choose(found: Sequence[Found], step: int | None, name: str | None, directory: str) -> Sequence[Found]:
@@ -213,6 +254,7 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)
         apply.set_modes(saved.early.get("eval"), record.step, target)
+        apply.set_values(saved, run)
         if run.clock.attempts == 0:
             say_what_changed(saved, record.step, run)
         run.continue_from(record.step, record.updates, record.iteration)

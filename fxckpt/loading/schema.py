@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from fxckpt.data.generators import is_kind
 from fxckpt.errors import Corrupt
 from fxckpt.optim.contract.contract import is_own
 from fxckpt.run import extra_state
+from fxckpt.run.module_values import is_number
 from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES
 from fxckpt.store.about import IMPORTED
 from fxckpt.store.checks import has, is_anything, is_str, list_of, map_of
@@ -105,7 +107,7 @@ def _is_count(value: Any) -> bool:
 
 _loops = has(
     {"epoch": _is_count, "batch": _is_count, "inside": is_anything, "sources": is_anything},
-    {"amid": is_anything, "random": is_anything},
+    {"amid": is_anything, "random": is_anything, "outermost": is_anything, "ends": is_anything},
 )
 
 
@@ -115,7 +117,22 @@ def _is_loops(value: Any) -> bool:
         return False
     if value.get("random") is not None and not _is_random(value["random"]):
         return False
+    if value.get("outermost") is not None and not _is_count(value["outermost"]):
+        return False
+    ends = value.get("ends", {})
+    if not isinstance(ends, Mapping) or not all(_is_random(each) for each in ends.values()):
+        return False
     return all(type(e) is tuple and len(e) == 2 and _is_count(e[0]) and type(e[1]) is dict for e in value["sources"])
+
+
+def _is_number(value: Any) -> bool:
+    """What an attribute of a module may become."""
+    return value is None or is_number(value)
+
+
+def _is_generator(value: Any) -> bool:
+    """Kind and state of a generator; whether they fit the live one is asked there."""
+    return _generator(value) and is_kind(value["kind"], value["state"])
 
 
 _names = list_of(is_str)
@@ -143,5 +160,14 @@ def _is_optimizer(value: Any) -> bool:
 
 _DECODED = list_of(_is_optimizer)
 _early = {"random": _is_random, "extra": _values, "buffers": _tensors, "modules": _values}
-_optional = {"remote": _tensors, "frozen": _names, "eval": _names, "contracts": map_of(_values), "loops": _is_loops}
+_generator = has({"kind": is_str, "state": is_anything})
+_of_modules = {"numbers": map_of(map_of(_is_number)), "generators": map_of(map_of(_is_generator))}
+_optional = {
+    **_of_modules,
+    "remote": _tensors,
+    "frozen": _names,
+    "eval": _names,
+    "contracts": map_of(_values),
+    "loops": _is_loops,
+}
 _EARLY = has(_early, _optional)

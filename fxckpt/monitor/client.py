@@ -42,6 +42,7 @@ class MonitorStore:
         self._link: Link | None = None
         self._ring: Ring | None = None
         self._continues: tuple[int | None] | None = None  # the generation that was loaded or committed last, if any was
+        self._held: list[int] = []  # generations that other ranks rely on
         self._futile = 0  # monitors that ended without committing anything
         self._starting = threading.RLock()
         self._said = -1
@@ -108,6 +109,8 @@ class MonitorStore:
             wait_for_monitor(self.open)
             if self._continues is not None:
                 self._call("mark_loaded", *self._continues)
+            if self._held:
+                self._call("hold", self._held)
         except (FxckptError, OSError) as error:
             raise SaveFailed("monitor", self.root, detail=f"it could not be started again: {error}") from error
         log.warning("fxckpt: another monitor was started, process %d", self.pid)
@@ -129,8 +132,13 @@ class MonitorStore:
         self._call("mark_loaded", generation)
         self._continues = (generation,)
 
-    def _call(self, method: str, *arguments: object) -> None:
-        self._alive().ask({"op": "call", "method": method, "arguments": arguments})
+    def hold(self, generations: Collection[int]) -> Collection[int]:
+        self._held = list(generations)
+        found: list[int] = self._call("hold", self._held)
+        return found
+
+    def _call(self, method: str, *arguments: object) -> Any:
+        return self._alive().ask({"op": "call", "method": method, "arguments": arguments})
 
     def _alive(self) -> Link:
         """The link to a monitor that is not known to be gone; starts another one if need be."""

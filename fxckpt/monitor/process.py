@@ -96,11 +96,11 @@ class Clerk:
         write_from(engine, self._ring)
         self.checkpoints = Checkpoints(store, engine, self._ring, self.tell)
 
-    def _do_call(self, message: wire.Message, _: memoryview) -> None:
-        """A method of the store that changes what it knows: ``require_loaded``, ``mark_loaded`` or ``reserve``."""
-        if message["method"] not in ("require_loaded", "mark_loaded", "reserve"):
+    def _do_call(self, message: wire.Message, _: memoryview) -> object:
+        """A method of the store that changes what it knows: ``require_loaded``, ``mark_loaded``, ``hold`` or ``reserve``."""
+        if message["method"] not in ("require_loaded", "mark_loaded", "hold", "reserve"):
             raise FxckptError(f"the monitor's store has no {message['method']!r} for the trainer")
-        getattr(self._opened().store, message["method"])(*message["arguments"])
+        return getattr(self._opened().store, message["method"])(*message["arguments"])
 
     def _do_acquire(self, message: wire.Message, _: memoryview) -> wire.Message:
         slot = self._opened().acquire(message["id"], message["name"])

@@ -1,4 +1,11 @@
-"""Attributes that refer to an optimizer without keeping it alive: it is the optimizer that keeps its run."""
+"""Attributes that refer to an optimizer without keeping it alive: it is the optimizer that keeps its run.
+
+Of one optimizer. Several in one run keep each other, by the run, as long as it takes checkpoints: each of these has the state of
+all, so whoever steps one of them needs the others, whether the script refers to them or not. That is a cycle by its nature, as is
+a scheduler in ``extra=``, which the run has to ask and which holds its optimizer. So they go when the run is shut down, and
+otherwise with the garbage collector. (One that is dropped could be revived in its ``__del__`` and be kept by the run from then
+on. But where the collector takes it, the weak references to it, those of its scheduler among them, are gone before that.)
+"""
 
 from __future__ import annotations
 

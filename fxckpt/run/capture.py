@@ -28,8 +28,9 @@ from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import StepClock
 from fxckpt.run.emitting import snapshot
-from fxckpt.run.loader_watch import LoaderWatch
+from fxckpt.run.module_values import ModuleValues, Values, named
 from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
+from fxckpt.run.strays import Strays
 from fxckpt.saving.guard import glimpse
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.store.typed_json import encode_state
@@ -60,11 +61,12 @@ class Capture:
     """Takes a run's state beside parameters and optimizer state: ``early`` at the end of a step, ``late`` when it closes."""
 
     def __init__(self, extras: Sequence[extra_state.Extra], arrangement: Arrangement, clock: StepClock):
-        self.extras = extras
+        self.extras: Sequence[extra_state.Extra] = extras
         self._arrangement, self._emitter, self._clock = arrangement, arrangement.emitter, clock
         self.loops: LoopState | None = None  # where the script's loops stand; it comes later
-        self._loader_watch = LoaderWatch()
-        self.plain: PlainLoop = PlainLoop(self._look)
+        self._strays = Strays(arrangement, extras)
+        self.values: ModuleValues = ModuleValues()
+        self.plain: PlainLoop = PlainLoop(self._look_everywhere)
         self._snapshots: dict[str, torch.Tensor] = {}  # of buffers at the end of a step
         self._early: tuple[Any, dict[str, Any]] = (None, {})
         # Of each optimizer, the parameters that had gradients when a step closed, and the gradients that wait for its next step.
@@ -81,23 +83,37 @@ class Capture:
     def start(self) -> None:
         """The process is where a resumed one begins to train, but that nothing was loaded yet: extras are not asked."""
         self._arrangement.look_for_names()
-        self.plain.start(self._look_at_tensors(True))
+        self.values.begin(self._arrangement.model)
+        self.plain.start({**self._look_at_tensors(True), **self.values.marks()})
 
     def restart(self) -> None:
         """A load has ended, with a checkpoint or without one."""
         self._arrangement.look_for_names()
         before = extra_state.random_state()  # a state_dict() may draw
-        marks = self._look(True)
+        marks = self._look_everywhere(True)
         extra_state.set_random_state(before)
         self.plain.start(marks)
 
     def look(self) -> Marks:
-        """Marks of what a loop may change outside ``opt.step()``, in a run that takes checkpoints."""
-        return {} if self._emitter.engine is None else self._look(False)
+        """Marks of what the head of an epoch may change and nobody puts back where it is done again, in a run that takes
+        checkpoints."""
+        if self._emitter.engine is None:
+            return {}
+        kept = [each for each in self.extras if not each.early and not each.done_again()]
+        return self._look_at_tensors(False) | {("extra", each.name): mark(each.get()) for each in kept}
 
     def moving(self) -> set[str]:
         """At the first boundary: the frozen parameters that the iteration changed (an average of the weights)."""
         return self.plain.changed_since_start("parameter") & self._arrangement.inventory.frozen.keys()
+
+    def _look_everywhere(self, parameters: bool) -> Marks:
+        """As ``_look``, and of numbers among the attributes of modules."""
+        return self._look(parameters) | self.values.marks()
+
+    def let_go(self) -> None:
+        """Nothing is captured any more: the extras are the script's alone."""
+        self.extras = ()
+        self._strays.let_go()
 
     def _look(self, parameters: bool) -> Marks:
         """Marks of all that may change outside ``opt.step()`` and can be seen to."""
@@ -132,11 +148,14 @@ class Capture:
         self._snapshots = {key: snapshot(live[key], key) for key in keys if self.plain.is_early(kind[key], key)}
         self._warn_of_what_is_lost()
         tensors: dict[str, Any] = {}
+        numbers, generators = self.values.take()
         early = {
             "random": extra_state.random_state(),
             "extra": {e.name: e.get() for e in self.extras if self._is_early(e)},
             "buffers": self._transient(early=True),
             **({"modules": {}} if model is None else state_of(model)),
+            "numbers": self._numbers(numbers, early=True),
+            "generators": generators,
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
@@ -146,6 +165,11 @@ class Capture:
         """The non-persistent buffers in host memory that are taken at the end of a step, or those that are not."""
         found = self._arrangement.inventory.transient
         return {n: t for n, t in found.items() if self.plain.is_early("buffer", n) == early and not self._is_remote(t)}
+
+    def _numbers(self, found: Values, early: bool) -> Values:
+        """The numbers among the attributes of modules that are taken at the end of a step, or those that are not."""
+        is_early = self.plain.is_early
+        return {m: {k: v for k, v in each.items() if is_early("number", named(m, k)) == early} for m, each in found.items()}
 
     def _warn_of_what_is_lost(self) -> None:
         """Say once what a resumed run will not have as this one had it."""
@@ -204,10 +228,12 @@ class Capture:
         early, tensors = self._early
         inventory = self._arrangement.inventory
         early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
+        for module, values in self._numbers(self.values.numbers(), early=False).items():
+            early["numbers"].setdefault(module, {}).update(encode_state(values, tensors, "early/numbers"))
         early["loops"] = encode_state({} if self.loops is None else self.loops.state_dict(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
-        if self.loops is not None and self.loops.unknown_loaders_matter():
-            self._loader_watch.look(self.loops.loaders())
+        loops = self.loops
+        self._strays.look(loops.loaders() if loops is not None and loops.unknown_loaders_matter() else None)
         late = {e.name: e.get() for e in self.extras if not self._is_early(e)}
         optimizers = [self._optimizer_record(i, tensors) for i in range(len(self._arrangement.steppers))]
         fields = {

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxckpt.compat.loaders import is_stateful
+from fxckpt.data.generators import global_generators, packed, read, write
 from fxckpt.errors import SetupError, StateError
 from fxckpt.run import plain_values
 from fxckpt.store.typed_json import Unkept, encode_state
@@ -33,6 +35,14 @@ class Extra:
     live: Any = None
     plain: bool = False
 
+    def is_generator(self) -> bool:
+        """Is it a random generator?"""
+        return self.live is None
+
+    def done_again(self) -> bool:
+        """May it be put back once more, where a script has done again what it had done? A plain value, or a scheduler."""
+        return self.plain or isinstance(self.live, torch.optim.lr_scheduler.LRScheduler)
+
     def misfit(self, saved: Any) -> str | None:
         """Why the object cannot become what was saved; None if it can, as far as can be told before it is tried."""
         return plain_values.replaces(self.live, saved) if self.plain else None
@@ -54,8 +64,8 @@ def _extra(name: str, value: Any) -> Extra:
     if isinstance(value, np.random.RandomState):
         return Extra(name, value.get_state, value.set_state, True)
     if isinstance(value, random.Random):
-        return Extra(name, lambda: _packed(value.getstate()), lambda state: value.setstate(_unpacked(state)), True)
-    if callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None)):
+        return Extra(name, lambda: packed(read(value)), lambda state: write(value, state), True)
+    if is_stateful(value):
         return Extra(name, value.state_dict, value.load_state_dict, _is_loader(value), value)
     if plain_values.is_plain(value) and not plain_values.is_frozen(value):
         at = f"extra[{name!r}]"
@@ -88,6 +98,8 @@ def _advice(name: str, value: Any) -> str:
     if plain_values.is_frozen(value):
         return "its class is frozen, so a load cannot change it. Keep it in a dict"
     needs = "it needs state_dict() and load_state_dict(), or to be a torch, numpy or Python random generator"
+    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, type):
+        return f"{needs}. Or give what it holds: extra={{{name!r}: vars(...)}}"
     return f"{needs}, or a plain value: a dict, list, dataclass instance, SimpleNamespace, array or tensor"
 
 
@@ -122,20 +134,10 @@ def _probe(each: Extra) -> None:
 
 def random_state() -> dict[str, Any]:
     """The global generators: torch, numpy, Python, and those of all CUDA devices if this process uses any."""
-    found = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": _packed(random.getstate())}
+    found = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": packed(random.getstate())}
     if torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state_all()
     return found
-
-
-def _packed(state: tuple) -> dict[str, Any]:
-    """Python's generator state with its 625 words as one array: as single numbers they take milliseconds to encode."""
-    version, words, gauss = state
-    return {"version": version, "words": np.array(words, np.uint32), "gauss": gauss}
-
-
-def _unpacked(state: Mapping[str, Any]) -> tuple:
-    return state["version"], tuple(state["words"].tolist()), state["gauss"]  # an array: anything else may be endless
 
 
 def is_random_state(value: Mapping[str, Any]) -> bool:
@@ -143,7 +145,7 @@ def is_random_state(value: Mapping[str, Any]) -> bool:
     try:
         torch.Generator().set_state(value["torch"])
         np.random.RandomState().set_state(value["numpy"])
-        random.Random().setstate(_unpacked(value["python"]))
+        write(random.Random(), value["python"])
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError, OverflowError):
         return False
     return True
@@ -157,4 +159,4 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", ())):
         torch.cuda.set_rng_state(saved, device)
     np.random.set_state(state["numpy"])
-    random.setstate(_unpacked(state["python"]))
+    write(global_generators()["python"], state["python"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from fxckpt.data.source import Source
 from fxckpt.errors import SetupError
@@ -16,6 +16,21 @@ from fxckpt.run.loaders import Loaders
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _HEADS = 2  # epochs whose head is looked at
+_ENDS = 64  # loops that are over, of which it is known where the generators stood
+
+
+class WayBack(Protocol):
+    """What a script does again on its way to the loop that a checkpoint was taken in, undone there."""
+
+    def generators(self) -> None:
+        """Put the random generators where the checkpoint has them: no run that was not interrupted draws here."""
+
+    def keep(self) -> None:
+        """Note the optimizers' settings: what changes from here on is done again."""
+
+    def undo(self, where: str) -> None:
+        """Put settings back as they were noted, and plain values and schedulers in ``extra=`` as the checkpoint has them; say it
+        where something had changed."""
 
 
 class Level:
@@ -54,7 +69,8 @@ class Level:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._left(interrupted=kind is not None, whole=kind is None)
+            amid = self in self._running  # else it was left long ago, and its generator is let go of now
+            self._left(interrupted=kind is not None if amid else self._clock.interrupted, whole=kind is None)
         except BaseException:  # Ctrl-C came here: once more, to its end
             self._left(interrupted=True, whole=kind is None)
             raise
@@ -98,7 +114,10 @@ class Loops:
         self._heads = _HEADS  # epochs of which that is looked at
         self._epoch_random: Any = None  # the generators when the epoch began
         self._restored_batch = 0
-        self._settle: Callable[[], None] | None = None  # puts the random generators back where the checkpoint has them
+        self._back: WayBack | None = None  # to what was loaded, until a boundary
+        self._outermost = 0  # loops that had none around them, until now
+        self._restored_outermost: int | None = None  # the number of the one that the loaded checkpoint was taken in
+        self._ends: dict[int, Any] = {}  # the generators at the end of each: what lies behind it draws from there
 
     # -- iterations ----------------------------------------------------------------------------------------------------
 
@@ -120,7 +139,7 @@ class Loops:
                     "fxckpt.batches(loader): ...`, and go over a loader without fxckpt.batches where nothing is trained."
                 )
             self._trained = level
-        self._inside, self._settle, self._resting = level.kind, None, True
+        self._inside, self._back, self._resting = level.kind, None, True
         try:
             self._rest()
         finally:
@@ -128,9 +147,31 @@ class Loops:
 
     # -- epochs and loaders ---------------------------------------------------------------------------------------------
 
+    def begin_outermost(self, level: Level) -> None:
+        """A loop with none around it begins, be it that all of it was done before a restart."""
+        level.begins()
+        if self._running:
+            return
+        self._outermost += 1
+        if self._back is not None and self._outermost == 1:
+            self._back.keep()
+
+    def end_outermost(self) -> None:
+        """It is over, here or before the restart."""
+        if self._running:
+            return
+        if self._back is None:
+            self._ends = dict([*self._ends.items(), (self._outermost, random_state())][-_ENDS:])
+        elif self._outermost in self._ends and self._outermost != self._restored_outermost:
+            set_random_state(self._ends[self._outermost])
+
     def begin_epoch(self) -> None:
         """An epoch begins, or goes on after a load: then its head runs again, with the random numbers that it drew."""
-        if self._settle is not None and self._inside not in ("epochs", None):
+        self._loaders.begin_epoch()
+        if self._back is not None and self._inside not in ("epochs", None):
+            if self._outermost > 1:
+                self._back.undo("between two loops")
+            self._back.keep()
             if self._epoch_random is not None:
                 set_random_state(self._epoch_random)
         else:
@@ -149,23 +190,27 @@ class Loops:
 
     def begin(self, loader: Any, level: Level) -> tuple[Source, Iterator[Any]]:
         """A loop over a loader begins: its source, and the batches of the pass, or of what is left of it after a load."""
-        source, level.first, restored = self._loaders.ask(loader)
+        source, level.first, restored = self._loaders.ask(loader, self.clock.iteration if self._in_a_turn() else None)
         level.begins()
         if level.leads and self._leading is source:
             source.finish()  # a pass was left by a `break`, and no epoch ended
         if restored and level.leads:
             self._head = None  # what is put back here did not change in this epoch's head
-            self.settle("batches")
+            self._put_back("at the head of an epoch" if self._running else "between two loops")
         return source, source.begin()
+
+    def _in_a_turn(self) -> bool:
+        """Does the body of a loop run that is no loop over epochs?"""
+        return any(each.kind != "epochs" for each in self._running)
 
     def passed_by(self, source: Source, generator: Any) -> None:
         """This generator gives the batches of the pass that was begun."""
-        self._loaders.begun(source, generator)
+        self._loaders.begun(source, generator, bool(self._running) and not self._in_a_turn())
 
     def lead(self, source: Source, level: Level) -> None:
         """The first batch of a pass is asked for. Raises SetupError if the head of the epoch made a step."""
-        resumed = self._settle is not None and self._inside == "batches"
-        level.begins()
+        resumed = self._back is not None and self._inside == "batches"
+        self.begin_outermost(level)
         if not level.leads:
             return
         if self._running and self._running[-1].has_stepped() and self._trained is None:
@@ -176,7 +221,7 @@ class Loops:
             )
         if resumed:
             self._trained = level
-        self._leading, self._settle = source, None
+        self._leading, self._back = source, None
         if self._running and (self._trained is None or resumed):
             self._check_head()
 
@@ -220,29 +265,40 @@ class Loops:
             "batch": batch,
             "inside": self._inside,
             "amid": bool(self._running) and not self._resting,
+            "outermost": self._outermost or self._restored_outermost,
+            "ends": self._ends,
             "random": self._epoch_random,
             "sources": self._loaders.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], settle: Callable[[], None]) -> None:
-        """Go on from there; ``settle`` puts the random generators back where the checkpoint has them. A pass that is under way
-        cannot be rewound: where a script goes back to an older checkpoint inside of one, its data go on."""
+    def load_state_dict(self, state: Mapping[str, Any], back: WayBack) -> None:
+        """Go on from there. A pass that is under way cannot be rewound: where a script goes back to an older checkpoint inside
+        of one, its data go on."""
         if any(level.kind != "steps" for level in self._running):
             return
         self._loaders = Loaders(state["sources"])
         self._restored_batch, self._epoch_random = state["batch"], state.get("random")
-        self.clock.epoch, self._inside, self._settle = state["epoch"], state["inside"], settle
+        self.clock.epoch, self._inside, self._back = state["epoch"], state["inside"], back
+        self._outermost, self._restored_outermost, self._ends = 0, state.get("outermost"), dict(state.get("ends", {}))
         self._leading, self._trained = None, None
 
     def settle(self, kind: str) -> None:
-        """A loop of this kind begins. If it is the one that the loaded checkpoint was taken in, the generators are put back once
-        more: what a script draws after ``load()``, the run that was not interrupted did not draw at this place."""
-        if self._settle is not None and self._inside in (kind, None):
-            self._settle()
+        """A loop of this kind begins, or was over before it began: is it the one that the loaded checkpoint was taken in?"""
+        if self._inside in (kind, None) and self._restored_outermost in (self._outermost, None):
+            self._put_back("between two loops")
+
+    def _put_back(self, where: str) -> None:
+        """Where training goes on, everything is as the checkpoint has it: what a script does behind ``load()``, the run that was
+        not interrupted did not do here. ``where``: what lies between."""
+        if self._back is None:
+            return
+        self._back.generators()
+        if self._running or self._outermost > 1:
+            self._back.undo(where)
 
     def warn_if_over(self, kind: str, n: int) -> None:
         """A loop up to ``n`` has nothing to do, in a process that was not resumed."""
-        if self._settle is None:
+        if self._back is None:
             log.warning(
                 "fxckpt: fxckpt.%s(%d) has nothing left to do: it counts up to a number of the whole training, and so many are "
                 "complete already",

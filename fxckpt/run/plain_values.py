@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import sys
 import types
 from collections import deque
@@ -12,11 +13,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxckpt.compat.loaders import is_stateful
+from fxckpt.data.generators import GENERATORS, entry, kind_of, new_of, packed, read, write
 from fxckpt.errors import LayoutMismatch, StateError
 from fxckpt.store.typed_json import MAX_DEPTH
 
 _OBJECT, _FIELDS = "\0object", "\0fields"
 """How an object of fields is written, as a dict: by the name of its class, and what its fields hold."""
+
+_GENERATOR, _STATEFUL = "\0generator", "\0state_dict"
+"""Stand where the name of a class does: for a random generator, and for an object that takes its own state back."""
+
+_KNOWN = ("builtins", "collections", "numpy", "torch")  # where the types are from that are stored as they are, or said to be none
 
 _CONTAINERS = (dict, list, deque, set, bytearray)
 
@@ -36,7 +44,12 @@ def take_out(value: Any, path: str, depth: int = 0) -> Any:
     with the path, for an object that a new process could not make again."""
     if depth > MAX_DEPTH:
         raise StateError(f"{path}: nested more than {MAX_DEPTH} levels deep, or it contains itself")
-    if _has_fields(value):
+    if isinstance(value, GENERATORS):
+        return {_OBJECT: _GENERATOR, _FIELDS: entry(value, packed(read(value)))}
+    if is_stateful(value):
+        _refuse_inside(value, path)
+        return {_OBJECT: _STATEFUL, _FIELDS: {"state": value.state_dict()}}
+    if _has_fields(value) or _is_namedtuple(type(value)):
         fields = {name: take_out(each, f"{path}.{name}", depth + 1) for name, each in _fields(value).items()}
         if depth and type(value) is not types.SimpleNamespace and _class(_name(type(value))) is not type(value):
             raise StateError(
@@ -54,11 +67,31 @@ def take_out(value: Any, path: str, depth: int = 0) -> Any:
         for key, each in value.items():
             made[key] = take_out(each, f"{path}[{key!r}]", depth + 1)
         return made
+    if hasattr(value, "__dict__") and type(value).__module__.partition(".")[0] not in _KNOWN and not isinstance(value, enum.Enum):
+        kind = type(value).__qualname__
+        raise StateError(
+            f"{path}: a {kind} cannot be stored without pickle. Put vars(...) of it there, or give it state_dict() and "
+            "load_state_dict()"
+        )
     return value
+
+
+def _refuse_inside(value: Any, path: str) -> None:
+    """Raises StateError for an object with a state that has no place inside of a container."""
+    if isinstance(value, torch.amp.GradScaler):
+        raise StateError(f"{path}: name the GradScaler itself in extra=, as what it skips is counted")
+    if isinstance(value, torch.utils.data.DataLoader):
+        raise StateError(f"{path}: a loader's place is kept by `for x in fxckpt.batches(loader)`; leave it out here")
+
+
+def _is_namedtuple(kind: type) -> bool:
+    return issubclass(kind, tuple) and isinstance(getattr(kind, "_fields", None), tuple)
 
 
 def _fields(value: Any) -> dict[str, Any]:
     """Of a dataclass its fields and whatever else was set on it; some have no ``__dict__``."""
+    if _is_namedtuple(type(value)):
+        return dict(zip(value._fields, value))
     named = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
     return {**{name: getattr(value, name) for name in named if hasattr(value, name)}, **getattr(value, "__dict__", {})}
 
@@ -73,7 +106,10 @@ def _class(name: str) -> type | None:
     found: Any = sys.modules.get(module)
     for part in path.split("."):
         found = getattr(found, part, None)
-    return found if isinstance(found, type) and (dataclasses.is_dataclass(found) or found is types.SimpleNamespace) else None
+    known = isinstance(found, type) and (
+        dataclasses.is_dataclass(found) or found is types.SimpleNamespace or _is_namedtuple(found)
+    )
+    return found if known else None
 
 
 def put_back(live: Any, saved: Any, path: str) -> Any:
@@ -130,8 +166,16 @@ def _refilled(live: Any, saved: Any, made: Any) -> Any:
 
 def _put_fields(live: Any, name: str, saved: Mapping[str, Any], path: str) -> Any:
     """An object with these fields: the live one if it is of that class, else a new one. No code of the class runs."""
+    if name == _STATEFUL:
+        return _put_state(live, saved, path)
+    if name == _GENERATOR:
+        made = live if isinstance(live, GENERATORS) and kind_of(live) == saved["kind"] else new_of(saved["kind"])
+        write(made, saved["state"])
+        return made
+    if (kind := _class(name)) is not None and _is_namedtuple(kind):
+        return _new_tuple(kind, live, saved, path)
     if _name(type(live)) != name or not _has_fields(live):
-        if (kind := _class(name)) is None:
+        if kind is None:
             raise LayoutMismatch(
                 f"{path} was a {name.replace(':', '.')}, and this process has no such class: define or import it"
             )
@@ -144,6 +188,25 @@ def _put_fields(live: Any, name: str, saved: Mapping[str, Any], path: str) -> An
     for field, value in saved.items():
         object.__setattr__(live, field, put_back(getattr(live, field, None), value, f"{path}.{field}"))
     return live
+
+
+def _put_state(live: Any, saved: Mapping[str, Any], path: str) -> Any:
+    """An object that takes its own state back, where there is one. Raises LayoutMismatch where there is none."""
+    if not is_stateful(live):
+        raise LayoutMismatch(
+            f"{path} had a state_dict(), and this process has no such object there, which a load cannot make: have it there "
+            "before the load, or keep plain values"
+        )
+    live.load_state_dict(saved["state"])
+    return live
+
+
+def _new_tuple(kind: Any, live: Any, saved: Mapping[str, Any], path: str) -> Any:
+    """A namedtuple; what the live one holds is changed in place, if it can be. Raises LayoutMismatch for one of other fields."""
+    if set(kind._fields) != set(saved):
+        raise LayoutMismatch(f"{path}: {kind.__qualname__} had the fields {list(saved)}, and has {list(kind._fields)} now")
+    old = live if type(live) is kind else None
+    return tuple.__new__(kind, [put_back(getattr(old, name, None), saved[name], f"{path}.{name}") for name in kind._fields])
 
 
 def _new(kind: Any) -> Any:

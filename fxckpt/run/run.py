@@ -60,7 +60,7 @@ class Run:
         self.store: CheckpointStore = store
         self.clock: StepClock = StepClock()
         self.status: RunStatus = RunStatus(engine is not None)
-        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every)
+        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every, keep=config.keep)
         self.saver.about.config = config_of(model)
         self.listeners: Listeners = Listeners()
         self.saver.reporter.listeners = weakref.ref(self.listeners)
@@ -131,6 +131,8 @@ class Run:
                         self.tracing.__exit__()
                 finally:
                     self.saver.stop(timeout, unclosed)
+                    self._together.clear()  # no checkpoint needs the others any more,
+                    self.capture.let_go()  # nor a scheduler, which holds its optimizer
 
     def end(self, failed: bool) -> None:
         """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
@@ -158,6 +160,8 @@ class Run:
 
     def prepare_load(self) -> None:
         """Live tensors are about to be replaced: drop a checkpoint whose step has not closed, and wait for the others."""
+        if not self.clock.attempts:  # what the script set until now, the next process sets, too
+            self.capture.values.begin(self.arrangement.model)
         self.closing.drop("load() replaces the state")
         self.saver.flush(None)
 
@@ -201,6 +205,7 @@ def _end(saver: Saver, arrangement: Arrangement, capture: Capture) -> None:
     """The optimizers are gone. Their state is to go with them, and not wait for the garbage collector: circles are cut."""
     saver.abandon()
     capture.loops = None
+    capture.values.begin(None)
     arrangement.release()
 
 

@@ -15,6 +15,7 @@ from fxckpt.saving.flights import Flights, Tally
 from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import Layout
+from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.commit_loop import give_back
@@ -93,8 +94,11 @@ class Committer:
     """Waits until a checkpoint's step has closed, its bytes are copied, unchanged and durable; commits it, counts it and gets
     the next slot ready."""
 
-    def __init__(self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally, reporter: Reporter):
+    def __init__(
+        self, store: CheckpointStore, supply: SlotSupply, flights: Flights, tally: Tally, reporter: Reporter, ranks: Ranks
+    ):
         self._store, self._supply, self._flights, self._tally, self._reporter = store, supply, flights, tally, reporter
+        self._ranks = ranks
 
     def commit(self, pending: InFlight) -> None:
         """Take it to the commit. Raises what went wrong; Cancelled if it was given up."""
@@ -117,11 +121,13 @@ class Committer:
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         started, tracer = time.monotonic_ns(), self._flights.tracer
         pending.phase = f"being committed in {pending.path}"
-        self._store.commit(pending.slot, Record(files=files, **fields), tensors)
+        record = self._ranks.described(Record(files=files, **fields))
+        self._store.commit(pending.slot, record, tensors)
         self._tally.last_handed_over = pending.step
         self._wait(pending, lambda: pending.slot.ended(SLICE))
         if pending.slot.generation is None:
             return
+        self._ranks.committed(record, pending.slot.generation)
         if tracer is not None:
             tracer.add(f"commit of step {pending.step}", tracing.COMMITS, started, step=pending.step)
         self._tally.last_committed = pending.step

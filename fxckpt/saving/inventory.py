@@ -14,6 +14,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import named_buffers, named_parameters
+from fxckpt.compat.spread import sharded_as
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import TraceBook
@@ -63,6 +64,12 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
         raise SetupError(
             f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
             "the lazy modules make their parameters, and call compile_step then"
+        )
+    if (layout := sharded_as(tensor)) is not None:
+        raise SetupError(
+            f"{what}a DTensor ({layout}): FSDP2, tensor and expert parallelism are not supported yet. Train with "
+            "DistributedDataParallel and a directory for each rank, or save with torch.distributed.checkpoint (async_save) in "
+            "place of fxckpt; `fxckpt import` reads what that wrote"
         )
     if is_wrapper(tensor):
         holds = "it holds other tensors in place of memory of its own, which this version does not take apart"

@@ -13,11 +13,13 @@ from collections.abc import Callable
 
 from fxckpt.engine import Checkpoint, Engine
 from fxckpt.errors import FxckptError
+from fxckpt.ranks import least_kept
 from fxckpt.saving.committer import Committer, SlotSupply
 from fxckpt.saving.flights import Flights, Tally, TrainingThread
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.plan import FILES, Layout
+from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.about import About
@@ -35,7 +37,7 @@ def _stall_of(tally: Tally, engine: Engine | None) -> Callable[[], float]:
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
-    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1):
+    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1, keep: int = 1):
         self.engine: Engine | None = engine
         self.store: CheckpointStore = store
         self.tally: Tally = Tally()
@@ -45,7 +47,8 @@ class Saver:
         self.flights: Flights = Flights(self.loop, max_async, self.trainer)
         self.supply: SlotSupply = SlotSupply(store, self.flights)
         self.reporter: Reporter = Reporter(self.about, self.loop, _stall_of(self.tally, engine))
-        self._committer = Committer(store, self.supply, self.flights, self.tally, self.reporter)
+        self.ranks: Ranks = Ranks(store, least_kept(keep, max_async), 1 if engine is None else every)
+        self._committer = Committer(store, self.supply, self.flights, self.tally, self.reporter, self.ranks)
         self._pid = os.getpid()
 
     def stall_seconds(self) -> float:
@@ -111,6 +114,7 @@ class Saver:
         finally:
             self.flights.drop_all("shutdown")
             ended = self.loop.end(min(SETTLE, 2 * self.loop.stuck_after))
+            self.ranks.stop()
             if self.engine is not None:
                 self.engine.close()
             if ended:

@@ -73,6 +73,9 @@ class CheckpointStore(Protocol):
     def mark_loaded(self, generation: int | None) -> None:
         """What comes next continues this checkpoint; None: there was none."""
 
+    def hold(self, generations: Collection[int]) -> Collection[int]:
+        """Keep these checkpoints, and those of the last call no longer; returns those that are there."""
+
     def reserve(self, files: Mapping[str, int]) -> None:
         """Set space aside for these files (name: bytes) of all slots. Raises NoSpace, SaveFailed."""
 
@@ -127,6 +130,9 @@ class NullStore:
 
     def acquire(self, name: str | None = None) -> NullSlot:
         return NullSlot()
+
+    def hold(self, generations: Collection[int]) -> Collection[int]:
+        return ()
 
     def open(self) -> None: ...
     def close(self) -> None: ...

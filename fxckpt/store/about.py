@@ -16,8 +16,9 @@ from fxckpt.store.names import STATE
 from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state, encode_state
 
-IMPORTED, ORIGIN, CONFIG, HISTORY = "imported", "origin", "config", "history"
-"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past."""
+IMPORTED, ORIGIN, CONFIG, HISTORY, JOB = "imported", "origin", "config", "history", "job"
+"""Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past; which life
+of which job of several ranks wrote it."""
 
 ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
 
@@ -40,6 +41,21 @@ class Passed:
         """As a record has it."""
         metrics = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
         return [self.step, self.time, self.begun, self.committed, self.nbytes, self.written, self.stall, metrics]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Of several ranks, each with a store of its own. ``life``: drawn anew, the same on all ranks, whenever they agree on what to
+    load. ``stores``: a digest of the ids of all ranks' stores, by which is known which belong together. ``common``: the newest
+    step that was known to be committed on all ranks; None of none."""
+
+    life: str = ""
+    stores: str = ""
+    common: int | None = None
+
+    def to_state(self) -> dict[str, Any]:
+        """The member of a record's ``state``."""
+        return {JOB: dataclasses.asdict(self)}
 
 
 _CHECKS = (is_count, is_number, optional(is_number), optional(is_number), is_count, is_count, is_number, map_of(lambda _: True))
@@ -110,6 +126,14 @@ def config(record: Record) -> str | None:
     """The text of the model's ``config.json``, if it is known."""
     found = _member(record, CONFIG)
     return found if isinstance(found, str) else None
+
+
+def job(record: Record) -> Job:
+    """Which life of which job wrote it; empty if its ranks agreed on nothing."""
+    found = _member(record, JOB)
+    found = found if isinstance(found, dict) else {}
+    life, stores = (value if isinstance(value := found.get(name), str) else "" for name in ("life", "stores"))
+    return Job(life, stores, found["common"] if is_count(found.get("common")) else None)
 
 
 def watched(record: Record) -> tuple[int | str | None, int | None]:

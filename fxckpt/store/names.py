@@ -19,6 +19,9 @@ COMMIT, MODEL, OPTIMIZER, STATE = "commit.json", "model.safetensors", "optimizer
 
 PARTIAL, BAD, TEMPORARY = ".partial", ".bad", ".tmp"
 
+UNFINISHED = (PARTIAL, BAD)
+"""What ends in one of these is no checkpoint."""
+
 _STEP = re.compile(r"step-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
 _SLOT = re.compile(r"slot-([0-9]{1,9})(?:\.partial|\.bad)")
 
@@ -51,6 +54,12 @@ def slot_number(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def is_given(name: str) -> bool:
+    """Whether a store gives such a name to something in its directory."""
+    fixed = (STORE, LOCK, NAMED, STORE + TEMPORARY, LOCK + TEMPORARY)
+    return name in fixed or step_of(name) is not None or slot_number(name) is not None or name.endswith(BAD)
+
+
 def check_name(name: str) -> None:
     """Refuse a name for a named save that is not a plain directory name, or that would read as something else."""
     plain = type(name) is str and name and name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
@@ -80,4 +89,4 @@ def committed(root: str) -> list[str]:
     """Paths of all checkpoint directories of the store, named ones too, whatever is in them."""
     steps = [os.path.join(root, name) for name in subdirectories(root) if step_of(name) is not None]
     named = os.path.join(root, NAMED)
-    return steps + [os.path.join(named, name) for name in saved(root) if not name.endswith((PARTIAL, BAD))]
+    return steps + [os.path.join(named, name) for name in saved(root) if not name.endswith(UNFINISHED)]

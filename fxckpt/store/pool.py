@@ -48,6 +48,7 @@ class Pool:
         self.moves: PatientLock = PatientLock(lambda: PATIENCE, self._hangs)
         self.lineage: set[int] = set()  # generations that the next checkpoint continues
         self.pinned: int | None = None  # the loaded one, which stays until a newer one is committed
+        self.held: set[int] = set()  # generations that other ranks rely on
         self.since: int = 0  # nothing up to this generation is kept beyond ``keep``: it is what fresh=True gives up
         self._free: list[Slot] = []
         self._busy: set[Slot] = set()
@@ -269,7 +270,9 @@ class Pool:
         """What is known of the committed ones, as retention is to see it; ``mutex`` is held."""
         found = dict(self._committed)
         for slot, known in found.items():
-            if known.generation <= self.since:
+            if known.generation in self.held:
+                found[slot] = dataclasses.replace(known, lasting=True)
+            elif known.generation <= self.since:
                 found[slot] = dataclasses.replace(known, lasting=False, score=None)
         return found
 

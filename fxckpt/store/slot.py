@@ -217,10 +217,13 @@ class Slot:
         try:
             yield
         except OSError as error:
-            path = os.fsdecode(error.filename) if error.filename else self.path
-            failed = SaveFailed(io.operation_of(error) or "open", path, getattr(error, "offset", None), error.errno)
-            self.suspect |= retires_slot(failed)
-            raise failed from error
+            raise self._failed(error) from error  # no name for it here: its traceback would lead to this frame, and back
+
+    def _failed(self, error: OSError) -> SaveFailed:
+        path = os.fsdecode(error.filename) if error.filename else self.path
+        failed = SaveFailed(io.operation_of(error) or "open", path, getattr(error, "offset", None), error.errno)
+        self.suspect |= retires_slot(failed)
+        return failed
 
 
 def _allocate(fd: int, nbytes: int) -> None:

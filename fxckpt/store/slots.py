@@ -195,6 +195,12 @@ class Store:
             self._lineage.newest = max(self._lineage.newest, generation or 0)
             self._pool.continue_from(generation, self._lineage.of(generation))
 
+    def hold(self, generations: Collection[int]) -> list[int]:
+        """Keep these checkpoints beyond ``keep``, and those of the last call no longer; returns those that are there."""
+        with self._pool.mutex:
+            self._pool.held = set(generations)
+            return sorted(self._pool.held & self._pool.generations())
+
     def reserve(self, files: Mapping[str, int]) -> None:
         """Set disk space aside for ``keep + max_async`` checkpoints with these files (name: bytes), named saves and what
         is kept beyond ``keep`` apart. Raises ``NoSpace`` with the numbers, ``SaveFailed``, ``StoreNotLoaded``."""

@@ -2,37 +2,39 @@
 file's size does not explain, and never a load of something that was not saved.
 
 Files that were good are mutated: bytes and pieces of them, and, with digests and checksums made right again as only a program
-could, values in their JSON. ``FXCKPT_FUZZ_SECONDS`` (``make fuzz``: an hour) is shared by the campaigns; a few seconds each
-otherwise. A failure prints the smallest input that hypothesis finds.
+could, values in their JSON; and they are blown up. ``FXCKPT_FUZZ_SECONDS`` (``make fuzz``: an hour) is shared by the campaigns;
+a few seconds each otherwise. A failure prints the smallest input that hypothesis finds. What an input may cost: ``fuzzing.py``.
 """
 
 from __future__ import annotations
 
-import copy
-import faulthandler
 import hashlib
+import io
 import json
-import logging
+import mmap
 import os
-import resource
 import shutil
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
+import fuzzing
+import numpy as np
 import pytest
 import torch
 from digests import differences, snapshot, stored
-from hypothesis import HealthCheck, Phase, given, settings
+from fuzzing import BYTES, CHANGES, ENDLESS, bounded, campaign, changed, mutated, places, sealed, try_one
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from torch import nn
 
 import fxckpt
+from fxckpt.cli import main
 from fxckpt.engine import crc32c
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, NotAStore
+from fxckpt.importing import formats
 from fxckpt.store.identity import read_store_id
 from fxckpt.store.layout import parse_header
 from fxckpt.store.reader import Reader, candidates, checkpoints, read_record
@@ -40,12 +42,6 @@ from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
-
-CAMPAIGNS = 6
-SECONDS = float(os.environ.get("FXCKPT_FUZZ_SECONDS", "6")) / CAMPAIGNS
-EXAMPLES = 50  # at a time; then the clock is looked at
-MEMORY = 512 << 20  # bytes that reading files of some ten kilobytes may take beyond what the process has; most is virtual
-HANG = 120.0  # seconds after which one input counts as a hang, on a busy machine too
 
 
 @pytest.fixture(scope="module")
@@ -83,129 +79,6 @@ def build(seed: int):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     return model, torch.optim.Adam(model.parameters(), lr=0.1), Extra()
-
-
-@contextmanager
-def bounded():
-    """A bound on memory, and an end to what hangs. Lifted before pytest reports, which takes memory of its own; so does what
-    is logged, which pytest keeps."""
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        faulthandler.cancel_dump_traceback_later()
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def campaign(strategy: st.SearchStrategy, test: Callable[[Any], None]) -> None:
-    """Try inputs until the time is over; each input has ``HANG`` seconds before the process ends with a traceback."""
-
-    def one(drawn: Any) -> None:
-        faulthandler.dump_traceback_later(HANG, exit=True)
-        test(drawn)
-        faulthandler.cancel_dump_traceback_later()
-
-    end, tried = time.monotonic() + SECONDS, 0
-    while tried == 0 or time.monotonic() < end:
-        options = settings(max_examples=EXAMPLES, database=None, deadline=None, suppress_health_check=list(HealthCheck),
-                           phases=(Phase.generate, Phase.shrink))  # fmt: skip
-        with bounded():
-            options(given(strategy)(one))()
-        tried += EXAMPLES
-    print(f"{tried} inputs in {SECONDS:.0f} s")
-
-
-# ---- mutations ----
-
-TOKENS = [b"{", b"}", b"[", b"]", b'"', b":", b",", b"\\", b"\0", b"null", b"-1", b"1e999", b"NaN", b"9" * 5000, b"[" * 3000,
-          b'{"a":' * 3000, b'"\\ud800"', b"\xff", b"18446744073709551616", b"0.0", b"{}", b"true", b" " * 5000]  # fmt: skip
-
-PLACE = st.integers(0, 1 << 16)
-BYTES = st.one_of(
-    st.tuples(st.just("flip"), PLACE, st.integers(0, 7)),
-    st.tuples(st.just("cut"), PLACE, st.integers(1, 300)),
-    st.tuples(st.just("end"), PLACE, st.just(0)),
-    st.tuples(st.just("put"), PLACE, st.sampled_from(TOKENS) | st.binary(max_size=40)),
-    st.tuples(st.just("write"), PLACE, st.sampled_from(TOKENS) | st.binary(min_size=1, max_size=40)),
-    st.tuples(st.just("again"), PLACE, st.integers(1, 300)),
-)
-
-
-def mutated(raw: bytes, steps: list) -> bytes:
-    """Some bytes changed, cut out, inserted, overwritten or repeated."""
-    for kind, place, what in steps:
-        at = place % (len(raw) + 1)
-        if kind == "flip" and at < len(raw):
-            raw = raw[:at] + bytes([raw[at] ^ 1 << what]) + raw[at + 1 :]
-        elif kind == "cut":
-            raw = raw[:at] + raw[at + what :]
-        elif kind == "end":
-            raw = raw[:at]
-        elif kind == "put":
-            raw = raw[:at] + what + raw[at:]
-        elif kind == "write":
-            raw = raw[:at] + what + raw[at + len(what) :]
-        elif kind == "again":
-            raw = raw[:at] + raw[at : at + what] + raw[at:]
-    return raw
-
-
-ENDLESS = {"!": "range", "v": ["0x0", "0x7fffffffffff", "0x1"]}
-
-JUNK = st.recursive(
-    st.sampled_from([None, True, False, 0, 1, -1, 2**31, 2**53, 2**63 - 1, 2**63, 10**30, 0.0, -0.5, 1e308, "", "!", "a", "..",
-                     "/etc/passwd", "model.safetensors", "\ud800", "\0", "x" * 300, "U8", "F32", "C64", "<f4", "O", "torch",
-                     "U", "S", "V0", ENDLESS])
-    | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["!", "v", "key", "dtype", "shape", "of", "max",
-                  "a"]) | st.text(max_size=3), inner, max_size=4)
-    | st.fixed_dictionaries({"!": st.sampled_from(["int", "float", "str", "complex", "bytes", "bytearray", "range", "tuple",
-                  "deque", "set", "frozenset", "dict", "OrderedDict", "Counter", "defaultdict", "numpy", "numpy.text", "array",
-                  "torch", "torch.dtype", "torch.device", "torch.Size"]), "v": inner},
-                  optional={"max": inner, "of": inner, "dtype": inner, "shape": inner, "key": inner}),
-    max_leaves=8)  # fmt: skip
-
-CHANGES = st.lists(st.tuples(st.integers(0, 1 << 16), st.sampled_from(["set", "drop", "twice"]), JUNK), min_size=1, max_size=3)
-
-
-def places(value: Any, path: tuple = ()) -> list[tuple]:
-    """Paths of everything in a JSON value."""
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(each for key, item in inner for each in places(item, (*path, key)))]
-
-
-def changed(value: Any, changes: list) -> Any:
-    """Some values replaced, left out, or given twice."""
-    value = copy.deepcopy(value)
-    for place, kind, junk in changes:
-        paths = places(value)
-        path = paths[place % len(paths)]
-        if not path:
-            if kind == "set":
-                value = junk
-            continue
-        parent = value
-        for key in path[:-1]:
-            parent = parent[key]
-        if kind == "set":
-            parent[path[-1]] = junk
-        elif kind == "drop":
-            del parent[path[-1]]
-        elif isinstance(parent, list):
-            parent.append(copy.deepcopy(parent[path[-1]]))
-    return value
-
-
-def sealed(body: Any) -> bytes:
-    """A record with its digest made right."""
-    text = json.dumps({key: item for key, item in body.items() if key != "sha256"} if isinstance(body, dict) else body,
-                      separators=(",", ":")).encode()[1:] + b"\n"  # fmt: skip
-    return b'{"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",' + text
 
 
 # ---- campaigns ----
@@ -310,7 +183,7 @@ def test_a_load_is_right_or_refused_with_an_endless_range_in_place_of_each_value
     assert len(paths) > 300
     with bounded():
         for place in range(len(paths)):
-            one(changed(body, [(place, "set", ENDLESS)]))
+            try_one(one, changed(body, [(place, "set", ENDLESS)]))
 
 
 def test_any_header_is_read_as_the_safetensors_package_reads_it_or_is_corrupt(trained):
@@ -370,6 +243,135 @@ def test_a_checkpoint_with_any_header_and_right_checksums_verifies_only_if_it_is
         assert [each.record.step for each in candidates(directory) if not isinstance(each, Corrupt)][-1] == 1
 
     campaign(st.tuples(st.lists(BYTES, max_size=2), st.lists(CHANGES.map(lambda each: each[0]), max_size=2)), one)
+
+
+COMMANDS = [["ls"], ["inspect", "{}", "2"], ["inspect", "{}", "2", "--tensors"], ["verify"], ["watch", "{}", "--once"],
+            ["prune", "{}", "--dry-run"], ["diff", "{}", "1", "2"], ["plot", "{}", "-o", "{}.svg"]]  # fmt: skip
+
+
+def test_any_command_on_any_record_with_a_right_digest_ends_with_a_status_of_ours(trained, tmp_path):
+    """And prints no control codes."""
+    directory = tmp_path / "d"
+    shutil.copytree(trained[0], directory)
+    file = directory / "step-000000002" / "commit.json"
+    body = json.loads(file.read_bytes())
+
+    def one(drawn: tuple) -> None:
+        changes, command, as_json = drawn
+        file.write_bytes(sealed(changed(body, changes)))
+        arguments = command if len(command) > 1 else [*command, "{}"]
+        said = io.StringIO()
+        with redirect_stdout(said), redirect_stderr(said):
+            status = main([each.replace("{}", str(directory)) for each in arguments] + ["--json"] * as_json)
+        assert status in range(6), said.getvalue()
+        assert all(each.isprintable() or each == "\n" for each in said.getvalue())
+
+    campaign(st.tuples(CHANGES, st.sampled_from(COMMANDS), st.booleans()), one, 25)
+
+
+FILLINGS = ["[],", '{"a":0},', '"ab",', "1,", "1.5,", '"\\u00e9",', "[", '{"a":[', '"' + "a" * 100_000 + '",',
+            '{"!":"tuple","v":[]},', '{"!":"range","v":["0x0","0x1","0x1"]},']  # fmt: skip
+
+SIZES = st.integers(0, 8 << 20) | st.integers(116 << 20, 150 << 20)
+"""Bytes: what may be read, and what has, of each filling, more values or bytes than any may have (but of long texts, which may be
+read). Records between may cost more than MEMORY: that is what their limits are for."""
+
+
+def test_a_file_that_is_blown_up_is_refused_or_read_in_little_memory(trained, tmp_path):
+    """The record anywhere, a header, ``store.json``."""
+    directory = tmp_path / "d"
+    shutil.copytree(trained[0], directory)
+    path = directory / "step-000000002"
+    record = (path / "commit.json").read_bytes()
+    members = ["state", "optimizers", "files", "layers", "metrics", "ties", "step", "store_id"]
+
+    def one(drawn: tuple) -> None:
+        where, filling, nbytes = drawn
+        if where in members:
+            before, _, behind = record[77:].partition(f'"{where}":'.encode())
+            blow_up(path / "commit.json", before + f'"{where}":['.encode(), filling, nbytes, b'0],"x":' + behind)
+        elif where == "header":
+            blow_up(directory / "x.safetensors", b'{"a":[', filling, nbytes, b"0]}", header=True)
+        else:
+            blow_up(directory / "store.json", b'{"format":1,"x":[', filling, nbytes, b"0]}", plain=True)
+        for read in (
+            lambda: checkpoints(directory),
+            lambda: Reader(path).verify(),
+            lambda: formats.read(f"{directory}/x.safetensors"),
+        ):
+            with suppress(FxckptError):
+                read()
+        (path / "commit.json").write_bytes(record)
+
+    where = st.sampled_from([*members, "header", "store.json"])
+    campaign(st.tuples(where, st.sampled_from(FILLINGS), SIZES), one, 4)
+
+
+def blow_up(
+    file: Path, before: bytes, filling: str, nbytes: int, behind: bytes, *, header: bool = False, plain: bool = False
+) -> None:
+    """Write a record, a file of safetensors or a plain one with so much of this in it; in little memory itself."""
+    count = max((1 << 16) // len(filling), 1)
+    pieces = [before, *[filling.encode() * count] * (nbytes // (count * len(filling))), behind]
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    with file.open("wb") as out:
+        if header:
+            out.write(sum(map(len, pieces)).to_bytes(8, "little"))
+        elif not plain:
+            out.write(b'{"sha256":"' + digest.hexdigest().encode() + b'",')
+        out.writelines(pieces)
+
+
+def test_a_file_that_is_huge_and_empty_is_refused_in_little_memory(trained, tmp_path):
+    """Sparse files, and records that say so: the sizes of files, of their chunks and of their tables of checksums."""
+    directory = tmp_path / "d"
+    shutil.copytree(trained[0], directory)
+    path = directory / "step-000000002"
+    good = (path / "commit.json").read_bytes()
+    files = {file["name"]: (path / file["name"]).read_bytes() for file in json.loads(good)["files"]}
+
+    def one(drawn: tuple) -> None:
+        name, nbytes, chunk, crc, told = drawn
+        nbytes, body = nbytes * 4096, json.loads(good)
+        file = next(each for each in body["files"] if each["name"] == name)
+        if told and nbytes // (chunk * 4096) < 1 << 20:
+            file.update(nbytes=nbytes, chunk_bytes=chunk * 4096, crc32c=[crc] * -(-nbytes // (chunk * 4096)))
+        (path / "commit.json").write_bytes(sealed(body))
+        os.truncate(path / name, max(nbytes, len(files[name]) + 1))
+        # Extra state is read into memory, as large as it says that it is and its file is.
+        explained = name == "state.safetensors" and 64 << 20 < nbytes < 1 << 30
+        for read in (lambda: Reader(path).verify(), lambda: explained or Reader(path).state_tensors()):
+            with suppress(FxckptError):
+                read()
+        (path / name).write_bytes(files[name])
+        for small in ("commit.json", "../store.json"):
+            kept = (path / small).read_bytes()
+            os.truncate(path / small, nbytes)
+            with suppress(FxckptError):
+                checkpoints(directory)
+            (path / small).write_bytes(kept)
+
+    chunks = st.integers(1, 1 << 18) | st.just(1 << 18)  # blocks: a gibibyte at most
+    sizes, sums = st.integers(0, 1 << 28), st.integers(1, 2**32 - 1)
+    campaign(st.tuples(st.sampled_from(sorted(files)), sizes, chunks, sums, st.booleans()), one, 10)
+
+
+def test_an_input_that_costs_too_much_fails_a_campaign(monkeypatch):
+    """Whether it takes private memory or maps what is shared."""
+    monkeypatch.setattr(fuzzing, "MEMORY", 48 << 20)
+    campaign(st.just(1 << 20), lambda nbytes: np.ones(nbytes, np.uint8), 1)
+    with pytest.raises(MemoryError):
+        campaign(st.just(64 << 20), lambda nbytes: np.ones(nbytes, np.uint8), 1)
+
+    def shared(nbytes: int) -> None:
+        with mmap.mmap(-1, nbytes) as memory:
+            for _ in range(nbytes >> 20):
+                memory.write(bytes(1 << 20))
+
+    with pytest.raises(AssertionError, match="it cost"):
+        campaign(st.just(64 << 20), shared, 1)
 
 
 def test_what_is_tried_is_hard_enough(trained: tuple[Path, dict]):

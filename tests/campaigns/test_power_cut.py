@@ -26,16 +26,19 @@ from pathlib import Path
 
 import instruments
 import pytest
-from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, acknowledged_by, explore, late, moved, without, write_out
+from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, explore, late, moved, without, write_out
+from frozen_run import frozen_run
 from real_run import real_run
 from repository import ROOT, SUPPORT, python_path
 from storing import MonitoredTrainer, Trainer, fast_directory, recorded_monitors, start
+from trespass import cut, link, locked_for_reading, remove, rot, rot_when_marked, swap, with_links
 from waiting import until
 
 import fxckpt
 from fxckpt.engine import io
 from fxckpt.monitor import launch
 from fxckpt.store import names
+from fxckpt.store.read_back import ReadBack
 from fxckpt.store.reader import candidates, latest
 
 WHOLE = os.environ.get("FXCKPT_CRASH") == "full"
@@ -66,7 +69,7 @@ class Recording:
         behind = self.tmp / "log.behind"
         assert not behind.exists() or behind.read_text() == "", "the monitor changed files behind the table's back"
         assert behind.exists() == (self.writer == "monitor"), "no monitor was recorded, or one that was not asked for"
-        return instruments.read_log(self.tmp / "log")
+        return with_links(instruments.read_log(self.tmp / "log"))
 
     def judge(self) -> Judge:
         """A judge with nothing remembered, and its own scratch directory."""
@@ -120,8 +123,12 @@ def named(root: Path, acks: Path, writer: str) -> None:
 
 
 def touched(root: Path, acks: Path, writer: str) -> None:
-    """Somebody removes a file of a waiting slot, puts a directory in the place of another, and removes the
-    lock."""
+    """Somebody removes a file of a waiting slot, puts a directory in the place of another, and removes the lock; and keeps the
+    next run from taking it, by a lock for reading. There are files of others beside."""
+    io.mkdir(root.parent.parent)
+    io.mkdir(root.parent)
+    io.mkdir(root)
+    io.mkdir(root / "tensorboard")
     trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
     for step in (1, 2):
         trainer.save(step)
@@ -133,6 +140,84 @@ def touched(root: Path, acks: Path, writer: str) -> None:
         trainer.save(step)
     io.unlink(root / "lock")
     trainer.save(5)
+    trainer.close()
+    with locked_for_reading(root / "lock"):
+        trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+        trainer.save(6)
+        trainer.close()
+
+
+def linked(root: Path, acks: Path, writer: str) -> None:
+    """Links in the place of files of waiting slots, of what is about to be made, of a slot, of ``store.json`` and of
+    ``named``: nothing is written through one."""
+    outside, precious = root.parents[3] / "outside", b"precious" * 1000
+    outside.mkdir()
+    (outside / "model.safetensors").write_bytes(precious)
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    for step in (1, 2):
+        trainer.save(step)
+    for step, names_in_slot in enumerate((["model.safetensors"], ["state.safetensors", "commit.json"], ["commit.json.tmp"]), 3):
+        [slot] = root.glob("slot-*.partial")
+        for name in names_in_slot:
+            link(slot / name, acks, outside / "model.safetensors")
+        trainer.save(step)
+    [slot] = root.glob("slot-*.partial")
+    link(slot, acks, outside)
+    trainer.save(6)
+    link(root / "named", acks, outside)
+    trainer.save(6, name="kept")
+    trainer.close()
+    link(root / "store.json", acks, outside / "model.safetensors")
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    trainer.save(7)
+    trainer.close()
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == {"model.safetensors": precious}
+
+
+def read_back(root: Path, acks: Path, writer: str) -> None:
+    """Each checkpoint is read back when it was committed; the third one and a named one have rotted by then."""
+    mark, real = root.parents[2] / "rot", ReadBack.read
+    if writer == "monitor":  # it reads in its own process
+        mark = Path(launch.PROGRAM[1] + ".rot")
+    else:
+        rot_when_marked(mark, acks)
+    trainer = start(root, acks, keep=2, max_async=1, items=ITEMS, writer=writer, read_back="all")
+
+    def save(step: int, name: str | None = None) -> None:
+        trainer.save(step, name)
+        if writer == "thread":
+            trainer.store.read_back(lambda: False)
+        until(lambda: not mark.exists())
+
+    try:
+        save(1)
+        save(2)
+        mark.write_text("step-000000003")
+        save(3)
+        save(4)
+        mark.write_text("named/rotten")
+        save(4, "rotten")
+        save(4, "good")
+        save(5)
+        save(6)
+    finally:
+        ReadBack.read = real
+        trainer.close()
+    assert len(list(root.glob("*.bad"))) == 1 and [path.name for path in root.glob("named/*.bad")] == ["rotten.bad"]
+
+
+def retired(root: Path, acks: Path, writer: str) -> None:
+    """Files of slots are removed, cut, replaced, and rot while they wait; a slot is removed, and one made anew."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer)
+    for step in (1, 2):
+        trainer.save(step)
+    for step, way in enumerate((remove, cut, swap, rot, None), 3):
+        [slot] = root.glob("slot-*.partial")
+        for path in sorted(slot.iterdir()) if way else ():
+            way(path)
+        if way is None:
+            remove(slot)
+        trainer.save(step)
     trainer.close()
 
 
@@ -239,6 +324,10 @@ SCENARIOS = {
     "rotation": (rotation, 3),
     "named": (named, 1),
     "touched": (touched, 1),
+    "linked": (linked, 1),
+    "read_back": (read_back, 2),
+    "retired": (retired, 1),
+    "frozen_run": (frozen_run, 1),
     "restarts": (restarts, 2),
     "real_run": (real_run, 2),
 }
@@ -267,7 +356,8 @@ def recordings(tmp_path_factory):
 )
 def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(writer, scenario, recordings, counted):
     recording = recordings(scenario, writer)
-    rule = QUICK if RULE is SHORT and writer == "monitor" else RULE  # much the same calls as those of the thread
+    # Much the same calls as those of the thread; and files of megabytes, which take their time.
+    rule = QUICK if RULE is SHORT and (writer == "monitor" or scenario == "frozen_run") else RULE
     broken, states = recording.explore(recording.log, rule)
     counted(f"crash states of {scenario} by {writer} ({len(recording.log)} calls)", states)
     assert broken is None
@@ -289,8 +379,8 @@ def test_after_a_power_cut_the_next_run_loads_and_checkpoints(writer, recordings
     recording, every = recordings("restarts", writer), 1 if WHOLE else 3 if writer == "thread" else 40
     shapes, judge = set(), recording.judge()
 
-    def visit(state, acknowledged):
-        store = judge.store(state)
+    def visit(state, told):
+        store, acknowledged = judge.store(state), told.promised()
         shape = (*sorted(store), *sorted(store.get("named", {})), bool(acknowledged))
         if shape in shapes:
             return
@@ -396,10 +486,9 @@ def next_run(root: Path, acks: Path, writer: str) -> None:
 
 def run_after(recording: Recording, first: list[instruments.Call]) -> list[instruments.Call]:
     """What the next run does, if the first one was killed behind these calls."""
-    disk, acknowledged = Disk(str(recording.base)), []
+    disk = Disk(str(recording.base))
     for call in first:
         disk.replay(call)
-        acknowledged_by(call, acknowledged)
     for directory in (recording.base, recording.acks):
         shutil.rmtree(directory)
     write_out(disk.now(), recording.base)

@@ -88,8 +88,9 @@ except (OSError, fxckpt.FxckptError) as error:
 VANDALIZED = """
 from script_prelude import *
 from known_sums import Sums, Tally, tell, wrong
-import shutil, signal
+import faulthandler, shutil, signal
 
+faulthandler.enable()  # says where it was, if something aborts
 signal.signal(signal.SIGINT, signal.default_int_handler)
 dice = random.Random(int(os.environ["DICE"]))
 m = Sums(frozen=300_000)
@@ -154,10 +155,19 @@ def let_run(process: ProcessRun, directory: Path, dice: random.Random) -> str:
         more = before + dice.randrange(10, 500)
         until(lambda: not process.alive() or (report.exists() and report.stat().st_size > more), why=lambda: process.output)
     time.sleep(dice.uniform(0, 0.1))
-    killed = process.alive()
-    process.kill()
-    assert process.returncode == -signal.SIGKILL if killed else process.returncode in (0, -signal.SIGKILL), process.output
+    process.kill()  # unless it has ended, perhaps just now
+    assert process.returncode in (0, -signal.SIGKILL), f"{process.returncode}: {process.output}"
     return "killed" if process.returncode else "refused at its opening" if "REFUSED" in process.output else "ended"
+
+
+def wait_for_all_of(process: ProcessRun, root: Path) -> None:
+    """Wait for the other processes of a run that has ended. A monitor whose trainer was killed before it was there has nothing
+    of the store open yet, but what it tells its errors."""
+
+    def left() -> list[int]:
+        return users_of(root) + users_of(process.log)
+
+    until(lambda: not left(), why=lambda: f"processes {left()} are left")
 
 
 @pytest.mark.slow
@@ -171,7 +181,7 @@ def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer,
         process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
         counted(f"runs that were {let_run(process, directory, dice)} ({writer} writer)", 1)
         # a monitor may be finishing what it was given
-        until(lambda: not users_of(directory / "d"), why=lambda: f"processes {users_of(directory / 'd')} are left")
+        wait_for_all_of(process, directory / "d")
         floor, back = floor_of(directory / "report")
         newest = good(directory, 0)
         assert newest >= floor or (back is not None and newest > back), (
@@ -244,7 +254,7 @@ def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fo
         process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
         how = let_run_beside(vandal, process, directory, dice)
         counted(f"runs that were {how} beside a vandal ({writer} writer)", 1)
-        until(lambda: not users_of(root), why=lambda: f"processes {users_of(root)} are left")
+        wait_for_all_of(process, root)
         vandal.check_outside()
         told = report.read_text().splitlines()[before:] if report.exists() else []
         floor, alive = max([int(line.split()[1]) for line in told], default=newest), survivors(root, vandal)

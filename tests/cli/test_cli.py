@@ -485,7 +485,8 @@ def test_doctor_reports_everything_and_who_writes_and_leaves_nothing(capsys, roo
 
 
 def test_doctor_says_what_is_wrong_and_is_exit_status_1(capsys, tmp_path):
-    (tmp_path / "notes").write_text("mine")
+    for name in ("notes", "lock"):
+        (tmp_path / name).write_text("mine")
     status, found = run(capsys, "doctor", tmp_path)
     assert status == 1 and [each["what"] for each in found["findings"] if each["verdict"] == "wrong"] == ["store"]
 

@@ -400,6 +400,19 @@ def lacking_shard(place: Path) -> Path:
     return path
 
 
+def metadata_without(attribute: str, place: Path) -> Path:
+    path = with_dcp({"w": torch.ones(2)}, place / "dcp")
+    found = pickle.loads((path / ".metadata").read_bytes())
+    for each in found.state_dict_metadata.values():
+        delattr(each, attribute)
+    (path / ".metadata").write_bytes(pickle.dumps(found))
+    return path
+
+
+def with_groups(groups: object, place: Path) -> Path:
+    return torch_file({"model": mlp().state_dict(), "optimizer": {"state": {}, "param_groups": groups}}, place)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing there": (lambda place: place / "no", "nothing at"),
     "a text": (lambda place: (place / "x.py").write_text("print(1)  # hi") and place / "x.py", "neither a file of"),
@@ -413,6 +426,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a shard outside": (lambda place: wrong_index(place, lambda m: m.update({"0.bias": "../z"})), "not a file of this folder"),
     "a tensor that is gone": (lambda place: wrong_index(place, lambda m: m.update(z=m["0.bias"])), "no such tensor"),
     "a shard of dcp that is gone": (lacking_shard, "cannot be read"),
+    "tensors of no type": (lambda place: metadata_without("properties", place), "does not hold what its format says"),
+    "groups of another kind": (lambda place: with_groups([[1, 2, 3]], place), "does not hold what its format says"),
 }  # fmt: skip
 
 

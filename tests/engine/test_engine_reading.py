@@ -12,6 +12,8 @@ import instruments
 import numpy as np
 import pytest
 from engine_model import KB, PATIENCE, begin_all, crcs_of, engines, make_model, wait_for
+from memory import peak_growth
+from waiting import until
 
 from fxckpt import errors
 from fxckpt.engine import crc32c, io, read_verified
@@ -110,6 +112,67 @@ def test_wrong_size_missing_file_and_wrong_record_are_corruption(tmp_path):
     path.unlink()
     with pytest.raises(errors.Corrupt, match="missing"):
         read_verified(path, **record, targets=[])
+
+
+PIECE = 64 << 20  # in csrc/io/read.c
+
+
+@pytest.fixture
+def large(root):
+    """A file of one chunk of more than two pieces, with its record."""
+    root.mkdir()
+    nbytes = 2 * PIECE + 3 * 4096 + 5
+    data = np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8)
+    data.tofile(root / "file")
+    return root / "file", data, {"nbytes": nbytes, "chunk_bytes": 1 << 30, "crcs": [crc32c(data)]}
+
+
+def test_a_chunk_that_is_larger_than_a_buffer_fills_its_targets_once_it_is_verified(large):
+    path, data, record = large
+    whole, ends, middle = np.zeros(data.size, np.uint8), np.zeros(7, np.uint8), np.zeros(100, np.uint8)
+    targets = [(0, whole.size, whole.ctypes.data, None, None), (data.size - 7, 7, ends.ctypes.data, None, None),
+               (PIECE - 50, 100, middle.ctypes.data, None, None)]  # fmt: skip
+    read_verified(path, **record, targets=targets)
+    assert (whole == data).all() and (ends == data[-7:]).all() and (middle == data[PIECE - 50 : PIECE + 50]).all()
+    middle[:] = 0
+    for at in (0, PIECE, data.size - 1):
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(bytes([data[at] ^ 1]))
+        with pytest.raises(errors.Corrupt, match="chunk 0 has CRC-32C"):
+            read_verified(path, **record, targets=targets[2:])
+        assert not middle.any()
+
+
+def test_what_changes_while_a_large_chunk_is_read_again_is_not_delivered(large):
+    path, data, record = large
+    target = np.zeros(100, np.uint8)
+    done = instruments.calls("pread") + 3  # the three pieces, and the third once more
+    instruments.delay("pread", 300_000)
+
+    def flip() -> None:
+        until(lambda: instruments.calls("pread") > done - 1)
+        with path.open("r+b") as file:
+            file.seek(data.size - 50)
+            file.write(bytes([data[-50] ^ 1]))
+
+    somebody = threading.Thread(target=flip)
+    somebody.start()
+    with pytest.raises(errors.Corrupt, match="chunk 0 has CRC-32C"):
+        read_verified(path, **record, targets=[(data.size - 100, 100, target.ctypes.data, None, None)])
+    somebody.join()
+    assert not target.any()
+
+
+def test_the_memory_for_reading_does_not_hang_on_the_size_of_a_chunk(root):
+    """A record may name any, and a sparse file costs nobody anything."""
+    root.mkdir()
+    with (root / "file").open("wb") as file:
+        file.truncate(1 << 40)
+    record = {"nbytes": 1 << 40, "chunk_bytes": 1 << 30, "crcs": [1] * 1024}
+    with peak_growth() as grown, pytest.raises(errors.Corrupt, match="chunk"):
+        read_verified(root / "file", **record, targets=[])
+    assert grown() < 200 << 20
 
 
 def test_reading_survives_faults_or_says_which(tmp_path):

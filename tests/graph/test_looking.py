@@ -136,7 +136,7 @@ def test_the_drawing_and_the_table_in_the_docs_are_what_their_script_makes(book,
     graph = module.graph(2)
     graph.draw(str(tmp_path / "now.svg"))
     assert drawing((ROOT / "docs" / "graph.svg").read_text()) == drawing((tmp_path / "now.svg").read_text())
-    first, last = (part.splitlines() for part in re.search(r"```\n(   1 .*?)\.\.\.\n(.*?)```", page, re.DOTALL).groups())
+    first, last = (part.splitlines() for part in re.search(r"```text\n(   1 .*?)\.\.\.\n(.*?)```", page, re.DOTALL).groups())
     table = [without_times(line) for line in graph.table().splitlines()]
     assert [without_times(line) for line in first] == table[: len(first)]
     assert [without_times(line) for line in last] == table[-len(last) :]

@@ -123,28 +123,37 @@ def callbacks():
         yield cb.StochasticWeightAveraging(0.01, swa_epoch_start=1, annealing_epochs=2)
     if "ema" in CASE["callbacks"]:
         yield cb.EMAWeightAveraging(decay=0.9)
+    if "rates" in CASE["callbacks"]:
+        yield cb.LearningRateMonitor()
 
 
 L.seed_everything(0, verbose=False)
 quiet = dict(accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1)
 chosen = list(callbacks())
 chosen.insert(0, fxckpt.lightning.Checkpoint("ckpt", every=1, update="native"))  # fxckpt
+if CASE["fp16"]:  # Trainer(precision="16-mixed") on a CPU makes bf16 of it; the plugin itself does not
+    from lightning.pytorch.plugins import MixedPrecision
+    quiet["plugins"] = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**20))]
 logger = CSVLogger("out", name="log", version=0, flush_logs_every_n_steps={flush})
 trainer = L.Trainer(**quiet, **CASE["trainer"], callbacks=chosen, logger=logger)
 net = Net()
 trainer.fit(net, datamodule=Data())
 values = {{name: float(value).hex() for name, value in sorted(trainer.callback_metrics.items())}}
 print("END", trainer.global_step, trainer.current_epoch, values)
+if CASE["fp16"]:
+    scaler = trainer.precision_plugin.scaler
+    assert scaler.get_scale() < scaler._init_scale, "no step was skipped"
+    print("END", scaler.state_dict())
 for row in Path("out/log/version_0/metrics.csv").read_text().splitlines():
     print("END", row)
 print("END", [(Path(each.best_model_path).name, each.best_k_models.__len__()) for each in trainer.checkpoint_callbacks])
 finish(net, *trainer.optimizers, [each.scheduler.state_dict() for each in trainer.lr_scheduler_configs])
 """
 
-USUAL = {"workers": 0, "stateful": False, "manual": False, "scheduler": "step", "callbacks": ()}
+USUAL = {"workers": 0, "fp16": False, "stateful": False, "manual": False, "scheduler": "step", "callbacks": ()}
 CASES = {
-    "accumulation, workers": {
-        **USUAL, "workers": 2,
+    "accumulation, workers, fp16": {
+        **USUAL, "workers": 2, "fp16": True, "callbacks": ("rates",),
         "trainer": {"max_steps": 13, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "val_check_interval": 0.5},
     },
     "plateau, bf16, early, averaged": {
@@ -154,7 +163,8 @@ CASES = {
         **USUAL, "manual": True, "trainer": {"max_epochs": 2, "num_sanity_val_steps": 0, "limit_train_batches": 9},
     },
     "stateful, averaged at the end": {
-        **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa",), "trainer": {"max_epochs": 3},
+        **USUAL, "stateful": True, "workers": 2, "scheduler": "epoch", "callbacks": ("swa", "rates"),
+        "trainer": {"max_epochs": 3},
     },
 }  # fmt: skip
 
@@ -275,6 +285,18 @@ def test_a_kill_while_a_log_gets_a_new_column_loses_no_row(tmp_path, monkeypatch
     again = CSVLogger(tmp_path, version=0)
     continue_logs([again], rows)
     assert Path(again.log_dir, "metrics.csv").read_text().splitlines() == ["a,step", "1.0,0"]
+
+
+def test_a_row_that_a_callback_has_logged_and_nobody_has_written_is_in_the_checkpoint(tmp_path):
+    logger = CSVLogger(tmp_path, version=0)
+    assert positions([logger]) == [0] and logger._experiment is None, "making its writer would delete the file"
+    logger.log_metrics({"a": 1.0}, 0)
+    assert positions([logger]) == [1]
+    logger.log_metrics({"a": 2.0}, 1)
+    logger.save()
+    logger.log_metrics({"a": 3.0}, 2)
+    continue_logs([logger], [1])
+    assert positions([logger]) == [1], "what was logged behind it is gone, written or not"
 
 
 def test_the_model_is_not_an_option_and_there_is_no_run_before_fit():

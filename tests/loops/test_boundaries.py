@@ -13,7 +13,7 @@ import instruments
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 import fxckpt
 
@@ -32,11 +32,14 @@ class Life:
         self.opts = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (self.a, self.b)]
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.opts[0], 0.9)
         self.loader = [torch.randn(6, 4, generator=torch.Generator().manual_seed(i)) for i in range(10)]
-        self.dies, self.turns = dies, 0
+        self.weights = torch.ones(6, dtype=torch.double)
+        data = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+        self.weighted = DataLoader(data, 2, sampler=WeightedRandomSampler(self.weights, 12))
+        self.dies, self.turns, self.seen = dies, 0, {"heads": 0, "turns": 0}
         self.ours = directory is not None
         if self.ours:
             both = nn.ModuleList([self.a, self.b])
-            extra = {"scheduler": self.scheduler}
+            extra = {"scheduler": self.scheduler, "seen": self.seen, "weights": self.weights}
             fxckpt.compile_step(self.opts, directory, model=both, extra=extra, update="native", **{"every": 1, **options})
             fxckpt.load()
             torch.rand(5)  # drawn before the loop: no run that goes on draws it here
@@ -59,10 +62,11 @@ class Life:
     def bits(self) -> list[torch.Tensor]:
         states = [value for opt in self.opts for state in opt.state.values() for value in state.values()]
         tensors = [
+            self.weights,
             *self.a.state_dict().values(),
             *self.b.state_dict().values(),
             *states,
-            torch.tensor(self.scheduler.get_last_lr()),
+            torch.tensor([*self.scheduler.get_last_lr(), self.opts[0].param_groups[0]["lr"], *self.seen.values()]),
         ]
         return [t.clone() for t in tensors if isinstance(t, torch.Tensor)]
 
@@ -112,6 +116,62 @@ def epochs_of(batches: Callable, epochs: Callable) -> Callable[[Life], None]:
 @pytest.mark.parametrize("deaths", [[1], [10], [11], [12, 3], [5, 5, 5], [22], [33]])
 def test_a_run_goes_on_in_the_middle_of_an_epoch_behind_its_last_batch_and_at_its_end(deaths, tmp_path):
     check(epochs_of(fxckpt.batches, fxckpt.epochs), epochs_of(iter, range), tmp_path, deaths)
+
+
+HEADS = {
+    "a scheduler made anew": lambda life, epoch: epoch == 1 and torch.optim.lr_scheduler.LinearLR(life.opts[0], 0.1),
+    "a setting multiplied": lambda life, epoch: life.opts[0].param_groups[0].update(lr=life.opts[0].param_groups[0]["lr"] * 0.5),
+    "a setting set": lambda life, epoch: life.opts[0].param_groups[0].update(lr=0.1 / (1 + epoch)),
+    "a value of extra counted": lambda life, epoch: life.seen.update(heads=life.seen["heads"] + 1, turns=0),
+    "the scheduler": lambda life, epoch: life.scheduler.step(),
+}
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_what_the_head_of_an_epoch_does_to_settings_plain_values_and_schedulers_is_done_once(head, tmp_path, caplog):
+    def script(life: Life) -> None:
+        for epoch in fxckpt.epochs(3):
+            head(life, epoch)
+            for x in fxckpt.batches(life.loader):
+                life.step(x)
+                life.seen["turns"] += 1
+                life.turn()
+
+    check(script, None, tmp_path, [4, 3, 10])
+    assert "changes it again" not in caplog.text
+
+
+@pytest.mark.parametrize("deaths", [[3], [8, 2], [14]])
+def test_weights_of_a_sampler_in_extra_that_the_turns_write_come_back(deaths, tmp_path):
+    def script(life: Life) -> None:
+        for _ in fxckpt.epochs(3):
+            for x in fxckpt.batches(life.weighted):
+                life.step(x)
+                life.weights[life.opts[0].ckpt.batch % 6] += x.sum().abs().double()
+                life.turn()
+
+    check(script, None, tmp_path, deaths)
+
+
+@pytest.mark.parametrize("deaths", [[3], [9, 1], [20], [21], [29, 8], [25, 2]])
+def test_what_lies_between_two_loops_is_done_once(deaths, tmp_path):
+    def script(life: Life) -> None:
+        group = life.opts[0].param_groups[0]
+        for _ in fxckpt.epochs(2):
+            for x in fxckpt.batches(life.loader):
+                life.step(x)
+                life.turn()
+        group["lr"] *= 0.1
+        life.seen["heads"] += 1
+        life.noise = torch.rand(4)
+        for _ in fxckpt.epochs(4):
+            for x in fxckpt.batches(life.loader):
+                life.step(x + life.noise)
+                life.turn()
+
+    last = check(script, None, tmp_path, deaths)
+    assert last.seen["heads"] == 1
 
 
 def test_where_one_is_can_be_asked_for(tmp_path):
@@ -505,6 +565,54 @@ def test_shuffled_loaders_side_by_side_draw_as_pytorch_s_do(deaths, tmp_path):
     check(zipped(fxckpt.batches, fxckpt.epochs), zipped(iter, range), tmp_path, deaths)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+@pytest.mark.parametrize("deaths", [[4, 2], [3, 3, 3]])
+def test_iterators_that_are_made_at_the_head_of_each_epoch_and_held_go_on(deaths, anew, tmp_path):
+    def held(batches: Callable, epochs: Callable, batch: Callable[[Life], int]) -> Callable[[Life], None]:
+        def script(life: Life) -> None:
+            first, second = drawn_loader(1), drawn_loader()
+            for _ in epochs(3):
+                if anew:
+                    first, second = drawn_loader(3), drawn_loader()
+                one = iter(batches(first))
+                two = iter(batches(second))
+                for _ in range(batch(life), 3):  # of four batches: neither pass is found to be exhausted
+                    (x,), (y,) = next(one), next(two)
+                    life.step(x + y)
+                    life.turn()
+
+        return script
+
+    ours = held(fxckpt.batches, fxckpt.epochs, lambda life: life.opts[0].ckpt.batch)
+    check(ours, held(iter, range, lambda life: 0), tmp_path, deaths)
+
+
+def test_a_pass_that_goes_on_from_one_epoch_into_the_next_is_refused(tmp_path):
+    life = Life(tmp_path)
+    endless = iter(fxckpt.batches(life.loader))
+    with pytest.raises(fxckpt.SetupError, match=r"an epoch has ended since its last batch.*fxckpt\.steps"):
+        for _ in fxckpt.epochs(2):
+            for _ in range(4):
+                life.step(next(endless))
+    life.opts[0].ckpt.shutdown()
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 4
+
+
+def test_an_iterator_that_is_let_go_of_in_a_later_epoch_drops_no_checkpoint(tmp_path):
+    life = Life(tmp_path)
+    for epoch in fxckpt.epochs(2):
+        one = iter(fxckpt.batches(life.loader[:2]))
+        for _ in range(2):
+            life.step(next(one))
+        if epoch == 0:
+            held = one
+        elif epoch == 1:
+            del held
+    del one
+    life.opts[0].ckpt.shutdown()
+    assert [each.step for each in fxckpt.checkpoints(tmp_path)][-1] == 4
+
+
 def test_a_pass_over_a_loader_inside_of_a_pass_over_it_is_one_of_its_own(tmp_path):
     def script(life: Life) -> None:
         loader = drawn_loader()
@@ -548,11 +656,11 @@ def test_what_the_head_of_an_epoch_draws_it_draws_again(tmp_path):
 def test_what_the_head_of_an_epoch_changes_is_said_and_a_step_in_it_is_refused(tmp_path, caplog):
     life = Life(tmp_path / "a")
     for _ in fxckpt.epochs(2):
-        life.scheduler.step()
+        life.a[1].running_mean.zero_()
         for x in fxckpt.batches(life.loader[:2]):
             life.step(x)
     life.opts[0].ckpt.shutdown()
-    assert caplog.text.count("'scheduler' changed in an epoch before its loop over fxckpt.batches") == 1
+    assert caplog.text.count("'0.1.running_mean' changed in an epoch before its loop over fxckpt.batches") == 1
     life = Life(tmp_path / "b")
     with pytest.raises(fxckpt.SetupError, match=r"a step was made in an epoch before its loop"):
         for _ in fxckpt.epochs(2):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.compat.generators import looking_at
-from fxckpt.data.generators import Reader, packed, read, same, write
+from fxckpt.data.generators import Reader, is_kind, kind_of, packed, read, same, write
 
 DRAWS = {
     "torch": (lambda g: torch.rand(3, generator=g), lambda g: torch.randn(1, generator=g), lambda g: g.manual_seed(7)),
@@ -47,7 +47,7 @@ def test_a_state_read_where_it_lies_is_the_one_asked_for_and_differs_when_it_mov
         assert equal(packed(now), packed(asked))
         assert same(before, now) == equal(packed(asked_before), packed(asked))
         other = MAKE[kind]()
-        write(other, now)
+        write(other, packed(now))
         assert equal(packed(read(other)), packed(asked))
 
 
@@ -72,3 +72,27 @@ def test_numpys_bits_replaced_by_others_are_noticed():
     other = np.random.RandomState(np.random.PCG64(5))
     generator.__init__(np.random.PCG64(5))
     assert equal(packed(reader.read()["it"]), packed(read(other)))
+
+
+ENDLESS = range(1 << 47)
+
+
+@pytest.mark.parametrize("kind, state", [
+    ("torch.cpu", ENDLESS),
+    ("python", (3, ENDLESS, None)),
+    ("python", {"version": 3, "words": ENDLESS, "gauss": None}),
+    ("numpy.RandomState", {"bit_generator": "MT19937", "state": {"key": ENDLESS, "pos": "x"}, "has_gauss": 0, "gauss": 0.0}),
+    ("numpy.seed", {}),
+    ("numpy.PCG64", ENDLESS),
+    ("else", {}),
+])  # fmt: skip
+def test_what_a_record_has_in_place_of_a_generator_is_not_taken_and_nothing_is_called(kind, state):
+    before = read(np.random.get_state.__self__)
+    assert not is_kind(kind, state)
+    assert same(before, read(np.random.get_state.__self__))
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_a_packed_state_is_of_its_kind(kind):
+    generator = MAKE[kind]()
+    assert is_kind(kind_of(generator), packed(read(generator)))

@@ -31,6 +31,7 @@ from loader_runs import (
     ResumableOnce,
     ShufflingSampler,
     StatefulSampler,
+    Still,
     Stream,
     Turns,
     generators,
@@ -277,7 +278,7 @@ def test_workers_send_only_what_changed():
 @pytest.mark.parametrize("now", [0, 3])
 def test_workers_that_drew_nothing_may_be_of_another_number(now):
     def make(workers=2):
-        return DataLoader(Plain(), 4, shuffle=True, num_workers=workers)
+        return DataLoader(Still(), 4, shuffle=True, num_workers=workers)
 
     assert resumed(make, {3, 8}, remake=lambda: make(now)) == plain(make)
 
@@ -434,6 +435,24 @@ def test_a_loader_class_that_iterates_otherwise_is_read_again(caplog):
 
     assert resumed(make, {3}) == plain(make)
     assert "reading 3 batches of a Twice again" in caplog.text
+
+
+class Endless(DataLoader):
+    """Keeps one iterator over all its passes, which has no end."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.iterator = super().__iter__()
+
+    def __iter__(self):
+        return (next(self.iterator) for _ in range(5))
+
+
+def test_a_loader_whose_workers_stay_ahead_over_its_passes_is_refused_with_the_way_out():
+    again = RandomSampler(range(22), num_samples=22 * 9)
+    with pytest.raises(SetupError, match=r"a Endless keeps one iterator.*persistent_workers=True"):
+        source_of(Endless(Plain(), 4, sampler=again, num_workers=1))
+    source_of(Endless(Plain(), 4, sampler=again))
 
 
 # ---- packages ----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ ROOMS = (
     {"errors", "_registry"},
     {"compat", "engine"},
     {"store"},
-    {"importing"},
+    {"importing", "ranks"},
     {"config", "data", "graph", "monitor", "cli"},
     {"optim"},
     {"saving"},

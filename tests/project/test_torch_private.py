@@ -17,6 +17,7 @@ from graph_models import GPT, D, batch, book, front_end
 from repository import ROOT
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from fxckpt.compat.dynamo import (
@@ -48,17 +49,21 @@ from fxckpt.compat.loaders import (
     Start,
     WorkersIterator,
     copied,
+    holds_workers,
     iterates_as_torch,
+    loaders_alive,
     reading_ended,
     skip_order,
     tell_end,
     watch_order,
     watch_samples,
 )
+from fxckpt.compat.module_attributes import OWN_NAMES, plain_attributes
 from fxckpt.compat.module_state import (
     added_entries,
     fill,
     give_back,
+    keeps_more,
     mixed_modes,
     own_contracts,
     set_modes,
@@ -67,6 +72,7 @@ from fxckpt.compat.module_state import (
 )
 from fxckpt.compat.modules import (
     _WRAPPERS,
+    compiled_in_vain,
     every_module,
     extra_state_modules,
     has_extra_state,
@@ -138,6 +144,16 @@ def test_wrappers_are_known_by_type():
     assert isinstance(wrapped_module(wrapped), nn.DataParallel)
     assert unwrap_model(wrapped) is model
     assert wrapped_module(model) is None
+
+
+def test_a_model_of_which_torch_compiles_nothing_is_known_by_its_wrappers():
+    wrapped = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)  # one would need a process group
+    nn.Module.__init__(wrapped)
+    wrapped.module = nn.Sequential(nn.Linear(2, 2))
+    assert compiled_in_vain(torch.compile(wrapped)) == "Sequential"  # tests/ranks/test_ddp.py sees that it is so
+    assert compiled_in_vain(wrapped) is None and compiled_in_vain(torch.compile(wrapped.module)) is None
+    wrapped.module = GPT()
+    assert compiled_in_vain(torch.compile(wrapped)) is None
 
 
 def test_every_wrapper_in_the_table_has_the_attribute():
@@ -433,6 +449,7 @@ class Resized(nn.Module):
 def test_what_a_module_adds_to_its_own_state_dict_is_told_apart_and_given_back():
     model = nn.Sequential(nn.Linear(1, 1), Resized())
     assert [name for name, _ in own_contracts(model)] == ["1"]
+    assert [keeps_more(each) for each in (model[0], model[1])] == [False, True]
     assert added_entries(model[1]) == {"number": 1}
     assert state_of(model) == {"modules": {}, "eval": [], "contracts": {"1": {"number": 1}}}
     give_back(model[1], {"number": 5})
@@ -789,6 +806,25 @@ def test_loaders_with_iterators_of_their_own_are_known():
 
     assert iterates_as_torch(Named(range(3))) and not iterates_as_torch(Other(range(3)))
     assert iterates_as_torch(Other(range(3)), (Other,))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_torch_keeps_among_the_attributes_of_a_module_is_told_from_what_its_author_does():
+    layer = nn.Linear(2, 2)
+    assert {"training", "_parameters", "_buffers", "_modules", "_forward_pre_hooks"} <= OWN_NAMES
+    assert [name for name, _ in plain_attributes(layer)] == ["in_features", "out_features"]
+    layer.mine = 3
+    torch.nn.utils.spectral_norm(torch.nn.utils.weight_norm(layer, "bias"), "weight")
+    prune.l1_unstructured(other := nn.Linear(2, 2), "weight", 1)
+    assert [name for name, _ in plain_attributes(layer)] == ["in_features", "out_features", "mine"]
+    assert [name for name, _ in plain_attributes(other)] == ["in_features", "out_features"]
+
+
+def test_loaders_that_exist_and_iterators_that_they_keep_are_found():
+    loader = torch.utils.data.DataLoader(range(3), num_workers=1)
+    assert loaders_alive()[id(loader)]() is loader and not holds_workers(loader)
+    loader.kept = iter(loader)
+    assert holds_workers(loader)
 
 
 def test_a_scheduler_does_not_warn_of_an_optimizer_that_stepped_in_an_earlier_process(recwarn):

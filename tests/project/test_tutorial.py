@@ -56,6 +56,13 @@ def test_the_two_scripts_are_those_of_the_tutorial_and_differ_in_eight_lines():
     assert "fxckpt" not in plain_script()
 
 
+def test_a_reader_who_changes_the_lines_of_the_diff_has_the_example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from tutorial_scripts import scripts
+
+    assert scripts() == (plain_script(), EXAMPLE)
+
+
 class Script:
     """One of the two, shorter, in a folder of its own."""
 

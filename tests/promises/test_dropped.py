@@ -21,6 +21,18 @@ KINDS = {
 }
 
 
+def nothing_is_left(life):
+    """What a life returns is gone when it is over, without the garbage collector."""
+    life()  # what torch imports at a first use keeps frames
+    gc.collect()
+    gc.disable()
+    try:
+        left = [ref() for ref in life()]
+    finally:
+        gc.enable()
+    assert left == [None] * len(left)
+
+
 class Own(torch.optim.Optimizer):
     """One that nobody knows."""
 
@@ -56,15 +68,30 @@ def test_an_optimizer_that_nobody_refers_to_is_gone_at_once_with_all_that_it_hel
         states = [v for state in opt.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
         return [weakref.ref(each) for each in (opt, model, *model.parameters(), *states)]
 
-    life()  # what torch imports at a first use keeps frames
-    gc.collect()
-    gc.disable()
-    try:
-        left = [ref() for ref in life()]
-    finally:
-        gc.enable()
-    assert left == [None] * len(left)
+    nothing_is_left(life)
     assert fxckpt.checkpoints(tmp_path)[-1].step == 6, "what was complete is durable"
+
+
+@pytest.mark.parametrize("what", ["several", "a scheduler in extra"])
+def test_a_run_that_was_shut_down_keeps_no_optimizer_by_another_or_by_a_scheduler(what, tmp_path):
+    def life() -> list[weakref.ref]:
+        models = [nn.Linear(3, 3), nn.Linear(3, 3)][: 2 if what == "several" else 1]
+        opts = [torch.optim.AdamW(model.parameters()) for model in models]
+        extra = {} if what == "several" else {"scheduler": torch.optim.lr_scheduler.StepLR(opts[0], 2)}
+        model = {str(at): each for at, each in enumerate(models)}
+        fxckpt.compile_step(opts, tmp_path, model=model, every=1, update="native", fresh=True, extra=extra)
+        for _ in fxckpt.steps(2):
+            for each, opt in zip(models, opts):
+                each(torch.ones(2, 3)).sum().backward()
+                opt.step()
+            for each in extra.values():
+                each.step()
+        opts[0].ckpt.shutdown()
+        states = [v for opt in opts for state in opt.state.values() for v in state.values()]
+        return [weakref.ref(each) for each in (*opts, *models, *states)]
+
+    nothing_is_left(life)
+    assert fxckpt.checkpoints(tmp_path)[-1].step == 2
 
 
 def test_whoever_has_the_handle_keeps_the_optimizer(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections import Counter, OrderedDict, deque
 
 import pytest
@@ -692,14 +694,19 @@ def test_a_tied_model_and_an_untied_one(store):
         fxckpt.load(store, model=untied)
 
 
-def test_a_directory_that_is_not_a_store_is_refused(tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(fxckpt.NotAStore):
-        fxckpt.load(tmp_path / "other", model=mlp())
-    with pytest.raises(fxckpt.NotAStore):
-        fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), tmp_path / "other")
-    assert [p.name for p in (tmp_path / "other").iterdir()] == ["notes.txt"]
+def test_a_directory_of_others_files_is_none_to_load_from_and_one_to_begin_a_store_in(tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(fxckpt.NotAStore, match=r"notes\.txt"):
+        fxckpt.load(other, model=mlp())
+    assert os.listdir(other) == ["notes.txt"]
+    Training(other).train(1).end()
+    assert fxckpt.load(other, model=mlp()).step == 1 and (other / "notes.txt").read_text() == "mine"
+    (other / "store.json").write_text("mine, too")
+    shutil.rmtree(other / "step-000000001")
+    with pytest.raises(fxckpt.NotAStore, match=r"store\.json"):
+        fxckpt.compile_step(torch.optim.SGD(mlp().parameters()), other)
 
 
 def test_a_directory_without_checkpoints_given_by_name_is_step_0(tmp_path):

@@ -338,3 +338,139 @@ def test_a_buffer_that_cannot_be_stored_is_refused_by_name_at_compile_step(make,
     with pytest.raises(fxckpt.SetupError, match="adjacency"):
         fxckpt.compile_step(torch.optim.SGD(model.parameters()), store, model=model)
     assert not store.exists()
+
+
+# -- numbers and generators among attributes -------------------------------------------------------------------------------
+
+
+class Annealed(nn.Module):
+    """Counts its forwards, has a rate that the loop changes behind the step, and draws masks from a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.count, self.rate, self.last = nn.Linear(4, 4), 0, 1.0, None
+        self.masks = torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        self.count += 1
+        self.last = float(self.count) if self.count % 2 else None
+        mask = torch.rand(4, generator=self.masks)
+        return self.layer(x) * mask * self.rate * (1 + self.count + (self.last or 0.0))
+
+
+def test_numbers_and_generators_among_attributes_of_modules_come_back_in_a_plain_loop(store):
+    plain, second = resumed(store, lambda: nn.Sequential(nn.Linear(4, 4), Annealed()), loss_of)
+    assert second[1].count == plain[1].count == 8
+    assert (second[1].last, second[1].rate) == (plain[1].last, plain[1].rate)
+    assert torch.equal(second[1].masks.get_state(), plain[1].masks.get_state())
+
+
+def stepped(store, steps: int, rate: float = 1.0, anneal: bool = True) -> Annealed:
+    """A loop with boundaries, whose rate is annealed behind the step; ``rate``: what the script sets before it loads."""
+    torch.manual_seed(0)
+    model = Annealed()
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    fxckpt.compile_step(opt, store, model=model, every=1, update="native")
+    model.rate = rate
+    fxckpt.load(optimizer=opt)
+    for step in fxckpt.steps(steps, optimizer=opt):
+        loss_of(model, opt, step).backward()
+        opt.step()
+        opt.zero_grad()
+        model.rate *= 0.5 if anneal else 1.0
+    opt.ckpt.shutdown()
+    return model
+
+
+def test_numbers_that_a_loop_changes_behind_the_step_come_back(store, tmp_path):
+    whole = stepped(tmp_path / "whole", 6)
+    stepped(store, 3)
+    second = stepped(store, 6)
+    assert (second.rate, second.count) == (whole.rate, whole.count) == (0.5**6, 6)
+    assert torch.equal(second.layer.weight, whole.layer.weight)
+
+
+def test_a_number_that_training_did_not_change_is_as_the_script_says_now(store):
+    stepped(store, 3, anneal=False)
+    assert stepped(store, 4, rate=0.25, anneal=False).rate == 0.25
+
+
+def epochs(store, kill: int | None = None, rate: float | None = None) -> Annealed:
+    """The head of each epoch changes the rate and draws from the module's generator; left at turn ``kill``. ``rate``: what the
+    script sets behind its load."""
+    torch.manual_seed(0)
+    model, turns = Annealed(), 0
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    fxckpt.compile_step(opt, store, model=model, every=1, update="native")
+    if fxckpt.load(optimizer=opt).step and rate is not None:
+        model.rate = rate
+    for _ in fxckpt.epochs(2, optimizer=opt):
+        model.rate *= 0.5
+        torch.rand(3, generator=model.masks)
+        for x in fxckpt.batches([batch(each, 6, 4) for each in range(4)], optimizer=opt):
+            if turns == kill:
+                opt.ckpt.shutdown()
+                return model
+            turns += 1
+            model(x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+    opt.ckpt.shutdown()
+    return model
+
+
+def test_what_the_head_of_a_resumed_epoch_does_to_modules_again_is_taken_back(store, tmp_path):
+    whole = epochs(tmp_path / "whole")
+    epochs(store, kill=2)
+    second = epochs(store)
+    assert (second.rate, second.count) == (whole.rate, whole.count)
+    assert torch.equal(second.layer.weight, whole.layer.weight)
+
+
+def test_a_number_that_is_set_behind_load_stays_so(store):
+    epochs(store, kill=2)
+    assert epochs(store, rate=8.0).rate == 4.0
+
+
+def test_a_rollback_puts_numbers_back_to_what_they_were_and_drops_new_ones(store):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    fxckpt.compile_step(opt, store, model=model, every=1, keep=3, update="native")
+    for step in fxckpt.steps(3, optimizer=opt):
+        loss_of(model, opt, step).backward()
+        opt.step()
+        if step:
+            model[1].p, model[1].turns = 0.1 * (step + 1), step
+    opt.ckpt.flush()
+    fxckpt.load(optimizer=opt, step=2)
+    assert (model[1].p, model[1].turns) == (0.2, 1)
+    fxckpt.load(optimizer=opt, step=1)
+    assert model[1].p == 0.1 and not hasattr(model[1], "turns")
+
+
+def test_a_generator_that_is_made_at_its_first_use_comes_back(store):
+    class Lazy(nn.Linear):
+        def forward(self, x):
+            if not hasattr(self, "masks"):
+                self.masks = torch.Generator().manual_seed(7)
+            return super().forward(x) * torch.rand(4, generator=self.masks)
+
+    resumed(store, lambda: nn.Sequential(Lazy(4, 4)), loss_of)
+
+
+def test_what_a_module_has_registered_since_is_not_hidden_by_a_number_of_that_name(store, caplog):
+    stepped(store, 3)
+
+    class Registered(Annealed):
+        def __init__(self):
+            super().__init__()
+            del self.rate
+            self.register_buffer("rate", torch.ones(()), persistent=False)
+
+    model = Registered()
+    opt = torch.optim.SGD(model.parameters(), lr=0.01)
+    fxckpt.compile_step(opt, store, model=model, update="native")
+    fxckpt.load(optimizer=opt)
+    opt.ckpt.shutdown()
+    assert isinstance(model.rate, torch.Tensor) and model.count == 3
+    assert "rate was 0.125, and is no number any more" in caplog.text

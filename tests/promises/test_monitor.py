@@ -372,7 +372,8 @@ def test_errors_of_the_store_come_through_as_they_are(tmp_path):
     other.close()
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "thesis.txt").write_text("precious")
-    with pytest.raises(fxckpt.NotAStore, match="thesis"):
+    (tmp_path / "e" / "store.json").write_text("precious, too")
+    with pytest.raises(fxckpt.NotAStore, match=r"store\.json"):
         training(tmp_path / "e")
     opt, step = training(tmp_path / "d")
     step(), opt.ckpt.shutdown()

@@ -65,6 +65,7 @@ CASES = {
         opt.step()
         opt.zero_grad()
         if step % 4 == 1:  # after a forward, which tells names and buffers
+            report(step, loss)  # a step that may be committed is not made again
             opt.ckpt.save()  # every="auto" takes none in the first minute
         kill_window()
     """,

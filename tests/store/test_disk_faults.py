@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import logging
 import os
+import weakref
 from pathlib import Path
 
 import instruments
@@ -76,6 +78,24 @@ def test_a_disk_on_which_everything_goes_bad_is_not_filled_with_bad_slots(root, 
     else:
         pytest.fail("bad slots without end")
     assert latest(root).step == 1
+    trainer.close()
+
+
+def test_the_error_of_a_failed_commit_is_in_no_cycle(root):
+    """The collector would take its frames apart, and Python 3.11 crashes at the memoryviews of what was being written."""
+    trainer = start(root)
+    slot, checkpoint = trainer.begin(1)
+    assert checkpoint.durable(10)
+    instruments.fail(1, errno.ENOSPC, "pwrite")
+    gc.disable()
+    try:
+        try:
+            trainer.finish(1, slot, checkpoint)
+        except SaveFailed as error:
+            failed = weakref.ref(error)
+        assert failed() is None
+    finally:
+        gc.enable()
     trainer.close()
 
 

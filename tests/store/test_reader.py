@@ -73,8 +73,10 @@ def test_a_store_without_checkpoints_is_an_empty_list(root):
     assert checkpoints(root) == []
 
 
-def test_a_directory_of_something_else_is_refused(tmp_path):
+def test_a_directory_of_others_files_has_no_checkpoints_and_one_of_another_store_is_refused(tmp_path):
     (tmp_path / "x").write_text("")
+    assert checkpoints(tmp_path) == [] == candidates(tmp_path) and latest(tmp_path) is None
+    (tmp_path / "store.json").write_text("{}")
     for function in (checkpoints, candidates, latest):
         with pytest.raises(NotAStore):
             function(tmp_path)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import instruments
 import pytest
@@ -58,16 +59,80 @@ def test_fresh_gives_the_old_ones_up_only_as_new_ones_become_durable(root):
     trainer.close()
 
 
-@pytest.mark.parametrize("content", ["notes.txt", "step-1", "model.safetensors", "store.json"])
-def test_a_directory_of_something_else_is_refused_and_left_alone(root, content):
+FOREIGN = {"lock": b"12345\n", "store.json": b"{}", "step-000000001": None, "named": None, "slot-1.partial": b"",
+           "notes.bad": b"x", "lock.tmp": b"x"}  # fmt: skip
+"""What others may have under a name that a store gives; None: a directory with a file in it."""
+
+
+def put(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.mkdir(parents=True)
+        (path / "weights.pt").write_bytes(b"mine")
+    else:
+        path.write_bytes(content)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN))
+def test_a_directory_in_which_others_use_a_name_of_ours_is_refused_and_left_alone(root, name):
     root.mkdir()
-    (root / content).write_text("{}")
-    (root / "other").mkdir()
-    with pytest.raises(NotAStore, match=str(root)):
+    (root / "config.yaml").write_text("lr: 1")
+    put(root / name, FOREIGN[name])
+    before = tree(root)
+    with pytest.raises(NotAStore, match=f"{root} holds '{name}'"):
         Store(root)
     with pytest.raises(NotAStore):
         checkpoints(root)
-    assert sorted(os.listdir(root)) == sorted([content, "other"])
+    assert tree(root) == before
+
+
+def test_files_of_others_stay_as_they_are_beside_a_store_whatever_becomes_of_store_json(root):
+    """A run's usual output directory."""
+    root.mkdir()
+    put(root / "config.yaml", b"lr: 1")
+    put(root / "tensorboard", None)
+    put(root / "step-1", None)
+    put(root / "model.safetensors", b"of somebody else")
+    others = tree(root)
+    assert checkpoints(root) == [] and latest(root) is None
+    for step in (1, 2, 3):
+        trainer = start(root, keep=1)
+        trainer.save(step)
+        trainer.close()
+        assert latest(root).step == step
+        if step != 2:
+            (root / "store.json").unlink()  # as a power cut may
+    assert others.items() <= tree(root).items()
+
+
+@pytest.mark.parametrize("left", [
+    {"lock": b""}, {"lock": b"monitor", "store.json": b""}, {"lock": b"", "store.json": b"\0" * 64},
+    {"lock": b"", "store.json.tmp": b"", "slot-0.partial": None}, {"lock": b"", "store.json": b"", "named/x.partial": None},
+], ids=str)  # fmt: skip
+def test_what_a_power_cut_left_of_a_first_run_beside_files_of_others_is_gone_on_with(root, left):
+    root.mkdir()
+    (root / "config.yaml").write_text("lr: 1")
+    for name, content in left.items():
+        put(root / name, content)
+    trainer = start(root)
+    trainer.save(1)
+    trainer.close()
+    assert latest(root).step == 1 and (root / "config.yaml").read_text() == "lr: 1"
+
+
+def test_whose_a_store_without_store_json_is_can_be_asked_without_losing_its_lock(root):
+    """To close any descriptor of the lock file ends the lock that tells others who has it."""
+    trainer = start(root)
+    (root / "config.yaml").write_text("lr: 1")
+    (root / "store.json").unlink()
+    assert checkpoints(root) == []
+    code = "import sys; from fxckpt.store.lock import holder; print(holder(sys.argv[1]))"
+    said = subprocess.run([sys.executable, "-c", code, str(root)], check=True, capture_output=True, text=True, timeout=60).stdout
+    assert said.strip() == str(os.getpid())
+    trainer.close()
 
 
 def test_a_file_in_place_of_the_directory_is_refused(root):

@@ -17,16 +17,25 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import unquote
 
 import instruments
 
 from fxckpt.errors import Corrupt
+from fxckpt.store.names import step_of
 from fxckpt.store.reader import Reader
 
 SECTOR = 512
 
-Content = dict[str, "bytes | Content"]
-"""A directory of a crash state: names to the bytes of files, or to directories."""
+Content = dict[str, "bytes | Content | Link"]
+"""A directory of a crash state: names to the bytes of files, to directories, or to links."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link. Nobody writes through it."""
+
+    target: str
 
 
 @dataclass(eq=False)
@@ -41,17 +50,17 @@ class File:
 class Directory:
     """``pending``: maps of names to what they lead to from then on, None if removed."""
 
-    durable: dict[str, File | Directory] = field(default_factory=dict)
-    now: dict[str, File | Directory] = field(default_factory=dict)
-    pending: list[dict[str, File | Directory | None]] = field(default_factory=list)
+    durable: dict[str, Node] = field(default_factory=dict)
+    now: dict[str, Node] = field(default_factory=dict)
+    pending: list[dict[str, Node | None]] = field(default_factory=list)
 
-    def change(self, names: dict[str, File | Directory | None]) -> None:
+    def change(self, names: dict[str, Node | None]) -> None:
         """Do one operation, to be made durable later."""
         self.pending.append(names)
         apply_names(self.now, names)
 
 
-Node = File | Directory
+Node = File | Directory | Link
 
 
 def apply_names(entries: dict[str, Node], names: dict[str, Node | None]) -> None:
@@ -124,6 +133,9 @@ class Disk:
     def _mkdir(self, call: instruments.Call) -> None:
         self._make(call.path, Directory())
 
+    def _symlink(self, call: instruments.Call) -> None:
+        self._make(call.path, Link(call.target))
+
     def _pwrite(self, call: instruments.Call) -> None:
         if file := self.node(call.path):
             file.pending.append((call.offset, call.data))
@@ -183,25 +195,25 @@ class Disk:
     def now(self) -> Content:
         """What a process sees: everything that was done."""
 
-        def build(directory: Directory) -> Content:
-            return {
-                name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, node.pending)
-                for name, node in directory.now.items()
-            }
+        def build(node: Node) -> bytes | Content | Link:
+            if isinstance(node, File):
+                return apply_writes(node.durable, node.pending)
+            return node if isinstance(node, Link) else {name: build(each) for name, each in node.now.items()}
 
         return build(self.root)
 
     def _state(self, kept_names: dict[Directory, list], kept: Callable[[File], list]) -> Content:
         """The state in which these of the pending operations are on the disk."""
 
-        def build(directory: Directory) -> Content:
-            entries = dict(directory.durable)
-            for names in kept_names.get(directory, ()):
+        def build(node: Node) -> bytes | Content | Link:
+            if isinstance(node, File):
+                return apply_writes(node.durable, kept(node))
+            if isinstance(node, Link):
+                return node
+            entries = dict(node.durable)
+            for names in kept_names.get(node, ()):
                 apply_names(entries, names)
-            return {
-                name: build(node) if isinstance(node, Directory) else apply_writes(node.durable, kept(node))
-                for name, node in entries.items()
-            }
+            return {name: build(each) for name, each in entries.items()}
 
         return build(self.root)
 
@@ -264,8 +276,40 @@ def write_out(content: Content, path: Path) -> None:
     for name, inner in content.items():
         if isinstance(inner, dict):
             write_out(inner, path / name)
+        elif isinstance(inner, Link):
+            (path / name).symlink_to(inner.target)
         else:
             (path / name).write_bytes(inner)
+
+
+@dataclass
+class Told:
+    """What was promised up to some call: (generation, name) of each commit that had returned; ``ruined``, by the names of their
+    directories, the generations of those that somebody ruined since, which are promised no more; and how many unnamed ones must
+    be ``left``: as many as were, one more with each new one, ``keep`` at most."""
+
+    keep: int = 1
+    acknowledged: list[tuple[int, str | None]] = field(default_factory=list)
+    ruined: dict[str, int] = field(default_factory=dict)
+    left: int = 0
+
+    def hear(self, call: instruments.Call) -> None:
+        """Note what a call says, if it says something (``Trainer.acknowledge``, ``ruin``)."""
+        if match := re.search(r"/acks/ruined-(\d+)-([^/]+)$", call.path):
+            self.ruined[unquote(match[2])] = int(match[1])
+            self.left -= step_of(match[2]) is not None
+        elif match := re.search(r"/acks/(\d+)(?:-([^~]+))?(?:~.*)?$", call.path):
+            self._acknowledge(int(match[1]), match[2])
+
+    def _acknowledge(self, generation: int, name: str | None) -> None:
+        known = (generation, name) in self.acknowledged or generation in self.ruined.values()
+        self.acknowledged.append((generation, name))
+        if name is None and not known:
+            self.left = min(self.left + 1, self.keep)
+
+    def promised(self) -> list[tuple[int, str | None]]:
+        """What has to be there, or newer ones."""
+        return [each for each in self.acknowledged if each[0] not in self.ruined.values()]
 
 
 class Judge:
@@ -297,33 +341,37 @@ class Judge:
             state = state.get(step, {})
         return state
 
-    def violation(self, state: Content, acknowledged: list[tuple[int, str | None]]) -> str | None:
-        """What promise a state breaks, given the (generation, name) of each commit that had returned; None if none."""
+    def violation(self, state: Content, told: Told) -> str | None:
+        """What promise a state breaks, given what was told by then; None if none."""
         self.states += 1
         store = self.store(state)
-        named = {f"named/{name}": inner for name, inner in store.get("named", {}).items()}
+        within = store.get("named", {})
+        named = {f"named/{name}": inner for name, inner in within.items()} if isinstance(within, dict) else {}
+        steps = {name: inner for name, inner in store.items() if step_of(name) is not None}
         good: dict[str, int] = {}
-        for name, inner in {**store, **named}.items():
-            if not isinstance(inner, dict) or name == "named" or name.endswith((".bad", ".partial")):
+        for name, inner in {**steps, **named}.items():
+            if not isinstance(inner, dict) or name.endswith((".bad", ".partial")):
                 continue
             verdict = self.verdict(inner)
+            if isinstance(verdict, Corrupt) and name in told.ruined:
+                continue
             if isinstance(verdict, Corrupt):
                 return f"{name} does not verify: {verdict}"
             good[name] = verdict
-        return self._missing(good, acknowledged)
+        return self._missing(good, told)
 
-    def _missing(self, good: dict[str, int], acknowledged: list[tuple[int, str | None]]) -> str | None:
+    def _missing(self, good: dict[str, int], told: Told) -> str | None:
         """What was acknowledged and cannot be loaded any more."""
+        acknowledged = told.promised()
         for generation, name in acknowledged:
             if name is not None and good.get(f"named/{name}") != generation:
                 return f"the named save {name!r} is lost"
         newest = max((generation for generation, _ in acknowledged), default=0)
         if max(good.values(), default=0) < newest:
             return f"generation {newest} was acknowledged, the newest is {max(good.values(), default=None)}"
-        unnamed = [generation for generation, name in acknowledged if name is None]
         steps = [name for name in good if not name.startswith("named/")]
-        if len(steps) < min(self.keep, len(unnamed)):
-            return f"{len(steps)} checkpoints are left of the {self.keep} to keep"
+        if len(steps) < told.left:
+            return f"{len(steps)} checkpoints are left, and {told.left} were"
         return None
 
 
@@ -336,12 +384,6 @@ class Violation:
     what: str
 
 
-def acknowledged_by(call: instruments.Call, acknowledged: list[tuple[int, str | None]]) -> None:
-    """Note what a call acknowledges, if it does (``Trainer.acknowledge``)."""
-    if match := re.search(r"/acks/(\d+)(?:-([^~]+))?(?:~.*)?$", call.path):
-        acknowledged.append((int(match[1]), match[2]))
-
-
 def explore(
     log: list[instruments.Call],
     base: str,
@@ -350,24 +392,24 @@ def explore(
     *,
     seed: int = 0,
     skip: int = 0,
-    visit: Callable[[Content, list], None] = lambda state, acknowledged: None,
+    visit: Callable[[Content, Told], None] = lambda state, told: None,
 ) -> Violation | None:
     """The first broken promise over all prefixes of ``log`` of at least ``skip`` calls and the legal states after each.
 
-    ``visit`` sees every state, with what was acknowledged by then (``Trainer.acknowledge``).
+    ``visit`` sees every state, with what was told by then.
     """
-    disk, rng, acknowledged = Disk(base), random.Random(seed), []
+    disk, rng, told = Disk(base), random.Random(seed), Told(judge.keep)
     for count, call in enumerate([None, *log]):
         if call is not None:
             disk.replay(call)
-            acknowledged_by(call, acknowledged)
+            told.hear(call)
         if count < skip:
             continue
         for state in disk.states(rng, rule):
-            what = judge.violation(state, acknowledged)
+            what = judge.violation(state, told)
             if what:
                 return Violation(count, f"{call.op} {call.path} {call.target}" if call else "", what)
-            visit(state, acknowledged)
+            visit(state, told)
     return None
 
 

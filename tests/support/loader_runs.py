@@ -40,6 +40,13 @@ class Plain(Crops):
         return torch.tensor([float(i)])
 
 
+class Still(Plain):
+    """Nothing is drawn, and nothing in it changes."""
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return torch.tensor([float(i)])
+
+
 class Pairs(Crops):
     """Reads many at once."""
 

@@ -15,15 +15,15 @@ from waiting import TIMEOUT, until
 
 
 class ProcessRun:
-    """A run of a script; ``output`` is what it printed so far, errors included."""
+    """A run of a script; ``output`` is what it printed so far to ``log``, errors included."""
 
     def __init__(self, pid: int, log: Path, poll: Callable[[], int | None]):
-        self.pid, self._log, self._poll = pid, log, poll
+        self.pid, self.log, self._poll = pid, log, poll
         self.returncode: int | None = None
 
     @property
     def output(self) -> str:
-        return self._log.read_text()
+        return self.log.read_text()
 
     def alive(self) -> bool:
         if self.returncode is None:

@@ -2,7 +2,8 @@
 
 ``python recorded_monitor.py LOG DESCRIPTORS…``: it appends to the log that the trainer's process records to. Changes that
 Python makes to the disk without the table, so that they are in no log, go to ``LOG.behind``. While ``LOG.interrupt`` is there,
-the next sync of ``named/`` removes it and fails, for lack of file descriptors.
+the next sync of ``named/`` removes it and fails, for lack of file descriptors; the checkpoint that ``LOG.rot`` names has rotted
+when it is read back.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import instruments
+from trespass import rot_when_marked
 
 from fxckpt.engine import io
 from fxckpt.monitor.process import main
@@ -52,4 +54,5 @@ if __name__ == "__main__":
     instruments.record(log, append=True)
     watch(os.path.join(os.path.dirname(log), "disk"), Path(log + ".behind"))
     interruptible(Path(log + ".interrupt"))
+    rot_when_marked(Path(log + ".rot"), Path(log).parent / "acks")
     sys.exit(main(descriptors))

@@ -7,6 +7,7 @@ next checkpoint in it is. What a slot holds while it *waits* is nobody's checkpo
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import random
 import shutil
@@ -25,7 +26,7 @@ OUTSIDE = b"this is somebody else's\n" * 4000
 
 
 def users_of(directory: Path) -> list[int]:
-    """Processes that have it or something below it open, or memory of a file there."""
+    """Processes that have it or something below it open."""
     return [pid for pid in (int(each.name) for each in Path("/proc").glob("[0-9]*")) if _uses(pid, directory)]
 
 
@@ -35,10 +36,12 @@ def _uses(pid: int, directory: Path) -> bool:
 
 def _open_in(pid: int) -> list[Path]:
     """What a process has open."""
-    try:
-        return [Path(os.readlink(link)) for link in Path(f"/proc/{pid}/fd").iterdir()]
-    except OSError:
-        return []  # it ended while we looked
+    found = []
+    with suppress(OSError):  # it ended while we looked
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):  # it closed that one, and may have others
+                found.append(Path(os.readlink(link)))
+    return found
 
 
 def _stopped(pid: int) -> bool:
@@ -95,11 +98,21 @@ class Vandal:
             os.close(self._locks.pop())
 
     def _look(self) -> None:
-        """A slot that was touched while it was written has become a checkpoint."""
+        """A slot that was touched while it was written has become a checkpoint, or was one until it was read back."""
         for entry in os.scandir(self.root) if self.root.exists() else ():
-            if entry.inode() in self._doomed and names.step_of(entry.name) is not None:
+            if entry.inode() not in self._doomed:
+                continue
+            step = self._step_in(entry.path) if entry.name.endswith(names.BAD) else names.step_of(entry.name)
+            if step is not None:
                 self._doomed.discard(entry.inode())
-                self._ruined.setdefault(entry.name, set()).add(entry.inode())
+                called = names.step_name(step) if entry.name.endswith(names.BAD) else entry.name
+                self._ruined.setdefault(called, set()).add(entry.inode())
+
+    def _step_in(self, path: str) -> int | None:
+        """The step that the record in a directory says, whether it verifies or not."""
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            return int(json.loads(Path(path, names.COMMIT).read_bytes())["step"])
+        return None
 
     # ---- acts ----
 

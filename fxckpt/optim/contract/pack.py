@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxckpt.compat.loaders import is_stateful
 from fxckpt.compat.optimizers import ATTRIBUTES_OF_TORCH, has_own_contract, is_stock
 from fxckpt.errors import StateError
 from fxckpt.store.typed_json import encode_state
@@ -186,7 +187,7 @@ class Packer:
         if isinstance(value, _FIXED):
             return {"fixed": None}
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        known = type(value) in GENERATORS or isinstance(value, (torch.nn.Module, torch.optim.Optimizer)) or _has_state_dict(value)
+        known = type(value) in GENERATORS or isinstance(value, (torch.nn.Module, torch.optim.Optimizer)) or is_stateful(value)
         if not known and kind.startswith(_FIXED_MODULES) and type(value) not in (torch.dtype, torch.device, torch.Size):
             return {"fixed": None}
         if not known and not hasattr(value, "__dict__"):
@@ -224,10 +225,6 @@ class Packer:
 def is_torchs_own(opt: torch.optim.Optimizer, name: str) -> bool:
     """Is this attribute torch's or ours, and no state of the optimizer's class or user?"""
     return name in ATTRIBUTES_OF_TORCH or name.startswith("_fxckpt_") or (is_stock(opt) and name[0] == "_")
-
-
-def _has_state_dict(value: object) -> bool:
-    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
 def _same_objects(a: Any, b: dict[Any, Any]) -> bool:

@@ -1,0 +1,19 @@
+"""What the ranks of one job say to each other, over the process group's store: no collective, and no wait without a limit.
+
+agreement.py   one load: what each rank says, all ranks hear
+heart.py       tells the others that this rank lives while it loads
+choice.py      which checkpoint all of them start from, by what they said
+common.py      while they train: a step that all have is kept, by promises and decisions
+peers.py       the thread that sends both
+"""
+
+from fxckpt.ranks.agreement import Agreement
+from fxckpt.ranks.choice import Key, Said, described, newest_common, none_was_common, stores_digest
+from fxckpt.ranks.common import least_kept
+from fxckpt.ranks.messages import Messages, named
+from fxckpt.ranks.peers import Peers
+
+__all__ = [
+    "Agreement", "Key", "Messages", "Peers", "Said", "described", "least_kept", "named", "newest_common", "none_was_common",
+    "stores_digest",
+]  # fmt: skip

@@ -1,0 +1,87 @@
+"""The other ranks of the job, as one run's checkpoints know them: what a record says of the job, and that a common step stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import uuid
+
+from fxckpt.compat.ranks import default_store, rank, world_size
+from fxckpt.errors import SetupError
+from fxckpt.ranks import Key, Messages, Peers, named
+from fxckpt.saving.stores import CheckpointStore
+from fxckpt.store.about import Job
+from fxckpt.store.record import Record
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+
+class Ranks:
+    """Of one run; nothing in a job of one rank. ``window``: how many of the newest checkpoints each rank keeps for the others.
+    ``every``: when they are due. Raises SetupError if they would not meet."""
+
+    def __init__(self, store: CheckpointStore, window: int, every: int | str):
+        self._store, self._window, self._every = store, window, every
+        self._job: Job | None = None
+        self._peers: Peers | None = None
+        self._number = self._count()  # of the run in its process, where all ranks make their runs in one order
+
+    def check_schedule(self) -> None:
+        """Raises SetupError if each rank would take its checkpoints at other steps."""
+        if world_size() > 1 and isinstance(self._every, str):
+            raise SetupError(
+                f"every={self._every!r} has each rank take its checkpoints when its own disk allows, so at other steps than the "
+                "others: no step would be common to all. Say every=N, a number of steps, on every rank"
+            )
+
+    def _count(self) -> int:
+        """One more run of this rank; 0 where no process group is there yet."""
+        if (found := default_store()) is None or world_size() == 1:
+            return 0
+        self.check_schedule()
+        with named():
+            return int(found[0].add(f"fxckpt/runs/{rank()}", 1))
+
+    @property
+    def common(self) -> int | None:
+        """The newest step that all ranks are known to have committed."""
+        return None if self._peers is None or self._peers.common is None else self._peers.common[0]
+
+    def begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int] | None) -> None:
+        """All ranks have agreed on what to load: this, of this generation here (None: nothing, or of another store)."""
+        self.stop()
+        with named():
+            mine = store.clone()  # the thread that trains may wait in its own connection
+        self._peers = Peers(mine, rank, world, f"fxckpt/common/{job.life}", self._store.hold, self._window, loaded)
+        self._job = job
+        self._peers.start()
+
+    def _begin_unasked(self) -> None:
+        """Nobody called ``load``: the ranks draw a life without waiting for each other. Raises RanksDisagree if the process
+        group's store is gone: without a life, this checkpoint could be taken for one that another life wrote."""
+        if (found := default_store()) is None:
+            return
+        self.check_schedule()
+        with named():
+            self._number = self._number or self._count()
+            life = found[0].compare_set(f"fxckpt/life/{self._number}", "", uuid.uuid4().hex)
+        self.begin(Job(life.decode()), found[0], rank(), world_size(), None)
+
+    def described(self, record: Record) -> Record:
+        """The record of a checkpoint that is about to be committed, with what it says of the job."""
+        if self._job is None and world_size() > 1:
+            self._begin_unasked()
+        if self._job is None:
+            return record
+        job = dataclasses.replace(self._job, common=self.common)
+        return dataclasses.replace(record, state={**record.state, **job.to_state()})
+
+    def committed(self, record: Record, generation: int) -> None:
+        """It was."""
+        if self._peers is not None and self._job is not None:
+            self._peers.committed((record.step, record.iteration, self._job.life), generation)
+
+    def stop(self) -> None:
+        """Talk no more."""
+        if self._peers is not None:
+            self._peers.stop()

@@ -1,0 +1,60 @@
+"""``examples/train_ddp.py`` under torchrun's own agent, in this process, which forks the ranks: a life imports nothing anew.
+
+    python elastic_run.py RESTARTS ARGUMENT...
+
+It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a rank that has come to its end
+waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed just before it hears so
+(``MultiprocessContext`` says it of its ``_worker_finished_event``).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from fork_server import warm_up
+from repository import ROOT
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+
+def rank(arguments: list[str], over: Path | None) -> None:
+    """One rank. SIGTERM ends it wherever it waits, as it ends one that was not forked: the agent has a handler. ``over``: it
+    returns when that is there."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    agent = os.getppid()
+    example().main(arguments)
+    while over is not None and not over.exists() and os.getppid() == agent:
+        time.sleep(0.01)
+
+
+def example():
+    """The example, as a module."""
+    spec = importlib.util.spec_from_file_location("train_ddp", ROOT / "examples" / "train_ddp.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(restarts: int, arguments: list[str], over: Path | None = None) -> None:
+    """Two ranks, started again whenever one of them ends otherwise than by itself."""
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="test", rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        max_restarts=restarts, monitor_interval=0.05, start_method="fork",
+    )  # fmt: skip
+    elastic_launch(config, rank)(arguments, over)
+
+
+if __name__ == "__main__":
+    # Else torch's agent keeps one store over restarts, and gloo finds addresses of ranks that are dead.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a rank need not touch, and so copy, what is here
+    launch(0, ["--dir", "whole", *sys.argv[2:]])
+    print("NOW THEY ARE KILLED", flush=True)
+    launch(int(sys.argv[1]), ["--dir", "killed", *sys.argv[2:]], Path("over").absolute())
