@@ -98,6 +98,17 @@ bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)
 
+# The models that people know, beside other ways to save: half an hour on a machine that does nothing else. Then the tables of
+# README.md and docs/benchmarks.md, and their plot, from the results.
+.PHONY: bench-models tables
+bench-models: $(ENGINE)
+	@$(PIP) $(call extra,bench)
+	@$(PY) benchmarks/models.py --json benchmarks/results/models.json $(ARGS)
+	@$(PY) benchmarks/tables.py
+
+tables: $(VENV)/.packages
+	@$(PY) benchmarks/tables.py
+
 # An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
 fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600
 fuzz: $(ENGINE)

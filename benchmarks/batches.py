@@ -12,7 +12,6 @@ batch is waited for before the clock runs.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import resource
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 import machine
 import numpy as np
 import torch
+from contest import write
 from torch.utils.data import DataLoader, Dataset
 
 from fxckpt.data import source_of
@@ -132,7 +132,7 @@ def main() -> None:
     print("state_dict():", ", ".join(f"{value} µs with {workers} workers" for workers, value in states.items()))
     if args.json:
         whole = {"machine": machine.describe(Path.cwd()), "passes": results, "state_dict_us": states}
-        args.json.write_text(json.dumps(whole, indent=1) + "\n")
+        write(whole, args.json)
 
 
 if __name__ == "__main__":
