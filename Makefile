@@ -57,7 +57,7 @@ kills: $(ENGINE)
 .PHONY: optimizers
 optimizers: $(ENGINE)
 	@$(PY) tools/optimizer_table.py
-	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py $(ARGS)
+	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py tests/journal/test_made_again.py $(ARGS)
 
 # Every model of tests/support/model_cases.py through Inductor itself, with and without us, then killed and resumed, and the
 # examples that compile one: half an hour.
@@ -88,9 +88,26 @@ integrations: $(ENGINE)
 docs: $(ENGINE)
 	@FXCKPT_DOCS=full $(PY) -m pytest tests/project/test_documents.py tests/integrations/test_documented_diffs.py $(ARGS)
 
+# A thousand kills of runs with a journal, and every byte of a record with a bit flipped.
+.PHONY: journal
+journal: export FXCKPT_JOURNAL ?= 1000
+journal: $(ENGINE)
+	@FXCKPT_FLIP_EVERY=1 $(PY) -m pytest -s tests/campaigns/test_journal_kills.py tests/journal/test_damage.py $(ARGS)
+
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)
 	@$(PY) benchmarks/overhead.py $(ARGS)
+
+# The models that people know, beside other ways to save: half an hour on a machine that does nothing else. Then the tables of
+# README.md and docs/benchmarks.md, and their plot, from the results.
+.PHONY: bench-models tables
+bench-models: $(ENGINE)
+	@$(PIP) $(call extra,bench)
+	@$(PY) benchmarks/models.py --json benchmarks/results/models.json $(ARGS)
+	@$(PY) benchmarks/tables.py
+
+tables: $(VENV)/.packages
+	@$(PY) benchmarks/tables.py
 
 # An hour of inputs that hypothesis makes of good files; FXCKPT_FUZZ_SECONDS chooses another time.
 fuzz: export FXCKPT_FUZZ_SECONDS ?= 3600

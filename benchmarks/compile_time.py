@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import machine
+from contest import write
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -80,8 +81,7 @@ def main() -> None:
                 numbers["results"].append(row)
                 line = "{layers:3} layers, {parameters:4} parameters, {cache:15}{compiles:3} C++ compiles{seconds:7.2f} s"
                 print(line.format_map(row), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    write(numbers, args.json)
 
 
 if __name__ == "__main__":

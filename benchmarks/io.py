@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import machine
 import torch
-from savers import replace_durably
+from contest import in_turn, ratios, scratch, write
+from saving import Nothing, copy_in, replace_durably
 from torch import nn
 
 import fxckpt
@@ -59,27 +56,12 @@ def trained(megabytes: int, step: bool = True) -> tuple[nn.Module, torch.optim.O
     return model, optimizer
 
 
-def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    found = {name: p.detach() for name, p in model.named_parameters()}
-    for name, p in model.named_parameters():
-        found.update({f"{key}/{name}": value for key, value in optimizer.state[p].items()})
-    return found
-
-
-def cold(path: Path) -> Path:
-    """Drop a file from the page cache."""
-    fd = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    os.close(fd)
-    return path
-
-
 def measure(args: argparse.Namespace, folder: Path) -> dict:
     """Run all rounds; seconds and bytes throughout."""
     from safetensors.torch import load_file, save_file
 
     model, optimizer = trained(args.megabytes)
-    state = tensors(model, optimizer)
+    state = Nothing().of(model, optimizer).tensors()
     size = sum(t.nbytes for t in state.values()) // (8 * machine.MIB) * (8 * machine.MIB)
     fxckpt.compile_step(
         optimizer, folder / "store", model=model, every=10**9, on_error="raise", threads=args.threads, chunk_mb=args.chunk_mb
@@ -102,16 +84,15 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     readers = {
         "raw": lambda: raw_reader.measure(False),
         "fxckpt": fresh.load,
-        "safetensors": lambda: copy_in(load_file(cold(plain_file)), state),
-        "torch.load": lambda: copy_in(torch.load(cold(torch_file)), state),
+        "safetensors": lambda: copy_in(load_file(machine.cold(plain_file)), state),
+        "torch.load": lambda: copy_in(torch.load(machine.cold(torch_file)), state),
     }
     rounds(readers, args.rounds, times, "read ", fresh.prepare)
     fresh.end()
     results = {}
     for name, mine in times.items():
         ceiling = times[name.split(" ")[0] + " raw"]
-        ratios = [a / b for a, b in zip(ceiling, mine)]
-        results[name] = {"seconds": statistics.median(mine), "rounds": mine, "ratio": statistics.median(ratios), "ratios": ratios}
+        results[name] = {"seconds": statistics.median(mine), "rounds": mine, **ratios(ceiling, mine)}
     return {
         "machine": machine.describe(folder),
         "bytes": size,
@@ -144,12 +125,6 @@ class Fresh:
             self.optimizer = None
 
 
-def copy_in(loaded: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> None:
-    """What a loader's caller still has to do: put the values where training reads them."""
-    for name, tensor in state.items():
-        tensor.copy_(loaded[name])
-
-
 def rounds(
     contestants: dict[str, Callable],
     count: int,
@@ -164,8 +139,7 @@ def rounds(
         run()
         times[prefix + name] = []
     for number in range(count):
-        turn = number % len(everyone)
-        for name, run in everyone[turn:] + everyone[:turn]:
+        for name, run in in_turn(number, everyone):
             prepare()
             times[prefix + name].append(seconds(run))
 
@@ -182,11 +156,8 @@ def main() -> None:
     option("--json", help="write the numbers to this file")
     args = parser.parse_args()
     args.rounds = 3 if args.quick else args.rounds
-    folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=args.dir))
-    try:
+    with scratch(args.dir) as folder:
         numbers = measure(args, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     print(machine.line(numbers["machine"]))
     print(
         f"{numbers['bytes'] / 1e6:.0f} MB; best plain loops: write {numbers['raw_write']}, read {numbers['raw_read']} "
@@ -197,8 +168,7 @@ def main() -> None:
             f"{name:22}{found['seconds'] * 1e3:6.0f} ms{numbers['bytes'] / found['seconds'] / 1e9:8.2f} GB/s"
             f"{found['ratio']:9.2f}{min(found['ratios']):7.2f}{max(found['ratios']):7.2f}"
         )
-    if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    write(numbers, args.json)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typing import Any
 
 import machine
 import savers
-from overhead import absent, progress
+from contest import absent, progress, scratch, write
 
 PATIENCE = 300.0  # seconds that a life may take to come to its second checkpoint, and a load
 SETTLE = 60.0  # seconds that what a killed trainer left running may take to end
@@ -205,7 +205,7 @@ def settled() -> tuple[float, int]:
         if not reap():
             return time.monotonic() - began, 0
         time.sleep(0.01)
-    left = [int(pid) for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()]
+    left = machine.below()
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     while reap():
@@ -427,16 +427,12 @@ def main() -> int:
     before = json.loads(target.read_text()) if args.add and target is not None and target.exists() else None
     if before is not None and before["state_bytes"] != args.megabytes * 1000**2:
         raise SystemExit(f"{target} has figures for {before['state_bytes']} bytes of state: --add needs as many")
-    folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=args.dir))
-    try:
+    with scratch(args.dir) as folder:
         numbers = measure(args, folder, before["results"] if before else {})
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     if before is not None:
         numbers = merged(before, numbers)
     report(numbers)
-    if target is not None:
-        target.write_text(json.dumps(numbers, indent=1) + "\n")
+    write(numbers, target)
     return 1 if any(row["handed_over_lost"] for row in numbers["results"].values()) else 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import platform
@@ -41,7 +42,7 @@ def _text(path: str) -> str:
     try:
         return Path(path).read_text()
     except OSError:
-        return ""  # not every system has this file; the description is then shorter
+        return ""  # not every system has this file, and a process may have ended
 
 
 def _file_system(folder: Path) -> str:
@@ -98,12 +99,48 @@ class Disk:
                 os.preadv(fd, [self.buffers[first]], offset)
 
 
+def below(pid: int | str = "self") -> list[int]:
+    """The processes that a process has started and that run still, and theirs."""
+    found = [int(child) for each in Path(f"/proc/{pid}/task").glob("*/children") for child in _text(str(each)).split()]
+    return found + [further for child in found for further in below(child)]
+
+
 def reset_peak_memory() -> None:
-    """Forget the peak of this process's resident memory (``VmHWM``), so that compilation does not count."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Forget the peaks of resident memory (``VmHWM``) of this process and those below it, so that only what follows counts."""
+    for pid in ("self", *below()):
+        with contextlib.suppress(OSError):  # it may have ended meanwhile
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """Largest resident memory in bytes since :func:`reset_peak_memory`."""
-    status = _text("/proc/self/status")
-    return next(int(entry.split()[1]) * 1024 for entry in status.splitlines() if entry.startswith("VmHWM"))
+    """Largest resident memory in bytes since :func:`reset_peak_memory`; of each process below also its own largest, without
+    what it shares with others."""
+    mine = _status("self", "VmHWM:")
+    return mine + sum(max(0, _status(pid, "VmHWM:") - _status(pid, "RssShmem:") - _status(pid, "RssFile:")) for pid in below())
+
+
+def bytes_written() -> int:
+    """What this process and those below it have sent to disks so far."""
+    entries = [_text(f"/proc/{pid}/io").splitlines() for pid in ("self", *below())]
+    return sum(int(entry.split()[1]) for lines in entries for entry in lines if entry.startswith("write_bytes"))
+
+
+def _status(pid: int | str, entry: str) -> int:
+    """Bytes of an entry in a process's status; 0 if it has ended."""
+    lines = _text(f"/proc/{pid}/status").splitlines()
+    return next((int(each.split()[1]) * 1024 for each in lines if each.startswith(entry)), 0)
+
+
+def cold(path: Path) -> Path:
+    """Drop a file, or every file below a folder, from the page cache."""
+    for file in [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]:
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)  # what is not on the disk yet stays in the cache
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+    return path
+
+
+def size(folder: Path) -> int:
+    """Bytes that the files below a folder take on the disk."""
+    return sum(each.stat().st_blocks * 512 for each in folder.rglob("*") if each.is_file())

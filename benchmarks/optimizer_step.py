@@ -25,6 +25,7 @@ from pathlib import Path
 
 import machine
 import torch
+from contest import in_turn, write
 from torch import nn
 
 import fxckpt
@@ -96,8 +97,7 @@ def compare(make: Callable, model: nn.Module, rounds: int) -> list[dict]:
         for one in everyone:
             one.run(5)  # creates the state, traces, compiles
         for number in range(rounds):
-            turn = number % len(everyone)
-            for one in everyone[turn:] + everyone[:turn]:
+            for one in in_turn(number, everyone):
                 one.times.append(one.run(max(1, round(0.03 / max(one.run(1), 1e-4)))))
         for run in runs:
             run.shutdown()
@@ -147,8 +147,7 @@ def main() -> None:
                     flush=True,
                 )
             torch.compiler.reset()
-    if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    write(numbers, args.json)
 
 
 if __name__ == "__main__":

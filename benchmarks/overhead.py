@@ -12,19 +12,13 @@ Every byte of fxckpt's last checkpoint is verified, and its weights compared, at
 from __future__ import annotations
 
 import argparse
-import atexit
-import importlib
-import json
-import multiprocessing
-import os
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import contest
 import machine
 from savers import CONTESTANTS
 
@@ -70,36 +64,23 @@ def work(key: str, folder: Path, size: argparse.Namespace, pipe: Connection) -> 
     pipe.send({"peak_memory": peak, **saver.check(step)})
 
 
-class Worker:
+class Worker(contest.Contestant):
     """The parent's end of a contestant's process."""
 
     def __init__(self, key: str, folder: Path, size: argparse.Namespace):
         self.key, self.rounds = key, []
         (folder / key).mkdir()
-        self.pipe, theirs = multiprocessing.Pipe()
-        context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=work, args=(key, folder / key, size, theirs))
-        self.process.start()  # not a daemon: some peers start processes of their own
-        atexit.register(self.process.kill)
-        theirs.close()
-        self.state_bytes = self._answer()
-
-    def _answer(self):
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise SystemExit(f"{ALL[self.key].label}: its process died; its own message is above") from None
+        super().__init__(ALL[key].label, work, key, folder / key, size)
+        self.state_bytes = self.answer()
 
     def round(self, steps: int) -> None:
         """Let the contestant take ``steps`` steps, or a quarter of them; notes the seconds of one."""
         steps = max(1, steps // 4) if ALL[self.key].waits else steps
-        self.pipe.send(steps)
-        self.rounds.append(self._answer() / steps)
+        self.rounds.append(self.ask(steps) / steps)
 
     def finish(self) -> dict:
-        self.pipe.send(0)
-        report = self._answer()
-        self.process.join()
+        report = self.ask(0)
+        self.join()
         return report
 
 
@@ -108,32 +89,29 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     disk = machine.Disk(folder)
     workers = []
     for key in args.only:
-        if (why := absent(ALL[key].needs)) is not None:
+        if (why := contest.absent(ALL[key].needs)) is not None:
             print(f"left out: {ALL[key].label}: {why}")
             continue
-        progress(f"starting {ALL[key].label}")
+        contest.progress(f"starting {ALL[key].label}")
         workers.append(Worker(key, folder, args))
     bandwidth = []
     for number in range(args.rounds):
-        turn = number % len(workers)
         bandwidth.append(disk.measure())
-        for worker in workers[turn:] + workers[:turn]:  # each one follows another in turn
-            progress(f"round {number + 1} of {args.rounds}: {ALL[worker.key].label}")
+        for worker in contest.in_turn(number, workers):
+            contest.progress(f"round {number + 1} of {args.rounds}: {ALL[worker.key].label}")
             worker.round(args.steps)
-    progress("verifying")
+    contest.progress("verifying")
     base = next((worker.rounds for worker in workers if worker.key == "none"), workers[0].rounds)
     results = {}
     for worker in workers:
-        ratios = [mine / plain for mine, plain in zip(worker.rounds, base)]
         results[worker.key] = {
             "label": ALL[worker.key].label,
             "step_seconds": statistics.median(worker.rounds),
-            "ratio": statistics.median(ratios),
-            "ratios": ratios,
+            **contest.ratios(worker.rounds, base),
             "rounds": worker.rounds,
             **worker.finish(),
         }
-    progress("")
+    contest.progress("")
     return {
         "machine": machine.describe(folder),
         "state_bytes": workers[0].state_bytes,
@@ -143,20 +121,6 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
         "steps_per_round": args.steps,
         "results": results,
     }
-
-
-def absent(package: str) -> str | None:
-    """Why a peer's package cannot be used; None if it can, or none is needed."""
-    try:
-        importlib.import_module(package or "torch")
-    except ImportError as error:
-        return str(error)
-    return None
-
-
-def progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def report(numbers: dict) -> None:
@@ -207,15 +171,10 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=args.dir))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compile-cache"))
-    try:
+    with contest.scratch(args.dir) as folder:
         numbers = measure(args, folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     report(numbers)
-    if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    contest.write(numbers, args.json)
 
 
 if __name__ == "__main__":

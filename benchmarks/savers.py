@@ -1,4 +1,4 @@
-"""The contestants of overhead.py and kills.py: ways to save a model and its optimizer after every step.
+"""The contestants of overhead.py, models.py and kills.py: ways to save a model and its optimizer after every step.
 
 Each saver is durable by its own means: what it says is saved is on disk after ``flush``.
 """
@@ -7,44 +7,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from saving import Nothing, copy_in, replace_durably, sync_tree
 from torch import nn
 
 REPORTED = ("bytes_written", "stall_seconds", "copy_seconds", "write_seconds", "checkpoints_committed")
-
-
-class Nothing:
-    """No checkpoints: plain ``torch.compile`` and the plain optimizer, the base of every ratio."""
-
-    fused = True
-
-    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
-        """Remember what to save and where; returns the compiled forward."""
-        self.model, self.optimizer, self.folder = model, optimizer, folder
-        return torch.compile(model)
-
-    def saved(self, step: int) -> None:
-        """Called after each optimizer step."""
-
-    def flush(self) -> None:
-        """Return when everything that was started is durable."""
-
-    def check(self, step: int) -> dict:
-        """Verify the last checkpoint (of ``step``); returns what to report. Raises if it is not good."""
-        return {}
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Parameters by name and optimizer state by ``key/name``; ties once."""
-        found = {name: p.detach() for name, p in self.model.named_parameters()}
-        for name, p in self.model.named_parameters():
-            found.update({f"{key}/{name}": value for key, value in self.optimizer.state[p].items()})
-        return found
 
 
 class Fxckpt(Nothing):
@@ -52,6 +27,7 @@ class Fxckpt(Nothing):
 
     def __init__(self, update: str = "native", writer: str = "thread", **options: Any):
         self.update, self.writer, self.fused, self.options = update, writer, update == "native", options
+        self.durable = []
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Callable:
         import fxckpt
@@ -67,10 +43,43 @@ class Fxckpt(Nothing):
             on_error="raise",
             **self.options,
         )
+        optimizer.ckpt.on_commit(lambda done: self.durable.append((done.step, time.monotonic())))
         return torch.compile(model, backend=fxckpt.backend)
+
+    @property
+    def stalled(self) -> float:
+        return self.optimizer.ckpt.statistics()["stall_seconds"]
+
+    @property
+    def saves(self) -> int:
+        return self.optimizer.ckpt.statistics()["checkpoints_started"]
+
+    def turns(self) -> Iterable:
+        import fxckpt
+
+        return fxckpt.steps(10**9)
+
+    def at(self, every: int | str) -> None:
+        """Nobody changes this while it trains, so there is no public way to: one process is to be measured at each."""
+        from fxckpt.run.clock import Schedule
+
+        stepping = self.optimizer.ckpt._run.stepping
+        before, stepping.schedule = stepping.schedule, Schedule(every or 10**9)
+        stepping.schedule.last_step, stepping.schedule.owed = before.last_step, before.owed
+
+    def save(self, step: int) -> None:
+        """The boundary does it."""
 
     def flush(self) -> None:
         self.optimizer.ckpt.flush()
+
+    def close(self) -> None:
+        self.optimizer.ckpt.shutdown()
+
+    def restore(self) -> dict[str, str]:
+        import fxckpt
+
+        return {str(skipped): "skipped" for skipped in fxckpt.load(optimizer=self.optimizer).skipped}
 
     def check(self, step: int) -> dict:
         from safetensors.torch import load_file
@@ -93,24 +102,19 @@ class Fxckpt(Nothing):
         return report
 
 
-def replace_durably(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a new file beside ``path``, sync it, rename it over ``path``, sync the directory."""
-    new = path.with_suffix(".new")
-    write(new)
-    for name, flags in ((new, os.O_RDWR), (path.parent, os.O_RDONLY)):
-        fd = os.open(name, flags)
-        os.fsync(fd)
-        os.close(fd)
-        if name == new:
-            os.rename(new, path)
-
-
 class TorchSave(Nothing):
     """``torch.save`` and fsync."""
 
     def saved(self, step: int) -> None:
         state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         replace_durably(self.folder / "checkpoint.pt", lambda new: torch.save(state, new))
+        self.durable.append((step, time.monotonic()))
+
+    def restore(self) -> dict[str, str]:
+        state = torch.load(self.folder / "checkpoint.pt", weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return {}
 
 
 class Safetensors(Nothing):
@@ -120,6 +124,14 @@ class Safetensors(Nothing):
         from safetensors.torch import save_file
 
         replace_durably(self.folder / "checkpoint.safetensors", lambda new: save_file(self.tensors(), new))
+        self.durable.append((step, time.monotonic()))
+
+    def restore(self) -> dict[str, str]:
+        from safetensors.torch import load_file
+
+        self.make_moments()
+        copy_in(load_file(self.folder / "checkpoint.safetensors"), self.tensors())
+        return {}
 
 
 class Asynchronous(Nothing):
@@ -127,6 +139,7 @@ class Asynchronous(Nothing):
 
     syncs = False  # the library syncs its files itself
     wait: Callable | None = None
+    last = 0  # the step that was saved last
 
     def start(self, where: Path) -> Callable:
         """Begin to save to ``where``; the result waits until the files are written."""
@@ -138,13 +151,23 @@ class Asynchronous(Nothing):
 
     def payload(self) -> dict[str, dict[str, torch.Tensor]]:
         """What is saved."""
-        return {"model": self.model.state_dict(), "optimizer": self.tensors()}
+        return {"model": self.model.state_dict(), "optimizer": self.moments()}
 
     def saved(self, step: int) -> None:
         self.flush()
         self.where = self.folder / str(step)
-        self.wait = self.start(self.where)
-        shutil.rmtree(self.folder / str(step - 2), ignore_errors=True)
+        wait = self.wait = self.start(self.where)
+        self.note = threading.Thread(target=self.complete, args=(step, wait), daemon=True)
+        self.note.start()
+        for old in self.folder.iterdir():
+            if old.name.isdecimal() and int(old.name) < self.last:
+                shutil.rmtree(old, ignore_errors=True)
+        self.last = step
+
+    def complete(self, step: int, wait: Callable) -> None:
+        """Note when it is, by the library's own word."""
+        wait()
+        self.durable.append((step, time.monotonic()))
 
     def flush(self) -> None:
         if self.wait is not None:
@@ -152,6 +175,20 @@ class Asynchronous(Nothing):
             if not self.syncs:
                 sync_tree(self.where)
             self.wait = None
+
+    def close(self) -> None:
+        self.flush()
+
+    def restore(self) -> dict[str, str]:
+        self.make_moments()
+        errors: dict[str, str] = {}
+        for where in sorted(self.folder.iterdir(), key=lambda each: -int(each.name) if each.name.isdecimal() else 0):
+            try:
+                copy_in(self.load(where)["optimizer"], self.moments())
+                return errors
+            except Exception as error:
+                errors[where.name] = f"{type(error).__name__}: {error}"[:200]
+        raise AssertionError(f"nothing loads: {errors}")
 
 
 def dcp_alone() -> Any:
@@ -234,7 +271,9 @@ class TorchCheckpointing(Asynchronous):
         self.manager, step = CheckpointManager(config), optimizer.step
 
         def locked() -> None:
+            began = time.monotonic()
             with self.manager.lock():
+                self.stalled += time.monotonic() - began
                 step()
 
         optimizer.step = locked
@@ -247,20 +286,12 @@ class TorchCheckpointing(Asynchronous):
         return dict(self.manager.load(str(where), into=self.payload()))
 
     def check(self, step: int) -> dict:
-        self.manager.close()
+        self.close()
         return {}
 
-
-def sync_tree(folder: Path) -> None:
-    """Make every file and directory below ``folder`` durable, and its own name."""
-    for where, _, files in os.walk(folder):
-        for name in (where, *(os.path.join(where, file) for file in files)):
-            fd = os.open(name, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-    fd = os.open(folder.parent, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
+    def close(self) -> None:
+        super().close()
+        self.manager.close()
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import multiprocessing
-import os
-import shutil
-import statistics
 import sys
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import machine
+from contest import Contestant, in_turn, ratios, scratch, write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -66,27 +61,24 @@ def work(name: str, kind: str, folder: str, every: int, pipe: Connection) -> Non
 
 def measure(name: str, every: int, rounds: int, steps: int, folder: Path) -> dict[str, list[float]]:
     """Seconds of a step, by contestant and round."""
-    context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+    contestants = {}
     for kind in KINDS:  # started one after the other: warming up side by side, their threads would wait for each other
-        pipes[kind], theirs = multiprocessing.Pipe()
-        processes.append(context.Process(target=work, args=(name, kind, str(folder / f"{name}-{kind}-{every}"), every, theirs)))
-        processes[-1].start()
-        pipes[kind].recv()
+        contestants[kind] = Contestant(f"{name}, {kind}", work, name, kind, str(folder / f"{name}-{kind}-{every}"), every)
+        contestants[kind].answer()
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(rounds):
-        for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
-            pipes[kind].send(steps)
-            seconds[kind].append(pipes[kind].recv())
-    for pipe, process in zip(pipes.values(), processes):
-        pipe.send(0)
-        process.join()
+        for kind in in_turn(number, KINDS):
+            seconds[kind].append(contestants[kind].ask(steps))
+    for contestant in contestants.values():
+        contestant.pipe.send(0)
+        contestant.join()
     return seconds
 
 
 def ratio(a: list[float], b: list[float]) -> str:
     """Median and range of a / b over the rounds."""
-    found = [x / y for x, y in zip(a, b)]
-    return f"{statistics.median(found):.2f} ({min(found):.2f} - {max(found):.2f})"
+    found = ratios(a, b)
+    return f"{found['ratio']:.2f} ({min(found['ratios']):.2f} - {max(found['ratios']):.2f})"
 
 
 def main() -> None:
@@ -97,20 +89,20 @@ def main() -> None:
     parser.add_argument("--dir", default=".", help="the disk to measure")
     parser.add_argument("--json", help="write the numbers to this file")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix=".bench-", dir=args.dir))
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "compile-cache"))
+    with scratch(args.dir) as folder:
+        run(args, folder)
+
+
+def run(args: argparse.Namespace, folder: Path) -> None:
+    """Measure, print and write."""
     numbers = {"machine": machine.describe(folder), "rounds": {}}
     print(machine.line(numbers["machine"]))
-    try:
-        for name in args.only:
-            for every, title in ((1, "every step"), (10**9, "no checkpoint in flight")):
-                found = numbers["rounds"][f"{name}, {title}"] = measure(name, every, args.rounds, args.steps, folder)
-                against = [f"{kind} / plain {ratio(found[kind], found['plain'])}" for kind in KINDS[1:]]
-                print(f"{name}, {title}: {'; '.join(against)}; whole / split {ratio(found['whole'], found['split'])}", flush=True)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps(numbers, indent=1) + "\n")
+    for name in args.only:
+        for every, title in ((1, "every step"), (10**9, "no checkpoint in flight")):
+            found = numbers["rounds"][f"{name}, {title}"] = measure(name, every, args.rounds, args.steps, folder)
+            against = [f"{kind} / plain {ratio(found[kind], found['plain'])}" for kind in KINDS[1:]]
+            print(f"{name}, {title}: {'; '.join(against)}; whole / split {ratio(found['whole'], found['split'])}", flush=True)
+    write(numbers, args.json)
 
 
 if __name__ == "__main__":

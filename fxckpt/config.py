@@ -55,6 +55,7 @@ class Config:
     on_error: str = "warn"
     read_back: str = "sampled"
     fresh: bool = False
+    journal: int = 1
 
     def __post_init__(self, preset: str | None) -> None:
         if preset is not None and preset not in PRESETS:
@@ -64,14 +65,20 @@ class Config:
                 object.__setattr__(self, name, value)
         if not (_is_count(self.every) or self.every in ("auto", "continuous")):
             raise SetupError(f'every={self.every!r}: expected a number of steps >= 1, "auto" or "continuous"')
-        for name in ("keep", "threads", "chunk_mb", "max_async"):
+        for name in ("keep", "threads", "chunk_mb", "max_async", "journal"):
             if not _is_count(value := getattr(self, name)):
                 raise SetupError(f"{name}={value!r}: expected a whole number >= 1")
+        if self.journal > 1 and self.every != 1:
+            what = f"journal={self.journal} makes each step durable, and a full checkpoint every {self.journal} steps"
+            raise SetupError(f"{what}: it goes with every=1, and not with every={self.every!r}")
         Policy.make(self.keep, self.keep_every, self.keep_minutes, self.keep_best)
         if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
         _one_of("update", self.update, (None, "native", "inductor"))
         _one_of("updates", self.updates, ("after_backward", "in_backward"))
+        if self.journal > 1 and self.updates == "in_backward":
+            what = "a record of the journal holds gradients, and in the backward each goes with its update"
+            raise SetupError(f'{what}: journal={self.journal} and updates="in_backward" do not go together')
         _one_of("on_error", self.on_error, ("warn", "raise"))
         _one_of("read_back", self.read_back, MODES)
         _one_of("writer", self.writer, ("thread", "monitor", "mock"))

@@ -143,5 +143,7 @@ class Batches(Generic[T]):
                     yield batch
                 loops.boundary(level)
         finally:
-            if not level.leads and source.passes == number:
+            if level.leads:
+                loops.pass_over()
+            elif source.passes == number:
                 source.finish()  # the next loop over it begins anew, and so does that of a resumed run

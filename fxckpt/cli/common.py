@@ -7,14 +7,17 @@ import json
 import os
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import names
 from fxckpt.store.identity import check_begun
-from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
+from fxckpt.store.journaled import Journaled, journaled
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, records
 from fxckpt.store.record import Record
 from fxckpt.terminal import one_line, plain
 
@@ -40,6 +43,42 @@ def look(directory: str) -> list[Candidate | Corrupt]:
     return candidates(directory)
 
 
+def look_at_all(directory: str) -> list[Candidate | Corrupt]:
+    """Checkpoints and records of the journal, newest first; damaged ones where their steps say."""
+    found = look(directory)
+    for each in reversed(records(directory)):
+        later = (i for i, other in enumerate(found) if _order(other) < _order(each))
+        found.insert(next(later, len(found)), each)
+    return found
+
+
+def _order(each: Candidate | Corrupt) -> tuple[int, int]:
+    """By step, and what was written later before."""
+    if isinstance(each, Candidate):
+        return each.record.step, each.record.generation
+    name = os.path.basename(directory_of(each))
+    return names.step_of(name) or names.step_of(name, names.RECORDS) or 0, -1
+
+
+def steps_of_journal(directory: str) -> list[Journaled]:
+    """Each checkpoint of the store that ``directory`` is, or is in, with the records behind it."""
+    root = os.path.dirname(os.path.abspath(directory)) if is_checkpoint(directory) else directory
+    return journaled(candidates(root), records(root))
+
+
+@contextmanager
+def whole_checkpoint(directory: str, reader: Reader, below: str | None = None) -> Iterator[Reader]:
+    """The checkpoint; of a record of the journal its step, made again and written to a temporary directory (``below``). Raises
+    Corrupt."""
+    if reader.record.journal is None:
+        yield reader
+        return
+    from fxckpt.loading.whole import journaled_step, write_whole
+
+    with tempfile.TemporaryDirectory(prefix="fxckpt-step-", dir=below) as scratch:
+        yield Reader(write_whole(journaled_step(steps_of_journal(directory), str(reader.path)), scratch))
+
+
 def is_checkpoint(directory: str) -> bool:
     """Whether this is the directory of one checkpoint rather than a store."""
     return os.path.lexists(os.path.join(directory, names.COMMIT))
@@ -54,12 +93,12 @@ def open_checkpoint(directory: str, which: str | None) -> Reader:
         return Reader(directory)
     for _ in range(LOOKS - 1):
         try:
-            return Reader(choose(look(directory), directory, which).path)
+            return Reader(choose(look_at_all(directory), directory, which).path)
         except NoCheckpoint as error:
             if which not in (None, "latest") or not any(isinstance(each, Candidate) for each in look(directory)):
                 raise
             say(f"fxckpt: {error}; looking again", file=sys.stderr)
-    return Reader(choose(look(directory), directory, which).path)
+    return Reader(choose(look_at_all(directory), directory, which).path)
 
 
 def verify(path: str) -> Record:
@@ -78,7 +117,8 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
         called = {os.path.join(os.path.abspath(directory), name) for name in (which, os.path.join(names.NAMED, which))}
         step = int(which) if which.isdecimal() else -1
         meant = [each for each in found if directory_of(each) in called]
-        meant += [each for each in found if names.step_of(os.path.basename(directory_of(each))) == step]
+        meant += [each for each in found for name in [os.path.basename(directory_of(each))]
+                  if step in (names.step_of(name), names.step_of(name, names.RECORDS))]  # fmt: skip
     for each in meant:
         if isinstance(each, Corrupt):
             raise each

@@ -79,7 +79,13 @@ class Row:
 
 
 def run(args: argparse.Namespace) -> int:
-    first, second = _pair(args.dir, args.a, args.b)
+    a, b = _pair(args.dir, args.a, args.b)
+    with common.whole_checkpoint(args.dir, a) as first, common.whole_checkpoint(args.dir, b) as second:
+        return _run(args, first, second)
+
+
+def _run(args: argparse.Namespace, first: Reader, second: Reader) -> int:
+    """Of two whole checkpoints."""
     total = first.record.nbytes + second.record.nbytes
     with first.held() as held_a, second.held() as held_b, common.Progress("comparing", 2 * total) as progress:
         for reader in (first, second):
@@ -96,7 +102,7 @@ def _pair(directory: str, a: str | None, b: str | None) -> tuple[Reader, Reader]
     """Both, as the command line names them; the newest two whose records verify if it names none. Raises NoCheckpoint."""
     if a is not None:
         return common.open_checkpoint(directory, a), common.open_checkpoint(directory, b)
-    found = [each for each in common.look(directory) if isinstance(each, Candidate)]
+    found = [each for each in common.look_at_all(directory) if isinstance(each, Candidate)]
     if len(found) < 2:
         raise NoCheckpoint(f"{directory} has {len(found)} checkpoint{'s' * (len(found) != 1)}: two are compared")
     return Reader(found[1].path), Reader(found[0].path)

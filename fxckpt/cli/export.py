@@ -58,7 +58,12 @@ def run(args: argparse.Namespace) -> int:
     parent = os.path.dirname(os.path.abspath(args.out))
     if not os.path.isdir(parent):
         raise SetupError(f"{parent} is not a directory: make it first")
-    reader = common.open_checkpoint(args.dir, args.which)
+    with common.whole_checkpoint(args.dir, common.open_checkpoint(args.dir, args.which), parent) as reader:
+        return _export(args, reader, parent)
+
+
+def _export(args: argparse.Namespace, reader: Reader, parent: str) -> int:
+    """A whole checkpoint, to a place in ``parent``."""
     # A directory of a name that nobody can guess: no link can wait there for what is written.
     folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(args.out)) + ".partial-", dir=parent)
     partial = os.path.join(folder, "out")

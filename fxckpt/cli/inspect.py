@@ -34,6 +34,9 @@ def describe(record: Record, path: str) -> dict[str, Any]:
         "path": path, "step": record.step, "generation": record.generation, "parent": record.parent, "name": record.name,
         "iteration": record.iteration, "updates": record.updates, "time": record.time, "store_id": record.store_id,
         "world_size": record.world_size, "rank": record.rank, "metrics": record.metrics, "lasting": record.lasting,
+        "journal": None if record.journal is None else {"base": record.journal.base, "after": record.journal.after,
+            "number": record.journal.number, "update": record.journal.update, "digests": dict(record.journal.digests),
+            "machine": record.journal.machine},
         "best_by": record.best_by, "began": about.origin(record), "imported": about.imported(record) is not None,
         "ties": record.ties, "extra": extra_names(record),
         "optimizers": [_optimizer(each) for each in record.optimizers] if isinstance(record.optimizers, list) else [],
@@ -85,6 +88,9 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
                                           else (f"{key}={value}" for key, value in found[name].items())))  # fmt: skip
     if found["began"] is not None:
         common.say(f"{'this is' if found['imported'] else 'its store began'} {common.began(found['began'])}")
+    if (journal := found["journal"]) is not None:
+        base = f"number {journal['number']} on the checkpoint of generation {journal['base']}"
+        common.say(f"a record of the journal: {base}, whose step is made again from it and those before it")
     if found["lasting"]:
         common.say(f"kept for good (by {found['lasting']})")
     common.say()

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 def _found(directory: str) -> list[Candidate | Corrupt]:
     """Oldest first; of the directory of a checkpoint, that one."""
     if not common.is_checkpoint(directory):
-        return common.look(directory)[::-1]
+        return common.look_at_all(directory)[::-1]
     path = os.path.abspath(directory)
     try:
         return [Candidate(Path(path), read_record(path))]
@@ -52,12 +52,18 @@ def _row(each: Candidate | Corrupt, directory: str) -> dict:
     """One checkpoint, or what is wrong with its record."""
     if isinstance(each, Corrupt):
         path = os.path.relpath(directory_of(each), os.path.abspath(directory))
-        return {"path": path, "step": names.step_of(os.path.basename(directory_of(each))), "damaged": each.reason}
+        name = os.path.basename(directory_of(each))
+        step = names.step_of(name)
+        return {"path": path, "step": names.step_of(name, names.RECORDS) if step is None else step, "damaged": each.reason}
     record, kept = each.record, "named" if each.record.name is not None else each.record.lasting
+    if record.journal is not None:
+        kept = f"journal {record.journal.number}, on {record.journal.base}"
     return {"path": os.path.relpath(each.path, os.path.abspath(directory)), "step": record.step,
             "generation": record.generation, "parent": record.parent, "time": record.time, "name": record.name,
             "nbytes": record.nbytes, "layers": len(record.layers),
-            "kept": kept, "metrics": record.metrics, "damaged": None}  # fmt: skip
+            "kept": kept, "metrics": record.metrics, "damaged": None,
+            "journal": None if record.journal is None else
+            {"base": record.journal.base, "number": record.journal.number}}  # fmt: skip
 
 
 def _mark_best(found: list[Candidate | Corrupt], rows: list[dict]) -> None:

@@ -18,7 +18,7 @@ from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint, SetupError
 from fxckpt.store import names
 from fxckpt.store.identity import read_store_id
-from fxckpt.store.reader import Candidate, directory_of
+from fxckpt.store.reader import Candidate, directory_of, records
 from fxckpt.store.record import MIN
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, Policy, ancestors, excess
 from fxckpt.store.slots import Store
@@ -123,6 +123,17 @@ class Stock:
         for each in excess(list(self._known.values()), self._keep, lineage, newest, self._examine):
             why = "damaged" if each.trust == BAD else "abandoned" if each.generation not in lineage else "older"
             out.append((self._paths[each.generation], why))
+        return [*self._records(dict(out)), *out]
+
+    def _records(self, going: dict[str, str]) -> list[tuple[str, str]]:
+        """(path, why) of the records of the journal that go: damaged ones, and those on a checkpoint that goes or has gone."""
+        stay = {generation for generation, path in self._paths.items() if path not in going}
+        out = []
+        for each in records(self._root):
+            if isinstance(each, Corrupt):
+                out.append((directory_of(each), "damaged"))
+            elif each.record.parent not in stay:
+                out.append((str(each.path), "on a checkpoint that goes" if each.record.parent in self._paths else "on none"))
         return out
 
     def _newest_good(self) -> int | None:
@@ -148,7 +159,7 @@ def _with_suffix(directory: str, suffix: str) -> list[str]:
     root = os.path.abspath(directory)
     found = os.listdir(root) if suffix == names.BAD else names.subdirectories(root)  # what was put aside may be anything
     return [os.path.join(root, name) for name in sorted(found)
-            if name.endswith(suffix) and (suffix == names.BAD or names.slot_number(name) is not None)]  # fmt: skip
+            if name.endswith(suffix) and (suffix == names.BAD or names.is_slot(name))]  # fmt: skip
 
 
 def _size(path: str) -> int:

@@ -26,7 +26,7 @@ class Glance(NamedTuple):
 Look = Callable[[], Glance | None]
 """Takes a glance; None where numpy's generator draws from other bits by now."""
 
-_LENGTH = 625 * 4  # bytes
+_Words = ctypes.c_char * (625 * 4)
 
 
 def looking_at(generator: Any) -> Look | None:
@@ -47,10 +47,10 @@ def _of_python(generator: random.Random) -> Look | None:
     at = _memory(generator).find(np.array([place, *words], np.uint32).tobytes())
     if at < 0:
         return None
-    address = id(generator) + at
+    words_there = _Words.from_address(id(generator) + at)
 
     def look() -> Glance:
-        raw = ctypes.string_at(address, _LENGTH)
+        raw = words_there.raw
         return Glance("python", raw[4:] + raw[:4], generator.gauss_next)  # type: ignore[attr-defined]
 
     return look
@@ -61,14 +61,14 @@ def _of_numpy(generator: np.random.RandomState) -> Look | None:
     bits, gauss = generator._bit_generator, _gauss_of_numpy()  # type: ignore[attr-defined]
     if not isinstance(bits, np.random.MT19937) or gauss is None:
         return None
-    words = bits.ctypes.state_address
+    words = _Words.from_address(bits.ctypes.state_address)
     waits = ctypes.c_int.from_address(id(generator) + gauss[0])
     deviate = ctypes.c_double.from_address(id(generator) + gauss[1])
 
     def look() -> Glance | None:
         if generator._bit_generator is not bits:  # type: ignore[attr-defined]
             return None
-        return Glance("numpy", ctypes.string_at(words, _LENGTH), deviate.value if waits.value else None)
+        return Glance("numpy", words.raw, deviate.value if waits.value else None)
 
     state = generator.get_state(legacy=False)
     told = np.array([*state["state"]["key"], state["state"]["pos"]], np.uint32).tobytes()

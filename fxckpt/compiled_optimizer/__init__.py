@@ -53,6 +53,7 @@ def compile_step(
     on_error: Literal["warn", "raise"] = "warn",
     read_back: Literal["off", "sampled", "all"] = "sampled",
     fresh: bool = False,
+    journal: int = 1,
 ) -> object:
     """Checkpoint training layer by layer inside ``opt.step()``.
 
@@ -88,6 +89,8 @@ def compile_step(
         read_back: read committed checkpoints again when the disk is idle: ``"sampled"`` (now and then, 2 % of the time at most),
             ``"all"`` (each one, before the next is committed) or ``"off"``. One that does not verify is a failed checkpoint.
         fresh: start over in a directory that holds checkpoints, without loading one.
+        journal: with ``every=1``, steps from one full checkpoint to the next; each step between is stored as its gradients, from
+            which ``load`` makes it again (docs/journal.md). What is not known to come out the same is stored in full, said once.
 
     Returns:
         ``opt`` itself (or the list), its class swapped for a subclass; ``opt.ckpt`` is the run's :class:`~fxckpt.Handle`.
@@ -101,6 +104,7 @@ def compile_step(
         every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, updates=updates, on_error=on_error, read_back=read_back,
+        journal=journal,
     )  # fmt: skip
     given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     optimizers, module, extras = check(given, model, extra)

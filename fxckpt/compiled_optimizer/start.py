@@ -56,7 +56,7 @@ def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
     """What writes to the directory, if anything does."""
     if config.writer == "mock":
         return NullStore()
-    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back")
+    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back", "journal")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
     if world_size() > 1:
         options["keep"] = least_kept(config.keep, config.max_async)

@@ -37,6 +37,7 @@ class Attributes:
         self._contents: dict[str, dict[str, Any]] = {}  # what could move within the pass, as it was when that began
         self._moving: set[tuple[str, str]] = set()  # (object, attribute) that changes within a pass
         self._looks = _LOOKS
+        self._latest: list[tuple[Any, Marks]] = []  # the objects of the last state, with what told of a change in them
 
     def state(self, whole: bool) -> dict[str, Any]:
         """By object, its own state if it has one, else attributes. ``whole``: a pass begins, or none runs."""
@@ -48,7 +49,13 @@ class Attributes:
         else:
             self._looks = max(self._looks - 1, 0)
             self._moving |= {(name, key) for name in now for key in _changed(self._start.get(name, {}), now[name])}
+        self._latest = [(each, now[name]) for name, each in objects.items()]
         return {name: self._state(name, each, now[name]) for name, each in objects.items()}
+
+    def stands_still(self) -> bool:
+        """Would a state within the pass be the last one again? Asked for each batch: it sees what ``state`` sees once it looks
+        at no array any more, without asking which objects there are; before that, and where something moves, it says no."""
+        return not (self._looks or self._moving) and all(self._marks(each, False) == last for each, last in self._latest)
 
     def begun(self, start: Mapping[str, Any]) -> dict[str, Any]:
         """The state that was taken when the pass began, with what turned out to move since: elsewhere it may be as it is now."""

@@ -141,7 +141,7 @@ class InWorker:
             if name not in self._last or not same(self._last[name], now):
                 found[name] = now if name.startswith("global/") else entry(self._generators[name], now)
         self._last = states
-        if not same(kept := self._kept.state(whole=False), self._last_kept):
+        if not self._kept.stands_still() and not same(kept := self._kept.state(whole=False), self._last_kept):
             found["data"] = self._last_kept = kept
         return found
 

@@ -1,11 +1,12 @@
-"""The custom ops: ``ckpt_fence`` before an update, ``ckpt_emit`` after it, and ``layer_ready`` where one may run in a backward.
+"""The custom ops: ``ckpt_fence`` and ``ckpt_emit`` around an update, with a journal ``ckpt_log``; in a backward ``layer_ready``.
 
     scalars = scalars(counts)                       # once a step, on the host; fenced and emitted like a layer
     ckpt_fence([w, exp_avg, ...], run, 3, "h.0")    # wait until the last checkpoint has copied this layer
+    ckpt_log([w.grad, ...], run, 3, "h.0")          # hand the gradients to the engine, in a record of the journal
     update_h_0([w, exp_avg, ...], scalars)          # change it in place
     ckpt_emit([w, exp_avg, ...], run, 3, "h.0")     # hand it to the engine; the copy runs during the next iteration
 
-Both take the layer's tensors, though the engine knows their addresses, to show which values each op orders. They return nothing,
+They take the layer's tensors, though the engine knows their addresses, to show which values each op orders. They return nothing,
 so whatever removes unused nodes must be told that they have effects: see ``has_side_effect`` below, and never run dead code
 elimination on a StepGraph. They live between the compiled pieces, never inside one: there, an op that reads a mutated input may
 see a temporary that is copied back at the end. ``run`` is the number under which a live run registered its port.
@@ -33,11 +34,15 @@ class Port(Protocol):
     def emit(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
         """Start copying ``layer``."""
 
+    def log(self, layer: int, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Start copying the gradients that ``layer`` is about to be updated with; None of parameters that have none."""
+
 
 _LIBRARY = torch.library.Library("fxckpt", "DEF")
 # Written by hand: a schema inferred from annotations would give `int` arguments as SymInt and cost a wrapper per call.
 _LIBRARY.define("ckpt_fence(Tensor[] tensors, int run, int layer, str name) -> ()")
 _LIBRARY.define("ckpt_emit(Tensor[] tensors, int run, int layer, str name) -> ()")
+_LIBRARY.define("ckpt_log(Tensor?[] gradients, int run, int layer, str name) -> ()")
 
 # ``after`` is there for the order alone: the op runs behind what computes it. Region and layer are arguments since no pass
 # runs where the code comes from Inductor's cache.
@@ -77,7 +82,11 @@ def _emit(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> N
     _port(run, "ckpt_emit", name).emit(layer, tensors)
 
 
-def _fake(tensors: Sequence[torch.Tensor], run: int, layer: int, name: str) -> None:
+def _log(gradients: Sequence[torch.Tensor | None], run: int, layer: int, name: str) -> None:
+    _port(run, "ckpt_log", name).log(layer, gradients)
+
+
+def _fake(tensors: Sequence[torch.Tensor | None], run: int, layer: int, name: str) -> None:
     """Under fake tensors there is nothing to wait for and nothing to copy."""
 
 
@@ -104,6 +113,7 @@ def _fake_layer_ready(*_: object) -> None:
 for _name, _function, _as_fake in (
     ("ckpt_fence", _fence, _fake),
     ("ckpt_emit", _emit, _fake),
+    ("ckpt_log", _log, _fake),
     ("layer_ready", _layer_ready, _fake_layer_ready),
     ("pin_reader", _pin_reader, _pin_reader),
 ):
@@ -112,7 +122,8 @@ for _name, _function, _as_fake in (
 
 ckpt_fence: Callable[..., Any] = torch.ops.fxckpt.ckpt_fence.default
 ckpt_emit: Callable[..., Any] = torch.ops.fxckpt.ckpt_emit.default
+ckpt_log: Callable[..., Any] = torch.ops.fxckpt.ckpt_log.default
 layer_ready: Callable[..., Any] = torch.ops.fxckpt.layer_ready.default
 pin_reader: Callable[..., Any] = torch.ops.fxckpt.pin_reader.default
-for _op in (ckpt_fence, ckpt_emit, layer_ready, pin_reader):
+for _op in (ckpt_fence, ckpt_emit, ckpt_log, layer_ready, pin_reader):
     fx.node.has_side_effect(_op)

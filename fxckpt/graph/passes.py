@@ -3,7 +3,7 @@
     one parameter's traced step:   mark_host, snapshot_counts; hoist.split cuts it into scalars and a body
     the scalars' graphs:           native_calls
     a body, by what runs it:       native_calls (list kernels), widen_to_lists, call_methods, or tensor_scalars (Inductor)
-    the StepGraph:                 write_updates, place_fences, place_emits, verify_schedule
+    the StepGraph:                 write_updates, place_fences, place_logs (with a journal), place_emits, verify_schedule
     Dynamo's graph:                bind_inputs
     Inductor's backward graph:     find_legal_points, pin_readers, place_updates; then verify_backward checks its schedule
 
@@ -23,7 +23,7 @@ from fxckpt.graph.backward.legal import find_legal_points_pass
 from fxckpt.graph.backward.place import pin_readers_pass, place_updates_pass
 from fxckpt.graph.backward.region import bind_inputs_pass
 from fxckpt.graph.contract import SWITCH, ContractError, Pass, run_passes, switched_off
-from fxckpt.graph.schedule import place_emits_pass, place_fences_pass, verify_schedule_pass, write_updates_pass
+from fxckpt.graph.schedule import place_emits_pass, place_fences_pass, place_logs_pass, verify_schedule_pass, write_updates_pass
 from fxckpt.graph.update.foreach import call_methods_pass, widen_to_lists_pass
 from fxckpt.graph.update.hoist import mark_host_pass, native_calls_pass, snapshot_counts_pass
 from fxckpt.graph.update.tensor_scalars import tensor_scalars_pass
@@ -37,6 +37,7 @@ PASSES = (
     Pass(tensor_scalars_pass, requires=("operators",), provides=("tensor scalars",)),
     Pass(write_updates_pass, provides=("updates",)),
     Pass(place_fences_pass, requires=("updates",), provides=("fences",)),
+    Pass(place_logs_pass, requires=("updates", "fences"), provides=("logs",)),
     Pass(place_emits_pass, requires=("updates", "fences"), provides=("emits",)),
     Pass(verify_schedule_pass, requires=("updates", "fences", "emits"), provides=("verified",)),
     Pass(bind_inputs_pass, provides=("region",)),

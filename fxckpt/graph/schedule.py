@@ -1,6 +1,7 @@
 """The passes that write a StepGraph: updates in the order of layers, then a fence before and an emit after each of them.
 
     scalars -> [fence 0, update 0, emit 0] -> [fence 1, update 1, emit 1] -> ...
+    with a journal: [fence 0, gradients 0, log 0, update 0, emit 0] -> ...
 
 Every update node carries ``meta["layer"]``, the engine's number and the name of what it changes, by which the later passes go.
 """
@@ -11,7 +12,7 @@ import itertools
 import keyword
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -92,6 +93,18 @@ def place_fences_pass(gm: fx.GraphModule) -> fx.GraphModule:
     return finished(gm)
 
 
+def place_logs_pass(gm: fx.GraphModule, gradients: Callable[[int], Callable[..., Any]]) -> fx.GraphModule:
+    """Before each layer's update, behind its fence: hand the gradients that it is about to be made with to the engine.
+    ``gradients(i)`` is the callable that takes those of layer i out of the step's inputs."""
+    updates = [node for node in _updates(gm) if len(node.args) > 1]  # not the scalars
+    for i, node in enumerate(updates):
+        with gm.graph.inserting_before(node):
+            scalars, name = cast(fx.Node, node.args[1]), str(node.target).replace("update_", "gradients_", 1)
+            found = _call(gm, name, gradients(i), scalars)
+            gm.graph.call_function(ops.ckpt_log, (found, next(iter(gm.graph.nodes)), *node.meta["layer"]))
+    return finished(gm)
+
+
 def place_emits_pass(gm: fx.GraphModule) -> fx.GraphModule:
     """After each update: hand what it changed to the engine."""
     for node in _updates(gm):
@@ -109,13 +122,15 @@ def _place(gm: fx.GraphModule, op: Callable[..., Any], update: fx.Node) -> None:
     gm.graph.call_function(op, (update.args[0], next(iter(gm.graph.nodes)), *update.meta["layer"]))
 
 
-def verify_schedule_pass(gm: fx.GraphModule, layers: Sequence[tuple[int, str]]) -> fx.GraphModule:
+def verify_schedule_pass(gm: fx.GraphModule, layers: Sequence[tuple[int, str]], logged: bool = False) -> fx.GraphModule:
     """Change nothing; raise ContractError unless each of ``layers`` (number and name, in update order) is fenced, updated and
-    emitted once, in this order, with the same tensors."""
+    emitted once, in this order, with the same tensors; and, but for the counts, ``logged`` before its update if it is to be."""
     found: dict[tuple[Any, Any], list[tuple[str, Any]]] = {}
     kinds = {ops.ckpt_fence: "fence", ops.ckpt_emit: "emit"}
     for node in gm.graph.nodes:
-        if node.target in kinds:
+        if node.target is ops.ckpt_log:
+            found.setdefault(node.args[2:], []).append(("log", None))
+        elif node.target in kinds:
             tensors, _, *layer = node.args
             found.setdefault((layer[0], layer[1]), []).append((kinds[node.target], tensors))
         elif "layer" in node.meta:
@@ -124,8 +139,10 @@ def verify_schedule_pass(gm: fx.GraphModule, layers: Sequence[tuple[int, str]]) 
         raise ContractError(f"the StepGraph has the layers {list(found)}, and should have {list(layers)}, in this order")
     for (number, name), steps in found.items():
         told = [what for what, _ in steps]
-        if told != ["fence", "update", "emit"]:
-            raise ContractError(f"layer {name!r} (number {number}) has {told}, and not one fence, update and emit, in this order")
-        if len({id(tensors) for _, tensors in steps}) != 1:
+        wanted = ["fence", "log", "update", "emit"] if logged and name != COUNTS else ["fence", "update", "emit"]
+        if told != wanted:
+            some = ", ".join(wanted[:-1])
+            raise ContractError(f"layer {name!r} (number {number}) has {told}, and not one {some} and emit, in this order")
+        if len({id(tensors) for what, tensors in steps if what != "log"}) != 1:
             raise ContractError(f"layer {name!r} (number {number}) is not fenced and emitted with the tensors that are updated")
     return gm

@@ -17,7 +17,14 @@ import torch.fx as fx
 from fxckpt.graph import draw, passes
 from fxckpt.graph.listing import listing
 from fxckpt.graph.model.layers import Layer, Place
-from fxckpt.graph.schedule import COUNTS, place_emits_pass, place_fences_pass, verify_schedule_pass, write_updates_pass
+from fxckpt.graph.schedule import (
+    COUNTS,
+    place_emits_pass,
+    place_fences_pass,
+    place_logs_pass,
+    verify_schedule_pass,
+    write_updates_pass,
+)
 
 
 class UpdateTimer:
@@ -109,16 +116,20 @@ def step_passes(
     counts_number: int | None,
     update: Callable[[int], Callable[..., Any]],
     scalars: Callable[..., Any],
+    gradients: Callable[[int], Callable[..., Any]] | None = None,
 ) -> passes.Chosen:
     """The passes that make an empty graph a StepGraph.
 
     ``update(i)`` is the callable of layer i: it changes the layer's tensors in place, given them and the scalars. ``numbers`` are
-    the engine's numbers of these layers, ``counts_number`` that of the counts, None when there are none.
+    the engine's numbers of these layers, ``counts_number`` that of the counts, None when there are none. ``gradients(i)``, with a
+    journal, takes those of layer i out of what ``scalars`` gave.
     """
     given = {"layers": layers, "numbers": numbers, "counts_number": counts_number, "update": update, "scalars": scalars}
     schedule = [] if counts_number is None else [(counts_number, COUNTS)]
     schedule += [(number, layer.name) for number, layer in zip(numbers, layers)]
-    return {write_updates_pass: given, place_fences_pass: {}, place_emits_pass: {}, verify_schedule_pass: {"layers": schedule}}
+    logs: passes.Chosen = {} if gradients is None else {place_logs_pass: {"gradients": gradients}}
+    verified = {"layers": schedule, "logged": gradients is not None}
+    return {write_updates_pass: given, place_fences_pass: {}, **logs, place_emits_pass: {}, verify_schedule_pass: verified}
 
 
 def build(chosen: passes.Chosen) -> fx.GraphModule:
@@ -130,5 +141,5 @@ def build(chosen: passes.Chosen) -> fx.GraphModule:
 def readable(module: fx.GraphModule) -> str:
     """The graph's own code, less FX's bookkeeping: what a person reads."""
     lines = [re.sub(r";  \w+( = \w+)* = None$", "", line) for line in module.code.strip().splitlines()]
-    lines = [re.sub(r"^(\s*)ckpt_(fence|emit)\w* = ", r"\1", line) for line in lines]
+    lines = [re.sub(r"^(\s*)ckpt_(fence|emit|log)\w* = ", r"\1", line) for line in lines]
     return "\n".join(line.replace(".default(", "(") for line in lines if line.strip())

@@ -103,6 +103,8 @@ class Training:
     def end(self) -> None:
         """Finish what is in flight, and leave the Trainer as it was."""
         release(self._fit_loop)
+        for feed in self._feeds:
+            feed.close()  # where a fit has failed, its workers would wait for a pass that nobody goes on with
         turns, self._turns = self._turns, None
         if turns is not None:
             turns.close()  # type: ignore[attr-defined]

@@ -71,12 +71,12 @@ def make_states(saved: Saved, match: Match, target: Target) -> list[dict[int, St
                 name = match.states.get(target.inventory.name_of(param))
                 if name is not None and name in old["state"]:
                     places = {key: saved.places.get(state_key(index, key, name)) for key in old["state"][name]["keys"]}
-                    states[id(param)] = _make_state(places, old["state"][name], param, group, opt.state.get(param, {}), match)
+                    states[id(param)] = make_state(places, old["state"][name], param, group, opt.state.get(param, {}), match)
         out.append(states)
     return out
 
 
-def _make_state(
+def make_state(
     places: Mapping[str, TensorRecord | None], description: State, param: torch.Tensor, group: State, live: State, match: Match
 ) -> State:
     """The state of one parameter. ``places``: where each value lies in a file; None: it is a plain one of the record."""
@@ -90,12 +90,12 @@ def _make_state(
         is_count = key == "step" and not place.shape
         on_host = not (group.get("fused") or group.get("capturable")) if is_count else key in description.get("host", ())
         device = torch.device("cpu") if on_host else param.device
-        made[key] = _state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device)
+        made[key] = state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device)
         match.tensors[OPTIMIZER, place.key] = made[key]
     return made
 
 
-def _state_tensor(
+def state_tensor(
     place: TensorRecord, strides: Sequence[int] | None, live: Any, is_complex: bool, device: torch.device
 ) -> torch.Tensor:
     """An uninitialised tensor as the record describes it, or the live one if it is just so."""

@@ -2,6 +2,9 @@
 
 Nothing live is touched before the record and the layout were checked, and no byte before its chunk was verified. What has
 something to lose is touched only after a first pass has verified every chunk of every file.
+
+A step of the journal is its checkpoint and the steps behind it, made again (``made_again``). Where one of them cannot be made,
+the step before it is what is there: the row of records is cut, and tried again in its place among all others.
 """
 
 from __future__ import annotations
@@ -18,24 +21,26 @@ import torch
 from fxckpt.compat.modules import Models
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
-from fxckpt.loading import apply
+from fxckpt.loading import apply, made_again
 from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
 from fxckpt.loading.match import check_match, match_tensors
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.ranks.agreement import Agreement
+from fxckpt.run.run import Run
 from fxckpt.store import names
 from fxckpt.store.about import imported, origin
 from fxckpt.store.identity import check_begun
-from fxckpt.store.reader import Candidate, Reader, candidates, directory_of
+from fxckpt.store.journaled import Broken, Journaled, cut_off, journaled, step_of
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, records
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _LOOKS = 10  # times that a store is looked at while a trainer takes back what was found there
 
-Found = Candidate | Corrupt
+Found = Candidate | Corrupt | Journaled
 Skipped = list[tuple[str, str]]
 
 
@@ -49,7 +54,7 @@ class Restored:
         epoch: epochs of ``fxckpt.epochs`` that were complete.
         batch: batches of the pass over ``fxckpt.batches`` that were behind.
         updates: steps that were applied: ``step`` less those that a GradScaler skipped.
-        path: the checkpoint; None if there was none.
+        path: the checkpoint, or the record of the journal; None if there was none.
         layers: names of the layers restored.
         missing: live names that the checkpoint lacks.
         unexpected: names in the checkpoint that nothing live has.
@@ -124,7 +129,8 @@ def load(
     if (agreement := agreement_for(target, step is not None or name is not None)) is not None:
         return _load_agreed(agreement, target, directory, step, name, strict, skipped)
     for _ in range(_LOOKS):
-        chosen = _choose(candidates(directory), step, name, directory)
+        found = candidates(directory)
+        chosen = _choose([*found, *_steps_of_journal(directory, found, step, skipped)], step, name, directory)
         with contextlib.suppress(NoCheckpoint):  # taken back meanwhile; there are newer ones now
             restored = _first_whole(chosen, target, strict, skipped, fall_back=step is None and name is None)
             break
@@ -156,18 +162,20 @@ def _load_agreed(
     """Restore what all ranks agreed on, in the life that begins with it."""
     out: list[Restored] = []
 
+    def look() -> list[Candidate | Corrupt]:
+        return [each for each in _choose(candidates(directory), step, name, directory) if not isinstance(each, Journaled)]
+
     def restore() -> None:
         out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped))
 
     with agreement:
-        found, begins = choose_together(
-            agreement, lambda: _choose(candidates(directory), step, name, directory), target, directory, skipped
-        )
+        found, begins = choose_together(agreement, look, target, directory, skipped)
         all_restored(agreement, restore)
     if found is not None and found.record.world_size != agreement.world:
         log.warning("fxckpt: %s was written by %d ranks, and %d go on from it: random generators and loaders are those of the "
                     "rank that had this number, so this is no bit-exact continuation", found.path, found.record.world_size,
                     agreement.world)  # fmt: skip
+    _say_what_is_not_made_again(directory, found)
     if (run := target.run) is not None:
         own = found is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
         loaded = (key_of(found), found.record.generation) if own and found is not None else None
@@ -175,14 +183,42 @@ def _load_agreed(
     return out[0]
 
 
+def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped) -> list[Found]:
+    """Of each checkpoint the last step that its records lead to, and where ``step`` is asked for, that one. What they do not
+    lead to is said, as far as it is newer than what they do."""
+    listed = records(directory)
+    rows = journaled(found, listed)
+    lost = cut_off(rows, listed)
+    if step is None:
+        newest = max((each.record.step for each in [*rows, *found] if not isinstance(each, Corrupt)), default=-1)
+        for each in lost:
+            if (step_of(each) or 0) > newest and (entry := (directory_of(each), str(each))) not in skipped:
+                log.error("fxckpt: %s; looking for an older step", each)
+                skipped.append(entry)
+        return list(rows)
+    there = [(row, i) for row in rows for i, each in enumerate(row.records) if each.record.step == step]
+    asked = [cut for row, i in there if (cut := row.cut(i + 1)) is not None]
+    return [*asked] or [each for each in lost if step_of(each) == step]
+
+
+def _say_what_is_not_made_again(directory: str, found: Candidate | None) -> None:
+    """Ranks choose among full checkpoints: a journal that one process left behind is not gone through."""
+    newest = max((each.record.step for each in records(directory) if isinstance(each, Candidate)), default=0)
+    if newest > (step := 0 if found is None else found.record.step):
+        log.warning("fxckpt: several ranks go on from full checkpoints, here from step %d: what the journal in %s has up to step "
+                    "%d is not made again. One process can load it", step, directory, newest)  # fmt: skip
+
+
 def _choose(found: Sequence[Found], step: int | None, name: str | None, directory: str) -> Sequence[Found]:
-    """Those to try, in order, of a listing that is newest first: all, or the newest of the step or name that was asked for.
-    Raises NoCheckpoint if there is none of that step or name, saying what there is."""
+    """Those to try, in order: all, newest first, or the newest of the step or name that was asked for. Damaged records lie where
+    their steps say. Raises NoCheckpoint if there is none of that step or name, saying what there is."""
     if step is None and name is None:
-        return sorted(found, key=lambda each: isinstance(each, Candidate) and saved_amid_an_iteration(each.record))
+        ordered = _newest_first(found)
+        return sorted(ordered, key=lambda each: not isinstance(each, Corrupt) and saved_amid_an_iteration(each.record))
     chosen = [each for each in found if _is_meant(each, step, name, directory)]
     if not chosen:
-        there = ", ".join(str(each.record.name or each.record.step) for each in found if isinstance(each, Candidate)) or "none"
+        whole = [each for each in found if not isinstance(each, Corrupt)]
+        there = ", ".join(str(each.record.name or each.record.step) for each in whole) or "none"
         asked = f"of step {step}" if name is None else f"named {name!r}"
         raise NoCheckpoint(f"{directory}: no checkpoint {asked}; there is: {there}")
     newest = max(chosen, key=_generation)
@@ -190,6 +226,15 @@ def _choose(found: Sequence[Found], step: int | None, name: str | None, director
         if isinstance(each, Corrupt) and each is not newest:
             log.warning("fxckpt: another checkpoint of step %s is damaged: %s", step, each)
     return [newest]
+
+
+def _newest_first(found: Sequence[Found]) -> list[Found]:
+    """Steps of the journal among checkpoints that are newest first, damaged ones too."""
+    out: list[Found] = [each for each in found if not isinstance(each, Journaled)]
+    for row in (each for each in found if isinstance(each, Journaled)):
+        later = (i for i, each in enumerate(out) if not isinstance(each, Corrupt) and _generation(each) < _generation(row))
+        out.insert(next(later, len(out)), row)
+    return out
 
 
 def saved_amid_an_iteration(record: Record) -> bool:
@@ -202,15 +247,15 @@ def saved_amid_an_iteration(record: Record) -> bool:
 
 def _is_meant(each: Found, step: int | None, name: str | None, directory: str) -> bool:
     """Is it of this step and name? Of a damaged record, its directory tells."""
-    if isinstance(each, Candidate):
+    if not isinstance(each, Corrupt):
         return step in (None, each.record.step) and name in (None, each.record.name)
     at = os.path.relpath(directory_of(each), os.path.abspath(directory))
-    return at == os.path.join(names.NAMED, name) if name is not None else names.step_of(at) == step
+    return at == os.path.join(names.NAMED, name) if name is not None else step in (names.step_of(at), step_of(each))
 
 
 def _generation(each: Found) -> int:
     """Of a damaged record, its directory's name tells if it was not the first of its step."""
-    if isinstance(each, Candidate):
+    if not isinstance(each, Corrupt):
         return each.record.generation
     found = names.generation_of(os.path.basename(directory_of(each)))
     return -1 if found is None else found
@@ -219,36 +264,73 @@ def _generation(each: Found) -> int:
 def _first_whole(chosen: Sequence[Found], target: Target, strict: bool, skipped: Skipped, fall_back: bool) -> Restored | None:
     """Restore the first one that verifies; None if none does. The others are added to ``skipped``, unless no older one is
     to be taken in their place: then Corrupt is raised. Raises NoCheckpoint if one is taken back meanwhile."""
-    for found in chosen:
+    left = list(chosen)
+    while left:
+        found, broken = left.pop(0), None
         try:
             if isinstance(found, Corrupt):
                 raise found
             return _restore(found, target, strict, skipped)
+        except Broken as error:
+            broken, why = error, error.error
         except Corrupt as error:
-            if not fall_back:
-                raise
-            log.error("fxckpt: %s; looking for an older checkpoint", error)
-            if (entry := (str(found.path), str(error))) not in skipped:
-                skipped.append(entry)
+            why = error
+        if not fall_back:
+            raise why
+        log.error("fxckpt: %s; looking for an older checkpoint", why)
+        at = directory_of(why) if isinstance(found, Journaled) else str(found.path)
+        if (entry := (at, str(why))) not in skipped:
+            skipped.append(entry)
+        if isinstance(found, Journaled):
+            left = _without(found, broken, left)
     return None
 
 
-def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -> Restored:
-    """Check, verify, then apply one checkpoint."""
-    reader = Reader(found.path)
-    record, path = reader.record, str(reader.path / names.COMMIT)
-    check_encoded(record, path)
-    match = match_tensors(record, target)
-    check_match(match, record, target, strict)
+def _without(found: Journaled, broken: Broken | None, left: Sequence[Found]) -> list[Found]:
+    """What is left to try when a step of the journal was ``broken``: the steps before it. If it was not, its checkpoint is
+    damaged."""
+    if broken is None:
+        return [each for each in left if each is not found.base]
+    shorter = found.cut(broken.good)
+    return _newest_first([*left, shorter]) if shorter is not None else list(left)
+
+
+def _mixture(target: Target, untrained: Run | None, steps: bool) -> contextlib.AbstractContextManager[None]:
+    """Around what leaves live tensors that must not be trained if it does not come to its end: the one reading of a checkpoint,
+    and steps made again, whose result is compared with what training had only when they were made."""
+    run = target.run if steps else untrained
+    return contextlib.nullcontext() if run is None else run.status.loading_at_once()
+
+
+def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped: Skipped) -> Restored:
+    """Check, verify, then apply one checkpoint, with the steps behind it. Raises Corrupt, and Broken for one of these."""
+    reader = Reader(found.path if isinstance(found, Candidate) else found.base.path)
+    journal = made_again.open_journal(found) if isinstance(found, Journaled) else None
+    path = str(reader.path / names.COMMIT)
+    check_encoded(reader.record, path)
+    match = match_tensors(reader.record, target)
+    check_match(match, reader.record, target, strict)
     untrained = target.run if strict and target.run is not None and target.run.clock.attempts == 0 else None
     if untrained is None:  # something is at stake: look at all of it first
         reader.verify()
-    saved = decode(record, reader.state_tensors(), path)
+        made_again.verify(journal)
+    before = decode(reader.record, reader.state_tensors(), path)
+    saved, record = before, reader.record
+    if journal is not None:
+        saved, record = made_again.decoded(journal, reader.record), journal[-1].record
     apply.check_extras(saved, target)
-    states = apply.make_states(saved, match, target)
-    with contextlib.nullcontext() if untrained is None else untrained.status.loading_at_once():
-        apply.read_tensors(reader, match.tensors)
+    states = apply.make_states(before, match, target)
+    tensors = dict(match.tensors)
+    if journal is not None:
+        tensors |= made_again.beside(reader, before, match, target)
+    with _mixture(target, untrained, journal is not None):
+        apply.read_tensors(reader, tensors)
+        if journal is not None:
+            made_again.make(reader, journal, before, tensors)
     apply.set_buffers(match, target)
+    held = apply.read_later(reader, match.later)
+    if journal is not None:
+        held |= made_again.set_what_is_whole(journal[-1], target)
     apply.apply_optimizers(saved, states, match, target)
     apply.apply_extras(saved, target)
     if (run := target.run) is not None:
@@ -263,7 +345,6 @@ def _restore(found: Candidate, target: Target, strict: bool, skipped: Skipped) -
         store = reader.path.parent if record.name is None else reader.path.parent.parent
         run.mark_loaded(store, record.generation)
         run.arrangement.expect(match.places)
-        held = apply.read_later(reader, match.later)
         transient = {} if target.model is not None else {**saved.early["buffers"], **saved.early.get("remote", {})}
         run.late_owners = apply.LateOwners(held, transient, run.optimizers) if held or transient else None
     if skipped:

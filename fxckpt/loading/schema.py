@@ -43,13 +43,14 @@ def check_encoded(record: Record, path: str) -> None:
     _need({"optimizers": _ENCODED(record.optimizers), "states": _STATE(record.state)}, path)
 
 
-def decode(record: Record, tensors: Mapping[str, Tensor], path: str) -> Saved:
-    """What is about to be applied, checked; ``tensors`` are those of the extra state's file. Raises Corrupt."""
+def decode(record: Record, tensors: Mapping[str, Tensor], path: str, base: Record | None = None) -> Saved:
+    """What is about to be applied, checked; ``tensors`` are those of the extra state's file. ``base``: the checkpoint that has
+    the optimizers' state, of a record of the journal. Raises Corrupt."""
     saved = Saved(
         decode_state(record.optimizers, tensors),
         decode_state(record.state["early"], tensors),
         decode_state(record.state["late"], tensors),
-        {tensor.key: tensor for tensor in record.tensors(OPTIMIZER)},
+        {tensor.key: tensor for tensor in (record if base is None else base).tensors(OPTIMIZER)},
     )
     early = "random generators, extras or buffers"
     _need({"optimizers": _DECODED(saved.optimizers), early: _EARLY(saved.early), "extras": _values(saved.late)}, path)

@@ -56,9 +56,9 @@ class Checkpoints:
 
     # -- what the trainer asks for -----------------------------------------------------------------------------------
 
-    def acquire(self, key: int, name: str | None) -> Slot:
+    def acquire(self, key: int, name: str | None, journal: bool) -> Slot:
         """A slot of the store, known by this key from now on."""
-        slot = self._slots[key] = self.store.acquire(name)
+        slot = self._slots[key] = self.store.acquire(name, journal)
         return slot
 
     def begin(self, key: int, number: int, files: tuple[tuple[str, int], ...]) -> None:
@@ -66,8 +66,10 @@ class Checkpoints:
         slot = self._slots[key]
         try:
             if slot.was_replaced():  # since the trainer got it
+                journal = self.store.is_record(slot)
                 self.store.abandon(slot, bad=False)
-                slot = self.acquire(key, slot.name)
+                slot = self.acquire(key, slot.name, journal)
+            self.store.begin(slot, number, [])
             which = [name for name, _ in files]
             waited = [slot.waited(name) for name in which]
             copy = self._engine.begin(self._plan(files), slot.path, which, waited=waited, below=slot.below)

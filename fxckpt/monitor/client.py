@@ -45,7 +45,7 @@ class MonitorStore:
         self._held: list[int] = []  # generations that other ranks rely on
         self._futile = 0  # monitors that ended without committing anything
         self._starting = threading.RLock()
-        self._said = -1
+        self._said = 0
         if self._slots < 2:
             least = f"two chunks of {engine.chunk_bytes >> 20} MiB at least: staging_mb is {engine.staging_bytes >> 20}"
             raise SetupError(f'writer="monitor" shares staging_mb with the monitor process, {least}')
@@ -125,8 +125,8 @@ class MonitorStore:
     def require_loaded(self) -> None:
         self._call("require_loaded")
 
-    def reserve(self, files: Mapping[str, int]) -> None:
-        self._call("reserve", dict(files))
+    def reserve(self, files: Mapping[str, int], journal: bool = False) -> None:
+        self._call("reserve", dict(files), journal)
 
     def mark_loaded(self, generation: int | None) -> None:
         self._call("mark_loaded", generation)
@@ -148,11 +148,11 @@ class MonitorStore:
                 self._restart(link)
             return self._check()
 
-    def acquire(self, name: str | None = None) -> RemoteSlot:
+    def acquire(self, name: str | None = None, journal: bool = False) -> RemoteSlot:
         link = self._alive()
         number = link.number()
         link.asked_for.add(number)  # first: from here on Ctrl-C, or an answer that comes too late, may lose the slot
-        found = link.ask({"op": "acquire", "name": name}, number)
+        found = link.ask({"op": "acquire", "name": name, "journal": journal}, number)
         slot = RemoteSlot(found["key"], found["path"], name, found["before"], found["files"])
         link.slots[slot.key] = slot
         link.asked_for.discard(number)
@@ -174,8 +174,8 @@ class MonitorStore:
         self._check().send({"op": "begin", "key": slot.key, "checkpoint": checkpoint, "files": listed})
 
     def _say(self, state: int) -> None:
-        """What the ring's size guarantees for a state of this size; once."""
-        if state == self._said or not state:
+        """What the ring's size guarantees for a state of this size, the largest so far; once."""
+        if state <= self._said:  # records of a journal are smaller
             return
         self._said = state
         ring = self._slots * self._engine.chunk_bytes

@@ -103,7 +103,7 @@ class Clerk:
         return getattr(self._opened().store, message["method"])(*message["arguments"])
 
     def _do_acquire(self, message: wire.Message, _: memoryview) -> wire.Message:
-        slot = self._opened().acquire(message["id"], message["name"])
+        slot = self._opened().acquire(message["id"], message["name"], message["journal"])
         before, files = slot.what_waits()
         return {"key": message["id"], "path": slot.path, "before": before, "files": files}
 

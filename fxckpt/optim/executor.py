@@ -59,6 +59,7 @@ class Executor:
         self.standing: dict[str, str] | None = None  # see StepGraph.standing
         self._sections: tuple[object, sections.Sections] | None = None  # and the graph that they were cut from
         self._spread: tuple[int | None, Inputs] | None = None  # the step that runs in sections: the run's number, its inputs
+        self.journals: bool = False  # the StepGraph hands gradients over, too
         self.arrange([], (), (), (), None, {})
 
     def arrange(
@@ -79,7 +80,8 @@ class Executor:
         if counts_number is not None:
             handed_over.insert(0, (counts_number, counts))
         clocks = tuple(step_graph.UpdateTimer() for _ in layers)
-        chosen = step_graph.step_passes(layers, numbers, counts_number, lambda i: self._layer_update(i, clocks[i]), self._scalars)
+        update, logged = (lambda i: self._layer_update(i, clocks[i])), self._layer_gradients if self.journals else None
+        chosen = step_graph.step_passes(layers, numbers, counts_number, update, self._scalars, logged)
         module = step_graph.build(chosen)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places, self.standing)
         self.arranged: Arranged = Arranged(
@@ -99,6 +101,14 @@ class Executor:
             for call in calls:
                 call(step)
             clock.add(perf_counter() - start)
+
+        return run
+
+    def _layer_gradients(self, index: int) -> Callable[[Inputs], list[torch.Tensor | None]]:
+        """The callable that takes the gradients of one layer out of a step's inputs."""
+
+        def run(step: Inputs) -> list[torch.Tensor | None]:
+            return [step.gradients[member.index] for member in self.arranged.owned[index]]
 
         return run
 

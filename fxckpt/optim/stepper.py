@@ -65,6 +65,10 @@ class Stepper:
             "bound %d parameters of %s; they share %d traced updates (%d compiled)", len(members), name, len(flat), compiled
         )
 
+    def gradients(self) -> list[torch.Tensor | None]:
+        """Of its parameters, in their order: those that its next step is given."""
+        return [param.grad for param in self.executor.arranged.params]
+
     def describe(self) -> str:
         """One line: what runs a step; empty while no state exists yet to tell."""
         said = self.strategy.describe()

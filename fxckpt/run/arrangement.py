@@ -34,6 +34,8 @@ class Arrangement:
         self.model: torch.nn.Module | None = model
         self.emitter: Emitter = emitter
         self.steppers: list[Stepper] = [Stepper(opt, config.update) for opt in optimizers]
+        for stepper in self.steppers:
+            stepper.executor.journals = config.journal > 1 and stepper.stock
         self.inventory: Inventory = Inventory()
         self.layout: plan.Layout | None = None
         self.unsaid: bool = True
@@ -57,6 +59,9 @@ class Arrangement:
         for stepper in self.steppers:
             vars(stepper.executor).clear()
         self.steppers.clear()
+        if self.emitter.chain is not None:
+            self.emitter.chain.stop()
+            self.emitter.chain = None
         self.model, self.inventory, self.layout, self.hooks = None, Inventory(), None, GradientHooks()
 
     def refresh(self, copies: bool = True) -> None:
@@ -116,6 +121,10 @@ class Arrangement:
     def halfway(self) -> bool:
         """Was a step left by an exception in its middle, with some layers updated and some not?"""
         return any(stepper.halfway for stepper in self.steppers)
+
+    def have_gradients(self) -> bool:
+        """Does a parameter have one, which waits for a step?"""
+        return any(p.grad is not None for p in trained_by(self.optimizers))
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""

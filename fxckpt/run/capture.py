@@ -226,6 +226,8 @@ class Capture:
     def late(self, pending: InFlight) -> tuple[dict[str, Any], dict[str, Any]]:
         """The fields of the checkpoint's record, and the tensors of its extra state."""
         early, tensors = self._early
+        if pending.link is not None:
+            tensors |= pending.link.tensors
         inventory = self._arrangement.inventory
         early["buffers"] |= encode_state(self._transient(early=False), tensors, "early/buffers")
         for module, values in self._numbers(self.values.numbers(), early=False).items():

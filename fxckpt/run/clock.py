@@ -52,7 +52,8 @@ class StepClock:
     ``iteration``, ``epoch``: those of ``fxckpt.steps``, ``batches`` and ``epochs`` that are complete; ``counts_iterations``: the
     script asked for iterations by ``fxckpt.steps``; ``in_iteration``: one is under way, and only its end closes a step;
     ``interrupted``: the last one was left by a ``break`` or an exception, so what its step began has no boundary yet;
-    ``uncounted``: the iteration under way will count in ``iteration``."""
+    ``uncounted``: the iteration under way will count in ``iteration``; ``thread``: the one that asks for batches, while a pass
+    runs whose iterations are boundaries."""
 
     attempts: int = 0
     applied: Applied = field(default_factory=Applied)
@@ -62,6 +63,7 @@ class StepClock:
     in_iteration: bool = False
     interrupted: bool = False
     uncounted: bool = False
+    thread: int | None = None
 
     def iteration_of(self, step: int) -> int:
         """The number of iterations that are complete when the step under way closes."""

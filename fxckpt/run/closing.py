@@ -215,7 +215,10 @@ class Closing:
             what = f"{replaced[0]!r} or its state was replaced after opt.step(), before the step closed"
             how = f"is discarded (opt.ckpt.end_step() closes it in time). {WAY_OUT}"
             raise Mixed(f"{what}; the checkpoint of step {pending.step} {how}")
-        pending.guard.compare([*pending.layout.number("update"), *pending.layout.number("frozen")])
+        numbers = pending.layout.number
+        pending.guard.compare([*numbers("update"), *numbers("frozen"), *numbers("gradients")])
+        if self._emitter.chain is not None:
+            self._emitter.chain.check_closed(pending)
 
 
 def _check_complete(pending: InFlight) -> None:

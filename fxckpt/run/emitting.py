@@ -13,6 +13,7 @@ from fxckpt.compat import cuda
 from fxckpt.engine import SLICE, Engine, Sources
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
+from fxckpt.journal.chain import Chain
 from fxckpt.saving import plan
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
@@ -39,6 +40,7 @@ class Emitter:
         self.current: InFlight | None = None
         self.changed_outside: set[str] = set()
         self.number: int = ops.register_port(self)
+        self.chain: Chain | None = None  # of the journal
         self.callback_error: Exception | None = None  # what on_layer raised in this step
         self.calling: bool = False  # on_layer runs, with no lock held that a copy or a commit needs
         self._on_layer = on_layer
@@ -51,6 +53,18 @@ class Emitter:
         """Hand a layer to the engine, if a checkpoint is being taken."""
         if self.current is not None:
             self.hand_over(self.current, layer, tensors)
+
+    def log(self, layer: int, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Hand the gradients that a layer is about to be updated with to the engine, if a record of the journal takes them."""
+        pending = self.current
+        if pending is None or pending.link is None or (found := pending.layout.layers[layer]).kind != "gradients":
+            return
+        present = [grad.detach() for grad in gradients if grad is not None]
+        if {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(present)) is None:
+            self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, present)])
+            return
+        pending.guard.watch_now(layer, present)
+        self._hand_over(pending, layer, sources)
 
     def fence_all(self) -> None:
         """Look for changes, and wait until nothing is being copied."""
@@ -75,10 +89,10 @@ class Emitter:
         They are looked at together, before the first is updated: views of one buffer have one version counter.
         """
         for pending in self.saver.flights.under_way():
-            if pending is self.current or (numbers is not None and pending.layout is not layout):
+            if pending is self.current or (numbers is not None and not pending.layout.numbers_as(layout)):
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
             all_of = pending.layout.number
-            layers = [*all_of("update"), *all_of("frozen")] if numbers is None else numbers
+            layers = [*all_of("update"), *all_of("frozen"), *all_of("gradients")] if numbers is None else numbers
             pending.guard.let_go(layers, partial(self.discard, pending))
 
     def discard(self, pending: InFlight, error: Changed) -> None:
@@ -96,6 +110,12 @@ class Emitter:
         closes, or at once if it is a forward that changes it.
         """
         found = pending.layout.layers[layer]
+        if found.kind == "gradients":  # they were handed over before the update
+            if self.chain is not None:
+                self.chain.digest(pending, layer)
+            return
+        if pending.link is not None and found.kind == "counts":  # a record has those of whole layers only
+            tensors = [e.tensor for e in found.entries]
         guard = pending.guard
         outside = self.changed_outside if found.kind == "update" and not copied else ()
         if outside and (keys := {e.key for e in found.entries} & outside):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol
@@ -38,6 +39,7 @@ class Level:
 
     ``leads``: the ends of its iterations are boundaries, since no other loop but one over epochs is around it; known when it
     ``begins``. ``first``: no loop went over the same loader in this epoch. ``stepped``: an attempt was made in the iteration.
+    ``untouched``: the first iteration, and perhaps more, left neither a gradient nor a step; None before its end.
     """
 
     def __init__(self, kind: str, running: list[Level], clock: StepClock):
@@ -45,6 +47,7 @@ class Level:
         self.leads: bool = False
         self.first: bool = True
         self.stepped: bool = False
+        self.untouched: bool | None = None
         self._running, self._clock = running, clock
         self._attempts = 0  # before this iteration
 
@@ -101,9 +104,16 @@ class Loops:
     A loader is known by its place among those that a script asks for in an epoch, which is the same in another process.
     """
 
-    def __init__(self, clock: StepClock, rest: Callable[[], None], look: Callable[[], Mapping[tuple[str, str], object]]):
+    def __init__(
+        self,
+        clock: StepClock,
+        rest: Callable[[], None],
+        look: Callable[[], Mapping[tuple[str, str], object]],
+        gradients: Callable[[], bool],
+    ):
+        """``look``: marks of what a checkpoint has; ``gradients``: do any wait for a step?"""
         self.clock: StepClock = clock
-        self._rest, self._look = rest, look
+        self._rest, self._look, self._gradients = rest, look, gradients
         self._running: list[Level] = []  # those whose bodies run now, outermost first
         self._resting = False
         self._inside: str | None = None  # in which kind of loop the last boundary was
@@ -115,6 +125,7 @@ class Loops:
         self._epoch_random: Any = None  # the generators when the epoch began
         self._restored_batch = 0
         self._back: WayBack | None = None  # to what was loaded, until a boundary
+        self._told_ahead = False
         self._outermost = 0  # loops that had none around them, until now
         self._restored_outermost: int | None = None  # the number of the one that the loaded checkpoint was taken in
         self._ends: dict[int, Any] = {}  # the generators at the end of each: what lies behind it draws from there
@@ -139,11 +150,26 @@ class Loops:
                     "fxckpt.batches(loader): ...`, and go over a loader without fxckpt.batches where nothing is trained."
                 )
             self._trained = level
+        if level.kind == "batches" and not self._told_ahead:
+            self._look_for_what_reads_ahead(level)
         self._inside, self._back, self._resting = level.kind, None, True
         try:
             self._rest()
         finally:
             self._resting = False
+
+    def _look_for_what_reads_ahead(self, level: Level) -> None:
+        """Say it where the first batch of a pass was let go by, and a later one was trained on: who asks for a batch before the
+        one at hand was used makes a boundary too early."""
+        if level.untouched is None:
+            level.untouched = not (level.stepped or self._gradients())
+        elif level.untouched and level.stepped:
+            self._told_ahead, level.untouched = True, False
+            log.warning(
+                "fxckpt: a second batch was asked for before anything was trained on the first. If something around "
+                "fxckpt.batches reads ahead, a resumed run loses what it has read: put fxckpt.batches around it, as in "
+                "`fxckpt.batches(Prefetcher(loader))`"
+            )
 
     # -- epochs and loaders ---------------------------------------------------------------------------------------------
 
@@ -213,6 +239,7 @@ class Loops:
         self.begin_outermost(level)
         if not level.leads:
             return
+        self.clock.thread = threading.get_ident()
         if self._running and self._running[-1].has_stepped() and self._trained is None:
             self.clock.interrupted = True
             raise SetupError(
@@ -224,6 +251,10 @@ class Loops:
         self._leading, self._back = source, None
         if self._running and (self._trained is None or resumed):
             self._check_head()
+
+    def pass_over(self) -> None:
+        """No batch of a pass that leads is asked for any more."""
+        self.clock.thread = None
 
     def _check_head(self) -> None:
         """Say what the head of an epoch changes: a run that resumes behind it does that again."""

@@ -16,6 +16,7 @@ from fxckpt.compat.optimizers import mark_stepped
 from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
+from fxckpt.journal.chain import Chain
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
@@ -67,10 +68,15 @@ class Run:
         self.emitter: Emitter = Emitter(cast(Engine, engine), self.saver, devices, config.on_layer)
         self.emitter.ordinals |= devices.all_of(trained_by(optimizers))
         self.arrangement: Arrangement = Arrangement(model, optimizers, self.emitter, config)
+        emitter = self.emitter
+        self.chain: Chain = Chain(
+            config.journal, config.update, self.arrangement.steppers, engine, emitter.changed_outside, emitter.sources
+        )
+        emitter.chain = self.chain
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
-        self.loops: Loops = Loops(self.clock, self.stepping.boundary, self.capture.look)
+        self.loops: Loops = Loops(self.clock, self.stepping.boundary, self.capture.look, self.arrangement.have_gradients)
         self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order
         self.arrangement.hooks.listener = weakref.ref(self.closing)
@@ -80,6 +86,7 @@ class Run:
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
             self.capture.start()
+            self.chain.start(bool(self.emitter.ordinals))
         live_runs.add(self)
         gone = weakref.finalize(self, _end, self.saver, self.arrangement, self.capture)
         gone.atexit = False  # at exit, shutdown has run already
@@ -178,6 +185,7 @@ class Run:
             if step:
                 mark_stepped(stepper.opt)
         self.capture.restart()
+        self.chain.stop()
         self.saver.tally.last_handed_over = self.saver.tally.last_committed = step  # durable: it was just read
 
     def go_on_from(self, step: int, updates: int, iteration: int) -> None:

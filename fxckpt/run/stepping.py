@@ -12,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,8 +20,9 @@ from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
 from fxckpt.errors import SaveFailed, SetupError, StoreError
+from fxckpt.journal.chain import Chain
 from fxckpt.optim.stepper import Stepper
-from fxckpt.optim.strategy import Arguments, EvaluatedClosure, own_step
+from fxckpt.optim.strategy import Arguments, EvaluatedClosure, Strategy, own_step
 from fxckpt.run.armed_step import ArmedStep
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
@@ -40,6 +41,7 @@ class Stepping:
     def __init__(self, arrangement: Arrangement, closing: Closing, clock: StepClock, status: RunStatus, config: Config):
         self._arrangement, self._closing = arrangement, closing
         self._emitter, self._saver = arrangement.emitter, arrangement.emitter.saver
+        self._chain = cast(Chain, self._emitter.chain)
         self._clock, self._status, self._config = clock, status, config
         self.schedule: Schedule = Schedule(config.every)
         self.who_steps: WhoSteps = WhoSteps(arrangement.steppers, clock)
@@ -82,6 +84,8 @@ class Stepping:
         if not opt.state and sets_up_state(opt):
             self._emitter.fence_all()
             return own_step(opt, closure)
+        if self._clock.thread is not None and self._clock.thread != threading.get_ident():
+            self._refuse_thread()
         alone = len(self._stepper_of) == 1 and not self._clock.in_iteration
         counts, begins = (True, True) if alone else self.attempt(opt)
         self.before_step()
@@ -138,6 +142,13 @@ class Stepping:
             self._refuse_mixing(tally)
         if self._config.on_error == "raise":
             tally.raise_unreported()
+
+    def _refuse_thread(self) -> None:
+        """Raises SetupError: nobody waits between two batches for the step that was made of the first."""
+        raise SetupError(
+            "opt.step() is called in another thread than the one that asks fxckpt.batches for batches: what reads ahead in "
+            "a thread of its own goes inside, `fxckpt.batches(Prefetcher(loader))`, so that a batch counts once it was used."
+        )
 
     def _refuse_mixing(self, tally: Tally) -> None:
         """Raises SetupError if no checkpoint can be taken in this loop: the first two would have mixed iterations."""
@@ -197,6 +208,7 @@ class Stepping:
             pending.guard.bounded, pending.guard.in_forward = bounded, frozenset()
             with torch.no_grad():
                 self.emit_rest(pending, None)
+            self._chain.taken(pending, self._arrangement.layout)
             self._closing.close_step(at_rest=True)
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
@@ -226,6 +238,7 @@ class Stepping:
         # After the closure, whose forward may change what is being copied.
         emitter.look_for_changes(stepper.executor.arranged.numbers, arrangement.layout)
         own = strategy.own_part(closure)
+        self._chain.advance()
         if own is not None:
             emitter.fence_all()
             stepper.halfway = True
@@ -236,7 +249,7 @@ class Stepping:
         enabled = torch.is_grad_enabled()
         try:
             set_grad_mode(False)
-            pending = self.begin(step) if due else None
+            pending = self.begin(step, stepper, self._refused(stepper, strategy, own)) if due else None
             stepper.halfway = True
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
             stepper.halfway = False
@@ -249,6 +262,8 @@ class Stepping:
                 self._clock.applied.add(skipped)
             if pending is not None:
                 self.emit_rest(pending, stepper if emitted else None)
+            if due:
+                self._chain.taken(pending, self._arrangement.layout)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:
@@ -271,6 +286,7 @@ class Stepping:
             self._arrangement.refresh()
             self._emitter.fence_all()
             stepper.stepped = stepper.halfway = True
+            self._chain.advance()
 
     def foreign_step_ended(self, opt: torch.optim.Optimizer) -> None:
         """It counts, and if a checkpoint is due, everything is handed over as it is now."""
@@ -289,7 +305,17 @@ class Stepping:
                 self._clock.applied.add()
             if pending is not None:
                 self.emit_rest(pending, None)
+            if due:
+                self._chain.taken(pending, self._arrangement.layout)
             self.raise_callback_error()
+
+    def _refused(self, stepper: Stepper, strategy: Strategy, own: object) -> str | None:
+        """Why the step that is about to run cannot be a record of the journal, whatever came before it."""
+        if strategy is not stepper.strategy:
+            return "gradients are unscaled inside the step, or it takes arguments"
+        if own is not None and strategy.whole is None:
+            return "its own step updates some parameters, whose state or gradients it has to make"
+        return None
 
     def is_due(self, step: int) -> bool:
         """Is a checkpoint of this step to be begun? Ask once a step: the schedule counts."""
@@ -298,8 +324,9 @@ class Stepping:
         stalled = 0.0 if self.schedule.waits else self._saver.stall_seconds()  # what every=N does not ask costs a look
         return bool(self._status.ending) or self.schedule.due(step, stalled)
 
-    def begin(self, step: int) -> InFlight | None:
-        """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting."""
+    def begin(self, step: int, stepper: Stepper | None = None, refused: str | None = None) -> InFlight | None:
+        """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting. Where
+        ``stepper`` is about to make the step, it may be a record of the journal, unless that is ``refused``."""
         flights = self._saver.flights
         if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
             self._saver.tally.skipped += step != self._skipped
@@ -307,7 +334,10 @@ class Stepping:
             return None
         try:
             self._closing.reap("its step was interrupted")
-            pending = self._saver.begin(step, self._arrangement.current_layout())
+            layout = self._arrangement.current_layout()
+            journalled = stepper is not None and self._chain.steps > 1
+            record = self._chain.next(stepper, refused, layout, stepper.gradients()) if stepper and journalled else None
+            pending = self._saver.begin(step, layout) if record is None else self._saver.begin(step, record[0], link=record[1])
         except (SaveFailed, StoreError, OSError) as error:
             self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
             pending = None
@@ -375,6 +405,8 @@ class Stepping:
             pending.guard.bounded, pending.guard.in_forward = self._clock.in_iteration, frozenset()
             with torch.no_grad():
                 self.emit_rest(pending, None)
+            if name is None:
+                self._chain.taken(pending, layout)
             self.raise_callback_error()
         except BaseException:
             self._closing.abort("save() failed")

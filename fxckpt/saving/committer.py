@@ -14,6 +14,7 @@ from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
 from fxckpt.saving.guard import Changed, Mixed
 from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.landing import Landing
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
@@ -26,58 +27,70 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class SlotSupply:
-    """Asks the store for slots. ``ready`` is one that the committer has prepared: training need not wait for its syncs."""
+    """Asks the store for slots. ``ready`` is one that the committer has prepared: training need not wait for its syncs;
+    ``ready_record`` the same for a record of the journal, where any are asked for."""
 
     def __init__(self, store: CheckpointStore, flights: Flights):
         self.ready: CheckpointSlot | None = None
+        self.ready_record: CheckpointSlot | None = None
+        self._journals = False  # records are asked for, too
         self._store, self._flights = store, flights
         # Held while the store is asked for a slot and until that slot's checkpoint is in flight: the store counts what it hands
         # out, and refuses more than max_async.
         self.lock: PatientLock = PatientLock(lambda: 2 * flights.loop.stuck_after, self._hangs)
-        self._reserved: dict[str, int] | None = None  # what the store has set space aside for
+        self._reserved: dict[bool, dict[str, int]] = {}  # what the store has set space aside for
 
     def _hangs(self) -> SaveFailed:
         """The loop's thread hangs while it prepares a slot."""
         what = f"the disk hangs: getting a slot ready{self._flights.loop.operation()}"
         return SaveFailed("wait", self._store.root, detail=what)
 
-    def take(self, layout: Layout, name: str | None) -> CheckpointSlot:
+    def take(self, layout: Layout, name: str | None, journal: bool = False) -> CheckpointSlot:
         """The slot that was prepared, or a new one, with space for these files; ``lock`` is held."""
+        self._journals |= journal
         self._reclaim()
-        self._reserve(layout)
-        slot, self.ready = self.ready, None
+        self._reserve(layout, journal)
+        if journal:
+            slot, self.ready_record = self.ready_record, None
+        else:
+            slot, self.ready = self.ready, None
         if slot is not None and slot.error is None:  # else it went with its monitor
             if name is None and not _was_replaced(slot):
                 return slot
             self._store.abandon(slot, bad=False)
-        return self._store.acquire(name)
+        return self._store.acquire(name, journal) if journal else self._store.acquire(name)
 
     def _reclaim(self) -> None:
         """A slot of no checkpoint in flight was lost to Ctrl-C on its way here, and goes back."""
         used = [each.slot for each in self._flights.under_way()]
-        self._store.reclaim(used if self.ready is None else [*used, self.ready])
+        self._store.reclaim([*used, *(each for each in (self.ready, self.ready_record) if each is not None)])
 
-    def _reserve(self, layout: Layout) -> None:
+    def _reserve(self, layout: Layout, journal: bool) -> None:
         """Have disk space set aside, at the first checkpoint and when the files' sizes changed. Raises NoSpace at the
-        first one: a run that does not fit is a wrong setup. Later it is a failed save."""
+        first one: a run that does not fit is a wrong setup. Later it is a failed save. Of records, which differ in what is in
+        them, the first and larger ones count."""
         files = {file.name: file.nbytes for file in layout.files}
-        if files == self._reserved:
+        before = self._reserved.get(journal)
+        if files == before or (journal and before is not None and sum(files.values()) <= sum(before.values())):
             return
         try:
-            self._store.reserve(files)
+            self._store.reserve(files, journal) if journal else self._store.reserve(files)
         except NoSpace as error:
-            if self._reserved is None:
+            if before is None:
                 raise
             raise SaveFailed("fallocate", self._store.root, None, errno.ENOSPC, str(error)) from error
-        self._reserved = files
+        self._reserved[journal] = files
 
     def prepare(self, wanted: Callable[[], bool]) -> None:
-        """Get the next slot ready now, on the thread that commits."""
+        """Get the next slot ready now, on the thread that commits: where records are asked for, one of each kind."""
         try:
             with self.lock:
                 if self.ready is None and wanted():
                     self._reclaim()
                     self.ready = self._store.acquire()
+                if self._journals and self.ready_record is None and wanted():
+                    self._reclaim()
+                    self.ready_record = self._store.acquire(None, True)
         except (OSError, FxckptError) as error:
             log.debug("no slot prepared: %s", error)  # begin() asks again, and fails the checkpoint if it must
 
@@ -99,6 +112,7 @@ class Committer:
     ):
         self._store, self._supply, self._flights, self._tally, self._reporter = store, supply, flights, tally, reporter
         self._ranks = ranks
+        self._last = Landing()  # of the last full checkpoint
 
     def commit(self, pending: InFlight) -> None:
         """Take it to the commit. Raises what went wrong; Cancelled if it was given up."""
@@ -107,6 +121,8 @@ class Committer:
         while not self._or_lost(pending, pending.closed.wait(SLICE)):
             continue
         _check_wanted(pending)
+        if pending.link is not None:
+            pending.link.check()
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
         self._flights.trainer.let_come_by(pending.layout.largest())
@@ -119,6 +135,8 @@ class Committer:
         files = _file_records(pending)
         tensors = {key: value() if callable(value) else value for key, value in pending.record.pop("state_tensors").items()}
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
+        if pending.link is not None:
+            fields["journal"] = pending.link.record()
         started, tracer = time.monotonic_ns(), self._flights.tracer
         pending.phase = f"being committed in {pending.path}"
         record = self._ranks.described(Record(files=files, **fields))
@@ -152,6 +170,9 @@ class Committer:
             pending.phase = f"being given up in {pending.path}"
             give_back(self._store, pending.slot, pending.copy, error)
         pending.error = error = error and (pending.failure or error)
+        pending.landing.failed, pending.landing.generation = error is not None, pending.slot.generation
+        if error is None and pending.link is None:
+            self._last = pending.landing
         if error is not None:
             traceback.clear_frames(error.__traceback__)  # they hold the checkpoint, and it holds what it copied
         with self._flights.lock:
@@ -178,6 +199,7 @@ class Committer:
         if (found := self._store.read_back(busy)) is None:
             return
         step, error = found
+        self._last.failed = True  # no record of a journal is to build on it
         with self._flights.lock:
             left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
             if self._tally.last_committed == step:

@@ -54,8 +54,13 @@ def glimpse(tensor: torch.Tensor, whole: bool = False, shift: int = 0) -> int | 
     Nothing here is large enough for torch to use OpenMP: with a team of its own, the thread that commits would slow down all
     others of the process, since libgomp's threads spin less where there are more of them than cores.
     """
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.is_contiguous() or tensor.is_quantized:
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized:
         return None
+    if not tensor.is_contiguous():  # channels_last, say: in the order of memory it is
+        order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+        tensor = tensor.detach().permute(order)
+        if not tensor.is_contiguous():
+            return None
     if whole and tensor.numel():
         return crc32c((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
     flat = tensor.detach().view(-1)
@@ -98,6 +103,11 @@ class Guard:
         self._seen[layer] = tensors
         self._looks.pop(layer, None)
 
+    def watch_now(self, layer: int, tensors: Sequence[torch.Tensor]) -> None:
+        """The same of what nothing may change from here on, the rest of the step included: gradients."""
+        self._seen[layer] = tensors
+        self._looks[layer] = self._look(layer, tensors)
+
     def note_versions(self) -> None:
         """Remember how what was handed over looks at the end of its step. Not at its emit: tensors that are views of one
         buffer count their changes together, and later updates of the same step are no changes behind our back."""
@@ -135,7 +145,7 @@ class Guard:
         """Once all is copied: is every tensor as its step left it, if no later step has looked since? Raises Changed with the
         tensor's name, and remembers it: a frozen one is copied with the buffers from now on."""
         with self._looking:
-            self.compare([*self._layout.number("frozen"), *self._layout.number("update")])
+            self.compare([*self._layout.number("frozen"), *self._layout.number("update"), *self._layout.number("gradients")])
             self._looks.clear()
             self._seen.clear()  # what changes from here on, no copy sees
         self.copies.clear()
@@ -148,9 +158,9 @@ class Guard:
                 entries = self._layout.layers[layer].entries
                 changed += [entries[i] for i in _changed(before, self._look(layer, self._seen[layer]))]
         if changed:
-            raise self._error([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
+            raise self.changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
 
-    def _error(self, keys: Sequence[str], nbytes: int) -> Changed:
+    def changed(self, keys: Sequence[str], nbytes: int) -> Changed:
         """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or
         at its end if a forward changes them."""
         names = ", ".join(map(repr, keys[:8])) + (" ..." if keys[8:] else "")

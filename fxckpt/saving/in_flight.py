@@ -10,6 +10,7 @@ from typing import Any
 
 from fxckpt.engine import Checkpoint, Latch, Sources, Streams
 from fxckpt.saving.guard import Guard
+from fxckpt.saving.landing import Landing, Link
 from fxckpt.saving.plan import Layout
 from fxckpt.saving.stores import CheckpointSlot
 from fxckpt.store.dtypes import Tensor
@@ -24,6 +25,8 @@ class InFlight:
     slot: CheckpointSlot
     copy: Checkpoint  # the engine's side
     guard: Guard
+    link: Link | None = None  # of a record of the journal
+    landing: Landing = field(default_factory=Landing)
     captured: bool = False  # buffers and early state are in
     record: dict[str, Any] = field(default_factory=dict)  # fields and extra state's tensors; callables are asked at the commit
     closed: Latch = field(default_factory=Latch)
@@ -56,6 +59,7 @@ class InFlight:
         """Note what it failed of; False if that was known, and counted, already."""
         with self.lock:
             first, self.failure = self.failure is None, self.failure or error
+            self.landing.failed = True
         return first
 
     def give_up(self, why: str) -> None:
@@ -64,6 +68,7 @@ class InFlight:
             if self.done.is_set():
                 return
             self.given_up = self.given_up or why  # again where Ctrl-C came to the first call
+            self.landing.failed = True
             self.copy.cancel()
         self.closed.set()
 

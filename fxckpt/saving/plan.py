@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FILES = (MODEL, OPTIMIZER)
 """By their numbers in a layout."""
 
+MOVING = ("buffers", "gradients")
+"""Kinds of layers whose tensors lie elsewhere each time."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -39,7 +42,7 @@ class Entry:
 
 @dataclass
 class EngineLayer:
-    """What one emit hands over. ``kind``: counts, update, frozen or buffers."""
+    """What one emit hands over. ``kind``: counts, update, frozen or buffers; in a record of the journal also gradients."""
 
     name: str
     kind: str
@@ -59,6 +62,11 @@ class Layout:
     chunk_bytes: int
     frozen_token: Hashable  # names, addresses and places of the frozen parameters; None: there are none
     changed_outside: set[str]
+    full: Layout | None = None  # of a record of the journal: the checkpoint's whose layers have the same numbers
+
+    def numbers_as(self, other: Layout | None) -> bool:
+        """Do the updated layers have the numbers that they have in this other one?"""
+        return (self.full or self) is other
 
     def number(self, kind: str) -> list[int]:
         """The engine's numbers of the layers of one kind."""
@@ -89,7 +97,7 @@ class Layout:
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
             owners = [e.owner for e in layer.entries if e.file == 0]
             entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
-            places = [(FILES[e.file], e.key, placed[e.file, e.key]) for e in entries]
+            places = [(self.files[e.file].name, e.key, placed[e.file, e.key]) for e in entries]
             tensors = tuple(TensorRecord(f, key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype) for f, key, p in places)
             nbytes = sum(t.nbytes for t in tensors)
             out.append(LayerRecord(len(out), layer.name, layer.kind, step, now, layer.parameters, nbytes, tensors))
@@ -132,22 +140,23 @@ def make_layout(
     layers: list[EngineLayer],
     changed_outside: set[str],
     make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
+    names: Sequence[str] = FILES,
 ) -> Layout:
-    """Place every tensor and give the plan to the engine."""
+    """Place every tensor and give the plan to the engine. ``names``: the files, by their numbers."""
     stored = [(i, e, storable(e.tensor, e.key)) for i, layer in enumerate(layers) for e in layer.entries]
-    specs: list[list[TensorSpec]] = [[], []]
+    specs: list[list[TensorSpec]] = [[] for _ in names]
     for number, entry, tensor in stored:
         specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
-    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip(FILES, specs)]
+    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip(names, specs)]
     placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}
     geometry = []
     for number, entry, tensor in stored:
         p = placed[entry.file, entry.key]
         geometry.append((number, entry.file, p.begin, p.nbytes, tensor.element_size()))
-        if layers[number].kind != "buffers":
+        if layers[number].kind not in MOVING:
             layers[number].memory.append(tensor)
     for layer in layers:
-        if layer.kind != "buffers":
+        if layer.kind not in MOVING:
             layer.sources = make_sources(layer.memory)
     plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
     frozen = tuple((e.key, t.data_ptr(), tuple(t.shape)) for i, e, t in stored if layers[i].kind == "frozen")

@@ -18,7 +18,8 @@ from fxckpt.saving.committer import Committer, SlotSupply
 from fxckpt.saving.flights import Flights, Tally, TrainingThread
 from fxckpt.saving.guard import Guard
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.plan import FILES, Layout
+from fxckpt.saving.landing import Link
+from fxckpt.saving.plan import Layout
 from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
@@ -61,26 +62,27 @@ class Saver:
         self.loop.start(self._committer)
         self.reporter.failed(step, error)
 
-    def begin(self, step: int, layout: Layout, name: str | None = None) -> InFlight:
-        """Start a checkpoint, once fewer than ``max_async`` are in flight; ``name`` makes it a named save. Raises SaveFailed if
-        none of them ends, or if the slot or its files cannot be had."""
+    def begin(self, step: int, layout: Layout, name: str | None = None, link: Link | None = None) -> InFlight:
+        """Start a checkpoint, once fewer than ``max_async`` are in flight; ``name`` makes it a named save, ``link`` a record of
+        the journal. Raises SaveFailed if none of them ends, or if the slot or its files cannot be had."""
         self.loop.start(self._committer)
         with self.tally.waiting():
             self.flights.wait_for_room()
             with self.supply.lock:
-                return self._begin(step, layout, name)
+                return self._begin(step, layout, name, link)
 
-    def _begin(self, step: int, layout: Layout, name: str | None) -> InFlight:
+    def _begin(self, step: int, layout: Layout, name: str | None, link: Link | None) -> InFlight:
         """Get a slot, open its files, and queue the checkpoint for the committer."""
         assert self.engine is not None  # a run that is turned off begins none
         slot = copy = pending = None
         try:
-            slot = self.supply.take(layout, name)
+            slot = self.supply.take(layout, name, link is not None)
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
-            known, waited = [on_disk.get(name, {}) for name in FILES], [slot.waited(name) for name in FILES]
-            copy = self.engine.begin(layout.plan, slot.path, FILES, known, waited, slot.below)
+            files = [file.name for file in layout.files]
+            known, waited = [on_disk.get(name, {}) for name in files], [slot.waited(name) for name in files]
+            copy = self.engine.begin(layout.plan, slot.path, files, known, waited, slot.below)
             self.store.begin(slot, copy.id, layout.files)
-            pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started))
+            pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started), link)
             if self.flights.tracer is not None:
                 self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
             with self.flights.lock:

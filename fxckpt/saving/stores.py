@@ -76,11 +76,13 @@ class CheckpointStore(Protocol):
     def hold(self, generations: Collection[int]) -> Collection[int]:
         """Keep these checkpoints, and those of the last call no longer; returns those that are there."""
 
-    def reserve(self, files: Mapping[str, int]) -> None:
-        """Set space aside for these files (name: bytes) of all slots. Raises NoSpace, SaveFailed."""
+    def reserve(self, files: Mapping[str, int], journal: bool = False) -> None:
+        """Set space aside for these files (name: bytes) of all slots; of records of the ``journal`` see whether there is enough.
+        Raises NoSpace, SaveFailed."""
 
-    def acquire(self, name: str | None = None) -> CheckpointSlot:
-        """A slot for the next checkpoint; ``name`` makes it a named save. Raises StoreError, SaveFailed, SetupError."""
+    def acquire(self, name: str | None = None, journal: bool = False) -> CheckpointSlot:
+        """A slot for the next checkpoint, or record of the ``journal``; ``name`` makes it a named save. Raises StoreError,
+        SaveFailed, SetupError."""
 
     def reclaim(self, known: Collection[OwnSlot]) -> None:
         """Take back every slot that was acquired and is none of these; nobody else may be acquiring one."""
@@ -128,7 +130,7 @@ class NullStore:
     root = ""
     hands_over = False
 
-    def acquire(self, name: str | None = None) -> NullSlot:
+    def acquire(self, name: str | None = None, journal: bool = False) -> NullSlot:
         return NullSlot()
 
     def hold(self, generations: Collection[int]) -> Collection[int]:
@@ -139,7 +141,7 @@ class NullStore:
     def require_loaded(self) -> None: ...
     def reclaim(self, known: Collection[NullSlot]) -> None: ...
     def mark_loaded(self, generation: int | None) -> None: ...
-    def reserve(self, files: Mapping[str, int]) -> None: ...
+    def reserve(self, files: Mapping[str, int], journal: bool = False) -> None: ...
     def read_back(self, busy: Callable[[], bool]) -> None: ...
     def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
     def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...

@@ -78,8 +78,8 @@ def _some(found: Sequence[str]) -> str:
 
 
 def _has_checkpoint(root: str) -> bool:
-    """Whether one of the records that are there is whole."""
-    for path in names.committed(root):
+    """Whether one of the records that are there, of checkpoints or of the journal, is whole."""
+    for path in [*names.committed(root), *names.recorded(root)]:
         file = os.path.join(path, names.COMMIT)
         with suppress(Corrupt, OSError):
             if Record.from_bytes(read_small(file), file).misplaced(path) is None:
@@ -93,7 +93,7 @@ def _is_beginning(root: str, name: str) -> bool:
     path = os.path.join(root, name)
     if name == names.LOCK and holder(root) == os.getpid():
         return True  # and not opened: closing it would end a lock of ours
-    if name == names.NAMED or names.slot_number(name) is not None:
+    if name == names.NAMED or names.is_slot(name):
         if os.path.islink(path) or not os.path.isdir(path):
             return False
         return name != names.NAMED or all(each.endswith(names.UNFINISHED) for each in os.listdir(path))

@@ -283,8 +283,8 @@ class DirectoryLock:
             give_back(self._fd)  # Ctrl-C before this leaves all to do again, and behind it no more than a descriptor
             _held.pop(self._key, None)
             fd, self._fd = self._fd, -1
-            io.close_in_child(fd, False)
             try:
+                io.close_in_child(fd, False)
                 io.close(fd)
             except OSError as error:  # the descriptor is gone all the same, and nothing was written to it
                 log.debug("closing %s: %s", self._folder.at(names.LOCK), error)

@@ -2,6 +2,7 @@
 
 ``step-000001200``, ``step-000001200-g57`` and ``named/<name>`` are checkpoints; ``slot-3.partial`` and
 ``named/<name>.partial`` are being written or wait to be; ``….bad`` holds what a failing disk may have garbled.
+``journal-000001201`` is a record of the journal, ``journal-slot-3.partial`` a directory for one.
 """
 
 from __future__ import annotations
@@ -22,8 +23,14 @@ PARTIAL, BAD, TEMPORARY = ".partial", ".bad", ".tmp"
 UNFINISHED = (PARTIAL, BAD)
 """What ends in one of these is no checkpoint."""
 
-_STEP = re.compile(r"step-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
-_SLOT = re.compile(r"slot-([0-9]{1,9})(?:\.partial|\.bad)")
+GRADIENTS = "gradients.safetensors"
+"""In a record of the journal: the gradients that a step was made with."""
+
+STEPS, RECORDS = "step", "journal"
+"""What the directories of checkpoints, and those of records of the journal, begin with."""
+
+_COMMITTED = re.compile(r"(step|journal)-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
+_SLOT = re.compile(r"(journal-)?slot-([0-9]{1,9})(?:\.partial|\.bad)")
 
 
 def state_key(optimizer: int, state: str, parameter: str) -> str:
@@ -31,39 +38,49 @@ def state_key(optimizer: int, state: str, parameter: str) -> str:
     return f"{state}/{parameter}" if optimizer == 0 else f"optimizer{optimizer}:{state}/{parameter}"
 
 
-def step_name(step: int, generation: int | None = None) -> str:
-    """The directory of the checkpoint of ``step``; with ``generation``, of one beside that."""
-    return f"step-{step:09d}" if generation is None else f"step-{step:09d}-g{generation}"
+def step_name(step: int, generation: int | None = None, kind: str = STEPS) -> str:
+    """The directory of the checkpoint (or of another ``kind``) of ``step``; with ``generation``, of one beside that."""
+    return f"{kind}-{step:09d}" if generation is None else f"{kind}-{step:09d}-g{generation}"
 
 
-def step_of(name: str) -> int | None:
-    """The step that a checkpoint directory's name says, or None if it is not one."""
-    match = _STEP.fullmatch(name)
-    return int(match[1]) if match else None
+def step_of(name: str, kind: str = STEPS) -> int | None:
+    """The step that a checkpoint directory's name says, or None if it is not one of this ``kind``."""
+    match = _COMMITTED.fullmatch(name)
+    return int(match[2]) if match and match[1] == kind else None
 
 
 def generation_of(name: str) -> int | None:
-    """The generation that a checkpoint directory's name says, or None if it says none."""
-    match = _STEP.fullmatch(name)
-    return int(match[2]) if match and match[2] else None
+    """The generation that the name of a checkpoint's or record's directory says, or None if it says none."""
+    match = _COMMITTED.fullmatch(name)
+    return int(match[3]) if match and match[3] else None
 
 
-def slot_number(name: str) -> int | None:
-    """The number in ``slot-3.partial`` or ``slot-3.bad``, or None if it is neither."""
+def slot_name(number: int, kind: str = STEPS) -> str:
+    """What a slot of this number is called, less its suffix."""
+    return f"slot-{number}" if kind == STEPS else f"{kind}-slot-{number}"
+
+
+def slot_number(name: str, kind: str = STEPS) -> int | None:
+    """The number in ``slot-3.partial`` or ``slot-3.bad``, or None if it is no slot of this ``kind``."""
     match = _SLOT.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[2]) if match and (match[1] is None) == (kind == STEPS) else None
+
+
+def is_slot(name: str) -> bool:
+    """Is it the name of a slot, for checkpoints or for records?"""
+    return _SLOT.fullmatch(name) is not None
 
 
 def is_given(name: str) -> bool:
     """Whether a store gives such a name to something in its directory."""
     fixed = (STORE, LOCK, NAMED, STORE + TEMPORARY, LOCK + TEMPORARY)
-    return name in fixed or step_of(name) is not None or slot_number(name) is not None or name.endswith(BAD)
+    return name in fixed or _COMMITTED.fullmatch(name) is not None or is_slot(name) or name.endswith(BAD)
 
 
 def check_name(name: str) -> None:
     """Refuse a name for a named save that is not a plain directory name, or that would read as something else."""
     plain = type(name) is str and name and name.isprintable() and not set("/\\") & set(name) and not name.startswith(".")
-    if not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or step_of(name) is not None:
+    if not plain or name.endswith((PARTIAL, BAD, TEMPORARY)) or len(os.fsencode(name)) > 200 or _COMMITTED.fullmatch(name):
         raise SetupError(
             f"{name!r} cannot name a checkpoint: it becomes a directory, so it must be 1 to 200 bytes of printable text without "
             f"slashes, not begin with a dot, not end in {PARTIAL}, {BAD} or {TEMPORARY}, and not be called as that of a step is"
@@ -83,6 +100,11 @@ def saved(root: str) -> list[str]:
     """Names of the directories in ``named``, unless that is a link."""
     named = os.path.join(root, NAMED)
     return [] if os.path.islink(named) else subdirectories(named)
+
+
+def recorded(root: str) -> list[str]:
+    """Paths of all records of the journal, whatever is in them."""
+    return [os.path.join(root, name) for name in subdirectories(root) if step_of(name, RECORDS) is not None]
 
 
 def committed(root: str) -> list[str]:

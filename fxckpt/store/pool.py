@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from fxckpt.engine import PatientLock, io
@@ -36,9 +36,13 @@ PATIENCE = 300.0
 class Pool:
     """At most ``keep + max_async`` slots in ``root``; named saves, bad ones and what is kept beyond ``keep`` apart. ``mutex``
     guards the tables and is never held over I/O; ``moves`` is held over I/O, by whoever renames: a ``StoreError`` if another
-    thread that does is stuck in the disk."""
+    thread that does is stuck in the disk. ``before_giving_up`` is told the generation of what is about to go."""
+
+    kind = names.STEPS
+    """What its directories are called by."""
 
     def __init__(self, root: str, keep: int, max_async: int):
+        self.before_giving_up: Callable[[int], None] = lambda generation: None
         self.root: str = root
         self.folder: Folder = Folder(root, -1)  # open while the store is
         self.keep: int = keep
@@ -59,7 +63,7 @@ class Pool:
     def adopt_slots(self) -> list[Slot]:
         """Take in the ``.partial`` directories; returns them. Bad ones keep their number and are left alone."""
         for name in names.subdirectories(self.root):
-            number = names.slot_number(name)
+            number = names.slot_number(name, self.kind)
             if number is None:
                 continue
             self._numbers.add(number)
@@ -214,7 +218,7 @@ class Pool:
         """One more directory; its own name is synced by the commit that gives it its final one."""
         with self.mutex:
             number = self._new_number()
-        slot = Slot(self.folder, f"slot-{number}{names.PARTIAL}", number)
+        slot = Slot(self.folder, names.slot_name(number, self.kind) + names.PARTIAL, number)
         try:
             if (found := self.folder.find(slot.entry)) is None:
                 self.folder.mkdir(slot.entry)
@@ -282,6 +286,11 @@ class Pool:
         apart = {id(each) for each in beyond(list(known.values()), self.keep, self.lineage, self.pinned)}
         return [slot for slot, each in known.items() if id(each) not in apart]
 
+    def newest(self) -> set[int]:
+        """The generations of the committed ones that are not kept beyond ``keep``."""
+        with self.mutex:
+            return {self._committed[slot].generation for slot in self._ordinary()}
+
     def generations(self) -> set[int]:
         """Of the committed ones; ``mutex`` is held."""
         return {known.generation for known in self._committed.values()}
@@ -323,32 +332,50 @@ class Pool:
             known = self._standings()
             chosen = surplus(list(known.values()), self.keep, self.lineage, self.pinned)
             slot = next((slot for slot, each in known.items() if each is chosen), None)
-            if slot is None:
+            if slot is None or chosen is None:
                 return False
             del self._committed[slot]
+        self.before_giving_up(chosen.generation)
         self.recycle(slot)
         return True
 
-    def recycle(self, slot: Slot) -> None:
-        """Make a slot free: not a checkpoint by name, durably; a bad one if that fails."""
+    def recycle(self, *slots: Slot) -> None:
+        """Make slots free: not checkpoints by name, durably; bad ones if that fails. One sync is enough for many."""
+        freed, renamed = [], False
+        for slot in slots:
+            try:
+                renamed |= self._unname(slot)
+                freed.append(slot)
+            except OSError as error:
+                self._not_freed(slot, error)
         try:
-            if not slot.entry.endswith(names.PARTIAL):
-                partial = f"slot-{slot.number}{names.PARTIAL}"
-                self.folder.rename(slot.entry, partial)
-                slot.entry = partial
+            if renamed:
                 # Edge R: before its data is rewritten, else a power cut could bring the name "step-N" back over data
                 # that is not that checkpoint's.
                 self.folder.sync()
         except OSError as error:
-            if error.errno == errno.EXDEV:
-                log.warning("%s lies in a lower layer of an overlay (a container's image): it stays where it is", slot.path)
-                return
-            log.error("cannot free %s: %s", slot.path, error)
-            self.condemn(slot)
+            for slot in freed:
+                self._not_freed(slot, error)
             return
         with self.mutex:
-            if slot not in self._free:
-                self._free.append(slot)
+            self._free += [slot for slot in freed if slot not in self._free]
+
+    def _unname(self, slot: Slot) -> bool:
+        """Give it the name of a slot; False if it has that already."""
+        if slot.entry.endswith(names.PARTIAL):
+            return False
+        partial = names.slot_name(slot.number or 0, self.kind) + names.PARTIAL
+        self.folder.rename(slot.entry, partial)
+        slot.entry = partial
+        return True
+
+    def _not_freed(self, slot: Slot, error: OSError) -> None:
+        """A slot keeps its name, or cannot be relied on."""
+        if error.errno == errno.EXDEV:
+            log.warning("%s lies in a lower layer of an overlay (a container's image): it stays where it is", slot.path)
+            return
+        log.error("cannot free %s: %s", slot.path, error)
+        self.condemn(slot)
 
     def discard(self, paths: Collection[str]) -> None:
         """Remove these checkpoints, and every slot that waits to be used again."""
@@ -356,8 +383,7 @@ class Pool:
             chosen = [slot for slot in self._committed if slot.path in paths]
             for slot in chosen:
                 del self._committed[slot]
-        for slot in chosen:
-            self.recycle(slot)
+        self.recycle(*chosen)
         with self.mutex:
             free, self._free = self._free, []
         for slot in free:
@@ -393,7 +419,7 @@ class Pool:
                 self._numbers.discard(slot.number)
             return
         self._condemned += 1
-        bad = (f"slot-{slot.number}" if slot.name is None else slot.name) + names.BAD
+        bad = (slot.name or names.slot_name(slot.number or 0, self.kind)) + names.BAD
         try:
             slot.parent.remove_tree(bad)  # only that of an earlier named save of this name can be there
             slot.parent.rename(slot.entry, bad)  # no sync: after a power cut, what is read is what the disk has

@@ -90,7 +90,19 @@ def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
     return found
 
 
-def _look(paths: list[str]) -> list[Candidate | Corrupt]:
+def records(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
+    """All records of the journal, newest generation first; one that is damaged is its error, as in ``candidates``."""
+    root = os.path.abspath(directory)
+    paths = names.recorded(root)
+    for _ in range(_LOOKS):
+        found, listed = _look(paths, names.RECORDS), paths
+        paths = names.recorded(root)
+        if paths == listed:
+            break
+    return found
+
+
+def _look(paths: list[str], kind: str = names.STEPS) -> list[Candidate | Corrupt]:
     """The records of these directories, newest first, without those that were taken back meanwhile."""
     whole: list[Candidate] = []
     damaged: list[tuple[int, Corrupt]] = []
@@ -100,7 +112,7 @@ def _look(paths: list[str]) -> list[Candidate | Corrupt]:
         except NoCheckpoint:
             continue
         except Corrupt as error:
-            damaged.append((names.step_of(os.path.basename(path)) or 0, error))
+            damaged.append((names.step_of(os.path.basename(path), kind) or 0, error))
     whole.sort(key=lambda found: found.record.generation, reverse=True)
     found: list[Candidate | Corrupt] = list(whole)
     for step, broken in sorted(damaged, key=lambda each: each[0]):

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,14 @@ from fxckpt.store.typed_json import MAX_DEPTH, decode_state, encode_state
 FORMAT = 1
 """Format of ``store.json`` and ``commit.json``; raised when an older reader would misread them."""
 
+JOURNAL_FORMAT = 2
+"""Format of the ``commit.json`` of a record of the journal, which by itself is no checkpoint."""
+
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
+
+GRADIENTS = "gradients"
+"""What a layer of a record of the journal holds beside these: the gradients that the step was made with."""
 
 MIN, MAX = "min", "max"
 STEPS, MINUTES = "steps", "minutes"  # why a checkpoint is kept for good
@@ -98,6 +104,27 @@ class LayerRecord:
         return min((tensor.begin for tensor in self.tensors), default=0)
 
 
+@dataclass(frozen=True)
+class Journal:
+    """What makes a record one of the journal: what it builds on, and what its step had beside gradients.
+
+    ``base`` is the generation of the checkpoint, ``after`` that of the record before it, or of the checkpoint; ``number``
+    counts the records of a checkpoint from 1 on. ``update`` is ``compile_step``'s; ``groups`` of each optimizer its groups'
+    settings
+    as the step found them, ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory
+    than their parameters, by name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step.
+    """
+
+    base: int
+    after: int
+    number: int
+    update: str | None
+    groups: Any
+    strides: Mapping[str, Sequence[int]]
+    digests: Mapping[str, int]
+    machine: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Everything that is known of a checkpoint beside the tensors' bytes.
@@ -127,6 +154,7 @@ class Record:
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lasting: str | None = None
     best_by: tuple[str, str] | None = None
+    journal: Journal | None = None
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +168,8 @@ class Record:
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
+        if (journal := body.pop("journal")) is not None:
+            body |= {"format": JOURNAL_FORMAT, "journal": vars(journal)}
         body["files"] = [vars(file) for file in self.files]
         body["layers"] = [{**vars(layer), "tensors": [vars(each) for each in layer.tensors]} for layer in self.layers]
         body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
@@ -167,7 +197,10 @@ class Record:
         """Why this cannot be the record of the checkpoint directory ``path``, by the directory's name; None if it can, as it
         can in a directory of any other name (a copy somewhere else, a slot)."""
         parent, name = os.path.split(path)
-        if (step := names.step_of(name)) is not None:
+        kind = names.STEPS if self.journal is None else names.RECORDS
+        if names.step_of(name, names.RECORDS if self.journal is None else names.STEPS) is not None:
+            wrong = True
+        elif (step := names.step_of(name, kind)) is not None:
             wrong = self.step != step or self.name is not None or names.generation_of(name) not in (None, self.generation)
         else:
             saved = os.path.basename(parent) == names.NAMED and not name.endswith((names.PARTIAL, names.BAD))
@@ -199,8 +232,11 @@ _is_list = list_of(is_anything)
 _FILE = {"name": _is_file_name, "nbytes": is_count, "chunk_bytes": is_count, "crc32c": is_counts}
 _TENSOR = {"file": _is_file_name, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
            "dtype": lambda value: is_str(value) and value in DTYPES}  # fmt: skip
-_LAYER = {"id": is_count, "name": is_str, "kind": lambda value: is_str(value) and value in KINDS, "step": is_count,
+_LAYER = {"id": is_count, "name": is_str, "kind": lambda value: value in (*KINDS, GRADIENTS), "step": is_count,
           "time": is_number, "parameters": is_count, "nbytes": is_count, "tensors": _is_list}  # fmt: skip
+_JOURNAL = {"base": is_count, "after": is_count, "number": lambda value: is_count(value) and value > 0,
+            "update": optional(is_str), "groups": is_anything, "strides": map_of(is_shape),
+            "digests": map_of(lambda value: is_count(value) and value < 1 << 32), "machine": is_str}  # fmt: skip
 _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation": is_count,
            "parent": optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
            "time": is_number, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,
@@ -211,9 +247,10 @@ _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation
 
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
-    need(type(body) is dict and body.get("format") == FORMAT,
-          f"this reader knows format {FORMAT}; a newer fxckpt may have written it")  # fmt: skip
-    fields = dict(members(body, _RECORD, "the record"))
+    need(type(body) is dict and body.get("format") in (FORMAT, JOURNAL_FORMAT),
+          f"this reader knows formats {FORMAT} and {JOURNAL_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+    is_journal = body["format"] == JOURNAL_FORMAT
+    fields = dict(members(body, {**_RECORD, "journal": is_anything} if is_journal else _RECORD, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
     sizes = {file.name: file.nbytes for file in fields["files"]}
@@ -224,7 +261,19 @@ def _record(body: Any) -> Record:
     parent = fields["parent"]
     need(parent is None or parent < fields["generation"], "its parent is not older than itself")
     need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
+    if is_journal:
+        fields["journal"] = _journal(fields["journal"], fields["generation"], parent)
+    kinds = KINDS if not is_journal else (GRADIENTS, *KINDS)
+    need(all(layer.kind in kinds for layer in fields["layers"]), "it has gradients, and is no record of a journal")
     return Record(**fields)
+
+
+def _journal(value: Any, generation: int, parent: int | None) -> Journal:
+    """What a record builds on, which is older than itself; the checkpoint is its ``parent``, once the store has filled it in."""
+    journal = Journal(**members(value, _JOURNAL, "the journal's part"))
+    in_order = journal.base <= journal.after < generation and (journal.base == journal.after) == (journal.number == 1)
+    need(parent is None or (in_order and journal.base == parent), "it does not build on what is older than itself")
+    return journal
 
 
 def _file(value: Any) -> FileRecord:

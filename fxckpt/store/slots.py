@@ -33,8 +33,9 @@ from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
 from fxckpt.store.read_back import OFF, ReadBack
-from fxckpt.store.reader import Candidate, candidates, directory_of, read_record
+from fxckpt.store.reader import Candidate, candidates, directory_of, read_record, records
 from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.record_pool import RecordPool
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, KeepBest, Lineage, Policy
 from fxckpt.store.slot import Slot
 
@@ -47,7 +48,7 @@ class Store:
     ``keep`` good checkpoints stay, apart from named ones; up to ``max_async`` more are being written. ``keep_every``
     (steps), ``keep_minutes`` and ``keep_best`` (a metric) keep more: see ``retention.Policy``.
     ``fresh=True`` starts over in a store that has checkpoints: they go as the new ones become durable. ``read_back``: see
-    ``read_back.ReadBack``.
+    ``read_back.ReadBack``. ``journal``: steps from one checkpoint to the next, with a record of the journal for each between.
     """
 
     hands_over = False  # this process commits
@@ -55,6 +56,7 @@ class Store:
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, max_async: int = 2, fresh: bool = False,
         keep_every: int | None = None, keep_minutes: float | None = None, keep_best: KeepBest = None, read_back: str = OFF,
+        journal: int = 1,
     ):  # fmt: skip
         if keep < 1 or max_async < 1:
             raise SetupError(f"keep={keep} and max_async={max_async} must both be at least 1")
@@ -64,6 +66,8 @@ class Store:
         check_store(self.root)
         self._policy = Policy.make(keep, keep_every, keep_minutes, keep_best)
         self._pool = Pool(self.root, keep, max_async)
+        self._records = RecordPool(self.root, keep, max_async, journal - 1)
+        self._pool.before_giving_up = self._records.give_up_on
         self._read_back = ReadBack(read_back)
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
@@ -79,7 +83,7 @@ class Store:
         check_store(self.root)
         make_directories(self.root)
         self._real = os.path.realpath(self.root)
-        folder = self._pool.folder = Folder.open(self.root)
+        folder = self._pool.folder = self._records.folder = Folder.open(self.root)
         lock = DirectoryLock(folder)
         # A store dropped without close() gives its lock back; at exit the kernel does, after the last write.
         self._finalizer = weakref.finalize(self, _let_go, lock, folder)
@@ -145,7 +149,24 @@ class Store:
                 if name.endswith(names.PARTIAL):  # a named save that never was
                     named.remove_tree(name)
             named.close()
+        self._adopt_records()
         self._pool.since = self._lineage.newest if self.fresh else 0
+
+    def _adopt_records(self) -> None:
+        """Take in the journal that an earlier life left; what no checkpoint of it can be made with goes with the next one."""
+        for slot in self._records.adopt_slots():
+            with suppress(Corrupt, NoCheckpoint):
+                self._lineage.newest = max(self._lineage.newest, read_record(slot.path).generation)
+        for each in records(self.root):
+            known = CheckpointStatus(-1, None, BAD)
+            if isinstance(each, Corrupt):
+                log.warning("a record of the journal does not verify and will be given up: %s", each)
+            else:
+                self._lineage.newest = max(self._lineage.newest, each.record.generation)
+                known = CheckpointStatus(each.record.generation, each.record.parent, UNKNOWN)
+                if each.record.store_id != self.store_id:
+                    continue
+            self._records.adopt_checkpoint(os.path.basename(directory_of(each)), known)
 
     def _standing(self, record: Record, trust: str) -> CheckpointStatus:
         """What retention has to know."""
@@ -190,10 +211,13 @@ class Store:
         """What comes next continues this checkpoint, which was verified; None: there was none to load. It stays until a newer
         one is committed; later ones of the store count as abandoned from now on. Nothing may be in flight; a slot that was
         acquired and not begun may be kept."""
+        base = self._records.base_of(generation) if generation is not None else None
+        base = generation if base is None else base  # of a record: the checkpoint that it builds on is continued
+        self._records.loaded(base, generation)
         with self._pool.mutex:
             self._loaded = True
             self._lineage.newest = max(self._lineage.newest, generation or 0)
-            self._pool.continue_from(generation, self._lineage.of(generation))
+            self._pool.continue_from(base, self._lineage.of(base))
 
     def hold(self, generations: Collection[int]) -> list[int]:
         """Keep these checkpoints beyond ``keep``, and those of the last call no longer; returns those that are there."""
@@ -201,24 +225,27 @@ class Store:
             self._pool.held = set(generations)
             return sorted(self._pool.held & self._pool.generations())
 
-    def reserve(self, files: Mapping[str, int]) -> None:
+    def reserve(self, files: Mapping[str, int], journal: bool = False) -> None:
         """Set disk space aside for ``keep + max_async`` checkpoints with these files (name: bytes), named saves and what
-        is kept beyond ``keep`` apart. Raises ``NoSpace`` with the numbers, ``SaveFailed``, ``StoreNotLoaded``."""
+        is kept beyond ``keep`` apart. Of records of the ``journal`` it only looks whether all have room. Raises ``NoSpace``
+        with the numbers, ``SaveFailed``, ``StoreNotLoaded``."""
         self._check_open()
         self.require_loaded()
         try:
-            self._pool.reserve(files)
+            (self._records if journal else self._pool).reserve(files)
         except OSError as error:
             raise SaveFailed("fallocate", os.fsdecode(error.filename or self.root), None, error.errno) from error
 
-    def acquire(self, name: str | None = None) -> Slot:
-        """A slot to write the next checkpoint in; ``name`` makes it a named save, in a directory of its own. Raises
+    def acquire(self, name: str | None = None, journal: bool = False) -> Slot:
+        """A slot to write the next checkpoint in, or the next record of the ``journal``; ``name`` makes it a named save, in a
+        directory of its own. Raises
         ``StoreNotLoaded``, ``SetupError`` (a name that is taken or cannot be one), ``StoreError`` if ``max_async`` are in flight
         already, ``SaveFailed``."""
         self._check_open()
         self.require_loaded()
         self._check_place()
-        slot = self._pool.take() if name is None else self._take_named(name)
+        pool = self._records if journal else self._pool
+        slot = pool.take() if name is None else self._take_named(name)
         try:
             with self._pool.mutex:
                 slot.generation = self._lineage.next()  # in the order of acquiring, which is that of training
@@ -231,11 +258,23 @@ class Store:
 
     def reclaim(self, known: Collection[Slot]) -> None:
         """Take back every slot that was acquired and is none of these; nobody else may be acquiring one."""
-        for slot in self._pool.others(known):
+        for slot in [*self._pool.others(known), *self._records.others(known)]:
             self.abandon(slot, bad=False)
 
+    def is_record(self, slot: Slot) -> bool:
+        """Is a record of the journal written in it?"""
+        return self._pool_of(slot) is self._records
+
+    def _pool_of(self, slot: Slot) -> Pool:
+        """The one that it was taken from."""
+        return self._records if self._records.is_busy(slot) else self._pool
+
     def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout]) -> None:
-        """The engine writes into the slot from now on; nothing to do for it here."""
+        """The engine writes into the slot from now on. One that was prepared while slots of the other kind were taken,
+        checkpoints and records of the journal, gets a later generation: their order is that of training."""
+        with self._pool.mutex:
+            if slot.generation != self._lineage.newest:
+                slot.generation = self._lineage.next()
 
     def _take_named(self, name: str) -> Slot:
         """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
@@ -265,21 +304,29 @@ class Store:
         says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the
         caller then abandons the slot."""
         self._check_open()
-        with self._pool.unhurried():
-            if not self._pool.is_busy(slot):
+        pool = self._pool_of(slot)
+        with pool.unhurried():
+            if not pool.is_busy(slot):
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
                 extra = write_tensors(slot.held(), names.STATE, state_tensors)
                 record = self._completed(record, slot, extra)
                 self._seal(slot, record)
                 self._publish(slot, record)
-            self._pool.committed(slot, self._standing(record, GOOD))
+            pool.committed(slot, self._standing(record, GOOD))
             slot.leave()
-            self._read_back.committed(slot, record.step)
-            self._pool.retain()
-            with self._pool.mutex:
-                self._lineage.note(record, self._pool.generations())
+            if record.journal is None:
+                self._checkpoint_committed(slot, record)
             return Path(slot.path)
+
+    def _checkpoint_committed(self, slot: Slot, record: Record) -> None:
+        """What else goes with that: older ones are given up, and records on those."""
+        self._read_back.committed(slot, record.step)
+        self._pool.retain()
+        if slot.name is None:
+            self._records.release_space(self._pool.newest())
+        with self._pool.mutex:
+            self._lineage.note(record, self._pool.generations())
 
     def read_back(self, busy: Callable[[], bool]) -> tuple[int, Corrupt] | None:
         """Read back what is due of what was committed, on the thread that commits; what does not verify is put aside, and its
@@ -303,8 +350,11 @@ class Store:
     def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
         """With what the store knows: whose it is, what it continues, and whether it is kept for good."""
         parent = max((each for each in self._pool.lineage if each < slot.generation), default=None)
+        if record.journal is not None:
+            parent = record.journal.base
         # A named save is kept anyway, by its name.
-        lasting = None if slot.name is not None else self._policy.lasting(self._lineage.origin(parent), record.step, record.time)
+        by_name = slot.name is not None or record.journal is not None
+        lasting = None if by_name else self._policy.lasting(self._lineage.origin(parent), record.step, record.time)
         return dataclasses.replace(
             record, store_id=self.store_id, generation=slot.generation, parent=parent, name=slot.name,
             files=(*record.files, extra), lasting=lasting, best_by=self._policy.best,
@@ -327,9 +377,12 @@ class Store:
 
     def _publish(self, slot: Slot, record: Record) -> None:
         """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
-        final = slot.name or names.step_name(record.step)
+        kind = names.STEPS if record.journal is None else names.RECORDS
+        final = slot.name or names.step_name(record.step, kind=kind)
         if slot.name is None and slot.parent.find(final) is not None:
-            final = names.step_name(record.step, record.generation)  # an earlier life, or one rolled back, came past this step
+            final = names.step_name(
+                record.step, record.generation, kind
+            )  # an earlier life, or one rolled back, came past this step
         self._check_place()  # its bytes took their time
         slot.target = final
         try:
@@ -348,7 +401,7 @@ class Store:
 
     def _move_files(self, slot: Slot) -> None:
         """To a new directory: one of a lower layer of an overlay (a container's image) cannot get another name."""
-        fresh = self._pool.make_slot()
+        fresh = self._pool_of(slot).make_slot()
         log.info("%s lies in a lower layer of an overlay: its files move to %s", slot.path, fresh.path)
         fresh.enter()
         for name in slot.held().entries():
@@ -357,12 +410,14 @@ class Store:
         slot.entry, slot.number, fresh.entry, fresh.number = fresh.entry, fresh.number, slot.entry, slot.number
         slot.folder, fresh.folder = fresh.folder, slot.folder
         fresh.leave()
-        self._pool.remove(fresh)
+        self._pool_of(slot).remove(fresh)
 
     def discard(self, paths: Collection[str]) -> None:
         """Remove these checkpoints (absolute paths; named ones are left alone), and every slot that waits to be used
         again: for a store that nobody trains into. Each loses its name, durably, before a byte of it goes."""
         self._check_open()
+        with self._records.moves:
+            self._records.discard(paths)
         with self._pool.moves:
             self._pool.discard(paths)
 
@@ -380,20 +435,21 @@ class Store:
         a failed sync: the kernel may have dropped what it could not write, and reading can show what is not on the disk, so the
         directory is renamed ``.bad`` and never used again."""
         self._check_owner()
+        pool = self._pool_of(slot)
         try:
-            with self._pool.moves:
-                if not self._pool.release(slot):
+            with pool.moves:
+                if not pool.release(slot):
                     return
                 slot.forget()
                 if slot.target is not None and slot.parent.find(slot.entry) is None:
                     slot.entry = slot.target  # interrupted just behind the rename
                 slot.target = None
                 if bad or slot.suspect:
-                    self._pool.condemn(slot)
+                    pool.condemn(slot)
                 elif slot.name is not None:
-                    self._pool.remove(slot)
+                    pool.remove(slot)
                 else:
-                    self._pool.recycle(slot)
+                    pool.recycle(slot)
         except StoreError as error:  # it stays as it is, a .partial that this process does not use again
             log.error("%s is not given back: %s", slot.path, error)
 
@@ -402,7 +458,7 @@ class Store:
         ``StoreError``, and keeps the lock, if another thread is stuck in the disk and may yet rename."""
         if os.getpid() != self._pid or self._lock is None:
             return
-        with self._pool.moves:
+        with self._pool.moves, self._records.moves:
             _let_go(self._lock, self._folder)
             self._finalizer.detach()
             self._lock = None

@@ -39,7 +39,8 @@ from fxckpt.engine import io
 from fxckpt.monitor import launch
 from fxckpt.store import names
 from fxckpt.store.read_back import ReadBack
-from fxckpt.store.reader import candidates, latest
+from fxckpt.store.reader import candidates, latest, read_record
+from fxckpt.store.record import Journal
 
 WHOLE = os.environ.get("FXCKPT_CRASH") == "full"
 RULE = FULL if WHOLE else SHORT
@@ -221,6 +222,22 @@ def retired(root: Path, acks: Path, writer: str) -> None:
     trainer.close()
 
 
+def journalled(root: Path, acks: Path, writer: str) -> None:
+    """Two records of a journal behind each checkpoint, of which keep=1 stays; a rollback cuts the last one off."""
+    trainer = start(root, acks, keep=1, max_async=1, items=ITEMS, writer=writer, journal=3)
+    for step in range(1, 7):
+        number = (step - 1) % 3
+        if number == 0:
+            base = after = read_record(str(trainer.save(step))).generation
+            continue
+        link = Journal(base, after, number, None, [], {}, {}, "")
+        path = trainer.finish(step, *trainer.begin(step, journal=True), journal=link)
+        after = read_record(str(path)).generation
+    trainer.store.mark_loaded(after - 1)
+    trainer.save(6)
+    trainer.close()
+
+
 def interrupted(trainer: Trainer, step: int, name: str) -> None:
     """Ctrl-C between the rename and the sync of a commit; a monitor has no Ctrl-C, there the sync's ``open`` fails."""
     if isinstance(trainer, MonitoredTrainer):
@@ -329,6 +346,7 @@ SCENARIOS = {
     "retired": (retired, 1),
     "frozen_run": (frozen_run, 1),
     "restarts": (restarts, 2),
+    "journalled": (journalled, 1),
     "real_run": (real_run, 2),
 }
 MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}

@@ -15,12 +15,13 @@ from fxckpt.graph.update.specialize import hoist
 from fxckpt.graph.update.trace import NotTraceable, replace_sentinels, signature_of, trace
 
 
-def stepped(every=1, **options):
+def stepped(every=1, journal=1, **options):
     """A two-layer model after two steps, and its optimizer."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.fc1, model.fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
-    opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters(), **options), writer="mock", every=every, model=model)
+    opt = torch.optim.AdamW(model.parameters(), **options)
+    fxckpt.compile_step(opt, writer="mock", every=every, journal=journal, model=model)
     for _ in range(2):
         model(torch.ones(3, 4)).sum().backward()
         opt.step()
@@ -51,6 +52,27 @@ def forward(self, run : int, counts, fc2, fc1):
     update_fc2 = self.update_fc2(fc2, scalars)
     torch.ops.fxckpt.ckpt_emit(fc2, run, 1, 'fc2')
     torch.ops.fxckpt.ckpt_fence(fc1, run, 2, 'fc1')
+    update_fc1 = self.update_fc1(fc1, scalars)
+    torch.ops.fxckpt.ckpt_emit(fc1, run, 2, 'fc1')
+    return None""",
+        )
+
+    def test_step_graph_with_a_journal_hands_gradients_over_before_their_update(self):
+        self.assertExpectedInline(
+            str(stepped(journal=4, fused=True)[1].ckpt.graph),
+            """\
+def forward(self, run : int, counts, fc2, fc1):
+    torch.ops.fxckpt.ckpt_fence(counts, run, 0, 'counts')
+    scalars = self.scalars(counts)
+    torch.ops.fxckpt.ckpt_emit(counts, run, 0, 'counts')
+    torch.ops.fxckpt.ckpt_fence(fc2, run, 1, 'fc2')
+    gradients_fc2 = self.gradients_fc2(scalars)
+    torch.ops.fxckpt.ckpt_log(gradients_fc2, run, 1, 'fc2')
+    update_fc2 = self.update_fc2(fc2, scalars)
+    torch.ops.fxckpt.ckpt_emit(fc2, run, 1, 'fc2')
+    torch.ops.fxckpt.ckpt_fence(fc1, run, 2, 'fc1')
+    gradients_fc1 = self.gradients_fc1(scalars)
+    torch.ops.fxckpt.ckpt_log(gradients_fc1, run, 2, 'fc1')
     update_fc1 = self.update_fc1(fc1, scalars)
     torch.ops.fxckpt.ckpt_emit(fc1, run, 2, 'fc1')
     return None""",

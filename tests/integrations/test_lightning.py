@@ -6,6 +6,7 @@ Each case is many features of Trainer at once. ``FXCKPT_INTEGRATIONS`` says how 
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -234,6 +235,20 @@ def test_a_training_that_is_over_stays_over_and_more_epochs_go_on(tmp_path, monk
     monkeypatch.setitem(QUIET, "max_epochs", 2)
     more, trainer = fit(tmp_path / "ckpt")
     assert trainer.global_step == 8 and more.ckpt.statistics()["checkpoints_started"] == 4
+
+
+class Fails(Small):
+    def on_train_batch_end(self, *_):
+        if self.trainer.global_step == 2:
+            raise ArithmeticError
+
+
+def test_the_workers_of_a_training_that_fails_end_with_it(tmp_path):
+    before = set(multiprocessing.active_children())
+    loader = DataLoader(TensorDataset(torch.ones(8, 4)), 2, num_workers=1)
+    with pytest.raises(ArithmeticError):
+        fit(tmp_path / "ckpt", Fails(), loader)
+    assert set(multiprocessing.active_children()) <= before
 
 
 REFUSED = {

@@ -65,7 +65,7 @@ def _fxckpt(words: list[str]) -> list[str]:
 
 
 def _make(words: list[str]) -> list[str]:
-    targets = re.findall(r"^([a-z][\w ]*):(?! export)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z][\w -]*):(?! export)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     known = {target for line in targets for target in line.split()}
     return [f"make {word}: no such target" for word in words if "=" not in word and word not in known]
 

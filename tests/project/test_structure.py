@@ -21,6 +21,7 @@ ROOMS = (
     {"config", "data", "graph", "monitor", "cli"},
     {"optim"},
     {"saving"},
+    {"journal"},
     {"run"},
     {"loading", "handle"},
     {"checkpointed"},
@@ -38,8 +39,9 @@ FORBIDDEN = {
 }
 """Rooms above it that a room must not know all the same."""
 
-PROCESSES = {("compiled_optimizer", "monitor"), ("__main__", "cli")}
-"""Who starts what is a program of its own."""
+PROCESSES = {("compiled_optimizer", "monitor"), ("__main__", "cli"), ("cli", "loading")}
+"""Who starts what is a program of its own; and commands have steps of a journal made again, which takes torch, where one is
+asked for."""
 
 
 @cache

@@ -67,6 +67,18 @@ def test_another_number_of_ranks_is_said(two, caplog):
     assert [each.step for each in found] == [1, 1] and "was written by 1 ranks, and 2 go on from it" in caplog.text
 
 
+def test_a_journal_that_one_process_left_is_not_gone_through_and_it_is_said(two, tmp_path, caplog):
+    for rank in range(2):
+        run = Training(tmp_path / f"rank{rank}", seed=0, every=1, update="native", journal=4)
+        run.train(5)
+        run.opt.ckpt.shutdown()
+    runs, found = two()
+    assert [each.step for each in found] == [2, 2] and "from step 2: what the journal in" in caplog.text
+    train(runs, 2, 2)
+    _, found = two()
+    assert [each.step for each in found] == [4, 4]
+
+
 def test_one_bad_chunk_takes_both_back(two, tmp_path):
     runs, _ = two()
     train(runs, 3, 3)

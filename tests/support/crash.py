@@ -22,8 +22,10 @@ from urllib.parse import unquote
 import instruments
 
 from fxckpt.errors import Corrupt
-from fxckpt.store.names import step_of
-from fxckpt.store.reader import Reader
+from fxckpt.store.journaled import journaled
+from fxckpt.store.names import RECORDS, step_of
+from fxckpt.store.reader import Candidate, Reader
+from fxckpt.store.record import Record
 
 SECTOR = 512
 
@@ -317,11 +319,11 @@ class Judge:
 
     def __init__(self, store: str, scratch: Path, keep: int):
         self.way, self.scratch, self.keep = store.split("/"), scratch, keep
-        self._verdicts: dict[tuple, int | Corrupt] = {}
+        self._verdicts: dict[tuple, Record | Corrupt] = {}
         self.states = 0
 
-    def verdict(self, checkpoint: Content) -> int | Corrupt:
-        """The generation of a checkpoint directory that verifies, or what is wrong with it."""
+    def verdict(self, checkpoint: Content) -> Record | Corrupt:
+        """The record of a checkpoint directory that verifies, or what is wrong with it."""
         key = tuple(sorted(checkpoint.items()))
         if key not in self._verdicts:
             path = self.scratch / f"{len(self._verdicts)}"
@@ -329,7 +331,7 @@ class Judge:
             try:
                 reader = Reader(path)
                 reader.verify()
-                self._verdicts[key] = reader.record.generation
+                self._verdicts[key] = reader.record
             except Corrupt as error:
                 self._verdicts[key] = error
             shutil.rmtree(path)
@@ -347,8 +349,8 @@ class Judge:
         store = self.store(state)
         within = store.get("named", {})
         named = {f"named/{name}": inner for name, inner in within.items()} if isinstance(within, dict) else {}
-        steps = {name: inner for name, inner in store.items() if step_of(name) is not None}
-        good: dict[str, int] = {}
+        steps = {name: inner for name, inner in store.items() if (step_of(name), step_of(name, RECORDS)) != (None, None)}
+        good: dict[str, Record] = {}
         for name, inner in {**steps, **named}.items():
             if not isinstance(inner, dict) or name.endswith((".bad", ".partial")):
                 continue
@@ -358,10 +360,10 @@ class Judge:
             if isinstance(verdict, Corrupt):
                 return f"{name} does not verify: {verdict}"
             good[name] = verdict
-        return self._missing(good, told)
+        return self._missing(loadable(good), told)
 
     def _missing(self, good: dict[str, int], told: Told) -> str | None:
-        """What was acknowledged and cannot be loaded any more."""
+        """What was acknowledged and cannot be loaded any more; ``good``: generations."""
         acknowledged = told.promised()
         for generation, name in acknowledged:
             if name is not None and good.get(f"named/{name}") != generation:
@@ -369,10 +371,18 @@ class Judge:
         newest = max((generation for generation, _ in acknowledged), default=0)
         if max(good.values(), default=0) < newest:
             return f"generation {newest} was acknowledged, the newest is {max(good.values(), default=None)}"
-        steps = [name for name in good if not name.startswith("named/")]
+        steps = [name for name in good if not name.startswith(("named/", "journal-"))]
         if len(steps) < told.left:
             return f"{len(steps)} checkpoints are left, and {told.left} were"
         return None
+
+
+def loadable(good: dict[str, Record]) -> dict[str, int]:
+    """The generations of checkpoints, and of those records of a journal that have a checkpoint and all records before them."""
+    found = [Candidate(Path(name), record) for name, record in good.items()]
+    rows = journaled([e for e in found if e.record.journal is None], [e for e in found if e.record.journal is not None])
+    reached = {str(each.path) for row in rows for each in row.records}
+    return {name: record.generation for name, record in good.items() if record.journal is None or name in reached}
 
 
 @dataclass(frozen=True)

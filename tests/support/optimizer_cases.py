@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import fxckpt
+from fxckpt.graph.update.trace import ELEMENTWISE
 
 STEPS = 6
 LR = 1e-2
@@ -290,7 +291,8 @@ def rows(name: str, full: bool = True) -> Iterator[tuple[dict[str, Any], dict[st
             else:
                 cells[form] = outcome(name, options, form, "native")
         shown = [str(c) if isinstance(c, Outcome) else c if c in ("–", NOT_RUN) else "PyTorch refuses" for c in cells.values()]
-        yield options, cells, f"| {name} | {label(options)} | {' | '.join(shown)} | {_compiled(name, cells)} |"
+        last = f"{_compiled(name, cells)} | {_journalled(name, shown)}"
+        yield options, cells, f"| {name} | {label(options)} | {' | '.join(shown)} | {last} |"
 
 
 def _compiled(name: str, cells: dict[str, Outcome | str]) -> str:
@@ -302,8 +304,14 @@ def _compiled(name: str, cells: dict[str, Outcome | str]) -> str:
     return f"within {BOUNDS[name]}" if name in BOUNDS else "native"
 
 
-HEADER = """| optimizer | options | single | foreach | fused | `update="inductor"` |
-| --- | --- | --- | --- | --- | --- |"""
+def _journalled(name: str, shown: list[str]) -> str:
+    """Which forms a journal stores as gradients: those whose step is split."""
+    whole = [form for form, cell in zip(FORMS, shown) if cell == "whole step"]
+    return "in full" if name not in ELEMENTWISE else "yes" if not whole else f"yes; {', '.join(whole)} in full"
+
+
+HEADER = """| optimizer | options | single | foreach | fused | `update="inductor"` | journal |
+| --- | --- | --- | --- | --- | --- | --- |"""
 
 
 def table(progress: Callable[[str], None] = lambda name: None) -> str:

@@ -57,11 +57,11 @@ class Trainer:
             2,
         )
 
-    def begin(self, step: int, name: str | None = None) -> tuple[Slot, object]:
-        """Acquire a slot and hand everything over to the engine."""
+    def begin(self, step: int, name: str | None = None, journal: bool = False) -> tuple[Slot, object]:
+        """Acquire a slot, for a record of the ``journal`` perhaps, and hand everything over to the engine."""
         for array in (*self.tensors.values(), *self.moments.values()):
             array[:] = step
-        slot = self.store.acquire(name)
+        slot = self.store.acquire(name, journal) if journal else self.store.acquire(name)
         try:
             checkpoint = self.engine.begin(self.plan, slot.path, FILES)
             self._begun(slot, checkpoint)

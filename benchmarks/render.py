@@ -1,0 +1,265 @@
+"""Results of benchmarks as Markdown: every figure that the README and docs/benchmarks.md name comes from here."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Numbers = dict[str, Any]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown, the first column without a title as often as not."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |")
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """The median, and the range if there is one."""
+    middle = f"{statistics.median(values):.{digits}f}"
+    return middle if len(values) < 2 else f"{middle} ({min(values):.{digits}f} – {max(values):.{digits}f})"
+
+
+def size(count: float) -> str:
+    """Bytes, in MB or GB."""
+    return (f"{count / 1e9:.2f} GB" if abs(count) >= 1e9 else f"{count / 1e6:.0f} MB").replace("-", "−")
+
+
+def duration(seconds: float) -> str:
+    """In ms, or s from one on."""
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
+
+
+def machine_line(machine: Numbers) -> str:
+    """What the figures were measured on."""
+    text = "{cores} cores of {processor}, {memory_gib} GiB, {file_system}, Linux {kernel}, Python {python}, PyTorch {torch}"
+    return text.format_map(machine)
+
+
+# ---- models.json ----
+
+
+def measured(model: Numbers) -> dict[str, Numbers]:
+    """The ways that have rounds."""
+    return {key: way for key, way in model["ways"].items() if "every" in way}
+
+
+def absent(model: Numbers) -> list[str]:
+    """What is to be said of the others, and of what failed later."""
+    return [f"{way['label']}: {way['failed']}" for way in model["ways"].values() if "failed" in way]
+
+
+def extra_memory(way: Numbers, every: str) -> float:
+    """Peak memory of a process that saves, above that of one that only trains."""
+    return way["every"][every]["peak_memory"] - way["every"]["none"]["peak_memory"]
+
+
+def restores(way: Numbers) -> list[float]:
+    """Seconds of each restore."""
+    return [kill["seconds"] for kill in way.get("kills", [])]
+
+
+def restored(way: Numbers) -> str:
+    """Seconds to restore."""
+    return spread(restores(way)) + " s" if restores(way) else "–"
+
+
+def lost(row: Numbers) -> str:
+    """Steps that a kill costs, on average and at worst."""
+    return f"{row['lost']['mean']:.1f} (at most {row['lost']['most']})" if "lost" in row else "–"
+
+
+def killed(way: Numbers) -> str:
+    """What real kills cost."""
+    return ", ".join(str(kill["lost"]) for kill in way.get("kills", [])) or "–"
+
+
+CADENCES = {"1": "every step", "10": "every tenth", "auto": '`"auto"`'}
+
+
+def models_of(numbers: Numbers) -> str:
+    """The names of the models, and what they are trained on."""
+    each = [
+        f"{model['label']} ({model['parameters'] / 1e6:.0f}M parameters, {size(model['state_bytes'])} of state, "
+        f"{model['batch']} a step, which takes {statistics.median(plain_rounds(model)):.1f} s)"
+        for model in numbers["models"].values()
+    ]
+    return "; ".join(each)
+
+
+def plain_rounds(model: Numbers) -> list[float]:
+    """Seconds of steps without checkpoints, of all ways."""
+    return [seconds for way in measured(model).values() for seconds in way["every"]["none"]["rounds"]]
+
+
+def conditions(numbers: Numbers) -> str:
+    """Where and how it was measured."""
+    note = f"; {numbers['note']}" if numbers["note"] else ""
+    rounds = [len(way["every"]["none"]["rounds"]) for model in numbers["models"].values() for way in measured(model).values()]
+    often = f"{min(rounds)}" if min(rounds) == max(rounds) else f"{min(rounds)} to {max(rounds)}"
+    plural = "round" if often == "1" else "rounds"
+    return f"{machine_line(numbers['machine'])}, OpenMP's wait policy {numbers['omp_wait_policy']}{note}; {often} {plural}"
+
+
+def overhead(numbers: Numbers, every: str = "1") -> str:
+    """Step time against none: a row for each way, a column for each model."""
+    models = list(numbers["models"].values())
+    keys = list(dict.fromkeys(key for model in models for key in measured(model)))
+    rows = []
+    for key in keys:
+        ways = [measured(model).get(key) for model in models]
+        cells = [spread(way["every"][every]["ratios"]) if way else "–" for way in ways]
+        rows.append([next(way["label"] for way in ways if way), *cells])
+    return table([CADENCES[every], *(model["label"] for model in models)], rows)
+
+
+def costs(model: Numbers) -> str:
+    """What else the ways take for one model."""
+    rows = [
+        [
+            way["label"],
+            spread(way["every"]["10"]["ratios"]),
+            duration(way["every"]["1"]["stall_seconds"]),
+            restored(way),
+            size(extra_memory(way, "1")),
+            size(way["every"]["1"]["held"]),
+            f"{way['every']['1']['lost']['mean']:.1f}",
+        ]
+        for way in measured(model).values()
+    ]
+    head = [model["label"], "every tenth step", "stall, each", "restore", "memory above none", "disk", "steps lost to a kill"]
+    return table(head, rows)
+
+
+def by_cadence(model: Numbers) -> str:
+    """All that depends on how often it is saved: a row for each way and cadence."""
+    rows = []
+    for way in measured(model).values():
+        for every, name in CADENCES.items():
+            if (row := way["every"].get(every)) is not None:
+                ratio = spread(row["ratios"]) + (" *" if row.get("computed") else "")
+                memory, written = size(extra_memory(way, every)), size(row["bytes"])
+                rows.append([f"{way['label']}, {name}", ratio, duration(row["stall_seconds"]), memory, written, lost(row)])
+    return table(
+        [model["label"], "step against none", "stall, each", "memory above none", "written, each", "lost to a kill"], rows
+    )
+
+
+def by_way(model: Numbers) -> str:
+    """What a way takes however often it saves, and the kills."""
+    rows = [
+        [way["label"], way["version"], restored(way), size(way["every"]["1"]["held"]), killed(way), failures(way)]
+        for way in measured(model).values()
+    ]
+    head = [model["label"], "version", "restore", "disk, at every step", "steps lost in each kill", "newest that did not load"]
+    return table(head, rows)
+
+
+def failures(way: Numbers) -> str:
+    """How many of the kills left something newer that did not load."""
+    kills = way.get("kills", [])
+    return f"{sum(bool(kill['errors']) for kill in kills)} of {len(kills)}" if kills else "–"
+
+
+# ---- where fxckpt loses ----
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Something of which less is better."""
+
+    name: str
+    of: Callable[[Numbers], float | None]
+    text: Callable[[float], str]
+    least: float  # a smaller difference is none
+
+
+MEASURES = (
+    Measure("step time at every step", lambda w: w["every"]["1"]["ratio"], lambda v: f"{v:.2f}", 0.01),
+    Measure("step time at every tenth", lambda w: w["every"]["10"]["ratio"], lambda v: f"{v:.2f}", 0.01),
+    Measure("stall of a save", lambda w: w["every"]["1"]["stall_seconds"], duration, 0.001),
+    Measure("restore", lambda w: statistics.median(restores(w)) if restores(w) else None, lambda v: f"{v:.2f} s", 0.05),
+    Measure("memory above none", lambda w: extra_memory(w, "1"), size, 10e6),
+    Measure("disk", lambda w: w["every"]["1"]["held"], size, 10e6),
+    Measure("bytes written a checkpoint", lambda w: w["every"]["1"]["bytes"], size, 5e6),
+    Measure("steps lost to a kill at every step", lambda w: w["every"]["1"]["lost"]["mean"], lambda v: f"{v:.1f}", 0.05),
+)
+
+
+def losses(numbers: Numbers) -> str:
+    """For each measure in which others are better than fxckpt: the best of them, for each model."""
+    lines = []
+    for measure in MEASURES:
+        found = [text for model in numbers["models"].values() if (text := loss(model, measure))]
+        if found:
+            lines.append(f"* {measure.name}: {'; '.join(found)}")
+    return "\n".join(lines) or "* in nothing that was measured here"
+
+
+def loss(model: Numbers, measure: Measure) -> str:
+    """Who is better than fxckpt for this model, if anyone is."""
+    ways = measured(model)
+    values = {key: value for key, way in ways.items() if (value := measure.of(way)) is not None}
+    mine = values.pop("fxckpt", None)
+    if mine is None or not values:
+        return ""
+    best = min(values, key=lambda key: values[key])
+    if values[best] > mine - measure.least:
+        return ""
+    return f"{model['label']} {measure.text(mine)}, {ways[best]['label']} {measure.text(values[best])}"
+
+
+# ---- the other files of results ----
+
+OURS = {
+    "fxckpt": "fxckpt, `fused=True`",
+    "inductor": 'fxckpt, `update="inductor"`',
+    "mock": 'fxckpt, `writer="mock"` (writes nothing)',
+}
+
+
+KINDS = ("AdamW", "Adam", "SGD, momentum")
+
+
+def one_step(runs: Sequence[tuple[Numbers, str]]) -> str:
+    """overhead.py's step times against none, of several runs with a remark each."""
+    rows = []
+    for numbers, remark in runs:
+        for key, row in numbers["results"].items():
+            if key == "none":
+                continue
+            ratios = row["ratios"]
+            label = OURS.get(key, row["label"]) + remark
+            rows.append([label, f"{row['ratio']:.2f}", f"{min(ratios):.2f} – {max(ratios):.2f}"])
+    return table(["a checkpoint at every step with", "step time against none", "range"], rows)
+
+
+def write_and_restore(numbers: Numbers) -> str:
+    """io.py's speeds against the best plain loop."""
+    found = numbers["results"]
+    keys = {
+        "fxckpt": ("fxckpt",) * 2,
+        "safetensors + fsync": ("safetensors",) * 2,
+        "torch.save + fsync": ("torch.save", "torch.load"),
+    }
+    rows = [
+        [label, spread(found[f"write {writer}"]["ratios"]), spread(found[f"read {reader}"]["ratios"])]
+        for label, (writer, reader) in keys.items()
+    ]
+    return table(["", "write", "restore"], rows)
+
+
+def optimizers(numbers: Numbers) -> str:
+    """optimizer_step.py's ratios: AdamW / Adam / SGD in a cell, sizes in columns."""
+    names = {"default": "default flags, native", "foreach": "`foreach=True`, native", "fused": "`fused=True`, native"}
+    names["inductor"] = '`update="inductor"`'
+    sizes = [key.removesuffix(f", {KINDS[0]}") for key in numbers["results"] if key.endswith(f", {KINDS[0]}")]
+    return table(["", *sizes], [[name, *(cell(numbers, size, word) for size in sizes)] for word, name in names.items()])
+
+
+def cell(numbers: Numbers, size: str, word: str) -> str:
+    """The ratios of one size and flag."""
+    rows = [numbers["results"][f"{size}, {kind}"] for kind in KINDS]
+    return " / ".join(f"{each['ratio']:.2f}" for row in rows for each in row if word in each["ours"])

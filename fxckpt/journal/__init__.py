@@ -1,0 +1,8 @@
+"""The journal: between two checkpoints, each step as the gradients that it was made with; and how such steps are made again.
+
+repeatable   which optimizers' steps come out the same
+layout       what lies where in a record
+chain        which checkpoint of a run is a record, on what it builds, and what changed outside a step
+digests      of layers, as the step left them
+replay       steps made again, from a checkpoint and the records behind it
+"""

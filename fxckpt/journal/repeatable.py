@@ -1,0 +1,60 @@
+"""Which optimizers' steps come out the same when they are made again from the same gradients: what is not known to is not
+journalled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fxckpt.compat.optimizers import plain_class
+from fxckpt.compat.ranks import world_size
+from fxckpt.graph.update.inductor import is_dense
+from fxckpt.graph.update.trace import ELEMENTWISE
+from fxckpt.optim.stepper import Stepper
+
+WAY_OUT = "each step is a full checkpoint instead; leave out journal= to have fewer of them"
+
+
+def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
+    """Why no step of this run is journalled, known before the first one; None if steps may be."""
+    if (why := _other_ranks()) is not None:
+        return why
+    if len(steppers) != 1:
+        return f"the run has {len(steppers)} optimizers, and a record holds one step of one"
+    stepper = steppers[0]
+    name = plain_class(stepper.opt).__name__
+    if not stepper.stock:
+        return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
+    if name not in ELEMENTWISE:
+        return f"{name} reduces over tensors or runs whole, and another number of threads may give it other bits"
+    if on_device:
+        return "parameters lie on a device, where steps made again were not compared yet"
+    return None
+
+
+def _other_ranks() -> str | None:
+    """Ranks agree on checkpoints, and on what none of them may give up; records of a journal are not part of that."""
+    if (world := world_size()) > 1:
+        return f"this is one of {world} ranks, which agree on full checkpoints only"
+    return None
+
+
+def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> str | None:
+    """Why the coming step is not journalled, though such steps may be."""
+    if (why := _other_ranks()) is not None:  # the process group may have come after compile_step
+        return why
+    if stepper.whole is not None:
+        return f"its own step runs whole ({stepper.whole})"
+    for member, grad in zip(stepper.executor.arranged.members, gradients):
+        if member.plain:
+            return f"{member.name} has optimizer state that is no tensor"
+        if grad is None:
+            continue
+        if (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape) or grad.is_conj() or grad.is_neg():
+            return f"the gradient of {member.name} is of another type than the parameter"
+        if grad.device != member.param.device or grad.layout is not torch.strided:
+            return f"the gradient of {member.name} is sparse, or lies elsewhere"
+        if not is_dense(grad):
+            return f"elements of the gradient of {member.name} share memory, or have gaps between them"
+    return None

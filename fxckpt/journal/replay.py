@@ -1,0 +1,171 @@
+"""Steps made again: a checkpoint's tensors and the records behind it give what training had, by the same update as then.
+
+The optimizer is a new one of the same class over the tensors that it is given. Its steps run by the same programs as a run's do,
+without a StepGraph: which code updates a parameter depends on its state and the step's inputs only.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt.errors import Corrupt
+from fxckpt.graph.model.layers import Layer
+from fxckpt.graph.update.trace import ELEMENTWISE
+from fxckpt.journal.chain import machine
+from fxckpt.journal.digests import digest
+from fxckpt.journal.layout import GRADIENT
+from fxckpt.optim.stepper import Stepper
+from fxckpt.saving.inventory import storable
+from fxckpt.saving.plan import source_items
+from fxckpt.store.dtypes import Tensor
+from fxckpt.store.journaled import Broken
+from fxckpt.store.names import GRADIENTS, MODEL, OPTIMIZER, state_key
+from fxckpt.store.reader import Reader
+from fxckpt.store.record import Journal, Record
+from fxckpt.store.typed_json import decode_state
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+Tensors = Mapping[tuple[str, str], torch.Tensor]
+"""By file and key."""
+
+
+class Replay:
+    """Makes steps again. ``tensors``: all parameters and all optimizer state of the checkpoint ``base``, read already, which the
+    steps change. ``optimizer``: what the base's record says of its optimizer, decoded."""
+
+    def __init__(self, base: Record, optimizer: Mapping[str, Any], tensors: Tensors, update: str | None):
+        if optimizer["class"] not in ELEMENTWISE:
+            raise Corrupt("the journal", f"it is of the optimizer {optimizer['class']!r}, whose steps are not journalled")
+        self._layers = {layer.name: layer for layer in base.layers if layer.kind == "update"}
+        self._tensors = tensors
+        self._names = [name for group in optimizer["groups"] for name in group["params"]]
+        params = {name: tensors[MODEL, name] for name in self._names}
+        groups = [{**group["settings"], "params": [params[n] for n in group["params"]]} for group in optimizer["groups"]]
+        self._opt: torch.optim.Optimizer = getattr(torch.optim, optimizer["class"])(groups)
+        for name, described in optimizer["state"].items():
+            self._opt.state[params[name]] = {key: tensors[OPTIMIZER, state_key(0, key, name)] for key in described["keys"]}
+        self._params, self._name_of = params, {id(param): name for name, param in params.items()}
+        self._stepper = Stepper(self._opt, update)
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
+
+    def make(self, readers: Sequence[Reader]) -> None:
+        """All steps of these records. Raises Broken, with the tensors in the middle of it."""
+        began = time.monotonic()
+        steps = f"step {readers[0].record.step} to {readers[-1].record.step}"
+        log.info("fxckpt: making %s again from the journal: %d updates", steps, len(readers))
+        for index, reader in enumerate(readers):
+            try:
+                self._step(reader, _journal(reader))
+            except Corrupt as error:
+                raise Broken(index, error) from error
+            self._compare(index, reader)
+        log.info("fxckpt: made %s again from the journal: %d updates in %.3g s", steps, len(readers), time.monotonic() - began)
+
+    def _step(self, reader: Reader, journal: Journal) -> None:
+        """Read a record, and make its step; then set what it has whole."""
+        places = {(t.file, t.key): t for t in reader.record.tensors()}
+        given = [name for name in self._names if (GRADIENTS, state_key(0, GRADIENT, name)) in places]
+        wanted = {(GRADIENTS, state_key(0, GRADIENT, name)): self._gradient(name, journal) for name in given}
+        whole = {place: tensor for place, tensor in self._tensors.items() if place in places and place[0] != GRADIENTS}
+        whole = {place: tensor for place, tensor in whole.items() if place[0] == OPTIMIZER or place[1] in self._params}
+        landing = {place: torch.empty(tensor.shape, dtype=tensor.dtype) for place, tensor in whole.items()}
+        for place, tensor in {**wanted, **landing}.items():
+            _check_fits(reader, places[place], tensor)
+        both = {place: storable(tensor) for place, tensor in {**wanted, **landing}.items()}
+        reader.read_into(dict(zip(both, source_items(list(both.values())))))
+        [groups] = decode_state(journal.groups, _StateTensors(reader))
+        self._update(reader, groups, set(given))
+        with torch.no_grad():
+            for place, tensor in whole.items():
+                tensor.copy_(landing[place])
+
+    def _gradient(self, name: str, journal: Journal) -> torch.Tensor:
+        """A tensor for this gradient, in the order of memory that it had: kernels go by it."""
+        param, strides = self._params[name], journal.strides.get(name)
+        wanted = param.stride() if strides is None else tuple(strides)
+        found = self._gradients.get(name)
+        if found is None or found.stride() != wanted:
+            if len(wanted) != param.dim() or sum((n - 1) * s for n, s in zip(param.shape, wanted)) >= max(param.numel(), 1):
+                raise Corrupt("the journal", f"the gradient of {name!r} has strides {wanted}, which are none of its shape")
+            found = self._gradients[name] = torch.empty_strided(param.shape, wanted, dtype=param.dtype)
+        return found
+
+    def _update(self, reader: Reader, groups: Sequence[Mapping[str, Any]], given: set[str]) -> None:
+        """One step, by the code that made it before."""
+        for group, settings in zip(self._opt.param_groups, groups):
+            group.update(settings)
+        for name, param in self._params.items():
+            param.grad = self._gradients[name] if name in given else None
+        stepper = self._stepper
+        try:
+            with torch.no_grad():
+                if stepper.bindings.stale():
+                    self._bind()
+                if stepper.strategy.own_part(None) is not None or stepper.whole is not None:
+                    raise Corrupt(reader.path, "its step is not one that can be made again from gradients")
+                stepper.strategy.run(None)
+        finally:
+            for param in self._params.values():
+                param.grad = None
+
+    def _bind(self) -> None:
+        stepper = self._stepper
+        stepper.bind(lambda param: self._name_of[id(param)], {})
+        stepper.executor.arrange(stepper.bindings.members, [Layer("all", tuple(self._names))], [], [0], None, {})
+
+    def _compare(self, index: int, reader: Reader) -> None:
+        """Compare the layers that this record has digests of. Raises Broken: the last step that is good is that of the record in
+        which the layer was compared before."""
+        journal = _journal(reader)
+        for name, crc in journal.digests.items():
+            layer = self._layers.get(name)
+            found = None if layer is None else digest(self._tensors[t.file, t.key] for t in layer.tensors)
+            if found != crc:
+                of_step = f"layer {name!r} of step {reader.record.step}"
+                what = f"{of_step}, made again, is not what training had (CRC-32C {found}, not {crc})"
+                if journal.machine != machine():
+                    what += f"; it was trained with {journal.machine}, and this is {machine()}"
+                raise Broken(self._digested.get(name, 0), Corrupt(reader.path, what, layer=name))
+            self._digested[name] = index + 1
+
+
+def _journal(reader: Reader) -> Journal:
+    """What makes its record one of a journal. Raises Corrupt if it is none."""
+    if reader.record.journal is None:
+        raise Corrupt(reader.path, "it is no record of a journal")
+    return reader.record.journal
+
+
+def _check_fits(reader: Reader, place: Any, tensor: torch.Tensor) -> None:
+    """A record's tensor must have the type and shape of what it is of: another program may have written it."""
+    real = storable(tensor)
+    if tuple(place.shape) != tuple(real.shape) or place.nbytes != real.nbytes:
+        raise Corrupt(reader.path, f"{place.key!r} is {place.dtype}{list(place.shape)}, of another shape than in its checkpoint")
+
+
+class _StateTensors(Mapping[str, Tensor]):
+    """The tensors of a record's extra state, read when the first is asked for: settings are numbers, most often."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+
+    @functools.cached_property
+    def _found(self) -> Mapping[str, Tensor]:
+        return self._reader.state_tensors()
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._found[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)

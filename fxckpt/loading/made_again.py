@@ -1,0 +1,108 @@
+"""Steps of the journal in a load: made again over the tensors of the checkpoint that was read, live ones where there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxckpt.errors import Corrupt, LayoutMismatch
+from fxckpt.journal.replay import Replay
+from fxckpt.loading import apply
+from fxckpt.loading.match import Match, match_tensors
+from fxckpt.loading.schema import Saved, check_encoded, decode
+from fxckpt.loading.target import Target
+from fxckpt.store import names
+from fxckpt.store.journaled import Broken, Journaled
+from fxckpt.store.reader import Reader
+from fxckpt.store.record import Record
+
+
+def open_journal(found: Journaled) -> list[Reader]:
+    """Readers of its records. Raises Broken for the first that is damaged."""
+    readers: list[Reader] = []
+    for each in found.records:
+        try:
+            reader = Reader(each.path)
+            check_encoded(reader.record, str(reader.path / names.COMMIT))
+            readers.append(reader)
+        except Corrupt as error:
+            raise Broken(len(readers), error) from error
+    return readers
+
+
+def verify(journal: Sequence[Reader] | None) -> None:
+    """Read all of it. Raises Broken for the first record that is damaged."""
+    for good, reader in enumerate(journal or ()):
+        try:
+            reader.verify()
+        except Corrupt as error:
+            raise Broken(good, error) from error
+
+
+def decoded(journal: Sequence[Reader], base: Record) -> Saved:
+    """What its last record says. Raises Broken."""
+    last = journal[-1]
+    try:
+        return decode(last.record, last.state_tensors(), str(last.path / names.COMMIT), base)
+    except Corrupt as error:
+        raise Broken(len(journal) - 1, error) from error
+
+
+Tensors = Mapping[tuple[str, str], torch.Tensor]
+
+
+def beside(base: Reader, saved: Saved, match: Match, target: Target) -> dict[tuple[str, str], torch.Tensor]:
+    """By file and key, what steps update and nobody has: to be read with the rest. Where there is no optimizer it is the state,
+    made for the steps only. Raises LayoutMismatch if something of an optimizer that is there is missing."""
+    optimizer = _optimizer(base, saved)
+    wanted = [(names.MODEL, name) for group in optimizer["groups"] for name in group["params"]]
+    wanted += [(names.OPTIMIZER, key) for key in saved.places]
+    missing = [place for place in wanted if place not in match.tensors]
+    if missing and target.optimizers:
+        listed = "".join(f"\n  {key}" for _, key in missing[:8])
+        raise LayoutMismatch(f"steps of the journal are made again with all that they update; not live:{listed}")
+    return new_tensors(base.record, optimizer, {place: t for place, t in match.tensors.items() if place in wanted})
+
+
+def _optimizer(base: Reader, saved: Saved) -> Mapping[str, Any]:
+    """The one that steps."""
+    if len(saved.optimizers) != 1:
+        raise Corrupt(base.path, f"a journal builds on it, which has steps of one optimizer, and it has {len(saved.optimizers)}")
+    return saved.optimizers[0]
+
+
+def new_tensors(base: Record, optimizer: Mapping[str, Any], live: Tensors) -> dict[tuple[str, str], torch.Tensor]:
+    """New ones for what ``live`` lacks of the parameters and state of this optimizer, in the order of memory that they had."""
+    places = {(t.file, t.key): t for t in base.tensors()}
+    made = Match()
+    for group in optimizer["groups"]:
+        for name in group["params"]:
+            described = optimizer["state"].get(name, {"keys": [], "strides": {}, "complex": [], "plain": {}})
+            param = live.get((names.MODEL, name))
+            if param is None:
+                place = places[names.MODEL, name]
+                same = (described["strides"][key] for key in described["keys"] if key in described["strides"])
+                strides = next((each for each in same if len(each) == len(place.shape)), None)
+                param = made.tensors[names.MODEL, name] = apply.state_tensor(place, strides, None, False, torch.device("cpu"))
+            keys = {key: places.get((names.OPTIMIZER, names.state_key(0, key, name))) for key in described["keys"]}
+            apply.make_state(keys, described, param, group["settings"], {}, made)
+    return {place: tensor for place, tensor in made.tensors.items() if place not in live}
+
+
+def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors) -> None:
+    """Make its steps, in place. Raises Broken."""
+    first = journal[0].record.journal
+    assert first is not None
+    Replay(base.record, _optimizer(base, saved), tensors, first.update).make(journal)
+
+
+def set_what_is_whole(last: Reader, target: Target) -> dict[str, torch.Tensor]:
+    """Set the buffers and frozen parameters that the last record has; those whose owners are not known yet are returned."""
+    match = match_tensors(last.record, target)
+    if match.wrong:
+        raise LayoutMismatch("\n".join([f"the record of step {last.record.step} does not fit:", *match.wrong]))
+    apply.read_tensors(last, {place: t for place, t in match.tensors.items() if place[0] == names.MODEL})
+    apply.set_buffers(match, target)
+    return apply.read_later(last, match.later)

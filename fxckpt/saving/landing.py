@@ -1,0 +1,47 @@
+"""What became of a checkpoint, for records of the journal that build on it; and what such a record says beside its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fxckpt.errors import Cancelled
+from fxckpt.store.record import Journal
+
+
+@dataclass(eq=False)
+class Landing:
+    """Of one checkpoint or record: its ``generation`` once it is committed (None where nothing is written), or ``failed``."""
+
+    generation: int | None = None
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class Link:
+    """What makes a checkpoint in flight a record of the journal. ``tensors`` go into the file of the extra state; ``watched`` is
+    the layer that is digested behind its update: its number, name and tensors."""
+
+    base: Landing
+    after: Landing
+    number: int
+    update: str | None
+    groups: Any
+    strides: dict[str, list[int]]
+    machine: str
+    tensors: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, int] = field(default_factory=dict)
+    watched: tuple[int, str, Sequence[torch.Tensor]] | None = None
+
+    def check(self) -> None:
+        """Raises Cancelled where what it builds on was not committed: nobody could load it."""
+        if self.base.failed or self.after.failed:
+            raise Cancelled("what this record of the journal builds on was not committed")
+
+    def record(self) -> Journal:
+        """For the record, once what it builds on is committed."""
+        base, after = self.base.generation or 0, self.after.generation or 0
+        return Journal(base, after, self.number, self.update, self.groups, self.strides, self.digests, self.machine)
