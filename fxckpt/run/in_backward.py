@@ -64,8 +64,8 @@ class InBackward:
         layer: str | Callable[[str], str],
         step: Begins,
     ):
-        self.open = False
-        self.complete = False
+        self.open: bool = False
+        self.complete: bool = False
         self.standing: dict[str, str] = {}  # see StepGraph.standing
         self._arrangement, self._status, self._layer = arrangement, status, layer
         self._step = step

@@ -185,15 +185,16 @@ def test_why_something_fell_back_is_logged(caplog):
     assert [layer.name for layer in opt.ckpt.graph.layers] == ["(root)"]
 
 
-def test_torch_logs_shows_it():
+def test_torch_logs_knows_our_logger_and_shows_it():
     """TORCH_LOGS takes the name of any logger, and sets its level before the package is imported."""
     code = (
-        "import torch, fxckpt\nm = torch.nn.Linear(2, 2)\n"
+        "import logging, torch, fxckpt\nprint(logging.getLogger('fxckpt').getEffectiveLevel())\nm = torch.nn.Linear(2, 2)\n"
         "o = fxckpt.compile_step(torch.optim.SGD(m.parameters(), lr=0.1, foreach=True), model=m, writer='mock', every=1)\n"
         "m(torch.ones(1, 2)).sum().backward(); o.step()"
     )
     env = {**os.environ, "TORCH_LOGS": "+fxckpt", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(logging.DEBUG)]
     for told in ("bound 2 parameters of SGD", "wrote the StepGraph: 1 layers", "traced SGD (foreach"):
         assert told in done.stderr

@@ -63,7 +63,10 @@ def history(ending: Ending) -> list[list[int]]:
     return json.loads(ending.lines[0].removeprefix("END "))
 
 
-@pytest.mark.parametrize("workers, persistent", [(0, False), (2, False), (2, True), (3, False), (3, True)])
+LOADERS = [(0, False), (2, True), (3, False)] + ([(2, False), (3, True)] if ROUNDS > 1 else [])
+
+
+@pytest.mark.parametrize("workers, persistent", LOADERS)
 def test_each_sample_is_seen_once_an_epoch_however_often_it_is_killed(workers, persistent, fork_server, tmp_path, counted):
     options = f"num_workers={workers}, persistent_workers={persistent}"
     loop = Loop(fork_server, SCRIPT.format(samples=SAMPLES, epochs=EPOCHS, options=options), tmp_path)

@@ -115,7 +115,7 @@ def test_a_pass_that_was_stopped_has_the_bits_of_plain_pytorch(case, how):
     assert resumed(make, stops) == whole, stops
 
 
-LEFT = [("shuffled", how) for how in HOW] + [("stream", how) for how in HOW]
+LEFT = [(case, how) for case in ("shuffled", "stream") for how in HOW if how != "2 workers"]
 LEFT += [("resumable stream", "2 workers"), ("resumable once, drop_last", "3 workers")]
 
 

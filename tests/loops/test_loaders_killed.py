@@ -47,7 +47,7 @@ def run(folder: Path, workers: int, persistent: bool) -> ProcessRun:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("workers", "persistent"), [(2, False), (2, True)])
+@pytest.mark.parametrize(("workers", "persistent"), [(2, True)])
 def test_a_reader_killed_at_random_sees_each_sample_once_an_epoch_with_the_same_bits(tmp_path, workers, persistent):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()

@@ -18,7 +18,7 @@ from waiting import TIMEOUT, committed, until
 
 from fxckpt.store.reader import checkpoints
 
-LIVES = int(os.environ.get("FXCKPT_RANKS", "3"))
+LIVES = int(os.environ.get("FXCKPT_RANKS", "2"))
 """Kills, each of one rank or of both."""
 
 MARK = "NOW THEY ARE KILLED"
