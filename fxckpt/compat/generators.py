@@ -23,10 +23,32 @@ class Glance(NamedTuple):
     """The normal deviate that waits to be used."""
 
 
+class Ends(NamedTuple):
+    """A glance where nothing but both ends of its words differ from the one before."""
+
+    kind: str
+    words: tuple[bytes, bytes]
+    gauss: float | None
+
+
 Look = Callable[[], Glance | None]
 """Takes a glance; None where numpy's generator draws from other bits by now."""
 
+_END = 64  # bytes at either end, in one of which the place is: the words change when all were used
 _Words = ctypes.c_char * (625 * 4)
+
+
+def since(before: Glance, now: Glance) -> Glance | Ends:
+    """A glance without what it has in common with the one before: little to send, for few draws use up all words."""
+    if now.words[_END:-_END] != before.words[_END:-_END]:
+        return now
+    return Ends(now.kind, (now.words[:_END], now.words[-_END:]), now.gauss)
+
+
+def completed(before: Glance, now: Ends) -> Glance:
+    """The glance that ``since`` was given."""
+    head, tail = now.words
+    return Glance(now.kind, head + before.words[_END:-_END] + tail, now.gauss)
 
 
 def looking_at(generator: Any) -> Look | None:

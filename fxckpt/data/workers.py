@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.utils.data import get_worker_info
 
+from fxckpt.compat.generators import Ends, Glance, completed, since
 from fxckpt.compat.loaders import DataEnded, pinned, take_back_place, takes_back_its_place, tell_end
 from fxckpt.data.generators import Owned, Reader, entry, global_generators, packed, same, write_all
 from fxckpt.data.sampling import Order, kept_by_data
@@ -57,8 +58,9 @@ class Arrivals:
 
     def _merge(self, worker: int, changed: State | None) -> None:
         if changed:
-            self.drew = True
-            self.states[worker] = {**self.states[worker], **changed}
+            self.drew, before = True, self.states[worker]
+            glances = {name: completed(before[name], now) for name, now in changed.items() if isinstance(now, Ends)}
+            self.states[worker] = {**before, **changed, **glances}
 
 
 def _leave_if_orphaned(trainer: int) -> None:
@@ -80,6 +82,7 @@ class InWorker:
         self._dataset: Any = None
         self._ended = False
         self._batches = 0
+        self._sent: set[str] = set()  # generators whose state the trainer has
 
     def init(self, worker: int) -> None:
         """A new worker of that number, begun as ever; then what the former one had become."""
@@ -139,11 +142,19 @@ class InWorker:
         states = self._reader.read()
         for name, now in states.items():
             if name not in self._last or not same(self._last[name], now):
-                found[name] = now if name.startswith("global/") else entry(self._generators[name], now)
+                found[name] = self._news(name, now) if name.startswith("global/") else entry(self._generators[name], now)
         self._last = states
         if not self._kept.stands_still() and not same(kept := self._kept.state(whole=False), self._last_kept):
             found["data"] = self._last_kept = kept
         return found
+
+    def _news(self, name: str, now: Any) -> Any:
+        """What the trainer does not know of a generator's state."""
+        before = self._last.get(name)
+        if name in self._sent and isinstance(now, Glance) and isinstance(before, Glance):
+            return since(before, now)
+        self._sent.add(name)
+        return now
 
 
 def packed_states(states: list[State]) -> list[State]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxckpt.compat.generators import looking_at
+from fxckpt.compat.generators import Ends, Glance, completed, looking_at, since
 from fxckpt.data.generators import Reader, is_kind, kind_of, packed, read, same, write
 
 DRAWS = {
@@ -45,6 +45,9 @@ def test_a_state_read_where_it_lies_is_the_one_asked_for_and_differs_when_it_mov
         DRAWS[kind][draw % len(DRAWS[kind])](generator)
         now, asked = reader.read()["it"], read(generator)
         assert equal(packed(now), packed(asked))
+        if isinstance(now, Glance):
+            sent = since(before, now)
+            assert (completed(before, sent) if isinstance(sent, Ends) else sent) == now
         assert same(before, now) == equal(packed(asked_before), packed(asked))
         other = MAKE[kind]()
         write(other, packed(now))
@@ -54,6 +57,19 @@ def test_a_state_read_where_it_lies_is_the_one_asked_for_and_differs_when_it_mov
 def test_the_three_kinds_that_people_draw_from_are_read_where_they_lie():
     assert all(looking_at(MAKE[kind]()) is not None for kind in ("torch", "numpy", "python"))
     assert looking_at(MAKE["numpy's new ones"]()) is None
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "python"])
+def test_of_a_few_draws_little_is_sent_until_all_words_are_used(kind):
+    generator = MAKE[kind]()
+    look = looking_at(generator)
+    DRAWS[kind][0](generator)  # makes the first words
+    before, sent = look(), []
+    for _ in range(700):
+        DRAWS[kind][0](generator)
+        before, news = (now := look()), since(before, now)
+        sent.append(isinstance(news, Ends))
+    assert 0 < sent.count(False) < 20
 
 
 def test_a_class_of_the_users_is_asked():
