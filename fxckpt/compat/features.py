@@ -65,6 +65,15 @@ USEFUL: Mapping[str, Sequence[str]] = {
         "torch._inductor.cudagraph_trees.reset_cudagraph_trees",
         "torch._inductor.custom_graph_pass.CustomGraphPass",
     ),
+    'updates="in_backward"': (
+        "torch.Tensor._make_wrapper_subclass",
+        "torch._C._disabled_torch_function_impl",
+        "torch._C._will_engine_execute_node",
+        "torch._dynamo.compiled_autograd.compiled_autograd_enabled",
+        "torch._inductor.custom_graph_pass.CustomSchedulerPass",
+        "torch.autograd.Variable._execution_engine",
+        "torch.utils._pytree.tree_leaves",
+    ),
     "load() in a job of several ranks": ("torch.distributed.distributed_c10d._get_default_store",),
     "torch.compile around a function with a step in it": (
         "torch._C._dynamo.eval_frame.get_eval_frame_callback",
