@@ -26,6 +26,7 @@ NEEDED: Mapping[str, Sequence[str]] = {
     "checkpoints": (
         "torch._C._autograd._profiler_enabled",
         "torch._C._current_graph_task_id",
+        "torch._C._disabled_torch_function_impl",
         "torch._C._functorch.is_functorch_wrapped_tensor",
         "torch._C._len_torch_dispatch_stack",
         "torch._C._len_torch_function_stack",
@@ -67,7 +68,6 @@ USEFUL: Mapping[str, Sequence[str]] = {
     ),
     'updates="in_backward"': (
         "torch.Tensor._make_wrapper_subclass",
-        "torch._C._disabled_torch_function_impl",
         "torch._C._will_engine_execute_node",
         "torch._dynamo.compiled_autograd.compiled_autograd_enabled",
         "torch._inductor.custom_graph_pass.CustomSchedulerPass",
