@@ -101,7 +101,7 @@ def stops_for(name: str, count: int) -> set[int]:
     return {*rng.sample(range(1, count), 3), BETWEEN * rng.randrange(1, 3)}
 
 
-UNEVEN = ["shuffled", "resumable stream", "resumable once, drop_last"]  # with three, too
+UNEVEN = ["shuffled", "resumable once, drop_last"]  # with three, too
 
 
 @pytest.mark.parametrize(("case", "how"), [(case, how) for case in CASES for how in HOW if how != "3 workers" or case in UNEVEN])
