@@ -57,7 +57,7 @@ def _order(each: Candidate | Corrupt) -> tuple[int, int]:
     if isinstance(each, Candidate):
         return each.record.step, each.record.generation
     name = os.path.basename(directory_of(each))
-    return names.step_of(name) or names.step_of(name, names.RECORDS) or 0, -1
+    return names.step_of(name, None) or 0, -1
 
 
 def steps_of_journal(directory: str) -> list[Journaled]:
@@ -117,8 +117,7 @@ def choose(found: Sequence[Candidate | Corrupt], directory: str, which: str | No
         called = {os.path.join(os.path.abspath(directory), name) for name in (which, os.path.join(names.NAMED, which))}
         step = int(which) if which.isdecimal() else -1
         meant = [each for each in found if directory_of(each) in called]
-        meant += [each for each in found for name in [os.path.basename(directory_of(each))]
-                  if step in (names.step_of(name), names.step_of(name, names.RECORDS))]  # fmt: skip
+        meant += [each for each in found if names.step_of(os.path.basename(directory_of(each)), None) == step]
     for each in meant:
         if isinstance(each, Corrupt):
             raise each

@@ -52,9 +52,8 @@ def _row(each: Candidate | Corrupt, directory: str) -> dict:
     """One checkpoint, or what is wrong with its record."""
     if isinstance(each, Corrupt):
         path = os.path.relpath(directory_of(each), os.path.abspath(directory))
-        name = os.path.basename(directory_of(each))
-        step = names.step_of(name)
-        return {"path": path, "step": names.step_of(name, names.RECORDS) if step is None else step, "damaged": each.reason}
+        step = names.step_of(os.path.basename(directory_of(each)), None)
+        return {"path": path, "step": step, "damaged": each.reason}
     record, kept = each.record, "named" if each.record.name is not None else each.record.lasting
     if record.journal is not None:
         kept = f"journal {record.journal.number}, on {record.journal.base}"

@@ -196,9 +196,8 @@ def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step
                 log.error("fxckpt: %s; looking for an older step", each)
                 skipped.append(entry)
         return list(rows)
-    there = [(row, i) for row in rows for i, each in enumerate(row.records) if each.record.step == step]
-    asked = [cut for row, i in there if (cut := row.cut(i + 1)) is not None]
-    return [*asked] or [each for each in lost if step_of(each) == step]
+    asked: list[Found] = [each for row in rows for each in row.steps() if each.record.step == step]
+    return asked or [each for each in lost if step_of(each) == step]
 
 
 def _say_what_is_not_made_again(directory: str, found: Candidate | None) -> None:
@@ -250,7 +249,7 @@ def _is_meant(each: Found, step: int | None, name: str | None, directory: str) -
     if not isinstance(each, Corrupt):
         return step in (None, each.record.step) and name in (None, each.record.name)
     at = os.path.relpath(directory_of(each), os.path.abspath(directory))
-    return at == os.path.join(names.NAMED, name) if name is not None else step in (names.step_of(at), step_of(each))
+    return at == os.path.join(names.NAMED, name) if name is not None else names.step_of(at, None) == step
 
 
 def _generation(each: Found) -> int:

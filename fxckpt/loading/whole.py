@@ -129,7 +129,7 @@ def check_again(found: Journaled) -> None:
 def journaled_step(found: Sequence[Journaled], path: str) -> Journaled:
     """The row up to the record in this directory. Raises Corrupt if none leads to it."""
     for row in found:
-        for count, each in enumerate(row.records, 1):
-            if str(each.path) == path and (cut := row.cut(count)) is not None:
-                return cut
+        for each in row.steps():
+            if str(each.path) == path:
+                return each
     raise Corrupt(os.path.join(path, names.COMMIT), "what it builds on is missing")

@@ -32,6 +32,7 @@ from fxckpt.run.arming import ADDED_UP, Seen, against_all, against_at_step, agai
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus
 from fxckpt.run.habit import NEEDED, Habit
+from fxckpt.saving.inventory import trained_by
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -100,7 +101,7 @@ class InBackward:
 
     def layer_of(self, names: dict[int, str], tensor: torch.Tensor) -> tuple[str, str] | None:
         """See ``graph.backward.region.LayerOf``."""
-        if not any(tensor is p for opt in self._arrangement.optimizers for group in opt.param_groups for p in group["params"]):
+        if not any(tensor is p for p in trained_by(self._arrangement.optimizers)):
             return None
         name = names.get(id(tensor), "?")
         return name, layer_name(name, self._layer)

@@ -30,6 +30,10 @@ class Journaled:
         """The last one."""
         return self.records[-1].record
 
+    def steps(self) -> Iterator[Journaled]:
+        """Of each of its records, in order, the row up to it."""
+        return (Journaled(self.base, self.records[:count]) for count in range(1, len(self.records) + 1))
+
     def cut(self, count: int) -> Journaled | None:
         """With its first records only; None without any."""
         return Journaled(self.base, self.records[:count]) if count > 0 else None

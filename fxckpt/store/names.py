@@ -43,10 +43,10 @@ def step_name(step: int, generation: int | None = None, kind: str = STEPS) -> st
     return f"{kind}-{step:09d}" if generation is None else f"{kind}-{step:09d}-g{generation}"
 
 
-def step_of(name: str, kind: str = STEPS) -> int | None:
-    """The step that a checkpoint directory's name says, or None if it is not one of this ``kind``."""
+def step_of(name: str, kind: str | None = STEPS) -> int | None:
+    """The step that a checkpoint directory's name says, or None if it is not one of this ``kind``; None: of either."""
     match = _COMMITTED.fullmatch(name)
-    return int(match[2]) if match and match[1] == kind else None
+    return int(match[2]) if match and kind in (None, match[1]) else None
 
 
 def generation_of(name: str) -> int | None:

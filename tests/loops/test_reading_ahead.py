@@ -32,8 +32,8 @@ def one_by_one(batches):
     yield from batches
 
 
-def behind_a_thread(batches, room):
-    """A thread reads on as far as there is room, and ends with the passes."""
+def behind_a_thread(batches, room, wait=False):
+    """A thread reads on as far as there is room, and ends with the pass; ``wait`` until it has."""
     found = queue.Queue(room)
 
     def read():
@@ -41,12 +41,15 @@ def behind_a_thread(batches, room):
             found.put(each)
         found.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    if wait:
+        thread.join()
     return iter(found.get, None)
 
 
-def train(store, wrapped, turn=None, passes=2):
-    """Over eight batches a pass; ``turn(i, model, opt, batch)`` instead of a step for each."""
+def train(store, wrapped, turn=None, passes=2) -> int:
+    """Over eight batches a pass; ``turn(i, model, opt, batch)`` instead of a step for each. Returns how many steps were made."""
     model = nn.Linear(4, 4)
     opt = torch.optim.SGD(model.parameters(), lr=0.01)
     fxckpt.compile_step(opt, store, model=model, every=1, update="native")
@@ -57,6 +60,7 @@ def train(store, wrapped, turn=None, passes=2):
                 (turn or step)(i, model, opt, batch)
     finally:
         opt.ckpt.shutdown()
+    return opt.ckpt.statistics()["steps"]
 
 
 def step(i, model, opt, batch):
@@ -103,12 +107,7 @@ def test_a_thread_that_reads_ahead_is_refused_at_the_first_step(tmp_path):
 
 
 def test_a_thread_that_is_through_with_its_pass_is_not_in_the_way_of_a_plain_loop(tmp_path):
-    def turn(i, model, opt, batch):
-        if i == 0:  # all batches are there
-            threading.Event().wait(0.2)
-        model(batch)
-
-    train(tmp_path, lambda batches: behind_a_thread(batches, room=20), turn, passes=1)
+    assert train(tmp_path, lambda batches: behind_a_thread(batches, room=20, wait=True), passes=1) == 8
 
 
 def test_loop_and_step_in_one_thread_of_their_own_are_fine(tmp_path, caplog):
