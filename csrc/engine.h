@@ -32,7 +32,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FX_ABI 8      /* bumped when this header changes, so that a stale build is noticed */
+#define FX_ABI 9      /* bumped when this header changes, so that a stale build is noticed */
 #define FX_BLOCK 4096 /* alignment of O_DIRECT: of memory, file offsets and lengths */
 #define FX_PATH 4096
 #define FX_MAX_DIMS 64
@@ -173,7 +173,8 @@ struct fx_held {
 };
 
 /* Opens or creates the plan's files, sets their sizes. `at`: the directory they lie in, whose entries the last names of the
- * paths are; AT_FDCWD: the paths count. A link or anything else that is no file is refused. A chunk that is `held` (may be
+ * paths are; AT_FDCWD: the paths count. A file whose path is empty is opened by nobody: its chunks are copied and checksummed,
+ * and not written. A link or anything else that is no file is refused. A chunk that is `held` (may be
  * NULL) is not written again. A CRC has 32 bits: give only chunks that are expected not to have changed.
  * -EBUSY: another checkpoint that is not settled has one of these files. */
 int fx_begin(struct fx_engine *engine, struct fx_plan *plan, int at, const char *const *paths,

@@ -1,9 +1,10 @@
-"""DistributedDataParallel under torchrun, killed and restarted: every rank has a store of its own, all start from one step.
+"""DistributedDataParallel under torchrun, killed and restarted: all ranks write one store together, and start from one step.
 
     torchrun --nproc-per-node 2 --max-restarts 10 examples/train_ddp.py --epochs 4
 
 Kill a rank while it trains (`kill -9`): the agent restarts all, each prints the step that all of them load, and the last lines,
-digests of the weights, are those of a run that nobody killed. The lines with `fxckpt` are all there is to it.
+digests of the weights, are those of a run that nobody killed. The lines with `fxckpt` are all there is to it. On machines
+without a shared disk (`--own`) each rank has a store of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ import fxckpt
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What was asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", default="checkpoints", help="a directory; each rank has one in it")
+    parser.add_argument("--dir", default="checkpoints", help="a directory, the same for all ranks")
+    parser.add_argument("--own", action="store_true", help="each rank has a store of its own in it")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--every", type=int, default=2, help="steps between two checkpoints")
     parser.add_argument("--width", type=int, default=64)
@@ -63,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(rank)  # dropout differs between ranks
     loader = make_loader()
 
-    fxckpt.compile_step(opt, f"{args.dir}/rank{rank}", model=model, every=args.every)
+    directory = f"{args.dir}/rank{rank}" if args.own else args.dir
+    fxckpt.compile_step(opt, directory, model=model, every=args.every)
     restored = fxckpt.load()
     print(f"life {life} rank {rank} starts at step {restored.step}", flush=True)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fxckpt.errors import (
     Cancelled,
     Corrupt,
+    Diverged,
     EngineMissing,
     FxckptError,
     LayoutMismatch,
@@ -56,8 +57,8 @@ _MODULES = ("hf", "lightning")
 """Each needs a package that ``pip install fxckpt[hf]`` or ``fxckpt[lightning]`` brings."""
 
 __all__ = [
-    "Cancelled", "Checkpointed", "Committed", "Corrupt", "EngineMissing", "Failed", "FxckptError", "Handle", "Imported",
-    "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore", "RanksDisagree",
+    "Cancelled", "Checkpointed", "Committed", "Corrupt", "Diverged", "EngineMissing", "Failed", "FxckptError", "Handle",
+    "Imported", "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore", "RanksDisagree",
     "Restored", "SaveFailed", "SetupError", "StateError", "Statistics",
     "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "batches", "checkpoints", "compile_step", "epochs",
     "import_checkpoint", "latest", "load", "steps",

@@ -56,6 +56,7 @@ class Config:
     read_back: str = "sampled"
     fresh: bool = False
     journal: int = 1
+    on_divergence: str = "warn"
 
     def __post_init__(self, preset: str | None) -> None:
         if preset is not None and preset not in PRESETS:
@@ -81,6 +82,7 @@ class Config:
             raise SetupError(f'{what}: journal={self.journal} and updates="in_backward" do not go together')
         _one_of("on_error", self.on_error, ("warn", "raise"))
         _one_of("read_back", self.read_back, MODES)
+        _one_of("on_divergence", self.on_divergence, ("warn", "raise", "off"))
         _one_of("writer", self.writer, ("thread", "monitor", "mock"))
         if self.writer == "monitor" and self.staging_bytes < 2 * (self.chunk_mb << 20):
             least = f"two chunks of {self.chunk_mb} MiB at least: staging_mb is {self.staging_bytes >> 20}"

@@ -64,6 +64,10 @@ class RanksDisagree(StoreError):
     """The ranks of a job cannot start from one step, or one of them is dead; the message names each."""
 
 
+class Diverged(RanksDisagree):
+    """Replicas of one training have other bits in place of the same tensor (``on_divergence="raise"``)."""
+
+
 class Corrupt(StoreError):
     """Stored bytes do not verify.
 

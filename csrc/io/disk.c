@@ -18,9 +18,13 @@ static bool is_touched(const struct fx_file_id *waited, const struct stat *now) 
            waited->modified_ns != nanoseconds(now->st_mtim) || waited->changed_ns != nanoseconds(now->st_ctim);
 }
 
+/* Only the checksums of such a file are wanted. */
+static bool is_nowhere(const struct ck_file *file) { return !*file->path; }
+
 /* O_DIRECT if wanted and accepted: a file system that cannot do it says EINVAL. Never through a link, and nothing but a file:
  * what lies there instead is not ours to write to. */
 static int open_file(struct fx_engine *engine, int at, struct ck_file *file, struct fx_error *error) {
+    if (is_nowhere(file)) return 0;
     int flags = O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, r = -EINVAL;
     if (engine->options.direct) r = fx_open(at, file->path, flags | O_DIRECT, 0666);
     file->direct = r >= 0;
@@ -42,6 +46,7 @@ static int open_file(struct fx_engine *engine, int at, struct ck_file *file, str
 /* A recycled file has its size already, and then nothing is done: a new size is a change of metadata to be
  * synced. */
 static int resize_file(struct ck_file *file, uint64_t nbytes, struct fx_error *error) {
+    if (is_nowhere(file)) return 0;
     struct stat st;
     if (fstat(file->fd, &st)) return fx_error_set(error, "fstat", file->path, -1, errno);
     if ((uint64_t)st.st_size == nbytes) return 0;
@@ -95,7 +100,7 @@ int fx_disk_store(struct writer *writer, struct fx_checkpoint *ck, uint32_t inde
     fx_unlock(engine);
     int64_t start = fx_now();
     int r = 0;
-    if (!fx_is_known(ck, index)) {
+    if (!fx_is_known(ck, index) && !is_nowhere(&ck->files[chunk->file])) {
         r = write_chunk(ck, chunk, data);
         engine->written->ns += (uint64_t)(fx_now() - start);
     }
@@ -116,6 +121,7 @@ static int close_file(struct fx_engine *engine, struct ck_file *file) {
 
 /* Edge D of docs/format.md: without the sync, a record could reach the disk before the data it vouches for. */
 int fx_disk_sync(struct writer *writer, struct fx_checkpoint *ck, struct ck_file *file, struct fx_error *error) {
+    if (is_nowhere(file)) return 0;
     struct fx_engine *engine = ck->engine;
     int64_t start = fx_now();
     int r = fx_fdatasync(file->fd), closed = close_file(engine, file);

@@ -19,7 +19,7 @@ from fxckpt.cli import common
 from fxckpt.engine import io
 from fxckpt.errors import NoCheckpoint
 from fxckpt.store.dtypes import DTYPES, item_size, numpy_dtype
-from fxckpt.store.names import OPTIMIZER
+from fxckpt.store.names import OPTIMIZER, kind_of
 from fxckpt.store.reader import Candidate, Reader
 
 HELP = "which layers changed between two steps, and by how much"
@@ -112,18 +112,18 @@ def compare(
     first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool, progress: common.Progress
 ) -> Iterator[Row]:
     """The layers (or tensors) of the first, a piece at a time, then those that only the second has."""
-    others = {(tensor.file, tensor.key): tensor for tensor in second.record.tensors()}
+    others = {(kind_of(tensor.file), tensor.key): tensor for tensor in second.record.tensors()}
     for layer in first.record.layers:
         rows: dict[str, Row] = {}
         for tensor in layer.tensors:
             name = tensor.key if tensors else layer.name or "(root)"
             row = rows.setdefault(name, Row(name))
-            other = others.pop((tensor.file, tensor.key), None)
+            other = others.pop((kind_of(tensor.file), tensor.key), None)
             if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
                 rows[tensor.key] = Row(tensor.key, only_in="a" if other is None else "a (other shape or type in b)")
                 continue
-            total = row.state if tensor.file == OPTIMIZER else row.parameters
-            fd_a, fd_b, item = held_a[tensor.file], held_b[tensor.file], item_size(tensor.dtype)
+            total = row.state if kind_of(tensor.file) == OPTIMIZER else row.parameters
+            fd_a, fd_b, item = held_a[tensor.file], held_b[other.file], item_size(tensor.dtype)
             for at in range(0, tensor.nbytes, PIECE * item):
                 n = min(PIECE * item, tensor.nbytes - at)
                 a, b = io.pread(fd_a, n, tensor.begin + at), io.pread(fd_b, n, other.begin + at)

@@ -39,6 +39,7 @@ def describe(record: Record, path: str) -> dict[str, Any]:
             "machine": record.journal.machine},
         "best_by": record.best_by, "began": about.origin(record), "imported": about.imported(record) is not None,
         "ties": record.ties, "extra": extra_names(record),
+        "ranks": [{"rank": each.rank, "nbytes": each.nbytes} for each in record.ranks], "diverged": about.diverged(record),
         "optimizers": [_optimizer(each) for each in record.optimizers] if isinstance(record.optimizers, list) else [],
         "files": [{"name": file.name, "nbytes": file.nbytes, "chunk_bytes": file.chunk_bytes, "chunks": len(file.crc32c)}
                   for file in record.files],
@@ -91,6 +92,11 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
     if (journal := found["journal"]) is not None:
         base = f"number {journal['number']} on the checkpoint of generation {journal['base']}"
         common.say(f"a record of the journal: {base}, whose step is made again from it and those before it")
+    if found["ranks"]:
+        sizes = [common.human(each["nbytes"]) for each in found["ranks"]]
+        common.say(f"written by {len(sizes)} ranks together, {', '.join(sizes[:8])}{' ...' if sizes[8:] else ''}")
+    for writer, reader, layers, _ in found["diverged"]:
+        common.say(f"rank {reader} had other bits than rank {writer}, which wrote them, in layer {', '.join(layers)}")
     if found["lasting"]:
         common.say(f"kept for good (by {found['lasting']})")
     common.say()

@@ -54,6 +54,7 @@ def compile_step(
     read_back: Literal["off", "sampled", "all"] = "sampled",
     fresh: bool = False,
     journal: int = 1,
+    on_divergence: Literal["warn", "raise", "off"] = "warn",
 ) -> object:
     """Checkpoint training layer by layer inside ``opt.step()``.
 
@@ -91,6 +92,8 @@ def compile_step(
         fresh: start over in a directory that holds checkpoints, without loading one.
         journal: with ``every=1``, steps from one full checkpoint to the next; each step between is stored as its gradients, from
             which ``load`` makes it again (docs/journal.md). What is not known to come out the same is stored in full, said once.
+        on_divergence: where several ranks write one store, what to do when two of them have other bits in place of one tensor:
+            ``"warn"`` logs and records it, ``"raise"`` raises it at rank 0's next step, ``"off"`` does not look.
 
     Returns:
         ``opt`` itself (or the list), its class swapped for a subclass; ``opt.ckpt`` is the run's :class:`~fxckpt.Handle`.
@@ -104,7 +107,7 @@ def compile_step(
         every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, updates=updates, on_error=on_error, read_back=read_back,
-        journal=journal,
+        journal=journal, on_divergence=on_divergence,
     )  # fmt: skip
     given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     optimizers, module, extras = check(given, model, extra)

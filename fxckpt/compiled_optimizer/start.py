@@ -7,6 +7,7 @@ from typing import Any
 
 from fxckpt.compat import cuda
 from fxckpt.compat.ranks import rank, world_size
+from fxckpt.compiled_optimizer.together import open_together
 from fxckpt.config import Config
 from fxckpt.engine import Engine
 from fxckpt.engine.reading import READING_THREADS
@@ -20,6 +21,11 @@ from fxckpt.store.slots import Store
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
+_ADVICE = (
+    "call torch.distributed.init_process_group() before compile_step, and ranks that name one directory write it together (with "
+    "writer='thread'); or give every rank a directory of its own (for example f'checkpoints/rank{rank}')."
+)
+
 BESIDE, RECORD = 24 << 20, 16 << 10
 """Bytes beside the engine's buffers: the store's code and its threads (9 MiB measured with 16 parameters), and for each
 parameter what stands of it and its state in the records in flight."""
@@ -31,16 +37,15 @@ def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[i
     if ordinals:
         staging = max(cuda.STAGING if config.staging_mb is None else staging, cuda.LEAST_CHUNKS * chunk)
     engine = Engine(threads=config.threads, chunk_bytes=chunk, staging_bytes=staging, mock=config.writer != "thread")
-    store = _store(directory, config, engine)
+    store: CheckpointStore = NullStore()
     try:
-        wait_for_monitor(store.open)  # before the devices: with a monitor it is its memory that they pin
+        store = _open(directory, config, engine)  # before the devices: with a monitor it is its memory that they pin
         for ordinal in sorted(ordinals):
             engine.open_device(ordinal, devices.driver)
     except BaseException as error:
         give_up(engine, store)
         if isinstance(error, StoreLocked) and world_size() > 1:
-            advice = "give every rank a directory of its own (for example f'checkpoints/rank{rank}')."
-            raise SetupError(f"{error}\nThis is rank {rank()} of {world_size()}: {advice}") from error
+            raise SetupError(f"{error}\nThis is rank {rank()} of {world_size()}: {_ADVICE}") from error
         raise
     return engine, store
 
@@ -52,19 +57,29 @@ def give_up(engine: Engine | None, store: CheckpointStore) -> None:
     store.close()
 
 
-def _store(directory: str, config: Config, engine: Engine) -> CheckpointStore:
-    """What writes to the directory, if anything does."""
+def _open(directory: str, config: Config, engine: Engine) -> CheckpointStore:
+    """What writes to the directory, if anything does, opened."""
     if config.writer == "mock":
         return NullStore()
     names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back", "journal")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    if config.writer == "thread" and (shared := open_together(directory, options, config.on_divergence)) is not None:
+        return shared
     if world_size() > 1:
         options["keep"] = least_kept(config.keep, config.max_async)
+    store: CheckpointStore
     if config.writer == "monitor":
         from fxckpt.monitor.client import MonitorStore
 
-        return MonitorStore(directory, engine, threads=config.threads, **options)
-    return Store(directory, **options)
+        store = MonitorStore(directory, engine, threads=config.threads, **options)
+    else:
+        store = Store(directory, **options)
+    try:
+        wait_for_monitor(store.open)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def say(run: Run) -> None:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from fxckpt.errors import EngineMissing, SaveFailed
 
-ABI = 8  # FX_ABI of the csrc/engine.h that this code was written for
+ABI = 9  # FX_ABI of the csrc/engine.h that this code was written for
 BUILD = (
     "Build it with `pip install -e .` (or `python setup.py build_ext --inplace`) in the source tree; "
     "it needs a C11 compiler and the Python headers (Debian: apt install gcc python3-dev)."

@@ -93,6 +93,7 @@ class Engine:
         below: int = io.CWD,
     ) -> Checkpoint:
         """Opens or creates the plan's files under ``directory`` (``below``: its descriptor) and starts a checkpoint into them.
+        A file with an empty name is not written: only its checksums are wanted.
 
         ``known[file]`` maps chunk indices to the CRC of what the disk holds there already: an equal chunk is
         not written again. A CRC has 32 bits, so give only chunks that are expected not to have changed. ``waited[file]``
@@ -104,7 +105,7 @@ class Engine:
         ffi, lib = self._ffi, self._lib
         if len(names) != len(plan.file_chunks):
             raise SetupError(f"{len(names)} names for {len(plan.file_chunks)} files")
-        paths = [ffi.new("char[]", os.fsencode(os.path.join(directory, name))) for name in names]
+        paths = [ffi.new("char[]", os.fsencode(os.path.join(directory, name) if name else "")) for name in names]
         keep: list[Any] = []
         held = plan._held(known, waited, keep)
         out, error = ffi.new("struct fx_checkpoint **"), ffi.new("struct fx_error *")

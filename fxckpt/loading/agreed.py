@@ -53,7 +53,7 @@ def choose_together(
         return None, begins
     banned: set[Key] = set()
     while (key := newest_common(said, banned)) is not None:
-        verdict = _verify(mine[key], skipped)
+        verdict = _verify(mine[key], skipped, agreement)
         if not any(agreement.exchange(f"damaged/{len(banned)}", verdict)):
             return mine[key], begins
         banned.add(key)
@@ -99,10 +99,11 @@ def key_of(found: Candidate) -> Key:
     return found.record.step, found.record.iteration, job(found.record).life
 
 
-def _verify(found: Candidate, skipped: list[tuple[str, str]]) -> str:
-    """What is wrong with it here; empty if nothing is."""
+def _verify(found: Candidate, skipped: list[tuple[str, str]], agreement: Agreement) -> str:
+    """What is wrong with it here; empty if nothing is. Of one that all ranks wrote together each looks at what it wrote."""
+    together = len(found.record.ranks) == agreement.world
     try:
-        Reader(found.path).verify()
+        Reader(found.path).verify(part=agreement.rank if together else None)
     except (Corrupt, NoCheckpoint) as error:
         skipped.append((str(found.path), str(error)))
         return str(error)

@@ -166,7 +166,7 @@ def _load_agreed(
         return [each for each in _choose(candidates(directory), step, name, directory) if not isinstance(each, Journaled)]
 
     def restore() -> None:
-        out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped))
+        out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped, agreement.rank))
 
     with agreement:
         found, begins = choose_together(agreement, look, target, directory, skipped)
@@ -301,9 +301,10 @@ def _mixture(target: Target, untrained: Run | None, steps: bool) -> contextlib.A
     return contextlib.nullcontext() if run is None else run.status.loading_at_once()
 
 
-def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped: Skipped) -> Restored:
-    """Check, verify, then apply one checkpoint, with the steps behind it. Raises Corrupt, and Broken for one of these."""
-    reader = Reader(found.path if isinstance(found, Candidate) else found.base.path)
+def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped: Skipped, rank: int = 0) -> Restored:
+    """Check, verify, then apply one checkpoint, with the steps behind it, as this ``rank`` had it. Raises Corrupt, and Broken for
+    one of these."""
+    reader = Reader(found.path if isinstance(found, Candidate) else found.base.path, rank)
     journal = made_again.open_journal(found) if isinstance(found, Journaled) else None
     path = str(reader.path / names.COMMIT)
     check_encoded(reader.record, path)

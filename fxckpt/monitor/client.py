@@ -33,6 +33,7 @@ class MonitorStore:
     """
 
     hands_over = True  # another process commits
+    part: tuple[int, int] = (0, 1)
 
     def __init__(self, directory: str, engine: Engine, *, threads: int, **options: Any):
         self.root: str = os.path.abspath(os.fspath(directory))
@@ -166,7 +167,10 @@ class MonitorStore:
             self._abandon(link, number, bad=False)
             link.asked_for.discard(number)
 
-    def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
+    def joined(self, slot: RemoteSlot, timeout: float) -> bool:
+        return True
+
+    def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout], step: int = 0) -> None:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""
         slot.checkpoint = checkpoint
         self._say(sum(file.nbytes for file in files))
@@ -198,7 +202,7 @@ class MonitorStore:
         message = {"op": "hand_over", "checkpoint": slot.checkpoint, "record": len(sealed), "tensors": tensors}
         self._check().send({**message, "frozen": slot.frozen}, [sealed, *(each.data for each in raw.values())])
 
-    def abandon(self, slot: RemoteSlot, *, bad: bool) -> None:
+    def abandon(self, slot: RemoteSlot, *, bad: bool, why: str = "") -> None:
         """As ``Store.abandon``; nothing if the monitor ended it already or is gone."""
         link = self._check()
         if link.slots.pop(slot.key, None) is not None:

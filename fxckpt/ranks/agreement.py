@@ -1,4 +1,4 @@
-"""One agreement of all ranks: each says something, and each hears what all others said, or an error names who is silent."""
+"""An agreement of all ranks: each says something, and each hears what all others said, or an error names who is silent."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ SAY_AFTER = 30.0  # seconds after which it is said whom this rank waits for
 
 
 class Agreement:
-    """What one rank says and hears in one load, inside a ``with`` block. ``limit``: seconds that a rank may take to come to its
-    load; from there on ``silence`` is how long it may show no sign of life.
+    """What one rank says and hears in one load, or another call that all ranks make together, inside a ``with`` block. ``limit``:
+    seconds that a rank may take to come to its ``call``; from there on ``silence`` is how long it may show no sign of life.
 
     Rank 0 collects what each says and hands all of it to everyone, so ``n`` ranks send ``2 n`` messages, and who waits for
     somebody dead is told by rank 0, or notices that rank 0 is."""
 
-    def __init__(self, store: Messages, rank: int, world: int, limit: float, silence: float = SILENCE):
+    def __init__(
+        self, store: Messages, rank: int, world: int, limit: float, silence: float = SILENCE, call: str = "fxckpt.load()"
+    ):
         self.rank: int = rank
         self.world: int = world
         self.store: Messages = store
-        self._limit, self._silence = limit, min(silence, limit)
+        self._limit, self._silence, self._call = limit, min(silence, limit), call
         with named():
-            self._prefix = f"fxckpt/load/{store.add(f'fxckpt/loads/{rank}', 1)}"  # the nth load of each rank belongs together
+            number = store.add(f"fxckpt/calls/{call}/{rank}", 1)  # the nth of each rank belongs together
+            self.prefix: str = f"fxckpt/{call}/{number}"
             self._heart = Heart(store.clone(), self._beats_of(rank), self._silence)
 
     def __enter__(self) -> Agreement:
@@ -42,15 +45,15 @@ class Agreement:
         self._heart.stop()
 
     def _beats_of(self, rank: int) -> str:
-        return f"{self._prefix}/alive/{rank}"
+        return f"{self.prefix}/alive/{rank}"
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Say ``value`` (JSON), and return what all ranks said, in their order. Raises RanksDisagree if one is dead."""
         with named():
             if self.rank == 0:
                 return self._collect(topic, value)
-            self.store.set(f"{self._prefix}/{topic}/{self.rank}", json.dumps(value))
-            heard = self._hear(f"{self._prefix}/{topic}/all", 0, topic)
+            self.store.set(f"{self.prefix}/{topic}/{self.rank}", json.dumps(value))
+            heard = self._hear(f"{self.prefix}/{topic}/all", 0, topic)
         if isinstance(heard, str):
             raise RanksDisagree(heard)
         found: list[Any] = heard
@@ -58,9 +61,9 @@ class Agreement:
 
     def _collect(self, topic: str, own: Any) -> list[Any]:
         """Rank 0: hear each, and tell all; or tell them who is dead."""
-        everyone = f"{self._prefix}/{topic}/all"
+        everyone = f"{self.prefix}/{topic}/all"
         try:
-            found = [own, *(self._hear(f"{self._prefix}/{topic}/{rank}", rank, topic) for rank in range(1, self.world))]
+            found = [own, *(self._hear(f"{self.prefix}/{topic}/{rank}", rank, topic) for rank in range(1, self.world))]
         except RanksDisagree as error:
             self.store.set(everyone, json.dumps(str(error)))
             raise
@@ -78,7 +81,7 @@ class Agreement:
                     raise RanksDisagree(self._who_is_dead(rank, pulse, topic))
                 if now - said > SAY_AFTER:
                     said = now
-                    what = f"is alive, and loads ({topic})" if pulse.beats else "has not come to its fxckpt.load() yet"
+                    what = f"is alive, and at it ({topic})" if pulse.beats else f"has not come to its {self._call} yet"
                     log.warning("fxckpt: rank %d has waited %.0f s for rank %d, which %s", self.rank, now - began, rank, what)
             time.sleep(_SLICE)
         return json.loads(self.store.get(key))
@@ -87,10 +90,10 @@ class Agreement:
         """For a message."""
         if pulse.beats:
             return (
-                f"rank {rank} of {self.world} was loading and has shown no sign of life for {self._silence:g} s ({topic}): it is "
-                "dead, or was stopped. Restart the whole job."
+                f"rank {rank} of {self.world} was in its {self._call} and has shown no sign of life for {self._silence:g} s "
+                f"({topic}): it is dead, or was stopped. Restart the whole job."
             )
         return (
-            f"rank {rank} of {self.world} did not come to its fxckpt.load() within {self._limit:g} s: it is dead, hangs, or does "
+            f"rank {rank} of {self.world} did not come to its {self._call} within {self._limit:g} s: it is dead, hangs, or does "
             "not call it, which all ranks must do equally often. Restart the whole job."
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxckpt.run.hooks import GradientHooks
 from fxckpt.saving import plan
 from fxckpt.saving.inventory import Inventory, check_storable, is_position, shared_memory, take, trained_by
 from fxckpt.saving.ownership import check_names, check_owned
+from fxckpt.saving.share import Share
 
 
 class Arrangement:
@@ -44,6 +46,7 @@ class Arrangement:
         self._expected: dict[str, torch.Tensor] = {}  # by the names of a checkpoint that was loaded by position
         self._owned: frozenset[int] = frozenset()  # parameters whose owners were looked for
         self._layout_key: Any = None
+        self._by_checked: dict[int | None, plan.Layout] = {}  # layouts that differ in whose part is checksummed as well
         self._arranged: Any = None
         self._first_backward: FirstBackward | None = None
         if emitter.engine is not None:
@@ -63,6 +66,7 @@ class Arrangement:
             self.emitter.chain.stop()
             self.emitter.chain = None
         self.model, self.inventory, self.layout, self.hooks = None, Inventory(), None, GradientHooks()
+        self._by_checked = {}
 
     def refresh(self, copies: bool = True) -> None:
         """Bind whatever was replaced since the last step, and write the StepGraphs if names, order or state changed. ``copies``:
@@ -142,6 +146,7 @@ class Arrangement:
             edges = layer_edges(layers, traces, named)
             stepper.executor.arrange(members, layers, edges, [next(numbers) for _ in layers], counts_number, places)
         self.layout = self._layout_key = None  # it keeps the tensors of the old bindings alive
+        self._by_checked = {}
 
     def _layers(self) -> list[plan.EngineLayer]:
         """All layers by their numbers; those that no step updates come behind the others."""
@@ -154,6 +159,26 @@ class Arrangement:
         numbered.update(enumerate(plan.other_layers(self.inventory, self.emitter.changed_outside), start=len(numbered)))
         return [numbered[number] for number in range(len(numbered))]
 
+    def _laid_out(self, checked: int | None) -> plan.Layout:
+        """What this process writes, and where. ``checked``: the rank whose part it checksums as well, where several write."""
+        emitter, (rank, world), layers = self.emitter, self.emitter.saver.store.part, self._layers()
+        emitter.open_devices(e.tensor for layer in layers for e in layer.entries)
+        make = partial(plan.make_layout, emitter.engine, layers, emitter.changed_outside, emitter.sources)
+        if world == 1:
+            return make()
+        share = Share(rank, world, checked)
+        alike = share.take(layers, self.inventory.buffers)
+        layout = make(share.files, share.checked_files)
+        layout.alike = alike
+        return layout
+
+    def _next_checked(self) -> int | None:
+        """The rank whose part the next checkpoint is to checksum as well: each in turn."""
+        rank, world = self.emitter.saver.store.part
+        if world == 1 or self._config.on_divergence == "off":
+            return None
+        return (rank + 1 + self.emitter.saver.tally.started % (world - 1)) % world
+
     def current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
         emitter = self.emitter
@@ -164,8 +189,9 @@ class Arrangement:
         if key != self._layout_key or self.layout is None:
             if self.layout is not None:
                 emitter.fence_all()  # layer numbers change their meaning
-            layers = self._layers()
-            emitter.open_devices(e.tensor for layer in layers for e in layer.entries)
-            self.layout = plan.make_layout(emitter.engine, layers, emitter.changed_outside, emitter.sources)
-            self._layout_key = key
+            self._by_checked, self._layout_key, self.layout = {}, key, None
+        if (checked := self._next_checked()) not in self._by_checked:
+            made = self._by_checked[checked] = self._laid_out(checked)
+            made.numbering = next(iter(self._by_checked.values())).numbering
+        self.layout = self._by_checked[checked]
         return self.layout

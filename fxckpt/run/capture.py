@@ -218,7 +218,8 @@ class Capture:
             self._emitter.hand_over(pending, number, waited, copied=True)
         live, snapshots = {**inventory.buffers, **inventory.frozen}, self._snapshots
         for number in layout.number("buffers"):
-            keys = [e.key for e in layout.layers[number].entries]
+            layer = layout.layers[number]
+            keys = [e.key for e in layer.mine(layer.entries)]
             copies = [snapshots[key] if key in snapshots else snapshot(live[key], key) for key in keys]
             self._emitter.hand_over_copies(pending, number, copies)
         self._snapshots = {}

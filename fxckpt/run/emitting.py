@@ -128,7 +128,8 @@ class Emitter:
         if found.kind != "counts" and not copied:
             guard.watch(layer, tensors)
         if found.sources is None or copied:
-            self.hand_over_copies(pending, layer, [snapshot(t, e.key) for e, t in zip(found.entries, tensors)])
+            mine = found.mine(list(zip(found.entries, tensors)))
+            self.hand_over_copies(pending, layer, [snapshot(t, e.key) for e, t in mine])
         else:
             self._hand_over(pending, layer, found.sources)
 

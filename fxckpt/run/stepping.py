@@ -19,7 +19,7 @@ import torch
 from fxckpt.compat.optimizers import sets_up_state
 from fxckpt.compat.tensors import set_grad_mode
 from fxckpt.config import Config
-from fxckpt.errors import SaveFailed, SetupError, StoreError
+from fxckpt.errors import Diverged, SaveFailed, SetupError, StoreError
 from fxckpt.journal.chain import Chain
 from fxckpt.optim.stepper import Stepper
 from fxckpt.optim.strategy import Arguments, EvaluatedClosure, Strategy, own_step
@@ -140,7 +140,7 @@ class Stepping:
         tally = self._saver.tally
         if tally.mixed:
             self._refuse_mixing(tally)
-        if self._config.on_error == "raise":
+        if self._config.on_error == "raise" or isinstance(tally.unreported, Diverged):
             tally.raise_unreported()
 
     def _refuse_thread(self) -> None:

@@ -7,9 +7,11 @@ import logging
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from fxckpt.engine import SLICE, PatientLock
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
+from fxckpt.ranks.replicas import checksums
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
 from fxckpt.saving.guard import Changed, Mixed
@@ -19,6 +21,7 @@ from fxckpt.saving.plan import Layout
 from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
+from fxckpt.store.about import ALIKE, CHECKED
 from fxckpt.store.commit_loop import give_back
 from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import FileRecord, Record
@@ -137,7 +140,11 @@ class Committer:
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         if pending.link is not None:
             fields["journal"] = pending.link.record()
+        if pending.layout.alike:
+            fields["state"] = {**fields["state"], ALIKE: pending.layout.alike, CHECKED: _checksums(pending)}
         started, tracer = time.monotonic_ns(), self._flights.tracer
+        pending.phase = "waiting for the parts of other ranks"
+        self._wait(pending, lambda: self._joined(pending))
         pending.phase = f"being committed in {pending.path}"
         record = self._ranks.described(Record(files=files, **fields))
         self._store.commit(pending.slot, record, tensors)
@@ -153,6 +160,11 @@ class Committer:
     def _wait(self, pending: InFlight, ready: Callable[[], bool]) -> None:
         """Wait for the engine or the disk; see ``CommitLoop.wait``."""
         self._flights.loop.wait(pending, lambda: self._or_lost(pending, ready()))
+
+    def _joined(self, pending: InFlight) -> bool:
+        """Have the other ranks that write it done their part?"""
+        _check_wanted(pending)
+        return self._store.joined(pending.slot, SLICE)
 
     def _or_lost(self, pending: InFlight, ready: bool) -> bool:
         """Is it ready? Raises why it will not be, if it went with the process that writes it."""
@@ -212,6 +224,13 @@ def _check_wanted(pending: InFlight) -> None:
     """Raises Cancelled if it was given up."""
     if pending.given_up is not None:
         raise Cancelled(pending.given_up)
+
+
+def _checksums(pending: InFlight) -> dict[str, Any]:
+    """What this rank has in place of another one's part; see ``ranks.replicas``."""
+    layout = pending.layout
+    numbers = range(len(layout.files), len(layout.files) + len(layout.checked))
+    return checksums(layout.files, layout.checked, [pending.copy.crcs(i) for i in numbers], layout.chunk_bytes)
 
 
 def _file_records(pending: InFlight) -> tuple[FileRecord, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -22,6 +22,8 @@ from fxckpt.store.record import LayerRecord, TensorRecord
 
 if TYPE_CHECKING:
     from fxckpt.optim.stepper import Stepper
+
+T = TypeVar("T")
 
 FILES = (MODEL, OPTIMIZER)
 """By their numbers in a layout."""
@@ -39,6 +41,10 @@ class Entry:
     tensor: torch.Tensor
     owner: str = ""  # the parameter that a state belongs to
 
+    def in_file(self, number: int) -> Entry:
+        """The same tensor in another file."""
+        return Entry(number, self.key, self.tensor, self.owner)
+
 
 @dataclass
 class EngineLayer:
@@ -50,6 +56,11 @@ class EngineLayer:
     parameters: int = 0
     sources: Sources | None = None  # fixed addresses; None for what is copied in memory first, and so moves
     memory: list[torch.Tensor] = field(default_factory=list)  # keeps the sources' storages alive, whatever is replaced
+    own: list[int] | None = None  # which of the entries this rank writes, where several write together; None: all
+
+    def mine(self, of_entries: Sequence[T]) -> Sequence[T]:
+        """What belongs to those entries that this rank writes, of what there is for each."""
+        return of_entries if self.own is None else [of_entries[i] for i in self.own]
 
 
 @dataclass
@@ -63,10 +74,13 @@ class Layout:
     frozen_token: Hashable  # names, addresses and places of the frozen parameters; None: there are none
     changed_outside: set[str]
     full: Layout | None = None  # of a record of the journal: the checkpoint's whose layers have the same numbers
+    alike: str = ""  # a digest of what all ranks have alike, where several write together
+    checked: list[FileLayout] = field(default_factory=list)  # files of another rank, of which only the checksums are wanted
+    numbering: object = field(default_factory=object)  # the same in all layouts whose updated layers have the same numbers
 
     def numbers_as(self, other: Layout | None) -> bool:
         """Do the updated layers have the numbers that they have in this other one?"""
-        return (self.full or self) is other
+        return other is not None and (self.full or self).numbering is other.numbering
 
     def number(self, kind: str) -> list[int]:
         """The engine's numbers of the layers of one kind."""
@@ -84,19 +98,20 @@ class Layout:
         for placed in layout.tensors:
             if placed.spec.layer not in frozen and placed.nbytes:
                 mixed |= set(range(placed.begin // size, (placed.begin + placed.nbytes - 1) // size + 1))
-        return {MODEL: {i: crcs[0][i] for i in range(-(-layout.nbytes // size)) if i not in mixed}}
+        return {layout.name: {i: crcs[0][i] for i in range(-(-layout.nbytes // size)) if i not in mixed}}
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
         """The layers as the record lists them; a layer's counts are listed with the rest of it."""
         placed = {(f, p.spec.key): p for f, layout in enumerate(self.files) for p in layout.tensors}
         counts: dict[str, list[Entry]] = {}
-        for entry in (e for layer in self.layers if layer.kind == "counts" for e in layer.entries):
+        for entry in (e for layer in self.layers if layer.kind == "counts" for e in layer.mine(layer.entries)):
             counts.setdefault(entry.owner, []).append(entry)
         now = time.time()
         out: list[LayerRecord] = []
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
-            owners = [e.owner for e in layer.entries if e.file == 0]
-            entries = layer.entries + [c for name in owners for c in counts.get(name, ())]
+            owners = [e.owner for e in layer.entries if e.key == e.owner]
+            entries = [*layer.mine(layer.entries), *(c for name in owners for c in counts.get(name, ()))]
+            entries = [e for e in entries if e.file < len(self.files)]
             places = [(self.files[e.file].name, e.key, placed[e.file, e.key]) for e in entries]
             tensors = tuple(TensorRecord(f, key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype) for f, key, p in places)
             nbytes = sum(t.nbytes for t in tensors)
@@ -141,13 +156,15 @@ def make_layout(
     changed_outside: set[str],
     make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
     names: Sequence[str] = FILES,
+    checked: Sequence[str] = (),
 ) -> Layout:
-    """Place every tensor and give the plan to the engine. ``names``: the files, by their numbers."""
-    stored = [(i, e, storable(e.tensor, e.key)) for i, layer in enumerate(layers) for e in layer.entries]
-    specs: list[list[TensorSpec]] = [[] for _ in names]
+    """Place every tensor that this process writes and give the plan to the engine. ``names``: the files, by their numbers; behind
+    them those that are ``checked`` and not written."""
+    stored = [(i, e, storable(e.tensor, e.key)) for i, layer in enumerate(layers) for e in layer.mine(layer.entries)]
+    specs: list[list[TensorSpec]] = [[] for _ in (*names, *checked)]
     for number, entry, tensor in stored:
         specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
-    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip(names, specs)]
+    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip((*names, *checked), specs)]
     placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}
     geometry = []
     for number, entry, tensor in stored:
@@ -161,7 +178,8 @@ def make_layout(
     plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
     frozen = tuple((e.key, t.data_ptr(), tuple(t.shape)) for i, e, t in stored if layers[i].kind == "frozen")
     token = (frozen, tuple(f.header for f in files)) if frozen else None
-    return Layout(layers, files, plan, engine.chunk_bytes, token, changed_outside)
+    written, others = files[: len(names)], files[len(names) :]
+    return Layout(layers, written, plan, engine.chunk_bytes, token, changed_outside, checked=others)
 
 
 def source_items(tensors: Sequence[torch.Tensor]) -> list[Item]:

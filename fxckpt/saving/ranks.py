@@ -18,7 +18,8 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 class Ranks:
     """Of one run; nothing in a job of one rank. ``window``: how many of the newest checkpoints each rank keeps for the others.
-    ``every``: when they are due. Raises SetupError if they would not meet."""
+    ``every``: when they are due. Raises SetupError if they would not meet. Where all write one store, what is committed is
+    common, and nobody need be asked."""
 
     def __init__(self, store: CheckpointStore, window: int, every: int | str):
         self._store, self._window, self._every = store, window, every
@@ -50,10 +51,12 @@ class Ranks:
     def begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int] | None) -> None:
         """All ranks have agreed on what to load: this, of this generation here (None: nothing, or of another store)."""
         self.stop()
+        self._job = job
+        if self._store.part[1] > 1:
+            return
         with named():
             mine = store.clone()  # the thread that trains may wait in its own connection
         self._peers = Peers(mine, rank, world, f"fxckpt/common/{job.life}", self._store.hold, self._window, loaded)
-        self._job = job
         self._peers.start()
 
     def _begin_unasked(self) -> None:

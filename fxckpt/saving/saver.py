@@ -79,9 +79,11 @@ class Saver:
             slot = self.supply.take(layout, name, link is not None)
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
             files = [file.name for file in layout.files]
-            known, waited = [on_disk.get(name, {}) for name in files], [slot.waited(name) for name in files]
+            files += ["" for _ in layout.checked]
+            known = [on_disk.get(name, {}) for name in files]
+            waited = [slot.waited(name) if name else None for name in files]
             copy = self.engine.begin(layout.plan, slot.path, files, known, waited, slot.below)
-            self.store.begin(slot, copy.id, layout.files)
+            self.store.begin(slot, copy.id, layout.files, step)
             pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started), link)
             if self.flights.tracer is not None:
                 self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])

@@ -57,10 +57,11 @@ class CheckpointSlot(Protocol):
 
 class CheckpointStore(Protocol):
     """Gives slots out and makes them checkpoints. ``hands_over``: another process does so, and a checkpoint is safe from the end
-    of this one once ``commit`` returned."""
+    of this one once ``commit`` returned. ``part``: which of how many ranks writes through it, each a part of every checkpoint."""
 
     root: str
     hands_over: bool
+    part: tuple[int, int]
 
     def open(self) -> None:
         """Take the directory, until ``close``. Raises NotAStore, StoreLocked."""
@@ -87,15 +88,19 @@ class CheckpointStore(Protocol):
     def reclaim(self, known: Collection[OwnSlot]) -> None:
         """Take back every slot that was acquired and is none of these; nobody else may be acquiring one."""
 
-    def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout]) -> None:
+    def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout], step: int) -> None:
         """The engine has begun the checkpoint of this ``id``, which goes into the slot."""
+
+    def joined(self, slot: OwnSlot, timeout: float) -> bool:
+        """Are the parts of all other ranks there, if any are to be committed with this one? False after ``timeout`` seconds.
+        Raises Cancelled or RanksDisagree if one of them gave it up."""
 
     def commit(self, slot: OwnSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> object:
         """Make the slot, whose files are durable, a checkpoint, which it is when the slot has ``ended``. ``record``: what the
         run says of it."""
 
-    def abandon(self, slot: OwnSlot, *, bad: bool) -> None:
-        """Take a slot back; ``bad``: what it holds is in doubt."""
+    def abandon(self, slot: OwnSlot, *, bad: bool, why: str = "") -> None:
+        """Take a slot back; ``bad``: what it holds is in doubt. ``why``: what its checkpoint failed of; empty: it was dropped."""
 
     def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception] | None:
         """Read what is due of what was committed, unless ``busy``: the step of what does not verify, and why."""
@@ -129,6 +134,7 @@ class NullStore:
 
     root = ""
     hands_over = False
+    part = (0, 1)
 
     def acquire(self, name: str | None = None, journal: bool = False) -> NullSlot:
         return NullSlot()
@@ -143,6 +149,9 @@ class NullStore:
     def mark_loaded(self, generation: int | None) -> None: ...
     def reserve(self, files: Mapping[str, int], journal: bool = False) -> None: ...
     def read_back(self, busy: Callable[[], bool]) -> None: ...
-    def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout]) -> None: ...
+    def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout], step: int) -> None: ...
+    def joined(self, slot: NullSlot, timeout: float) -> bool:
+        return True
+
     def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
-    def abandon(self, slot: NullSlot, *, bad: bool) -> None: ...
+    def abandon(self, slot: NullSlot, *, bad: bool, why: str = "") -> None: ...

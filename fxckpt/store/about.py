@@ -11,14 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxckpt.store.checks import is_count, is_number, is_str, map_of, optional
-from fxckpt.store.names import STATE
+from fxckpt.store.checks import is_count, is_number, is_str, list_of, map_of, optional
+from fxckpt.store.names import STATE, kind_of
 from fxckpt.store.record import Record
 from fxckpt.store.typed_json import decode_state, encode_state
 
 IMPORTED, ORIGIN, CONFIG, HISTORY, JOB = "imported", "origin", "config", "history", "job"
 """Members of ``state``: of an import's own record; of those that continue it; the text of ``config.json``; the past; which life
 of which job of several ranks wrote it."""
+
+ALIKE, CHECKED, DIVERGED = "alike", "checked", "diverged"
+"""Where ranks write a checkpoint together: a digest of the tensors that all have; what a rank has in place of what another one
+writes; which ranks were seen to differ, and in what."""
 
 ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay when every second of the others goes
 
@@ -136,6 +140,18 @@ def job(record: Record) -> Job:
     return Job(life, stores, found["common"] if is_count(found.get("common")) else None)
 
 
+def diverged(record: Record) -> list[tuple[int, int, list[str], list[str]]]:
+    """Where replicas differed: who wrote, who had other bits, in which layers and tensors."""
+    found = _member(record, DIVERGED)
+    rows = found if isinstance(found, list) else []
+    return [tuple(row) for row in rows if _is_difference(row)]
+
+
+def _is_difference(row: Any) -> bool:
+    names = list_of(is_str)
+    return type(row) is list and len(row) == 4 and all(map(is_count, row[:2])) and all(map(names, row[2:]))
+
+
 def watched(record: Record) -> tuple[int | str | None, int | None]:
     """``every`` and the process id of the run that wrote it, as far as they are known."""
     found = _member(record, HISTORY)
@@ -150,7 +166,7 @@ def history(record: Record) -> list[Passed]:
     rows = found.get("rows") if isinstance(found, dict) else None
     past = [_passed(row) for row in rows if _is_row(row)] if isinstance(rows, list) else []
     last = past[-1] if past else Passed(0, 0.0, None, None, 0, 0, 0.0)
-    nbytes = sum(file.nbytes for file in record.files if file.name != STATE)
+    nbytes = sum(file.nbytes for file in record.files if kind_of(file.name) != STATE)
     own = Passed(record.step, record.time, None, None, nbytes, last.written + nbytes, last.stall, record.metrics)
     return [*(each for each in past if each.step <= record.step), own]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from fxckpt.engine import Patience, io
-from fxckpt.errors import SaveFailed
+from fxckpt.errors import Cancelled, SaveFailed
 from fxckpt.store.slot import retires_slot
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -38,7 +38,7 @@ class Copy(Protocol):
 class SlotOwner(Protocol):
     """A store, as far as it takes back slots, see ``Store.abandon``."""
 
-    def abandon(self, slot: OwnSlot, *, bad: bool) -> None: ...
+    def abandon(self, slot: OwnSlot, *, bad: bool, why: str = "") -> None: ...
 
 
 class Committable(Protocol):
@@ -165,4 +165,5 @@ def give_back(store: SlotOwner, slot: OwnSlot, copy: Copy, error: BaseException)
     """Return the slot of a checkpoint that ended with this error. A write that hangs in the disk may still land: until it has,
     nobody else may have the slot's files."""
     copy.cancel()
-    store.abandon(slot, bad=not copy.settled(SETTLE) or retires_slot(error))
+    why = "" if isinstance(error, Cancelled) else str(error)
+    store.abandon(slot, bad=not copy.settled(SETTLE) or retires_slot(error), why=why)

@@ -82,6 +82,13 @@ def write_laid_out(folder: Folder, layout: FileLayout, data: Iterable[memoryview
     return FileRecord(layout.name, layout.nbytes, CHUNK_BYTES, tuple(crcs))
 
 
+def write_bytes(folder: Folder, name: str, data: bytes) -> FileRecord:
+    """A small file, durable, that a record is to vouch for."""
+    replace_file(folder, name, data, durable=True)
+    crcs = tuple(crc32c(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
+    return FileRecord(name, len(data), CHUNK_BYTES, crcs)
+
+
 def make_directories(path: str) -> None:
     """Make ``path`` and what is missing above it. ``sync_ancestors`` makes them durable."""
     missing = []

@@ -12,13 +12,17 @@ import re
 
 from fxckpt.errors import SetupError
 
-STORE, LOCK, NAMED = "store.json", "lock", "named"
-"""In the store's directory."""
+STORE, LOCK, NAMED, RANKS = "store.json", "lock", "named", "ranks"
+"""In the store's directory. ``ranks`` has a directory with a lock for each rank that writes beside rank 0."""
 
 COMMIT, MODEL, OPTIMIZER, STATE = "commit.json", "model.safetensors", "optimizer.safetensors", "state.safetensors"
 """In a checkpoint's: the record; parameters and buffers; the optimizers' state; everything else that holds tensors."""
 
-PARTIAL, BAD, TEMPORARY = ".partial", ".bad", ".tmp"
+OWN, PART, INDEX = "own.safetensors", "part.json", f"{MODEL}.index.json"
+"""Where several ranks write one checkpoint: buffers of a rank other than 0; its record; in which file each of the model's tensors
+is."""
+
+PARTIAL, BAD, TEMPORARY, SPARE = ".partial", ".bad", ".tmp", ".spare"
 
 UNFINISHED = (PARTIAL, BAD)
 """What ends in one of these is no checkpoint."""
@@ -30,12 +34,36 @@ STEPS, RECORDS = "step", "journal"
 """What the directories of checkpoints, and those of records of the journal, begin with."""
 
 _COMMITTED = re.compile(r"(step|journal)-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
+_SHARED = re.compile(r"(model|optimizer|state|own|part)-([0-9]{5,9})-of-([0-9]{5,9})(\.safetensors|\.json)")
 _SLOT = re.compile(r"(journal-)?slot-([0-9]{1,9})(?:\.partial|\.bad)")
 
 
 def state_key(optimizer: int, state: str, parameter: str) -> str:
     """The key of an optimizer's state in its file: ``exp_avg/h.0.weight``; further optimizers of the run get a prefix."""
     return f"{state}/{parameter}" if optimizer == 0 else f"optimizer{optimizer}:{state}/{parameter}"
+
+
+def of_rank(file: str, rank: int, world: int) -> str:
+    """What this rank of so many calls a file that each of them writes: ``model-00001-of-00002.safetensors``."""
+    stem, dot, suffix = file.partition(".")
+    return f"{stem}-{rank + 1:05d}-of-{world:05d}{dot}{suffix}"
+
+
+def rank_name(rank: int) -> str:
+    """The directory of a rank in ``ranks``."""
+    return f"{rank:05d}"
+
+
+def written_as(file: str) -> str:
+    """What each rank calls a file of its own: ``model.safetensors`` for ``model-00001-of-00002.safetensors``."""
+    match = _SHARED.fullmatch(file)
+    return file if match is None else match[1] + match[4]
+
+
+def kind_of(file: str) -> str:
+    """What is in a file, by its name where one process writes all. A rank's own buffers are of the model."""
+    kind = written_as(file)
+    return MODEL if kind == OWN else kind
 
 
 def step_name(step: int, generation: int | None = None, kind: str = STEPS) -> str:
@@ -73,7 +101,7 @@ def is_slot(name: str) -> bool:
 
 def is_given(name: str) -> bool:
     """Whether a store gives such a name to something in its directory."""
-    fixed = (STORE, LOCK, NAMED, STORE + TEMPORARY, LOCK + TEMPORARY)
+    fixed = (STORE, LOCK, NAMED, RANKS, STORE + TEMPORARY, LOCK + TEMPORARY)
     return name in fixed or _COMMITTED.fullmatch(name) is not None or is_slot(name) or name.endswith(BAD)
 
 

@@ -30,6 +30,7 @@ from fxckpt.store.folder import check_regular, opened
 from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
+from fxckpt.store.parts import joined, seen_by
 from fxckpt.store.record import FileRecord, Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -61,12 +62,19 @@ def _parse(raw: bytes, path: str) -> Record:
     record = Record.from_bytes(raw, file)
     if (why := record.misplaced(path)) is not None:
         raise Corrupt(file, why)
-    return record
+    if record.parts == ():
+        raise Corrupt(file, "it is the record of one rank's part, not that of the whole")
+    return joined(record, path, _record_bytes)
 
 
 def _commit_bytes(path: str) -> bytes:
     """The content of ``commit.json``, whole or not."""
-    file = os.path.join(path, names.COMMIT)
+    return _record_bytes(os.path.join(path, names.COMMIT))
+
+
+def _record_bytes(file: str) -> bytes:
+    """The content of one of the records in the directory of a checkpoint."""
+    path = os.path.dirname(file)
     try:
         return read_small(file)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -178,14 +186,15 @@ def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo |
 
 class Reader:
     """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``. All that
-    it returns was verified; after an error of ``read_into`` the targets hold a mixture."""
+    it returns was verified; after an error of ``read_into`` the targets hold a mixture. ``rank``: as which of several ranks that
+    wrote it together it is read."""
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0):
         self.path: Path = Path(os.path.abspath(path))
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
         self._held: dict[str, int] = {}
-        self.record: Record = _parse(self._raw, str(self.path))
+        self.record: Record = seen_by(_parse(self._raw, str(self.path)), rank)
 
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:
@@ -206,28 +215,29 @@ class Reader:
             finally:
                 self._held = {}
 
-    def verify(self, progress: Callable[[int], None] | None = None) -> None:
-        """Read every chunk of every file; sizes, checksums and headers must be what the record says. ``progress`` is told
-        of bytes as they are read, 256 MiB at a time."""
-        for file in self.record.files:
+    def verify(self, progress: Callable[[int], None] | None = None, part: int | None = None) -> None:
+        """Read every chunk of every file, or of those that one rank wrote (``part``, where there are several); sizes, checksums
+        and headers must be what the record says. ``progress`` is told of bytes as they are read, 256 MiB at a time."""
+        ranks = self.record.ranks
+        for file in ranks[part].files if ranks and part is not None else self.record.files:
             self._read(file, [], progress)
 
     def read_into(self, targets: Mapping[tuple[str, str], Item], file: str | None = None) -> None:
         """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None). Every file (or
-        the one named ``file``) is verified whole, with targets or without. Raises ``KeyError`` first."""
-        places = {(tensor.file, tensor.key): tensor for tensor in self.record.tensors()}
+        every one of the kind ``file``) is verified whole, with targets or without. Raises ``KeyError`` first."""
+        places = {(names.kind_of(tensor.file), tensor.key): tensor for tensor in self.record.tensors()}
         wanted: dict[str, list[Target]] = {}
         for place, target in targets.items():
             tensor = places[place]
             wanted.setdefault(tensor.file, []).append((tensor.begin, tensor.nbytes, *target))
         for each in self.record.files:
-            if file is None or each.name == file:
+            if file in (None, names.kind_of(each.name)):
                 self._read(each, wanted.get(each.name, []))
 
     def state_tensors(self) -> dict[str, np.ndarray | RawTensor]:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
         for file in self.record.files:
-            if file.name == names.STATE:
+            if file.name == self.record.state_file:
                 data = self._memory(file)
                 header = self._read(file, [(0, file.nbytes, data.ctypes.data, None, None)])
                 return {key: _tensor(placed, data) for key, placed in header.items()}
@@ -250,9 +260,14 @@ class Reader:
             return found
 
     def _read(self, file: FileRecord, targets: list[Target], progress: Callable[[int], None] | None = None) -> dict[str, Placed]:
-        """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header."""
+        """Verify one file while reading it into ``targets`` (as ``read_verified`` takes them); returns its header. The index
+        of the model's files has none."""
         path, held = str(self.path / file.name), self._held.get(file.name)
         self._size(file)
+        if file.name == names.INDEX:
+            with self._stable(file):
+                read_verified(path, nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c, held=held, targets=[])
+            return {}
         with self._stable(file):
             with opened(path, os.O_RDONLY) if held is None else nullcontext(held) as fd:
                 first8 = io.pread(fd, 8, 0)
@@ -271,9 +286,10 @@ class Reader:
 
     def _compare(self, file: FileRecord, header: Mapping[str, Placed]) -> None:
         """The header must have the record's tensors, where the record has them."""
-        if file.name == names.STATE:
+        if names.kind_of(file.name) == names.STATE:
             return  # its tensors belong to no layer: the encoded state names them
-        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin) for tensor in self.record.tensors(file.name)}
+        listed = (each for record in self.record.ranks or [self.record] for each in record.tensors() if each.file == file.name)
+        recorded = {tensor.key: (tensor.dtype, tensor.shape, tensor.begin) for tensor in listed}
         found = {key: (placed.spec.dtype, placed.spec.shape, placed.begin) for key, placed in header.items()}
         for key in sorted(recorded.keys() | found.keys()):
             if recorded.get(key) != found.get(key):
@@ -316,8 +332,8 @@ class Reader:
         """The same error with the layers whose bytes share the damaged chunk; without an offset, all of the file's."""
         begin = error.offset if error.offset is not None else 0
         end = begin + file.chunk_bytes if error.offset is not None else file.nbytes
-        hit = ["extra state"] if file.name == names.STATE else [
-            layer.name for layer in self.record.layers
+        hit = ["extra state"] if names.kind_of(file.name) == names.STATE else [
+            layer.name for record in self.record.ranks or [self.record] for layer in record.layers
             if any(t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)
         ]  # fmt: skip
         return Corrupt(error.path, error.reason, layer=", ".join(hit) or None, offset=error.offset)

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,9 @@ FORMAT = 1
 
 JOURNAL_FORMAT = 2
 """Format of the ``commit.json`` of a record of the journal, which by itself is no checkpoint."""
+
+SHARED_FORMAT = 3
+"""Format of the records of a checkpoint that several ranks wrote together, a part each: without the others none is whole."""
 
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
@@ -125,6 +128,14 @@ class Journal:
     machine: str
 
 
+@dataclass(frozen=True)
+class Part:
+    """The record of a rank other than 0, which lies beside rank 0's: its file, and what that must hash to."""
+
+    name: str
+    sha256: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """Everything that is known of a checkpoint beside the tensors' bytes.
@@ -133,7 +144,9 @@ class Record:
     state are filled in by ``Store.commit``. ``generation`` orders all checkpoints of a store, ``parent`` is the one this was
     trained on from; ``ties`` maps a name to the stored key it shares memory with; ``optimizers`` and ``state`` are
     ``encode_state`` JSON; ``metrics`` were noted by the user; ``lasting`` says why it is kept for good; ``best_by`` is the
-    metric by which the writer kept the best one, with ``"min"`` or ``"max"``.
+    metric by which the writer kept the best one, with ``"min"`` or ``"max"``. ``parts`` are those of the other ranks where
+    several write one checkpoint (rank 0's record; none in the others'); ``ranks``, which is in no file, all records of such a
+    checkpoint once ``parts.joined`` has put them together.
     """
 
     store_id: str = ""
@@ -155,21 +168,31 @@ class Record:
     lasting: str | None = None
     best_by: tuple[str, str] | None = None
     journal: Journal | None = None
+    parts: tuple[Part, ...] | None = None
+    ranks: tuple[Record, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files but the record itself."""
         return sum(file.nbytes for file in self.files)
 
-    def tensors(self, file: str | None = None) -> list[TensorRecord]:
-        """The tensors of one file, or of all but the extra state's, in the record's order."""
-        return [tensor for layer in self.layers for tensor in layer.tensors if file in (None, tensor.file)]
+    def tensors(self, kind: str | None = None) -> list[TensorRecord]:
+        """The tensors of files of one kind, or of all but the extra state's, in the record's order."""
+        return [tensor for layer in self.layers for tensor in layer.tensors if kind in (None, names.kind_of(tensor.file))]
+
+    @property
+    def state_file(self) -> str:
+        """What the file of its extra state is called."""
+        return names.STATE if self.parts is None else names.of_rank(names.STATE, self.rank, self.world_size)
 
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
         if (journal := body.pop("journal")) is not None:
             body |= {"format": JOURNAL_FORMAT, "journal": vars(journal)}
+        if (parts := body.pop("parts")) is not None:
+            body |= {"format": SHARED_FORMAT, "parts": [vars(part) for part in parts]}
+        del body["ranks"]
         body["files"] = [vars(file) for file in self.files]
         body["layers"] = [{**vars(layer), "tensors": [vars(each) for each in layer.tensors]} for layer in self.layers]
         body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
@@ -243,14 +266,19 @@ _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation
            "ties": map_of(is_str), "optimizers": is_anything, "state": is_anything, "name": optional(is_str),
            "metrics": map_of(_is_metric),
            "lasting": lambda value: value in (None, STEPS, MINUTES), "best_by": optional(_is_best_by)}  # fmt: skip
+_PART = {"name": _is_file_name, "sha256": lambda value: is_str(value) and re.fullmatch("[0-9a-f]{64}", value) is not None}
+_MORE: dict[Any, dict[str, Callable[[Any], bool]]] = {
+    FORMAT: {}, JOURNAL_FORMAT: {"journal": is_anything}, SHARED_FORMAT: {"parts": list_of(is_anything)},
+}  # fmt: skip
+"""What records of each format have beside."""
 
 
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
-    need(type(body) is dict and body.get("format") in (FORMAT, JOURNAL_FORMAT),
-          f"this reader knows formats {FORMAT} and {JOURNAL_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+    need(type(body) is dict and body.get("format") in tuple(_MORE),
+          f"this reader knows formats {FORMAT} to {SHARED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
     is_journal = body["format"] == JOURNAL_FORMAT
-    fields = dict(members(body, {**_RECORD, "journal": is_anything} if is_journal else _RECORD, "the record"))
+    fields = dict(members(body, {**_RECORD, **_MORE[body["format"]]}, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
     sizes = {file.name: file.nbytes for file in fields["files"]}
@@ -263,6 +291,8 @@ def _record(body: Any) -> Record:
     need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
     if is_journal:
         fields["journal"] = _journal(fields["journal"], fields["generation"], parent)
+    if "parts" in fields:
+        fields["parts"] = _parts(fields["parts"], fields["rank"], fields["world_size"])
     kinds = KINDS if not is_journal else (GRADIENTS, *KINDS)
     need(all(layer.kind in kinds for layer in fields["layers"]), "it has gradients, and is no record of a journal")
     return Record(**fields)
@@ -274,6 +304,14 @@ def _journal(value: Any, generation: int, parent: int | None) -> Journal:
     in_order = journal.base <= journal.after < generation and (journal.base == journal.after) == (journal.number == 1)
     need(parent is None or (in_order and journal.base == parent), "it does not build on what is older than itself")
     return journal
+
+
+def _parts(value: Any, rank: int, world: int) -> tuple[Part, ...]:
+    """Rank 0's record names those of all others, in their order; the others' none."""
+    found = tuple(Part(**members(part, _PART, "a part")) for part in value)
+    expected = [names.of_rank(names.PART, each, world) for each in range(1, world)] if rank == 0 else []
+    need([part.name for part in found] == expected and world > 1, "it does not name the records of the other ranks")
+    return found
 
 
 def _file(value: Any) -> FileRecord:

@@ -52,6 +52,7 @@ class Store:
     """
 
     hands_over = False  # this process commits
+    part: tuple[int, int] = (0, 1)  # which of how many ranks writes through this one
 
     def __init__(
         self, directory: str | os.PathLike[str], *, keep: int = 2, max_async: int = 2, fresh: bool = False,
@@ -72,7 +73,8 @@ class Store:
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
-        self._loaded, self._found = False, 0  # whether load was asked, and how many checkpoints an earlier life left
+        self.found: int = 0  # checkpoints that an earlier life left
+        self._loaded = False
 
     def open(self) -> None:
         """Make the directory if need be, take its lock, and see what is there. Idempotent. Raises ``NotAStore``, ``StoreLocked``
@@ -131,7 +133,7 @@ class Store:
         for slot in self._pool.adopt_slots():
             with suppress(Corrupt, NoCheckpoint):  # a commit that a crash stopped short of its rename: go on behind it
                 self._lineage.newest = max(self._lineage.newest, read_record(slot.path).generation)
-        self._found = len(found)
+        self.found = len(found)
         for each in found:
             path, known = directory_of(each), CheckpointStatus(-1, None, BAD)
             if isinstance(each, Corrupt):
@@ -201,11 +203,8 @@ class Store:
 
     def require_loaded(self) -> None:
         """Raise ``StoreNotLoaded`` if an earlier life left checkpoints that were not loaded, and not ``fresh``."""
-        if self._found and not self._loaded and not self.fresh:
-            raise StoreNotLoaded(
-                f"{self.root} has {self._found} checkpoint(s) that were not loaded: training from the beginning would replace "
-                "them. Call fxckpt.load() before the first step, name another directory, or say fresh=True to give them up"
-            )
+        if self.found and not self._loaded and not self.fresh:
+            raise StoreNotLoaded(not_loaded(self.root, self.found))
 
     def mark_loaded(self, generation: int | None) -> None:
         """What comes next continues this checkpoint, which was verified; None: there was none to load. It stays until a newer
@@ -269,7 +268,7 @@ class Store:
         """The one that it was taken from."""
         return self._records if self._records.is_busy(slot) else self._pool
 
-    def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout]) -> None:
+    def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout], step: int = 0) -> None:
         """The engine writes into the slot from now on. One that was prepared while slots of the other kind were taken,
         checkpoints and records of the journal, gets a later generation: their order is that of training."""
         with self._pool.mutex:
@@ -299,19 +298,23 @@ class Store:
                 named.close()
                 raise
 
-    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
+    def joined(self, slot: Slot, timeout: float) -> bool:
+        """Has everybody else who writes it done his part?"""
+        return True
+
+    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor], parts: Sequence[Record] = ()) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run
-        says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the
-        caller then abandons the slot."""
+        says of it; the store fills in what only it knows. ``state_tensors`` are written beside. ``parts``: the records of other
+        ranks whose files are in the slot. Raises ``SaveFailed``; the caller then abandons the slot."""
         self._check_open()
         pool = self._pool_of(slot)
         with pool.unhurried():
             if not pool.is_busy(slot):
                 raise StoreError(f"{slot.path} is not being written; acquire a slot for each checkpoint")
             with slot.reporting():
-                extra = write_tensors(slot.held(), names.STATE, state_tensors)
+                extra = write_tensors(slot.held(), record.state_file, state_tensors)
                 record = self._completed(record, slot, extra)
-                self._seal(slot, record)
+                self._seal(slot, record, [file for part in parts for file in part.files])
                 self._publish(slot, record)
             pool.committed(slot, self._standing(record, GOOD))
             slot.leave()
@@ -360,15 +363,16 @@ class Store:
             files=(*record.files, extra), lasting=lasting, best_by=self._policy.best,
         )  # fmt: skip
 
-    def _seal(self, slot: Slot, record: Record) -> None:
-        """Step 3: from here the directory describes itself."""
-        folder, wanted = slot.held(), {file.name for file in record.files}
+    def _seal(self, slot: Slot, record: Record, beside: Sequence[FileRecord]) -> None:
+        """Step 3: from here the directory describes itself. ``beside``: files of other ranks' parts."""
+        files, folder = [*record.files, *beside], slot.held()
+        wanted = {*(file.name for file in files), *(part.name for part in record.parts or ())}
         for name, found in folder.entries().items():
             if not stat.S_ISREG(found.st_mode):
                 folder.put_aside(name, slot.parent)
             elif name not in wanted:
                 folder.unlink(name)  # of an earlier plan: nobody would verify it
-        for file in record.files:
+        for file in files:
             slot.check_written(file)
         # Edge C: the record's bytes, and
         replace_file(folder, names.COMMIT, record.to_bytes(), durable=True)
@@ -430,10 +434,10 @@ class Store:
             except OSError as error:
                 log.error("cannot remove %s: %s", self._folder.at(entry), error)
 
-    def abandon(self, slot: Slot, *, bad: bool) -> None:
-        """Give a checkpoint up. Only when no thread writes to its files any more. Idempotent; never raises. ``bad`` after EIO or
-        a failed sync: the kernel may have dropped what it could not write, and reading can show what is not on the disk, so the
-        directory is renamed ``.bad`` and never used again."""
+    def abandon(self, slot: Slot, *, bad: bool, why: str = "") -> None:
+        """Give a checkpoint up, ``why`` if it failed. Only when no thread writes to its files any more. Idempotent; never raises.
+        ``bad`` after EIO or a failed sync: the kernel may have dropped what it could not write, and reading can show what is not
+        on the disk, so the directory is renamed ``.bad`` and never used again."""
         self._check_owner()
         pool = self._pool_of(slot)
         try:
@@ -462,6 +466,14 @@ class Store:
             _let_go(self._lock, self._folder)
             self._finalizer.detach()
             self._lock = None
+
+
+def not_loaded(root: str, found: int) -> str:
+    """What is wrong where checkpoints of an earlier life would be replaced."""
+    return (
+        f"{root} has {found} checkpoint(s) that were not loaded: training from the beginning would replace them. Call "
+        "fxckpt.load() before the first step, name another directory, or say fresh=True to give them up"
+    )
 
 
 def _let_go(lock: DirectoryLock, folder: Folder) -> None:

@@ -26,8 +26,10 @@ from pathlib import Path
 
 import instruments
 import pytest
+import torch.distributed as dist
 from crash import FULL, QUICK, SHORT, Disk, Edge, Judge, explore, late, moved, without, write_out
 from frozen_run import frozen_run
+from joint_store import JointTrainer
 from real_run import real_run
 from repository import ROOT, SUPPORT, python_path
 from storing import MonitoredTrainer, Trainer, fast_directory, recorded_monitors, start
@@ -349,6 +351,21 @@ SCENARIOS = {
     "journalled": (journalled, 1),
     "real_run": (real_run, 2),
 }
+
+
+def together(root: Path, acks: Path, writer: str) -> None:
+    """Two ranks write each checkpoint together, keep=1: each commit gives up the only other one, and the files of the rank that
+    does not commit go to and fro. Then a second life."""
+    messages = dist.HashStore()
+    for life, steps in enumerate(((1, 2, 3, 4), (5, 6))):
+        trainer = JointTrainer(root, acks, messages, life, ITEMS, keep=1, max_async=1)
+        for step in steps:
+            trainer.save(step)
+        trainer.save(steps[-1], name=f"life{life}")
+        trainer.close()
+
+
+TOGETHER = {"together": (together, 1)}
 MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}
 
 
@@ -362,7 +379,7 @@ def recordings(tmp_path_factory):
             if (name, writer) not in made:
                 own = directory / f"{name}-{writer}"
                 own.mkdir()
-                made[name, writer] = Recording(own, *{**SCENARIOS, **MONITORED}[name], writer)
+                made[name, writer] = Recording(own, *{**SCENARIOS, **TOGETHER, **MONITORED}[name], writer)
             return made[name, writer]
 
         yield record
@@ -370,7 +387,8 @@ def recordings(tmp_path_factory):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
-    ("writer", "scenario"), [("thread", name) for name in SCENARIOS] + [("monitor", name) for name in (*SCENARIOS, *MONITORED)]
+    ("writer", "scenario"),
+    [("thread", name) for name in (*SCENARIOS, *TOGETHER)] + [("monitor", name) for name in (*SCENARIOS, *MONITORED)],
 )
 def test_power_cut_between_any_two_calls_leaves_a_good_checkpoint(writer, scenario, recordings, counted):
     recording = recordings(scenario, writer)
@@ -467,7 +485,27 @@ EDGES: dict[str, list[tuple[str, Edge]]] = {
 }  # fmt: skip
 """By the letter in docs/format.md: where it is seen, the sync, and what it must come before. O is about killed runs."""
 
+JOINT_EDGES: dict[str, list[tuple[str, Edge]]] = {
+    "W": [("together", Edge(lambda call, last: syncs(call, "part-00002-of-00002.json.tmp"), published))],
+    "D": [("together", Edge(lambda call, last, kind=kind: syncs(call, f"{kind}-00002-of-00002.safetensors"), published))
+          for kind in ("model", "optimizer", "state")],
+    "S": [("together", Edge(lambda call, last: syncs(call, ".partial"), published))],
+    "C": [("together", Edge(lambda call, last: syncs(call, names.INDEX + ".tmp"), published))],
+}  # fmt: skip
+"""The same of the part of a rank that does not commit; only a thread writes those."""
+
 MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number in range(len(edges)) for way in (without, late)]
+JOINT_MUTANTS = [
+    (letter, number, way) for letter, edges in JOINT_EDGES.items() for number in range(len(edges)) for way in (without, late)
+]
+
+
+@pytest.mark.parametrize(
+    ("letter", "number", "way"), JOINT_MUTANTS, ids=[f"{letter}{number}-{way.__name__}" for letter, number, way in JOINT_MUTANTS]
+)
+def test_without_an_edge_of_another_rank_a_checkpoint_of_all_is_lost(letter, number, way, recordings, counted):
+    scenario, edge = JOINT_EDGES[letter][number]
+    check_needed(letter, edge, way, recordings(scenario, "thread"), counted)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -476,19 +514,23 @@ MUTANTS = [(letter, number, way) for letter, edges in EDGES.items() for number i
 )
 def test_without_an_edge_or_with_it_too_late_a_checkpoint_is_lost(letter, number, way, writer, recordings, counted):
     scenario, edge = EDGES[letter][number]
-    recording = recordings(scenario, writer)
+    check_needed(letter, edge, way, recordings(scenario, writer), counted)
+
+
+def check_needed(letter: str, edge: Edge, way: Callable, recording: Recording, counted: Callable) -> None:
+    """Without it something breaks."""
     log = way(recording.log, edge)
     assert log != recording.log, "the edge is not in the log"
     broken, states = recording.explore(log)
     what = "all caught" if broken else "which nothing catches"
-    counted(f"mutants of ordering edges by {writer}, {what}", 1)
+    counted(f"mutants of ordering edges by {recording.writer}, {what}", 1)
     assert broken is not None, f"edge {letter} is not needed: nothing breaks without it ({states} states)"
 
 
 def test_the_document_lists_the_edges_that_are_tested():
     text = (ROOT / "docs" / "format.md").read_text()
     listed = re.findall(r"^\| ([A-Z]) \|", text, re.MULTILINE)
-    assert sorted(listed) == sorted([*EDGES, "O"])
+    assert sorted(listed) == sorted({*EDGES, *JOINT_EDGES, "O"})
 
 
 # ---- a kill, another run, and then a power cut ----

@@ -193,7 +193,9 @@ def test_a_rank_that_dies_while_it_loads_is_named_by_the_others(dead):
         return str(found.value)
 
     with ThreadPoolExecutor(2) as pool:
-        assert all(f"rank {dead} of 3 was loading and has shown no sign of life" in each for each in pool.map(say, others))
+        assert all(
+            f"rank {dead} of 3 was in its fxckpt.load() and has shown no sign of life" in each for each in pool.map(say, others)
+        )
 
 
 def test_a_rank_killed_before_its_first_commit_takes_all_back_to_the_beginning(two, caplog):

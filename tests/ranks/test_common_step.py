@@ -15,6 +15,7 @@ from small_training import Training
 from storing import start
 from waiting import until
 
+from fxckpt.compiled_optimizer import together
 from fxckpt.errors import SaveFailed, SetupError
 from fxckpt.ranks.common import Decision, Holder, Promise, decide, least_kept
 from fxckpt.ranks.peers import Peers
@@ -170,8 +171,10 @@ def test_a_monitor_holds_what_other_ranks_rely_on_and_so_does_the_one_that_takes
 
 
 @pytest.fixture
-def group():
-    """This process is rank 0 of 2, and nobody else is there: a group of torch's for tests, whose collectives do nothing."""
+def group(monkeypatch):
+    """This process is rank 0 of 2, and nobody else is there: a group of torch's for tests, whose collectives do nothing. Nobody
+    is asked where his store is: each has one of its own."""
+    monkeypatch.setattr(together, "agreement_here", lambda: None)
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers its backend
 
     store = dist.HashStore()

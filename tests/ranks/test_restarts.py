@@ -12,14 +12,18 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from process_runs import environment
 from repository import SUPPORT
 from waiting import TIMEOUT, committed, until
 
-from fxckpt.store.reader import checkpoints
+from fxckpt.store.reader import candidates, checkpoints
 
 LIVES = int(os.environ.get("FXCKPT_RANKS", "2"))
 """Kills, each of one rank or of both."""
+
+WAYS = {"together": ()} if LIVES <= 2 else {"together": (), "own": ("--own",)}
+"""One store of all ranks; and in the campaign (``make ranks``) one of each, which ``test_agreed_load.py`` has in short."""
 
 MARK = "NOW THEY ARE KILLED"
 START = re.compile(r"life (\d+) rank (\d) starts at step (\d+)")
@@ -81,17 +85,19 @@ class Agent:
 
 def newest(root: Path) -> int:
     """The last step that rank 0 has committed."""
-    return max((int(name.split("-")[1]) for name in committed(root / "rank0")), default=0)
+    own = root / "rank0"
+    return max((int(name.split("-")[1]) for name in committed(own if own.exists() else root)), default=0)
 
 
 def steps_of(root: Path) -> set[int]:
     return {each.step for each in checkpoints(root)}
 
 
-def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_whole_run(tmp_path, counted):
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_whole_run(way, tmp_path, counted):
     seed = random.SystemRandom().randrange(2**32)
     epochs = max(3, LIVES // 3)  # each life gets some way
-    agent = Agent(tmp_path, tmp_path / "cache", str(3 * LIVES + 9), "--epochs", str(epochs), "--patience", "10")
+    agent = Agent(tmp_path, tmp_path / "cache", str(3 * LIVES + 9), "--epochs", str(epochs), "--patience", "10", *WAYS[way])
     try:
         until(lambda: agent.ended() or MARK in agent.output, why=lambda: agent.output)
         killed = agent.kill_ranks(tmp_path / "killed", LIVES, 16 * epochs, random.Random(seed))
@@ -112,6 +118,9 @@ def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_w
     starts = [found for _, found in sorted(lives.items())]
     assert all(len(found) == 1 for found in starts), output  # all ranks at one step
     assert starts == sorted(starts, key=max), output  # and what was common once is never lost
-    assert steps_of(tmp_path / "killed" / "rank0") & steps_of(tmp_path / "killed" / "rank1"), output
+    if way == "own":
+        assert steps_of(tmp_path / "killed" / "rank0") & steps_of(tmp_path / "killed" / "rank1"), output
+    else:
+        assert all(len(each.record.ranks) == 2 for each in candidates(tmp_path / "killed")), output
     assert "the ranks have no checkpoint of one step" not in output, output
-    counted("kills of ranks under torchrun's agent", killed)
+    counted(f"kills of ranks under torchrun's agent, {way}", killed)

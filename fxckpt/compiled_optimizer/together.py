@@ -1,0 +1,112 @@
+"""The ranks of a job open their stores together: one for all of them where all name one directory."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any, TypedDict
+
+from fxckpt.compat.ranks import default_store, rank, world_size
+from fxckpt.errors import RanksDisagree, SetupError
+from fxckpt.ranks import Agreement, FirstStore, OtherStore, Rendezvous
+from fxckpt.store.identity import read_store_id
+from fxckpt.store.lock import wait_for_monitor
+
+APPEARS = 5.0
+"""Seconds until what another machine wrote must be seen: network file systems keep what they know of a directory for a while."""
+
+
+class Opened(TypedDict):
+    """What rank 0 says when it has opened the store. ``found``: the checkpoints in it. ``error``: why it could not."""
+
+    store: str
+    found: int
+    error: str
+
+
+def agreement_here() -> Agreement | None:
+    """How the ranks agree on their stores; None for one process, or where they cannot talk."""
+    if world_size() == 1 or (found := default_store()) is None:
+        return None
+    return Agreement(found[0], rank(), world_size(), found[1], call="fxckpt.compile_step()")
+
+
+def open_together(directory: str, options: dict[str, Any], on_divergence: str) -> FirstStore | OtherStore | None:
+    """This rank's side of the store of all ranks, opened; None: there is one process, or each rank names a directory of its own.
+    ``options`` are those of ``Store``. Raises SetupError if some ranks name one and others not; RanksDisagree if another rank
+    cannot open it."""
+    if (agreement := agreement_here()) is None:
+        return None
+    with agreement:
+        said: list[str] = agreement.exchange("directory", os.path.realpath(directory))
+        if len(set(said)) == agreement.world:
+            return None
+        if len(set(said)) > 1:
+            listed = "".join(f"\n  rank {at}: {each}" for at, each in enumerate(said))
+            raise SetupError(f"either all ranks name one directory, or each one of its own. These are neither:{listed}")
+        rendezvous = Rendezvous(agreement.store, agreement.rank, agreement.world, f"{agreement.prefix}/parts")
+        if agreement.rank == 0:
+            return _first(agreement, FirstStore(directory, rendezvous, on_divergence=on_divergence, **options))
+        return _other(agreement, rendezvous, directory, options)
+
+
+def _first(agreement: Agreement, store: FirstStore) -> FirstStore:
+    """Rank 0 opens it, and tells the others."""
+    error: Exception | None = None
+    try:
+        wait_for_monitor(store.open)
+    except Exception as caught:
+        error = caught
+    own: Opened = {"store": store.store_id, "found": store.found, "error": "" if error is None else str(error)}
+    try:
+        agreement.exchange("opened", own)
+        if error is not None:
+            raise error
+        _check_all(agreement.exchange("ready", ""))
+        store.forget_ranks()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _other(agreement: Agreement, rendezvous: Rendezvous, directory: str, options: dict[str, Any]) -> OtherStore:
+    """Another rank opens its part of it."""
+    opened: Opened = agreement.exchange("opened", None)[0]
+    if opened["error"]:
+        raise RanksDisagree(f"rank 0 could not open {directory}: {opened['error']}")
+    store = OtherStore(directory, rendezvous, max_async=options["max_async"], fresh=options["fresh"], found=opened["found"])
+    error: Exception | None = None
+    try:
+        _check_same(directory, opened["store"], agreement.rank)
+        store.open()
+    except Exception as caught:
+        error = caught
+    try:
+        said = agreement.exchange("ready", "" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        _check_all(said)
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _check_all(said: list[str]) -> None:
+    """Raise RanksDisagree if one could not open its part."""
+    if failed := [f"\n  rank {at}: {why}" for at, why in enumerate(said) if why]:
+        raise RanksDisagree("other ranks could not open the store, so this one does not train:" + "".join(failed))
+
+
+def _check_same(directory: str, store_id: str, rank: int) -> None:
+    """Raise SetupError unless this rank sees rank 0's store there."""
+    ended = time.monotonic() + APPEARS
+    while (found := read_store_id(directory) if os.path.isdir(directory) else None) != store_id:
+        if time.monotonic() > ended:
+            raise SetupError(
+                f"all ranks name {directory}, but rank {rank} does not see the store there that rank 0 has opened (it sees "
+                f"{found or 'none'}): it is on another disk. Name a directory that all machines share, or one for each rank: "
+                f"f'.../rank{{rank}}'"
+            )
+        time.sleep(0.05)

@@ -1,0 +1,199 @@
+"""Rank 0's store where all ranks write into one directory: it alone gives checkpoints their names, and gives older ones up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fxckpt.engine import io
+from fxckpt.errors import Corrupt, Diverged, NoSpace, RanksDisagree
+from fxckpt.ranks.rendezvous import Rendezvous, given_up
+from fxckpt.ranks.replicas import Suspects, differences
+from fxckpt.ranks.words import Committed, Done, GivenUp, Key, Word
+from fxckpt.store import names
+from fxckpt.store.about import ALIKE, DIVERGED
+from fxckpt.store.checks import MAX_BYTES
+from fxckpt.store.dtypes import Tensor
+from fxckpt.store.files import write_bytes
+from fxckpt.store.layout import FileLayout
+from fxckpt.store.parts import read_part
+from fxckpt.store.record import Part, Record
+from fxckpt.store.slot import Slot
+from fxckpt.store.slots import Store
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+
+class FirstStore(Store):
+    """Before a commit it waits for the parts of all others, moves their files into the slot, and writes a record that vouches for
+    all of them. What it needs of them it reads from the disk; what they say is where. ``options`` are those of ``Store``."""
+
+    def __init__(self, directory: str | os.PathLike[str], rendezvous: Rendezvous, *, on_divergence: str = "warn", **options: Any):
+        super().__init__(directory, **options)
+        self._raises, self._suspects = on_divergence == "raise", Suspects(rendezvous.world)
+        self.part = (0, rendezvous.world)
+        self._others, self._ranks = rendezvous, range(1, rendezvous.world)
+        self._keys: dict[Slot, Key] = {}
+        self._heard: dict[Slot, dict[int, Word]] = {}  # of each checkpoint, what other ranks have said
+
+    def forget_ranks(self) -> None:
+        """Remove what ranks left that there are not any more: an earlier life had more of them. All others have opened theirs."""
+        ours = [names.rank_name(rank) for rank in self._ranks]
+        try:
+            with self._folder.within(names.RANKS) as ranks:
+                for name in ranks.entries().keys() - ours:
+                    ranks.remove_tree(name)
+        except OSError as error:
+            log.warning("fxckpt: what earlier ranks left in %s stays: %s", self._folder.at(names.RANKS), error)
+
+    def reserve(self, files: Mapping[str, int], journal: bool = False) -> None:
+        """``Store.reserve``; of what the other ranks write it only looks whether there is room: as much as this one, each."""
+        super().reserve(files, journal)
+        pool = self._pool
+        needed = len(self._ranks) * (pool.limit + pool.max_async) * sum(files.values())
+        lacking = needed - sum(_blocks(self.root, files))
+        if lacking > (free := os.statvfs(self.root).f_bavail * os.statvfs(self.root).f_frsize):
+            raise NoSpace(
+                f"{len(self._ranks)} more ranks, each with its part of {pool.limit} checkpoints and of {pool.max_async} on the "
+                f"way, need {lacking:,} bytes more in {self.root}, which has {free:,} bytes free. Make room, lower keep or "
+                "max_async, or name a directory on another disk"
+            )
+
+    def mark_loaded(self, generation: int | None) -> None:
+        super().mark_loaded(generation)
+        self._others.loaded()
+
+    def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout], step: int = 0) -> None:
+        super().begin(slot, checkpoint, files, step)
+        self._keys[slot] = self._others.begins(step, slot.name)
+
+    def joined(self, slot: Slot, timeout: float) -> bool:
+        """Are the parts of all other ranks durable? False after ``timeout`` seconds. Raises Cancelled if one gave it up."""
+        found = self._heard.setdefault(slot, {})
+        found |= self._others.heard(self._keys[slot], [rank for rank in self._ranks if rank not in found], timeout)
+        for rank, word in found.items():
+            if isinstance(word, GivenUp):
+                raise given_up(rank, word)
+        return len(found) == len(self._ranks)
+
+    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor], parts: Sequence[Record] = ()) -> Path:
+        """``Store.commit``, with the parts of all ranks. Raises RanksDisagree if what they did differs."""
+        with slot.reporting():
+            found = [self._take(slot, rank, word) for rank, word in sorted(self._heard.pop(slot).items())]
+            parts = [each for _, each in found]
+            _check_alike(record, parts)
+            record = self._compared(record, parts)
+            first = dataclasses.replace(record, rank=0, world_size=self._others.world, parts=tuple(part for part, _ in found))
+            index = write_bytes(slot.held(), names.INDEX, index_of([record, *parts]))
+        path = super().commit(slot, dataclasses.replace(first, files=(*record.files, index)), state_tensors, parts)
+        self._tell(slot, Committed(slot.generation, os.path.relpath(path, self.root)))
+        return path
+
+    def _compared(self, record: Record, parts: Sequence[Record]) -> Record:
+        """The record, with where replicas differ. Raises Diverged if that is asked for."""
+        if not (found := differences([record, *parts])):
+            return record
+        what = f"replicas differ at step {record.step}: {'; '.join(map(str, found))}; {self._suspects.note(found)}"
+        if self._raises:
+            raise Diverged(what)
+        log.error("fxckpt: %s. The checkpoint has what each wrote", what)
+        said = [[each.writer, each.reader, list(each.layers), list(each.tensors)] for each in found]
+        return dataclasses.replace(record, state={**record.state, DIVERGED: said})
+
+    def _take(self, slot: Slot, rank: int, word: Word) -> tuple[Part, Record]:
+        """Move the files of a rank's part into the slot; those of the checkpoint that was in it before go back to the rank, which
+        writes into them again."""
+        assert isinstance(word, Done)
+        with (
+            self._folder.within(names.RANKS) as ranks,
+            ranks.within(names.rank_name(rank)) as own,
+            own.within(word.entry) as given,
+        ):
+            name = names.of_rank(names.PART, rank, self._others.world)
+            part = Part(name, word.sha256)
+            with given.opened(name, os.O_RDONLY) as fd:
+                if (nbytes := os.fstat(fd).st_size) > MAX_BYTES:
+                    raise Corrupt(given.at(name), f"it has {nbytes} bytes, more than any record")
+                record = read_part(part, io.pread(fd, nbytes, 0), given.at(name))
+            for file in [name, *(each.name for each in record.files)]:
+                if slot.held().find(file) is not None:
+                    slot.held().rename(file, file + names.SPARE, given)
+                given.rename(file, file, slot.held())
+        return part, record
+
+    def close(self) -> None:
+        super().close()
+        self._others.leave()
+
+    def abandon(self, slot: Slot, *, bad: bool, why: str = "") -> None:
+        super().abandon(slot, bad=bad, why=why)
+        self._heard.pop(slot, None)
+        self._tell(slot, GivenUp(why))
+
+    def _tell(self, slot: Slot, word: Word) -> None:
+        """All others. If they cannot be told, they wait in vain, and give it up."""
+        if (key := self._keys.pop(slot, None)) is not None:
+            try:
+                self._others.say(key, word)
+            except RanksDisagree as error:
+                log.error("fxckpt: the other ranks cannot be told what became of a checkpoint: %s", error)
+
+
+def _blocks(root: str, but: Collection[str]) -> Iterator[int]:
+    """Bytes of each file below the store that is not called so."""
+    for path, _, found in os.walk(root):
+        for name in found:
+            if name not in but:
+                with suppress(OSError):
+                    yield os.lstat(os.path.join(path, name)).st_blocks * 512
+
+
+def index_of(records: Sequence[Record]) -> bytes:
+    """Which file has which of the model's tensors, as Hugging Face's readers of several files want it: of what each rank has for
+    itself, rank 0's."""
+    tensors = [each for record in records for each in record.tensors(names.MODEL) if names.written_as(each.file) == names.MODEL]
+    places = {each.key: each.file for each in sorted(tensors, key=lambda each: each.key)}
+    return (json.dumps({"metadata": {"total_size": sum(each.nbytes for each in tensors)}, "weight_map": places}) + "\n").encode()
+
+
+def _check_alike(first: Record, others: Sequence[Record]) -> None:
+    """Raise RanksDisagree unless all ranks took this checkpoint of the same training: tensors of the same names and shapes, the
+    same settings of the optimizers, as many steps."""
+    for other in others:
+        for what, (mine, its) in _compared(first, other).items():
+            if mine != its:
+                raise RanksDisagree(
+                    f"the checkpoint of step {first.step} is given up: rank {other.rank} has other {what} than rank 0 "
+                    f"({_short(its)} where rank 0 has {_short(mine)}). Ranks that write one store together must train one model "
+                    "in one way; give each rank a directory of its own if they do not"
+                )
+
+
+def _compared(first: Record, other: Record) -> dict[str, tuple[str, str]]:
+    """What must be equal, by what it is, as text."""
+
+    def settings(record: Record) -> str:
+        return _as_text([[each["class"], each["groups"]] for each in record.optimizers])
+
+    def counts(record: Record) -> str:
+        return _as_text({"step": record.step, "iteration": record.iteration, "updates": record.updates})
+
+    def tensors(record: Record) -> str:
+        return _as_text(record.state.get(ALIKE))
+
+    found = {"counts": counts, "settings of its optimizers": settings, "tensors": tensors}
+    return {what: (of(first), of(other)) for what, of in found.items()}
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else text[:200] + "..."

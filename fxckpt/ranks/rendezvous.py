@@ -1,0 +1,89 @@
+"""The messages of one store that several ranks write together: what this rank says, and what it hears."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from fxckpt.errors import Cancelled, RanksDisagree
+from fxckpt.ranks.messages import Messages, named
+from fxckpt.ranks.words import Begun, GivenUp, Key, Said, Word, answer
+
+SLICE = 0.005
+"""Seconds between two looks for an answer, by the thread that commits."""
+
+FAREWELL = 10.0
+"""Seconds that rank 0 stays at the end for others to hear the last word: one of them may be dead."""
+
+
+def given_up(rank: int, word: GivenUp) -> Exception:
+    """The error for a checkpoint that another rank gave up."""
+    if not word.why:
+        return Cancelled(f"rank {rank} dropped it")
+    return RanksDisagree(f"rank {rank} failed: {word.why}")
+
+
+class Rendezvous:
+    """Of one rank. ``prefix``: of its messages, the same on all ranks and for no other store. Thread-safe."""
+
+    def __init__(self, store: Messages, rank: int, world: int, prefix: str):
+        self.rank: int = rank
+        self.world: int = world
+        with named():
+            self._store = store.clone()  # the thread that trains may wait in its own connection
+        self._served_by = store  # rank 0's may be the server, which ends with it, and others still listen
+        self._prefix = prefix
+        self._spoke: set[int] = set()  # ranks that have said anything
+        self._said, self._begun, self._lock = Said(), Begun(), threading.RLock()
+
+    def begins(self, step: int, name: str | None) -> Key:
+        """By what a checkpoint that begins here is known to the others."""
+        with self._lock:
+            return self._begun.next(step, name)
+
+    def loaded(self) -> None:
+        """All ranks load together: what was said before is over."""
+        with self._lock:
+            self._said, self._begun = Said(self._said.load + 1), Begun()
+
+    def say(self, key: Key, word: Word) -> None:
+        """Tell the others. Raises RanksDisagree if they cannot be told."""
+        with self._lock, named():
+            self._said.say(key, word)
+            self._store.set(self._key(self.rank), self._said.to_bytes())
+
+    def heard(self, key: Key, ranks: Sequence[int], timeout: float) -> dict[int, Word]:
+        """What these ranks have said of a checkpoint: once all have, or one of them gave it up, or after ``timeout`` seconds.
+        Raises RanksDisagree if nothing can be heard."""
+        ended, found = time.monotonic() + timeout, dict[int, Word]()
+        while True:
+            found |= self._look(key, [rank for rank in ranks if rank not in found])
+            given_up = any(isinstance(word, GivenUp) for word in found.values())
+            if given_up or len(found) == len(ranks) or time.monotonic() > ended:
+                return found
+            time.sleep(SLICE)
+
+    def _look(self, key: Key, ranks: Sequence[int]) -> dict[int, Word]:
+        """The same now, of those that have said something."""
+        with named():
+            self._spoke |= {rank for rank in ranks if rank not in self._spoke and self._store.check([self._key(rank)])}
+            there = [rank for rank in ranks if rank in self._spoke]
+            raw = self._store.multi_get([self._key(rank) for rank in there]) if there else []
+        with self._lock:
+            words = {rank: answer(Said.from_bytes(each), self._said.load, key, self._begun) for rank, each in zip(there, raw)}
+        return {rank: word for rank, word in words.items() if word is not None}
+
+    def leave(self) -> None:
+        """Nothing more is said. Rank 0 stays until all others have heard what it said last, or for ``FAREWELL`` seconds."""
+        if not self._said.words:
+            return
+        ended, others = time.monotonic() + FAREWELL, range(1 if self.rank == 0 else self.world, self.world)
+        with suppress(RanksDisagree), named():
+            self._store.set(f"{self._key(self.rank)}/left", "")
+            while others and time.monotonic() < ended and not self._store.check([f"{self._key(rank)}/left" for rank in others]):
+                time.sleep(SLICE)
+
+    def _key(self, rank: int) -> str:
+        return f"{self._prefix}/{rank}"
