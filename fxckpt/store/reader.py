@@ -234,6 +234,16 @@ class Reader:
             if file in (None, names.kind_of(each.name)):
                 self._read(each, wanted.get(each.name, []))
 
+    def read_range(self, file: str, begin: int, nbytes: int, address: int) -> None:
+        """Read some bytes of a file to an address, by chunks, each of which is verified. Raises ``Corrupt``."""
+        if nbytes:
+            each = next(each for each in self.record.files if each.name == file)
+            self._size(each)
+            chunks = range(begin // each.chunk_bytes, (begin + nbytes - 1) // each.chunk_bytes + 1)
+            with self._stable(each):
+                read_verified(str(self.path / file), nbytes=each.nbytes, chunk_bytes=each.chunk_bytes, crcs=each.crc32c,
+                              held=self._held.get(file), targets=[(begin, nbytes, address, None, None)], only=chunks)  # fmt: skip
+
     def state_tensors(self) -> dict[str, np.ndarray | RawTensor]:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
         for file in self.record.files:

@@ -94,6 +94,7 @@ SETTINGS = {
     "compile_step(": SMALL,
     "fxckpt.load()": STARTED,
     "load_file(": STORED,
+    "StoreReader(": STORED,
     "import wandb": TRAINED + WANDB,
     "opt": TRAINED,
 }
