@@ -74,8 +74,9 @@ loops: $(ENGINE)
 # Two ranks under torchrun's agent, killed and restarted.
 .PHONY: ranks
 ranks: export FXCKPT_RANKS ?= 100
+ranks: export FXCKPT_LIVES ?= 100
 ranks: $(ENGINE)
-	@$(PY) -m pytest tests/ranks/test_restarts.py $(ARGS)
+	@$(PY) -m pytest tests/ranks/test_restarts.py tests/ranks/test_lives.py $(ARGS)
 
 # Hugging Face's Trainer, Accelerate, Lightning and Fabric, thirty kills of each case.
 .PHONY: integrations
