@@ -61,14 +61,15 @@ def compile_step(
     Args:
         opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step. What
             Accelerate's ``prepare`` or Fabric's ``setup`` returned may be given; its ``GradScaler`` is then among the extras.
-        dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``.
+        dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``. Ranks that name one directory write it together,
+            once there is a process group (docs/distributed.md).
         model: what is trained, compiled or wrapped or not: a module, or a list or dict of them, which must own all that the
             optimizers train. Names every tensor, and adds what the optimizer does not hold: frozen parameters, buffers,
             modes. Without it names and buffers come from graphs compiled with ``backend=fxckpt.backend``.
         every: ``N`` (each N-th optimizer step, waiting when the disk is behind), ``"auto"`` (at most once a minute,
             within a stall budget of 1 %) or ``"continuous"`` (the same budget, no minimum interval).
-        keep: good checkpoints to keep. With 1, rot on the disk cannot be survived. Each of several ranks keeps ``max_async + 1``
-            at least, and the newest step that all of them have.
+        keep: good checkpoints to keep. With 1, rot on the disk cannot be survived. Of several ranks with a store each, every one
+            keeps ``max_async + 1`` at least, and the newest step that all of them have.
         keep_every, keep_minutes: keep for good, beyond ``keep``, the first checkpoint at or behind each multiple of so
             many steps, or of so many minutes of the clock (UTC).
         keep_best: keep the best checkpoint by a metric given with ``opt.ckpt.note``: ``"loss"`` (the lowest), or

@@ -98,7 +98,7 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
     total = calls_of_some_checkpoints(tmp_path / "count")
     assert total > 60
     failures = 0
-    for nth, error in every_fault(total, 13, errors):
+    for nth, error in every_fault(total, 21, errors):
         store = tmp_path / f"{nth}-{error}"
         training, what = Training(store, keep=2, on_error=on_error), f"call {nth}, {errno.errorcode.get(error, 'short')}"
         caplog.clear()

@@ -19,7 +19,7 @@ from waiting import TIMEOUT, committed, until
 
 from fxckpt.store.reader import candidates, checkpoints
 
-LIVES = int(os.environ.get("FXCKPT_RANKS", "2"))
+LIVES = int(os.environ.get("FXCKPT_RANKS", "1"))
 """Kills, each of one rank or of both."""
 
 WAYS = {"together": ()} if LIVES <= 2 else {"together": (), "own": ("--own",)}
