@@ -61,8 +61,8 @@ def compile_step(
     Args:
         opt: an optimizer, or a list of them that make one run: the last one leads, and a checkpoint is taken at its step. What
             Accelerate's ``prepare`` or Fabric's ``setup`` returned may be given; its ``GradScaler`` is then among the extras.
-        dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``. Ranks that name one directory write it together,
-            once there is a process group (docs/distributed.md).
+        dir: the store's directory; default ``$FXCKPT_DIR``, else ``checkpoints/``. Ranks that name one directory write it
+            together, once there is a process group (docs/distributed.md).
         model: what is trained, compiled or wrapped or not: a module, or a list or dict of them, which must own all that the
             optimizers train. Names every tensor, and adds what the optimizer does not hold: frozen parameters, buffers,
             modes. Without it names and buffers come from graphs compiled with ``backend=fxckpt.backend``.

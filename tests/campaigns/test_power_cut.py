@@ -355,7 +355,7 @@ SCENARIOS = {
 
 def together(root: Path, acks: Path, writer: str) -> None:
     """Two ranks write each checkpoint together, keep=1: each commit gives up the only other one, and the files of the rank that
-    does not commit go to and fro. Then a second life."""
+    does not commit go back and forth. Then a second life."""
     messages = dist.HashStore()
     for life, steps in enumerate(((1, 2, 3, 4), (5, 6))):
         trainer = JointTrainer(root, acks, messages, life, ITEMS, keep=1, max_async=1)

@@ -1,8 +1,7 @@
-"""Lives of a job whose number of ranks changes: a random subset is killed at a random instant, the others end, and a next life begins.
+"""Lives of a job whose number of ranks changes: some are killed at a random instant, the others end, and a next life begins.
 
-``FXCKPT_LIVES`` says how many (4; ``make ranks``: 100). All ranks of a life start from one step; it is none before the last that any
-rank acknowledged; and the weights are those that a single process has at that step, for the gradients of the whole batch do not
-depend on how many ranks share it.
+``FXCKPT_LIVES`` says how many (4; ``make ranks``: 100). All ranks of a life start from one step; it is none before the last that
+any rank acknowledged; and the weights are those that a single process has at that step, for all ranks have the same batch.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ def test_lives_of_any_number_of_ranks_go_on_from_one_step_that_was_acknowledged(
             step, weights = start.split()
             assert int(step) >= acknowledged and weights == expected[int(step)], why
         acknowledged = max([acknowledged, *map(int, life.found("COMMITTED"))])
-        whole = [each for each in candidates(root / "d")]
+        whole = candidates(root / "d")
         for each in whole:
             Reader(each.path).verify()
         assert max((each.record.step for each in whole), default=0) >= acknowledged, why
