@@ -68,7 +68,7 @@ def _refuse_zero(optimizers: Sequence[object]) -> None:
             raise SetupError(
                 "a ZeroRedundancyOptimizer sends each parameter from the rank that stepped it to all others behind opt.step(): a "
                 "checkpoint of its inner optimizer would mix two steps. Give the inner class all parameters, as "
-                "torch.optim.AdamW(model.parameters()), with DistributedDataParallel and a directory for each rank; or save its "
+                "torch.optim.AdamW(model.parameters()), with DistributedDataParallel; or save its "
                 "consolidate_state_dict() with torch.save"
             )
 
@@ -80,7 +80,7 @@ def _refuse_what_steps_elsewhere(optimizers: Sequence[torch.optim.Optimizer], mo
         if is_flattened(param):
             raise SetupError(
                 f"FullyShardedDataParallel (FSDP1) keeps {name!r} in a flat shard, which no checkpoint of fxckpt could give back "
-                "its shape. Train with DistributedDataParallel and a directory for each rank, or save with "
+                "its shape. Train with DistributedDataParallel, or save with "
                 "torch.distributed.checkpoint in place of fxckpt"
             )
         if (kind := steps_in_backward(param)) is not None:

@@ -73,7 +73,7 @@ def _of_arguments(trainer: Trainer) -> Iterator[str]:
     if args.world_size > 1:
         yield (
             f"this is one of {args.world_size} processes, whose newest checkpoints may be of different steps. Train in one, or "
-            "write the loop yourself, with a directory for each rank (docs/loops.md)"
+            "write the loop yourself, with DistributedDataParallel (docs/distributed.md)"
         )
     if args.n_gpu > 1:
         yield f"{args.n_gpu} devices in one process (DataParallel). Name one of them in CUDA_VISIBLE_DEVICES"

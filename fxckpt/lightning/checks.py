@@ -33,7 +33,7 @@ def _reasons(trainer: Any, callback: Any) -> list[str]:
     if trainer.world_size > 1 or type(trainer.strategy).__name__ != "SingleDeviceStrategy":
         found.append(
             f"{type(trainer.strategy).__name__} over {trainer.world_size} devices is not supported yet. Train on one device "
-            "(devices=1), or write the loop with DistributedDataParallel, a directory for each rank"
+            "(devices=1), or write the loop with DistributedDataParallel (docs/distributed.md)"
         )
     if trainer.reload_dataloaders_every_n_epochs:
         found.append(

@@ -68,7 +68,7 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
     if (layout := sharded_as(tensor)) is not None:
         raise SetupError(
             f"{what}a DTensor ({layout}): FSDP2, tensor and expert parallelism are not supported yet. Train with "
-            "DistributedDataParallel and a directory for each rank, or save with torch.distributed.checkpoint (async_save) in "
+            "DistributedDataParallel, or save with torch.distributed.checkpoint (async_save) in "
             "place of fxckpt; `fxckpt import` reads what that wrote"
         )
     if is_wrapper(tensor):
