@@ -31,7 +31,7 @@ class Job:
         self.root, self.world = root, world
         self.store = dist.HashStore()
         self.runs: list[Training] = []
-        self._here, self._limit, self._drawing = threading.local(), limit, threading.Lock()
+        self._here, self._limit = threading.local(), limit
         monkeypatch.setattr(together, "agreement_here", lambda: self._agreement("fxckpt.compile_step()"))
         monkeypatch.setattr(loading, "agreement_for", lambda target, asked: target.run and self._agreement("fxckpt.load()"))
 
@@ -57,9 +57,10 @@ class Job:
         """Start all; returns what each restored, or the errors."""
 
         def replica() -> Any:
-            with self._drawing:  # all draw from one generator
-                torch.manual_seed(0)
-                return make()
+            model, draw = make(), torch.Generator().manual_seed(0)  # all threads draw from one generator, and seed it
+            for param in model.parameters():
+                param.data.normal_(0.0, 0.3, generator=draw)
+            return model
 
         self.runs = self.each(lambda rank: Training(self.root if at is None else at(rank), make=replica, **options))
         if (failed := [run for run in self.runs if isinstance(run, Exception)]) or not load:
