@@ -263,3 +263,19 @@ def cell(numbers: Numbers, size: str, word: str) -> str:
     """The ratios of one size and flag."""
     rows = [numbers["results"][f"{size}, {kind}"] for kind in KINDS]
     return " / ".join(f"{each['ratio']:.2f}" for row in rows for each in row if word in each["ours"])
+
+
+def ranks(numbers: Numbers) -> str:
+    """ranks.py's: two ranks, each way beside none; and rank 0's commit where there are many."""
+    rows = []
+    for way, each in numbers["steps"].items():
+        ratio = "1" if way == "none" else f"{each['ratio']:.2f} ({min(each['ratios']):.2f} – {max(each['ratios']):.2f})"
+        seconds = statistics.median(each["seconds"])
+        rows.append([way, f"{seconds * 1e3:.0f} ms", ratio, f"{each['nbytes'] / 1e6:.0f} MB" if each["nbytes"] else ""])
+    many = numbers["coordinator"]
+    took = f"{statistics.median(many['seconds']):.2f} ({min(many['seconds']):.2f} – {max(many['seconds']):.2f}) s"
+    what = f"{many['world']} ranks: {took} from the last part to the commit; {many['message_bytes']} bytes a message, "
+    what += f"{many['record_bytes'] / 1e3:.0f} kB `commit.json`."
+    note = f" Machine {numbers['note']}." if numbers["note"] else ""
+    head = ["two ranks, every step", "step", "ratio to none", "written for a checkpoint"]
+    return f"{table(head, rows)}\n\n{what}{note}"

@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "one step": one_step,
     "write and restore": lambda: render.write_and_restore(results("io")),
     "optimizers": lambda: render.optimizers(results("optimizer_step")),
+    "ranks": lambda: render.ranks(results("ranks")),
 }
 
 

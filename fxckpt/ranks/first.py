@@ -68,6 +68,7 @@ class FirstStore(Store):
     def mark_loaded(self, generation: int | None) -> None:
         super().mark_loaded(generation)
         self._others.loaded()
+        self._suspects = Suspects(self._others.world)
 
     def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout], step: int = 0) -> None:
         super().begin(slot, checkpoint, files, step)
