@@ -167,8 +167,10 @@ class MonitorStore:
             self._abandon(link, number, bad=False)
             link.asked_for.discard(number)
 
-    def joined(self, slot: RemoteSlot, timeout: float) -> bool:
-        return True
+    def not_begun(self, step: int, name: str | None, why: str) -> None: ...
+
+    def missing(self, slot: RemoteSlot, timeout: float) -> Sequence[int]:
+        return ()
 
     def begin(self, slot: RemoteSlot, checkpoint: int, files: Sequence[FileLayout], step: int = 0) -> None:
         """The engine began the checkpoint of this ``id``; the monitor opens its files."""

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class FirstStore(Store):
         self._others, self._ranks = rendezvous, range(1, rendezvous.world)
         self._keys: dict[Slot, Key] = {}
         self._heard: dict[Slot, dict[int, Word]] = {}  # of each checkpoint, what other ranks have said
+        self._over: dict[Slot, Word] = {}  # what became of those that the others are not told of yet
 
     def forget_ranks(self) -> None:
         """Remove what ranks left that there are not any more: an earlier life had more of them. All others have opened theirs."""
@@ -65,23 +66,27 @@ class FirstStore(Store):
                 "max_async, or name a directory on another disk"
             )
 
-    def mark_loaded(self, generation: int | None) -> None:
-        super().mark_loaded(generation)
-        self._others.loaded()
+    def renew(self, life: str) -> None:
+        """All ranks have agreed on what to load."""
+        self._others.renew(life)
         self._suspects = Suspects(self._others.world)
 
     def begin(self, slot: Slot, checkpoint: int, files: Sequence[FileLayout], step: int = 0) -> None:
         super().begin(slot, checkpoint, files, step)
         self._keys[slot] = self._others.begins(step, slot.name)
 
-    def joined(self, slot: Slot, timeout: float) -> bool:
-        """Are the parts of all other ranks durable? False after ``timeout`` seconds. Raises Cancelled if one gave it up."""
+    def not_begun(self, step: int, name: str | None, why: str) -> Callable[[], None]:
+        return self._others.missed(step, name, why)
+
+    def missing(self, slot: Slot, timeout: float) -> Sequence[int]:
+        """The ranks whose parts are not durable yet, after ``timeout`` seconds. Raises Cancelled or RanksDisagree if one gave it
+        up."""
         found = self._heard.setdefault(slot, {})
         found |= self._others.heard(self._keys[slot], [rank for rank in self._ranks if rank not in found], timeout)
         for rank, word in found.items():
             if isinstance(word, GivenUp):
                 raise given_up(rank, word)
-        return len(found) == len(self._ranks)
+        return [rank for rank in self._ranks if rank not in found]
 
     def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor], parts: Sequence[Record] = ()) -> Path:
         """``Store.commit``, with the parts of all ranks. Raises RanksDisagree if what they did differs."""
@@ -138,10 +143,12 @@ class FirstStore(Store):
         self._tell(slot, GivenUp(why))
 
     def _tell(self, slot: Slot, word: Word) -> None:
-        """All others. If they cannot be told, they wait in vain, and give it up."""
-        if (key := self._keys.pop(slot, None)) is not None:
+        """All others, in the order in which checkpoints began: who hears of a later one takes it that this one was given up, and
+        writes into its files again. If they cannot be told, they wait in vain, and give it up."""
+        self._over[slot] = word
+        while (oldest := next(iter(self._keys), None)) in self._over:
             try:
-                self._others.say(key, word)
+                self._others.say(self._keys.pop(oldest), self._over.pop(oldest))
             except RanksDisagree as error:
                 log.error("fxckpt: the other ranks cannot be told what became of a checkpoint: %s", error)
 

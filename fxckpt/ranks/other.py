@@ -119,7 +119,10 @@ class OtherStore:
 
     def mark_loaded(self, generation: int | None) -> None:
         self._loaded = True
-        self._others.loaded()
+
+    def renew(self, life: str) -> None:
+        """All ranks have agreed on what to load."""
+        self._others.renew(life)
 
     def hold(self, generations: Collection[int]) -> Collection[int]:
         return ()
@@ -151,8 +154,11 @@ class OtherStore:
     def begin(self, slot: PartSlot, checkpoint: int, files: Sequence[FileLayout], step: int) -> None:
         slot.key = self._others.begins(step, slot.name)
 
-    def joined(self, slot: PartSlot, timeout: float) -> bool:
-        return True
+    def not_begun(self, step: int, name: str | None, why: str) -> Callable[[], None]:
+        return self._others.missed(step, name, why)
+
+    def missing(self, slot: PartSlot, timeout: float) -> Sequence[int]:
+        return ()
 
     def commit(self, slot: PartSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None:
         """Make this rank's part durable, and tell rank 0 where it is. Raises SaveFailed, RanksDisagree."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from fxckpt.errors import Cancelled, RanksDisagree
@@ -43,10 +43,20 @@ class Rendezvous:
         with self._lock:
             return self._begun.next(step, name)
 
-    def loaded(self) -> None:
-        """All ranks load together: what was said before is over."""
+    def missed(self, step: int, name: str | None, why: str) -> Callable[[], None]:
+        """The same of one that could not be begun; returns what tells the others."""
+        key = self.begins(step, name)
+
+        def tell() -> None:
+            with suppress(RanksDisagree):  # they wait in vain, and give it up
+                self.say(key, GivenUp(why))
+
+        return tell
+
+    def renew(self, life: str) -> None:
+        """All ranks have agreed on a load, and a life begins: what was said before is over."""
         with self._lock:
-            self._said, self._begun = Said(self._said.load + 1), Begun()
+            self._said, self._begun = Said(life), Begun()
 
     def say(self, key: Key, word: Word) -> None:
         """Tell the others. Raises RanksDisagree if they cannot be told."""
@@ -72,7 +82,7 @@ class Rendezvous:
             there = [rank for rank in ranks if rank in self._spoke]
             raw = self._store.multi_get([self._key(rank) for rank in there]) if there else []
         with self._lock:
-            words = {rank: answer(Said.from_bytes(each), self._said.load, key, self._begun) for rank, each in zip(there, raw)}
+            words = {rank: answer(Said.from_bytes(each), self._said.life, key, self._begun) for rank, each in zip(there, raw)}
         return {rank: word for rank, word in words.items() if word is not None}
 
     def leave(self) -> None:

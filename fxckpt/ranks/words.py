@@ -2,7 +2,7 @@
 
 A rank says that its part of a checkpoint is durable, or that it gave the checkpoint up; rank 0 tells what became of it. Each has
 one message that it replaces: the newest few, so that nothing piles up. A checkpoint is known by its step, its name, and how many
-of that step and name there were in this run since the last load, which all ranks take part in."""
+of that step and name there were in this run since the last load, which all ranks agree on."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _KINDS = {kind.__name__: kind for kind in (Done, Committed, GivenUp)}
 
 @dataclass
 class Said:
-    """One side's newest words by key, in the order in which its checkpoints began. ``load`` counts loads: what was said before
-    the last one is of no checkpoint any more."""
+    """One side's newest words by key, in the order in which its checkpoints began. ``life`` is that of the last load, which is
+    agreed on: what was said before is of no checkpoint any more."""
 
-    load: int = 0
+    life: str = ""
     words: dict[Key, Word] = field(default_factory=dict)
 
     def say(self, key: Key, word: Word) -> None:
@@ -58,12 +58,12 @@ class Said:
             del self.words[old]
 
     def to_bytes(self) -> str:
-        return json.dumps([self.load, {key: [type(word).__name__, vars(word)] for key, word in self.words.items()}])
+        return json.dumps([self.life, {key: [type(word).__name__, vars(word)] for key, word in self.words.items()}])
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Said:
-        load, words = json.loads(raw)
-        return cls(load, {key: _KINDS[kind](**fields) for key, (kind, fields) in words.items()})
+        life, words = json.loads(raw)
+        return cls(life, {key: _KINDS[kind](**fields) for key, (kind, fields) in words.items()})
 
 
 class Begun:
@@ -76,7 +76,7 @@ class Begun:
     def next(self, step: int, name: str | None) -> Key:
         """That of one that begins."""
         count = self._count[step, name] = self._count.get((step, name), 0) + 1
-        if len(self._count) > KEPT:
+        if len(self._count) > 2 * KEPT:
             del self._count[next(iter(self._count))]
         key = f"{step}.{count}" if name is None else f"{step}.{count}.{name}"
         self._keys[key] = None
@@ -90,10 +90,10 @@ class Begun:
         return iter(keys[keys.index(key) + 1 :]) if key in self._keys else iter(())
 
 
-def answer(said: Said, load: int, key: Key, begun: Begun) -> Word | None:
+def answer(said: Said, life: str, key: Key, begun: Begun) -> Word | None:
     """What the other side has said of this checkpoint; None: nothing yet. It keeps to the order of its checkpoints: one that says
     something of a later one has nothing to say of this one any more."""
-    if said.load != load:
+    if said.life != life:
         return None
     if (found := said.words.get(key)) is not None:
         return found

@@ -143,12 +143,12 @@ class Committer:
         if pending.layout.alike:
             fields["state"] = {**fields["state"], ALIKE: pending.layout.alike, CHECKED: _checksums(pending)}
         started, tracer = time.monotonic_ns(), self._flights.tracer
-        pending.phase = "waiting for the parts of other ranks"
         self._wait(pending, lambda: self._joined(pending))
         pending.phase = f"being committed in {pending.path}"
         record = self._ranks.described(Record(files=files, **fields))
         self._store.commit(pending.slot, record, tensors)
         self._tally.last_handed_over = pending.step
+        pending.phase = "waiting for rank 0, which commits it" if self._store.part[0] else pending.phase
         self._wait(pending, lambda: pending.slot.ended(SLICE))
         if pending.slot.generation is None:
             return
@@ -158,13 +158,21 @@ class Committer:
         self._tally.last_committed = pending.step
 
     def _wait(self, pending: InFlight, ready: Callable[[], bool]) -> None:
-        """Wait for the engine or the disk; see ``CommitLoop.wait``."""
-        self._flights.loop.wait(pending, lambda: self._or_lost(pending, ready()))
+        """Wait for the engine, the disk or other ranks; see ``CommitLoop.wait``."""
+        self._flights.loop.wait(pending, lambda: self._or_lost(pending, ready()), lambda: self._doing(pending))
+
+    def _doing(self, pending: InFlight) -> str:
+        """What is being waited for, where that may be other ranks."""
+        if self._store.part[1] == 1:
+            return ""
+        return f". It was {pending.phase}. All ranks must call save() alike, or one of them hangs or is dead"
 
     def _joined(self, pending: InFlight) -> bool:
         """Have the other ranks that write it done their part?"""
         _check_wanted(pending)
-        return self._store.joined(pending.slot, SLICE)
+        if missing := self._store.missing(pending.slot, SLICE):
+            pending.phase = f"waiting for the parts of ranks {', '.join(map(str, missing[:8]))}{' ...' if missing[8:] else ''}"
+        return not missing
 
     def _or_lost(self, pending: InFlight, ready: bool) -> bool:
         """Is it ready? Raises why it will not be, if it went with the process that writes it."""

@@ -8,7 +8,7 @@ import uuid
 
 from fxckpt.compat.ranks import default_store, rank, world_size
 from fxckpt.errors import SetupError
-from fxckpt.ranks import Key, Messages, Peers, named
+from fxckpt.ranks import FirstStore, Key, Messages, OtherStore, Peers, named
 from fxckpt.saving.stores import CheckpointStore
 from fxckpt.store.about import Job
 from fxckpt.store.record import Record
@@ -50,6 +50,12 @@ class Ranks:
 
     def begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int] | None) -> None:
         """All ranks have agreed on what to load: this, of this generation here (None: nothing, or of another store)."""
+        if isinstance(self._store, FirstStore | OtherStore):
+            self._store.renew(job.life)
+        self._begin(job, store, rank, world, loaded)
+
+    def _begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int] | None) -> None:
+        """Talk of this life from now on."""
         self.stop()
         self._job = job
         if self._store.part[1] > 1:
@@ -68,7 +74,7 @@ class Ranks:
         with named():
             self._number = self._number or self._count()
             life = found[0].compare_set(f"fxckpt/life/{self._number}", "", uuid.uuid4().hex)
-        self.begin(Job(life.decode()), found[0], rank(), world_size(), None)
+        self._begin(Job(life.decode()), found[0], rank(), world_size(), None)
 
     def described(self, record: Record) -> Record:
         """The record of a checkpoint that is about to be committed, with what it says of the job."""

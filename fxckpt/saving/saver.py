@@ -24,7 +24,7 @@ from fxckpt.saving.ranks import Ranks
 from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.about import About
-from fxckpt.store.commit_loop import SETTLE, CommitLoop
+from fxckpt.store.commit_loop import SETTLE, CommitLoop, Errand
 from fxckpt.store.slot import retires_slot
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -75,6 +75,7 @@ class Saver:
         """Get a slot, open its files, and queue the checkpoint for the committer."""
         assert self.engine is not None  # a run that is turned off begins none
         slot = copy = pending = None
+        begun = False
         try:
             slot = self.supply.take(layout, name, link is not None)
             on_disk = slot.recall(layout.frozen_token) if layout.frozen_token is not None else {}
@@ -84,6 +85,7 @@ class Saver:
             waited = [slot.waited(name) if name else None for name in files]
             copy = self.engine.begin(layout.plan, slot.path, files, known, waited, slot.below)
             self.store.begin(slot, copy.id, layout.files, step)
+            begun = True
             pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started), link)
             if self.flights.tracer is not None:
                 self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
@@ -96,6 +98,8 @@ class Saver:
                 pending.give_up("it was interrupted when it had begun")
             else:
                 self._take_back(slot, copy, error)
+            if not begun and (tell := self.store.not_begun(step, name, str(error))) is not None:
+                self.loop.put(Errand(tell))  # in its turn
             raise
 
     def _take_back(self, slot: CheckpointSlot | None, copy: Checkpoint | None, error: BaseException) -> None:

@@ -91,9 +91,12 @@ class CheckpointStore(Protocol):
     def begin(self, slot: OwnSlot, checkpoint: int, files: Sequence[FileLayout], step: int) -> None:
         """The engine has begun the checkpoint of this ``id``, which goes into the slot."""
 
-    def joined(self, slot: OwnSlot, timeout: float) -> bool:
-        """Are the parts of all other ranks there, if any are to be committed with this one? False after ``timeout`` seconds.
-        Raises Cancelled or RanksDisagree if one of them gave it up."""
+    def not_begun(self, step: int, name: str | None, why: str) -> Callable[[], None] | None:
+        """A checkpoint could not be begun (``why``; empty: it was interrupted). Returns what tells others who write it, too."""
+
+    def missing(self, slot: OwnSlot, timeout: float) -> Sequence[int]:
+        """Those ranks, if any, whose parts are to be committed with this one and are not there after ``timeout`` seconds. Raises
+        Cancelled or RanksDisagree if one of them gave it up."""
 
     def commit(self, slot: OwnSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> object:
         """Make the slot, whose files are durable, a checkpoint, which it is when the slot has ``ended``. ``record``: what the
@@ -150,8 +153,9 @@ class NullStore:
     def reserve(self, files: Mapping[str, int], journal: bool = False) -> None: ...
     def read_back(self, busy: Callable[[], bool]) -> None: ...
     def begin(self, slot: NullSlot, checkpoint: int, files: Sequence[FileLayout], step: int) -> None: ...
-    def joined(self, slot: NullSlot, timeout: float) -> bool:
-        return True
+    def not_begun(self, step: int, name: str | None, why: str) -> None: ...
+    def missing(self, slot: NullSlot, timeout: float) -> Sequence[int]:
+        return ()
 
     def commit(self, slot: NullSlot, record: Record, state_tensors: Mapping[str, Tensor]) -> None: ...
     def abandon(self, slot: NullSlot, *, bad: bool, why: str = "") -> None: ...

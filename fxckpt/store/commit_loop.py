@@ -134,14 +134,14 @@ class CommitLoop(Generic[F]):
         found = None if self._thread is None else io.running(self._thread.ident)
         return "" if found is None else f", in {found}"
 
-    def wait(self, flight: F, ready: Callable[[], bool]) -> None:
+    def wait(self, flight: F, ready: Callable[[], bool], doing: Callable[[], str] = str) -> None:
         """Call ``ready``, which waits for a slice, until it says so. Gives the checkpoint up and raises SaveFailed once nothing
-        was written for ``stuck_after`` seconds: a disk that hangs costs this checkpoint, not training."""
+        was written for ``stuck_after`` seconds: a disk that hangs costs this checkpoint, not training. ``doing`` says more."""
         stalled = StallDetector(self.stuck_after, self.written)
         while not ready():
             if stalled.over():
                 flight.give_up("the disk hangs")
-                raise SaveFailed("write", flight.path, detail=f"nothing was written for {self.stuck_after:g} s; gave up")
+                raise SaveFailed("write", flight.path, detail=f"nothing was written for {self.stuck_after:g} s; gave up{doing()}")
 
     def _run(self, work: Work[F], flights: queue.SimpleQueue[F | Errand | None]) -> None:
         while (flight := flights.get()) is not None:

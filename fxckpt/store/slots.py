@@ -298,9 +298,12 @@ class Store:
                 named.close()
                 raise
 
-    def joined(self, slot: Slot, timeout: float) -> bool:
-        """Has everybody else who writes it done his part?"""
-        return True
+    def not_begun(self, step: int, name: str | None, why: str) -> None:
+        """Nobody else waits for it."""
+
+    def missing(self, slot: Slot, timeout: float) -> Sequence[int]:
+        """Who has not done his part of it yet."""
+        return ()
 
     def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor], parts: Sequence[Record] = ()) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run

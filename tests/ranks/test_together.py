@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 import fxckpt
 from fxckpt.errors import Corrupt, RanksDisagree, SetupError, StoreLocked
+from fxckpt.loading import load as loading
 from fxckpt.ranks.words import KEPT, Begun, Committed, Done, GivenUp, Said, answer
 from fxckpt.saving.share import shared_out
 from fxckpt.store import names
@@ -247,23 +248,23 @@ def test_the_part_of_another_checkpoint_is_none_of_this_one(job, root):
 
 
 def test_a_message_tells_of_the_newest_and_comes_back_as_it_went():
-    said, begun = Said(3), Begun()
+    said, begun = Said("third"), Begun()
     keys = [begun.next(step, None) for step in range(2 * KEPT)]
     for key in keys:
         said.say(key, Done("slot-0.partial", "0" * 64))
     said.say(begun.next(7, "best"), Committed(9, "named/best"))
     again = Said.from_bytes(said.to_bytes().encode())
     assert again == said and len(said.words) == KEPT
-    assert answer(again, 3, keys[-1], begun) == Done("slot-0.partial", "0" * 64)
-    assert answer(again, 4, keys[-1], begun) is None  # of another load
+    assert answer(again, "third", keys[-1], begun) == Done("slot-0.partial", "0" * 64)
+    assert answer(again, "fourth", keys[-1], begun) is None  # of another life
 
 
 def test_who_says_something_of_a_later_one_has_nothing_to_say_of_this_one():
     said, begun = Said(), Begun()
     first, second = begun.next(1, None), begun.next(1, None)
-    assert first != second and answer(said, 0, first, begun) is None
+    assert first != second and answer(said, "", first, begun) is None
     said.say(second, Done("slot-1.partial", "0" * 64))
-    assert answer(said, 0, first, begun) == GivenUp("") and answer(said, 0, second, begun) == said.words[second]
+    assert answer(said, "", first, begun) == GivenUp("") and answer(said, "", second, begun) == said.words[second]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -344,3 +345,69 @@ def test_nobody_looks_if_that_is_asked_for(job, caplog):
     job.flush()
     assert "differ" not in caplog.text
     job.end()
+
+
+# ---- what goes wrong on one rank ----
+
+
+def patience(job, seconds: float) -> None:
+    """How long a checkpoint waits for a disk, or for other ranks."""
+    for run in job.runs:
+        run.opt.ckpt._run.saver.loop.stuck_after = seconds
+
+
+def test_what_one_rank_cannot_begin_the_others_do_not_wait_for(job):
+    job.begin(every=2)
+    job.train(1)
+    assert job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best")) == [None, None]
+    refused = job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best"))
+    assert isinstance(refused[0], SetupError) and isinstance(refused[1], RanksDisagree)
+    assert "has a checkpoint 'best' already" in str(refused[1])
+    job.train(2)
+    assert job.flush() == [None, None]
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_save_that_one_rank_alone_calls_fails_and_says_whom_it_waited_for(alone, job, root):
+    job.begin(every=2)
+    patience(job, 0.5)
+    job.train(1)
+    with pytest.raises(fxckpt.SaveFailed, match=f"waiting for .*rank.* {1 - alone}.*All ranks must call save"):
+        job.runs[alone].opt.ckpt.save(name="best")
+    patience(job, 20)
+    job.train(2)
+    assert job.flush() == [None, None] and [each.step for each in checkpoints(root)] == [2]
+
+
+def test_a_load_that_failed_on_one_rank_can_be_made_again(job, root, monkeypatch):
+    job.begin()
+    job.train(2)
+    job.end()
+    assert job.begin(load=False) == []
+    restore = loading._restore
+
+    def failing(found, target, strict, skipped, rank):
+        if rank == 1:
+            raise fxckpt.LayoutMismatch("for the test")
+        return restore(found, target, strict, skipped, rank)
+
+    monkeypatch.setattr(loading, "_restore", failing)
+    assert [type(each) for each in job.load()] == [RanksDisagree, fxckpt.LayoutMismatch]
+    monkeypatch.setattr(loading, "_restore", restore)
+    assert [each.step for each in job.load()] == [2, 2]
+    patience(job, 2)
+    job.train(1)
+    assert job.flush() == [None, None] and checkpoints(root)[-1].step == 3
+
+
+def test_rank_0_tells_what_became_of_checkpoints_in_the_order_in_which_they_began(job, root):
+    """Who hears of the second one takes it that the first was given up, and writes into files that rank 0 is about to move."""
+    job.begin(max_async=2)
+    first = job.runs[0].opt.ckpt._run.store
+    slots = [first.acquire(), first.acquire()]
+    for step, slot in enumerate(slots):
+        first.begin(slot, step, [], step)
+    first.abandon(slots[1], bad=False)
+    assert not first._others._said.words
+    first.abandon(slots[0], bad=False)
+    assert list(first._others._said.words) == ["0.1", "1.1"]

@@ -81,7 +81,7 @@ class JointTrainer:
         first, other = self.ranks
         mine, its = first.begin(step, name), other.begin(step, name)
         other.commit(step, *its)
-        assert first.store.joined(mine[0], 10)
+        assert not first.store.missing(mine[0], 10)
         generation = mine[0].generation
         first.commit(step, *mine)
         assert its[0].ended(10) and its[0].generation == generation
