@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from fxckpt.engine import io
 from fxckpt.errors import Corrupt, Diverged, NoSpace, RanksDisagree
 from fxckpt.ranks.rendezvous import Rendezvous, given_up
-from fxckpt.ranks.replicas import Suspects, differences
+from fxckpt.ranks.replicas import Suspects, differences, looks
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key, Word
 from fxckpt.store import names
 from fxckpt.store.about import ALIKE, DIVERGED
@@ -103,9 +103,11 @@ class FirstStore(Store):
 
     def _compared(self, record: Record, parts: Sequence[Record]) -> Record:
         """The record, with where replicas differ. Raises Diverged if that is asked for."""
-        if not (found := differences([record, *parts])):
+        looked = looks([record, *parts])
+        known = self._suspects.note(looked)
+        if not (found := differences(looked)):
             return record
-        what = f"replicas differ at step {record.step}: {'; '.join(map(str, found))}; {self._suspects.note(found)}"
+        what = f"replicas differ at step {record.step}: {'; '.join(map(str, found))}; {known}"
         if self._raises:
             raise Diverged(what)
         log.error("fxckpt: %s. The checkpoint has what each wrote", what)
@@ -173,35 +175,40 @@ def index_of(records: Sequence[Record]) -> bytes:
 def _check_alike(first: Record, others: Sequence[Record]) -> None:
     """Raise RanksDisagree unless all ranks took this checkpoint of the same training: tensors of the same names and shapes, the
     same settings of the optimizers, as many steps."""
+    mine = _training(first)
     for other in others:
-        for what, (mine, its) in _compared(first, other).items():
-            if mine != its:
-                raise RanksDisagree(
-                    f"the checkpoint of step {first.step} is given up: rank {other.rank} has other {what} than rank 0 "
-                    f"({_short(its)} where rank 0 has {_short(mine)}). Ranks that write one store together must train one model "
-                    "in one way; give each rank a directory of its own if they do not"
-                )
+        if (where := _first_difference(mine, _training(other))) is not None:
+            raise RanksDisagree(
+                f"the checkpoint of step {first.step} is given up: rank {other.rank} has other {where}. Ranks that write one "
+                "store together must train one model in one way; give each rank a directory of its own if they do not"
+            )
 
 
-def _compared(first: Record, other: Record) -> dict[str, tuple[str, str]]:
-    """What must be equal, by what it is, as text."""
-
-    def settings(record: Record) -> str:
-        return _as_text([[each["class"], each["groups"]] for each in record.optimizers])
-
-    def counts(record: Record) -> str:
-        return _as_text({"step": record.step, "iteration": record.iteration, "updates": record.updates})
-
-    def tensors(record: Record) -> str:
-        return _as_text(record.state.get(ALIKE))
-
-    found = {"counts": counts, "settings of its optimizers": settings, "tensors": tensors}
-    return {what: (of(first), of(other)) for what, of in found.items()}
+def _training(record: Record) -> dict[str, Any]:
+    """What must be equal, by what it is called in a message."""
+    optimizers = [
+        {**{key: each[key] for key in ("class", "groups")}, "state": {name: of["keys"] for name, of in each["state"].items()}}
+        for each in record.optimizers
+    ]
+    counts = {"step": record.step, "iteration": record.iteration, "updates": record.updates}
+    return {"counts": counts, "optimizers": optimizers, "tensors": record.state[ALIKE]}
 
 
-def _as_text(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
+def _first_difference(mine: Any, its: Any, path: str = "") -> str | None:
+    """The first place where two such values are not the same, and what is there; None: they are the same."""
+    if isinstance(mine, dict) and isinstance(its, dict):
+        if mine.keys() != its.keys():
+            return f"{path} than rank 0: {_short(sorted(mine.keys() ^ its.keys()))} on one of them"
+        pairs: Iterable[tuple[Any, Any, Any]] = ((key, mine[key], its[key]) for key in mine)
+    elif isinstance(mine, list) and isinstance(its, list) and len(mine) == len(its):
+        pairs = zip(range(len(mine)), mine, its)
+    elif json.dumps(mine) == json.dumps(its):
+        return None
+    else:
+        return f"{path} than rank 0 ({_short(its)} where rank 0 has {_short(mine)})"
+    return next((found for key, a, b in pairs if (found := _first_difference(a, b, f"{path}.{key}".lstrip(".")))), None)
 
 
-def _short(text: str) -> str:
+def _short(value: Any) -> str:
+    text = json.dumps(value)
     return text if len(text) <= 200 else text[:200] + "..."

@@ -45,18 +45,35 @@ def _geometry(file: FileLayout, chunk_bytes: int) -> str:
     return f"{crc32c(file.header):08x}/{file.nbytes}/{chunk_bytes}"
 
 
-def differences(ranks: Sequence[Record]) -> list[Difference]:
-    """What the ranks' records say of each other's parts, where it is not the same."""
+@dataclass(frozen=True)
+class Look:
+    """A rank looked at what it has in place of a file that another one wrote: where it has other bits, a (layer, tensor) each."""
+
+    writer: int
+    reader: int
+    file: str
+    found: tuple[tuple[str, str], ...]
+
+
+def looks(ranks: Sequence[Record]) -> list[Look]:
+    """What the ranks' records say of each other's parts."""
     files = {file.name: (record, file) for record in ranks for file in record.files}
     out = []
     for reader in ranks:
         for name, (geometry, crcs) in _member(reader, "others").items():
-            if name not in files:
-                continue
-            writer, file = files[name]
-            if _member(writer, "own").get(name) == geometry and (found := list(_tensors(writer, file, crcs))):
-                layers, tensors = (tuple(dict.fromkeys(each)) for each in zip(*found))
-                out.append(Difference(writer.rank, reader.rank, layers, tensors))
+            writer, file = files.get(name, (None, None))
+            if writer is not None and file is not None and _member(writer, "own").get(name) == geometry:
+                out.append(Look(writer.rank, reader.rank, name, tuple(_tensors(writer, file, crcs))))
+    return out
+
+
+def differences(looked: Sequence[Look]) -> list[Difference]:
+    """Where it is not the same."""
+    out = []
+    for look in looked:
+        if look.found:
+            layers, tensors = (tuple(dict.fromkeys(each)) for each in zip(*look.found))
+            out.append(Difference(look.writer, look.reader, layers, tensors))
     return out
 
 
@@ -77,18 +94,40 @@ def _tensors(writer: Record, file: FileRecord, crcs: Sequence[int]) -> Iterator[
 
 
 class Suspects:
-    """Who it is, from the differences so far: the rank that is in all of them. ``world``: of two ranks nobody can tell."""
+    """Who it is, from all looks since the first difference. ``world``: of two ranks nobody can tell. Problem: what is compared is
+    the writer's part, so a rank that went wrong in a tensor that another one writes differs from that one alone, and it is by
+    those who looked and agree that it is known."""
 
     def __init__(self, world: int):
         self._world = world
-        self._pairs: set[frozenset[int]] = set()
+        self._differ: dict[tuple[str, str], set[int]] = {}  # by (file, tensor): the readers with other bits
+        self._agree: dict[tuple[str, str], set[int]] = {}
+        self._writers: dict[str, int] = {}
 
-    def note(self, found: Sequence[Difference]) -> str:
+    def note(self, looked: Sequence[Look]) -> str:
         """What is known with these: which rank it is, or that it is not known yet."""
-        self._pairs |= {frozenset((each.writer, each.reader)) for each in found}
-        common = frozenset[int].intersection(*self._pairs)
+        for look in looked:
+            self._writers[look.file] = look.writer
+            other = {(look.file, tensor) for _, tensor in look.found}
+            for place in other:
+                self._differ.setdefault(place, set()).add(look.reader)
+            for place in self._differ.keys() - other:
+                if place[0] == look.file:
+                    self._agree.setdefault(place, set()).add(look.reader)
         if self._world == 2:
             return "with two ranks nobody can tell which of them is right"
-        if len(common) == 1:
-            return f"all others that looked agree, so it is rank {next(iter(common))} that went wrong"
-        return "the next checkpoints will tell which of them is right" if common else "more than one rank went wrong"
+        return self._verdict(set().union(*(self._wrong(place) for place in self._differ)))
+
+    def _wrong(self, place: tuple[str, str]) -> set[int]:
+        """Who went wrong in this tensor; nobody if that cannot be known yet."""
+        differ, agree = self._differ[place], self._agree.get(place, set()) - self._differ[place]
+        if agree:
+            return differ
+        return {self._writers[place[0]]} if len(differ) > 1 else set()
+
+    def _verdict(self, wrong: set[int]) -> str:
+        if len(wrong) > 1:
+            return f"ranks {', '.join(map(str, sorted(wrong)))} went wrong"
+        if wrong:
+            return f"all others that looked agree, so it is rank {wrong.pop()} that went wrong"
+        return "the next checkpoints will tell which of them is right"

@@ -298,8 +298,9 @@ class Store:
                 named.close()
                 raise
 
-    def not_begun(self, step: int, name: str | None, why: str) -> None:
+    def not_begun(self, step: int, name: str | None, why: str) -> Callable[[], None] | None:
         """Nobody else waits for it."""
+        return None
 
     def missing(self, slot: Slot, timeout: float) -> Sequence[int]:
         """Who has not done his part of it yet."""
