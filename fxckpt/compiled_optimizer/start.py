@@ -63,8 +63,10 @@ def _open(directory: str, config: Config, engine: Engine) -> CheckpointStore:
         return NullStore()
     names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back", "journal")
     options: dict[str, Any] = {name: getattr(config, name) for name in names}
-    if config.writer == "thread" and (shared := open_together(directory, options, config.on_divergence)) is not None:
-        return shared
+    if config.writer == "thread":
+        shared = open_together(directory, options, config.on_divergence, config.every)
+        if shared is not None:
+            return shared
     if world_size() > 1:
         options["keep"] = least_kept(config.keep, config.max_async)
     store: CheckpointStore

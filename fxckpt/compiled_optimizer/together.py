@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 from fxckpt.compat.ranks import default_store, rank, world_size
@@ -31,10 +32,12 @@ def agreement_here() -> Agreement | None:
     return Agreement(found[0], rank(), world_size(), found[1], call="fxckpt.compile_step()")
 
 
-def open_together(directory: str, options: dict[str, Any], on_divergence: str) -> FirstStore | OtherStore | None:
+def open_together(
+    directory: str, options: dict[str, Any], on_divergence: str, every: int | str
+) -> FirstStore | OtherStore | None:
     """This rank's side of the store of all ranks, opened; None: there is one process, or each rank names a directory of its own.
-    ``options`` are those of ``Store``. Raises SetupError if some ranks name one and others not; RanksDisagree if another rank
-    cannot open it."""
+    ``options`` are those of ``Store``. Raises SetupError if some ranks name one and others not, or take checkpoints at other
+    steps; RanksDisagree if another rank cannot open it."""
     if (agreement := agreement_here()) is None:
         return None
     with agreement:
@@ -42,12 +45,19 @@ def open_together(directory: str, options: dict[str, Any], on_divergence: str) -
         if len(set(said)) == agreement.world:
             return None
         if len(set(said)) > 1:
-            listed = "".join(f"\n  rank {at}: {each}" for at, each in enumerate(said))
-            raise SetupError(f"either all ranks name one directory, or each one of its own. These are neither:{listed}")
+            raise SetupError(f"either all ranks name one directory, or each one of its own. These are neither:{_listed(said)}")
+        steps: list[int | str] = agreement.exchange("every", every)
+        if len(set(steps)) > 1:
+            raise SetupError(f"ranks that write one store together need the same every=, on all of them:{_listed(steps)}")
         rendezvous = Rendezvous(agreement.store, agreement.rank, agreement.world, f"{agreement.prefix}/parts")
         if agreement.rank == 0:
             return _first(agreement, FirstStore(directory, rendezvous, on_divergence=on_divergence, **options))
         return _other(agreement, rendezvous, directory, options)
+
+
+def _listed(said: Sequence[object]) -> str:
+    """What each rank said, a line a rank."""
+    return "".join(f"\n  rank {at}: {each}" for at, each in enumerate(said))
 
 
 def _first(agreement: Agreement, store: FirstStore) -> FirstStore:
@@ -63,7 +73,7 @@ def _first(agreement: Agreement, store: FirstStore) -> FirstStore:
         if error is not None:
             raise error
         _check_all(agreement.exchange("ready", ""))
-        store.forget_ranks()
+        store.forget_ranks(agreement.world)
     except BaseException:
         store.close()
         raise

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from fxckpt.compat.modules import Models
+from fxckpt.compat.ranks import world_size
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
@@ -171,16 +172,22 @@ def _load_agreed(
     with agreement:
         found, begins = choose_together(agreement, look, target, directory, skipped)
         all_restored(agreement, restore)
-    if found is not None and found.record.world_size != agreement.world:
-        log.warning("fxckpt: %s was written by %d ranks, and %d go on from it: random generators and loaders are those of the "
-                    "rank that had this number, so this is no bit-exact continuation", found.path, found.record.world_size,
-                    agreement.world)  # fmt: skip
+    if found is not None:
+        _say_how_many(found, agreement.world)
     _say_what_is_not_made_again(directory, found)
     if (run := target.run) is not None:
         own = found is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
         loaded = (key_of(found), found.record.generation) if own and found is not None else None
         run.saver.ranks.begin(begins, agreement.store, agreement.rank, agreement.world, loaded)
     return out[0]
+
+
+def _say_how_many(found: Candidate, world: int) -> None:
+    """Say that there are more ranks now, or fewer."""
+    if (wrote := found.record.world_size) != world:
+        log.warning("fxckpt: %s was written by %d rank%s, and %d go%s on from it: random generators, loaders and buffers are "
+                    "those of the rank that had this number, else of rank 0, so this is no bit-exact continuation", found.path,
+                    wrote, "s" if wrote > 1 else "", world, "es" if world == 1 else "")  # fmt: skip
 
 
 def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped) -> list[Found]:
@@ -269,7 +276,10 @@ def _first_whole(chosen: Sequence[Found], target: Target, strict: bool, skipped:
         try:
             if isinstance(found, Corrupt):
                 raise found
-            return _restore(found, target, strict, skipped)
+            restored = _restore(found, target, strict, skipped)
+            if target.run is not None and isinstance(found, Candidate):
+                _say_how_many(found, world_size())
+            return restored
         except Broken as error:
             broken, why = error, error.error
         except Corrupt as error:

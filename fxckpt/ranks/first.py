@@ -43,16 +43,6 @@ class FirstStore(Store):
         self._heard: dict[Slot, dict[int, Word]] = {}  # of each checkpoint, what other ranks have said
         self._over: dict[Slot, Word] = {}  # what became of those that the others are not told of yet
 
-    def forget_ranks(self) -> None:
-        """Remove what ranks left that there are not any more: an earlier life had more of them. All others have opened theirs."""
-        ours = [names.rank_name(rank) for rank in self._ranks]
-        try:
-            with self._folder.within(names.RANKS) as ranks:
-                for name in ranks.entries().keys() - ours:
-                    ranks.remove_tree(name)
-        except OSError as error:
-            log.warning("fxckpt: what earlier ranks left in %s stays: %s", self._folder.at(names.RANKS), error)
-
     def reserve(self, files: Mapping[str, int], journal: bool = False) -> None:
         """``Store.reserve``; of what the other ranks write it only looks whether there is room: as much as this one, each."""
         super().reserve(files, journal)
@@ -156,12 +146,13 @@ class FirstStore(Store):
 
 
 def _blocks(root: str, but: Collection[str]) -> Iterator[int]:
-    """Bytes of each file below the store that is not called so."""
-    for path, _, found in os.walk(root):
-        for name in found:
-            if name not in but:
-                with suppress(OSError):
-                    yield os.lstat(os.path.join(path, name)).st_blocks * 512
+    """Bytes of each file of the store's own that is not called so; a run's output may lie beside, and is not counted."""
+    for top in filter(names.is_given, os.listdir(root)):
+        for path, _, found in os.walk(os.path.join(root, top)):
+            for name in found:
+                if name not in but:
+                    with suppress(OSError):
+                        yield os.lstat(os.path.join(path, name)).st_blocks * 512
 
 
 def index_of(records: Sequence[Record]) -> bytes:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 from fxckpt.engine.plan import FileId
-from fxckpt.errors import RanksDisagree, StoreNotLoaded
+from fxckpt.errors import RanksDisagree, SaveFailed, StoreNotLoaded
 from fxckpt.ranks.rendezvous import Rendezvous, given_up
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key
 from fxckpt.store import names
@@ -133,6 +133,7 @@ class OtherStore:
     def acquire(self, name: str | None = None, journal: bool = False) -> PartSlot:
         """A directory to write in. Rank 0 gives the checkpoint its name."""
         self.require_loaded()
+        self._check_place()
         slot = self._pool.take()
         try:
             with slot.reporting():
@@ -144,6 +145,18 @@ class OtherStore:
         except BaseException:
             self._return(slot, bad=False)
             raise
+
+    def _check_place(self) -> None:
+        """Its directory may have been removed, or moved away with the store and the store made anew. Raises SaveFailed."""
+        assert self._lock is not None
+        try:
+            os.stat(self.root)  # where there is no store any more, this is no place to make one
+            make_directories(self._own)
+            if not os.path.samestat(os.stat(self._own), os.fstat(self._pool.folder.fd)):
+                self._pool.folder.move_to(self._own)
+                self._lock.renew()
+        except OSError as error:
+            raise SaveFailed("open", self._own, None, error.errno) from error
 
     def reclaim(self, known: Collection[PartSlot]) -> None:
         for given in self._given.difference(known):

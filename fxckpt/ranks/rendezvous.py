@@ -87,9 +87,8 @@ class Rendezvous:
 
     def leave(self) -> None:
         """Nothing more is said. Rank 0 stays until all others have heard what it said last, or for ``FAREWELL`` seconds."""
-        if not self._said.words:
-            return
-        ended, others = time.monotonic() + FAREWELL, range(1 if self.rank == 0 else self.world, self.world)
+        ended = time.monotonic() + FAREWELL
+        others = range(1, self.world) if self.rank == 0 and self._said.words else ()
         with suppress(RanksDisagree), named():
             self._store.set(f"{self._key(self.rank)}/left", "")
             while others and time.monotonic() < ended and not self._store.check([f"{self._key(rank)}/left" for rank in others]):

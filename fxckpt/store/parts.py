@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
 from fxckpt.errors import Corrupt
@@ -53,11 +54,14 @@ def _layers(ranks: Sequence[Record], own: int = 0) -> tuple[LayerRecord, ...]:
     """The layers of all parts, of what each rank has for itself this one's. Ranks may differ in where they list a tensor: a
     frozen one that changed goes with the buffers of those that saw it."""
     instead = {each.key for each in ranks[own].tensors() if names.written_as(each.file) == names.OWN}
-    found: dict[tuple[str, str], list[LayerRecord]] = {}
+    found: dict[tuple[str, str, int], list[LayerRecord]] = {}
     for rank, record in enumerate(ranks):
+        seen: Counter[tuple[str, str]] = Counter()  # two optimizers may share a module, and then each has a layer of its name
         for layer in record.layers:
             tensors = tuple(each for each in layer.tensors if _is_seen(each, rank == own, instead))
-            found.setdefault((layer.kind, layer.name), []).append(dataclasses.replace(layer, tensors=tensors))
+            place = layer.kind, layer.name
+            found.setdefault((*place, seen[place]), []).append(dataclasses.replace(layer, tensors=tensors))
+            seen[place] += 1
     return tuple(_one(number, parts) for number, parts in enumerate(found.values()))
 
 

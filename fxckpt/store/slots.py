@@ -97,6 +97,8 @@ class Store:
             found = candidates(self.root)
             self.store_id = identify(self._folder, [each.record for each in found if isinstance(each, Candidate)])
             self._adopt(found)
+            if self.part[1] == 1:
+                self.forget_ranks(1)
         except BaseException:
             self._finalizer()
             self._lock = None
@@ -195,6 +197,18 @@ class Store:
             lock.renew()
         except OSError as error:
             raise SaveFailed("open", os.path.join(self.root, names.LOCK), None, error.errno) from error
+
+    def forget_ranks(self, world: int) -> None:
+        """Remove what ranks of an earlier life left that there are not any more in ``world``; who is there has its own open."""
+        ours = [names.rank_name(rank) for rank in range(1, world)]
+        try:
+            with self._folder.within(names.RANKS) as ranks:
+                for name in ranks.entries().keys() - ours:
+                    ranks.remove_tree(name)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("fxckpt: what earlier ranks left in %s stays: %s", self._folder.at(names.RANKS), error)
 
     def note_lock(self, text: str) -> None:
         """Note in the lock file what kind of process this is; see ``StoreLocked.monitor``."""

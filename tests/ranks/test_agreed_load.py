@@ -64,7 +64,7 @@ def test_another_number_of_ranks_is_said(two, caplog):
     runs, _ = two()
     train(runs, 1, 1)  # in this process, their records say that there is one
     _, found = two()
-    assert [each.step for each in found] == [1, 1] and "was written by 1 ranks, and 2 go on from it" in caplog.text
+    assert [each.step for each in found] == [1, 1] and "was written by 1 rank, and 2 go on from it" in caplog.text
 
 
 def test_a_journal_that_one_process_left_is_not_gone_through_and_it_is_said(two, tmp_path, caplog):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 from digests import differences
 from joint_ranks import Job, plain
 from safetensors.torch import load_file
+from small_training import Training
+from storing import a_record
 
 import fxckpt
 from fxckpt.errors import Corrupt, RanksDisagree, SetupError, StoreLocked
@@ -19,7 +23,9 @@ from fxckpt.ranks.words import KEPT, Begun, Committed, Done, GivenUp, Said, answ
 from fxckpt.saving.share import shared_out
 from fxckpt.store import names
 from fxckpt.store.about import diverged
+from fxckpt.store.parts import _layers
 from fxckpt.store.reader import Reader, candidates, checkpoints
+from fxckpt.store.record import LayerRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -432,3 +438,41 @@ def test_rank_0_tells_what_became_of_checkpoints_in_the_order_in_which_they_bega
     assert not first._others._said.words
     first.abandon(slots[0], bad=False)
     assert list(first._others._said.words) == ["0.1", "1.1"]
+
+
+def test_ranks_that_would_save_at_other_steps_are_refused_at_the_start(job, root):
+    failed = job.each(lambda rank: Training(root, make=plain, every=2 + rank))
+    assert len(failed) == 2 and all(isinstance(each, SetupError) and "the same every=" in str(each) for each in failed)
+
+
+def test_one_process_goes_on_says_so_and_leaves_nothing_of_the_others(root, monkeypatch, caplog):
+    with monkeypatch.context() as patched:
+        job = Job(root, patched, world=3)
+        job.begin(make=Normed, keep=1)
+        job.train(3)
+        job.end()
+    assert any((root / names.RANKS).rglob("slot-*"))
+    alone = Training(root, make=Normed)
+    assert fxckpt.load(optimizer=alone.opt).step == 3
+    assert "was written by 3 ranks, and 1 goes on from it" in caplog.text
+    assert os.listdir(root / names.RANKS) == []
+    assert [each.step for each in checkpoints(alone.train(1).end() and root)][-1] == 4
+
+
+def test_layers_of_one_name_are_two_layers_of_the_whole(job, root):
+    """Two optimizers may share a module."""
+    layer = LayerRecord(0, "h", "update", 1, 0.0, 3, 0, ())
+    records = [a_record(1, (), (layer, replace(layer, parameters=4)), rank=rank) for rank in range(2)]
+    assert [each.parameters for each in _layers(records)] == [3, 4]
+
+
+def test_the_directory_of_ranks_is_made_anew_when_somebody_removes_it(job, root):
+    job.begin()
+    job.train(1)
+    job.flush()
+    shutil.rmtree(root / names.RANKS)
+    job.train(2)
+    job.flush()  # what was being written there is lost
+    job.train(1)
+    assert job.flush() == [None, None] and checkpoints(root)[-1].step == 4
+    Reader(newest(root)).verify()
