@@ -37,6 +37,7 @@ class FirstStore(Store):
     def __init__(self, directory: str | os.PathLike[str], rendezvous: Rendezvous, *, on_divergence: str = "warn", **options: Any):
         super().__init__(directory, **options)
         self._raises, self._suspects = on_divergence == "raise", Suspects(rendezvous.world)
+        self._are_replicas = False  # no difference was seen in a checkpoint of this process
         self.part = (0, rendezvous.world)
         self._others, self._ranks = rendezvous, range(1, rendezvous.world)
         self._keys: dict[Slot, Key] = {}
@@ -92,11 +93,20 @@ class FirstStore(Store):
         return path
 
     def _compared(self, record: Record, parts: Sequence[Record]) -> Record:
-        """The record, with where replicas differ. Raises Diverged if that is asked for."""
+        """The record, with where replicas differ. Raises Diverged if that is asked for, RanksDisagree if they never
+        were the same."""
         looked = looks([record, *parts])
         known = self._suspects.note(looked)
         if not (found := differences(looked)):
+            self._are_replicas = True
             return record
+        if not (self._are_replicas or self._raises):
+            raise RanksDisagree(
+                f"the first checkpoint, of step {record.step}, is given up: the ranks are no replicas "
+                f"({'; '.join(map(str, found))}), and what they wrote together would be a mixture. Train one model, in "
+                "DistributedDataParallel, or give each rank a directory of its own. If it is to be written all the same: "
+                'on_divergence="off"'
+            )
         what = f"replicas differ at step {record.step}: {'; '.join(map(str, found))}; {known}"
         if self._raises:
             raise Diverged(what)

@@ -36,7 +36,8 @@ class Rendezvous:
         self._served_by = store  # rank 0's may be the server, which ends with it, and others still listen
         self._prefix = prefix
         self._spoke: set[int] = set()  # ranks that have said anything
-        self._said, self._begun, self._lock = Said(), Begun(), threading.RLock()
+        self._said, self._begun = Said(), Begun()
+        self._lock, self._sending = threading.RLock(), threading.RLock()  # the first is never held while a message is on its way
 
     def begins(self, step: int, name: str | None) -> Key:
         """By what a checkpoint that begins here is known to the others."""
@@ -60,9 +61,11 @@ class Rendezvous:
 
     def say(self, key: Key, word: Word) -> None:
         """Tell the others. Raises RanksDisagree if they cannot be told."""
-        with self._lock, named():
-            self._said.say(key, word)
-            self._store.set(self._key(self.rank), self._said.to_bytes())
+        with self._sending, named():
+            with self._lock:
+                self._said.say(key, word)
+                message = self._said.to_bytes()
+            self._store.set(self._key(self.rank), message)
 
     def heard(self, key: Key, ranks: Sequence[int], timeout: float) -> dict[int, Word]:
         """What these ranks have said of a checkpoint: once all have, or one of them gave it up, or after ``timeout`` seconds.

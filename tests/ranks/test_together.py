@@ -4,50 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-from dataclasses import replace
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from digests import differences
-from joint_ranks import Job, plain
+from joint_ranks import Job, Normed
 from safetensors.torch import load_file
-from small_training import Training
-from storing import a_record
+from torch.nn.functional import cross_entropy
 
 import fxckpt
 from fxckpt.errors import Corrupt, RanksDisagree, SetupError, StoreLocked
-from fxckpt.loading import load as loading
 from fxckpt.ranks.words import KEPT, Begun, Committed, Done, GivenUp, Said, answer
 from fxckpt.saving.share import shared_out
 from fxckpt.store import names
-from fxckpt.store.about import diverged
-from fxckpt.store.parts import _layers
 from fxckpt.store.reader import Reader, candidates, checkpoints
-from fxckpt.store.record import LayerRecord
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def job(root, monkeypatch):
-    found = Job(root, monkeypatch)
-    yield found
-    for run in reversed(found.runs):  # rank 0 waits until all others have heard its last word
-        if hasattr(run, "opt"):
-            run.opt.ckpt._run.saver.abandon()
-
-
-class Normed(torch.nn.Module):
-    """A model with buffers, which differ between ranks."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.norm = plain(), torch.nn.BatchNorm1d(8)
-
-    def forward(self, x):
-        return self.inner(self.norm(x))
 
 
 def newest(root: Path) -> Path:
@@ -95,6 +69,31 @@ def test_what_each_rank_has_for_itself_comes_back_to_it(job, root):
     job.begin(make=Normed)
     after = [run.model.norm.running_mean for run in job.runs]
     assert all(map(torch.equal, before, after))
+    job.end()
+
+
+def test_gradients_that_wait_for_a_step_come_back_to_their_rank(job, root):
+    def accumulate(rank: int) -> list[torch.Tensor]:
+        run = job.runs[rank]
+        with one_at_a_time:
+            run.train(1)
+            for _ in range(rank + 1):
+                x, y = next(run.loader)
+                cross_entropy(run.forward(x), y).backward()
+        run.opt.ckpt.save(name="amid")
+        return [param.grad.clone() for param in run.model.parameters()]
+
+    one_at_a_time = threading.Lock()
+    job.begin(every=100)
+    before = job.each(accumulate)
+    at = [run.loader.state_dict()["at"] for run in job.runs]
+    assert not torch.equal(before[0][0], before[1][0]) and at[0] != at[1]
+    job.end()
+    job.begin(load=False)
+    assert [each.step for each in job.load(name="amid")] == [1, 1]
+    for run, grads in zip(job.runs, before):
+        assert all(torch.equal(param.grad, grad) for param, grad in zip(run.model.parameters(), grads))
+    assert [run.loader.state_dict()["at"] for run in job.runs] == at
     job.end()
 
 
@@ -281,198 +280,3 @@ def test_tensors_are_shared_out_by_size_and_each_goes_to_one(world):
     loads = [sum(sizes[place] for place in part) for part in parts]
     assert max(loads) * world / sum(loads) < 1.01
     assert shared_out(dict(reversed(sizes.items())), world) == parts
-
-
-# ---- replicas that check each other ----
-
-
-def spoil(run, name="0.weight"):
-    """One low bit of one weight, on one replica."""
-    weight = dict(run.model.named_parameters())[name]
-    weight.data.view(torch.int32).view(-1)[3] ^= 1
-
-
-def test_a_flipped_bit_on_one_replica_is_named(job, root, caplog):
-    job.begin()
-    job.train(2)
-    job.flush()
-    assert "replicas differ" not in caplog.text
-    spoil(job.runs[1])
-    job.train(1)
-    job.flush()
-    assert "replicas differ at step 3" in caplog.text and "0.weight" in caplog.text
-    assert "with two ranks nobody can tell" in caplog.text
-    record = candidates(root)[0].record
-    assert record.step == 3 and any("0.weight" in tensors for *_, tensors in diverged(record))
-    assert diverged(candidates(root)[1].record) == []
-    job.end()
-
-
-@pytest.mark.parametrize("bad", [0, 1, 2])
-def test_with_three_replicas_it_is_said_which_one(bad, root, monkeypatch, caplog):
-    job = Job(root, monkeypatch, world=3)
-    job.begin()
-    job.train(2)
-    job.flush()
-    assert "replicas differ" not in caplog.text
-    spoil(job.runs[bad])
-    job.train(4)
-    job.flush()
-    assert f"it is rank {bad} that went wrong" in caplog.text
-    assert not any(f"it is rank {other} that" in caplog.text for other in {0, 1, 2} - {bad})
-    job.end()
-
-
-class Alone(torch.nn.Linear):
-    """Gradients that hang on no weight, as DDP has them: a wrong bit stays in its tensor. Two tensors."""
-
-    def forward(self, x):
-        return x[:, :4] + 0 * (self.weight.sum() + self.bias.sum())
-
-
-@pytest.mark.parametrize("name", ["weight", "bias"])
-@pytest.mark.parametrize("bad", [0, 1, 2])
-def test_with_three_replicas_it_is_said_which_one_whoever_writes_the_tensor(name, bad, root, monkeypatch, caplog):
-    job = Job(root, monkeypatch, world=3)
-    job.begin(make=lambda: Alone(8, 4))
-    job.train(1)
-    spoil(job.runs[bad], name)
-    job.train(4)
-    job.end()
-    assert f"it is rank {bad} that went wrong" in caplog.text
-    assert not any(f"it is rank {other} that" in caplog.text for other in {0, 1, 2} - {bad})
-    assert "went wrong" not in caplog.text.split("replicas differ")[1]  # one look tells of a difference only
-
-
-def test_with_raise_the_next_step_of_rank_0_says_so_and_no_such_checkpoint_is_made(job, root):
-    job.begin(on_divergence="raise")
-    job.train(1)
-    job.flush()
-    spoil(job.runs[1])
-    job.train(1)
-    failed = job.flush()
-    assert isinstance(failed[0], fxckpt.Diverged) and isinstance(failed[1], RanksDisagree)
-    assert [each.step for each in checkpoints(root)] == [1]
-    job.end()
-
-
-def test_replicas_without_a_difference_are_never_accused(root, monkeypatch, caplog):
-    job = Job(root, monkeypatch, world=3)
-    job.begin(make=Normed)
-    job.train(12)
-    job.flush()
-    assert "differ" not in caplog.text and len(checkpoints(root)) > 5
-    job.end()
-
-
-def test_nobody_looks_if_that_is_asked_for(job, caplog):
-    job.begin(on_divergence="off")
-    spoil(job.runs[1])
-    job.train(2)
-    job.flush()
-    assert "differ" not in caplog.text
-    job.end()
-
-
-# ---- what goes wrong on one rank ----
-
-
-def patience(job, seconds: float) -> None:
-    """How long a checkpoint waits for a disk, or for other ranks."""
-    for run in job.runs:
-        run.opt.ckpt._run.saver.loop.stuck_after = seconds
-
-
-def test_what_one_rank_cannot_begin_the_others_do_not_wait_for(job):
-    job.begin(every=2)
-    job.train(1)
-    assert job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best")) == [None, None]
-    refused = job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best"))
-    assert isinstance(refused[0], SetupError) and isinstance(refused[1], RanksDisagree)
-    assert "has a checkpoint 'best' already" in str(refused[1])
-    job.train(2)
-    assert job.flush() == [None, None]
-
-
-@pytest.mark.parametrize("alone", [0, 1])
-def test_a_save_that_one_rank_alone_calls_fails_and_says_whom_it_waited_for(alone, job, root):
-    job.begin(every=2)
-    patience(job, 0.5)
-    job.train(1)
-    with pytest.raises(fxckpt.SaveFailed, match=f"waiting for .*rank.* {1 - alone}.*All ranks must call save"):
-        job.runs[alone].opt.ckpt.save(name="best")
-    patience(job, 20)
-    job.train(2)
-    assert job.flush() == [None, None] and [each.step for each in checkpoints(root)] == [2]
-
-
-def test_a_load_that_failed_on_one_rank_can_be_made_again(job, root, monkeypatch):
-    job.begin()
-    job.train(2)
-    job.end()
-    assert job.begin(load=False) == []
-    restore = loading._restore
-
-    def failing(found, target, strict, skipped, rank):
-        if rank == 1:
-            raise fxckpt.LayoutMismatch("for the test")
-        return restore(found, target, strict, skipped, rank)
-
-    monkeypatch.setattr(loading, "_restore", failing)
-    assert [type(each) for each in job.load()] == [RanksDisagree, fxckpt.LayoutMismatch]
-    monkeypatch.setattr(loading, "_restore", restore)
-    assert [each.step for each in job.load()] == [2, 2]
-    patience(job, 2)
-    job.train(1)
-    assert job.flush() == [None, None] and checkpoints(root)[-1].step == 3
-
-
-def test_rank_0_tells_what_became_of_checkpoints_in_the_order_in_which_they_began(job, root):
-    """Who hears of the second one takes it that the first was given up, and writes into files that rank 0 is about to move."""
-    job.begin(max_async=2)
-    first = job.runs[0].opt.ckpt._run.store
-    slots = [first.acquire(), first.acquire()]
-    for step, slot in enumerate(slots):
-        first.begin(slot, step, [], step)
-    first.abandon(slots[1], bad=False)
-    assert not first._others._said.words
-    first.abandon(slots[0], bad=False)
-    assert list(first._others._said.words) == ["0.1", "1.1"]
-
-
-def test_ranks_that_would_save_at_other_steps_are_refused_at_the_start(job, root):
-    failed = job.each(lambda rank: Training(root, make=plain, every=2 + rank))
-    assert len(failed) == 2 and all(isinstance(each, SetupError) and "the same every=" in str(each) for each in failed)
-
-
-def test_one_process_goes_on_says_so_and_leaves_nothing_of_the_others(root, monkeypatch, caplog):
-    with monkeypatch.context() as patched:
-        job = Job(root, patched, world=3)
-        job.begin(make=Normed, keep=1)
-        job.train(3)
-        job.end()
-    assert any((root / names.RANKS).rglob("slot-*"))
-    alone = Training(root, make=Normed)
-    assert fxckpt.load(optimizer=alone.opt).step == 3
-    assert "was written by 3 ranks, and 1 goes on from it" in caplog.text
-    assert os.listdir(root / names.RANKS) == []
-    assert [each.step for each in checkpoints(alone.train(1).end() and root)][-1] == 4
-
-
-def test_layers_of_one_name_are_two_layers_of_the_whole(job, root):
-    """Two optimizers may share a module."""
-    layer = LayerRecord(0, "h", "update", 1, 0.0, 3, 0, ())
-    records = [a_record(1, (), (layer, replace(layer, parameters=4)), rank=rank) for rank in range(2)]
-    assert [each.parameters for each in _layers(records)] == [3, 4]
-
-
-def test_the_directory_of_ranks_is_made_anew_when_somebody_removes_it(job, root):
-    job.begin()
-    job.train(1)
-    job.flush()
-    shutil.rmtree(root / names.RANKS)
-    job.train(2)
-    job.flush()  # what was being written there is lost
-    job.train(1)
-    assert job.flush() == [None, None] and checkpoints(root)[-1].step == 4
-    Reader(newest(root)).verify()

@@ -24,6 +24,17 @@ def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
+class Normed(torch.nn.Module):
+    """A model with buffers, which differ between ranks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm = plain(), torch.nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.inner(self.norm(x))
+
+
 class Job:
     """``world`` trainings, which are replicas unless ``make`` says otherwise. ``limit``: seconds that one waits for another."""
 
