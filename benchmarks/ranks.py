@@ -157,7 +157,7 @@ def measure_coordinator(world: int, tensors: int, commits: int, parent: str) -> 
                 store.begin(given[-1], 0, [], step)
                 store.commit(given[-1], part(store.part[0], world, tensors, given[-1].slot.held(), step), {})
             began = time.perf_counter()
-            while not first.joined(slot, 0.1):
+            while first.missing(slot, 0.1):
                 continue
             first.commit(slot, own, {})
             took.append(time.perf_counter() - began)
