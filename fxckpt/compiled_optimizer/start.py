@@ -61,8 +61,8 @@ def _open(directory: str, config: Config, engine: Engine) -> CheckpointStore:
     """What writes to the directory, if anything does, opened."""
     if config.writer == "mock":
         return NullStore()
-    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back", "journal")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back")
+    options: dict[str, Any] = {"journal": config.first_journal, **{name: getattr(config, name) for name in names}}
     if config.writer == "thread":
         shared = open_together(directory, options, config.on_divergence, config.every)
         if shared is not None:

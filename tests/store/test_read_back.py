@@ -64,7 +64,7 @@ def test_a_checkpoint_that_somebody_takes_a_file_from_is_named_and_left_to_him(r
     else:
         file.rename(root.parent / "archive")
         file.symlink_to(root.parent / "archive")
-    assert trainer.store.read_back(IDLE) is None and path.is_dir()
+    assert trainer.store.read_back(IDLE) == (1, None) and path.is_dir()
     assert "the checkpoint of step 1 is not counted on any more" in caplog.text
     trainer.save(2)
     assert latest(root).step == 2
