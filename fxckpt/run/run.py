@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -98,7 +97,7 @@ class Run:
     def _trial(self) -> Trial:
         """What ``journal="auto"`` measures."""
         root, keep = self.store.root, self.config.keep
-        return Trial(self.config.restore_seconds, lambda nbytes: records_that_fit(root, keep, nbytes) if root else sys.maxsize)
+        return Trial(self.config.restore_seconds, lambda nbytes: records_that_fit(root, keep, nbytes))
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

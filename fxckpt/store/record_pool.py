@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Collection, Iterable
 
 from fxckpt.errors import NoSpace
@@ -21,8 +22,12 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 
 def records_that_fit(root: str, keep: int, nbytes: int) -> int:
-    """How many records of so many bytes on each of ``keep`` checkpoints, and on one more for a moment, the disk has space for."""
-    found = os.statvfs(root)
+    """How many records of so many bytes on each of ``keep`` checkpoints, and on one more for a moment, the disk has space for.
+    Where nothing is written, or nobody can tell, as many as anybody wants."""
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return sys.maxsize
     return found.f_bavail * found.f_frsize // ((keep + 1) * (nbytes + SMALL_FILES // 8))
 
 

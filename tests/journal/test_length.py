@@ -71,6 +71,7 @@ def test_the_line_says_what_was_chosen_and_by_which_numbers():
 def test_the_room_on_a_disk_is_shared_by_the_checkpoints_that_are_kept(tmp_path):
     one, many = records_that_fit(str(tmp_path), 1, 1 << 20), records_that_fit(str(tmp_path), 3, 1 << 20)
     assert many > 0 and one == pytest.approx(2 * many, rel=0.2)
+    assert records_that_fit("", 1, 1 << 40) > 1 << 40 < records_that_fit(str(tmp_path / "gone"), 1, 1 << 40)
 
 
 def test_a_run_measures_chooses_once_says_it_and_goes_on_with_the_same_bits(root, one_thread, caplog, monkeypatch):
@@ -83,7 +84,7 @@ def test_a_run_measures_chooses_once_says_it_and_goes_on_with_the_same_bits(root
     monkeypatch.setattr("fxckpt.journal.chain.choose", chosen)
     with caplog.at_level(logging.INFO, "fxckpt"):
         life = Life(root, journal="auto", model=larger, keep=3).train(40).end()
-    [(found, limit)], [line] = seen, [text for text in caplog.messages if "journal='auto'" in text]
+    [(found, limit)], [line] = seen, [text for text in caplog.messages if "journal='auto': " in text]
     assert limit == 30 and "every 9 steps: so it was asked" in line
     assert found.full > 2.5 * found.record > 0 and 0 < found.update_seconds < found.step_seconds * 2 and found.room > 0
     assert found.bandwidth > 0 and life.opt.ckpt._run.chain.trial is None
