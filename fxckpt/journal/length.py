@@ -106,4 +106,5 @@ class Trial:
         record = max(each.nbytes for each in records)
         bandwidth = max(each.nbytes / each.seconds for each in (*fulls, *records))
         seconds = statistics.median(b - a for a, b in pairwise(self._begun))
-        return Measured(fulls[-1].nbytes, record, bandwidth, seconds, min(self._updates), self._room(record))
+        update = max(min(self._updates), 0.0)  # waits are measured by another clock
+        return Measured(fulls[-1].nbytes, record, bandwidth, max(seconds, 0.0), update, self._room(record))
