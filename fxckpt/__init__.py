@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fxckpt.loading.load import Restored, load
     from fxckpt.loop import batches, epochs, steps
     from fxckpt.saving.listeners import Committed, Failed
+    from fxckpt.store.journaled import durable_steps
     from fxckpt.store.reader import checkpoints, latest
 
 __version__ = "0.1.0"
@@ -48,7 +49,8 @@ _HOME = {
     "Checkpointed": "fxckpt.checkpointed", "Committed": "fxckpt.saving.listeners", "Failed": "fxckpt.saving.listeners",
     "Handle": "fxckpt.handle", "Imported": "fxckpt.importing", "Restored": "fxckpt.loading.load",
     "Statistics": "fxckpt.handle", "batches": "fxckpt.loop", "checkpoints": "fxckpt.store.reader",
-    "compile_step": "fxckpt.compiled_optimizer", "epochs": "fxckpt.loop", "import_checkpoint": "fxckpt.importing",
+    "compile_step": "fxckpt.compiled_optimizer", "durable_steps": "fxckpt.store.journaled", "epochs": "fxckpt.loop",
+    "import_checkpoint": "fxckpt.importing",
     "latest": "fxckpt.store.reader", "load": "fxckpt.loading.load", "steps": "fxckpt.loop",
 }  # fmt: skip
 """Where the names are that need torch or the engine: imported at first use."""
@@ -60,8 +62,8 @@ __all__ = [
     "Cancelled", "Checkpointed", "Committed", "Corrupt", "Diverged", "EngineMissing", "Failed", "FxckptError", "Handle",
     "Imported", "LayoutMismatch", "NoCheckpoint", "NoSpace", "NotAStore", "RanksDisagree",
     "Restored", "SaveFailed", "SetupError", "StateError", "Statistics",
-    "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "batches", "checkpoints", "compile_step", "epochs",
-    "import_checkpoint", "latest", "load", "steps",
+    "StoreError", "StoreLocked", "StoreNotLoaded", "backend", "batches", "checkpoints", "compile_step", "durable_steps",
+    "epochs", "import_checkpoint", "latest", "load", "steps",
 ]  # fmt: skip
 
 

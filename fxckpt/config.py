@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING
 
 from fxckpt.errors import SetupError
+from fxckpt.store.checks import is_number
 from fxckpt.store.read_back import MODES
 from fxckpt.store.retention import Policy
 
@@ -20,6 +21,12 @@ PRESETS: dict[str, dict[str, int]] = {
     "memory": {"threads": 1, "chunk_mb": 2, "staging_mb": 4, "max_async": 1},
 }
 """Settings that go together: as much bandwidth as the disk has, short waits, little memory."""
+
+
+AUTO = "auto"
+
+TRIAL = 16
+"""Steps from one full checkpoint to the next under ``journal="auto"``, until it was measured how many there are to be."""
 
 
 def disabled() -> bool:
@@ -55,7 +62,8 @@ class Config:
     on_error: str = "warn"
     read_back: str = "sampled"
     fresh: bool = False
-    journal: int = 1
+    journal: int | str = 1
+    restore_seconds: float = 30.0
     on_divergence: str = "warn"
 
     def __post_init__(self, preset: str | None) -> None:
@@ -66,20 +74,15 @@ class Config:
                 object.__setattr__(self, name, value)
         if not (_is_count(self.every) or self.every in ("auto", "continuous")):
             raise SetupError(f'every={self.every!r}: expected a number of steps >= 1, "auto" or "continuous"')
-        for name in ("keep", "threads", "chunk_mb", "max_async", "journal"):
+        for name in ("keep", "threads", "chunk_mb", "max_async"):
             if not _is_count(value := getattr(self, name)):
                 raise SetupError(f"{name}={value!r}: expected a whole number >= 1")
-        if self.journal > 1 and self.every != 1:
-            what = f"journal={self.journal} makes each step durable, and a full checkpoint every {self.journal} steps"
-            raise SetupError(f"{what}: it goes with every=1, and not with every={self.every!r}")
+        self._check_journal()
         Policy.make(self.keep, self.keep_every, self.keep_minutes, self.keep_best)
         if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
         _one_of("update", self.update, (None, "native", "inductor"))
         _one_of("updates", self.updates, ("after_backward", "in_backward"))
-        if self.journal > 1 and self.updates == "in_backward":
-            what = "a record of the journal holds gradients, and in the backward each goes with its update"
-            raise SetupError(f'{what}: journal={self.journal} and updates="in_backward" do not go together')
         _one_of("on_error", self.on_error, ("warn", "raise"))
         _one_of("read_back", self.read_back, MODES)
         _one_of("on_divergence", self.on_divergence, ("warn", "raise", "off"))
@@ -89,6 +92,23 @@ class Config:
             raise SetupError(f'writer="monitor" shares staging_mb with the monitor process, {least}')
         if not callable(self.layer):
             _one_of("layer", self.layer, ("module", "block"))
+
+    def _check_journal(self) -> None:
+        if self.journal != AUTO and not _is_count(self.journal):
+            raise SetupError(f'journal={self.journal!r}: expected a whole number of steps >= 1, or "auto"')
+        if not (is_number(self.restore_seconds) and self.restore_seconds > 0):
+            raise SetupError(f"restore_seconds={self.restore_seconds!r}: expected a number of seconds above 0")
+        if self.journal != 1 and self.every != 1:
+            what = f"journal={self.journal!r} makes each step durable, for a step that is in no record could not be made again"
+            raise SetupError(f"{what}: it goes with every=1, and not with every={self.every!r}")
+        if self.journal != 1 and self.updates == "in_backward":
+            what = "a record of the journal holds gradients, and in the backward each goes with its update"
+            raise SetupError(f'{what}: journal={self.journal!r} and updates="in_backward" do not go together')
+
+    @property
+    def first_journal(self) -> int:
+        """``journal`` as the run begins with it."""
+        return self.journal if isinstance(self.journal, int) else TRIAL
 
     @property
     def staging_bytes(self) -> int:

@@ -36,6 +36,8 @@ class Statistics(TypedDict):
     """Attempts so far, those that a scaler skipped included."""
     checkpoints_started: int
     checkpoints_committed: int
+    records_committed: int
+    """Of these, records of the journal."""
     checkpoints_skipped: int
     checkpoints_failed: int
     last_handed_over_step: int | None
@@ -240,6 +242,7 @@ class Handle:
             "steps": run.clock.attempts,
             "checkpoints_started": tally.started,
             "checkpoints_committed": tally.committed,
+            "records_committed": tally.records,
             "checkpoints_skipped": tally.skipped,
             "checkpoints_failed": tally.failed,
             "last_handed_over_step": tally.last_handed_over,

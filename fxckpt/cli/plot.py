@@ -1,7 +1,7 @@
 """Draw how a training run went: its steps and commits over time, what training waited, the bytes written and the metrics noted.
 
-It is drawn from what the newest record (or WHICH) says of the checkpoints before it, of which it keeps up to 64, whether
-they are still there or not. Needs matplotlib: pip install "fxckpt[plot]".
+It is drawn from what the newest record (or WHICH) says of the checkpoints and the steps of the journal before it, of which it
+keeps up to 64, whether they are still there or not. Needs matplotlib: pip install "fxckpt[plot]".
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
         rows = [{**vars(each), "metrics": dict(each.metrics)} for each in past]
         common.print_json({"out": os.path.abspath(args.out), "from": str(reader.path), "checkpoints": rows})
     else:
-        common.say(f"{len(past)} checkpoints, up to step {reader.record.step}, in {args.out}")
+        fulls = sum(not each.journal for each in past)
+        records = f" and {len(past) - fulls} records of the journal" if fulls < len(past) else ""
+        common.say(f"{fulls} checkpoints{records}, up to step {reader.record.step}, in {args.out}")
     return common.OK
 
 
@@ -94,6 +96,10 @@ def _steps(axes: Any, past: list[about.Passed]) -> None:
     steps, begun, committed = ([get(each) for each in done] for get in (_step, _begun, _committed))
     axes.hlines(steps, begun, committed, color="tab:orange", linewidth=2, label="being written")
     axes.plot(committed, steps, ".", color="tab:green", label="durable")
+    if any(each.journal for each in done):
+        fulls = [each for each in done if not each.journal]
+        full = [_committed(each) for each in fulls], [each.step for each in fulls]
+        axes.plot(*full, "o", color="tab:green", markersize=5, label="full checkpoint")
     axes.set_ylabel("step")
     axes.legend(fontsize=7, loc="upper left")
 

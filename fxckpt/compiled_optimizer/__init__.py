@@ -53,7 +53,8 @@ def compile_step(
     on_error: Literal["warn", "raise"] = "warn",
     read_back: Literal["off", "sampled", "all"] = "sampled",
     fresh: bool = False,
-    journal: int = 1,
+    journal: int | Literal["auto"] = 1,
+    restore_seconds: float = 30.0,
     on_divergence: Literal["warn", "raise", "off"] = "warn",
 ) -> object:
     """Checkpoint training layer by layer inside ``opt.step()``.
@@ -93,6 +94,8 @@ def compile_step(
         fresh: start over in a directory that holds checkpoints, without loading one.
         journal: with ``every=1``, steps from one full checkpoint to the next; each step between is stored as its gradients, from
             which ``load`` makes it again (docs/journal.md). What is not known to come out the same is stored in full, said once.
+            ``"auto"`` chooses the number from what the first steps measure, and says it.
+        restore_seconds: with ``journal="auto"``, what a ``load`` may take longer at most than that of a full checkpoint.
         on_divergence: where several ranks write one store, what to do when two of them have other bits in place of one tensor:
             ``"warn"`` logs and records it, ``"raise"`` raises it at rank 0's next step, ``"off"`` does not look.
 
@@ -108,7 +111,7 @@ def compile_step(
         every=every, preset=preset, threads=threads, chunk_mb=chunk_mb, staging_mb=staging_mb, max_async=max_async,
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, updates=updates, on_error=on_error, read_back=read_back,
-        journal=journal, on_divergence=on_divergence,
+        journal=journal, restore_seconds=restore_seconds, on_divergence=on_divergence,
     )  # fmt: skip
     given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     optimizers, module, extras = check(given, model, extra)

@@ -61,8 +61,8 @@ def _open(directory: str, config: Config, engine: Engine) -> CheckpointStore:
     """What writes to the directory, if anything does, opened."""
     if config.writer == "mock":
         return NullStore()
-    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back", "journal")
-    options: dict[str, Any] = {name: getattr(config, name) for name in names}
+    names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back")
+    options: dict[str, Any] = {"journal": config.first_journal, **{name: getattr(config, name) for name in names}}
     if config.writer == "thread":
         shared = open_together(directory, options, config.on_divergence, config.every)
         if shared is not None:
@@ -93,8 +93,9 @@ def say(run: Run) -> None:
     beside = BESIDE + RECORD * len(trained_by(run.optimizers))
     if config.writer == "thread" and config.read_back != "off":  # a monitor reads back in its own process
         beside += READING_THREADS * config.chunk_mb << 20
+    every = f"every={config.every!r}" + ("" if config.journal == 1 else f", journal={config.journal!r}")
     log.info(
-        f"fxckpt: checkpoints in {run.directory!r}, every={config.every!r}, keep={config.keep}, writer={config.writer!r}; "
+        f"fxckpt: checkpoints in {run.directory!r}, {every}, keep={config.keep}, writer={config.writer!r}; "
         f"memory at most {run.engine.memory_bytes + beside >> 20} MiB ({config.threads} threads x {config.chunk_mb} MiB + "
         f"{run.engine.staging_bytes >> 20} MiB staging + {beside >> 20} MiB for records, code and reading back), plus a snapshot "
         "of the model's buffers and of tensors in extra="

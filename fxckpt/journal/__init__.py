@@ -3,6 +3,7 @@
 repeatable   which optimizers' steps come out the same
 layout       what lies where in a record
 chain        which checkpoint of a run is a record, on what it builds, and what changed outside a step
+length       how far apart full checkpoints are, where that is left to us
 digests      of layers, as the step left them
 replay       steps made again, from a checkpoint and the records behind it
 """

@@ -7,6 +7,7 @@ ended, when it closes and before the next one: a layer that was changed in betwe
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 
 from fxckpt.compat.tensors import version_of
 from fxckpt.engine import Engine, Sources
+from fxckpt.errors import StateError
 from fxckpt.journal.digests import digest
 from fxckpt.journal.layout import record_layout
+from fxckpt.journal.length import Trial, choose, describe
 from fxckpt.journal.repeatable import WAY_OUT, why_not, why_not_now
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.guard import glimpse
@@ -29,7 +32,9 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 _FIRST = 3
 """Steps behind which all elements are looked at: what writes past version counters does so from the first turn on. Behind later
-ones it is a few elements of one layer in turn."""
+ones it is a few elements of one layer in turn, and of each tensor the first ones and where it lies."""
+
+_WORD = 16  # bytes of each tensor
 
 _LAYOUTS = 8  # that are kept: they differ in which gradients there are, and in what changed outside
 
@@ -43,19 +48,30 @@ def machine() -> str:
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-class Look:
-    """The tensors of a run's layers as a step left them. ``keys`` name them, by the engine's number of their layer."""
+class Watched:
+    """Which tensors of a layout are looked at: its layers of parameters and state, by the engine's number; found once."""
 
-    def __init__(self, layout: Layout, number: int):
+    def __init__(self, layout: Layout):
+        self.layout: Layout = layout
+        self.layers = {i: layer for i, layer in enumerate(layout.layers) if layer.kind in ("counts", "update", "frozen")}
+        self.tensors = [(e.tensor, _word_bytes(e.tensor)) for layer in self.layers.values() for e in layer.entries]
+
+
+class Look:
+    """The tensors of a run's layers as a step left them."""
+
+    def __init__(self, watched: Watched, number: int):
         """``number``: how many such looks there were."""
-        self._layers = {i: layer for i, layer in enumerate(layout.layers) if layer.kind in ("counts", "update", "frozen")}
-        self._tensors = [e.tensor for layer in self._layers.values() for e in layer.entries]
+        self._layers, self._tensors = watched.layers, watched.tensors
         self._turn, self._whole = number, number < _FIRST
         self._versions = self._versions_now()
         self._glimpses = self._glimpses_now()
 
-    def _versions_now(self) -> list[int]:
-        return list(map(version_of, self._tensors))
+    def _versions_now(self) -> list[tuple[int, int, bytes]]:
+        """Of each tensor its version, its address, and a few bytes of it: what takes no time to look at."""
+        # A script may have put it on a device meanwhile, or emptied it: then there is nothing to be read.
+        places = [(each, each.data_ptr() if each.is_cpu else 0, nbytes) for each, nbytes in self._tensors]
+        return [(version_of(each), at, ctypes.string_at(at, nbytes) if at else b"") for each, at, nbytes in places]
 
     def _glimpses_now(self) -> dict[tuple[int, int], int | None]:
         """By layer and place in it."""
@@ -81,8 +97,10 @@ class Look:
 
     def unseen(self) -> set[str]:
         """The keys of what changed though its version did not."""
-        glimpses = self._glimpses_now()
+        glimpses, places = self._glimpses_now(), [(n, i) for n, layer in self._layers.items() for i in range(len(layer.entries))]
         moved = {place for place, value in glimpses.items() if value != self._glimpses[place]}
+        both = zip(places, self._versions, self._versions_now())
+        moved |= {place for place, before, now in both if before[0] == now[0] and before != now}
         return {self._layers[n].entries[i].key for n, i in moved}
 
     def nbytes(self, keys: Sequence[str]) -> int:
@@ -90,8 +108,15 @@ class Look:
         return sum(e.tensor.nbytes for layer in self._layers.values() for e in layer.entries if e.key in keys)
 
 
+def _word_bytes(tensor: torch.Tensor) -> int:
+    """How many of the first bytes of a tensor can be read: only its first element's where there may be gaps behind that."""
+    nbytes = tensor.nbytes if tensor.is_contiguous() else min(tensor.nbytes, tensor.element_size())
+    return min(nbytes, _WORD)
+
+
 class Chain:
-    """The last checkpoint of a run with the records behind it. ``steps``: from one checkpoint to the next; 1: no journal."""
+    """The last checkpoint of a run with the records behind it. ``steps``: from one checkpoint to the next; 1: no journal.
+    ``trial``: they are to be chosen, and so many until then."""
 
     def __init__(
         self,
@@ -101,8 +126,10 @@ class Chain:
         engine: Engine | None,
         changed_outside: set[str],
         make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
+        trial: Trial | None = None,
     ):
         self.steps: int = steps
+        self.trial: Trial | None = trial
         self._update, self._steppers, self._engine = update, steppers, engine
         self._changed_outside, self._make_sources = changed_outside, make_sources
         self._base: Landing | None = None  # None: the next one is a full one
@@ -112,6 +139,7 @@ class Chain:
         self._updates = 0  # steps that were made
         self._looked_at = -1  # how many there were at the last look
         self._look: Look | None = None
+        self._watched: Watched | None = None
         self._looks = 0
         self._layouts: dict[Any, Layout] = {}
         self._machine = machine()
@@ -124,7 +152,13 @@ class Chain:
         if self.steps > 1:
             self._off = why_not(self._steppers, on_device)
             if self._off is not None:
+                self.trial = None
                 self._say(self._off)
+
+    @property
+    def length(self) -> int:
+        """Steps from one full checkpoint to the next."""
+        return self.steps if self._off is None else 1
 
     def _say(self, why: str) -> None:
         if why not in self._said:
@@ -137,7 +171,7 @@ class Chain:
 
     def stop(self) -> None:
         """The live tensors become others: the next one is a full one."""
-        self._base, self._look, self._layouts = None, None, {}
+        self._base, self._look, self._watched, self._layouts = None, None, None, {}
 
     def next(self, stepper: Stepper, refused: str | None, full: Layout, gradients: Gradients) -> tuple[Layout, Link] | None:
         """The layout and link of a record of the coming step; None where a full checkpoint is due. ``refused``: why this step
@@ -163,7 +197,10 @@ class Chain:
         whole = frozenset(set(moved) | {number for number in outside if full.layers[number].kind == "update"})
         present = frozenset(m.index for m, g in zip(stepper.executor.arranged.members, gradients) if g is not None)
         layout = self._layout(full, stepper, whole, present)
-        return layout, self._link(stepper, full, layout, gradients)
+        try:
+            return layout, self._link(stepper, full, layout, gradients)
+        except StateError:  # a setting of a group that cannot be stored: the full one fails of it, and says so
+            return None
 
     def _may_go_on(self, full: Layout) -> bool:
         """Is there an unbroken chain up to the step before this one, and room for one record more?"""
@@ -197,7 +234,8 @@ class Chain:
         number, encoded = self._number + 1, encode_state([groups], tensors, "journal")
         both = zip(stepper.executor.arranged.members, gradients)
         strides = {m.name: list(g.stride()) for m, g in both if g is not None and g.stride() != m.param.stride()}
-        link = Link(self._base, self._tail[-1], number, self._update, encoded, strides, self._machine, tensors)
+        made_by = self._machine, torch.get_num_threads()
+        link = Link(self._base, self._tail[-1], number, self._update, encoded, strides, *made_by, tensors)
         updated = layout.number("gradients")
         if updated:
             chosen = updated[number % len(updated)]
@@ -217,8 +255,21 @@ class Chain:
         else:
             self._number = pending.link.number
         self._tail.append(pending.landing)
-        self._look, self._looked_at = Look(full, self._looks), self._updates
+        self._try(pending)
+        if self._watched is None or self._watched.layout is not full:
+            self._watched = Watched(full)
+        self._look, self._looked_at = Look(self._watched, self._looks), self._updates
         self._looks += 1
+
+    def _try(self, pending: InFlight) -> None:
+        """Choose how many steps there are to be, once it can be known."""
+        if self.trial is None:
+            return
+        self.trial.taken(pending.landing, pending.link is not None)
+        if (found := self.trial.measured()) is not None:
+            choice = choose(found, self.trial.restore_seconds)
+            self.steps, self.trial = choice.steps, None
+            log.info("fxckpt: %s", describe(found, choice))
 
     def check_closed(self, pending: InFlight) -> None:
         """Raises Changed if a layer of which this record has gradients was changed since its step ended: the record is of the

@@ -16,6 +16,9 @@ from fxckpt.optim.stepper import Stepper
 WAY_OUT = "each step is a full checkpoint instead; leave out journal= to have fewer of them"
 
 
+_SMALLEST, _ONE = 5e-324, 1.0
+
+
 def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
     """Why no step of this run is journalled, known before the first one; None if steps may be."""
     if (why := _other_ranks()) is not None:
@@ -40,10 +43,18 @@ def _other_ranks() -> str | None:
     return None
 
 
+def flushes_denormals() -> bool:
+    """Are numbers near zero taken as zero in this thread (``torch.set_flush_denormal``)? Threads that began before go on
+    without."""
+    return _SMALLEST * _ONE == 0.0
+
+
 def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> str | None:
     """Why the coming step is not journalled, though such steps may be."""
     if (why := _other_ranks()) is not None:  # the process group may have come after compile_step
         return why
+    if flushes_denormals():
+        return "torch.set_flush_denormal(True) holds for some threads of a process only, and for other ones in the next"
     if stepper.whole is not None:
         return f"its own step runs whole ({stepper.whole})"
     for member, grad in zip(stepper.executor.arranged.members, gradients):

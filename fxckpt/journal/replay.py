@@ -10,6 +10,9 @@ import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,6 +39,17 @@ Tensors = Mapping[tuple[str, str], torch.Tensor]
 """By file and key."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What was read of a record: with how many threads its step was made, its groups' settings, its gradients by their
+    parameters, and what it has whole by its place."""
+
+    threads: int
+    groups: Sequence[Mapping[str, Any]]
+    gradients: Mapping[str, torch.Tensor]
+    whole: Mapping[tuple[str, str], torch.Tensor]
+
+
 class Replay:
     """Makes steps again. ``tensors``: all parameters and all optimizer state of the checkpoint ``base``, read already, which the
     steps change. ``optimizer``: what the base's record says of its optimizer, decoded."""
@@ -53,7 +67,7 @@ class Replay:
             self._opt.state[params[name]] = {key: tensors[OPTIMIZER, state_key(0, key, name)] for key in described["keys"]}
         self._params, self._name_of = params, {id(param): name for name, param in params.items()}
         self._stepper = Stepper(self._opt, update)
-        self._gradients: dict[str, torch.Tensor] = {}
+        self._room: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # for the gradients of a step and of the next one, in turns
         self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
 
     def make(self, readers: Sequence[Reader]) -> None:
@@ -61,19 +75,29 @@ class Replay:
         began = time.monotonic()
         steps = f"step {readers[0].record.step} to {readers[-1].record.step}"
         log.info("fxckpt: making %s again from the journal: %d updates", steps, len(readers))
-        for index, reader in enumerate(readers):
-            try:
-                self._step(reader, _journal(reader))
-            except Corrupt as error:
-                raise Broken(index, error) from error
-            self._compare(index, reader)
+        if others := {_journal(each).machine for each in readers} - {machine()}:
+            what = "fxckpt: they were made with %s, and here is %s: should that give other bits, a layer that is compared tells"
+            log.warning(what, " and with ".join(sorted(others)), machine())
+        # The thread reads a record while the step before it is made.
+        with ThreadPoolExecutor(1, "fxckpt-journal") as thread, _same_threads():
+            ahead = thread.submit(self._read, readers[0], 0)
+            for index, reader in enumerate(readers):
+                try:
+                    found = ahead.result()
+                    if index + 1 < len(readers):
+                        ahead = thread.submit(self._read, readers[index + 1], index + 1)
+                    self._step(reader, found)
+                except Corrupt as error:
+                    raise Broken(index, error) from error
+                self._compare(index, reader)
         log.info("fxckpt: made %s again from the journal: %d updates in %.3g s", steps, len(readers), time.monotonic() - began)
 
-    def _step(self, reader: Reader, journal: Journal) -> None:
-        """Read a record, and make its step; then set what it has whole."""
+    def _read(self, reader: Reader, index: int) -> Found:
+        """All of a record that its step takes."""
+        journal, room = _journal(reader), self._room[index % 2]
         places = {(t.file, t.key): t for t in reader.record.tensors()}
         given = [name for name in self._names if (GRADIENTS, state_key(0, GRADIENT, name)) in places]
-        wanted = {(GRADIENTS, state_key(0, GRADIENT, name)): self._gradient(name, journal) for name in given}
+        wanted = {(GRADIENTS, state_key(0, GRADIENT, name)): self._gradient(name, journal, room) for name in given}
         whole = {place: tensor for place, tensor in self._tensors.items() if place in places and place[0] != GRADIENTS}
         whole = {place: tensor for place, tensor in whole.items() if place[0] == OPTIMIZER or place[1] in self._params}
         landing = {place: torch.empty(tensor.shape, dtype=tensor.dtype) for place, tensor in whole.items()}
@@ -82,28 +106,34 @@ class Replay:
         both = {place: storable(tensor) for place, tensor in {**wanted, **landing}.items()}
         reader.read_into(dict(zip(both, source_items(list(both.values())))))
         [groups] = decode_state(journal.groups, _StateTensors(reader))
-        self._update(reader, groups, set(given))
-        with torch.no_grad():
-            for place, tensor in whole.items():
-                tensor.copy_(landing[place])
+        return Found(journal.threads, groups, {name: room[name] for name in given}, landing)
 
-    def _gradient(self, name: str, journal: Journal) -> torch.Tensor:
+    def _step(self, reader: Reader, found: Found) -> None:
+        """Make its step; then set what it has whole."""
+        if found.threads != torch.get_num_threads():
+            torch.set_num_threads(found.threads)
+        self._update(reader, found.groups, found.gradients)
+        with torch.no_grad():
+            for place, tensor in found.whole.items():
+                self._tensors[place].copy_(tensor)
+
+    def _gradient(self, name: str, journal: Journal, room: dict[str, torch.Tensor]) -> torch.Tensor:
         """A tensor for this gradient, in the order of memory that it had: kernels go by it."""
         param, strides = self._params[name], journal.strides.get(name)
         wanted = param.stride() if strides is None else tuple(strides)
-        found = self._gradients.get(name)
+        found = room.get(name)
         if found is None or found.stride() != wanted:
             if len(wanted) != param.dim() or sum((n - 1) * s for n, s in zip(param.shape, wanted)) >= max(param.numel(), 1):
                 raise Corrupt("the journal", f"the gradient of {name!r} has strides {wanted}, which are none of its shape")
-            found = self._gradients[name] = torch.empty_strided(param.shape, wanted, dtype=param.dtype)
+            found = room[name] = torch.empty_strided(param.shape, wanted, dtype=param.dtype)
         return found
 
-    def _update(self, reader: Reader, groups: Sequence[Mapping[str, Any]], given: set[str]) -> None:
+    def _update(self, reader: Reader, groups: Sequence[Mapping[str, Any]], gradients: Mapping[str, torch.Tensor]) -> None:
         """One step, by the code that made it before."""
         for group, settings in zip(self._opt.param_groups, groups):
             group.update(settings)
         for name, param in self._params.items():
-            param.grad = self._gradients[name] if name in given else None
+            param.grad = gradients.get(name)
         stepper = self._stepper
         try:
             with torch.no_grad():
@@ -142,6 +172,17 @@ def _journal(reader: Reader) -> Journal:
     if reader.record.journal is None:
         raise Corrupt(reader.path, "it is no record of a journal")
     return reader.record.journal
+
+
+@contextmanager
+def _same_threads() -> Iterator[None]:
+    """Behind it PyTorch has as many threads as before."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def _check_fits(reader: Reader, place: Any, tensor: torch.Tensor) -> None:

@@ -197,8 +197,10 @@ def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step
     rows = journaled(found, listed)
     lost = cut_off(rows, listed)
     if step is None:
-        newest = max((each.record.step for each in [*rows, *found] if not isinstance(each, Corrupt)), default=-1)
-        for each in lost:
+        there = [each.record for each in [*rows, *found] if not isinstance(each, Corrupt)]
+        newest, last = (max((getattr(each, of) for each in there), default=-1) for of in ("step", "generation"))
+        left = {str(each.path) for each in listed if isinstance(each, Candidate) and each.record.generation < last}
+        for each in (each for each in lost if directory_of(each) not in left):  # what a rollback left behind is no loss
             if (step_of(each) or 0) > newest and (entry := (directory_of(each), str(each))) not in skipped:
                 log.error("fxckpt: %s; looking for an older step", each)
                 skipped.append(entry)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from fxckpt.errors import Corrupt, LayoutMismatch
+from fxckpt.errors import Corrupt, LayoutMismatch, SetupError
+from fxckpt.journal.repeatable import flushes_denormals
 from fxckpt.journal.replay import Replay
 from fxckpt.loading import apply
 from fxckpt.loading.match import Match, match_tensors
@@ -20,7 +21,10 @@ from fxckpt.store.record import Record
 
 
 def open_journal(found: Journaled) -> list[Reader]:
-    """Readers of its records. Raises Broken for the first that is damaged."""
+    """Readers of its records. Raises Broken for the first that is damaged, SetupError where no step can be made again."""
+    if flushes_denormals():
+        what = "the journal's steps were made with numbers near zero as they are, which torch.set_flush_denormal(True) sets to 0"
+        raise SetupError(f"{what}: call it behind fxckpt.load()")
     readers: list[Reader] = []
     for each in found.records:
         try:

@@ -180,7 +180,8 @@ class Checkpoints:
     def rest(self, busy: Callable[[], bool]) -> None:
         """Have a checkpoint read back, and tell the trainer of one that does not verify."""
         if (found := self.store.read_back(busy)) is not None:
-            self._tell({"rotten": found[0], "error": wire.pack_error(found[1])})
+            step, error = found
+            self._tell({"rotten": step, "error": None if error is None else wire.pack_error(error)})
 
     def _tell_end(self, key: int, slot: Slot, error: Exception | None) -> None:
         packed = None if error is None else wire.pack_error(error)

@@ -218,7 +218,7 @@ class MonitorStore:
         except SaveFailed as error:
             log.debug("%s", error)
 
-    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception] | None:
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception | None] | None:
         """What the monitor told since the last time."""
         link = self._link
         return link.rotten.pop(0) if link is not None and link.rotten else None

@@ -114,7 +114,7 @@ class Link:
         self.closing = False
         self.slots: dict[int, RemoteSlot] = {}
         self.newest: int | None = None  # generation that it committed last
-        self.rotten: list[tuple[int, Exception]] = []  # steps of checkpoints that it read back and that do not verify
+        self.rotten: list[tuple[int, Exception | None]] = []  # what it read back and does not verify, by ``Store.read_back``
         self._silent = False  # it has not answered in time, and said nothing since
         self._numbers = itertools.count(1)  # of questions
         self._answers: dict[int, wire.Message | None] = {}  # to those that somebody waits for; None: not yet
@@ -195,7 +195,8 @@ class Link:
                 slot.end(None if message["error"] is None else wire.unpack_error(message["error"]))
             return
         if "rotten" in message:
-            self.rotten.append((message["rotten"], wire.unpack_error(message["error"])))
+            error = message["error"]
+            self.rotten.append((message["rotten"], None if error is None else wire.unpack_error(error)))
             return
         with self._lock:
             if message["id"] in self._answers:

@@ -37,7 +37,7 @@ class Arrangement:
         self.emitter: Emitter = emitter
         self.steppers: list[Stepper] = [Stepper(opt, config.update) for opt in optimizers]
         for stepper in self.steppers:
-            stepper.executor.journals = config.journal > 1 and stepper.stock
+            stepper.executor.journals = config.journal != 1 and stepper.stock
         self.inventory: Inventory = Inventory()
         self.layout: plan.Layout | None = None
         self.unsaid: bool = True

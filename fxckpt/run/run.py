@@ -13,10 +13,11 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.optimizers import mark_stepped
-from fxckpt.config import Config
+from fxckpt.config import AUTO, Config
 from fxckpt.engine import Engine
 from fxckpt.errors import SetupError
 from fxckpt.journal.chain import Chain
+from fxckpt.journal.length import Trial
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
@@ -33,6 +34,7 @@ from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.listeners import Listeners
 from fxckpt.saving.saver import Saver
 from fxckpt.saving.stores import CheckpointStore
+from fxckpt.store.record_pool import records_that_fit
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -70,8 +72,9 @@ class Run:
         self.arrangement: Arrangement = Arrangement(model, optimizers, self.emitter, config)
         emitter = self.emitter
         self.chain: Chain = Chain(
-            config.journal, config.update, self.arrangement.steppers, engine, emitter.changed_outside, emitter.sources
-        )
+            config.first_journal, config.update, self.arrangement.steppers, engine, emitter.changed_outside, emitter.sources,
+            self._trial() if config.journal == AUTO else None,
+        )  # fmt: skip
         emitter.chain = self.chain
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
@@ -90,6 +93,11 @@ class Run:
         live_runs.add(self)
         gone = weakref.finalize(self, _end, self.saver, self.arrangement, self.capture)
         gone.atexit = False  # at exit, shutdown has run already
+
+    def _trial(self) -> Trial:
+        """What ``journal="auto"`` measures."""
+        root, keep = self.store.root, self.config.keep
+        return Trial(self.config.restore_seconds, lambda nbytes: records_that_fit(root, keep, nbytes))
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:

@@ -31,6 +31,7 @@ from fxckpt.run.who_steps import WhoSteps
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Tally
 from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.plan import Layout
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -208,7 +209,7 @@ class Stepping:
             pending.guard.bounded, pending.guard.in_forward = bounded, frozenset()
             with torch.no_grad():
                 self.emit_rest(pending, None)
-            self._chain.taken(pending, self._arrangement.layout)
+            self._taken(pending, self._arrangement.layout)
             self._closing.close_step(at_rest=True)
 
     def _found_inf(self, opt: torch.optim.Optimizer) -> bool:
@@ -251,7 +252,10 @@ class Stepping:
             set_grad_mode(False)
             pending = self.begin(step, stepper, self._refused(stepper, strategy, own)) if due else None
             stepper.halfway = True
+            before = self._instant() if self._chain.trial is not None else None
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
+            if before is not None and self._chain.trial is not None:
+                self._chain.trial.updated(before, self._instant())
             stepper.halfway = False
             # What a closure left inside a whole step of a class of its own, its next step may read before all else (SAM).
             stepper.accumulated = own is not None and closure is not None and not stepper.stock
@@ -263,12 +267,16 @@ class Stepping:
             if pending is not None:
                 self.emit_rest(pending, stepper if emitted else None)
             if due:
-                self._chain.taken(pending, self._arrangement.layout)
+                self._taken(pending, self._arrangement.layout)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:
             self.raise_callback_error()
         return loss
+
+    def _instant(self) -> tuple[float, float]:
+        """Now, and how long training has waited by now."""
+        return time.monotonic(), self._saver.stall_seconds()
 
     def foreign_step_begins(self, opt: torch.optim.Optimizer) -> None:
         """A step begins that did not come through ``step``. As before any own step, what is being copied must be done."""
@@ -306,7 +314,7 @@ class Stepping:
             if pending is not None:
                 self.emit_rest(pending, None)
             if due:
-                self._chain.taken(pending, self._arrangement.layout)
+                self._taken(pending, self._arrangement.layout)
             self.raise_callback_error()
 
     def _refused(self, stepper: Stepper, strategy: Strategy, own: object) -> str | None:
@@ -359,6 +367,11 @@ class Stepping:
                     self._emitter.emit(number, tensors)
         self._closing.take(pending)
 
+    def _taken(self, pending: InFlight | None, layout: Layout | None) -> None:
+        """See ``Chain.taken``; whoever watches the run is told how far apart full checkpoints are."""
+        self._chain.taken(pending, layout)
+        self._saver.about.journal = self._chain.length
+
     def raise_callback_error(self) -> None:
         """Raise what ``on_layer`` raised, now that all layers were updated: half a step is nothing to go on from."""
         error, self._emitter.callback_error = self._emitter.callback_error, None
@@ -406,7 +419,7 @@ class Stepping:
             with torch.no_grad():
                 self.emit_rest(pending, None)
             if name is None:
-                self._chain.taken(pending, layout)
+                self._taken(pending, layout)
             self.raise_callback_error()
         except BaseException:
             self._closing.abort("save() failed")

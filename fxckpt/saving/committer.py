@@ -23,7 +23,7 @@ from fxckpt.saving.reporter import Reporter
 from fxckpt.saving.stores import CheckpointSlot, CheckpointStore
 from fxckpt.store.about import ALIKE, CHECKED
 from fxckpt.store.commit_loop import give_back
-from fxckpt.store.reader import Candidate, candidates
+from fxckpt.store.journaled import durable_steps
 from fxckpt.store.record import FileRecord, Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -190,7 +190,7 @@ class Committer:
             pending.phase = f"being given up in {pending.path}"
             give_back(self._store, pending.slot, pending.copy, error)
         pending.error = error = error and (pending.failure or error)
-        pending.landing.failed, pending.landing.generation = error is not None, pending.slot.generation
+        _land(pending)
         if error is None and pending.link is None:
             self._last = pending.landing
         if error is not None:
@@ -198,6 +198,7 @@ class Committer:
         with self._flights.lock:
             if error is None:
                 self._tally.committed += pending.slot.generation is not None
+                self._tally.records += pending.slot.generation is not None and pending.link is not None
                 self._tally.mixed.clear()
             elif dropped:
                 self._tally.skipped += pending.failure is None and not pending.replaced
@@ -215,17 +216,29 @@ class Committer:
         self._supply.prepare(lambda: not flights.loop.ending and len(flights.under_way()) < flights.max_async)
 
     def rest(self, busy: Callable[[], bool]) -> None:
-        """Have a checkpoint read back. One that does not verify has failed after all, and is not the last one that is safe."""
+        """Have a checkpoint or a record of the journal read back. One that does not verify has failed after all, and neither it
+        nor a step that is made again from it is the last one that is safe."""
         if (found := self._store.read_back(busy)) is None:
             return
         step, error = found
-        self._last.failed = True  # no record of a journal is to build on it
+        self._last.failed = True  # no further record of the journal is to build on it
         with self._flights.lock:
-            left = [each.record.step for each in candidates(self._store.root) if isinstance(each, Candidate)]
-            if self._tally.last_committed == step:
-                self._tally.last_committed = max(left, default=None)
-            self._tally.note_failure(step, error)  # last: who asks for the statistics takes no lock
-        self._reporter.failed(step, error)
+            left = durable_steps(self._store.root)
+            if self._tally.last_committed not in left:
+                self._tally.last_committed = left[-1] if left else None
+            if error is not None:
+                self._tally.note_failure(step, error)  # last: who asks for the statistics takes no lock
+        if error is not None:
+            self._reporter.failed(step, error)
+
+
+def _land(pending: InFlight) -> None:
+    """Note what became of it, for records of a journal that build on it."""
+    landing = pending.landing
+    landing.failed, landing.generation = pending.error is not None, pending.slot.generation
+    if pending.error is None:
+        landing.nbytes = sum(file.nbytes for file in pending.layout.files)
+        landing.seconds = time.monotonic() - pending.begun[1]
 
 
 def _check_wanted(pending: InFlight) -> None:

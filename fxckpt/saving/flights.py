@@ -59,6 +59,7 @@ class Tally:
 
     started: int = 0
     committed: int = 0
+    records: int = 0  # of the journal, among these
     skipped: int = 0
     failed: int = 0
     last_handed_over: int | None = None

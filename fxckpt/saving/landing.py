@@ -14,10 +14,13 @@ from fxckpt.store.record import Journal
 
 @dataclass(eq=False)
 class Landing:
-    """Of one checkpoint or record: its ``generation`` once it is committed (None where nothing is written), or ``failed``."""
+    """Of one checkpoint or record: its ``generation`` once it is committed (None where nothing is written), or ``failed``; the
+    bytes of its tensors' files, and the seconds from its step until it was durable (0 until then)."""
 
     generation: int | None = None
     failed: bool = False
+    nbytes: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -32,6 +35,7 @@ class Link:
     groups: Any
     strides: dict[str, list[int]]
     machine: str
+    threads: int
     tensors: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, int] = field(default_factory=dict)
     watched: tuple[int, str, Sequence[torch.Tensor]] | None = None
@@ -44,4 +48,5 @@ class Link:
     def record(self) -> Journal:
         """For the record, once what it builds on is committed."""
         base, after = self.base.generation or 0, self.after.generation or 0
-        return Journal(base, after, self.number, self.update, self.groups, self.strides, self.digests, self.machine)
+        made = self.digests, self.machine, self.threads
+        return Journal(base, after, self.number, self.update, self.groups, self.strides, *made)

@@ -13,7 +13,7 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 @dataclass(frozen=True)
 class Committed:
-    """A checkpoint that is durable, as ``on_commit`` is told of it.
+    """A checkpoint that is durable, or a record of the journal, as ``on_commit`` is told of it.
 
     Attributes:
         step: ``opt.step()`` attempts before it.
@@ -25,6 +25,7 @@ class Committed:
         stall_seconds: what the thread that trains has waited for checkpoints so far, in this process.
         time: when its step closed, in seconds since 1970.
         metrics: as noted with ``opt.ckpt.note``.
+        journal: of a record of the journal the steps that ``load`` makes again to come to it; 0 of a full checkpoint.
     """
 
     step: int
@@ -36,6 +37,7 @@ class Committed:
     stall_seconds: float
     time: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    journal: int = 0
 
 
 @dataclass(frozen=True)

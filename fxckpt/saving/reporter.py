@@ -34,10 +34,12 @@ class Reporter:
         begun, started = pending.begun
         seconds = time.monotonic() - started
         if generation is not None:
-            self._about.note(pending.step, record["time"], begun, begun + seconds, nbytes, stall, record["metrics"])
+            times = record["time"], begun, begun + seconds
+            self._about.note(pending.step, *times, nbytes, stall, record["metrics"], pending.link is not None)
         path = Path(pending.path) if pending.path else None
+        number = 0 if pending.link is None else pending.link.number
         self._tell(Committed(pending.step, record["iteration"], path, generation, nbytes, seconds, stall, record["time"],
-                             dict(record["metrics"])))  # fmt: skip
+                             dict(record["metrics"]), number))  # fmt: skip
 
     def failed(self, step: int, error: BaseException) -> None:
         """One failed; by whatever thread that was found, the one that commits tells it."""

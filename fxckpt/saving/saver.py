@@ -50,6 +50,7 @@ class Saver:
         self.reporter: Reporter = Reporter(self.about, self.loop, _stall_of(self.tally, engine))
         self.ranks: Ranks = Ranks(store, least_kept(keep, max_async), 1 if engine is None else every)
         self._committer = Committer(store, self.supply, self.flights, self.tally, self.reporter, self.ranks)
+        self._records = 0  # of the journal that were begun
         self._pid = os.getpid()
 
     def stall_seconds(self) -> float:
@@ -86,12 +87,14 @@ class Saver:
             copy = self.engine.begin(layout.plan, slot.path, files, known, waited, slot.below)
             self.store.begin(slot, copy.id, layout.files, step)
             begun = True
-            pending = InFlight(step, layout, slot, copy, Guard(step, layout, self.tally.started), link)
+            number = self.tally.started if link is None else self._records  # the first few are looked at from end to end
+            pending = InFlight(step, layout, slot, copy, Guard(step, layout, number), link)
             if self.flights.tracer is not None:
                 self.flights.tracer.began(copy.id, step, [layer.name for layer in layout.layers])
             with self.flights.lock:
                 self.flights.add(pending)
                 self.tally.started += 1
+                self._records += link is not None
             return pending
         except BaseException as error:
             if pending is not None and self.flights.is_flying(pending):

@@ -105,8 +105,9 @@ class CheckpointStore(Protocol):
     def abandon(self, slot: OwnSlot, *, bad: bool, why: str = "") -> None:
         """Take a slot back; ``bad``: what it holds is in doubt. ``why``: what its checkpoint failed of; empty: it was dropped."""
 
-    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception] | None:
-        """Read what is due of what was committed, unless ``busy``: the step of what does not verify, and why."""
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Exception | None] | None:
+        """Read what is due of what was committed, unless ``busy``: the step of what does not verify, and why. No reason is given
+        where somebody took its files: that is no failure, but nothing is to build on it."""
 
 
 class NullSlot:

@@ -29,8 +29,9 @@ ROWS, NEWEST = 64, 32  # rows of a history at most; of these the newest stay whe
 
 @dataclass(frozen=True)
 class Passed:
-    """A checkpoint that was committed. Times in seconds since 1970; ``begun`` and ``committed`` are None of one that was loaded:
-    a process began there. ``written`` (bytes) and ``stall`` (seconds that training waited) are sums since the first one."""
+    """A checkpoint that was committed, or a record of the ``journal``. Times in seconds since 1970; ``begun`` and ``committed``
+    are None of one that was loaded: a process began there. ``written`` (bytes) and ``stall`` (seconds that training waited) are
+    sums since the first one."""
 
     step: int
     time: float
@@ -40,11 +41,13 @@ class Passed:
     written: int
     stall: float
     metrics: Mapping[str, float] = field(default_factory=dict)
+    journal: bool = False
 
     def to_row(self) -> list[Any]:
         """As a record has it."""
         metrics = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
-        return [self.step, self.time, self.begun, self.committed, self.nbytes, self.written, self.stall, metrics]
+        row = [self.step, self.time, self.begun, self.committed, self.nbytes, self.written, self.stall, metrics]
+        return [*row, True] if self.journal else row
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,13 @@ _CHECKS = (is_count, is_number, optional(is_number), optional(is_number), is_cou
 
 
 class About:
-    """Of one run. ``every`` and ``pid`` are for whoever watches it. The thread that commits notes, another one asks, without a
-    lock, which the handler of a signal could find taken by what it interrupted: what is asked for is only ever replaced."""
+    """Of one run. ``every``, ``pid`` and ``journal``, the steps from one full checkpoint to the next, are for whoever watches it.
+    The thread that commits notes, another one asks, without a lock, which the handler of a signal could find taken by what it
+    interrupted: what is asked for is only ever replaced."""
 
     def __init__(self, every: int | str, pid: int):
         self.config: str | None = None  # the model's, as JSON
+        self.journal: int = 1
         self._run = {"every": every, "pid": pid}
         self._origin: Mapping[str, Any] | None = None
         self._rows: tuple[list[Any], ...] = ()
@@ -84,22 +89,35 @@ class About:
         self._rows, self._last = tuple(each.to_row() for each in past), past[-1]
         self._base = past[-1].stall - stall
 
-    def note(self, step: int, time: float, begun: float, committed: float, nbytes: int, stall: float, metrics: Any) -> None:
-        """One more was committed. ``stall``: seconds, of this process."""
+    def note(
+        self, step: int, time: float, begun: float, committed: float, nbytes: int, stall: float, metrics: Any,
+        journal: bool = False,
+    ) -> None:  # fmt: skip
+        """One more was committed. ``stall``: seconds, of this process; ``journal``: it is a record of the journal."""
         written = nbytes + (self._last.written if self._last is not None else 0)
         times = round(time, 3), round(begun, 3), round(committed, 3)
-        self._last = Passed(step, *times, nbytes, written, round(self._base + stall, 4), metrics)
-        rows = (*self._rows, self._last.to_row())
-        self._rows = rows if len(rows) <= ROWS else rows[:-NEWEST:2] + rows[-NEWEST:]
+        self._last = Passed(step, *times, nbytes, written, round(self._base + stall, 4), metrics, journal)
+        self._rows = _thinned((*self._rows, self._last.to_row()))
 
     def to_state(self) -> dict[str, Any]:
         """The members that go into a record's ``state``."""
-        found: dict[str, Any] = {HISTORY: {**self._run, "rows": list(self._rows)}}
+        journal = {"journal": self.journal} if self.journal > 1 else {}
+        found: dict[str, Any] = {HISTORY: {**self._run, **journal, "rows": list(self._rows)}}
         if self._origin is not None:
             found[ORIGIN] = dict(self._origin)
         if self.config is not None:
             found[CONFIG] = self.config
         return found
+
+
+def _thinned(rows: tuple[list[Any], ...]) -> tuple[list[Any], ...]:
+    """``ROWS`` of these at most: every second of the older ones goes, of records of the journal as long as there are any."""
+    if len(rows) <= ROWS:
+        return rows
+    older = rows[:-NEWEST]
+    records = [number for number, row in enumerate(older) if len(row) > len(_CHECKS)]
+    gone = {*(records[::2] or range(1, len(older), 2))}
+    return (*(row for number, row in enumerate(older) if number not in gone), *rows[-NEWEST:])
 
 
 def _member(record: Record, name: str) -> Any:
@@ -152,12 +170,13 @@ def _is_difference(row: Any) -> bool:
     return type(row) is list and len(row) == 4 and all(map(is_count, row[:2])) and all(map(names, row[2:]))
 
 
-def watched(record: Record) -> tuple[int | str | None, int | None]:
-    """``every`` and the process id of the run that wrote it, as far as they are known."""
+def watched(record: Record) -> tuple[int | str | None, int | None, int | None]:
+    """``every``, the process id and ``journal`` of the run that wrote it, as far as they are known."""
     found = _member(record, HISTORY)
     found = found if isinstance(found, dict) else {}
-    every, pid = found.get("every"), found.get("pid")
-    return every if is_count(every) or is_str(every) else None, pid if is_count(pid) else None
+    every, pid, journal = (found.get(name) for name in ("every", "pid", "journal"))
+    known = every if is_count(every) or is_str(every) else None
+    return known, pid if is_count(pid) else None, journal if isinstance(journal, int) and journal > 1 else None
 
 
 def history(record: Record) -> list[Passed]:
@@ -167,15 +186,19 @@ def history(record: Record) -> list[Passed]:
     past = [_passed(row) for row in rows if _is_row(row)] if isinstance(rows, list) else []
     last = past[-1] if past else Passed(0, 0.0, None, None, 0, 0, 0.0)
     nbytes = sum(file.nbytes for file in record.files if kind_of(file.name) != STATE)
-    own = Passed(record.step, record.time, None, None, nbytes, last.written + nbytes, last.stall, record.metrics)
+    journal = record.journal is not None
+    own = Passed(record.step, record.time, None, None, nbytes, last.written + nbytes, last.stall, record.metrics, journal)
     return [*(each for each in past if each.step <= record.step), own]
 
 
 def _is_row(row: Any) -> bool:
-    return type(row) is list and len(row) == len(_CHECKS) and all(check(value) for check, value in zip(_CHECKS, row))
+    if type(row) is not list or row[len(_CHECKS) :] not in ([], [True]):
+        return False
+    return len(row) >= len(_CHECKS) and all(check(value) for check, value in zip(_CHECKS, row))
 
 
 def _passed(row: list[Any]) -> Passed:
     """A row of a record; a metric that is no number is left out."""
-    metrics = {name: value for name, value in decode_state(row[-1], {}).items() if isinstance(value, float)}
-    return dataclasses.replace(Passed(*row[:-1]), metrics=metrics)
+    *numbers, noted = row[: len(_CHECKS)]
+    metrics = {name: value for name, value in decode_state(noted, {}).items() if isinstance(value, float)}
+    return dataclasses.replace(Passed(*numbers), metrics=metrics, journal=len(row) > len(_CHECKS))

@@ -1,4 +1,5 @@
-"""Steps of the journal as whoever loads sees them: a checkpoint, and the unbroken row of records behind it."""
+"""Steps of the journal as whoever loads sees them: a checkpoint, and the unbroken row of records behind it; and all steps that
+are durable, by either."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from pathlib import Path
 
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
-from fxckpt.store.reader import Candidate, directory_of
+from fxckpt.store.directory import local_path
+from fxckpt.store.reader import Candidate, candidates, directory_of, records
 from fxckpt.store.record import Record
 
 
@@ -81,6 +83,31 @@ def cut_off(rows: Sequence[Journaled], records: Sequence[Candidate | Corrupt]) -
             what = f"what it builds on is missing: record {journal.number} on the checkpoint of generation {journal.base}"
             out.append(Corrupt(each.path / names.COMMIT, what))
     return out
+
+
+def durable_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """List the steps that ``load(step=...)`` can restore: those of checkpoints, named saves included, and those of the journal,
+    which :func:`checkpoints` leaves out. Safe while a trainer writes there.
+
+    Only records are read: what is damaged, or builds on what is missing, is left out; ``fxckpt verify`` reads everything.
+
+    Args:
+        directory: the store, as given to ``compile_step``.
+
+    Returns:
+        Each step once, in the order in which they were written: the last one is the newest that is durable. None for a directory
+        that is missing or empty.
+
+    Raises:
+        NotAStore: the directory holds something else.
+        SetupError: it is a URL, or names a variable that is not set.
+    """
+    root = local_path(directory)
+    logged = records(root)  # first: what was given up meanwhile, with its checkpoint, is of no newer step than what is there now
+    found = [each for each in candidates(root) if isinstance(each, Candidate)]
+    both = [*found, *(each for row in journaled(found, logged) for each in row.records)]
+    newest_first = sorted(both, key=lambda each: each.record.generation, reverse=True)
+    return list(dict.fromkeys(each.record.step for each in newest_first))[::-1]
 
 
 def step_of(each: Corrupt) -> int | None:

@@ -25,12 +25,12 @@ class Interrupted(Exception):
 
 class ReadBack:
     """Chooses among what was committed: nothing, each one, or the newest whenever the disk is idle and the time for it has come.
-    Used by the thread that commits."""
+    Used by the thread that commits. ``share``: of the time, for samples."""
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: str, share: float = SHARE):
         if mode not in MODES:
             raise SetupError(f"read_back={mode!r}: expected one of {', '.join(map(repr, MODES))}")
-        self._mode = mode
+        self._mode, self._share = mode, share
         self._waiting: tuple[Slot, int] | None = None  # committed last, and its step
         self._next = time.monotonic()
 
@@ -60,7 +60,7 @@ class ReadBack:
         else:
             wrong = None
         now = time.monotonic()
-        self._waiting, self._next = None, now + max((now - began) / SHARE, LEAST)
+        self._waiting, self._next = None, now + max((now - began) / self._share, LEAST)
         return None if wrong is None else (slot, step, wrong)
 
     def _stop_if(self, busy: Callable[[], bool]) -> None:

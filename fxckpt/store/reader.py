@@ -130,7 +130,8 @@ def _look(paths: list[str], kind: str = names.STEPS) -> list[Candidate | Corrupt
 
 
 def checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
-    """List the checkpoints of a store, oldest generation first. Safe while a trainer writes there.
+    """List the checkpoints of a store, each a directory that can be read alone, oldest generation first. Safe while a trainer
+    writes there. Steps of the journal are none; :func:`durable_steps` lists both.
 
     Only their records are read, which say what each layer is and where it lies; one whose record is damaged is left out.
 
@@ -149,7 +150,8 @@ def checkpoints(directory: str | os.PathLike[str]) -> list[CheckpointInfo]:
 
 
 def latest(directory: str | os.PathLike[str], verify: bool = True) -> CheckpointInfo | None:
-    """Find the newest checkpoint of a store that verifies. Safe while a trainer writes there.
+    """Find the newest checkpoint of a store that verifies. Safe while a trainer writes there. With a journal, later steps may be
+    durable: :func:`durable_steps` lists them.
 
     Args:
         directory: the store, as given to ``compile_step``.

@@ -115,7 +115,8 @@ class Journal:
     counts the records of a checkpoint from 1 on. ``update`` is ``compile_step``'s; ``groups`` of each optimizer its groups'
     settings
     as the step found them, ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory
-    than their parameters, by name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step.
+    than their parameters, by name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step,
+    with so many ``threads``: where one's share of a tensor ends, a kernel may round otherwise.
     """
 
     base: int
@@ -126,6 +127,7 @@ class Journal:
     strides: Mapping[str, Sequence[int]]
     digests: Mapping[str, int]
     machine: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,8 @@ _LAYER = {"id": is_count, "name": is_str, "kind": lambda value: value in (*KINDS
           "time": is_number, "parameters": is_count, "nbytes": is_count, "tensors": _is_list}  # fmt: skip
 _JOURNAL = {"base": is_count, "after": is_count, "number": lambda value: is_count(value) and value > 0,
             "update": optional(is_str), "groups": is_anything, "strides": map_of(is_shape),
-            "digests": map_of(lambda value: is_count(value) and value < 1 << 32), "machine": is_str}  # fmt: skip
+            "digests": map_of(lambda value: is_count(value) and value < 1 << 32), "machine": is_str,
+            "threads": lambda value: is_count(value) and 0 < value <= 4096}  # fmt: skip
 _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation": is_count,
            "parent": optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
            "time": is_number, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,

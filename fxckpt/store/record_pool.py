@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Collection, Iterable
 
 from fxckpt.errors import NoSpace
@@ -20,6 +21,16 @@ from fxckpt.store.slot import Slot
 log: logging.Logger = logging.getLogger("fxckpt")
 
 
+def records_that_fit(root: str, keep: int, nbytes: int) -> int:
+    """How many records of so many bytes on each of ``keep`` checkpoints, and on one more for a moment, the disk has space for.
+    Where nothing is written, or nobody can tell, as many as anybody wants."""
+    try:
+        found = os.statvfs(root)
+    except OSError:
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize // ((keep + 1) * (nbytes + SMALL_FILES // 8))
+
+
 class RecordPool(Pool):
     """Slots for records. Of each committed one ``CheckpointStatus.parent`` is the checkpoint that it builds on."""
 
@@ -29,6 +40,8 @@ class RecordPool(Pool):
         """``each``: records on a checkpoint at most."""
         super().__init__(root, keep, max_async)
         self.limit: int = (keep + 1) * each + max_async
+        self._each = each
+        self._longest = 0, 0  # records that were committed on the checkpoint before, and on this one so far
         self._cut: set[int] = set()  # generations that a rollback left behind
 
     def base_of(self, generation: int) -> int | None:
@@ -43,11 +56,29 @@ class RecordPool(Pool):
             newer = {k.generation for k in known if k.parent == base and base is not None and k.generation > (generation or 0)}
             self._cut = newer
 
+    def recorded(self, number: int) -> None:
+        """The record of this number on its checkpoint was committed."""
+        self._longest = self._longest[0], number
+
     def release_space(self, bases: Collection[int]) -> None:
-        """A checkpoint was committed, and these are the newest: give up what builds on others, or was cut off."""
+        """A checkpoint was committed, and these are the newest: give up what builds on others, or was cut off, and remove slots
+        beyond what records have taken of late: the journal may have become shorter, or there is none any more."""
         with self.moves:
             self._give_up(s for s, k in self._snapshot() if k.parent not in bases or k.generation in self._cut)
-        self._cut = set()
+            longest, self._longest = max(self._longest), (self._longest[1], 0)
+            if longest or not self._each:
+                self._trim((self.keep + 1) * longest + (self.max_async if longest else 0))
+        with self.mutex:
+            self._cut = set()
+            self.lineage.clear()  # nothing asks for it here, and it grows with each record
+
+    def _trim(self, most: int) -> None:
+        """Remove slots that wait, until there are so many at most."""
+        with self.mutex:
+            surplus = len(self._free) + len(self._committed) + len(self._busy) - most
+            going = [self._free.pop() for _ in range(min(max(surplus, 0), len(self._free)))]
+        for slot in going:
+            self.remove(slot)
 
     def give_up_on(self, base: int) -> None:
         """This checkpoint is about to go."""

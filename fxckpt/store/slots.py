@@ -32,7 +32,7 @@ from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
-from fxckpt.store.read_back import OFF, ReadBack
+from fxckpt.store.read_back import OFF, SHARE, ReadBack
 from fxckpt.store.reader import Candidate, candidates, directory_of, read_record, records
 from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.record_pool import RecordPool
@@ -69,7 +69,8 @@ class Store:
         self._pool = Pool(self.root, keep, max_async)
         self._records = RecordPool(self.root, keep, max_async, journal - 1)
         self._pool.before_giving_up = self._records.give_up_on
-        self._read_back = ReadBack(read_back)
+        share = SHARE if journal == 1 else SHARE / 2
+        self._read_back, self._records_read_back = ReadBack(read_back, share), ReadBack(read_back, share)
         self._pid = os.getpid()
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
@@ -338,6 +339,9 @@ class Store:
             slot.leave()
             if record.journal is None:
                 self._checkpoint_committed(slot, record)
+            else:
+                self._records.recorded(record.journal.number)
+                self._records_read_back.committed(slot, record.step)
             return Path(slot.path)
 
     def _checkpoint_committed(self, slot: Slot, record: Record) -> None:
@@ -349,24 +353,26 @@ class Store:
         with self._pool.mutex:
             self._lineage.note(record, self._pool.generations())
 
-    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Corrupt] | None:
-        """Read back what is due of what was committed, on the thread that commits; what does not verify is put aside, and its
-        step returned with what is wrong. One that somebody took files from is only given up. ``busy``: there is something to
-        commit."""
+    def read_back(self, busy: Callable[[], bool]) -> tuple[int, Corrupt | None] | None:
+        """Read back what is due of what was committed, checkpoints and records of the journal, on the thread that commits; what
+        does not verify is put aside, and its step returned with what is wrong. One that somebody took files from is only given
+        up, and returned without. ``busy``: there is something to commit."""
         try:
-            found = self._read_back.read(busy)
-            if found is None:
-                return None
-            slot, step, error = found
-            with self._pool.moves:
-                whole = slot.has_its_files()
-                self._pool.retire(slot, aside=whole)
-            if not whole:  # somebody removes it, or moved a file away: that is his, and no fault of the disk
-                log.error("the checkpoint of step %d is not counted on any more: %s", step, error)
-            return (step, error) if whole else None
+            for pool, reading in ((self._pool, self._read_back), (self._records, self._records_read_back)):
+                if (found := reading.read(busy)) is not None:
+                    return self._retire(pool, *found)
         except (OSError, StoreError) as error:
             log.warning("a checkpoint could not be read back: %s", error)
-            return None
+        return None
+
+    def _retire(self, pool: Pool, slot: Slot, step: int, error: Corrupt) -> tuple[int, Corrupt | None]:
+        """It does not verify: see ``read_back``."""
+        with pool.moves:
+            whole = slot.has_its_files()
+            pool.retire(slot, aside=whole)
+        if not whole:  # somebody removes it, or moved a file away: that is his, and no fault of the disk
+            log.error("the checkpoint of step %d is not counted on any more: %s", step, error)
+        return step, error if whole else None
 
     def _completed(self, record: Record, slot: Slot, extra: FileRecord) -> Record:
         """With what the store knows: whose it is, what it continues, and whether it is kept for good."""

@@ -14,19 +14,22 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import instruments
 import pytest
 import torch
 from digests import differences, snapshot
+from journal_lives import Life
 from small_models import mlp
-from small_training import Training, all_good
+from small_training import Training, all_good, all_made_again
 from storing import fast_directory
 from waiting import until
 
 import fxckpt
 from fxckpt.store import pool
-from fxckpt.store.reader import Reader, candidates
+from fxckpt.store.reader import Reader, candidates, read_record, records
+from fxckpt.store.record import Record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,11 +42,11 @@ def store(tmp_path):
 # ---- the n-th call fails ----
 
 
-def calls_of_some_checkpoints(store) -> int:
-    training = Training(store, keep=2)
+def calls_of_some_checkpoints(store, steps: int = 4, **options) -> int:
+    training = Training(store, keep=2, **options)
     instruments.fail(10**9, 0)  # counts from the first use of an instrument
     before = instruments.calls()
-    training.train(4)
+    training.train(steps)
     training.opt.ckpt.flush()
     training.opt.ckpt.shutdown()
     return instruments.calls() - before
@@ -110,8 +113,9 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
         assert (len(told) > 0) == (training.found["checkpoints_failed"] > 0), f"{what}: {raised!r}"
         assert len(raised) <= 1 and not (raised and error in HARMLESS), f"{what}: {raised!r}"
         for each in told:
-            missing = error == errno.ENOENT and isinstance(each, fxckpt.Corrupt)  # as reading back finds it
-            assert missing or getattr(each, "errno", None) == error, f"{what}: {each!r}"
+            found = error in (errno.ENOENT, errno.EIO) and isinstance(each, fxckpt.Corrupt)  # by reading back
+            missing = found and error == errno.ENOENT
+            assert found or getattr(each, "errno", None) == error, f"{what}: {each!r}"
             said = "missing" if missing else os.strerror(error)
             assert any(said in r.message for r in caplog.records), f"{what} failed in silence"
             assert training.found["last_error"] is not None
@@ -123,6 +127,79 @@ def test_whichever_call_fails_training_goes_on_and_no_older_checkpoint_is_lost(e
         counted("faults at the n-th call of a training", 1)
         shutil.rmtree(store)
     assert failures > 2 or set(errors) <= set(HARMLESS)
+
+
+@pytest.mark.parametrize("errors", [(each,) for each in ERRORS] if WHOLE else [ERRORS])
+def test_whichever_call_fails_no_step_of_a_journal_is_lost_that_was_reported(errors, tmp_path, counted):
+    """From the first call to beyond the second full checkpoint: what is reported durable can be made again, whatever failed, and
+    steps after it are durable again."""
+    total = calls_of_some_checkpoints(tmp_path / "count", 7, journal=4)
+    failed = 0
+    for nth, error in every_fault(total, 41, errors):
+        store = tmp_path / f"{nth}-{error}"
+        training, what = Training(store, keep=2, journal=4), f"call {nth}, {errno.errorcode.get(error, 'short')}"
+        instruments.fail(nth, error)
+        trained_through(training, 7)
+        instruments.fail_none()
+        failed += training.found["checkpoints_failed"]
+        assert all_made_again(store, training)[-1:] == [training.found["last_committed_step"]], f"{what}: one was lost"
+        trained_through(training, training.found["steps"] + 1)
+        assert all_made_again(store, training)[-1] == training.found["steps"], f"{what}: the next one did not recover"
+        training.opt.ckpt.shutdown()
+        counted("faults at the n-th call of a training with a journal", 1)
+        shutil.rmtree(store)
+    assert failed or set(errors) <= set(HARMLESS) or not WHOLE
+
+
+def damages(root) -> list[tuple[Path, str]]:
+    """What is damaged, and how: each directory of a journal and its checkpoints, and each file in it."""
+    found = [each.path for each in [*candidates(root), *records(root)]]
+    files = [(path, how) for each in found for path in sorted(each.iterdir()) for how in ("flipped", "cut", "removed")]
+    every = [*files, *((path, "removed") for path in found)]
+    return every if WHOLE else random.SystemRandom().sample(every, 8)
+
+
+def do_damage(path: Path, how: str) -> None:
+    """To a file, or a directory that is removed."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif how == "removed":
+        path.unlink()
+    else:
+        raw, chance = bytearray(path.read_bytes()), random.SystemRandom()
+        at = chance.randrange(len(raw))
+        raw[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(raw[:at] if how == "cut" else raw)
+
+
+def builds_on(each: Record, other: Record) -> bool:
+    """Is this the other one, or made again by way of it?"""
+    if each.journal is None or each.generation == other.generation:
+        return each.generation == other.generation
+    base = other.generation if other.journal is None else other.journal.base
+    return each.journal.base == base and other.generation < each.generation
+
+
+def test_whichever_file_of_a_journal_is_damaged_the_newest_step_before_it_is_loaded_and_it_is_said(root, counted):
+    life = Life(root, journal=4).train(11).end()
+    there = [each.record for each in [*candidates(root), *records(root)]]
+    spare = root.with_name("spare")
+    shutil.copytree(root, spare)
+    for path, how in damages(root):
+        directory, gone = (path, True) if path.is_dir() else (path.parent, False)
+        touched = read_record(str(directory))
+        left = max(each.step for each in there if not builds_on(each, touched))
+        nothing_shows = left == 11 or (gone and touched.step == 11)  # as if it had never been
+        do_damage(path, how)
+        found = Life(root, journal=4).end()
+        what = f"{how} {path.relative_to(root)}: step {found.restored.step} was loaded"
+        assert found.restored.step == left and found.at == life.states[left], f"{what}, not {left}"
+        said = " ".join(map(" ".join, found.restored.skipped))
+        named = directory.name in said or (gone and "missing" in said)
+        assert nothing_shows or named, f"{what}, and this was said: {said}"
+        shutil.rmtree(root)
+        shutil.copytree(spare, root)
+        counted("damages of a journal", 1)
 
 
 @pytest.mark.parametrize("error", [errno.EIO, errno.EMFILE])

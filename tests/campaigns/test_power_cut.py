@@ -232,7 +232,7 @@ def journalled(root: Path, acks: Path, writer: str) -> None:
         if number == 0:
             base = after = read_record(str(trainer.save(step))).generation
             continue
-        link = Journal(base, after, number, None, [], {}, {}, "")
+        link = Journal(base, after, number, None, [], {}, {}, "", 1)
         path = trainer.finish(step, *trainer.begin(step, journal=True), journal=link)
         after = read_record(str(path)).generation
     trainer.store.mark_loaded(after - 1)

@@ -1,8 +1,9 @@
 """A soak: runs of one training, each with faults at random calls, killed at a random instant or ended, one after the other.
 
 ``FXCKPT_SOAK`` says how many with each writer (3; ``make soak``: 500), ``FXCKPT_SEED`` repeats a run's dice,
-``FXCKPT_SOAK_WRITER`` leaves one writer. After each run every checkpoint verifies and is one step, whole; the newest is no
-older than what was reported; no process is left that has anything of the store open. At the end no shared memory is.
+``FXCKPT_SOAK_WRITER`` leaves one writer, ``FXCKPT_SOAK_JOURNAL`` the lengths of a journal that runs choose among. After each run
+every checkpoint verifies and is one step, whole, and so is every last step of a journal; the newest is no older than what was
+reported; no process is left that has anything of the store open. At the end no shared memory is.
 """
 
 from __future__ import annotations
@@ -15,17 +16,19 @@ import time
 from pathlib import Path
 
 import pytest
-from known_sums import check, good
+from known_sums import check, check_made_again, good, made_again
 from process_runs import ProcessRun
 from vandal import Vandal, users_of
 from waiting import until
 
 from fxckpt.errors import Corrupt
-from fxckpt.store.reader import candidates, directory_of
+from fxckpt.store.journaled import Journaled, journaled
+from fxckpt.store.reader import Reader, candidates, directory_of, records
 
 SOAK = int(os.environ.get("FXCKPT_SOAK", "3"))
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
 WRITERS = os.environ.get("FXCKPT_SOAK_WRITER", "thread monitor").split()
+JOURNAL = os.environ.get("FXCKPT_SOAK_JOURNAL", "1 2 3 8 64 auto")
 
 SCRIPT = """
 from script_prelude import *
@@ -50,14 +53,17 @@ tally = Tally()
 opt = torch.optim.SGD(m.parameters(), lr=1.0, momentum=1.0)
 disturb(30)
 try:
-    fxckpt.compile_step(opt, "d", model=m, every=dice.choice([1, 1, 2]), keep=dice.choice([1, 2, 3]), update="native",
-                        chunk_mb=1, max_async=dice.choice([1, 2]), writer=os.environ["WRITER"], extra={"tally": tally})
+    journal = dice.choice(os.environ["JOURNAL"].split())
+    journal = int(journal) if journal.isdecimal() else journal
+    fxckpt.compile_step(opt, "d", model=m, every=dice.choice([1, 1, 2]) if journal == 1 else 1, keep=dice.choice([1, 2, 3]),
+                        update="native", chunk_mb=1, max_async=dice.choice([1, 2]), writer=os.environ["WRITER"],
+                        extra={"tally": tally}, journal=journal)
 except (OSError, fxckpt.StoreError) as error:
     instruments.fail_none()
     print("REFUSED", error)
     raise SystemExit(0)
 instruments.fail_none()
-steps = [each.step for each in fxckpt.checkpoints("d")]
+steps = fxckpt.durable_steps("d")
 back = dice.choice(steps[:-1]) if len(steps) > 1 and dice.random() < 0.15 else None
 start = fxckpt.load(step=back).step
 tell("loaded" if back is None else "back", start)
@@ -100,7 +106,7 @@ opt = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=1.0, mo
 try:
     fxckpt.compile_step(opt, "d", model=m, every=1, keep=dice.choice([2, 3]), update="native", chunk_mb=1,
                         max_async=dice.choice([1, 2]), writer=os.environ["WRITER"], extra={"tally": tally},
-                        read_back=dice.choice(["off", "sampled", "all"]))
+                        read_back=dice.choice(["off", "sampled", "all"]), journal=int(os.environ["JOURNAL"]))
     if dice.random() < 0.5:
         opt.ckpt.finish_on_signal()
     start = fxckpt.load().step
@@ -178,7 +184,7 @@ def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer,
     shared = set(os.listdir("/dev/shm"))
     print(f"seed {SEED}")
     for number in range(SOAK):
-        process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
+        process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer, JOURNAL=JOURNAL)
         counted(f"runs that were {let_run(process, directory, dice)} ({writer} writer)", 1)
         # a monitor may be finishing what it was given
         wait_for_all_of(process, directory / "d")
@@ -188,6 +194,7 @@ def test_soak_of_kills_faults_and_restarts_never_loses_what_was_reported(writer,
             f"run {number} (seed {SEED}): step {floor} was reported, the newest is {newest}"
         )
         assert not Path(f"/proc/{process.pid}").exists(), "the trainer is left"
+        counted(f"steps of a journal made again by the soak ({writer} writer)", made_again(directory))
     counted("steps reported durable in the soak", len((directory / "report").read_text().splitlines()))
     left = {name for name in os.listdir("/dev/shm") if not name.startswith("fxckpt-test-")}  # folders of tests beside us
     assert left <= shared, "shared memory is left"
@@ -223,8 +230,9 @@ def let_run_beside(vandal: Vandal, process: ProcessRun, directory: Path, dice: r
 
 
 def survivors(root: Path, vandal: Vandal) -> list[int]:
-    """The steps that load, newest first; what does not must be the vandal's work, and its error says which it is."""
-    found = []
+    """The steps that load, checkpoints' and the last one of each journal; what does not must be the vandal's work, and its error
+    says which it is."""
+    found, whole = [], []
     for each in candidates(root):
         name = Path(directory_of(each)).name
         try:
@@ -232,15 +240,32 @@ def survivors(root: Path, vandal: Vandal) -> list[int]:
                 raise each
             check(each)
             found.append(each.record.step)
+            whole.append(each)
         except Corrupt as error:
             assert vandal.ruined(name), f"nobody touched it: {error}"
             assert name in str(error)
-    return found
+    return found + [step for row in journaled(whole, records(root)) if (step := last_step(row, vandal)) is not None]
+
+
+def last_step(row: Journaled, vandal: Vandal) -> int | None:
+    """The last step of a journal that can be made again; before a record that cannot be read, which must be the vandal's work."""
+    good = 0
+    try:
+        for each in row.records:
+            Reader(each.path).verify()
+            good += 1
+    except Corrupt as error:
+        assert vandal.ruined(row.records[good].path.name), f"nobody touched it: {error}"
+    if (left := row.cut(good)) is None:
+        return None
+    check_made_again(left)
+    return left.record.step
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("journal", [1, 5] if "FXCKPT_SOAK" in os.environ else [1])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fork_server, tmp_path, counted):
+def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, journal, fork_server, tmp_path, counted):
     script, directory, dice = tmp_path / "train.py", tmp_path / "d", random.Random(SEED)
     script.write_text(VANDALIZED)
     directory.mkdir()
@@ -251,9 +276,10 @@ def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fo
     for number in range(SOAK):
         vandal.new_life()
         before = len(report.read_text().splitlines()) if report.exists() else 0
-        process = fork_server.start(script, directory, DICE=str(dice.randrange(2**32)), WRITER=writer)
+        chosen = {"DICE": str(dice.randrange(2**32)), "WRITER": writer, "JOURNAL": str(journal)}
+        process = fork_server.start(script, directory, **chosen)
         how = let_run_beside(vandal, process, directory, dice)
-        counted(f"runs that were {how} beside a vandal ({writer} writer)", 1)
+        counted(f"runs that were {how} beside a vandal ({writer} writer, journal={journal})", 1)
         wait_for_all_of(process, root)
         vandal.check_outside()
         told = report.read_text().splitlines()[before:] if report.exists() else []
@@ -262,7 +288,8 @@ def test_beside_a_vandal_only_what_he_touched_is_lost_and_it_is_named(writer, fo
             vandal.journal[-50:]
         )
         newest = max(alive, default=0)
-        assert newest >= floor or vandal.ruined_since(floor), where
+        # A step of a journal is lost with any record before it, or its checkpoint.
+        assert newest >= floor or vandal.ruined_since(floor if journal == 1 else newest + 1), where
         if not alive and report.exists():  # nothing is left to go on with
             shutil.rmtree(root)
             report.unlink()

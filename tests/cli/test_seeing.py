@@ -39,7 +39,7 @@ def seen(monkeypatch, root: Path, every: int | str, now: float, writer: int | No
     rows = [[step, 980.0 + step, 980.0 + step, 982.0 + step, 2_000_000, 1, step / 10, {}] for step in range(10, 20)]
     record = a_record(20, state={"history": {"every": every, "pid": 4711, "rows": rows}})
     object.__setattr__(record, "time", 1000.0)
-    monkeypatch.setattr(watch, "_newest", lambda _: (str(root / "step-000000020"), record, 1002.0))
+    monkeypatch.setattr(watch, "_newest", lambda _: watch.Newest(str(root / "step-000000020"), record, 1002.0, record))
     monkeypatch.setattr(lock, "holder", lambda _: writer)
     monkeypatch.setattr(watch.time, "time", lambda: now)
     return watch.look(str(root))

@@ -14,7 +14,7 @@ import fxckpt
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store.reader import Reader, candidates, records
 
-EVERY = int(os.environ.get("FXCKPT_FLIP_EVERY", "13"))
+EVERY = int(os.environ.get("FXCKPT_FLIP_EVERY", "29"))
 """Of so many bytes of a record one has a bit flipped; 1: all of them."""
 
 
@@ -110,8 +110,8 @@ def test_a_bit_that_flips_in_memory_while_a_step_is_made_again_is_noticed(root, 
     life, _fulls, rows, _ = trained
     update, made = Replay._update, []
 
-    def flipping(self, reader, groups, given):
-        update(self, reader, groups, given)
+    def flipping(self, reader, groups, gradients):
+        update(self, reader, groups, gradients)
         made.append(reader.record.step)
         if reader.record.step == rows[1].record.step and len(made) < 4:
             for param in self._params.values():

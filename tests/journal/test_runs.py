@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 
 import pytest
 import torch
 from digests import digest
-from journal_lives import Life, journalled, whole
+from journal_lives import Life, journalled, larger, whole
 from torch import nn
 
 import fxckpt
-from fxckpt.errors import SaveFailed, SetupError
+from fxckpt.errors import SaveFailed, SetupError, StateError
 from fxckpt.store.names import subdirectories
 from fxckpt.store.reader import candidates, records
 
@@ -31,6 +32,7 @@ class Plain(Life):
             self.opt.step()
             self.opt.zero_grad()
             self.scheduler.step()
+            self.between(self, step)
             self.states[step + 1] = self.now()
         return self
 
@@ -102,6 +104,30 @@ def test_records_stay_as_long_as_their_checkpoint_and_no_longer(root, one_thread
     assert len(slots) + len(journalled(root)) <= (keep + 1) * 5 + 2 * 2 + 2
 
 
+def test_a_journal_that_becomes_shorter_or_ends_gives_its_space_back(root, one_thread):
+    def slots() -> int:
+        return len(journalled(root)) + sum(name.startswith("journal-slot") for name in subdirectories(root))
+
+    Life(root, journal=8).train(18).end()
+    assert slots() > 8
+    Life(root, journal=2).train(26).end()
+    assert slots() <= 3 * 1 + 2
+    Life(root, journal=1).train(29).end()
+    assert slots() == 0
+
+
+def test_what_is_left_of_a_branch_that_was_cut_off_is_no_loss(root, one_thread):
+    first = Life(root).train(11).end()
+    *_, back, gone, left = journalled(root)
+    again = Life(root, load={"step": back})
+    again.opt.ckpt._run.store._records._cut = set()  # the process dies in the middle of giving them up
+    again.train(back + 1).end()
+    shutil.rmtree(root / f"journal-{gone:09d}")
+    assert left > back + 1 and left in journalled(root)
+    found = Life(root)
+    assert (found.restored.step, found.restored.skipped) == (back + 1, ()) and found.at == first.states[back + 1]
+
+
 def test_named_saves_leave_the_journal_as_it_is_and_others_begin_it_anew(root, one_thread):
     life = Life(root).train(9)
     life.opt.ckpt.save("kept")
@@ -136,6 +162,31 @@ def test_after_a_record_that_failed_comes_a_full_checkpoint(root, one_thread, mo
     assert failed and failed[0] not in journalled(root) and any(step > failed[0] for step in fulls(root))
     found = Life(root)
     assert found.restored.step == 14 and found.at == life.states[14]
+
+
+def test_a_setting_that_cannot_be_stored_fails_its_checkpoints_and_not_training(root, one_thread):
+    def odd(life, step):
+        life.opt.param_groups[0]["odd"] = object() if step == 9 else None
+
+    life = Life(root, before=odd).train(12)
+    assert life.opt.ckpt.statistics()["checkpoints_failed"] == 1
+    with pytest.raises(StateError, match="odd"):
+        life.end()
+    assert fxckpt.durable_steps(root)[-1] == 12 and 10 not in fxckpt.durable_steps(root)
+    assert Life(root).at == life.states[12]
+
+
+def test_parameters_that_are_emptied_or_replaced_behind_a_step_cost_a_record_at_most(root, one_thread):
+    def between(life, step):
+        if step in (8, 10):
+            weight = life.model[4].weight
+            before, weight.data = weight.data, torch.empty(0)
+            life.opt.ckpt.end_step()
+            weight.data = before if step == 8 else before.clone(memory_format=torch.preserve_format)
+
+    life = Plain(root, between=between).train(14).end()
+    found = Plain(root, between=between)
+    assert found.restored.step >= 13 and found.at == life.states[found.restored.step]
 
 
 def unfreeze(life, step):
@@ -202,6 +253,30 @@ def test_fused_steps_that_unscale_are_stored_in_full_and_it_is_said_once(root, o
         Life(root, lambda p, lr: torch.optim.AdamW(p, lr=lr, fused=True), before=scaled).train(8).end()
     assert journalled(root) == []
     assert sum("no journal" in text for text in caplog.messages) == 1 and "unscaled inside" in caplog.text
+
+
+@pytest.fixture
+def flushed():
+    """In this thread numbers near zero are zero."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot")
+    yield
+    torch.set_flush_denormal(False)
+
+
+def test_where_numbers_near_zero_are_flushed_steps_are_stored_in_full_and_none_is_made_again(root, one_thread, caplog, flushed):
+    with caplog.at_level(logging.WARNING, "fxckpt"):
+        Life(root).train(8).end()
+    assert journalled(root) == [] and sum("set_flush_denormal" in text for text in caplog.messages) == 1
+    torch.set_flush_denormal(False)
+    life = Life(root).train(12).end()
+    torch.set_flush_denormal(True)
+    with pytest.raises(SetupError, match=r"call it behind fxckpt.load\(\)"):
+        Life(root)
+    [run] = [each for each in fxckpt.run.run.live_runs if not each.status.stopped]
+    run.shutdown()
+    torch.set_flush_denormal(False)
+    assert Life(root).at == life.states[12]
 
 
 def test_several_optimizers_are_stored_in_full_and_it_is_said(root, one_thread, caplog):
@@ -275,7 +350,7 @@ def test_the_mock_writer_makes_records_too(root, one_thread):
 
 
 def test_layers_are_a_third_of_the_bytes(root, one_thread):
-    Life(root, model=lambda: nn.Sequential(nn.Conv2d(2, 64, 3), nn.Flatten(), nn.Linear(1024, 64))).train(8).end()
+    Life(root, model=larger).train(8).end()
     full = max(whole(each).record.nbytes for each in candidates(root))
     assert max(whole(each).record.nbytes for each in records(root)) < 0.45 * full
     assert digest(1)

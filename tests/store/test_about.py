@@ -42,6 +42,20 @@ def test_a_long_history_is_thinned_out_and_its_sums_stay_right():
     assert gaps[:8] == sorted(gaps[:8], reverse=True) and gaps[0] > 100, "the older, the wider apart"
 
 
+def test_of_a_history_with_a_journal_records_go_before_checkpoints():
+    found = about.About(1, 4711)
+    found.journal = 16
+    for step in range(1, 2001):
+        found.note(step, float(step), float(step), step + 2.0, 10, 0.0, {}, journal=step % 16 != 1)
+    record = read_back(a_record(2001, state=found.to_state()))
+    past = about.history(record)
+    assert about.watched(record) == (1, 4711, 16) and len(past) <= about.ROWS + 1
+    assert all(each.journal == (each.step % 16 != 1) for each in past[:-1])
+    assert [each.step for each in past[-33:]] == [*range(1969, 2002)] and past[0].step == 1
+    assert sum(not each.journal for each in past[:-33]) > 16, "the older ones are full ones"
+    assert all(each.written == 10 * each.step for each in past[:-1])
+
+
 def test_a_run_that_goes_on_adds_to_the_sums_of_the_one_before_and_marks_where_it_began():
     first = a_record(4, state=noted(range(1, 4)).to_state())
     second = about.About(2, 4712)
@@ -52,7 +66,7 @@ def test_a_run_that_goes_on_adds_to_the_sums_of_the_one_before_and_marks_where_i
         (1, False), (2, False), (3, False), (4, True), (5, False), (6, True)
     ]  # fmt: skip
     assert past[-2].stall == pytest.approx(0.3 + 0.5) and past[-2].written == 30 + 0 + 10
-    assert about.watched(read_back(a_record(6, state=second.to_state()))) == (2, 4712)
+    assert about.watched(read_back(a_record(6, state=second.to_state()))) == (2, 4712, None)
 
 
 def test_a_load_of_an_older_step_forgets_what_came_after_it():
@@ -70,7 +84,8 @@ def test_metrics_that_are_not_finite_come_through():
 
 FOREIGN = [
     None, [], {"history": 3}, {"history": {"rows": 7, "every": [], "pid": "x"}}, {"origin": {"time": 1}}, {"config": 5},
-    {"history": {"rows": [[1], [-1, 0, 0, 0, 0, 0, 0, {}], None]}},
+    {"history": {"rows": [[1], [-1, 0, 0, 0, 0, 0, 0, {}], None], "journal": -3}},
+    {"history": {"rows": [[1, 0, 0, 0, 0, 0, 0, {}, 5], [1, 0, 0, 0, 0, 0, 0, {}, True, 1]], "journal": "x"}},
     {"imported": {"source": {"!": "no"}, "format": "x", "time": 1}},
 ]  # fmt: skip
 
@@ -79,7 +94,7 @@ FOREIGN = [
 def test_what_another_program_wrote_there_is_not_shown_and_no_error(state):
     record = read_back(a_record(3, state=state))
     assert [each.step for each in about.history(record)] == [3]
-    assert about.origin(record) is None and about.config(record) is None and about.watched(record) == (None, None)
+    assert about.origin(record) is None and about.config(record) is None and about.watched(record) == (None, None, None)
 
 
 def test_a_training_keeps_the_history_of_checkpoints_that_are_gone_over_lives(root):

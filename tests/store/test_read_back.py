@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from types import SimpleNamespace
 
 import instruments
 import pytest
@@ -14,6 +15,8 @@ from waiting import until
 import fxckpt
 from fxckpt.errors import Corrupt, SetupError
 from fxckpt.monitor import launch
+from fxckpt.monitor.checkpoints import Checkpoints
+from fxckpt.monitor.link import Link
 from fxckpt.store import read_back
 from fxckpt.store.read_back import ReadBack
 from fxckpt.store.reader import latest
@@ -64,7 +67,7 @@ def test_a_checkpoint_that_somebody_takes_a_file_from_is_named_and_left_to_him(r
     else:
         file.rename(root.parent / "archive")
         file.symlink_to(root.parent / "archive")
-    assert trainer.store.read_back(IDLE) is None and path.is_dir()
+    assert trainer.store.read_back(IDLE) == (1, None) and path.is_dir()
     assert "the checkpoint of step 1 is not counted on any more" in caplog.text
     trainer.save(2)
     assert latest(root).step == 2
@@ -145,6 +148,14 @@ def read(self, busy):
 
 ReadBack.read = read
 """
+
+
+def test_a_monitor_tells_of_files_that_somebody_took_and_of_no_failure():
+    checkpoints, link, told = object.__new__(Checkpoints), object.__new__(Link), []
+    checkpoints.store, checkpoints._tell, link.rotten = SimpleNamespace(read_back=lambda busy: (3, None)), told.append, []
+    checkpoints.rest(IDLE)
+    link._hear(told[0])
+    assert link.rotten == [(3, None)]
 
 
 @pytest.mark.parametrize("writer", ["thread", "monitor"])

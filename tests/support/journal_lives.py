@@ -24,9 +24,14 @@ def net() -> nn.Sequential:
     return model.to(memory_format=torch.channels_last)
 
 
+def larger() -> nn.Sequential:
+    """So large that a record has a third of the bytes, as the sizes of files are rounded up."""
+    return nn.Sequential(nn.Conv2d(2, 64, 3), nn.Flatten(), nn.Linear(1024, 64))
+
+
 class Life:
     """One life. ``states`` after each step, by its number; ``at`` what a load gave. ``between(life, step)`` is called in each
-    turn behind the step; ``before(life, step)`` between backward and step."""
+    turn behind the step; ``before(life, step)`` between backward and step; ``on_commit`` gets what is told of commits."""
 
     def __init__(
         self,
@@ -37,6 +42,7 @@ class Life:
         before: Callable[[Life, int], object] = lambda life, step: None,
         between: Callable[[Life, int], object] = lambda life, step: None,
         load: dict[str, Any] | None = None,
+        on_commit: list[fxckpt.Committed] | None = None,
         **options: Any,
     ):
         torch.manual_seed(0)
@@ -46,6 +52,8 @@ class Life:
         self.before, self.between = before, between
         options = {"every": 1, "keep": 2, "journal": 6, "update": "native", "extra": {"s": self.scheduler}, **options}
         self.opt = fxckpt.compile_step(self.plain, root, model=self.model, **options)
+        if on_commit is not None:
+            self.opt.ckpt.on_commit(on_commit.append)
         self.restored = fxckpt.load(**(load or {}))
         self.at = self.now()
         self.states: dict[int, str] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from digests import stored
 from process_runs import ProcessRun
 from waiting import until
 
-from fxckpt.store.reader import Candidate, Reader, candidates, latest
+from fxckpt.loading.whole import write_whole
+from fxckpt.store.journaled import Journaled, durable_steps, journaled
+from fxckpt.store.reader import Candidate, Reader, candidates, read_record, records
 from fxckpt.store.typed_json import decode_state
 
 
@@ -92,13 +95,32 @@ def check(found: Candidate) -> None:
     assert decode_state(found.record.state["late"], {}) == {"tally": {"steps": step}}
 
 
+def rows(directory: Path) -> list[Journaled]:
+    """The steps of a journal that are there, by the checkpoint that they build on."""
+    return journaled(candidates(directory / "d"), records(directory / "d"))
+
+
+def made_again(directory: Path) -> int:
+    """How many steps of a journal there are."""
+    return sum(len(row.records) for row in rows(directory))
+
+
+def check_made_again(row: Journaled) -> None:
+    """That the last step of a journal can be made again, and is one step, whole."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(write_whole(row, scratch))
+        check(Candidate(path, read_record(str(path))))
+
+
 def good(directory: Path, at_least: int) -> int:
-    """Every complete checkpoint verifies and is one step, whole; returns the newest one's step."""
+    """Every complete checkpoint verifies and is one step, whole, and so is the last step that its records lead to; returns the
+    newest step."""
     for found in candidates(directory / "d"):
         assert not isinstance(found, Exception), found
         check(found)
-    newest = latest(directory / "d")
-    found = newest.step if newest is not None else 0
+    for row in rows(directory):
+        check_made_again(row)
+    found = max(durable_steps(directory / "d")[-1:], default=0)
     assert found >= at_least, f"step {at_least} was reported committed, the newest checkpoint is of step {found}"
     return found
 

@@ -12,7 +12,9 @@ from small_models import Loader, mlp
 from torch.nn import functional as F
 
 import fxckpt
-from fxckpt.store.reader import Reader, candidates
+from fxckpt.loading.whole import make_again
+from fxckpt.store.journaled import durable_steps, journaled
+from fxckpt.store.reader import Reader, candidates, records
 
 
 class Training:
@@ -69,6 +71,17 @@ class Training:
     def now(self) -> dict[str, torch.Tensor]:
         """A snapshot."""
         return snapshot(self.model, self.opt)
+
+
+def all_made_again(store, training: Training) -> list[int]:
+    """Every complete checkpoint is good, and every step of the journal that its records lead to is exactly that step; returns all
+    steps that are durable, oldest first."""
+    all_good(store, training)
+    for row in journaled(candidates(store), records(store)):
+        for each in row.steps():
+            tensors = {key: tensor for (_, key), tensor in make_again(each)[-1].items()}
+            assert differences(tensors, training.reference[each.record.step]) == [], each.record.step
+    return durable_steps(store)
 
 
 def all_good(store, training: Training) -> list[int]:

@@ -1,7 +1,8 @@
 """Somebody who does to a store, and to the processes that use it, what one should not, and knows which checkpoints that cost.
 
-A checkpoint is ruined when files of its own directory were touched; when those of a slot were while it was being written, the
-next checkpoint in it is. What a slot holds while it *waits* is nobody's checkpoint: to touch that ruins none.
+A checkpoint, or a record of the journal, is ruined when files of its own directory were touched; when those of a slot were while
+it was being written, the next checkpoint in it is. What a slot holds while it *waits* is nobody's checkpoint: to touch that ruins
+none.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Vandal:
     def ruined_since(self, step: int) -> bool:
         """Whether a checkpoint of that step, or a later one, is or was ruined in this life."""
         self._look()
-        return any((names.step_of(name) or 0) >= step and self.ruined(name) for name in list(self._ruined))
+        return any((names.step_of(name, None) or 0) >= step and self.ruined(name) for name in list(self._ruined))
 
     def new_life(self) -> None:
         """What is not there any more matters no more."""
@@ -102,10 +103,11 @@ class Vandal:
         for entry in os.scandir(self.root) if self.root.exists() else ():
             if entry.inode() not in self._doomed:
                 continue
-            step = self._step_in(entry.path) if entry.name.endswith(names.BAD) else names.step_of(entry.name)
+            step = self._step_in(entry.path) if entry.name.endswith(names.BAD) else names.step_of(entry.name, None)
             if step is not None:
                 self._doomed.discard(entry.inode())
-                called = names.step_name(step) if entry.name.endswith(names.BAD) else entry.name
+                kind = names.RECORDS if entry.name.startswith(names.RECORDS) else names.STEPS
+                called = names.step_name(step, kind=kind) if entry.name.endswith(names.BAD) else entry.name
                 self._ruined.setdefault(called, set()).add(entry.inode())
 
     def _step_in(self, path: str) -> int | None:
@@ -200,7 +202,7 @@ class Vandal:
             if self.dice.random() < 0.5:
                 users = users_of(self.root)
                 stack.enter_context(self._still(users))
-            steps = [each for each in os.listdir(self.root) if names.step_of(each) is not None]
+            steps = [each for each in os.listdir(self.root) if names.step_of(each, None) is not None]
             slots = [each for each in os.listdir(self.root) if each.endswith(names.PARTIAL)]
             if chosen := steps if self.dice.random() < 0.2 else slots:
                 self._touch_one(self.dice.choice(chosen), bool(users))
@@ -222,9 +224,9 @@ class Vandal:
         if done in HARMLESS:
             return
         for each in (name, after):
-            if names.step_of(each) is not None:
+            if names.step_of(each, None) is not None:
                 self._ruined.setdefault(each, set()).add(inode)
-        if names.step_of(after) is None and (held or not still):
+        if names.step_of(after, None) is None and (held or not still):
             self._doomed.add(inode)
 
     def _replace_directory(self, name: str) -> str:
@@ -236,7 +238,7 @@ class Vandal:
             (self.root / name).symlink_to(self.outside / "folder")
         elif how == "file":
             (self.root / name).write_bytes(b"")
-        if how != "removed" and names.step_of(name) is not None:
+        if how != "removed" and names.step_of(name, None) is not None:
             self._ruined.setdefault(name, set()).add((self.root / name).lstat().st_ino)
         return f"directory {how}"
 
