@@ -71,6 +71,12 @@ loops: export FXCKPT_LOOPS ?= 20
 loops: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
 
+# Updates inside the backward: killed at any instant of one, and twenty loops with them.
+.PHONY: in-backward
+in-backward: export FXCKPT_IN_BACKWARD ?= 200
+in-backward: $(ENGINE)
+	@$(PY) -m pytest -s tests/campaigns/test_kills_in_backward.py tests/loops/test_loops_in_backward.py $(ARGS)
+
 # Two ranks under torchrun's agent, killed and restarted.
 .PHONY: ranks
 ranks: export FXCKPT_RANKS ?= 100

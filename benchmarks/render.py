@@ -279,3 +279,44 @@ def ranks(numbers: Numbers) -> str:
     note = f" Machine {numbers['note']}." if numbers["note"] else ""
     head = ["two ranks, every step", "step", "ratio to none", "written for a checkpoint"]
     return f"{table(head, rows)}\n\n{what}{note}"
+
+
+def in_backward(numbers: Numbers) -> str:
+    """memory.py's figures, as far as they are there: after the backward, inside it, and one against the other."""
+    ways, memory, times = ("after_backward", "in_backward"), numbers["memory"], numbers["time"]
+    off = [100 * each for each in memory["off"]]
+    peaks = [spread([each / 1e6 for each in memory["peaks"][way]], 0) for way in ways]
+    seconds = [spread([each["cpu"] for each in times["rounds"][way]]) for way in ways]
+    rows = [
+        ["peak of memory in a step, MB", *peaks, f"{spread(off, 0)} % of the gradients' memory less"],
+        ["processor time of a step, s", *seconds, spread(times["against_after"]["ratios"])],
+    ]
+    for each in numbers.get("stall", {}).values():
+        shares = [[100 * share for share in each["shares"][way]] for way in ways]
+        rows.append([f"stall, % of a step, {each['label']}", *(spread(found, 1) for found in shares), _ratio(shares)])
+    if "compile" in numbers:
+        compiles = [numbers["compile"][way] for way in ways]
+        rows.append(["processor time of the first step, s", *(spread(found, 0) for found in compiles), _ratio(compiles)])
+    return table(["", *(f'`"{way}"`' for way in ways), "against"], rows)
+
+
+def _ratio(of: Sequence[Sequence[float]]) -> str:
+    """The second's median against the first's."""
+    first, second = map(statistics.median, of)
+    return f"{second / first:.2f}" if first else "–"
+
+
+def in_backward_about(numbers: Numbers) -> str:
+    """Where it was measured, and what the ops of a backward cost where nothing is armed."""
+    times, note = numbers["time"], f"; {numbers['note']}" if numbers["note"] else ""
+    began = times["began"]["in_backward"]
+    same = all(began[key] == times["began"]["after_backward"][key] for key in ("graphs", "breaks", "compiled"))
+    said = "as many graphs, breaks and compiles as without" if same else "other graphs than without"
+    share, count = 100 * times["ops"]["share"], times["ops"]["ops"]
+    missing = "" if "stall" in numbers else " Waits for an uneven disk are not measured yet: that takes a quiet machine."
+    return (
+        f"Machine: {machine_line(numbers['machine'])}{note}. The GPT has {began['parameters'] / 1e6:.0f}M parameters in "
+        f"{began['layers']} layers, {began['armed']} of them armed; {said}. Processor time of a step, armed against not armed on "
+        f"the same compiled code: {spread(times['armed']['ratios'])}; the {count:.0f} ops of a backward that is not armed take "
+        f"{share:.2f} % of its step.{missing}"
+    )

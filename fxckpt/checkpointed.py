@@ -55,6 +55,11 @@ def attach_wrapper(wrapper: Any) -> None:
 
 _CKPT_OF_INNER = property(lambda self: self.optimizer.ckpt, doc=Checkpointed.ckpt.__doc__)
 
+_NOT_IN_COMPILED_CODE = (
+    "fxckpt makes a step layer by layer between the parts of compiled code, and not in them. Without fullgraph=True a compiled "
+    "function may call it: its forward and backward are compiled, and this is not"
+)
+
 
 @functools.cache
 def stepped_class(base: type) -> type:
@@ -75,7 +80,7 @@ def stepped_class(base: type) -> type:
     made_step.__signature__ = inspect.signature(base.step)  # type: ignore[attr-defined]
     functools.update_wrapper(made_step, base.step, assigned=("__doc__",), updated=())  # type: ignore[attr-defined]
     ours = {
-        "step": untraced(hooked(made_step)),
+        "step": untraced(hooked(made_step), _NOT_IN_COMPILED_CODE),
         "load_state_dict": _load_state_dict,
         "add_param_group": _add_param_group,
         "__del__": _dropped,

@@ -16,12 +16,12 @@ import torch.fx as fx
 from fxckpt.compat.modules import unwrap_model
 
 
-def untraced(function: Callable) -> Callable:
+def untraced(function: Callable, why: str | None = None) -> Callable:
     """``torch.compiler.disable``, at no cost while nothing is compiled: it takes a tenth of a millisecond when its code is cold,
     as it is after a backward pass. Dynamo sees a frame only while a callback is set, looks for the attribute where it would
     inline a call, and ``skip_code`` keeps it from the frame itself. All three are private; without them it is the function
-    itself."""
-    disabled = torch.compiler.disable(function)
+    itself. ``why`` is for who asked for one graph without breaks."""
+    disabled = torch.compiler.disable(function, reason=why)
     try:
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
         from torch._dynamo.eval_frame import skip_code
@@ -34,7 +34,7 @@ def untraced(function: Callable) -> Callable:
         return disabled(*args, **kwargs)
 
     wrapped: Any = functools.wraps(function)(quick)
-    wrapped._torchdynamo_disable, wrapped._torchdynamo_disable_msg = True, None
+    wrapped._torchdynamo_disable, wrapped._torchdynamo_disable_msg = True, why
     skip_code(quick.__code__)
     return wrapped
 

@@ -88,6 +88,7 @@ class ArmedStep:
     def made_another_way(self) -> None:
         """A step came that is not through ``opt.step()``. Raises SetupError if it would make the rest of one."""
         self.armed.leave("a step came another way than through opt.step()")
+        self.armed.observe("its steps do not come through opt.step()")
         self.armed.ended()
         self.armed.refuse_rest()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,26 +11,11 @@ from fxckpt.compat.optimizers import has_pre_hooks
 from fxckpt.compat.placing import accumulates
 from fxckpt.compat.ranks import world_size
 from fxckpt.compat.tensors import hooks_of
-from fxckpt.graph.backward.region import Region
-from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.strategy import SplitStep
 from fxckpt.run.arrangement import Arrangement
+from fxckpt.run.regions import Seen
 
 ADDED_UP = "gradients are added up over several backwards"
-
-
-class Seen:
-    """One compiled region as it runs: how often forward since the last step, and what speaks against arming it for good."""
-
-    def __init__(self, region: Region):
-        self.region: Region = region
-        self.at: list[int] = [each.index for each in region.bound]
-        self.forwards = 0
-        self.why = ""  # it can never be armed
-        self.against = ""  # it was not armed in the last backward
-        self.nodes: list[Any] = []  # the accumulators of its parameters; autograd keeps the same ones while they are held
-        self.members: dict[int, BoundParam] = {}  # by input
-        self.bound = -1  # the binding that they are of
 
 
 def against_all(arrangement: Arrangement, trains: threading.Thread, backwards: int) -> str | None:

@@ -12,14 +12,13 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from fxckpt.compat.dynamo import untraced
-from fxckpt.compat.placing import autograd_is_compiled, call_at_end_of_backward, region_nodes
-from fxckpt.compat.tensors import backward_under_way, gradient_accumulator
+from fxckpt.compat.placing import call_at_end_of_backward
+from fxckpt.compat.tensors import backward_under_way
 from fxckpt.errors import SetupError
 from fxckpt.graph import ops
 from fxckpt.graph.backward.region import Region
@@ -28,10 +27,11 @@ from fxckpt.graph.model.layers import layer_name
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.spent import SpentGradient
 from fxckpt.optim.stepper import Stepper
-from fxckpt.run.arming import ADDED_UP, Seen, against_all, against_at_step, against_now
+from fxckpt.run.arming import ADDED_UP, against_all, against_at_step, against_now
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus
 from fxckpt.run.habit import NEEDED, Habit
+from fxckpt.run.regions import Seen, watched
 from fxckpt.saving.inventory import trained_by
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -107,24 +107,17 @@ class InBackward:
         return name, layer_name(name, self._layer)
 
     def watched(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled region, and what this run has to know of its forwards."""
-        seen, this = Seen(region), weakref.ref(self)
-
-        def run(*args: Any) -> Any:
-            watching = this()
-            if watching is None or not watching._status.enabled:
-                return inner(*args)
-            watching._forward_begins(seen, args)
-            out = inner(*args)
-            watching._forward_ended(seen, out, this)
-            return out
-
-        return run
+        """See ``Placer``."""
+        return watched(region, inner, weakref.ref(self))
 
     # ---- what a region does ----------------------------------------------------------------------------------------------
 
-    def _forward_begins(self, seen: Seen, args: Sequence[Any]) -> None:
-        """Its inputs are what the run trains, and an update that was made in a backward is to be seen only behind the step."""
+    def watches(self) -> bool:
+        """See ``Watcher``; the others below as well."""
+        return self._status.enabled
+
+    def forward_begins(self) -> None:
+        """An update that was made in a backward is to be seen only behind the step."""
         if self.open and backward_under_way() is None:
             if self.complete:
                 raise SetupError(
@@ -132,31 +125,11 @@ class InBackward:
                     f"parameters that no loop without updates in the backward shows. {INSTEAD}"
                 )
             self.leave("the backward was left by an exception")
-        ops.listen(None)
-        given = list(map(args.__getitem__, seen.at))
-        if list(map(id, given)) != seen.region.ids:
-            seen.why = "its code also runs for other parameters (blocks that share one compile)"
-        elif not seen.nodes:
-            seen.nodes = [gradient_accumulator(param) for param in given if param.requires_grad]
 
-    def _forward_ended(self, seen: Seen, out: Any, this: weakref.ref[InBackward]) -> None:
-        """Have the run told when the backward of this very forward begins and ends."""
-        if not seen.region.layers or not torch.is_grad_enabled():
-            return
-        if autograd_is_compiled():
-            seen.why = "compiled autograd runs the backward"
-            return
-        node: Any = next(region_nodes(out, _MARK), None)
-        if node is None:
-            return
-        node.metadata[_MARK] = True
-        if backward_under_way() is not None:
-            seen.why = "its forward also runs inside a backward (activation checkpointing around it)"
-        seen.forwards += 1
+    def forward_ended(self, seen: Seen) -> None:
+        """Its backward may come next."""
         if seen not in self._ran:
             self._ran.append(seen)
-        node.register_prehook(partial(_region_begins, this, seen))
-        node.register_hook(partial(_region_ended, this, seen))
 
     def region_begins(self, seen: Seen) -> None:
         """The backward of a region begins: listen to its ops, and begin the step here if a layer of it is armed."""
@@ -366,22 +339,6 @@ class InBackward:
         self._step.left(why)
 
 
-_MARK = "fxckpt"
-"""In an autograd node's metadata: it is a region's, and watched."""
-
-
 def _is_emptied(gradient: torch.Tensor) -> bool:
     """Was its memory given back?"""
     return bool(gradient.numel()) and gradient.layout is torch.strided and not gradient.untyped_storage().nbytes()
-
-
-def _region_begins(this: weakref.ref[InBackward], seen: Seen, _: Any) -> None:
-    """A hook of autograd, which must not keep the run."""
-    if (watching := this()) is not None:
-        watching.region_begins(seen)
-
-
-def _region_ended(this: weakref.ref[InBackward], seen: Seen, gradients: Any, _: Any) -> Any:
-    """The same behind the region."""
-    watching = this()
-    return None if watching is None else watching.region_ended(seen, gradients)

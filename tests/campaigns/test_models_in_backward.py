@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import partial
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from in_backward_runs import begun, deterministic, same
 from model_cases import MODELS, WRITTEN_HERE
+
+from fxckpt.graph.backward import place
 
 FULL = os.environ.get("FXCKPT_MODELS") == "full"
 STEPS = 7
@@ -79,3 +82,15 @@ def poisoned(name, poison):
     assert inside.open
     inside.leave("the test is over")
     return seen
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_any_pin_what_verifies_the_schedule_keeps_the_bits(name, monkeypatch, caplog):
+    if name not in WRITTEN_HERE:
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(place, "outputs_of", lambda node: [])  # nothing is pinned, and no op waits for a reader
+    monkeypatch.setattr("fxckpt.graph.backward.placing.VERSION", "without pins")
+    with caplog.at_level(logging.WARNING, "fxckpt"):
+        inside = trained(name, "in_backward", autocast=False)
+    assert "behind its update" in caplog.text, "some norm's weight is read late"
+    assert same(trained(name, None, autocast=False).bits(), inside.bits())

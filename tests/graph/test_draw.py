@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import xml.etree.ElementTree as ET
 from itertools import pairwise
 
 import expecttest
 import pytest
+from repository import ROOT
 
 from fxckpt.graph.draw import to_dot, to_svg, to_text
 from fxckpt.graph.model.layers import Layer, Place
@@ -124,3 +127,23 @@ def test_nothing_and_loose_layers_and_circles_can_be_drawn():
     assert len(boxes(to_svg(loose, ()))[1]) == 3
     assert len(boxes(to_svg(loose, (("a", "b"), ("b", "a"))))[1]) == 3
     assert to_text((), ()) == ""
+
+
+def draw_step():
+    """The script, imported."""
+    spec = importlib.util.spec_from_file_location("draw_step", ROOT / "tools/draw_step.py")
+    script = sys.modules["draw_step"] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_the_picture_of_a_step_is_what_its_script_draws():
+    assert (ROOT / "docs/step.svg").read_text() == draw_step().draw(), "python tools/draw_step.py"
+
+
+def test_inside_the_backward_updates_and_copies_begin_earlier_and_gradients_are_fewer():
+    script = draw_step()
+    found = {inside: script.times(inside) for inside in (False, True)}
+    first = {inside: min(begin for kind, _, begin, _ in each.bars if kind == "copy") for inside, each in found.items()}
+    assert first[True] < first[False] - script.BACKWARD / 2
+    assert [max(held for _, held in found[inside].gradients) for inside in (False, True)] == [script.LAYERS, 1]

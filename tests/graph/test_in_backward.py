@@ -8,18 +8,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-import signal
 import weakref
 
 import pytest
 import torch
 from graph_models import book
-from in_backward_runs import WARM_UP, Trained, adamw, batch, begun, deterministic, same, sgd, warmed_up
+from in_backward_runs import WARM_UP, Pair, Trained, adamw, batch, begun, bits_of_plain, deterministic, same, sgd, warmed_up
 from interpreted import interpreted
-from repository import SUPPORT
 from storing import fast_directory
 from torch import nn
-from waiting import until
 
 import fxckpt
 from fxckpt.graph.backward.verify import Kernel, verify_backward
@@ -36,17 +33,6 @@ def small(book, one_thread):
     """One thread, and a book of the test's own."""
 
 
-class Pair(nn.Module):
-    """Two layers: the least that has an order."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.fc2(torch.relu(self.fc1(x))).square().mean()
-
-
 # ---- armed ---------------------------------------------------------------------------------------------------------------
 
 
@@ -60,21 +46,6 @@ def test_armed_ends_with_the_bits_of_unarmed(interpreted, optimizer):
     assert inside.armed == [0] * WARM_UP + [4] * (STEPS + 3 - WARM_UP)
     assert same(inside.bits(), bits_of_plain(inside, optimizer, STEPS + 3))
     assert set(inside.opt.ckpt.graph.standing.values()) == {""}
-
-
-def bits_of_plain(run, optimizer, steps, loop=None):
-    """What PyTorch's own optimizer ends with, on the same compiled code, without us."""
-    run.opt.ckpt.shutdown()
-    torch.manual_seed(0)
-    first = type(run.model)()
-    with torch.no_grad():
-        for mine, theirs in zip(run.model.parameters(), first.parameters()):
-            mine.copy_(theirs)
-            mine.grad = None
-    plain = Trained(run.model, optimizer(run.model), run.compiled)
-    for step in range(steps):
-        (loop or Trained.step)(plain, *([step] if loop else [batch(step)]))
-    return plain.bits()
 
 
 def test_a_checkpoint_of_an_armed_step_is_what_is_trained(interpreted, tmp_path):
@@ -269,6 +240,12 @@ def a_weight_used_elsewhere(run, step):
     run.opt.zero_grad()
 
 
+def steps_of_the_class_itself(run, step):
+    run.compiled(batch(step)).backward()
+    torch.optim.AdamW.step(run.opt)
+    run.opt.zero_grad()
+
+
 def a_forward_before_the_step(run, step):
     run.compiled(batch(step)).backward()
     run.losses.append(run.compiled(batch(step)).item())
@@ -292,6 +269,7 @@ ILLEGAL = {
     a_rate_set_before_the_step: "a setting of the optimizer is changed",
     a_weight_used_elsewhere: "another one than its backward made|is changed between",
     a_forward_before_the_step: "ran forward 2 times",
+    steps_of_the_class_itself: "its steps do not come through opt.step",
 }
 
 
@@ -592,60 +570,3 @@ def test_only_a_reader_that_an_op_does_not_wait_for_is_wrong():
     for wrong in (kernel("inlined", reads={3}), kernel("other", {"grad"}, reads={"buf1"})):
         assert list(verify_backward([*right, wrong], ["norm"])) == [0]
     assert verify_backward([*right, kernel("fused", reads={3}, before=())][:-1], ["norm"]) == {}
-
-
-# ---- killed, and in a process that finds the code in the cache -------------------------------------------------------------
-
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {support!r})
-import torch, fxckpt
-from in_backward_runs import Trained, adamw, batch, begun
-from digests import digest
-torch.set_num_threads(1)
-if "INTERPRETED" in os.environ:
-    import functools
-    from torch._inductor import compile_fx, config
-    from interpreted import interpret
-    compile_fx.compile_fx = functools.partial(compile_fx.compile_fx, inner_compile=interpret)
-    config.force_disable_caches = True
-run = begun(directory="d")
-start = fxckpt.load().step
-section = run.opt.ckpt._run.steppers[0].executor.section
-kill = [int(n) for n in os.environ.get("KILL", "-1,-1").split(",")]
-now = [start, 0]
-
-def counted(place):
-    section(place)
-    now[1] += 1
-    if now == kill:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-run.opt.ckpt._run.steppers[0].executor.section = counted
-for now[0] in range(start, {steps}):
-    now[1] = 0
-    run.step(batch(now[0]))
-    print("LOSS", now[0], run.losses[-1].hex(), flush=True)
-run.opt.ckpt.flush()
-from torch._dynamo.utils import counters
-print("DIGEST bits", digest(run.bits()), flush=True)
-print("DIGEST armed", max(run.armed), flush=True)
-hits = counters["aot_autograd"]["autograd_cache_hit"] + counters["inductor"]["fxgraph_cache_hit"]
-print("DIGEST warm", hits > 0, flush=True)
-"""
-
-
-@pytest.mark.parametrize("code", ["interpreted", "inductor"] if FULL else ["interpreted"])
-def test_killed_inside_the_backward_it_ends_with_the_same_bits_from_the_cache_too(code, inductor_cache, fork_server, tmp_path):
-    script, how = tmp_path / "train.py", {"INTERPRETED": "1"} if code == "interpreted" else {}
-    steps = 40 if FULL else 9
-    script.write_text(SCRIPT.format(support=str(SUPPORT), steps=steps))
-    cold = fork_server.start(script, tmp_path / "whole", **how).succeed()
-    assert cold["DIGEST armed"] == "6"
-    for kill in [f"{step},{1 + step % 3}" for step in range(5, steps, 5)]:
-        process = fork_server.start(script, tmp_path / "killed", KILL=kill, **how)
-        until(lambda process=process: not process.alive(), why=lambda process=process: process.output)
-        assert process.returncode == -signal.SIGKILL, process.output
-    again = fork_server.start(script, tmp_path / "killed", **how).succeed()
-    assert again["DIGEST bits"] == cold["DIGEST bits"]
-    assert again["DIGEST warm"] == str(code == "inductor")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from doc_blocks import blocks
 from expecttest import assert_expected_inline
 from graph_models import GPT, ConvNet, book
 from in_backward_runs import WARM_UP, Net, batch, begun
@@ -242,3 +245,69 @@ def forward(self, run : int, counts, down, up):
     update_up = self.update_up(up, scalars)
     return None""",
     )
+
+
+# ---- what is printed is what runs ----------------------------------------------------------------------------------------
+
+
+def printed(text):
+    """The ops of a listing in order, those of the counts left out, with the line between backward and step."""
+    found = []
+    for line in text.splitlines():
+        op = re.search(
+            r"ckpt_(fence|emit)\(.*, '(.*)'\)|(update)_\w+ = self\.update_\w+\((\w+), scalars\)|# (opt\.step)\(\)", line
+        )
+        if op is not None and "'counts'" not in line:
+            found.append(tuple(part for part in op.groups() if part))
+    return found
+
+
+def recorded(run, data):
+    """The same of one step as it runs."""
+    found, parts = [], run.opt.ckpt._run
+    executor, emitter = parts.steppers[0].executor, parts.emitter
+    names = {number: layer.name for number, layer in zip(executor.arranged.numbers, executor.arranged.graph.layers)}
+
+    def noting(op, real):
+        def call(number, tensors):
+            if number in names:
+                found.append((op, names[number]))
+            real(number, tensors)
+
+        return call
+
+    emitter.fence, emitter.emit = noting("fence", emitter.fence), noting("emit", emitter.emit)
+    for layer, calls in zip(executor.arranged.graph.layers, executor.prepared.by_layer):
+        calls.insert(0, lambda _, name=layer.name: found.append(("update", name)))
+    loss = run.compiled(data)
+    loss.backward()
+    found.append(("opt.step",))
+    run.opt.step()
+    return found
+
+
+def test_each_op_runs_where_the_listing_has_it(interpreted):
+    run = begun(build=Broken)
+    run.compiled = run.model
+    for step in range(WARM_UP + 1):
+        run.step(batch(step))
+    shown = str(run.opt.ckpt.graph)
+    inside, late = [[(op, name) for op in ("fence", "update", "emit")] for name in ("up", "down")]
+    assert printed(shown) == recorded(run, batch(9)) == [*inside, ("opt.step",), *late]
+
+
+def test_the_readme_shows_what_is_printed():
+    [block] = [each for each in blocks("README.md") if each.text.startswith("def forward(")]
+    shown = re.sub(r" +#.*", "", block.text).strip()
+    model = nn.Sequential()
+    model.fc1, model.fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
+    opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters(), fused=True), writer="mock", every=1, model=model)
+    for _ in range(2):
+        model(torch.ones(3, 4)).sum().backward()
+        opt.step()
+    assert shown == str(opt.ckpt.graph)
+
+
+def test_the_page_on_the_graph_shows_what_is_printed(interpreted):
+    [block] = [each for each in blocks("docs/graph.md") if each.text.startswith("def forward(")]
+    assert block.text.strip() == listed(Plain)

@@ -28,6 +28,17 @@ class Net(nn.Module):
         return self.fc2(self.norm(torch.relu(self.fc1(x)))).square().mean()
 
 
+class Pair(nn.Module):
+    """Two layers: the least that has an order."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(torch.relu(self.fc1(x))).square().mean()
+
+
 def batch(step: int) -> torch.Tensor:
     """The batch of a step, the same in every run."""
     return torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
@@ -100,6 +111,23 @@ def warmed_up(**options: Any) -> Trained:
     return run
 
 
+def bits_of_plain(
+    run: Trained, optimizer: Callable[..., Any], steps: int, loop: Callable[..., Any] | None = None
+) -> list[torch.Tensor]:
+    """What PyTorch's own optimizer ends with, on the same compiled code, without us. ``loop`` makes one step of ``run``."""
+    run.opt.ckpt.shutdown()
+    torch.manual_seed(0)
+    first = type(run.model)()
+    with torch.no_grad():
+        for mine, theirs in zip(run.model.parameters(), first.parameters()):
+            mine.copy_(theirs)
+            mine.grad = None
+    plain = Trained(run.model, optimizer(run.model), run.compiled)
+    for step in range(steps):
+        (loop or Trained.step)(plain, *([step] if loop else [batch(step)]))
+    return plain.bits()
+
+
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
 
@@ -114,4 +142,6 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-__all__ = ["F", "Net", "Trained", "adamw", "batch", "begun", "deterministic", "same", "sgd", "warmed_up"]
+__all__ = [
+    "F", "Net", "Pair", "Trained", "adamw", "batch", "begun", "bits_of_plain", "deterministic", "same", "sgd", "warmed_up",
+]  # fmt: skip
