@@ -6,7 +6,8 @@
 
 The files come from a checkout of theirs, of the version that is installed. Attached means: every ``Trainer`` of transformers
 gets ``fxckpt.hf.attach``, every fit of Lightning's a ``Checkpoint`` callback, every optimizer that Accelerate prepares goes
-through ``compile_step``; each with a store of its own, at every step. Exit status 1 if a test passes only without ours.
+through ``compile_step``; each with a store of its own, at every step. A Trainer that is told to resume from a folder that it
+saved goes on from our checkpoint of the same step. Exit status 1 if a test passes only without ours.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,19 +53,45 @@ def store() -> str:
 
 
 def attach_hf() -> None:
-    """Every Trainer is attached when it is made."""
+    """Every Trainer is attached when it is made. Where a test resumes from the folder of a step that a Trainer saved, which ours
+    refuses, training goes on from our checkpoint of that step: the test then looks at what comes of ours."""
     from transformers import Trainer
 
     import fxckpt.hf
 
     init = Trainer.__init__
+    trained: dict[str, str] = {}  # our store of the last training that began in an output_dir
 
     def made(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        if self.train_dataset is not None:
-            fxckpt.hf.attach(self, store(), every=1)
+        if self.train_dataset is None:
+            return
+        ours = store()
+        fxckpt.hf.attach(self, ours, every=1, keep=1000)
+        attached = self.train
+
+        def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            folder, _, step = str(resume_from_checkpoint).rpartition("/checkpoint-")
+            if folder in trained and step.isdigit():
+                copy_until(int(step), trained[folder], ours)
+                resume_from_checkpoint = None
+            elif not resume_from_checkpoint:
+                trained[self.args.output_dir] = ours
+            return attached(resume_from_checkpoint, *args, **kwargs)
+
+        self.train = train
 
     Trainer.__init__ = made
+
+
+def copy_until(step: int, source: str, target: str) -> None:
+    """What a run that was killed behind the checkpoint of ``step`` leaves."""
+    from fxckpt.store.names import step_of
+
+    shutil.rmtree(target)
+    shutil.copytree(source, target, ignore=lambda _, names: [name for name in names if (step_of(name) or 0) > step])
+    if not any(step_of(name) == step for name in os.listdir(target)):
+        raise AssertionError(f"no checkpoint of step {step} in {sorted(os.listdir(source))}")
 
 
 def attach_lightning() -> None:

@@ -36,7 +36,8 @@ def folder(trainer: Trainer, place: Place, steps: int, go_on: bool) -> Iterator[
     counted = _as_trainer_counts(trainer, place, steps, go_on)
     state = TrainerState(global_step=counted, train_batch_size=trainer.args.train_batch_size)
     for name in ("logging_steps", "eval_steps", "save_steps"):
-        setattr(state, name, getattr(trainer.args, name))  # else it says that they have changed
+        if (given := getattr(trainer.args, name)) is not None:  # without one the state has a number of its own
+            setattr(state, name, given)  # else it says that they have changed
     made = tempfile.mkdtemp(prefix="fxckpt-hf-")
     try:
         state.save_to_json(os.path.join(made, _STATE))

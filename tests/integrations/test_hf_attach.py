@@ -152,6 +152,12 @@ def test_what_is_interrupted_goes_on_with_the_same_bits_and_log(name, tmp_path):
     assert ending(interrupted(tmp_path, at, attached, **CASES[name])) == ending(plain)
 
 
+def test_the_state_is_that_of_an_uninterrupted_training_fields_that_no_argument_sets_included(tmp_path):
+    plain, second = trained(tmp_path), interrupted(tmp_path, 8, attached)
+    plain.state.log_history, second.state.log_history = log(plain), log(second)
+    assert second.state == plain.state
+
+
 def test_at_the_head_of_an_epoch_it_goes_on_too(tmp_path):
     plain = trained(tmp_path, eval_strategy="epoch")
     counted = Counts()
