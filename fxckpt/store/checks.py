@@ -81,7 +81,8 @@ def _constant(text: str) -> Any:
 
 
 def parse_json(raw: bytes, path: str, *, depth: int, what: str) -> Any:
-    """The value of ``raw``; whatever is wrong with it is ``Corrupt`` with ``path`` and ``what`` it should have been."""
+    """The value of ``raw``; whatever is wrong with it is ``Corrupt`` with ``path`` and ``what`` it should have been, also that
+    there is no memory for it: nothing that a store writes takes so much."""
     if len(raw) > MAX_BYTES:
         raise Corrupt(path, f"{what} has {len(raw)} bytes, more than the {MAX_BYTES} that any has")
     found = structure_of(raw)
@@ -93,6 +94,8 @@ def parse_json(raw: bytes, path: str, *, depth: int, what: str) -> Any:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_pairs, parse_constant=_constant)
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are kinds of it
         raise Corrupt(path, f"{what} is not valid JSON: {error}") from error
+    except MemoryError as error:
+        raise Corrupt(path, f"{what} of {len(raw)} bytes does not fit into memory") from error
 
 
 Check = Callable[[Any], bool]

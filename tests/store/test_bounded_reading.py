@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from storing import a_record, start
@@ -92,6 +93,19 @@ def test_a_header_of_endless_entries_is_refused(monkeypatch):
         parse_header(len(text).to_bytes(8, "little") + text, 8 + len(text))
     with pytest.raises(Corrupt, match="nested 5 levels"):
         parse_json(b"[[[[[]]]]]", "x", depth=4, what="it")
+
+
+def test_one_long_text_for_which_there_is_no_memory_is_damage():
+    """As large as a record may be, and one value: two copies of it fit into memory, and three do not."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    raw = b'["' + b"a" * (checks.MAX_BYTES - 4) + b'"]'
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + checks.MAX_BYTES * 3 // 2, before[1]))
+    try:
+        with pytest.raises(Corrupt, match="of 134217728 bytes does not fit into memory"):
+            parse_json(raw, "f", depth=9, what="the record")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_a_file_that_is_larger_than_memory_is_damage(root):
