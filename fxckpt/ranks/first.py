@@ -147,6 +147,8 @@ class FirstStore(Store):
     def _tell(self, slot: Slot, word: Word) -> None:
         """All others, in the order in which checkpoints began: who hears of a later one takes it that this one was given up, and
         writes into its files again. If they cannot be told, they wait in vain, and give it up."""
+        if slot not in self._keys:  # it was got ready, and nothing began in it
+            return
         self._over[slot] = word
         while (oldest := next(iter(self._keys), None)) in self._over:
             try:

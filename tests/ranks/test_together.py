@@ -280,3 +280,16 @@ def test_tensors_are_shared_out_by_size_and_each_goes_to_one(world):
     loads = [sum(sizes[place] for place in part) for part in parts]
     assert max(loads) * world / sum(loads) < 1.01
     assert shared_out(dict(reversed(sizes.items())), world) == parts
+
+
+def test_a_slot_that_was_got_ready_and_not_used_says_nothing_of_the_next_one_in_it(job, root):
+    job.begin(keep=2)
+    for number in range(3):
+        job.train(2)
+        job.flush()
+        assert job.each(lambda rank: job.runs[rank].opt.ckpt.save(name=f"best{number}") and None) == [None, None]  # noqa: B023
+    job.train(4)
+    assert job.flush() == [None, None]
+    assert all(run.opt.ckpt._run.saver.tally.skipped == 0 for run in job.runs)
+    assert [each.step for each in checkpoints(root) if each.name is None] == [9, 10]
+    job.end()
