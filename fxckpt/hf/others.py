@@ -73,8 +73,12 @@ class Watch:
                 yield ("", name), mark(value)
         for callback in trainer.callback_handler.callbacks:
             ours_or_theirs = type(callback).__module__.partition(".")[0] in ("transformers", "fxckpt")
-            if not (ours_or_theirs or isinstance(callback, ExportableState) or id(vars(callback)) in self._extras):
-                for name, value in self._plain(callback):
+            if ours_or_theirs or id(vars(callback)) in self._extras:
+                continue
+            # Of its arguments, which are the script's, none is put back.
+            kept = callback.state()["attributes"] if isinstance(callback, ExportableState) else {}
+            for name, value in self._plain(callback):
+                if name not in kept:
                     yield (type(callback).__name__, name), mark(value)
 
     def _plain(self, holder: object) -> Iterator[tuple[str, Any]]:
@@ -96,8 +100,8 @@ class Watch:
             )
         if theirs := [each for each in changed if each[0]]:
             log.warning(
-                "fxckpt: %s changes while it trains and is in no checkpoint. Let the callback be an ExportableState, or keep it "
-                "with attach(trainer, ..., extra={'%s': vars(callback)})",
+                "fxckpt: %s changes while it trains and is in no checkpoint. Let the callback be an ExportableState that "
+                "names it among its attributes, or keep it with attach(trainer, ..., extra={'%s': vars(callback)})",
                 ", ".join(".".join(each) for each in theirs),
                 theirs[0][0].lower(),
             )

@@ -255,6 +255,27 @@ def test_what_changes_and_is_in_no_checkpoint_is_said_once(tmp_path, caplog):
     assert "in no checkpoint" not in caplog.text
 
 
+class Patient(Counts):
+    """Its argument grows while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.patience = 1
+
+    def on_step_end(self, *args, **kwargs):
+        super().on_step_end()
+        self.patience += 1
+
+    def state(self):
+        return {**super().state(), "args": {"patience": self.patience}}
+
+
+def test_an_argument_of_a_callback_that_changes_is_said_for_it_is_no_part_of_what_is_put_back(tmp_path, caplog):
+    attached(tmp_path, [Patient()], max_steps=4).train()
+    said = [each.getMessage() for each in caplog.records if "in no checkpoint" in each.getMessage()]
+    assert len(said) == 1 and "Patient.patience changes" in said[0] and "names it among its attributes" in said[0]
+
+
 EVALUATES = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
 
 
