@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.errors import Corrupt, SetupError
-from fxckpt.store.checks import is_counts, is_shape, parse_json
+from fxckpt.store.checks import is_counts, is_shape, is_text, parse_json
 from fxckpt.store.dtypes import DTYPES, item_size
 
 BLOCK = 4096
@@ -114,8 +114,10 @@ def parse_header(raw: bytes, nbytes: int, path: str = "") -> dict[str, Placed]:
         raise Corrupt(path, "the header is cut off or does not begin with '{'", offset=8)
     header = parse_json(raw[8:end], path, depth=3, what="the safetensors header")
     metadata = header.pop(_METADATA, {})
-    if type(metadata) is not dict or not all(type(text) is str for text in metadata.values()):
+    if type(metadata) is not dict or not all(map(is_text, metadata.values())):
         raise Corrupt(path, f"{_METADATA} in the header is not a map of strings")
+    if not all(map(is_text, [*metadata, *header])):
+        raise Corrupt(path, "a name in the header is not valid Unicode")
     placed = sorted((_entry(key, entry, end, path) for key, entry in header.items()), key=lambda p: (p.begin, p.nbytes))
     at = end
     for tensor in placed:

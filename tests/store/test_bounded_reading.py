@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError, deserialize
 from storing import a_record, start
 
 from fxckpt.cli import main
@@ -93,6 +94,17 @@ def test_a_header_of_endless_entries_is_refused(monkeypatch):
         parse_header(len(text).to_bytes(8, "little") + text, 8 + len(text))
     with pytest.raises(Corrupt, match="nested 5 levels"):
         parse_json(b"[[[[[]]]]]", "x", depth=4, what="it")
+
+
+@pytest.mark.parametrize("header", ['"__metadata__":{"a":"\\ud800"}', '"__metadata__":{"\\ud800":"a"}',
+                                    '"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'])  # fmt: skip
+def test_half_a_character_in_a_header_is_damage_as_it_is_to_safetensors(header):
+    text = b"{" + header.encode() + b"}"
+    raw = len(text).to_bytes(8, "little") + text
+    with pytest.raises(Corrupt, match="header"):
+        parse_header(raw, len(raw))
+    with pytest.raises(SafetensorError):
+        deserialize(raw)
 
 
 def test_one_long_text_for_which_there_is_no_memory_is_damage():

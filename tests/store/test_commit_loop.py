@@ -138,8 +138,9 @@ def test_a_slot_is_used_again_only_if_nothing_can_be_wrong_with_it(error, settle
             return settled
 
     class Owner:
-        def abandon(self, slot, *, bad):
-            calls.append((slot, bad))
+        def abandon(self, slot, *, bad, why):
+            calls.append((slot, bad, why))
 
     give_back(Owner(), "slot", Copy(), error)
-    assert calls == ["cancel", "settled", ("slot", bad)]
+    why = "" if isinstance(error, Cancelled) else str(error)
+    assert calls == ["cancel", "settled", ("slot", bad, why)]
