@@ -209,7 +209,7 @@ class Record:
     @classmethod
     def from_bytes(cls, raw: bytes, path: str) -> Record:
         """The record in ``raw``; ``path`` is for the error. Raises ``Corrupt``."""
-        expected = _PREFIX + hashlib.sha256(raw[_BODY:]).hexdigest().encode() + b'",'
+        expected = _PREFIX + hashlib.sha256(memoryview(raw)[_BODY:]).hexdigest().encode() + b'",'
         if raw[:_BODY] != expected:  # compared as bytes: an upper-case digest is a flipped bit too
             raise Corrupt(path, f"its SHA-256 is {expected[11:75].decode()}, but it begins with {raw[:_BODY]!r}")
         body = parse_json(raw, path, depth=_DEPTH, what="the record")
