@@ -20,7 +20,7 @@ import numpy as np
 from fxckpt.cli import common
 from fxckpt.errors import NotAStore, SaveFailed, SetupError
 from fxckpt.store import names
-from fxckpt.store.files import replace_file
+from fxckpt.store.files import replace_file, space
 from fxckpt.store.folder import Folder
 from fxckpt.store.layout import BLOCK
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 def measure(directory: str, nbytes: int, seconds: float, threads: int, chunk: int) -> dict[str, Any]:
     """Write, overwrite and read one file of ``nbytes``. Raises SetupError if the disk is too full, SaveFailed."""
-    free, _ = common.space(directory)
+    free, _ = space(directory)
     if free < nbytes + (64 << 20):
         needed = f"{common.human(nbytes)} and 64 MB more are needed: use a smaller --size"
         raise SetupError(f"{directory} has {common.human(free)} left; {needed}")

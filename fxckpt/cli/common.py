@@ -168,12 +168,6 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequen
         print("  ".join(line).rstrip())
 
 
-def space(directory: str) -> tuple[int, int]:
-    """Bytes of its file system: those that are free, and all."""
-    found = os.statvfs(directory)
-    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-
-
 def human(nbytes: float) -> str:
     """A size in decimal units, as disks are sold."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from fxckpt.cli import common
 from fxckpt.errors import FxckptError
 from fxckpt.store import lock, names
+from fxckpt.store.files import space
 from fxckpt.store.identity import check_store
 
 HELP = "what works on this machine"
@@ -109,7 +110,7 @@ def _compiler() -> Finding:
 
 def _shared_memory() -> Finding:
     try:
-        free, total = common.space("/dev/shm")
+        free, total = space("/dev/shm")
     except OSError as error:
         return Finding("/dev/shm", NOTE, f"not there: {error.strerror}")
     return Finding("/dev/shm", GOOD, f"{common.human(free)} of {common.human(total)} free")
@@ -136,7 +137,7 @@ def _cuda() -> Finding:
 def _space(there: str) -> Finding:
     if os.statvfs(there).f_flag & os.ST_RDONLY:
         return Finding("space", WRONG, f"{there} is mounted read-only")
-    free, total = common.space(there)
+    free, total = space(there)
     verdict = NOTE if free < total / 20 else GOOD
     return Finding("space", verdict, f"{common.human(free)} of {common.human(total)} free on {there}")
 

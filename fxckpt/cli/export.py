@@ -24,14 +24,13 @@ from fxckpt.store import about
 from fxckpt.store.dtypes import DTYPES
 from fxckpt.store.files import opened
 from fxckpt.store.layout import TensorSpec, lay_out
-from fxckpt.store.names import MODEL, OPTIMIZER, state_key
+from fxckpt.store.names import INDEX, MODEL, OPTIMIZER, of_rank, state_key
 from fxckpt.store.reader import Reader
 from fxckpt.store.record import Record, TensorRecord
 from fxckpt.store.typed_json import decode_state
 
 HELP = "write a checkpoint as torch.save file, safetensors, folder for from_pretrained, or DCP"
 
-INDEX = f"{MODEL}.index.json"
 CONFIG = "config.json"
 PIECE = 16 << 20  # bytes copied at a time
 
@@ -195,8 +194,8 @@ def _safetensors(source: Origin, path: str, args: argparse.Namespace) -> None:
     os.mkdir(path)
     shards = _shards(source.record.tensors(MODEL), args.shard)
     index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    for number, shard in enumerate(shards):
+        name = of_rank(MODEL, number, len(shards))  # called as the part of a rank is
         specs = [TensorSpec(tensor.key, tensor.dtype, tensor.shape, 0) for tensor in shard]
         layout = lay_out(name, specs, {"format": "pt"})  # readers of Hugging Face want to be told that this is PyTorch's
         by_key = {tensor.key: tensor for tensor in shard}

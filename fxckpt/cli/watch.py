@@ -18,6 +18,7 @@ from typing import Any
 from fxckpt.cli import common
 from fxckpt.errors import Corrupt, NoCheckpoint, NotAStore, SetupError
 from fxckpt.store import about, lock, names
+from fxckpt.store.files import space
 from fxckpt.store.identity import check_begun
 from fxckpt.store.reader import read_record
 from fxckpt.store.record import Record
@@ -106,7 +107,7 @@ class Newest:
 def look(directory: str) -> View:
     """What there is to see now."""
     root = os.path.abspath(directory)
-    writer, (free, _) = lock.holder(root), common.space(root)
+    writer, (free, _) = lock.holder(root), space(root)
     newest = _newest(root)
     if newest is None:
         return View(root, writer, free)

@@ -14,7 +14,7 @@ from fxckpt.importing.state_dicts import named
 from fxckpt.store import names
 from fxckpt.store.about import CONFIG, IMPORTED
 from fxckpt.store.dtypes import Tensor
-from fxckpt.store.files import opened, write_laid_out
+from fxckpt.store.files import opened, space, write_laid_out
 from fxckpt.store.folder import Folder
 from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -141,8 +141,7 @@ def _check_space(directory: str, nbytes: int) -> None:
     there = directory
     while not os.path.exists(there):
         there = os.path.dirname(there)
-    found = os.statvfs(there)
-    free = found.f_bavail * found.f_frsize
+    free, _ = space(there)
     if free < nbytes + SPARE:
         raise NoSpace(
             f"the import takes {nbytes + SPARE:,} bytes, and {there} has {free:,} left: free some, or name another disk"

@@ -20,7 +20,7 @@ from fxckpt.store import names
 from fxckpt.store.about import ALIKE, DIVERGED
 from fxckpt.store.checks import MAX_BYTES
 from fxckpt.store.dtypes import Tensor
-from fxckpt.store.files import write_bytes
+from fxckpt.store.files import space, write_bytes
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.parts import read_part
 from fxckpt.store.record import Part, Record
@@ -50,7 +50,7 @@ class FirstStore(Store):
         pool = self._pool
         needed = len(self._ranks) * (pool.limit + pool.max_async) * sum(files.values())
         lacking = needed - sum(_blocks(self.root, files))
-        if lacking > (free := os.statvfs(self.root).f_bavail * os.statvfs(self.root).f_frsize):
+        if lacking > (free := space(self.root)[0]):
             raise NoSpace(
                 f"{len(self._ranks)} more ranks, each with its part of {pool.limit} checkpoints and of {pool.max_async} on the "
                 f"way, need {lacking:,} bytes more in {self.root}, which has {free:,} bytes free. Make room, lower keep or "

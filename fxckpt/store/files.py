@@ -89,6 +89,12 @@ def write_bytes(folder: Folder, name: str, data: bytes) -> FileRecord:
     return FileRecord(name, len(data), CHUNK_BYTES, crcs)
 
 
+def space(directory: str) -> tuple[int, int]:
+    """Bytes of its file system: those that are free, and all."""
+    found = os.statvfs(directory)
+    return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
+
+
 def make_directories(path: str) -> None:
     """Make ``path`` and what is missing above it. ``sync_ancestors`` makes them durable."""
     missing = []

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from fxckpt.engine import PatientLock, io
 from fxckpt.errors import Corrupt, NoCheckpoint, NoSpace, SaveFailed, StoreError
 from fxckpt.store import names
-from fxckpt.store.files import FOREIGN
+from fxckpt.store.files import FOREIGN, space
 from fxckpt.store.folder import Folder
 from fxckpt.store.reader import Reader
 from fxckpt.store.retention import BAD, GOOD, UNKNOWN, CheckpointStatus, beyond, surplus
@@ -107,8 +107,7 @@ class Pool:
         new = max(self.limit - self._count(), 0)
         lacking = sum(slot.lacks(files) for slot in self._free) + new * sum(files.values())
         margin = SMALL_FILES * (new + len(self._free)) if lacking else 0
-        found = os.statvfs(self.root)
-        free = found.f_bavail * found.f_frsize
+        free, _ = space(self.root)
         numbers = (
             f"{self.limit} checkpoints of {sum(files.values()):,} bytes (keep={self.keep}, and "
             f"max_async={self.max_async} being written) need {lacking + margin:,} bytes more in {self.root}, which has "

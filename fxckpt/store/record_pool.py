@@ -8,12 +8,12 @@ off when the next checkpoint is durable.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Collection, Iterable
 
 from fxckpt.errors import NoSpace
 from fxckpt.store import names
+from fxckpt.store.files import space
 from fxckpt.store.pool import SMALL_FILES, Pool
 from fxckpt.store.retention import CheckpointStatus
 from fxckpt.store.slot import Slot
@@ -25,10 +25,10 @@ def records_that_fit(root: str, keep: int, nbytes: int) -> int:
     """How many records of so many bytes on each of ``keep`` checkpoints, and on one more for a moment, the disk has space for.
     Where nothing is written, or nobody can tell, as many as anybody wants."""
     try:
-        found = os.statvfs(root)
+        free, _ = space(root)
     except OSError:
         return sys.maxsize
-    return found.f_bavail * found.f_frsize // ((keep + 1) * (nbytes + SMALL_FILES // 8))
+    return free // ((keep + 1) * (nbytes + SMALL_FILES // 8))
 
 
 class RecordPool(Pool):
@@ -105,8 +105,7 @@ class RecordPool(Pool):
     def _reserve(self, files: dict[str, int]) -> None:  # type: ignore[override]
         """Records come one by one, and few runs fill a disk by them: whether all would fit is looked at, no blocks are set
         aside."""
-        found = os.statvfs(self.root)
-        free = found.f_bavail * found.f_frsize
+        free, _ = space(self.root)
         with self.mutex:
             there = len(self._free) + len(self._committed) + len(self._busy)
         need = max(self.limit - there, 0) * (sum(files.values()) + SMALL_FILES // 8)

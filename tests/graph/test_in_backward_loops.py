@@ -294,12 +294,18 @@ def elsewhere(function):
     return raised[0] if raised else None
 
 
+def warmed_up(directory):
+    """A run over a store whose next backward is armed."""
+    run = begun("in_backward", Pair, directory=directory)
+    fxckpt.load()
+    for step in range(WARM_UP):
+        run.step(batch(step))
+    return run
+
+
 def test_another_thread_that_flushes_or_saves_in_an_armed_backward_changes_nothing(interpreted, tmp_path):
     with fast_directory(tmp_path) as directory:
-        run = begun("in_backward", Pair, directory=directory / "d")
-        fxckpt.load()
-        for step in range(WARM_UP):
-            run.step(batch(step))
+        run = warmed_up(directory / "d")
         executor, handle, raised = run.opt.ckpt._run.steppers[0].executor, run.opt.ckpt, []
         real = executor.section
 
@@ -329,10 +335,7 @@ def test_another_thread_that_flushes_or_saves_in_an_armed_backward_changes_nothi
 
 def test_behind_a_load_between_backward_and_step_another_backward_is_asked_for(interpreted, tmp_path):
     with fast_directory(tmp_path) as directory:
-        run = begun("in_backward", Pair, directory=directory / "d")
-        fxckpt.load()
-        for step in range(WARM_UP):
-            run.step(batch(step))
+        run = warmed_up(directory / "d")
         run.opt.ckpt.flush()
         kept = [t.clone() for t in run.bits()]
         run.compiled(batch(9)).backward()
