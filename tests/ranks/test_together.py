@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 import fxckpt
+from fxckpt.cli import main
 from fxckpt.errors import Corrupt, RanksDisagree, SetupError, StoreLocked
 from fxckpt.ranks.words import KEPT, Begun, Committed, Done, GivenUp, Said, answer
 from fxckpt.saving.share import shared_out
@@ -293,3 +294,17 @@ def test_a_slot_that_was_got_ready_and_not_used_says_nothing_of_the_next_one_in_
     assert all(run.opt.ckpt._run.saver.tally.skipped == 0 for run in job.runs)
     assert [each.step for each in checkpoints(root) if each.name is None] == [9, 10]
     job.end()
+
+
+def test_commands_read_what_all_ranks_wrote_as_one_checkpoint(job, root, tmp_path, capsys):
+    job.begin(make=Normed)
+    job.train(2)
+    job.end()
+    assert main(["export", str(root), str(tmp_path / "m.pt"), "--format", "torch", "--optimizer"]) == 0
+    found = torch.load(tmp_path / "m.pt")
+    assert all(torch.equal(found["model"][key], value) for key, value in job.runs[0].model.state_dict().items())
+    assert len(found["optimizer"]["state"]) == len(list(job.runs[0].model.parameters()))
+    capsys.readouterr()
+    assert main(["diff", str(root), "--json"]) in (0, 1)
+    assert "only in" not in capsys.readouterr().out
+    assert main(["verify", str(root)]) == 0
