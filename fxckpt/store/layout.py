@@ -86,6 +86,13 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] 
     return FileLayout(name, raw, len(raw) + ends[-1], placed)
 
 
+def sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """For the header of a file with boxes: what tells torch's ``HuggingFaceStorageReader`` where in its tensor each begins.
+    ``offsets``: of every tensor in the file, zeros for one that is whole."""
+    saved = {key: {"saved_offsets": list(offset)} for key, offset in offsets.items()}
+    return {"DCP_SHARDING_INFO": json.dumps(saved, separators=(",", ":")), "DCP_VERSION": "1.0"}
+
+
 def _padded(name: str, header: Mapping[str, Any], data_bytes: int) -> bytes:
     """Length and JSON of ``header``, with spaces behind it until header and data together fill whole blocks."""
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,19 +23,26 @@ from fxckpt.engine.plan import Item
 from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
+from fxckpt.store.boxes import Box, Sheet, by_chunks, sheets
 from fxckpt.store.directory import local_path
-from fxckpt.store.dtypes import RawTensor, numpy_dtype
+from fxckpt.store.dtypes import RawTensor, item_size, numpy_dtype
 from fxckpt.store.files import UNREADABLE, read_small
 from fxckpt.store.folder import check_regular, opened
 from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
-from fxckpt.store.parts import joined, seen_by
-from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.parts import box_of, joined, seen_by
+from fxckpt.store.record import FileRecord, Record, TensorRecord
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
+_LANDING = 256 << 20  # bytes that are read before they are cut
+
 _LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
+
+
+Place = tuple[str, str]
+"""Of a tensor: the kind of its file, and its key."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ class Reader:
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
         self._held: dict[str, int] = {}
-        self.record: Record = seen_by(_parse(self._raw, str(self.path)), rank)
+        self.record: Record = seen_by(_parse(self._raw, str(self.path)), rank, str(self.path))
 
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:
@@ -224,17 +231,50 @@ class Reader:
         for file in ranks[part].files if ranks and part is not None else self.record.files:
             self._read(file, [], progress)
 
-    def read_into(self, targets: Mapping[tuple[str, str], Item], file: str | None = None) -> None:
+    def read_into(
+        self, targets: Mapping[Place, Item], file: str | None = None, *, boxes: Mapping[Place, Box] | None = None
+    ) -> None:
         """Read tensors to where they belong: (file, key) → (address, sizes or None, strides in bytes or None). Every file (or
-        every one of the kind ``file``) is verified whole, with targets or without. Raises ``KeyError`` first."""
+        every one of the kind ``file``) is verified whole, with targets or without. Raises ``KeyError`` first.
+
+        ``boxes``: of these only a box, (offset, shape), is wanted, and its target is memory of that shape. With it, and where
+        tensors are stored in boxes, only chunks are read that hold something wanted; of headers nothing is looked at.
+        """
         places = {(names.kind_of(tensor.file), tensor.key): tensor for tensor in self.record.tensors()}
-        wanted: dict[str, list[Target]] = {}
-        for place, target in targets.items():
-            tensor = places[place]
-            wanted.setdefault(tensor.file, []).append((tensor.begin, tensor.nbytes, *target))
+        found = {place: (places[place], target) for place, target in targets.items()}
+        if boxes is None and not self.record.is_sharded:
+            wanted: dict[str, list[Target]] = {}
+            for tensor, target in found.values():
+                wanted.setdefault(tensor.file, []).append((tensor.begin, tensor.nbytes, *target))
+            for each in self.record.files:
+                if file in (None, names.kind_of(each.name)):
+                    self._read(each, wanted.get(each.name, []))
+            return
+        needed: dict[str, list[tuple[int, Sheet]]] = {}
+        for place, (tensor, target) in found.items():
+            if file in (None, place[0]):
+                for piece, sheet in _sheets(tensor, (boxes or {}).get(place), target):
+                    needed.setdefault(piece.file, []).append((piece.begin, sheet))
         for each in self.record.files:
-            if file in (None, names.kind_of(each.name)):
-                self._read(each, wanted.get(each.name, []))
+            if each.name in needed:
+                self._read_sheets(each, sorted(needed[each.name], key=lambda one: one[0] + one[1].begin))
+
+    def _read_sheets(self, file: FileRecord, needed: Sequence[tuple[int, Sheet]]) -> None:
+        """Read sheets of a file, each with where its box begins, in order of their offsets."""
+        self._size(file)
+        for batch in _batches(needed):
+            landed = [None if sheet.is_whole else np.empty(sheet.nbytes, np.uint8) for _, sheet in batch]
+            targets = [
+                sheet.target(begin) if data is None else (begin + sheet.begin, sheet.nbytes, data.ctypes.data, None, None)
+                for (begin, sheet), data in zip(batch, landed)
+            ]
+            for chunks, inside in by_chunks(targets, file.chunk_bytes):
+                with self._stable(file):
+                    read_verified(str(self.path / file.name), nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
+                                  held=self._held.get(file.name), targets=inside, only=chunks)  # fmt: skip
+            for (_, sheet), data in zip(batch, landed):
+                if data is not None:
+                    sheet.take(data)
 
     def read_range(self, file: str, begin: int, nbytes: int, address: int) -> None:
         """Read some bytes of a file to an address, by chunks, each of which is verified. Raises ``Corrupt``."""
@@ -245,6 +285,18 @@ class Reader:
             with self._stable(each):
                 read_verified(str(self.path / file), nbytes=each.nbytes, chunk_bytes=each.chunk_bytes, crcs=each.crc32c,
                               held=self._held.get(file), targets=[(begin, nbytes, address, None, None)], only=chunks)  # fmt: skip
+
+    def held_bytes(self, tensor: TensorRecord, begin: int, nbytes: int) -> bytes:
+        """Some bytes of a tensor's elements, in row-major order, of a checkpoint that is held and was verified."""
+        if not tensor.pieces:
+            return io.pread(self._held[tensor.file], nbytes, tensor.begin + begin)
+        width = tensor.nbytes // tensor.shape[0]
+        first, last = begin // width, -(-(begin + nbytes) // width)
+        rows = (first, *(0 for _ in tensor.shape[1:])), (last - first, *tensor.shape[1:])
+        data = np.empty((last - first) * width, np.uint8)
+        place = names.kind_of(tensor.file), tensor.key
+        self.read_into({place: (data.ctypes.data, None, None)}, boxes={place: rows})
+        return data[begin - first * width :][:nbytes].tobytes()
 
     def state_tensors(self) -> dict[str, np.ndarray | RawTensor]:
         """The tensors of ``state.safetensors``, for ``decode_state``; ``RawTensor`` for types that numpy lacks."""
@@ -349,6 +401,28 @@ class Reader:
             if any(t.file == file.name and t.begin < end and begin < t.begin + t.nbytes for t in layer.tensors)
         ]  # fmt: skip
         return Corrupt(error.path, error.reason, layer=", ".join(hit) or None, offset=error.offset)
+
+
+def _sheets(tensor: TensorRecord, box: Box | None, target: Item) -> Iterator[tuple[TensorRecord, Sheet]]:
+    """What to read of each stored piece of a tensor, to have it or a box of it. Raises ``ValueError`` if it has no such box."""
+    offset, shape = wanted = box or box_of(tensor)
+    if len(offset) != len(tensor.shape) or any(at + n > whole for at, n, whole in zip(offset, shape, tensor.shape)):
+        raise ValueError(f"{tensor.key!r} of shape {tensor.shape} has no box of {shape} at {offset}")
+    for piece in tensor.pieces or (tensor,):
+        for sheet in sheets(box_of(piece), wanted, item_size(tensor.dtype), target):
+            yield piece, sheet
+
+
+def _batches(needed: Sequence[tuple[int, Sheet]]) -> Iterator[Sequence[tuple[int, Sheet]]]:
+    """So many sheets at a time that those which are cut fit into ``_LANDING``."""
+    first = total = 0
+    for i, (_, sheet) in enumerate(needed):
+        size = 0 if sheet.is_whole else sheet.nbytes
+        if total + size > _LANDING and i > first:
+            yield needed[first:i]
+            first, total = i, 0
+        total += size
+    yield needed[first:]
 
 
 def _tensor(placed: Placed, data: np.ndarray) -> np.ndarray | RawTensor:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,9 @@ JOURNAL_FORMAT = 2
 SHARED_FORMAT = 3
 """Format of the records of a checkpoint that several ranks wrote together, a part each: without the others none is whole."""
 
+SHARDED_FORMAT = 4
+"""Format of those among them that have boxes of tensors which no rank has whole."""
+
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
 
@@ -78,7 +81,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor: ``begin`` is its absolute offset in ``file``; ``dtype`` is the safetensors name."""
+    """One tensor: ``begin`` is its absolute offset in ``file``; ``dtype`` is the safetensors name.
+
+    Of a tensor that ranks hold in parts, a record has the box of its rank: ``whole`` is the shape of the tensor, ``offset`` where
+    in it the box begins. ``pieces``, which is in no file, are all boxes of a tensor that ``parts.joined`` has put together, in
+    the order of their offsets; ``file`` and ``begin`` are then those of the first.
+    """
 
     file: str
     key: str
@@ -86,6 +94,9 @@ class TensorRecord:
     nbytes: int
     shape: tuple[int, ...]
     dtype: str
+    whole: tuple[int, ...] | None = None
+    offset: tuple[int, ...] | None = None
+    pieces: tuple[TensorRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -187,16 +198,23 @@ class Record:
         """What the file of its extra state is called."""
         return names.STATE if self.parts is None else names.of_rank(names.STATE, self.rank, self.world_size)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether tensors of it are in boxes: its own, or once it was put together those of all ranks."""
+        return any(tensor.whole is not None or tensor.pieces for tensor in self.tensors())
+
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
         if (journal := body.pop("journal")) is not None:
             body |= {"format": JOURNAL_FORMAT, "journal": vars(journal)}
         if (parts := body.pop("parts")) is not None:
-            body |= {"format": SHARED_FORMAT, "parts": [vars(part) for part in parts]}
+            number = SHARDED_FORMAT if self.is_sharded else SHARED_FORMAT
+            body |= {"format": number, "parts": [vars(part) for part in parts]}
         del body["ranks"]
+        listed = _TENSORS[body["format"]]
         body["files"] = [vars(file) for file in self.files]
-        body["layers"] = [{**vars(layer), "tensors": [vars(each) for each in layer.tensors]} for layer in self.layers]
+        body["layers"] = [{**vars(layer), "tensors": [_listed(each, listed) for each in layer.tensors]} for layer in self.layers]
         body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
         text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")[1:] + b"\n"
         if len(text) + _BODY > MAX_BYTES or (found := structure_of(b"{" + text)).too_large:
@@ -257,6 +275,7 @@ _is_list = list_of(is_anything)
 _FILE = {"name": _is_file_name, "nbytes": is_count, "chunk_bytes": is_count, "crc32c": is_counts}
 _TENSOR = {"file": _is_file_name, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
            "dtype": lambda value: is_str(value) and value in DTYPES}  # fmt: skip
+_BOX = {"whole": optional(is_shape), "offset": optional(is_shape)}
 _LAYER = {"id": is_count, "name": is_str, "kind": lambda value: value in (*KINDS, GRADIENTS), "step": is_count,
           "time": is_number, "parameters": is_count, "nbytes": is_count, "tensors": _is_list}  # fmt: skip
 _JOURNAL = {"base": is_count, "after": is_count, "number": lambda value: is_count(value) and value > 0,
@@ -272,21 +291,32 @@ _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation
 _PART = {"name": _is_file_name, "sha256": lambda value: is_str(value) and re.fullmatch("[0-9a-f]{64}", value) is not None}
 _MORE: dict[Any, dict[str, Callable[[Any], bool]]] = {
     FORMAT: {}, JOURNAL_FORMAT: {"journal": is_anything}, SHARED_FORMAT: {"parts": list_of(is_anything)},
+    SHARDED_FORMAT: {"parts": list_of(is_anything)},
 }  # fmt: skip
 """What records of each format have beside."""
+_TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
+    FORMAT: _TENSOR, JOURNAL_FORMAT: _TENSOR, SHARED_FORMAT: _TENSOR, SHARDED_FORMAT: {**_TENSOR, **_BOX},
+}  # fmt: skip
+"""What their tensors have."""
+
+
+def _listed(tensor: TensorRecord, members: Collection[str]) -> dict[str, Any]:
+    """A tensor as its rank's record lists it. One that was put together is in no file, nor a box in a record without parts."""
+    assert not tensor.pieces and (tensor.whole is None or "whole" in members), tensor.key
+    return {name: getattr(tensor, name) for name in members}
 
 
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
     need(type(body) is dict and body.get("format") in tuple(_MORE),
-          f"this reader knows formats {FORMAT} to {SHARED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+          f"this reader knows formats {FORMAT} to {SHARDED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
     is_journal = body["format"] == JOURNAL_FORMAT
     fields = dict(members(body, {**_RECORD, **_MORE[body["format"]]}, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
     sizes = {file.name: file.nbytes for file in fields["files"]}
     need(len(sizes) == len(fields["files"]), "a file is listed twice")
-    fields["layers"] = tuple(_layer(layer, sizes) for layer in fields["layers"])
+    fields["layers"] = tuple(_layer(layer, sizes, _TENSORS[body["format"]]) for layer in fields["layers"])
     fields["metrics"] = {name: decode_state(value, {}) for name, value in fields["metrics"].items()}
     fields["best_by"] = None if fields["best_by"] is None else tuple(fields["best_by"])
     parent = fields["parent"]
@@ -327,20 +357,31 @@ def _file(value: Any) -> FileRecord:
     return FileRecord(found["name"], found["nbytes"], chunk, tuple(crcs))
 
 
-def _layer(value: Any, sizes: Mapping[str, int]) -> LayerRecord:
+def _layer(value: Any, sizes: Mapping[str, int], listed: Mapping[str, Callable[[Any], bool]]) -> LayerRecord:
     """One layer, whose tensors must lie inside their files."""
     found = dict(members(value, _LAYER, "a layer"))
-    found["tensors"] = tuple(_tensor(tensor, sizes) for tensor in found["tensors"])
+    found["tensors"] = tuple(_tensor(tensor, sizes, listed) for tensor in found["tensors"])
     return LayerRecord(**found)
 
 
-def _tensor(value: Any, sizes: Mapping[str, int]) -> TensorRecord:
-    """One tensor, whose bytes must be those of its type and shape, inside its file."""
-    found = dict(members(value, _TENSOR, "a tensor"))
-    found["shape"] = tuple(found["shape"])
+def _tensor(value: Any, sizes: Mapping[str, int], listed: Mapping[str, Callable[[Any], bool]]) -> TensorRecord:
+    """One tensor, whose bytes must be those of its type and shape, inside its file; a box inside its tensor."""
+    found = dict(members(value, listed, "a tensor"))
+    for name in ("shape", "whole", "offset"):
+        if found.get(name) is not None:
+            found[name] = tuple(found[name])
     tensor = TensorRecord(**found)
     need(tensor.nbytes == math.prod(tensor.shape) * item_size(tensor.dtype),
           f"tensor {tensor.key!r} has {tensor.nbytes} bytes for {tensor.dtype} {tensor.shape}")  # fmt: skip
     need(tensor.file in sizes, f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
     need(tensor.begin + tensor.nbytes <= sizes[tensor.file], f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
+    need(_fits(tensor), f"tensor {tensor.key!r} {tensor.shape} at {tensor.offset} is no box of {tensor.whole}")
     return tensor
+
+
+def _fits(tensor: TensorRecord) -> bool:
+    """Is it no box, or one that lies inside its tensor?"""
+    shape, whole, offset = tensor.shape, tensor.whole, tensor.offset
+    if whole is None or offset is None:
+        return whole is offset
+    return len(shape) == len(whole) == len(offset) and all(o + n <= w for o, n, w in zip(offset, shape, whole))
