@@ -74,6 +74,7 @@ USEFUL: Mapping[str, Sequence[str]] = {
         "torch.autograd.Variable._execution_engine",
         "torch.utils._pytree.tree_leaves",
     ),
+    "FSDP2 and tensor parallelism": ("torch.distributed.tensor._utils.compute_local_shape_and_global_offset",),
     "load() in a job of several ranks": ("torch.distributed.distributed_c10d._get_default_store",),
     "torch.compile around a function with a step in it": (
         "torch._C._dynamo.eval_frame.get_eval_frame_callback",

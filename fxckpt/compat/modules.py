@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 
 from fxckpt.compat.alive import alive
+from fxckpt.compat.spread import sharded_parameters
 from fxckpt.errors import SetupError
 
 Models = torch.nn.Module | Sequence[torch.nn.Module] | Mapping[str, torch.nn.Module]
@@ -126,10 +127,12 @@ def every_module(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str,
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """``(name, parameter)`` of every parameter, ties included, by the names of ``every_module``."""
+    """``(name, parameter)`` of every parameter, ties included, by the names of ``every_module``; of those that FSDP2 shards what
+    the optimizer has."""
+    sharded = sharded_parameters(model)
     for prefix, module in every_module(model):
         for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield f"{prefix}.{name}" if prefix else name, param
+            yield f"{prefix}.{name}" if prefix else name, sharded.get((id(module), name), param)
 
 
 def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

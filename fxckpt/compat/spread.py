@@ -4,13 +4,18 @@ Nobody who does not use it need import it. Each mark is private; without it what
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from fxckpt.compat.alive import alive
+from fxckpt.errors import SetupError
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 
@@ -55,9 +60,141 @@ def _modules(model: object) -> Iterator[torch.nn.Module]:
 
 def sharded_as(tensor: Any) -> str | None:
     """How a DTensor is laid out over ranks, in words; None of any other tensor."""
-    if type(tensor).__name__ != "DTensor" and not any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+    if not is_spread(tensor):
         return None
     mesh = tensor.device_mesh
     names = mesh.mesh_dim_names or [f"dimension {at}" for at in range(mesh.ndim)]
     each = [f"{how} over the {size} ranks of {name!r}" for how, size, name in zip(tensor.placements, mesh.shape, names)]
     return ", ".join(each)
+
+
+@dataclass(frozen=True)
+class Box:
+    """What one rank holds of a tensor: ``shape`` elements from ``offset`` on, of one of the shape ``whole``. ``holders`` are the
+    ranks that hold just this, itself included."""
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    holders: tuple[int, ...]
+
+    @property
+    def is_whole(self) -> bool:
+        """Is it all of the tensor?"""
+        return self.shape == self.whole
+
+
+def is_spread(value: object) -> bool:
+    """Is it a DTensor? Whoever has one has imported its class."""
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(value, kind)
+
+
+def local(value: Any) -> Any:
+    """What of a DTensor lies in this process, the very tensor; anything else itself. ``to_local()`` makes another tensor at each
+    call, which autograd follows."""
+    return value._local_tensor if is_spread(value) else value
+
+
+def box_of(tensor: Any) -> Box | None:
+    """Which part of a DTensor this rank has; None of any other tensor. Raises SetupError for one that is no box of it: a partial
+    sum, or rows that do not follow each other."""
+    if not is_spread(tensor):
+        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = tensor.device_mesh, tensor.placements
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise SetupError(f"a DTensor lies on the {mesh}, where this rank is not: each stores what it holds")
+    if not all(p.is_replicate() or p.is_shard() or _is_strided(p) for p in placements) or not _is_a_row(mesh, placements):
+        raise SetupError(f"a DTensor ({sharded_as(tensor)}) of which a rank holds no box: nobody could put it together")
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return Box(tuple(tensor.shape), tuple(offset), tuple(shape), _holders(mesh, tuple(placements)))
+
+
+@functools.lru_cache(64)
+def _holders(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
+    """The ranks that have the same part as this one: along dimensions of the mesh over which it is replicated, and along those of
+    the mesh that this one was cut out of, which train alike."""
+    same = tuple(slice(None) if p.is_replicate() else at for p, at in zip(placements, mesh.get_coordinate()))
+    root = mesh._get_root_mesh().mesh if hasattr(mesh, "_get_root_mesh") else mesh.mesh
+    where = {rank: at for at, rank in zip(np.ndindex(*root.shape), root.flatten().tolist())}
+    members = [where[rank] for rank in mesh.mesh.flatten().tolist()]
+    own = [dim for dim in range(root.dim()) if len({at[dim] for at in members}) > 1]
+    held = {tuple(where[rank][dim] for dim in own) for rank in mesh.mesh[same].flatten().tolist()}
+    return tuple(sorted(rank for rank, at in where.items() if tuple(at[dim] for dim in own) in held))
+
+
+def like(part: torch.Tensor, tensor: Any) -> Any:
+    """This rank's part of a tensor that is spread as ``tensor`` is."""
+    from torch.distributed.tensor import DTensor
+
+    shape, stride = tensor.shape, tensor.stride()
+    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+
+
+def spread_alike(tensor: Any, of: Any) -> bool:
+    """Are both spread over the same ranks in one way, or is neither?"""
+    if not (is_spread(tensor) and is_spread(of)):
+        return not is_spread(tensor) and not is_spread(of)
+    return bool(tensor.device_mesh == of.device_mesh and tensor.placements == of.placements and tensor.shape == of.shape)
+
+
+def local_gradient(grad: Any, param: Any) -> Any:
+    """The part of a gradient that belongs to this rank's part of its parameter. Where it is laid out otherwise (a sum that is not
+    made yet), all ranks of its mesh make it so, as the optimizer's own step would have them."""
+    if not is_spread(grad):
+        return grad
+    found = local(grad if grad.placements == param.placements else grad.redistribute(placements=param.placements))
+    return found.wait() if hasattr(found, "wait") else found  # a collective that may be under way
+
+
+def _is_strided(placement: Any) -> bool:
+    """A shard of shards that a later dimension of the mesh makes: FSDP2 over tensor parallelism."""
+    return type(placement).__name__ == "_StridedShard"
+
+
+def _is_a_row(mesh: Any, placements: Any) -> bool:
+    """Are a rank's rows next to each other? A strided shard counts on as many shards as those later dimensions make."""
+    for at, each in enumerate(placements):
+        if _is_strided(each):
+            later = (size for p, size in zip(placements[at + 1 :], mesh.shape[at + 1 :]) if p.is_shard() and p.dim == each.dim)
+            if math.prod(later) != each.split_factor:
+                return False
+    return True
+
+
+def sharded_parameters(model: torch.nn.Module) -> dict[tuple[int, str], torch.nn.Parameter]:
+    """By the ``id`` of a module and an attribute, the parameters that FSDP2 shards. In their place a module has whole ones from
+    the forward on until they are sharded again, which behind a forward alone may be late."""
+    found: dict[tuple[int, str], torch.nn.Parameter] = {}
+    for each in _params_of(model):
+        info = each._module_info
+        shared = zip((info.module, *info.shared_modules), (info.param_name, *info.shared_param_names))
+        found.update({(id(module), name): each.sharded_param for module, name in shared})
+    return found
+
+
+def sharded_of(models: Iterable[torch.nn.Module]) -> dict[int, torch.nn.Parameter]:
+    """By the ``id`` of a whole parameter, which forwards read and so the compiler sees, the one that FSDP2 shards."""
+    found = (each for model in models for each in _params_of(model))
+    return {id(whole): each.sharded_param for each in found if (whole := getattr(each, "_unsharded_param", None)) is not None}
+
+
+def _params_of(model: torch.nn.Module) -> Iterator[Any]:
+    """What FSDP2 keeps of each parameter."""
+    get = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
+    if get is None:
+        return
+    for module in model.modules():
+        if (state := get(module)) is not None:
+            for group in _groups_of(state):
+                yield from group.fsdp_params
+
+
+def _groups_of(state: Any) -> list[Any]:
+    """One until torch 2.12, then several."""
+    if (groups := getattr(state, "_fsdp_param_groups", None)) is not None:
+        return list(groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

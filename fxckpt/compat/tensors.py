@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fxckpt.compat.spread import is_spread
+
 set_grad_mode: Callable[[bool], None] = torch._C._set_grad_enabled
 """What ``torch.no_grad`` calls on its way in and out: those seven Python calls take 40 µs when their code is cold."""
 
@@ -37,6 +39,17 @@ def gradient_accumulator(param: torch.Tensor) -> torch.autograd.graph.Node:
     with torch.inference_mode(False), torch.enable_grad():
         behind: Any = param.view_as(param).grad_fn
         return behind.next_functions[0][0]
+
+
+def gradient_node(param: torch.Tensor) -> Any:
+    """Where ``on_gradient`` hooks a parameter. A DTensor itself: FSDP2 sets gradients past autograd's node, and calls the hooks
+    for when one is there."""
+    return param if is_spread(param) else gradient_accumulator(param)
+
+
+def on_gradient(node: Any, told: Callable[..., None]) -> Any:
+    """Have ``told`` called when a gradient reaches this ``gradient_node``, as long as that lives. Returns what takes it off."""
+    return node.register_post_accumulate_grad_hook(told) if is_spread(node) else node.register_prehook(told)
 
 
 def backward_under_way() -> int | None:

@@ -17,7 +17,7 @@ from fxckpt.compat import cuda
 from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
 from fxckpt.compat.wrappers import is_wrapper
-from fxckpt.compiled_optimizer.checks import check
+from fxckpt.compiled_optimizer.checks import check, check_parts
 from fxckpt.compiled_optimizer.ends import finish_at_exit
 from fxckpt.compiled_optimizer.start import give_up, say, start
 from fxckpt.compiled_optimizer.types import typed
@@ -120,6 +120,8 @@ def compile_step(
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
     try:
+        if not isinstance(store, NullStore):
+            check_parts(module, optimizers, store.part[1])
         run = Run(optimizers, directory, module, extras, config, engine, store, devices)
     except BaseException:
         give_up(engine, store)

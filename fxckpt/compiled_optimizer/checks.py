@@ -14,7 +14,7 @@ from fxckpt.compat.fabric import strategy_that_steps
 from fxckpt.compat.module_state import state_of
 from fxckpt.compat.modules import compiled_in_vain, named_parameters, one_model, tensors_of
 from fxckpt.compat.optimizers import forwards, steps_like_one
-from fxckpt.compat.spread import is_flattened, is_zero, steps_in_backward, steps_in_hooks
+from fxckpt.compat.spread import box_of, is_flattened, is_zero, sharded_as, steps_in_backward, steps_in_hooks
 from fxckpt.compat.wrappers import scaler_of, unwrapped
 from fxckpt.config import disabled
 from fxckpt.errors import SetupError, StateError
@@ -59,6 +59,22 @@ def check(
         if module is not None:
             _check_model(module, checked)
     return checked, module, extras
+
+
+def check_parts(module: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimizer], world: int) -> None:
+    """Raises SetupError for a parameter whose other parts would be in no checkpoint, where so many ranks (``world``) write each,
+    or that no model gives a name."""
+    named = {} if module is None else dict(named_parameters(module))
+    for name, param in [*named.items(), *(("a parameter", each) for each in trained_by(optimizers))]:
+        if (box := box_of(param)) is None:
+            continue
+        if module is None:
+            raise SetupError("these parameters are DTensors: pass model=, whose names say on all ranks which part is of which")
+        if world == 1 and not box.is_whole:
+            raise SetupError(
+                f"{name!r} is a DTensor ({sharded_as(param)}), of which each rank has a part: have all ranks name one directory, "
+                "which they then write together (writer='thread', after torch.distributed.init_process_group())"
+            )
 
 
 def _refuse_zero(optimizers: Sequence[object]) -> None:

@@ -100,10 +100,12 @@ def key_of(found: Candidate) -> Key:
 
 
 def _verify(found: Candidate, skipped: list[tuple[str, str]], agreement: Agreement) -> str:
-    """What is wrong with it here; empty if nothing is. Of one that all ranks wrote together each looks at what it wrote."""
-    together = len(found.record.ranks) == agreement.world
+    """What is wrong with it here; empty if nothing is. Of one that several ranks wrote together each looks at some parts."""
+    parts = range(agreement.rank, len(found.record.ranks), agreement.world)
     try:
-        Reader(found.path).verify(part=agreement.rank if together else None)
+        reader = Reader(found.path)
+        for part in parts if found.record.ranks else (None,):
+            reader.verify(part=part)
     except (Corrupt, NoCheckpoint) as error:
         skipped.append((str(found.path), str(error)))
         return str(error)

@@ -13,6 +13,7 @@ import torch
 
 from fxckpt.compat import module_state
 from fxckpt.compat.modules import every_module, extra_state_modules
+from fxckpt.compat.spread import box_of, is_spread, like, local, spread_alike
 from fxckpt.errors import LayoutMismatch
 from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import Match, empty_buffer
@@ -39,13 +40,15 @@ State = dict[str, Any]
 
 
 def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Verify the files of tensors while reading them into place: what lies on a device by way of the host, a file at a time."""
+    """Verify the files of tensors while reading them into place: what lies on a device by way of the host, a file at a time. Of
+    DTensors this rank's part is read."""
     writable = {key: storable(t) for key, t in tensors.items()}
+    boxes = {key: (box.offset, box.shape) for key, t in tensors.items() if (box := box_of(t)) is not None}
     for file in (MODEL, OPTIMIZER):
         mine = {key: t for key, t in writable.items() if key[0] == file}
         landing = {key: t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for key, t in mine.items()}
         with torch.no_grad():
-            reader.read_into(dict(zip(landing, source_items(list(landing.values())))), file)
+            reader.read_into(dict(zip(landing, source_items(list(landing.values())))), file, boxes=boxes or None)
             for key, tensor in mine.items():
                 if landing[key] is not tensor:
                     tensor.copy_(landing[key])
@@ -90,28 +93,41 @@ def make_state(
         is_count = key == "step" and not place.shape
         on_host = not (group.get("fused") or group.get("capturable")) if is_count else key in description.get("host", ())
         device = torch.device("cpu") if on_host else param.device
-        made[key] = state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device)
+        of = param if is_spread(param) and place.shape and tuple(place.shape) == tuple(param.shape) else None
+        made[key] = state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device, of)
         match.tensors[OPTIMIZER, place.key] = made[key]
     return made
 
 
 def state_tensor(
-    place: TensorRecord, strides: Sequence[int] | None, live: Any, is_complex: bool, device: torch.device
+    place: TensorRecord,
+    strides: Sequence[int] | None,
+    live: Any,
+    is_complex: bool,
+    device: torch.device,
+    of: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """An uninitialised tensor as the record describes it, or the live one if it is just so."""
-    shape, dtype = tuple(place.shape), TORCH_DTYPES[place.dtype]
+    """An uninitialised tensor as the record describes it, or the live one if it is just so. ``of``: the DTensor that it is spread
+    over ranks as."""
+    shape, dtype = tuple(place.shape) if of is None else tuple(local(of).shape), TORCH_DTYPES[place.dtype]
     if is_complex and not dtype.is_complex:
         shape, dtype = shape[:-1], COMPLEX_OF[place.dtype]
-    like = torch.empty(shape, dtype=dtype, device="meta")
-    layout = like.stride()
+    wanted = (shape, dtype, _strides_for(shape, strides), device)
+    found = local(live)
+    fits = isinstance(found, torch.Tensor) and (tuple(found.shape), found.dtype, found.stride(), found.device) == wanted
+    if fits and spread_alike(live, of):
+        return live
+    made = torch.empty_strided(shape, wanted[2], dtype=dtype, device=device)
+    return made if of is None else like(made, of)
+
+
+def _strides_for(shape: tuple[int, ...], strides: Sequence[int] | None) -> tuple[int, ...]:
+    """Those of the record where they are for such a shape, else row-major ones."""
     if strides is not None and len(strides) == len(shape):
         span = sum((size - 1) * stride for size, stride in zip(shape, strides))
         if span < max(math.prod(shape), 1):  # no more memory than the elements: states of torch's optimizers take no more
-            layout = tuple(strides)
-    wanted = (shape, dtype, layout, device)
-    if isinstance(live, torch.Tensor) and (tuple(live.shape), live.dtype, live.stride(), live.device) == wanted:
-        return live
-    return torch.empty_strided(shape, layout, dtype=dtype, device=device)
+            return tuple(strides)
+    return torch.empty(shape, device="meta").stride()
 
 
 def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match: Match, target: Target) -> None:
@@ -127,8 +143,9 @@ def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match:
         present, waiting = set(old["gradients"]), old.get("accumulated", {})
         for param in (p for live in opt.param_groups for p in live["params"]):
             stored = match.stored.get(target.inventory.name_of(param))
-            if (held := waiting.get(stored)) is not None and held.shape == param.shape:
-                param.grad = held.to(param.device) if held.is_sparse else torch.empty_like(param).copy_(held)
+            if (held := waiting.get(stored)) is not None and held.shape == local(param).shape:
+                part = held.to(param.device) if held.is_sparse else torch.empty_like(local(param)).copy_(held)
+                param.grad = like(part, param) if is_spread(param) else part
             else:  # to an optimizer a gradient of zeros is not the same as none
                 param.grad = torch.zeros_like(param) if stored in present else None
 

@@ -10,6 +10,7 @@ the step before it is what is there: the row of records is cut, and tried again 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -24,11 +25,12 @@ from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
 from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
-from fxckpt.loading.match import check_match, match_tensors
+from fxckpt.loading.match import check_match, match_tensors, relaid
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.ranks.agreement import Agreement
+from fxckpt.run import extra_state
 from fxckpt.run.run import Run
 from fxckpt.store import names
 from fxckpt.store.about import imported, origin
@@ -186,8 +188,15 @@ def _say_how_many(found: Candidate, world: int) -> None:
     """Say that there are more ranks now, or fewer."""
     if (wrote := found.record.world_size) != world:
         log.warning("fxckpt: %s was written by %d rank%s, and %d go%s on from it: random generators, loaders and buffers are "
-                    "those of the rank that had this number, else of rank 0, so this is no bit-exact continuation", found.path,
-                    wrote, "s" if wrote > 1 else "", world, "es" if world == 1 else "")  # fmt: skip
+                    "those of the rank of this number; where there was none, generators are seeded anew, the rest is rank 0's: "
+                    "this is no bit-exact continuation", found.path, wrote, "s" if wrote > 1 else "", world,
+                    "es" if world == 1 else "")  # fmt: skip
+
+
+def _seed(record: Record, rank: int) -> int:
+    """Where the generators begin of a rank that wrote none of its own."""
+    text = f"{record.store_id}/{record.step}/{rank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped) -> list[Found]:
@@ -327,6 +336,8 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
         reader.verify()
         made_again.verify(journal)
     before = decode(reader.record, reader.state_tensors(), path)
+    if rank >= reader.record.world_size:  # it wrote none: two ranks that draw the same numbers would train on one
+        before.early["random"] = extra_state.random_state_of(_seed(reader.record, rank))
     saved, record = before, reader.record
     if journal is not None:
         saved, record = made_again.decoded(journal, reader.record), journal[-1].record
@@ -335,6 +346,9 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
     tensors = dict(match.tensors)
     if journal is not None:
         tensors |= made_again.beside(reader, before, match, target)
+    if target.run is not None and reader.record.world_size == world_size() and (name := relaid(match, reader.record)):
+        log.warning("fxckpt: %s was written in another layout than the ranks have now (%s): sums of gradients are other ones, so "
+                    "this is no bit-exact continuation", found.path, name)  # fmt: skip
     with _mixture(target, untrained, journal is not None):
         apply.read_tensors(reader, tensors)
         if journal is not None:

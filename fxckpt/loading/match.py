@@ -11,6 +11,7 @@ import torch
 from fxckpt.compat.module_state import takes_shapes
 from fxckpt.compat.modules import every_module
 from fxckpt.compat.optimizers import SCHEDULER_NOTES, plain_class
+from fxckpt.compat.spread import box_of, is_spread
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
 from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable, storable_as
@@ -99,7 +100,7 @@ def _import_places(record: Record, target: Target) -> dict[str, str]:
 def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
     """Note the pair: among the ``unfit`` unless shape and type agree."""
     real = storable_as(tensor, stored.dtype)
-    if tuple(real.shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
+    if tuple((tensor if is_spread(tensor) else real).shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
         out.unfit[name] = stored, tensor
         return
     out.tensors[MODEL, key] = tensor
@@ -126,9 +127,21 @@ def _resize_buffers(out: Match, buffers: Mapping[str, torch.Tensor], modules: Ma
                 out.filled.append((modules[owner], attribute, value))
         elif value is None or owner not in out.asked:
             real = storable(live)
-            out.wrong.append(f"{name}: checkpoint {_shown(stored)}, live {DTYPES[real.dtype]}{list(real.shape)}")
+            shape = list((live if is_spread(live) else real).shape)
+            out.wrong.append(f"{name}: checkpoint {_shown(stored)}, live {DTYPES[real.dtype]}{shape}")
             continue
         out.tensors[MODEL, stored.key] = value
+
+
+def relaid(match: Match, record: Record) -> str | None:
+    """A tensor of which this rank had another part when the checkpoint was written; None: each lies where it lay."""
+    for stored in record.tensors(MODEL):
+        box = box_of(match.tensors.get((MODEL, stored.key)))
+        is_part = box is not None and not box.is_whole and 0 not in box.shape
+        wrote = {(each.offset, each.shape) for each in stored.pieces}
+        if (is_part or wrote) and not (box is not None and (0 in box.shape or (box.offset, box.shape) in wrote)):
+            return stored.key
+    return None
 
 
 def _shown(stored: TensorRecord) -> str:
@@ -231,7 +244,7 @@ def _import_problems(index: int, old: Mapping[str, Any], record: Record, target:
                 f"  optimizer {index}, group {g}: the import has {', '.join(foreign)}, which {name} has not: of another class"
             )
         for name, param in zip(group["params"], live["params"]):
-            shape = tuple(storable(param).shape)
+            shape = tuple((param if is_spread(param) else storable(param)).shape)
             for key in _OF_THE_SAME_SHAPE.intersection(old["state"].get(name, {}).get("keys", ())):
                 place = places.get(state_key(index, key, name))
                 if place is not None and tuple(place.shape) != shape:

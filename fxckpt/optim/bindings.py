@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxckpt.compat.optimizers import is_stock, settings_of
+from fxckpt.compat.spread import is_spread, local
 from fxckpt.graph.update.hoist import Program
 from fxckpt.graph.update.trace import is_count, numeric_items, tensor_items
 from fxckpt.optim.held import HeldWeakly
@@ -29,16 +30,23 @@ def is_dense(value: object) -> bool:
 
 
 class BoundParam:
-    """A parameter, the tensors of its state as they were when they were bound, and the program that updates them."""
+    """A parameter, the tensors of its state as they were when they were bound, and the program that updates them.
+
+    ``param`` is what the optimizer has, ``local`` what lies in memory here: of a DTensor, this rank's part. The same of ``own``,
+    the optimizer's own dict, where it has one, and of ``state``.
+    """
 
     def __init__(self, name: str, param: torch.Tensor, group: int, index: int, state: dict[str, Any] | None):
         self.name: str = name
         self.param: torch.Tensor = param
+        self.local: torch.Tensor = local(param)
         self.group: int = group
-        self.state: dict[str, Any] = {} if state is None else state  # the optimizer's own dict, where it has one
+        self.own: dict[str, Any] = {} if state is None else state
+        spread = any(map(is_spread, self.own.values()))
+        self.state: dict[str, Any] = {key: local(value) for key, value in self.own.items()} if spread else self.own
         self.index = index  # among all of its optimizer
-        self.address: int = param.data_ptr()
-        self.entries: int = len(self.state)
+        self.address: int = self.local.data_ptr()
+        self.entries: int = len(self.own)
         tensors = ((k, v) for k, v in sorted(self.state.items()) if is_dense(v))
         self.items: list[tuple[str, torch.Tensor, int]] = [(key, value, value.data_ptr()) for key, value in tensors]
         self.program: Program | None = None
@@ -48,14 +56,14 @@ class BoundParam:
 
     def stale(self) -> bool:
         """Was a tensor of it replaced or moved since it was bound? ``Bindings`` asks whether ``state`` is the optimizer's."""
-        if self.param.data_ptr() != self.address or len(self.state) != self.entries:
+        if local(self.param) is not self.local or self.local.data_ptr() != self.address or len(self.own) != self.entries:
             return True
-        get = self.state.get
-        return any(value is not get(key) or value.data_ptr() != address for key, value, address in self.items)
+        get = self.own.get
+        return any(value is not local(get(key)) or value.data_ptr() != address for key, value, address in self.items)
 
     def bound(self, kind: str, key: str) -> torch.Tensor:
         """The tensor behind one input of a program; the parameter in place of its gradient, another one at every step."""
-        return self.state[key] if kind == "state" else self.param
+        return self.state[key] if kind == "state" else self.local
 
     @property
     def plain(self) -> bool:
@@ -69,12 +77,16 @@ class BoundParam:
             "strides": {k: tuple(t.stride()) for k, t, _ in self.items if not t.is_contiguous()},
             "complex": [k for k, t, _ in self.items if t.is_complex()],
             "plain": {k: v for k, v in self.state.items() if not is_dense(v)},
-            "host": [k for k, t, _ in self.items if t.device.type == "cpu" and self.param.device.type != "cpu"],
+            "host": [k for k, t, _ in self.items if t.device.type == "cpu" and self.local.device.type != "cpu"],
         }
 
     def tensors(self) -> list[tuple[str, torch.Tensor]]:
         """What the layer owns of this parameter: ``("", parameter)`` and its state by key, less the counts."""
-        return [("", self.param)] + [(k, v) for k, v, _ in self.items if not is_count(k, v, self.param)]
+        return [("", self.local)] + [(k, v) for k, v, _ in self.items if not is_count(k, v, self.param)]
+
+    def whole(self, key: str) -> torch.Tensor:
+        """What the optimizer has, of one of these tensors or counts."""
+        return self.own[key] if key else self.param
 
     def counts(self) -> list[tuple[str, torch.Tensor]]:
         """The 0-dimensional states, which advance before all updates."""
@@ -135,7 +147,7 @@ class Bindings:
         if others := [m.name for m, param in zip(members, given) if m.param is not param]:
             return others
         # Whoever looks at opt.state[p] of a parameter without state makes an empty one: nothing was replaced.
-        return [m.name for m in members if m.stale() or (state.get(m.param) or None) is not (m.state or None)]
+        return [m.name for m in members if m.stale() or (state.get(m.param) or None) is not (m.own or None)]
 
     def _restructured(self) -> bool:
         """Did the groups change in what decides which code runs? Most steps find the very objects of the step before."""
@@ -176,13 +188,15 @@ class HeldTensors:
     def __init__(self, members: Sequence[BoundParam]):
         self._mixed = [m for m in members if m.plain]  # with state that is no tensor, or a sparse one
         simple = [m for m in members if not m.plain]
-        self._states = [m.state for m in simple]
+        self._states = [m.own for m in simple]
         values = [value for state in self._states for value in state.values()]
         self._values = [*values, _END]
-        self._all = [m.param for m in simple] + values
+        self._spread = [t for t in (*(m.param for m in simple), *values) if is_spread(t)]
+        self._parts = [local(t) for t in self._spread]
+        self._all = [m.local for m in simple] + [local(value) for value in values]
         # Those of them whose place matters between copies, too: counts, and all that compiled code changes.
         self._fixed = [
-            t for m in simple for t in (m.param, *([v for _, v, _ in m.items] if m.flat else [v for _, v in m.counts()]))
+            t for m in simple for t in (m.local, *([v for _, v, _ in m.items] if m.flat else [v for _, v in m.counts()]))
         ]
         self._all_addresses = [t.data_ptr() for t in self._all]
         self._fixed_addresses = [t.data_ptr() for t in self._fixed]
@@ -194,5 +208,6 @@ class HeldTensors:
         return (
             not all(map(operator.is_, values, self._values))
             or list(map(torch.Tensor.data_ptr, tensors)) != addresses
+            or not all(map(operator.is_, map(local, self._spread), self._parts))
             or (bool(self._mixed) and any(m.stale() for m in self._mixed))
         )

@@ -109,7 +109,7 @@ def _native_calls(scalar_group: ScalarGroup, members: Sequence[BoundParam]) -> l
     """PyTorch's own kernels: over small members in groups for two threads, over large ones in groups that fit the cache, or fused
     over all of them."""
     program = scalar_group.program
-    on_cpu = all(m.param.device.type == "cpu" for m in members)
+    on_cpu = all(m.local.device.type == "cpu" for m in members)
     listed = over_lists(program) if on_cpu or program.style == "columns" else None
     if listed is None:
         return [_EachCall(scalar_group, program, members)]
@@ -183,13 +183,13 @@ class _CompiledCall:
     """All members in one call of Inductor's code."""
 
     def __init__(self, scalar_group: ScalarGroup, members: Sequence[BoundParam]):
-        self.function, self.params = inductor.compile_body(scalar_group.program), [m.param for m in members]
+        self.function, self.params = inductor.compile_body(scalar_group.program), [m.local for m in members]
         self.indices = [m.index for m in members]
         inputs, self.grad_at = scalar_group.program.inputs, scalar_group.program.grad_at
         self.keep = members, scalar_group  # the addresses below are of their memory
         rows = [[m.bound(kind, key).data_ptr() for kind, key in inputs] for m in members]
         self.rows = np.array(rows, np.int64)
-        self.lengths = np.array([m.param.numel() for m in members], np.int64)
+        self.lengths = np.array([m.local.numel() for m in members], np.int64)
         self.args = len(members), self.rows.ctypes.data, self.lengths.ctypes.data, scalar_group.addresses.ctypes.data
         self.contiguous = all(p.is_contiguous() for p in self.params)
         self.changed = [m.bound(kind, key) for m in members for kind, key in inputs if kind != "grad"]

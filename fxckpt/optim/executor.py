@@ -33,6 +33,7 @@ class Arranged:
     owned: list[list[BoundParam]]  # by layer
     counts: list[torch.Tensor]
     handed_over: list[tuple[int, list[torch.Tensor]]]  # in each emit, by the engine's number
+    spread: bool  # some are DTensors, whose updates are of this rank's parts
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,8 @@ class Executor:
         chosen = step_graph.step_passes(layers, numbers, counts_number, update, self._scalars, logged)
         module = step_graph.build(chosen)
         graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places, self.standing)
-        self.arranged: Arranged = Arranged(
-            graph, members, [m.param for m in members], numbers, counts_number, owned, counts, handed_over
-        )
+        params, spread = [m.param for m in members], any(m.local is not m.param for m in members)
+        self.arranged: Arranged = Arranged(graph, members, params, numbers, counts_number, owned, counts, handed_over, spread)
         self.prepared: Prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
 
@@ -138,6 +138,8 @@ class Executor:
                 self.arranged.graph.module.forward(number, *(tensors for _, tensors in self.arranged.handed_over))
         finally:
             self._gradients = ()  # whoever drops them has their memory back
+            if self.arranged.spread:  # autograd looks at the counter of a DTensor, and the part that was updated has its own
+                torch.autograd.graph.increment_version(self.arranged.params)
 
     def begin(self, number: int | None, gradients: list[torch.Tensor | None]) -> None:
         """Begin a step whose layers are updated one by one: all counts advance, and ``gradients`` is read when a layer's turn

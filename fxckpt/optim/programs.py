@@ -60,16 +60,16 @@ class ProgramCache:
         group = self.opt.param_groups[member.group]
         flag = "fused" if group.get("fused") else "foreach" if group.get("foreach") else None
         explicit = flag is not None or group.get("foreach") is False or group.get("fused") is False
-        on_host = member.param.device.type == "cpu"
+        on_host = member.local.device.type == "cpu"
         if self.mode == "inductor" and not on_host:
             raise SetupError(
-                f'update="inductor" compiles updates on the CPU; {member.name} is on {member.param.device}: use '
+                f'update="inductor" compiles updates on the CPU; {member.name} is on {member.local.device}: use '
                 'update="native", or leave it out'
             )
         native = self.mode == "native" or (self.mode is None and (explicit or not on_host))
         member.compile = not native
         if native:
-            member.implementation = flag or ("single" if explicit else default_implementation(member.param))
+            member.implementation = flag or ("single" if explicit else default_implementation(member.local))
         self.follow(member)
 
     def follow(self, member: BoundParam) -> Program:
@@ -85,7 +85,7 @@ class ProgramCache:
     def _program(self, member: BoundParam) -> Program:
         """The traced and hoisted update of this parameter's signature, for the branches it takes now; each made once."""
         opt, group, state = self.opt, self.opt.param_groups[member.group], member.state
-        signature = signature_of(opt, group, member.param, state, member.implementation)
+        signature = signature_of(opt, group, member.local, state, member.implementation)
         known = self.traced.setdefault(signature, _shared_programs.setdefault(signature, []))
         if isinstance(known, NotTraceable):
             raise known.anew()
@@ -94,7 +94,7 @@ class ProgramCache:
                 return found
         described = type(opt).__name__, signature.implementation, signature.dtype
         try:
-            found = specialize(opt, group, member.param, state, signature)
+            found = specialize(opt, group, member.local, state, signature)
         except NotTraceable as reason:
             log.debug("%s (%s, %s) is not traced: %s", *described, reason)
             self.traced[signature] = reason.anew()
@@ -114,7 +114,7 @@ class ProgramCache:
             self._warn(str(reason))
             return
         tensors = [member.bound(kind, key) for kind, key in program.inputs if kind != "grad"]
-        member.flat = all(inductor.same_layout(t, member.param) for t in tensors) and inductor.is_dense(member.param)
+        member.flat = all(inductor.same_layout(t, member.local) for t in tensors) and inductor.is_dense(member.local)
         if not member.flat:
             log.debug("%s keeps PyTorch's kernels: its tensors are not dense in one order", member.name)
 

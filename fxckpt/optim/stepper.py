@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from fxckpt.compat.optimizers import is_stock, plain_class
+from fxckpt.compat.spread import is_spread, spread_alike
 from fxckpt.errors import SetupError
+from fxckpt.graph.update.trace import ELEMENTWISE
 from fxckpt.optim.bindings import Bindings, BoundParam
 from fxckpt.optim.contract.wrappers import refuse_inner
 from fxckpt.optim.executor import Executor
@@ -54,9 +56,10 @@ class Stepper:
         for index, group in enumerate(self.opt.param_groups):
             for param in group["params"]:
                 members.append(BoundParam(name_of(param), param, index, len(members), self.opt.state.get(param)))
+        _check_spread_states(members)
         # Two parameters of one memory are updated twice a step, in PyTorch's order, and nothing may copy it in between.
         shared = next((sharing[id(m.param)] for m in members if id(m.param) in sharing), None)
-        whole = self.programs.choose(members) if shared is None else shared
+        whole = shared or _why_spread_runs_whole(self.opt, members) or self.programs.choose(members)
         self.strategy = self.split if whole is None else WholeStep(self.opt, whole)
         self.bindings.take(members)
         flat = {id(m.program): m.flat for m in members if m.program is not None}
@@ -73,6 +76,25 @@ class Stepper:
         """One line: what runs a step; empty while no state exists yet to tell."""
         said = self.strategy.describe()
         return said and f"{plain_class(self.opt).__name__}: {said}"
+
+
+def _check_spread_states(members: Iterable[BoundParam]) -> None:
+    """Raise SetupError for state of a DTensor that is neither a number nor laid out as it is: who would a load give it to?"""
+    for m in (m for m in members if is_spread(m.param)):
+        for key, value in m.own.items():
+            if isinstance(value, torch.Tensor) and value.dim() and not spread_alike(value, m.param):
+                raise SetupError(
+                    f"{m.name!r} is a DTensor, and its state {key!r} {list(value.shape)} is not laid out over ranks so: "
+                    "no checkpoint could give it back. Use an optimizer whose state is shaped like its parameters, as most of "
+                    "torch.optim's are (not LBFGS's)"
+                )
+
+
+def _why_spread_runs_whole(opt: torch.optim.Optimizer, members: Iterable[BoundParam]) -> str | None:
+    """Why steps of DTensors are not updates of this rank's parts; None if they are, or there is no DTensor."""
+    if not any(is_spread(m.param) for m in members) or (is_stock(opt) and plain_class(opt).__name__ in ELEMENTWISE):
+        return None
+    return f"{plain_class(opt).__name__} is not known to treat every element alike, and a rank has parts of its DTensors"
 
 
 def refuse_repeated(opt: torch.optim.Optimizer, name_of: Callable[[torch.Tensor], str]) -> None:

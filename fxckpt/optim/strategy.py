@@ -19,6 +19,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.optimizers import stock_step
+from fxckpt.compat.spread import local_gradient
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.calls import ScalarGroup
 from fxckpt.optim.executor import Executor
@@ -116,7 +117,7 @@ class SplitStep:
     def own_part(self, closure: Closure | None) -> OwnPart | None:
         """The optimizer's own step, on the parameters whose state it must make or whose gradient is sparse."""
         arranged, self._done = self.executor.arranged, set()
-        gradients = self._gradients = list(map(_gradient_of, arranged.params))
+        gradients = self._gradients = self._read_gradients()
         layouts = set(map(getattr, gradients, itertools.repeat("layout"), itertools.repeat(None)))
         self._complete = None not in layouts
         if layouts <= _DENSE and not self.programs.missing:
@@ -127,6 +128,12 @@ class SplitStep:
             return None
         self._gradients, self._complete = [], False
         return functools.partial(self._step_of, chosen, closure)
+
+    def _read_gradients(self) -> list[torch.Tensor | None]:
+        """Those of all parameters; of DTensors this rank's part."""
+        arranged = self.executor.arranged
+        found = list(map(_gradient_of, arranged.params))
+        return list(map(local_gradient, found, arranged.params)) if arranged.spread else found
 
     def _step_of(self, members: Sequence[BoundParam], closure: Closure | None) -> object:
         """The optimizer's own step on these parameters alone; they are left out of this step's graph part."""
@@ -149,7 +156,7 @@ class SplitStep:
         """Update everything that has a gradient and was not updated by the own part; most steps find the calls of the step
         before."""
         executor, done = self.executor, self._done
-        gradients, self._gradients = self._gradients or list(map(_gradient_of, executor.arranged.params)), []
+        gradients, self._gradients = self._gradients or self._read_gradients(), []
         mask = [True] * len(gradients) if self._complete else [g is not None for g in gradients]
         if done:
             mask = [present and id(p) not in done for present, p in zip(mask, executor.arranged.params)]

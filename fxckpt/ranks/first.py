@@ -18,11 +18,11 @@ from fxckpt.ranks.replicas import Suspects, differences, looks
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key, Word
 from fxckpt.store import names
 from fxckpt.store.about import ALIKE, DIVERGED
-from fxckpt.store.checks import MAX_BYTES
+from fxckpt.store.checks import MAX_BYTES, Malformed
 from fxckpt.store.dtypes import Tensor
 from fxckpt.store.files import space, write_bytes
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.parts import read_part
+from fxckpt.store.parts import layers_of, read_part
 from fxckpt.store.record import Part, Record
 from fxckpt.store.slot import Slot
 from fxckpt.store.slots import Store
@@ -85,10 +85,12 @@ class FirstStore(Store):
             found = [self._take(slot, rank, word) for rank, word in sorted(self._heard.pop(slot).items())]
             parts = [each for _, each in found]
             _check_alike(record, parts)
+            _check_whole([record, *parts])
             record = self._compared(record, parts)
             first = dataclasses.replace(record, rank=0, world_size=self._others.world, parts=tuple(part for part, _ in found))
-            index = write_bytes(slot.held(), names.INDEX, index_of([record, *parts]))
-        path = super().commit(slot, dataclasses.replace(first, files=(*record.files, index)), state_tensors, parts)
+            index = index_of([record, *parts])
+            files = record.files if index is None else (*record.files, write_bytes(slot.held(), names.INDEX, index))
+        path = super().commit(slot, dataclasses.replace(first, files=files), state_tensors, parts)
         self._tell(slot, Committed(slot.generation, os.path.relpath(path, self.root)))
         return path
 
@@ -167,10 +169,12 @@ def _blocks(root: str, but: Collection[str]) -> Iterator[int]:
                         yield os.lstat(os.path.join(path, name)).st_blocks * 512
 
 
-def index_of(records: Sequence[Record]) -> bytes:
+def index_of(records: Sequence[Record]) -> bytes | None:
     """Which file has which of the model's tensors, as Hugging Face's readers of several files want it: of what each rank has for
-    itself, rank 0's."""
+    itself, rank 0's. None where a tensor lies in several files, which that cannot say."""
     tensors = [each for record in records for each in record.tensors(names.MODEL) if names.written_as(each.file) == names.MODEL]
+    if any(each.whole is not None for each in tensors):
+        return None
     places = {each.key: each.file for each in sorted(tensors, key=lambda each: each.key)}
     return (json.dumps({"metadata": {"total_size": sum(each.nbytes for each in tensors)}, "weight_map": places}) + "\n").encode()
 
@@ -185,6 +189,17 @@ def _check_alike(first: Record, others: Sequence[Record]) -> None:
                 f"the checkpoint of step {first.step} is given up: rank {other.rank} has other {where}. Ranks that write one "
                 "store together must train one model in one way; give each rank a directory of its own if they do not"
             )
+
+
+def _check_whole(records: Sequence[Record]) -> None:
+    """Raise RanksDisagree unless their boxes put each tensor together, once: a mesh may leave out ranks that have it, too."""
+    try:
+        layers_of(records)
+    except Malformed as error:
+        raise RanksDisagree(
+            f"the checkpoint of step {records[0].step} is given up: {error}. All ranks must be on the mesh that a DTensor lies "
+            "on, or on the one that it was cut out of (init_device_mesh over all of them)"
+        ) from error
 
 
 def _training(record: Record) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxckpt.compat.dynamo import untraced
+from fxckpt.compat.spread import box_of, is_spread, local
 from fxckpt.config import Config
 from fxckpt.graph.model.arrivals import FirstBackward
 from fxckpt.graph.model.book import traces
@@ -173,17 +174,21 @@ class Arrangement:
         return layout
 
     def _next_checked(self) -> int | None:
-        """The rank whose part the next checkpoint is to checksum as well: each in turn."""
+        """The rank whose part the next checkpoint is to checksum as well: in turn each that has what this one has."""
         rank, world = self.emitter.saver.store.part
         if world == 1 or self._config.on_divergence == "off":
             return None
-        return (rank + 1 + self.emitter.saver.tally.started % (world - 1)) % world
+        alike = set(range(world))
+        for box in (box_of(param) for param in self.inventory.trained.values() if is_spread(param)):
+            alike &= set(() if box is None else box.holders)
+        others = sorted(alike - {rank}, key=lambda other: (other - rank) % world)
+        return others[self.emitter.saver.tally.started % len(others)] if others else None
 
     def current_layout(self) -> plan.Layout:
         """The plan for the tensors as they are bound now; made anew when one was replaced."""
         emitter = self.emitter
         self.inventory = take(self.model, self.optimizers, traces)
-        fixed = tuple((n, t.data_ptr()) for n, t in self.inventory.frozen.items())
+        fixed = tuple((n, local(t).data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
         key = (tuple(s.bindings.number for s in self.steppers), fixed, moving, frozenset(emitter.changed_outside))
         if key != self._layout_key or self.layout is None:

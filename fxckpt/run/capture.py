@@ -21,6 +21,7 @@ from fxckpt.compat.module_state import mixed_modes, state_of
 from fxckpt.compat.modules import tensors_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
+from fxckpt.compat.spread import local
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
 from fxckpt.optim.contract.contract import Contract
@@ -206,7 +207,7 @@ class Capture:
         trains, or in autograd's own: elsewhere a backward may be setting one at this moment."""
         present = []
         for stepper in self._arrangement.steppers:
-            waits, grads = stepper.accumulated, [(m.name, m.param.grad) for m in stepper.bindings.members]
+            waits, grads = stepper.accumulated, [(m.name, local(m.param.grad)) for m in stepper.bindings.members]
             # A sparse one that was used is as good as none.
             present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not g.is_sparse)})
         self._present = present

@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 import torch
 
 from fxckpt.compat import cuda
+from fxckpt.compat.spread import local
 from fxckpt.engine import SLICE, Engine, Sources
 from fxckpt.errors import Cancelled, FxckptError
 from fxckpt.graph import ops
@@ -115,7 +116,7 @@ class Emitter:
                 self.chain.digest(pending, layer)
             return
         if pending.link is not None and found.kind == "counts":  # a record has those of whole layers only
-            tensors = [e.tensor for e in found.entries]
+            tensors = [local(e.tensor) for e in found.entries]
         guard = pending.guard
         outside = self.changed_outside if found.kind == "update" and not copied else ()
         if outside and (keys := {e.key for e in found.entries} & outside):
@@ -153,7 +154,7 @@ class Emitter:
 
     def open_devices(self, tensors: Iterable[torch.Tensor]) -> None:
         """Make the engine ready for every device that the run's tensors lie on now."""
-        self.ordinals |= self.devices.all_of(tensors)
+        self.ordinals |= self.devices.all_of(map(local, tensors))
         for ordinal in sorted(self.ordinals):
             self.engine.open_device(ordinal, self.devices.driver)
 

@@ -140,6 +140,16 @@ def random_state() -> dict[str, Any]:
     return found
 
 
+def random_state_of(seed: int) -> dict[str, Any]:
+    """What ``random_state`` gives of generators that were seeded with this, of 64 bits."""
+    return {
+        "torch": torch.Generator().manual_seed(seed).get_state(),
+        "numpy": np.random.RandomState(seed % 2**32).get_state(),
+        "python": packed(random.Random(seed).getstate()),
+        "seed": seed,
+    }
+
+
 def is_random_state(value: Mapping[str, Any]) -> bool:
     """Whether new generators take these states."""
     try:
@@ -156,6 +166,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     if not state:
         return
     torch.set_rng_state(state["torch"])
+    if "seed" in state:
+        torch.cuda.manual_seed_all(state["seed"])
     for device, saved in zip(range(torch.cuda.device_count()), state.get("cuda", ())):
         torch.cuda.set_rng_state(saved, device)
     np.random.set_state(state["numpy"])

@@ -13,7 +13,7 @@ import torch
 
 from fxckpt.compat.dynamo import untraced
 from fxckpt.compat.optimizers import count_skipped_attempts
-from fxckpt.compat.tensors import gradient_accumulator
+from fxckpt.compat.tensors import gradient_node, on_gradient
 from fxckpt.optim.stepper import Stepper
 
 
@@ -30,7 +30,7 @@ class GradientListener(Protocol):
 class GradientHooks:
     """Hooks on autograd's accumulation nodes, one for each parameter; Dynamo does not see them.
 
-    See ``compat.tensors.gradient_accumulator``.
+    See ``compat.tensors.gradient_node``.
     """
 
     def __init__(self) -> None:
@@ -49,9 +49,9 @@ class GradientHooks:
             for param in (m.param for m in stepper.bindings.members):
                 if not param.requires_grad:
                     continue
-                node = gradient_accumulator(param)  # another one after param.data changed its type
+                node = gradient_node(param)  # another one after param.data changed its type
                 if self._hooked.get(id(param)) is not node:
-                    node.register_prehook(arrived)
+                    on_gradient(node, arrived)
                     self._hooked[id(param)] = node
 
     def _hook_of(self, index: int) -> Callable[..., None]:

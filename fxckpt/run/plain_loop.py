@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from fxckpt.compat.draws import Position, drawn, positions
+from fxckpt.compat.spread import is_spread, local
 from fxckpt.compat.tensors import version_of
 from fxckpt.saving.guard import WAY_OUT, ChangedInTurns
 
@@ -45,6 +46,8 @@ class Unlike(ChangedInTurns):
 
 def mark(value: Any, depth: int = 8) -> object:
     """Something that differs once ``value`` was changed. A large array is looked at only in part."""
+    if is_spread(value):
+        return mark(local(value)), version_of(value)
     if isinstance(value, torch.Tensor):
         return value.data_ptr() if value.layout is torch.strided else id(value), version_of(value), tuple(value.shape)
     if isinstance(value, np.ndarray):
@@ -67,7 +70,9 @@ def mark_buffer(buffer: torch.Tensor) -> object:
     ``UNREAD`` in their place where they are too many, or lie on a device."""
     if buffer.device.type != "cpu" or buffer.layout is not torch.strided or buffer.nbytes > _LARGEST_BUFFER:
         return mark(buffer), UNREAD
-    copy = buffer.detach().clone(memory_format=torch.contiguous_format)  # memory that numpy has seen cannot be resized any more
+    copy = (
+        local(buffer).detach().clone(memory_format=torch.contiguous_format)
+    )  # memory that numpy has seen cannot be resized any more
     return mark(buffer), zlib.crc32(copy.reshape(-1).view(torch.uint8).numpy().data)
 
 

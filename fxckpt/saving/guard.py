@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from fxckpt.compat.spread import is_spread, local
 from fxckpt.compat.tensors import version_of
 from fxckpt.engine import crc32c
 from fxckpt.errors import Cancelled, FxckptError
@@ -54,6 +55,7 @@ def glimpse(tensor: torch.Tensor, whole: bool = False, shift: int = 0) -> int | 
     Nothing here is large enough for torch to use OpenMP: with a team of its own, the thread that commits would slow down all
     others of the process, since libgomp's threads spin less where there are more of them than cores.
     """
+    tensor = local(tensor)
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized:
         return None
     if not tensor.is_contiguous():  # channels_last, say: in the order of memory it is
@@ -118,6 +120,9 @@ class Guard:
     def _look(self, layer: int, tensors: Sequence[torch.Tensor]) -> Look:
         """How they look now."""
         versions = [version_of(tensor) for tensor in tensors]
+        for at, each in enumerate(self._layout.layers[layer].entries):
+            if is_spread(each.tensor):  # what is done to a DTensor moves its own counter, not that of the part which lies here
+                versions[at] += version_of(each.tensor)
         first = self._number < _FIRST
         if not first and (layer + self._number) % len(self._layout.layers):
             return versions, []
@@ -158,7 +163,7 @@ class Guard:
                 entries = self._layout.layers[layer].entries
                 changed += [entries[i] for i in _changed(before, self._look(layer, self._seen[layer]))]
         if changed:
-            raise self.changed([entry.key for entry in changed], sum(entry.tensor.nbytes for entry in changed))
+            raise self.changed([entry.key for entry in changed], sum(local(entry.tensor).nbytes for entry in changed))
 
     def changed(self, keys: Sequence[str], nbytes: int) -> Changed:
         """The error for these tensors; the layout remembers them: they are copied in memory from now on, when a step closes, or

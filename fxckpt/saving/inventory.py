@@ -14,7 +14,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import named_buffers, named_parameters
-from fxckpt.compat.spread import sharded_as
+from fxckpt.compat.spread import box_of, is_spread, local
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import TraceBook
@@ -53,7 +53,8 @@ class Inventory:
 
 
 def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
-    """The tensor as a file can hold it: complex numbers of a type that safetensors lacks as pairs of reals, all detached.
+    """The tensor as a file can hold it: complex numbers of a type that safetensors lacks as pairs of reals, all detached; of a
+    DTensor this rank's part.
     ``name`` is for messages. Raises SetupError for what cannot be written from memory as it is (sparse, quantized, meta
     tensors)."""
     what = f"cannot checkpoint {name!r}, " if name else "cannot checkpoint "
@@ -65,12 +66,12 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
             f"{what}a parameter without a shape yet: run one forward, with any batch of the right shape, so that "
             "the lazy modules make their parameters, and call compile_step then"
         )
-    if (layout := sharded_as(tensor)) is not None:
-        raise SetupError(
-            f"{what}a DTensor ({layout}): FSDP2, tensor and expert parallelism are not supported yet. Train with "
-            "DistributedDataParallel, or save with torch.distributed.checkpoint (async_save) in "
-            "place of fxckpt; `fxckpt import` reads what that wrote"
-        )
+    if is_spread(tensor):
+        try:
+            box_of(tensor)
+        except SetupError as error:
+            raise SetupError(f"{what}{error}") from error
+        tensor = local(tensor)
     if is_wrapper(tensor):
         holds = "it holds other tensors in place of memory of its own, which this version does not take apart"
         raise SetupError(f"{what}a {type(tensor).__name__}: {holds}")

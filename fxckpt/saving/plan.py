@@ -7,16 +7,17 @@ the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
+from fxckpt.compat.spread import Box, box_of, local
 from fxckpt.engine import Engine, Plan, Sources
 from fxckpt.engine.plan import Item
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
-from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
+from fxckpt.store.layout import FileLayout, Placed, TensorSpec, lay_out, sharding_metadata
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import LayerRecord, TensorRecord
 
@@ -34,7 +35,7 @@ MOVING = ("buffers", "gradients")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to store: the number of its file, its key there, and the tensor."""
+    """One tensor to store: the number of its file, its key there, and the tensor, of which a DTensor is stored in part."""
 
     file: int
     key: str
@@ -88,7 +89,7 @@ class Layout:
 
     def largest(self) -> int:
         """Bytes of the largest tensor."""
-        return max((e.tensor.nbytes for layer in self.layers for e in layer.entries), default=0)
+        return max((local(e.tensor).nbytes for layer in self.layers for e in layer.entries), default=0)
 
     def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
         """``{file: {chunk: crc}}`` of the chunks that hold nothing but frozen parameters."""
@@ -113,10 +114,23 @@ class Layout:
             entries = [*layer.mine(layer.entries), *(c for name in owners for c in counts.get(name, ()))]
             entries = [e for e in entries if e.file < len(self.files)]
             places = [(self.files[e.file].name, e.key, placed[e.file, e.key]) for e in entries]
-            tensors = tuple(TensorRecord(f, key, p.begin, p.nbytes, p.spec.shape, p.spec.dtype) for f, key, p in places)
+            tensors = tuple(_recorded(f, key, p, box_of(e.tensor)) for (f, key, p), e in zip(places, entries))
             nbytes = sum(t.nbytes for t in tensors)
             out.append(LayerRecord(len(out), layer.name, layer.kind, step, now, layer.parameters, nbytes, tensors))
         return tuple(out)
+
+
+def _metadata(specs: Sequence[TensorSpec], boxes: Mapping[str, Box | None]) -> dict[str, str]:
+    """What a file's header says beside its tensors: where in their wholes they begin, if some are boxes."""
+    offsets: dict[str, Sequence[int]] = {spec.key: (0,) * len(spec.shape) for spec in specs}
+    parts = {key: box.offset for key, box in boxes.items() if box is not None and not box.is_whole}
+    return {"format": "pt", **(sharding_metadata({**offsets, **parts}) if parts else {})}
+
+
+def _recorded(file: str, key: str, placed: Placed, box: Box | None) -> TensorRecord:
+    """How the record lists a tensor, or this rank's part of one."""
+    found = TensorRecord(file, key, placed.begin, placed.nbytes, placed.spec.shape, placed.spec.dtype)
+    return found if box is None or box.is_whole else replace(found, whole=box.whole, offset=box.offset)
 
 
 def counts_layer(index: int, stepper: Stepper) -> EngineLayer:
@@ -129,7 +143,7 @@ def updated_layers(index: int, stepper: Stepper) -> list[EngineLayer]:
     """The layers that a step of this optimizer updates, in its order."""
     out = []
     for layer, members in zip(stepper.executor.arranged.graph.layers, stepper.executor.arranged.owned):
-        tensors = [(m.name, key, t) for m in members for key, t in m.tensors()]
+        tensors = [(m.name, key, m.whole(key)) for m in members for key, _ in m.tensors()]
         entries = [Entry(1, state_key(index, key, name), t, name) if key else Entry(0, name, t, name) for name, key, t in tensors]
         out.append(EngineLayer(layer.name, "update", entries, sum(m.param.numel() for m in members)))
     return out
@@ -162,9 +176,11 @@ def make_layout(
     them those that are ``checked`` and not written."""
     stored = [(i, e, storable(e.tensor, e.key)) for i, layer in enumerate(layers) for e in layer.mine(layer.entries)]
     specs: list[list[TensorSpec]] = [[] for _ in (*names, *checked)]
+    boxes: list[dict[str, Box | None]] = [{} for _ in specs]
     for number, entry, tensor in stored:
         specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
-    files = [lay_out(name, spec, {"format": "pt"}) for name, spec in zip((*names, *checked), specs)]
+        boxes[entry.file][entry.key] = box_of(entry.tensor)
+    files = [lay_out(name, spec, _metadata(spec, of)) for name, spec, of in zip((*names, *checked), specs, boxes)]
     placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}
     geometry = []
     for number, entry, tensor in stored:

@@ -1,7 +1,8 @@
-"""Which of the tensors that all ranks have alike each of them writes.
+"""Which of the tensors that several ranks have alike each of them writes.
 
-Whole tensors are shared out by size, the largest first, to whoever has least so far. Every rank finds the same, from names and
-sizes alone: ranks may differ in which layer they list a tensor (one that changed outside of a step goes with the buffers).
+Whole tensors, and parts of DTensors, are shared out by size among those that hold just the same, the largest first, to whoever
+has least so far. Every rank finds the same, from names and sizes alone: ranks may differ in which layer they list a tensor (one
+that changed outside of a step goes with the buffers).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fxckpt.compat.spread import Box, box_of, is_spread, local, sharded_as
 from fxckpt.store import names
 
 if TYPE_CHECKING:
@@ -49,24 +51,45 @@ class Share:
 
     def take(self, layers: Sequence[EngineLayer], buffers: Mapping[str, torch.Tensor]) -> str:
         """Have each layer note which of its tensors this rank writes; returns a digest of those that all ranks have. Those of
-        ``buffers`` each rank has for itself: what a forward does to them depends on the rank's own batches."""
-        alike = {(e.file, e.key): e.tensor for layer in layers for e in layer.entries if e.key not in buffers or e.file}
-        everyone = {place: tensor.nbytes for place, tensor in alike.items()}
-        parts = shared_out(everyone, self.world)
-        mine, theirs = parts[self.rank], set[Place]() if self.checked is None else parts[self.checked]
+        ``buffers`` each rank has for itself, unless they are DTensors: what a forward does to them depends on its own batches."""
+        entries = [e for layer in layers for e in layer.entries]
+        alike = {(e.file, e.key): e.tensor for e in entries if e.key not in buffers or e.file or is_spread(e.tensor)}
+        boxes = {place: box_of(tensor) for place, tensor in alike.items()}
+        everyone = tuple(range(self.world))
+        holders = {place: everyone if box is None else box.holders for place, box in boxes.items()}
+        writers = who_writes({place: local(tensor).nbytes for place, tensor in alike.items()}, holders)
         for layer in layers:
             places = [(e.file, e.key) for e in layer.entries]
-            layer.own = [i for i, place in enumerate(places) if place in mine or place in theirs or place not in everyone]
-            numbers = [self._file(place, place in theirs, place in everyone) for place in places]
-            layer.entries = [e.in_file(number) for e, number in zip(layer.entries, numbers)]
-        described = [[*place, str(tensor.dtype), list(tensor.shape)] for place, tensor in sorted(alike.items())]
+            mine = (self._writes(boxes.get(place), writers.get(place, self.rank)) for place in places)
+            layer.own = [i for i, is_mine in enumerate(mine) if is_mine]
+            layer.entries = [e.in_file(self._file(place, writers.get(place))) for place, e in zip(places, layer.entries)]
+        described = [
+            [*place, str(tensor.dtype), list(tensor.shape), sharded_as(tensor)] for place, tensor in sorted(alike.items())
+        ]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
-    def _file(self, place: Place, is_checked: bool, is_everyones: bool) -> int:
-        """The number of the file that a tensor goes to."""
-        if is_checked:
+    def _writes(self, box: Box | None, writer: int) -> bool:
+        """Does this rank write a tensor, or checksum it? Nobody does of a part that has no element."""
+        return writer in (self.rank, self.checked) and (box is None or box.is_whole or 0 not in box.shape)
+
+    def _file(self, place: Place, writer: int | None) -> int:
+        """The number of the file that a tensor goes to. ``writer``: of what several ranks have, the one that writes it."""
+        if writer is not None and writer == self.checked:
             return len(self.files) + place[0]
-        return place[0] if is_everyones or self.rank == 0 else OWN_FILE
+        return place[0] if writer is not None or self.rank == 0 else OWN_FILE
+
+
+def who_writes(sizes: Mapping[Place, int], holders: Mapping[Place, tuple[int, ...]]) -> dict[Place, int]:
+    """Which rank writes each of these tensors (place: bytes), of those that hold it. Whoever holds one finds the same."""
+    held: dict[tuple[int, ...], dict[Place, int]] = {}
+    for place, nbytes in sizes.items():
+        held.setdefault(holders[place], {})[place] = nbytes
+    return {
+        place: ranks[at]
+        for ranks, mine in held.items()
+        for at, places in enumerate(shared_out(mine, len(ranks)))
+        for place in places
+    }
 
 
 def shared_out(sizes: Mapping[Place, int], world: int) -> list[set[Place]]:

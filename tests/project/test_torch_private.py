@@ -120,11 +120,13 @@ from fxckpt.compat.placing import (
 from fxckpt.compat.tensors import (
     backward_under_way,
     gradient_accumulator,
+    gradient_node,
     hooks_of,
     is_transformed,
     is_wrapper,
     leaves_of,
     no_torch_function,
+    on_gradient,
     set_grad_mode,
     shape_only,
     version_of,
@@ -705,6 +707,16 @@ def test_the_accumulator_of_a_gradient_is_one_node_that_takes_hooks():
     (weight * 3).sum().backward()
     assert seen == [[3.0, 3.0]]
     assert gradient_accumulator(weight) is node
+
+
+def test_a_gradient_is_heard_of_until_the_hook_is_taken_off():
+    weight, seen = nn.Parameter(torch.ones(2)), []
+    node = gradient_node(weight)
+    handle = on_gradient(node, lambda *_: seen.append(1))
+    for _ in range(2):
+        (weight * 3).sum().backward()
+        handle.remove()
+    assert seen == [1]
 
 
 def test_one_core_holds_for_this_thread_alone_and_ends():

@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fxckpt
@@ -45,27 +42,6 @@ def test_fsdp1_is_refused(original, given, root):
     wrapped = FullyShardedDataParallel(model(), use_orig_params=original, device_id=torch.device("cpu"))
     refused("FSDP1.*flat shard.*DistributedDataParallel", torch.optim.AdamW(wrapped.parameters()), root,
             **({"model": wrapped} if given else {}))  # fmt: skip
-
-
-def test_fsdp2_is_refused_with_its_placement(root):
-    wrapped = fully_shard(model(), mesh=init_device_mesh("cpu", (1,), mesh_dim_names=("dp",)))
-    refused(r"'0.weight', a DTensor .S\(0\) over the 1 ranks of 'dp'.*not supported yet.*torch.distributed.checkpoint",
-            torch.optim.AdamW(wrapped.parameters()), root, model=wrapped)  # fmt: skip
-
-
-def test_tensor_and_expert_parallel_layouts_are_refused_with_their_placement(root):
-    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-    wrapped = parallelize_module(model(), mesh, {"0": ColwiseParallel()})
-    refused(r"a DTensor .S\(0\) over the 1 ranks of 'tp'", torch.optim.AdamW(wrapped.parameters()), root, model=wrapped)
-    experts = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
-    weight = nn.Parameter(distribute_tensor(torch.zeros(4, 4, 4), experts, [Replicate(), Shard(0)]))
-    refused(r"R over the 1 ranks of 'dp', S\(0\) over the 1 ranks of 'ep'.*expert parallelism", torch.optim.SGD([weight]), root)
-
-
-def test_a_frozen_or_buffered_dtensor_is_refused_too(root):
-    whole = model()
-    whole.register_buffer("table", distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (1,)), [Shard(0)]))
-    refused("'table', a DTensor", torch.optim.AdamW(whole.parameters()), root, model=whole)
 
 
 def test_an_optimizer_inside_the_backward_is_refused(root):

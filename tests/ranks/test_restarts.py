@@ -22,8 +22,14 @@ from fxckpt.store.reader import candidates, checkpoints
 LIVES = int(os.environ.get("FXCKPT_RANKS", "1"))
 """Kills, each of one rank or of both."""
 
-WAYS = {"together": ()} if LIVES <= 2 else {"together": (), "own": ("--own",)}
-"""One store of all ranks; and in the campaign (``make ranks``) one of each, which ``test_agreed_load.py`` has in short."""
+EPOCHS = max(2, LIVES // 3)  # each life gets some way
+STEPS = 16 * EPOCHS
+
+WAYS = {"together": ("train_ddp", "--epochs", str(EPOCHS))}
+"""One store of all ranks. In the campaign (``make ranks``) also one of each, which ``test_agreed_load.py`` has in short, and
+ranks that hold parts of parameters, which ``test_sharded.py`` has."""
+if LIVES > 2:
+    WAYS |= {"own": (*WAYS["together"], "--own"), "sharded": ("train_fsdp", "--steps", str(STEPS))}
 
 MARK = "NOW THEY ARE KILLED"
 START = re.compile(r"life (\d+) rank (\d) starts at step (\d+)")
@@ -96,11 +102,11 @@ def steps_of(root: Path) -> set[int]:
 @pytest.mark.parametrize("way", WAYS)
 def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_whole_run(way, tmp_path, counted):
     seed = random.SystemRandom().randrange(2**32)
-    epochs = max(2, LIVES // 3)  # each life gets some way
-    agent = Agent(tmp_path, tmp_path / "cache", str(3 * LIVES + 9), "--epochs", str(epochs), "--patience", "10", *WAYS[way])
+    example, *arguments = WAYS[way]
+    agent = Agent(tmp_path, tmp_path / "cache", example, str(3 * LIVES + 9), *arguments, "--patience", "10")
     try:
         until(lambda: agent.ended() or MARK in agent.output, why=lambda: agent.output)
-        killed = agent.kill_ranks(tmp_path / "killed", LIVES, 16 * epochs, random.Random(seed))
+        killed = agent.kill_ranks(tmp_path / "killed", LIVES, STEPS, random.Random(seed))
         (tmp_path / "over").touch()
         until(agent.ended, 5 * TIMEOUT, why=lambda: agent.output)
     finally:

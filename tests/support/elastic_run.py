@@ -1,6 +1,6 @@
-"""``examples/train_ddp.py`` under torchrun's own agent, in this process, which forks the ranks: a life imports nothing anew.
+"""An example under torchrun's own agent, in this process, which forks the ranks: a life imports nothing anew.
 
-    python elastic_run.py RESTARTS ARGUMENT...
+    python elastic_run.py EXAMPLE RESTARTS ARGUMENT...
 
 It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a rank that has come to its end
 waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed just before it hears so
@@ -27,14 +27,14 @@ def rank(arguments: list[str], over: Path | None) -> None:
     returns when that is there."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     agent = os.getppid()
-    example().main(arguments)
+    example(sys.argv[1]).main(arguments)
     while over is not None and not over.exists() and os.getppid() == agent:
         time.sleep(0.01)
 
 
-def example():
-    """The example, as a module."""
-    spec = importlib.util.spec_from_file_location("train_ddp", ROOT / "examples" / "train_ddp.py")
+def example(name: str):
+    """An example, as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -55,6 +55,6 @@ if __name__ == "__main__":
     warm_up()
     gc.collect()
     gc.freeze()  # a collection in a rank need not touch, and so copy, what is here
-    launch(0, ["--dir", "whole", *sys.argv[2:]])
+    launch(0, ["--dir", "whole", *sys.argv[3:]])
     print("NOW THEY ARE KILLED", flush=True)
-    launch(int(sys.argv[1]), ["--dir", "killed", *sys.argv[2:]], Path("over").absolute())
+    launch(int(sys.argv[2]), ["--dir", "killed", *sys.argv[3:]], Path("over").absolute())

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxckpt.compat.tensors import gradient_accumulator
+from fxckpt.compat.tensors import gradient_node, on_gradient
 
 
 class FirstBackward:
@@ -20,9 +20,9 @@ class FirstBackward:
         self._told = told  # of each gradient
         self._order: dict[int, None] = {}
         self._params = [p for opt in optimizers for group in opt.param_groups for p in group["params"] if p.requires_grad]
-        self._nodes = [gradient_accumulator(p) for p in self._params]  # hooks live as long as these
+        self._nodes = [gradient_node(p) for p in self._params]  # hooks live as long as these
         hook = functools.partial(self._arrived, weakref.ref(self))  # weak: a circle through autograd is never collected
-        self._handles = [node.register_prehook(functools.partial(hook, at)) for at, node in enumerate(self._nodes)]
+        self._handles = [on_gradient(node, functools.partial(hook, at)) for at, node in enumerate(self._nodes)]
 
     @staticmethod
     def _arrived(this: weakref.ref, at: int, *_: Any) -> None:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import TensorWeakRef
 
 from fxckpt.compat.dynamo import compile_under_way, compiled_module, gradient_of, graph_input, input_index, is_view, source_name
+from fxckpt.compat.spread import sharded_of
 from fxckpt.graph.model import names
 from fxckpt.graph.model.forward import Forward, Use, walk
 
@@ -122,8 +123,10 @@ def read_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace
     if not roots:
         buffers = {id(live[i][0]): _spelled(source) for i, source in buffered.items()}
 
+    sharded = sharded_of(roots)
+
     def held(indices: Iterable[int], known: Mapping[int, str]) -> tuple[tuple[TensorWeakRef, str], ...]:
-        wanted = [live[i] for i in indices]
+        wanted = [(sharded.get(id(t), t), source) for t, source in (live[i] for i in indices)]
         return tuple((TensorWeakRef(t), known.get(id(t)) or _spelled(s)) for t, s in wanted)
 
     forward = walk(gm, [i for i, (t, _) in live.items() if t.requires_grad and t.is_leaf])

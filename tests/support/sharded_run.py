@@ -1,0 +1,205 @@
+"""Lives of a job whose ranks hold parts of parameters, forked from this process, which has imported everything.
+
+    python sharded_run.py < LIVES
+
+A life is a line of JSON, a dict: ``layout`` (one of LAYOUTS), ``world``, ``cwd``, ``dir``, ``steps`` (train up to this one),
+``optimizer``, ``update``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has begun which step, and how
+many seconds later: ``[ranks, step, seconds]``). Prints, for each life, what each rank found and left: a list of dicts, null of
+a rank that was killed. The file ``dir``.log has a line for each step of each life: its number, a digest of all parameters and
+state behind it, and the last step that rank 0 knew to be committed.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fork_server import warm_up
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fxckpt
+from fxckpt.loading.load import Restored
+
+LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(13, 22), nn.Linear(22, 13)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Net(nn.Module):
+    """Sizes that hardly a number of ranks divides (tensor parallelism computes with no others); of the last layer some ranks
+    have nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(13, 1)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1.0
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def laid_out(layout: str, world: int, **options: Any) -> tuple[nn.Module, nn.Module, int]:
+    """The model and what holds it, over the ranks; and whose batches this rank takes."""
+    torch.manual_seed(0)
+    net, rank = Net(), dist.get_rank() if world > 1 else 0
+    if layout == "single":
+        return net, net, 0
+    if layout == "ddp":
+        return net, DistributedDataParallel(net), rank
+    two = layout in ("hsdp", "fsdp_tp")
+    mesh = init_device_mesh("cpu", (world // 2, 2) if two else (world,), mesh_dim_names=("a", "b") if two else ("a",))
+    if layout in ("tp", "fsdp_tp"):
+        for block in net.blocks:
+            parallelize_module(block, mesh["b" if two else "a"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if layout != "tp":
+        shards = mesh["a"] if layout == "fsdp_tp" else mesh
+        for block in net.blocks:
+            fully_shard(block, mesh=shards, **options)
+        fully_shard(net, mesh=shards, **options)
+    whose = {"tp": 0, "fsdp_tp": mesh.get_coordinate()[0]}.get(layout, rank)
+    return net, net, whose
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-2),
+    "fused": lambda params: torch.optim.AdamW(params, lr=1e-2, fused=True),
+    "foreach": lambda params: torch.optim.Adam(params, lr=1e-2, foreach=True, amsgrad=True),
+    "sgd": lambda params: torch.optim.SGD(params, lr=1e-2, momentum=0.9, nesterov=True),
+}
+
+
+def whole(tensor: torch.Tensor) -> bytes:
+    """All bytes of it, on every rank."""
+    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return found.detach().contiguous().numpy().tobytes()
+
+
+def digest(net: nn.Module, opt: torch.optim.Optimizer) -> str:
+    """Of all parameters and all state, gathered. All ranks call it."""
+    sha = hashlib.sha256()
+    for name, param in net.named_parameters():
+        state = opt.state.get(param, {})
+        for key, tensor in (("", param), *sorted(state.items())):
+            sha.update(f"{name}/{key}".encode() + whole(tensor))
+    return sha.hexdigest()[:12]
+
+
+def note(life: dict[str, Any], rank: int, line: str) -> None:
+    """Into the log, at once: the next instant may be the last."""
+    if rank == 0 and life["dir"]:
+        with open(f"{life['dir']}.log", "a") as log:
+            log.write(line + "\n")
+
+
+def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
+    """One rank of a life."""
+    torch.set_num_threads(1)
+    net, model, whose = laid_out(life["layout"], life["world"], **life.get("options", {}))
+    opt = OPTIMIZERS[life.get("optimizer", "adamw")](net.parameters())
+    restored, watched = Restored(), life.get("load", True)
+    if watched:
+        fxckpt.compile_step(
+            opt, life["dir"], model=model, every=1, keep=8, update=life.get("update"), writer=life.get("writer", "thread")
+        )
+        restored = fxckpt.load()
+    loaded, losses = digest(net, opt), []
+    for step in range(restored.step, life["steps"]):
+        if rank == 0:
+            begun.value = step + 1
+        torch.manual_seed(1000 * step + whose)
+        loss = model(torch.randn(4, 13)).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item().hex())
+        note(life, rank, f"{step + 1} {digest(net, opt)} {opt.ckpt.statistics()['last_committed_step'] or 0 if watched else 0}")
+    found: dict[str, Any] = {"start": restored.step, "loaded": loaded, "losses": losses, "seen": net.seen.item()}
+    if watched:
+        opt.ckpt.flush()
+        note(life, rank, f"{life['steps']} {digest(net, opt)} {opt.ckpt.statistics()['last_committed_step']}")
+        found["graph"] = opt.ckpt.graph.table() if life["steps"] > restored.step else ""
+        opt.ckpt.shutdown()
+    return {**found, "left": digest(net, opt)}
+
+
+def main_of_rank(life: dict[str, Any], rank: int, file: str, begun: Any, out: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.chdir(life["cwd"])
+    if life["world"] > 1:
+        store = dist.FileStore(file, life["world"])
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=life["world"])
+    try:
+        answer: Any = live(life, rank, begun)
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    out.send(answer)
+    os._exit(0)
+
+
+def one_life(life: dict[str, Any]) -> list[dict[str, Any] | None]:
+    """Fork its ranks, kill those that are to be killed, and with them all others, as a launcher does."""
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Value("i", 0)
+    pipes = [fork.Pipe(duplex=False) for _ in range(life["world"])]
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "store")
+        ranks = [
+            fork.Process(target=main_of_rank, args=(life, rank, file, begun, pipes[rank][1])) for rank in range(life["world"])
+        ]
+        for each in ranks:
+            each.start()
+        if (kill := life.get("kill")) is not None:
+            chosen, at, wait = kill
+            while begun.value < at and all(each.is_alive() for each in ranks):
+                time.sleep(0.001)
+            time.sleep(wait)
+            for rank in [*chosen, *range(life["world"])]:
+                ranks[rank].kill()
+        for (_, ours), each in zip(pipes, ranks):
+            ours.close()
+            each.join()
+        return [answer(pipe) for pipe, _ in pipes]
+
+
+def answer(pipe: Any) -> dict[str, Any] | None:
+    """What a rank has sent; None if it was killed before."""
+    try:
+        found: dict[str, Any] = pipe.recv()
+    except EOFError:
+        return None
+    return found
+
+
+if __name__ == "__main__":
+    warm_up()
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        print(json.dumps(one_life(json.loads(line))), flush=True)
