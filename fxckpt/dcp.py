@@ -29,7 +29,7 @@ from torch.futures import Future
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.saving.inventory import TORCH_DTYPES
 from fxckpt.store.directory import local_path
-from fxckpt.store.names import MODEL, OPTIMIZER, state_key
+from fxckpt.store.names import MODEL, OPTIMIZER, kind_of, state_key
 from fxckpt.store.reader import Candidate, Reader, candidates
 from fxckpt.store.record import TensorRecord
 from fxckpt.store.typed_json import decode_state
@@ -100,14 +100,10 @@ class StoreReader(StorageReader):
         return done
 
     def _part(self, stored: TensorRecord, item: ReadItem) -> torch.Tensor:
-        """The box of a tensor that is asked for: its rows are read, and cut in the other dimensions."""
-        shape = list(stored.shape)
-        first, rows = (item.storage_offsets[0], item.lengths[0]) if shape else (0, 1)
-        row_bytes = stored.nbytes // max(shape[0], 1) if shape else stored.nbytes
-        found = torch.empty([rows, *shape[1:]] if shape else [], dtype=TORCH_DTYPES[stored.dtype])
-        self._reader.read_range(stored.file, stored.begin + first * row_bytes, rows * row_bytes, found.data_ptr())
-        for dim, (offset, length) in enumerate(zip(item.storage_offsets, item.lengths)):
-            found = found.narrow(dim, offset, length) if dim else found
+        """The box of a tensor that is asked for."""
+        found = torch.empty(item.lengths, dtype=TORCH_DTYPES[stored.dtype])
+        place, box = (kind_of(stored.file), stored.key), (tuple(item.storage_offsets), tuple(item.lengths))
+        self._reader.read_into({place: (found.data_ptr(), None, None)}, boxes={place: box})
         return found
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fxckpt.cli import common
-from fxckpt.engine import io
 from fxckpt.errors import NoCheckpoint
 from fxckpt.store.dtypes import DTYPES, item_size, numpy_dtype
 from fxckpt.store.names import OPTIMIZER, kind_of
@@ -87,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, first: Reader, second: Reader) -> int:
     """Of two whole checkpoints."""
     total = first.record.nbytes + second.record.nbytes
-    with first.held() as held_a, second.held() as held_b, common.Progress("comparing", 2 * total) as progress:
+    with first.held(), second.held(), common.Progress("comparing", 2 * total) as progress:
         for reader in (first, second):
             reader.verify(progress.advance)
-        rows = list(compare(first, held_a, second, held_b, args.tensors, progress))
+        rows = list(compare(first, second, args.tensors, progress))
     if args.json:
         common.print_json({"a": str(first.path), "b": str(second.path), "rows": [row.to_json() for row in rows]})
     else:
@@ -108,10 +107,8 @@ def _pair(directory: str, a: str | None, b: str | None) -> tuple[Reader, Reader]
     return Reader(found[1].path), Reader(found[0].path)
 
 
-def compare(
-    first: Reader, held_a: Mapping[str, int], second: Reader, held_b: Mapping[str, int], tensors: bool, progress: common.Progress
-) -> Iterator[Row]:
-    """The layers (or tensors) of the first, a piece at a time, then those that only the second has."""
+def compare(first: Reader, second: Reader, tensors: bool, progress: common.Progress) -> Iterator[Row]:
+    """The layers (or tensors) of the first, a piece at a time, then those that only the second has. Both are held."""
     others = {(kind_of(tensor.file), tensor.key): tensor for tensor in second.record.tensors()}
     for layer in first.record.layers:
         rows: dict[str, Row] = {}
@@ -123,10 +120,10 @@ def compare(
                 rows[tensor.key] = Row(tensor.key, only_in="a" if other is None else "a (other shape or type in b)")
                 continue
             total = row.state if kind_of(tensor.file) == OPTIMIZER else row.parameters
-            fd_a, fd_b, item = held_a[tensor.file], held_b[other.file], item_size(tensor.dtype)
+            item = item_size(tensor.dtype)
             for at in range(0, tensor.nbytes, PIECE * item):
                 n = min(PIECE * item, tensor.nbytes - at)
-                a, b = io.pread(fd_a, n, tensor.begin + at), io.pread(fd_b, n, other.begin + at)
+                a, b = first.held_bytes(tensor, at, n), second.held_bytes(other, at, n)
                 total.add(_compare(a, b, tensor.dtype))
                 progress.advance(2 * n)
         yield from (row for row in rows.values() if row.only_in or row.parameters.elements or row.state.elements)

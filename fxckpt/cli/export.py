@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from fxckpt.cli import common
@@ -67,9 +67,9 @@ def _export(args: argparse.Namespace, reader: Reader, parent: str) -> int:
     folder = tempfile.mkdtemp(prefix=os.path.basename(os.path.abspath(args.out)) + ".partial-", dir=parent)
     partial = os.path.join(folder, "out")
     try:
-        with reader.held() as held, common.Progress("exporting", 2 * reader.record.nbytes) as progress:
+        with reader.held(), common.Progress("exporting", 2 * reader.record.nbytes) as progress:
             reader.verify(progress.advance)
-            source = Origin(reader, held, progress)
+            source = Origin(reader, progress)
             try:
                 _FORMATS[args.format](source, partial, args)
             except (FxckptError, OSError, KeyboardInterrupt, SystemExit):
@@ -105,9 +105,9 @@ def _sync(path: str) -> None:
 class Origin:
     """A verified checkpoint that is held: its tensors, as bytes and as torch's."""
 
-    def __init__(self, reader: Reader, held: Mapping[str, int], progress: common.Progress):
+    def __init__(self, reader: Reader, progress: common.Progress):
         self.record: Record = reader.record
-        self._reader, self._held, self._progress = reader, held, progress
+        self._reader, self._progress = reader, progress
         self.count: int = 0
         self.nbytes: int = 0
 
@@ -116,7 +116,7 @@ class Origin:
         self.count += 1
         self.nbytes += tensor.nbytes
         for at in range(0, tensor.nbytes, PIECE):
-            piece = io.pread(self._held[tensor.file], min(PIECE, tensor.nbytes - at), tensor.begin + at)
+            piece = self._reader.held_bytes(tensor, at, min(PIECE, tensor.nbytes - at))
             self._progress.advance(len(piece))
             yield piece
 
