@@ -281,6 +281,20 @@ def ranks(numbers: Numbers) -> str:
     return f"{table(head, rows)}\n\n{what}{note}"
 
 
+def journal(numbers: Numbers) -> str:
+    """journal.py's figures: steps and bytes of each contestant, then the time to restore by the number of records behind."""
+    names = {"full": "a full checkpoint at every step", "journal": "`journal=64`"}
+    of = {key: numbers["contestants"][key] for key in names}
+    rows = [
+        [name, f"{of[key]['ratio']:.2f} ({of[key]['least']:.2f} – {of[key]['most']:.2f})", f"{of[key]['bytes_a_step'] / 1e6:.0f}"]
+        for key, name in names.items()
+    ]
+    first, *_, last = numbers["restored"]
+    said = ", ".join(f"{each['seconds']:.1f} s with {each['step'] - 1} records behind the checkpoint" for each in (first, last))
+    made = table(["", "a step, against none", "MB written a step"], rows)
+    return f"{made}\n\nRestored in {said}, each with the bits that training had. {machine_line(numbers['machine'])}."
+
+
 def in_backward(numbers: Numbers) -> str:
     """memory.py's figures, as far as they are there: after the backward, inside it, and one against the other."""
     ways, memory, times = ("after_backward", "in_backward"), numbers["memory"], numbers["time"]
