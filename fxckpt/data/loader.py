@@ -20,6 +20,7 @@ from fxckpt.compat.loaders import (
     watch_samples,
 )
 from fxckpt.data.generators import Owned, entry, global_generators, kept_globals, packed, read, states, write_all
+from fxckpt.data.other_ranks import moved
 from fxckpt.data.sampling import Draws, Order, Samplers, check_order, kept_by_data
 from fxckpt.data.source import Source, length_of, read_again
 from fxckpt.errors import SetupError
@@ -108,6 +109,9 @@ class LoaderSource(Source):
         self._iterator = None
 
     # ---- state ----
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(moved(self.loader, state))
 
     def mark(self) -> dict[str, Any]:
         """The present instant, taken quickly, for a consumer that reads ahead."""

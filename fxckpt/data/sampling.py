@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DistributedSampler
 
 from fxckpt.compat.loaders import is_stateful
 from fxckpt.data.attributes import Attributes
 from fxckpt.data.generators import global_states, moved
+from fxckpt.data.other_ranks import PLACE
 from fxckpt.errors import SetupError
 
 _WATCHED = 64  # batches of a pass: a sampler that draws as it goes does so early
@@ -38,6 +40,13 @@ class Samplers(Attributes):
             level += [(f"{name}.{part}", getattr(each, part, None)) for part in ("batch_sampler", "sampler")]
         return found
 
+    def load(self, saved: Mapping[str, Any], keep_epoch: bool = False, stateful: bool = True) -> None:
+        """Put it back, but for whose share of the data it is."""
+        own = {name for name, each in self.chain().items() if isinstance(each, DistributedSampler)}
+        super().load(
+            {name: _without_place(state) if name in own else state for name, state in saved.items()}, keep_epoch, stateful
+        )
+
     def name(self) -> str:
         """The class of the innermost."""
         return type(list(self.chain().values())[-1]).__name__ if self.chain() else "order"
@@ -45,6 +54,11 @@ class Samplers(Attributes):
     def all_of_torch(self) -> bool:
         """Are they torch's own?"""
         return all(type(each).__module__.startswith("torch.utils.data.") for each in self.chain().values())
+
+
+def _without_place(state: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in state.get("attributes", {}).items() if key not in PLACE}
+    return {**state, "attributes": kept}
 
 
 def kept_by_data(dataset: Any) -> Attributes:
