@@ -5,6 +5,7 @@ heart.py       tells the others that this rank lives while it loads
 choice.py      which checkpoint all of them start from, by what they said
 common.py      while they train: a step that all have is kept, by promises and decisions
 peers.py       the thread that sends both
+ending.py      at which step all take their last checkpoint, when a signal asks them to end
 
 Where all write into one directory, a part of each checkpoint each:
 
@@ -16,6 +17,7 @@ rendezvous.py  what they say to each other;  words.py  what there is to say
 from fxckpt.ranks.agreement import Agreement
 from fxckpt.ranks.choice import Key, Said, described, newest_common, none_was_common, stores_digest
 from fxckpt.ranks.common import least_kept
+from fxckpt.ranks.ending import Ending
 from fxckpt.ranks.first import FirstStore
 from fxckpt.ranks.messages import Messages, named
 from fxckpt.ranks.other import OtherStore
@@ -23,6 +25,7 @@ from fxckpt.ranks.peers import Peers
 from fxckpt.ranks.rendezvous import Rendezvous
 
 __all__ = [
-    "Agreement", "FirstStore", "Key", "Messages", "OtherStore", "Peers", "Rendezvous", "Said", "described", "least_kept", "named",
+    "Agreement", "Ending",
+    "FirstStore", "Key", "Messages", "OtherStore", "Peers", "Rendezvous", "Said", "described", "least_kept", "named",
     "newest_common", "none_was_common", "stores_digest",
 ]  # fmt: skip

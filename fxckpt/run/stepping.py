@@ -330,7 +330,8 @@ class Stepping:
         if self._status.stopped:
             return False
         stalled = 0.0 if self.schedule.waits else self._saver.stall_seconds()  # what every=N does not ask costs a look
-        return bool(self._status.ending) or self.schedule.due(step, stalled)
+        ends = self._status.ending is not None and self._saver.ranks.end_at(step)
+        return ends or self.schedule.due(step, stalled)
 
     def begin(self, step: int, stepper: Stepper | None = None, refused: str | None = None) -> InFlight | None:
         """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting. Where

@@ -8,7 +8,7 @@ import uuid
 
 from fxckpt.compat.ranks import default_store, rank, world_size
 from fxckpt.errors import SetupError
-from fxckpt.ranks import FirstStore, Key, Messages, OtherStore, Peers, named
+from fxckpt.ranks import Ending, FirstStore, Key, Messages, OtherStore, Peers, named
 from fxckpt.saving.stores import CheckpointStore
 from fxckpt.store.about import Job
 from fxckpt.store.record import Record
@@ -25,6 +25,7 @@ class Ranks:
         self._store, self._window, self._every = store, window, every
         self._job: Job | None = None
         self._peers: Peers | None = None
+        self._ending: Ending | None = None
         self._number = self._count()  # of the run in its process, where all ranks make their runs in one order
 
     def check_schedule(self) -> None:
@@ -89,6 +90,12 @@ class Ranks:
         """It was."""
         if self._peers is not None and self._job is not None:
             self._peers.committed((record.step, record.iteration, self._job.life), generation)
+
+    def end_at(self, step: int) -> bool:
+        """A signal has asked this rank to end: is the last checkpoint of this step? All ranks must take the same."""
+        if self._ending is None and world_size() > 1 and (found := default_store()) is not None:
+            self._ending = Ending(found[0], rank(), world_size(), f"fxckpt/end/{self._number}")
+        return self._ending is None or self._ending.is_here(step)
 
     def stop(self) -> None:
         """Talk no more."""

@@ -138,3 +138,13 @@ def test_every_box_is_written_once_by_one_of_those_that_hold_it(run, tmp_path):
     assert len(written) == len(set(written)) > len(record.tensors())
     sizes = [sum(each.nbytes for each in rank.tensors()) for rank in record.ranks]
     assert max(sizes) < 2 * min(sizes), sizes
+
+
+@pytest.mark.skipif(not CAMPAIGN, reason="a campaign of its own: make ranks; in short in test_ending.py")
+def test_a_signal_to_all_ranks_ends_them_behind_one_checkpoint(run):
+    begun, at = [], 0
+    for spread in (0.0, 0.003, 0.01) * (LIVES // 20):
+        run(life("fsdp", "a", 10**6, every=10**6, signal=[at + 5, spread]))
+        [last] = run(life("fsdp", "a", 0))
+        begun.append(at := only(last, "start"))
+        assert at >= 5 and begun == sorted(set(begun))

@@ -3,8 +3,9 @@
     python sharded_run.py < LIVES
 
 A life is a line of JSON, a dict: ``layout`` (one of LAYOUTS), ``world``, ``cwd``, ``dir``, ``steps`` (train up to this one),
-``optimizer``, ``update``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has begun which step, and how
-many seconds later: ``[ranks, step, seconds]``). Prints, for each life, what each rank found and left: a list of dicts, null of
+``optimizer``, ``update``, ``every``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has begun which
+step, and how many seconds later: ``[ranks, step, seconds]``), ``signal`` (SIGTERM comes to all, one after the other: ``[step,
+seconds between two]``). Prints, for each life, what each rank found and left: a list of dicts, null of
 a rank that was killed. The file ``dir``.log has a line for each step of each life: its number, a digest of all parameters and
 state behind it, and the last step that rank 0 knew to be committed.
 """
@@ -16,6 +17,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import random
 import signal
 import sys
 import tempfile
@@ -125,9 +127,9 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     opt = OPTIMIZERS[life.get("optimizer", "adamw")](net.parameters())
     restored, watched = Restored(), life.get("load", True)
     if watched:
-        fxckpt.compile_step(
-            opt, life["dir"], model=model, every=1, keep=8, update=life.get("update"), writer=life.get("writer", "thread")
-        )
+        fxckpt.compile_step(opt, life["dir"], model=model, every=life.get("every", 1), keep=8, update=life.get("update"))
+        if "signal" in life:
+            opt.ckpt.finish_on_signal()
         restored = fxckpt.load()
     loaded, losses = digest(net, opt), []
     for step in range(restored.step, life["steps"]):
@@ -177,15 +179,25 @@ def one_life(life: dict[str, Any]) -> list[dict[str, Any] | None]:
             each.start()
         if (kill := life.get("kill")) is not None:
             chosen, at, wait = kill
-            while begun.value < at and all(each.is_alive() for each in ranks):
-                time.sleep(0.001)
+            wait_for(begun, at, ranks)
             time.sleep(wait)
             for rank in [*chosen, *range(life["world"])]:
                 ranks[rank].kill()
+        if (asked := life.get("signal")) is not None:
+            wait_for(begun, asked[0], ranks)
+            for each in random.sample(ranks, len(ranks)):
+                each.terminate()
+                time.sleep(asked[1])
         for (_, ours), each in zip(pipes, ranks):
             ours.close()
             each.join()
         return [answer(pipe) for pipe, _ in pipes]
+
+
+def wait_for(begun: Any, step: int, ranks: list[Any]) -> None:
+    """Until rank 0 has begun this step, or one has ended."""
+    while begun.value < step and all(each.is_alive() for each in ranks):
+        time.sleep(0.001)
 
 
 def answer(pipe: Any) -> dict[str, Any] | None:
