@@ -15,7 +15,7 @@ import fxckpt
 from fxckpt.errors import RanksDisagree, SetupError
 from fxckpt.loading import load as loading
 from fxckpt.store import names
-from fxckpt.store.parts import _layers
+from fxckpt.store.parts import layers_of
 from fxckpt.store.reader import Reader, candidates, checkpoints
 from fxckpt.store.record import LayerRecord
 
@@ -108,7 +108,7 @@ def test_layers_of_one_name_are_two_layers_of_the_whole(job, root):
     """Two optimizers may share a module."""
     layer = LayerRecord(0, "h", "update", 1, 0.0, 3, 0, ())
     records = [a_record(1, (), (layer, replace(layer, parameters=4)), rank=rank) for rank in range(2)]
-    assert [each.parameters for each in _layers(records)] == [3, 4]
+    assert [each.parameters for each in layers_of(records)] == [3, 4]
 
 
 def test_the_directory_of_ranks_is_made_anew_when_somebody_removes_it(job, root):
