@@ -1,7 +1,7 @@
 """Look at what fxckpt needs and can use on this machine: the engine, its checksums, O_DIRECT, space, CUDA.
 
 With DIR, also at the disk it lies on and at who writes to the store in it; nothing is left there. Exit status 1 if something
-is missing without which nothing works.
+is missing without which nothing works. With --hosts N, started on N hosts at once, at whether each sees there what the others do.
 """
 
 from __future__ import annotations
@@ -20,34 +20,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from fxckpt.cli import common
-from fxckpt.errors import FxckptError
+from fxckpt.cli.findings import GOOD, NOTE, WRONG, Finding
+from fxckpt.cli.hosts import Hosts
+from fxckpt.errors import FxckptError, SetupError
 from fxckpt.store import lock, names
 from fxckpt.store.files import space
 from fxckpt.store.identity import check_store
 
 HELP = "what works on this machine"
 
-GOOD, NOTE, WRONG = "ok", "note", "wrong"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: ``verdict`` is "ok", "note" (it works, not as well as it could) or "wrong" (it does not work)."""
-
-    what: str
-    verdict: str
-    detail: str
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dir", nargs="?", metavar="DIR", help="a store, or where one is to be")
+    parser.add_argument("--hosts", type=int, metavar="N", help="DIR is shared by so many hosts, and this is started on each")
 
 
 def run(args: argparse.Namespace) -> int:
-    found = list(findings(args.dir))
+    if args.hosts is not None and (args.dir is None or args.hosts < 2):
+        raise SetupError("--hosts takes two or more, and the directory that they share")
+    found = list(findings(args.dir, args.hosts))
     if args.json:
         common.print_json({"findings": [asdict(each) for each in found]})
     else:
@@ -57,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
     return common.FAILED if any(each.verdict == WRONG for each in found) else common.OK
 
 
-def findings(directory: str | None) -> Iterator[Finding]:
-    """Everything, in the order of a report."""
+def findings(directory: str | None, hosts: int | None = None) -> Iterator[Finding]:
+    """Everything, in the order of a report. ``hosts``: so many share the directory."""
     for check in (_python, _torch, _engine, _compiler, _shared_memory, _cuda):
         yield check()
     if directory is None:
@@ -74,6 +68,8 @@ def findings(directory: str | None) -> Iterator[Finding]:
         for probe in (_direct, _lease, _lock, _sync):
             yield probe(folder)
     yield _store(directory)
+    if hosts is not None:
+        yield from Hosts(there, hosts).findings()
 
 
 def _python() -> Finding:
