@@ -52,14 +52,14 @@ def server(inductor_cache, tmp_path_factory):
 def run(server, tmp_path):
     """Lives one after the other, in a folder of the test."""
 
-    def lives(*asked: dict[str, Any]) -> list[Ranks]:
+    def lives(*asked: dict[str, Any], fail: bool = False) -> list[Ranks]:
         found: list[Ranks] = []
         for each in asked:
             server.stdin.write(json.dumps({**each, "cwd": str(tmp_path)}) + "\n")
             server.stdin.flush()
             found.append(json.loads(server.stdout.readline()))
         errors = {each["error"] for ranks in found for each in ranks if each is not None and "error" in each}
-        assert not errors, errors
+        assert bool(errors) == fail, errors
         return found
 
     return lives
@@ -128,6 +128,13 @@ def test_lives_in_changing_layouts_lose_no_step_that_was_acknowledged(run, tmp_p
         assert start >= max((int(step) for *_, step in acknowledged), default=0), f"seed {SEED}"
         loaded = only(last, "loaded")
         assert loaded in known.get(start, {loaded}), f"seed {SEED}"  # rank 0 may be killed before it says what it had there
+
+
+@pytest.mark.skipif(not CAMPAIGN, reason="a campaign of its own: make ranks; in short in test_boxes.py")
+def test_ranks_that_know_nothing_of_others_who_have_the_same_boxes_are_told(run):
+    [ranks] = run(life("halves", "a", 1, 4, optimizer="sgd"), fail=True)
+    why = ranks[0]["error"]
+    assert "are not all of it, each once. All ranks must be on the mesh that a DTensor lies on" in why
 
 
 def test_every_box_is_written_once_by_one_of_those_that_hold_it(run, tmp_path):

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from fork_server import warm_up
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -38,7 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fxckpt
 from fxckpt.loading.load import Restored
 
-LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp")
+LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "halves")
+"""``halves``: two ranks each shard by themselves, on meshes that know of no others."""
 
 
 class Block(nn.Module):
@@ -75,6 +76,9 @@ def laid_out(layout: str, world: int, **options: Any) -> tuple[nn.Module, nn.Mod
         return net, net, 0
     if layout == "ddp":
         return net, DistributedDataParallel(net), rank
+    if layout == "halves":
+        mine, _ = dist.new_subgroups(world // 2)
+        return net, fully_shard(net, mesh=DeviceMesh.from_group(mine, "cpu")), rank
     two = layout in ("hsdp", "fsdp_tp")
     mesh = init_device_mesh("cpu", (world // 2, 2) if two else (world,), mesh_dim_names=("a", "b") if two else ("a",))
     if layout in ("tp", "fsdp_tp"):
