@@ -5,6 +5,7 @@ Nobody who does not use it need import it. Each mark is private; without it what
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -126,12 +127,32 @@ def _holders(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(sorted(rank for rank, at in where.items() if tuple(at[dim] for dim in own) in held))
 
 
-def like(part: torch.Tensor, tensor: Any) -> Any:
-    """This rank's part of a tensor that is spread as ``tensor`` is."""
+def like(part: torch.Tensor, tensor: Any, placements: Any = None) -> Any:
+    """This rank's part of a tensor that is spread as ``tensor`` is, or over its mesh in this way."""
     from torch.distributed.tensor import DTensor
 
     shape, stride = tensor.shape, tensor.stride()
-    return DTensor.from_local(part, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride)
+    placements = tensor.placements if placements is None else placements
+    return DTensor.from_local(part, tensor.device_mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def lies_as(tensor: Any) -> str | None:
+    """How a DTensor is laid out, and where on its mesh this rank is, in words; None of any other tensor."""
+    return f"{sharded_as(tensor)}, here {tuple(tensor.device_mesh.get_coordinate())}" if is_spread(tensor) else None
+
+
+def gradient_like(part: torch.Tensor, param: Any, lay: str | None) -> Any:
+    """The gradient of a parameter of which this is what lies here, laid out as ``lies_as`` said. It may be a sum that is not made
+    yet. None if it was of another layout than the parameter has now."""
+    if not is_spread(param):
+        return part if lay is None and part.shape == param.shape else None
+    from torch.distributed.tensor import Partial
+
+    for placements in itertools.product(*((p, Partial("sum"), Partial("avg")) for p in param.placements)):
+        found = like(part, param, placements)
+        if lies_as(found) == lay:
+            return found
+    return None
 
 
 def spread_alike(tensor: Any, of: Any) -> bool:
@@ -146,8 +167,13 @@ def local_gradient(grad: Any, param: Any) -> Any:
     made yet), all ranks of its mesh make it so, as the optimizer's own step would have them."""
     if not is_spread(grad):
         return grad
-    found = local(grad if grad.placements == param.placements else grad.redistribute(placements=param.placements))
-    return found.wait() if hasattr(found, "wait") else found  # a collective that may be under way
+    return arrived(grad if grad.placements == param.placements else grad.redistribute(placements=param.placements))
+
+
+def arrived(grad: Any) -> Any:
+    """``local``, once the collective that may make it is through."""
+    found = local(grad)
+    return found.wait() if is_spread(grad) and hasattr(found, "wait") else found
 
 
 def _is_strided(placement: Any) -> bool:
@@ -182,15 +208,27 @@ def sharded_of(models: Iterable[torch.nn.Module]) -> dict[int, torch.nn.Paramete
     return {id(whole): each.sharded_param for each in found if (whole := getattr(each, "_unsharded_param", None)) is not None}
 
 
+def shard_again(model: torch.nn.Module) -> None:
+    """Have FSDP2 drop whole parameters that a forward without a backward left: the next one would compute with them, whatever was
+    written to the sharded ones. Its own ``load_state_dict`` does the same."""
+    for group in _param_groups_of(model):
+        group.reshard()
+
+
 def _params_of(model: torch.nn.Module) -> Iterator[Any]:
     """What FSDP2 keeps of each parameter."""
+    for group in _param_groups_of(model):
+        yield from group.fsdp_params
+
+
+def _param_groups_of(model: torch.nn.Module) -> Iterator[Any]:
+    """What FSDP2 gathers together, of this model."""
     get = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
     if get is None:
         return
     for module in model.modules():
         if (state := get(module)) is not None:
-            for group in _groups_of(state):
-                yield from group.fsdp_params
+            yield from _groups_of(state)
 
 
 def _groups_of(state: Any) -> list[Any]:

@@ -13,10 +13,10 @@ import torch
 
 from fxckpt.compat import module_state
 from fxckpt.compat.modules import every_module, extra_state_modules
-from fxckpt.compat.spread import box_of, is_spread, like, local, spread_alike
+from fxckpt.compat.spread import box_of, gradient_like, is_spread, like, local, spread_alike
 from fxckpt.errors import LayoutMismatch
 from fxckpt.graph.model.book import traces
-from fxckpt.loading.match import Match, empty_buffer
+from fxckpt.loading.match import OF_THE_SAME_SHAPE, Match, empty_buffer
 from fxckpt.loading.schema import Saved
 from fxckpt.loading.target import Target
 from fxckpt.optim.contract.contract import NOTHING
@@ -93,7 +93,8 @@ def make_state(
         is_count = key == "step" and not place.shape
         on_host = not (group.get("fused") or group.get("capturable")) if is_count else key in description.get("host", ())
         device = torch.device("cpu") if on_host else param.device
-        of = param if is_spread(param) and place.shape and tuple(place.shape) == tuple(param.shape) else None
+        is_alike = tuple(place.shape) == tuple(param.shape) and (place.shape or key in OF_THE_SAME_SHAPE)  # 0-dim: not each is
+        of = param if is_spread(param) and is_alike else None
         made[key] = state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device, of)
         match.tensors[OPTIMIZER, place.key] = made[key]
     return made
@@ -124,8 +125,9 @@ def state_tensor(
 def _strides_for(shape: tuple[int, ...], strides: Sequence[int] | None) -> tuple[int, ...]:
     """Those of the record where they are for such a shape, else row-major ones."""
     if strides is not None and len(strides) == len(shape):
-        span = sum((size - 1) * stride for size, stride in zip(shape, strides))
-        if span < max(math.prod(shape), 1):  # no more memory than the elements: states of torch's optimizers take no more
+        dense = sorted((stride, size) for size, stride in zip(shape, strides) if size > 1)
+        inner = [math.prod(size for _, size in dense[:at]) for at in range(len(dense))]
+        if 0 not in shape and inner == [stride for stride, _ in dense]:  # states of torch's optimizers are dense
             return tuple(strides)
     return torch.empty(shape, device="meta").stride()
 
@@ -140,14 +142,26 @@ def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match:
                 log.warning("fxckpt: what %s keeps beside its parameters' state is left out: its groups differ", old["class"])
         else:
             target.contracts[index].restore(old.get("own", NOTHING), functools.partial(_apply_state, old, made, opt))
-        present, waiting = set(old["gradients"]), old.get("accumulated", {})
+        present, waiting, lain = set(old["gradients"]), old.get("accumulated", {}), old.get("accumulated_as", {})
         for param in (p for live in opt.param_groups for p in live["params"]):
             stored = match.stored.get(target.inventory.name_of(param))
-            if (held := waiting.get(stored)) is not None and held.shape == local(param).shape:
-                part = held.to(param.device) if held.is_sparse else torch.empty_like(local(param)).copy_(held)
-                param.grad = like(part, param) if is_spread(param) else part
-            else:  # to an optimizer a gradient of zeros is not the same as none
-                param.grad = torch.zeros_like(param) if stored in present else None
+            if (held := waiting.get(stored)) is not None:
+                param.grad = _waited(held, param, lain.get(stored))
+                if param.grad is None:
+                    log.warning("fxckpt: the gradient of %s that waited for a step is left out: it lay otherwise", stored)
+            else:
+                param.grad = None
+            if param.grad is None and stored in present:  # to an optimizer a gradient of zeros is not the same as none
+                param.grad = torch.zeros_like(param)
+
+
+def _waited(held: torch.Tensor, param: torch.Tensor, lay: str | None) -> torch.Tensor | None:
+    """A stored gradient that waited for a step, beside its parameter; None if it cannot be that one's."""
+    part, shape = held.to(param.device), local(param).shape
+    if not held.is_sparse and held.shape == shape:
+        part = torch.empty_like(local(param)).copy_(held)
+    found: torch.Tensor | None = gradient_like(part, param, lay)
+    return found
 
 
 def _apply_state(old: State, made: Mapping[int, State], opt: torch.optim.Optimizer) -> None:

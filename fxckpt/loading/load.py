@@ -21,6 +21,7 @@ import torch
 
 from fxckpt.compat.modules import Models
 from fxckpt.compat.ranks import world_size
+from fxckpt.compat.spread import shard_again
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
@@ -349,6 +350,8 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
     if target.run is not None and reader.record.world_size == world_size() and (name := relaid(match, reader.record)):
         log.warning("fxckpt: %s was written in another layout than the ranks have now (%s): sums of gradients are other ones, so "
                     "this is no bit-exact continuation", found.path, name)  # fmt: skip
+    if target.model is not None:
+        shard_again(target.model)
     with _mixture(target, untrained, journal is not None):
         apply.read_tensors(reader, tensors)
         if journal is not None:

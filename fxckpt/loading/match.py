@@ -22,7 +22,7 @@ from fxckpt.store.record import Record, TensorRecord
 
 """What schedulers put into a group."""
 
-_OF_THE_SAME_SHAPE = {
+OF_THE_SAME_SHAPE = {
     "acc_delta", "ax", "exp_avg", "exp_avg_sq", "exp_inf", "grad_avg", "max_exp_avg_sq", "momentum_buffer", "prev", "square_avg",
     "step_size", "sum",
 }  # fmt: skip
@@ -245,7 +245,7 @@ def _import_problems(index: int, old: Mapping[str, Any], record: Record, target:
             )
         for name, param in zip(group["params"], live["params"]):
             shape = tuple((param if is_spread(param) else storable(param)).shape)
-            for key in _OF_THE_SAME_SHAPE.intersection(old["state"].get(name, {}).get("keys", ())):
+            for key in OF_THE_SAME_SHAPE.intersection(old["state"].get(name, {}).get("keys", ())):
                 place = places.get(state_key(index, key, name))
                 if place is not None and tuple(place.shape) != shape:
                     live_name = target.inventory.name_of(param)

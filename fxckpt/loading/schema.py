@@ -151,7 +151,9 @@ _STATE = has({"early": _encoded_early, "late": _values}, {IMPORTED: _import})
 _group = has({"params": _names, "settings": lambda value: _values(value) and "params" not in value})
 _state = has({"keys": _names, "strides": map_of(_is_strides), "complex": _names, "plain": _values}, {"host": _names})
 _optimizer = {"class": is_str, "groups": list_of(_group), "state": map_of(_state), "gradients": _names}
-_decoded = has(_optimizer, {"accumulated": _tensors, "own": is_anything, "given": list_of(_values)})
+_decoded = has(
+    _optimizer, {"accumulated": _tensors, "accumulated_as": map_of(is_str), "own": is_anything, "given": list_of(_values)}
+)
 
 
 def _is_optimizer(value: Any) -> bool:

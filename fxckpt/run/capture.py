@@ -21,7 +21,7 @@ from fxckpt.compat.module_state import mixed_modes, state_of
 from fxckpt.compat.modules import tensors_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
-from fxckpt.compat.spread import local
+from fxckpt.compat.spread import arrived, lies_as, local
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
 from fxckpt.optim.contract.contract import Contract
@@ -207,9 +207,9 @@ class Capture:
         trains, or in autograd's own: elsewhere a backward may be setting one at this moment."""
         present = []
         for stepper in self._arrangement.steppers:
-            waits, grads = stepper.accumulated, [(m.name, local(m.param.grad)) for m in stepper.bindings.members]
+            waits, grads = stepper.accumulated, [(m.name, m.param.grad) for m in stepper.bindings.members]
             # A sparse one that was used is as good as none.
-            present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not g.is_sparse)})
+            present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not local(g).is_sparse)})
         self._present = present
 
     def hand_over_rest(self, pending: InFlight) -> None:
@@ -279,7 +279,10 @@ class Capture:
         if (own := self.contracts[index].capture()) is not None:
             record["own"] = encode_state(own, tensors, f"optimizers/{index}/own")
         if waiting := {name: grad for name, grad in self._present[index].items() if grad is not None}:
-            record["accumulated"] = encode_state(waiting, tensors, f"optimizers/{index}/gradients")
+            parts = {name: arrived(grad) for name, grad in waiting.items()}
+            record["accumulated"] = encode_state(parts, tensors, f"optimizers/{index}/gradients")
+            if spread := {name: here for name, grad in waiting.items() if (here := lies_as(grad)) is not None}:
+                record["accumulated_as"] = spread
         return record
 
     def note(self, metrics: Mapping[str, Any]) -> None:

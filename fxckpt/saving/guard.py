@@ -120,8 +120,11 @@ class Guard:
     def _look(self, layer: int, tensors: Sequence[torch.Tensor]) -> Look:
         """How they look now."""
         versions = [version_of(tensor) for tensor in tensors]
-        for at, each in enumerate(self._layout.layers[layer].entries):
-            if is_spread(each.tensor):  # what is done to a DTensor moves its own counter, not that of the part which lies here
+        found = self._layout.layers[layer]
+        for at, each in enumerate(found.entries):
+            # What is done to a DTensor moves its own counter, not that of the part which lies here. Entries of gradients have
+            # their parameters, and a step moves those.
+            if is_spread(each.tensor) and found.kind != "gradients":
                 versions[at] += version_of(each.tensor)
         first = self._number < _FIRST
         if not first and (layer + self._number) % len(self._layout.layers):

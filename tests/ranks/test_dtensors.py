@@ -8,12 +8,13 @@ from digests import differences
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 
 import fxckpt
-from fxckpt.compat.spread import Box
+from fxckpt.compat.spread import Box, gradient_like
 from fxckpt.errors import LayoutMismatch, SetupError
+from fxckpt.loading.apply import _strides_for
 from fxckpt.saving.guard import Changed
 from fxckpt.store import names
 from fxckpt.store.reader import Reader
@@ -63,11 +64,11 @@ def sharded(layout="fsdp", **options):
 class Life:
     """One process of a training."""
 
-    def __init__(self, make, root=None, update="native", layout="fsdp", **options):
+    def __init__(self, make, root=None, update="native", layout="fsdp", journal=1, **options):
         self.model = sharded(layout, **options)
         self.opt = make(list(self.model.parameters()))
         if root is not None:
-            fxckpt.compile_step(self.opt, root, model=self.model, every=1, update=update)
+            fxckpt.compile_step(self.opt, root, model=self.model, every=1, keep=4, update=update, journal=journal)
             self.start = fxckpt.load().step
 
     def train(self, first, last):
@@ -127,6 +128,105 @@ def test_a_parameter_keeps_its_name_while_fsdp_has_a_whole_one_in_its_place(root
     life.end()
     saved = Reader(fxckpt.checkpoints(root)[-1].path).record
     assert {tensor.key for tensor in saved.tensors(names.MODEL)} == {"0.weight", "2.weight"}
+
+
+@pytest.mark.parametrize("options", [{}, {"reshard_after_forward": False}])
+def test_a_load_is_what_the_next_forward_computes_with_when_fsdp_has_whole_parameters(options, root):
+    """An evaluation leaves them whole, and FSDP2 gathers them no second time."""
+    life, x = Life(OPTIMIZERS["Adam"], root, **options), torch.ones(2, 6)
+    life.train(0, 1)
+    with torch.no_grad():
+        early = life.model(x)
+    life.train(1, 2)
+    life.opt.ckpt.flush()
+    end = life.tensors()
+    with torch.no_grad():
+        late = life.model(x)
+        fxckpt.load(step=1)
+        assert torch.equal(life.model(x), early) and not torch.equal(early, late)
+        fxckpt.load(step=1)
+    life.train(1, 2)
+    assert differences(life.tensors(), end) == []
+    life.end()
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "ASGD"])
+def test_state_of_a_dtensor_that_is_one_number_is_one_again(name, root):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(distribute_tensor(torch.tensor(2.0), init_device_mesh("cpu", (1,)), [Replicate()]))
+
+    def lives(root, *turns):
+        for first, last in turns:
+            model = Scaled()
+            opt = OPTIMIZERS[name](model.parameters())
+            if root is not None:
+                fxckpt.compile_step(opt, root, model=model, every=1, update="native")
+                assert fxckpt.load().step == first
+            for _ in range(first, last):
+                model.scale.square().backward()
+                opt.step()
+                opt.zero_grad()
+            if root is not None:
+                opt.ckpt.flush()
+                opt.ckpt.shutdown()
+        return model.scale.item(), {key: type(value) for key, value in opt.state[model.scale].items()}
+
+    assert lives(root, (0, 2), (2, 4)) == lives(None, (0, 4))
+
+
+def test_state_takes_the_strides_of_a_part_only_where_no_two_elements_share_memory():
+    assert _strides_for((2, 3, 2), (6, 1, 3)) == (6, 1, 3)
+    assert _strides_for((2, 6, 2), (6, 1, 3)) == (12, 2, 1)
+    assert _strides_for((4, 3), (1, 2)) == (3, 1)  # of a part of two rows
+
+
+def waits_for_a_step(root, turns):
+    """An optimizer whose gradients are sums over ranks that are not made yet, and which steps at every other turn."""
+    torch.manual_seed(0)
+    model, mesh = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4)), init_device_mesh("cpu", (1,))
+    parallelize_module(model, mesh, {"0": SequenceParallel(), "1": ColwiseParallel(input_layouts=Shard(1))})
+    always, seldom = (torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[1], model[0]))
+    fxckpt.compile_step([always, seldom], root, model=model, every=1, update="native")
+    fxckpt.load()
+    grad = model[0].weight.grad
+    for at in fxckpt.batches(torch.utils.data.DataLoader(range(4))):
+        if at == turns:
+            break
+        model(torch.randn(3, 2, 6)).square().sum().backward()
+        always.step()
+        always.zero_grad()
+    always.ckpt.flush()
+    always.ckpt.shutdown()
+    return grad, model[0].weight.grad
+
+
+def test_a_gradient_that_waits_for_a_step_is_still_the_partial_sum_that_it_was(root):
+    none, left = waits_for_a_step(root, 1)
+    found, _ = waits_for_a_step(root, 1)
+    assert none is None and isinstance(found, DTensor) and found.placements == left.placements == (Partial(),)
+    assert torch.equal(found.to_local(), left.to_local())
+
+
+def test_a_gradient_that_lay_otherwise_is_left_out_and_it_is_said(root, monkeypatch, caplog):
+    waits_for_a_step(root, 1)
+    monkeypatch.setattr("fxckpt.loading.apply.gradient_like", lambda part, param, lay: gradient_like(part, param, "otherwise"))
+    found, _ = waits_for_a_step(root, 1)
+    assert not found.to_local().any()
+    assert "the gradient of 0.weight that waited for a step is left out" in caplog.text
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_a_journal_of_gradients_of_dtensors_is_replayed(layout, root):
+    plain = Life(OPTIMIZERS["SGD"], layout=layout)
+    plain.train(0, 6)
+    for first, last in ((0, 3), (3, 6)):
+        life = Life(OPTIMIZERS["SGD"], root, layout=layout, journal=5)
+        assert life.start == first
+        life.train(first, last)
+        life.end()
+    assert differences(life.tensors(), plain.tensors()) == []
 
 
 def test_blocks_that_are_compiled_one_by_one_are_in_the_order_of_their_graphs(root):
