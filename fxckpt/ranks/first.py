@@ -14,7 +14,7 @@ from typing import Any
 from fxckpt.engine import io
 from fxckpt.errors import Corrupt, Diverged, NoSpace, RanksDisagree
 from fxckpt.ranks.rendezvous import Rendezvous, given_up
-from fxckpt.ranks.replicas import Suspects, differences, looks
+from fxckpt.ranks.replicas import Suspects, differences, looks, unlike
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key, Word
 from fxckpt.store import names
 from fxckpt.store.about import ALIKE, DIVERGED
@@ -100,6 +100,12 @@ class FirstStore(Store):
     def _compared(self, record: Record, parts: Sequence[Record]) -> Record:
         """The record, with where replicas differ. Raises Diverged if that is asked for, RanksDisagree if they never
         were the same."""
+        if not self._are_replicas and (other := unlike([record, *parts])):
+            raise RanksDisagree(
+                f"the first checkpoint, of step {record.step}, is given up: ranks have other values in {', '.join(other[:8])}, "
+                "of which one rank would write its own for all. Make what each has for itself a DTensor on a mesh over these "
+                'ranks, or a buffer; if it is to be written all the same: on_divergence="off"'
+            )
         looked = looks([record, *parts])
         known = self._suspects.note(looked)
         if not (found := differences(looked)):

@@ -15,6 +15,16 @@ from fxckpt.store.about import CHECKED
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.record import FileRecord, Record
 
+BESIDE = "beside"
+"""In what a rank says: fingerprints of what is whole beside DTensors. Where ranks hold other parts, none checksums another one's
+file, and values of their own under one name (experts that no mesh knows of) would go unseen."""
+
+
+def unlike(ranks: Sequence[Record]) -> list[str]:
+    """Names of such tensors that are not alike on all ranks."""
+    said = [_member(record, BESIDE) for record in ranks]
+    return [name for name, value in said[0].items() if any(each.get(name, value) != value for each in said[1:])]
+
 
 @dataclass(frozen=True)
 class Difference:

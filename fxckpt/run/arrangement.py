@@ -168,9 +168,9 @@ class Arrangement:
         if world == 1:
             return make()
         share = Share(rank, world, checked)
-        alike = share.take(layers, self.inventory.buffers)
+        alike, beside = share.take(layers, self.inventory.buffers)
         layout = make(share.files, share.checked_files)
-        layout.alike = alike
+        layout.alike, layout.beside = alike, {} if self._config.on_divergence == "off" else beside
         return layout
 
     def _next_checked(self) -> int | None:

@@ -34,6 +34,7 @@ from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
 from fxckpt.run.strays import Strays
 from fxckpt.saving.guard import glimpse
 from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.share import fingerprint
 from fxckpt.store.typed_json import encode_state
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -79,7 +80,7 @@ class Capture:
         self._notes: dict[str, float] = {}  # metrics for the next record
         self.noting: threading.RLock = threading.RLock()
         self._limits: int | None = limits_reached()  # None: it was said that one was reached since
-        self._said_modes = False
+        self._said_modes = self._saw_beside = False
 
     def start(self) -> None:
         """The process is where a resumed one begins to train, but that nothing was loaded yet: extras are not asked."""
@@ -161,6 +162,9 @@ class Capture:
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
         self._early, pending.captured = (encoded, tensors), True
+        if layout.beside and not self._saw_beside:
+            self._saw_beside = True
+            pending.beside = {name: fingerprint(tensor) for name, tensor in layout.beside.items()}
 
     def _transient(self, early: bool) -> dict[str, torch.Tensor]:
         """The non-persistent buffers in host memory that are taken at the end of a step, or those that are not."""

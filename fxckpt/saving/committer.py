@@ -11,7 +11,7 @@ from typing import Any
 
 from fxckpt.engine import SLICE, PatientLock
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
-from fxckpt.ranks.replicas import checksums
+from fxckpt.ranks.replicas import BESIDE, checksums
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
 from fxckpt.saving.guard import Changed, Mixed
@@ -251,7 +251,8 @@ def _checksums(pending: InFlight) -> dict[str, Any]:
     """What this rank has in place of another one's part; see ``ranks.replicas``."""
     layout = pending.layout
     numbers = range(len(layout.files), len(layout.files) + len(layout.checked))
-    return checksums(layout.files, layout.checked, [pending.copy.crcs(i) for i in numbers], layout.chunk_bytes)
+    found = checksums(layout.files, layout.checked, [pending.copy.crcs(i) for i in numbers], layout.chunk_bytes)
+    return {**found, BESIDE: pending.beside}
 
 
 def _file_records(pending: InFlight) -> tuple[FileRecord, ...]:

@@ -28,6 +28,7 @@ class InFlight:
     link: Link | None = None  # of a record of the journal
     landing: Landing = field(default_factory=Landing)
     captured: bool = False  # buffers and early state are in
+    beside: dict[str, int] = field(default_factory=dict)  # of the first of several ranks: fingerprints of layout.beside
     record: dict[str, Any] = field(default_factory=dict)  # fields and extra state's tensors; callables are asked at the commit
     closed: Latch = field(default_factory=Latch)
     done: Latch = field(default_factory=Latch)

@@ -76,6 +76,7 @@ class Layout:
     changed_outside: set[str]
     full: Layout | None = None  # of a record of the journal: the checkpoint's whose layers have the same numbers
     alike: str = ""  # a digest of what all ranks have alike, where several write together
+    beside: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what of it is whole beside DTensors
     checked: list[FileLayout] = field(default_factory=list)  # files of another rank, of which only the checksums are wanted
     numbering: object = field(default_factory=object)  # the same in all layouts whose updated layers have the same numbers
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fxckpt.compat.spread import Box, box_of, is_spread, local, sharded_as
+from fxckpt.saving.guard import glimpse
 from fxckpt.store import names
 
 if TYPE_CHECKING:
@@ -49,8 +50,9 @@ class Share:
         """Those of the other rank, which have the next numbers."""
         return [] if self.checked is None else [names.of_rank(file, self.checked, self.world) for file in FILES]
 
-    def take(self, layers: Sequence[EngineLayer], buffers: Mapping[str, torch.Tensor]) -> str:
-        """Have each layer note which of its tensors this rank writes; returns a digest of those that all ranks have. Those of
+    def take(self, layers: Sequence[EngineLayer], buffers: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
+        """Have each layer note which of its tensors this rank writes; returns a digest of those that all ranks have, and which
+        are whole beside DTensors: with no replica to look at them, somebody must see that they are alike. Those of
         ``buffers`` each rank has for itself, unless they are DTensors: what a forward does to them depends on its own batches."""
         entries = [e for layer in layers for e in layer.entries]
         alike = {(e.file, e.key): e.tensor for e in entries if e.key not in buffers or e.file or is_spread(e.tensor)}
@@ -66,7 +68,8 @@ class Share:
         described = [
             [*place, str(tensor.dtype), list(tensor.shape), sharded_as(tensor)] for place, tensor in sorted(alike.items())
         ]
-        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        whole = {place[1]: alike[place] for place, box in boxes.items() if box is None}
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest(), whole if len(whole) < len(boxes) else {}
 
     def _writes(self, box: Box | None, writer: int) -> bool:
         """Does this rank write a tensor, or checksum it? Nobody does of a part that has no element."""
@@ -77,6 +80,14 @@ class Share:
         if writer is not None and writer == self.checked:
             return len(self.files) + place[0]
         return place[0] if writer is not None or self.rank == 0 else OWN_FILE
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """What is the same of tensors with the same values. One on a device is waited for."""
+    found = glimpse(tensor, whole=True)
+    if found is None:
+        found = int(tensor.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64))
+    return found
 
 
 def who_writes(sizes: Mapping[Place, int], holders: Mapping[Place, tuple[int, ...]]) -> dict[Place, int]:

@@ -137,6 +137,11 @@ def test_ranks_that_know_nothing_of_others_who_have_the_same_boxes_are_told(run)
     assert "are not all of it, each once. All ranks must be on the mesh that a DTensor lies on" in why
 
 
+def test_what_each_rank_has_of_its_own_beside_shards_is_not_written_as_if_all_had_it(run):
+    [ranks] = run(life("ignored", "a", 1, 2, optimizer="sgd"), fail=True)
+    assert "ranks have other values in head.bias" in ranks[0]["error"]
+
+
 def test_every_box_is_written_once_by_one_of_those_that_hold_it(run, tmp_path):
     run(life("hsdp", "a", 2))
     record = candidates(tmp_path / "a")[0].record

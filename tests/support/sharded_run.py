@@ -38,8 +38,8 @@ from torch.nn.parallel import DistributedDataParallel
 import fxckpt
 from fxckpt.loading.load import Restored
 
-LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "halves")
-"""``halves``: two ranks each shard by themselves, on meshes that know of no others."""
+LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "halves", "ignored")
+"""``halves``: two ranks each shard by themselves, on meshes that know of no others. ``ignored``: each has a head of its own."""
 
 
 class Block(nn.Module):
@@ -79,6 +79,9 @@ def laid_out(layout: str, world: int, **options: Any) -> tuple[nn.Module, nn.Mod
     if layout == "halves":
         mine, _ = dist.new_subgroups(world // 2)
         return net, fully_shard(net, mesh=DeviceMesh.from_group(mine, "cpu")), rank
+    if layout == "ignored":
+        mesh = init_device_mesh("cpu", (world,))
+        return net, fully_shard(net, mesh=mesh, ignored_params=set(net.head.parameters())), rank
     two = layout in ("hsdp", "fsdp_tp")
     mesh = init_device_mesh("cpu", (world // 2, 2) if two else (world,), mesh_dim_names=("a", "b") if two else ("a",))
     if layout in ("tp", "fsdp_tp"):
