@@ -23,14 +23,11 @@ def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
     """Why no step of this run is journalled, known before the first one; None if steps may be."""
     if (why := _other_ranks()) is not None:
         return why
-    if len(steppers) != 1:
-        return f"the run has {len(steppers)} optimizers, and a record holds one step of one"
-    stepper = steppers[0]
-    name = plain_class(stepper.opt).__name__
-    if not stepper.stock:
-        return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
-    if name not in ELEMENTWISE:
-        return f"{name} reduces over tensors or runs whole, and another number of threads may give it other bits"
+    for name, stepper in ((plain_class(each.opt).__name__, each) for each in steppers):
+        if not stepper.stock:
+            return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
+        if name not in ELEMENTWISE:
+            return f"{name} reduces over tensors or runs whole, and another number of threads may give it other bits"
     if on_device:
         return "parameters lie on a device, where steps made again were not compared yet"
     return None
