@@ -279,15 +279,6 @@ def test_where_numbers_near_zero_are_flushed_steps_are_stored_in_full_and_none_i
     assert Life(root).at == life.states[12]
 
 
-def test_several_optimizers_are_stored_in_full_and_it_is_said(root, one_thread, caplog):
-    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
-    opts = [torch.optim.SGD(each.parameters(), lr=0.1) for each in model]
-    with caplog.at_level(logging.WARNING, "fxckpt"):
-        fxckpt.compile_step(opts, root, model=model, every=1, journal=4)
-    assert "2 optimizers" in caplog.text
-    opts[0].ckpt.shutdown()
-
-
 def test_one_of_several_ranks_stores_steps_in_full_and_it_is_said(root, caplog, monkeypatch):
     model = nn.Linear(2, 2)
     monkeypatch.setenv("WORLD_SIZE", "2")
