@@ -337,8 +337,8 @@ class Stepping:
         return ends or self.schedule.due(step, stalled)
 
     def begin(self, step: int, stepper: Stepper | None = None) -> InFlight | None:
-        """Begin the checkpoint of this step, or a record of the journal; None if that fails, or if too many are in flight to begin
-        one without waiting. ``stepper`` is about to make the step."""
+        """Begin the checkpoint of this step, or a record of the journal; None if that fails, or if too many are in flight to
+        begin one without waiting. ``stepper`` is about to make the step."""
         flights = self._saver.flights
         if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
             self._saver.tally.skipped += step != self._skipped

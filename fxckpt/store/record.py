@@ -126,11 +126,11 @@ class Journal:
     """What makes a record one of the journal: what it builds on, and what its step had beside gradients.
 
     ``base`` is the generation of the checkpoint, ``after`` that of the record before it, or of the checkpoint; ``number``
-    counts the records of a checkpoint from 1 on. ``update`` is ``compile_step``'s; ``order`` the numbers of the optimizers that made
-    a step, in their order, none of them twice; ``groups`` of each of these its groups' settings as the step found them,
-    ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory
-    than their parameters, by name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step,
-    with so many ``threads``: where one's share of a tensor ends, a kernel may round otherwise.
+    counts the records of a checkpoint from 1 on. ``update`` is ``compile_step``'s; ``order`` the numbers of the optimizers that
+    made a step, in their order, none of them twice; ``groups`` of each of these its groups' settings as the step found them,
+    ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory than their parameters, by
+    name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step, with so many ``threads``:
+    where one's share of a tensor ends, a kernel may round otherwise.
     """
 
     base: int
