@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.optimizers import plain_class
 from fxckpt.engine import Engine, Sources
 from fxckpt.errors import StateError
 from fxckpt.journal.digests import digest
 from fxckpt.journal.layout import layer_label, record_layout
 from fxckpt.journal.length import Trial, choose, describe
 from fxckpt.journal.looks import Looks, Moves
+from fxckpt.journal.machine import adds_up, machine
 from fxckpt.journal.made import Made
 from fxckpt.journal.repeatable import WAY_OUT, why_not, why_not_now
 from fxckpt.optim.stepper import Stepper
@@ -33,11 +35,6 @@ log: logging.Logger = logging.getLogger("fxckpt")
 _LAYOUTS = 8  # that are kept: they differ in which gradients there are, and in what changed outside
 
 _PATIENCE = 3  # checkpoints in a row that could not be records, before somebody is told
-
-
-def machine() -> str:
-    """What makes a step: the same steps made elsewhere may have other bits, and whoever compares them says so."""
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class Chain:
         self._looks = Looks(steppers)
         self._records = 0
         self._layouts: dict[Any, Layout] = {}
-        self._machine = machine()
+        self._sums = adds_up(plain_class(each.opt).__name__ for each in steppers)
         self._said: set[str] = set()
         self._refused = 0  # checkpoints in a row that could not be records
         self._off: str | None = None
@@ -212,7 +209,7 @@ class Chain:
         number, made = self._number + 1, self._made
         threads = made[0].threads if made else torch.get_num_threads()
         groups, order = [each.groups for each in made], tuple(each.index for each in made)
-        link = Link(self._base, self._tail[-1], number, self._update, groups, self._machine, threads, order)
+        link = Link(self._base, self._tail[-1], number, self._update, groups, machine(self._sums), threads, order)
         for each in made:
             link.strides |= each.strides
             link.tensors |= each.tensors

@@ -19,10 +19,10 @@ import torch
 
 from fxckpt.errors import Corrupt
 from fxckpt.graph.model.layers import Layer
-from fxckpt.graph.update.trace import ELEMENTWISE
-from fxckpt.journal.chain import machine
 from fxckpt.journal.digests import digest
 from fxckpt.journal.layout import gradient_key, layer_label
+from fxckpt.journal.machine import adds_up, machine
+from fxckpt.journal.repeatable import REPEATABLE
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.inventory import storable
 from fxckpt.saving.plan import source_items
@@ -61,7 +61,7 @@ class Again:
     decoded; ``tensors``: those of the checkpoint, which its steps change."""
 
     def __init__(self, index: int, saved: Mapping[str, Any], tensors: Tensors, update: str | None):
-        if saved["class"] not in ELEMENTWISE:
+        if saved["class"] not in REPEATABLE:
             raise Corrupt("the journal", f"it is of the optimizer {saved['class']!r}, whose steps are not journalled")
         self.params: Mapping[str, torch.Tensor] = {n: tensors[MODEL, n] for g in saved["groups"] for n in g["params"]}
         groups = [{**group["settings"], "params": [self.params[n] for n in group["params"]]} for group in saved["groups"]]
@@ -108,6 +108,7 @@ class Replay:
         self._optimizers = [Again(index, saved, tensors, update) for index, saved in enumerate(optimizers)]
         self._params = {name: param for each in self._optimizers for name, param in each.params.items()}
         self._layers = dict(_labelled(base, self._optimizers))
+        self._sums = adds_up(saved["class"] for saved in optimizers)
         self._room: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # for the gradients of a step and of the next one, in turns
         self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
 
@@ -117,11 +118,9 @@ class Replay:
         steps = f"step {readers[0].record.step} to {readers[-1].record.step}"
         count = sum(len(_journal(each).order) for each in readers)
         log.info("fxckpt: making %s again from the journal: %d updates", steps, count)
-        if others := {_journal(each).machine for each in readers} - {machine()}:
-            what = "fxckpt: they were made with %s, and here is %s: should that give other bits, a layer that is compared tells"
-            log.warning(what, " and with ".join(sorted(others)), machine())
+        self._check_machine(readers)
         # The thread reads a record while the step before it is made.
-        with ThreadPoolExecutor(1, "fxckpt-journal") as thread, _same_threads():
+        with ThreadPoolExecutor(1, "fxckpt-journal") as thread, _same_threads(), torch.autocast("cpu", enabled=False):
             ahead = thread.submit(self._read, readers[0], 0)
             for index, reader in enumerate(readers):
                 try:
@@ -133,6 +132,18 @@ class Replay:
                     raise Broken(index, error) from error
                 self._compare(index, reader)
         log.info("fxckpt: made %s again from the journal: %d updates in %.3g s", steps, count, time.monotonic() - began)
+
+    def _check_machine(self, readers: Sequence[Reader]) -> None:
+        """Raises Broken for the first record whose step has other bits here, most likely, and says where that may be."""
+        here, others = machine(self._sums), [_journal(each).machine for each in readers]
+        if all(each == here for each in others):
+            return
+        if self._sums:
+            index = next(i for i, each in enumerate(others) if each != here)
+            what = f"its step adds elements up, and was made with {others[index]}; here is {here}, where sums may have other bits"
+            raise Broken(index, Corrupt(readers[index].path, what))
+        what = "fxckpt: they were made with %s, and here is %s: should that give other bits, a layer that is compared tells"
+        log.warning(what, " and with ".join(sorted({*others} - {here})), here)
 
     def _read(self, reader: Reader, index: int) -> Found:
         """All of a record that its steps take."""
@@ -184,8 +195,8 @@ class Replay:
             if found != crc:
                 of_step = f"layer {name!r} of step {reader.record.step}"
                 what = f"{of_step}, made again, is not what training had (CRC-32C {found}, not {crc})"
-                if journal.machine != machine():
-                    what += f"; it was trained with {journal.machine}, and this is {machine()}"
+                if journal.machine != (here := machine(self._sums)):
+                    what += f"; it was trained with {journal.machine}, and this is {here}"
                 raise Broken(self._digested.get(name, 0), Corrupt(reader.path, what, layer=name))
             self._digested[name] = index + 1
 

@@ -229,8 +229,13 @@ class Own(torch.optim.SGD):
     """Of a class that is not PyTorch's."""
 
 
+def with_tensor(params, lr):
+    """Adafactor reads a rate that is a tensor on the host: its step is not split."""
+    return torch.optim.Adafactor(params, lr=torch.tensor(lr))
+
+
 CASES = {
-    "Adafactor": (torch.optim.Adafactor, "Adafactor reduces over tensors"),
+    "whole": (with_tensor, "its own step runs whole"),
     "own class": (Own, "Own is not of torch.optim"),
 }
 
