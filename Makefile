@@ -57,7 +57,7 @@ kills: $(ENGINE)
 .PHONY: optimizers
 optimizers: $(ENGINE)
 	@$(PY) tools/optimizer_table.py
-	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py tests/journal/test_made_again.py tests/journal/test_several.py $(ARGS)
+	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py tests/journal/test_made_again.py tests/journal/test_several.py tests/journal/test_sums.py $(ARGS)
 
 # Every model of tests/support/model_cases.py through Inductor itself, with and without us, then killed and resumed, and the
 # examples that compile one: half an hour.

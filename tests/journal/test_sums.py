@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
+import sums
 import torch
 from digests import digest
 from journal_lives import Life, journalled, net, whole
@@ -14,6 +18,20 @@ import fxckpt
 from fxckpt.errors import Corrupt
 from fxckpt.journal.machine import machine, processor
 from fxckpt.store.reader import Reader, candidates, records
+
+FULL = os.environ.get("FXCKPT_OPTIMIZERS") == "full"
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 8] if FULL else [1, 3])
+def test_sums_have_the_same_bits_wherever_tensors_lie_and_in_any_process(one_thread, threads):
+    """``FXCKPT_OPTIMIZERS=full``: in processes of their own, too, one of them on one core."""
+    first = dict(sums.checksums(threads, 0))
+    for offset in (1, 3, 16) if FULL else (3,):
+        assert dict(sums.checksums(threads, offset)) == first, offset
+    for offset, prefix in ((0, ()), (3, ()), (0, ("taskset", "1"))) if FULL else ():
+        command = [*prefix, sys.executable, sums.__file__, str(threads), str(offset)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        assert out.split("\n")[:-1] == [f"{name}: {crc}" for name, crc in first.items()], (offset, prefix)
 
 
 def adafactor(params, lr):
