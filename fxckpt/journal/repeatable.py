@@ -9,6 +9,7 @@ import torch
 
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import world_size
+from fxckpt.compat.tensors import is_wrapper
 from fxckpt.graph.update.inductor import is_dense
 from fxckpt.graph.update.trace import BY_SHAPE, ELEMENTWISE
 from fxckpt.journal.machine import adds_up
@@ -63,6 +64,8 @@ def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> s
     for member, grad in zip(stepper.executor.arranged.members, gradients):
         if member.plain:
             return f"{member.name} has optimizer state that is no tensor"
+        if is_wrapper(member.param):
+            return f"{member.name} is a {type(member.param).__name__}, and steps of these were not compared"
         if grad is None:
             continue
         if (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape) or grad.is_conj() or grad.is_neg():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import fxckpt
 from fxckpt.errors import SaveFailed, SetupError, StateError
+from fxckpt.journal.repeatable import why_not_now
 from fxckpt.store.names import subdirectories
 from fxckpt.store.reader import candidates, records
 
@@ -248,6 +250,16 @@ def test_what_is_not_known_to_be_repeatable_is_stored_in_full_and_it_is_said_onc
     assert journalled(root) == [] and max(fulls(root)) == 8
     assert sum("no journal" in text for text in caplog.messages) == 1 and why in caplog.text
     assert Life(root, make).at == life.states[8]
+
+
+def test_parameters_that_hold_other_tensors_are_named(one_thread):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    param = TwoTensor(torch.ones(3), torch.ones(3))
+    member = SimpleNamespace(name="0.weight", param=param, plain=False)
+    executor = SimpleNamespace(arranged=SimpleNamespace(members=[member]))
+    stepper = SimpleNamespace(opt=torch.optim.SGD([torch.ones(3)], lr=0.1), whole=None, executor=executor)
+    assert why_not_now(stepper, [torch.ones(3)]) == "0.weight is a TwoTensor, and steps of these were not compared"
 
 
 def test_fused_steps_that_unscale_are_stored_in_full_and_it_is_said_once(root, one_thread, caplog):
