@@ -229,7 +229,7 @@ def test_each_step_of_two_optimizers_goes_on_with_the_bits_of_a_run_without_a_jo
     if boundaries or case != "scaled":  # a leader that is skipped has no checkpoint in a loop without boundaries
         assert set(CASES[case].order) <= orders(root / "through")
         assert len(fulls(root / "through")) <= 5 and len(journalled(root / "through")) >= 11, fulls(root / "through")
-    for step in durable_steps(root / "through")[-7::2]:
+    for step in durable_steps(root / "through")[-6::2]:
         shutil.copytree(root / "through", root / f"from {step}")
         found = life(f"from {step}", load={"step": step})
         assert found.restored.step == step and found.at == stock.states[step], step
@@ -318,7 +318,8 @@ def test_gradients_that_change_between_two_steps_are_stored_as_their_step_had_th
     case = between_steps(change, when)
     life = Life(root, case, boundaries=True).train(STEPS).end()
     assert len(fulls(root)) <= 5 and life.run.statistics()["checkpoints_failed"] == 0
-    for step in durable_steps(root)[1:]:
+    steps = durable_steps(root)
+    for step in (*steps[2:6], *steps[-5::2]):
         found = Life(root, case, boundaries=True, load={"step": step}).end()
         assert found.restored.skipped == () and found.at == life.states[step], step
 
@@ -508,7 +509,7 @@ def test_what_changes_once_outside_of_both_steps_is_stored_whole(root, one_threa
     case = changed_once(place, key)
     life = Life(root, case, boundaries=True).train(12).end()
     assert fulls(root) == [1, 2, 8], "a record has it"
-    for step in (9, 10, 11, 12):
+    for step in (10, 11):
         found = Life(root, case, boundaries=True, load={"step": step}).end()
         assert found.restored.skipped == () and found.at == life.states[step], step
 
