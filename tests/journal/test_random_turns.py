@@ -42,7 +42,8 @@ class Life:
         self.at, self.states, self.saved = self.now(), {}, set[int]()
 
     def now(self) -> str:
-        return digest(self.model, *(dict(opt.state_dict().items()) for opt in self.opts))
+        found = [opt.state_dict() for opt in self.opts]  # a load makes states in the parameters' order
+        return digest(self.model, *({**each, "state": dict(sorted(each["state"].items()))} for each in found))
 
     def train(self) -> Life:
         for turn in fxckpt.steps(TURNS):
