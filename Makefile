@@ -57,7 +57,7 @@ kills: $(ENGINE)
 .PHONY: optimizers
 optimizers: $(ENGINE)
 	@$(PY) tools/optimizer_table.py
-	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py tests/journal/test_made_again.py $(ARGS)
+	@FXCKPT_OPTIMIZERS=full $(PY) -m pytest -n 2 tests/optim/test_every_optimizer.py tests/journal/test_made_again.py tests/journal/test_several.py tests/journal/test_sums.py $(ARGS)
 
 # Every model of tests/support/model_cases.py through Inductor itself, with and without us, then killed and resumed, and the
 # examples that compile one: half an hour.
@@ -95,11 +95,12 @@ integrations: $(ENGINE)
 docs: $(ENGINE)
 	@FXCKPT_DOCS=full $(PY) -m pytest tests/project/test_documents.py tests/integrations/test_documented_diffs.py $(ARGS)
 
-# A thousand kills of runs with a journal, and every byte of a record with a bit flipped.
+# A thousand kills of runs with a journal, every byte of a record with a bit flipped, and two hundred trainings of chance.
 .PHONY: journal
 journal: export FXCKPT_JOURNAL ?= 1000
+journal: export FXCKPT_TURNS ?= 200
 journal: $(ENGINE)
-	@FXCKPT_FLIP_EVERY=1 $(PY) -m pytest -s tests/campaigns/test_journal_kills.py tests/journal/test_damage.py $(ARGS)
+	@FXCKPT_FLIP_EVERY=1 $(PY) -m pytest -s tests/campaigns/test_journal_kills.py tests/journal/test_damage.py tests/journal/test_random_turns.py $(ARGS)
 
 bench: $(ENGINE)
 	@$(PY) benchmarks/optimizer_step.py $(ARGS)

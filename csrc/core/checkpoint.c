@@ -150,7 +150,7 @@ uint32_t fx_emitted(struct fx_checkpoint *ck) {
 /* ---- waits ---- */
 
 static bool is_copied(const struct fx_checkpoint *ck) {
-    return ck->emitted == ck->plan->n_layers && !ck->left;
+    return ck->emitted == ck->plan->n_layers && (!ck->left || !FX_KEEPS(EARLY_COPIED));
 }
 static bool is_durable(const struct fx_checkpoint *ck) { return ck->state == DURABLE; }
 

@@ -49,6 +49,7 @@ enum fx_mutation {
     NO_REAP_WAIT,    /* a writer takes the chunk before the copy is done */
     NO_HOST_WAIT,    /* a fence without streams returns when the copy was issued */
     NO_CANCEL_WAIT,  /* a cancel returns while copies still read the memory */
+    EARLY_COPIED,    /* a checkpoint counts as copied while copies still read the memory */
     EARLY_REUSE,     /* an event is used anew, of either kind, while a fence is about to wait for it */
     TWO_ALLOCATIONS, /* neighbours in memory are copied as one range */
     HOST_ADDRESSES,  /* batches take host addresses, also where the device has others for that memory */

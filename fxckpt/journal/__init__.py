@@ -2,7 +2,9 @@
 
 repeatable   which optimizers' steps come out the same
 layout       what lies where in a record
-chain        which checkpoint of a run is a record, on what it builds, and what changed outside a step
+chain        which checkpoint of a run is a record, and on what it builds
+made         a step that was made and is in no record yet
+looks        the tensors of layers as steps left them: what changed outside
 length       how far apart full checkpoints are, where that is left to us
 digests      of layers, as the step left them
 replay       steps made again, from a checkpoint and the records behind it

@@ -16,21 +16,29 @@ from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
 from fxckpt.store.names import GRADIENTS, MODEL, OPTIMIZER, state_key
 
-GRADIENT = "gradient"
-"""The key of a parameter's gradient in its file, as of a state: ``gradient/h.0.weight``."""
+
+def gradient_key(name: str) -> str:
+    """The key of a parameter's gradient in its file, as of a state: ``gradient/h.0.weight``, whichever optimizer has it."""
+    return state_key(0, "gradient", name)
+
+
+def layer_label(optimizer: int, layer: str) -> str:
+    """What a digest calls a layer: two optimizers may have parameters of one module."""
+    return layer if optimizer == 0 else f"optimizer{optimizer}:{layer}"
 
 
 def record_layout(
     engine: Engine,
     full: plan.Layout,
-    stepper: Stepper,
+    steppers: Sequence[Stepper],
     whole: Collection[int],
-    present: Collection[int],
+    present: Collection[str],
     make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
 ) -> plan.Layout:
     """The layout of a record beside that of a ``full`` checkpoint. ``whole``: the layers, by number, of which all is stored;
-    ``present``: the parameters, by ``BoundParam.index``, that have gradients."""
-    owned = dict(zip(stepper.executor.arranged.numbers, stepper.executor.arranged.owned))
+    ``present``: the names of parameters that have gradients."""
+    arranged = [stepper.executor.arranged for stepper in steppers]
+    owned = {number: members for each in arranged for number, members in zip(each.numbers, each.owned)}
     names = {member.name for number in whole for member in owned.get(number, ())}
     layers = []
     for number, layer in enumerate(full.layers):
@@ -52,7 +60,7 @@ def record_layout(
     return layout
 
 
-def gradients_of(members: Sequence[BoundParam], present: Collection[int]) -> list[plan.Entry]:
+def gradients_of(members: Sequence[BoundParam], present: Collection[str]) -> list[plan.Entry]:
     """The gradients of a layer. Each stands there as its parameter, which has its type and shape: gradients are new ones at every
     step, and nothing here is to keep them."""
-    return [plan.Entry(0, state_key(0, GRADIENT, m.name), m.param, m.name) for m in members if m.index in present]
+    return [plan.Entry(0, gradient_key(m.name), m.param, m.name) for m in members if m.name in present]

@@ -86,16 +86,20 @@ class Trial:
         self._room = room
         self._begun: deque[float] = deque(maxlen=SAMPLES + 1)  # when updates began, by a clock that stands still in waits
         self._updates: deque[float] = deque(maxlen=SAMPLES)
+        self._last, self._update = 0.0, 0.0  # the last of these instants; seconds of updates since the last checkpoint
         self._fulls: deque[Landing] = deque(maxlen=SAMPLES)
         self._records: deque[Landing] = deque(maxlen=SAMPLES)
 
     def updated(self, before: tuple[float, float], after: tuple[float, float]) -> None:
-        """A step's update ran between these instants, each with the seconds that training had waited by then."""
-        self._begun.append(before[0] - before[1])
-        self._updates.append(after[0] - after[1] - before[0] + before[1])
+        """An update ran between these instants, each with the seconds that training had waited by then."""
+        self._last = before[0] - before[1]
+        self._update += after[0] - after[1] - self._last
 
     def taken(self, landing: Landing, record: bool) -> None:
-        """A checkpoint, or a record, is under way."""
+        """A checkpoint, or a record, is under way, with the updates since the last one."""
+        self._begun.append(self._last)
+        self._updates.append(self._update)
+        self._update = 0.0
         (self._records if record else self._fulls).append(landing)
 
     def measured(self) -> Measured | None:

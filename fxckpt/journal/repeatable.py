@@ -9,12 +9,17 @@ import torch
 
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import world_size
+from fxckpt.compat.tensors import is_wrapper
 from fxckpt.graph.update.inductor import is_dense
-from fxckpt.graph.update.trace import ELEMENTWISE
+from fxckpt.graph.update.trace import BY_SHAPE, ELEMENTWISE
+from fxckpt.journal.machine import adds_up
 from fxckpt.optim.stepper import Stepper
 
 WAY_OUT = "each step is a full checkpoint instead; leave out journal= to have fewer of them"
 
+REPEATABLE = ELEMENTWISE | BY_SHAPE
+"""Classes of ``torch.optim``. The second kind makes sums over a tensor: those have the same bits with the same number of threads
+on the same machine (``machine``), wherever tensors lie and whatever else the machine does."""
 
 _SMALLEST, _ONE = 5e-324, 1.0
 
@@ -23,14 +28,11 @@ def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
     """Why no step of this run is journalled, known before the first one; None if steps may be."""
     if (why := _other_ranks()) is not None:
         return why
-    if len(steppers) != 1:
-        return f"the run has {len(steppers)} optimizers, and a record holds one step of one"
-    stepper = steppers[0]
-    name = plain_class(stepper.opt).__name__
-    if not stepper.stock:
-        return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
-    if name not in ELEMENTWISE:
-        return f"{name} reduces over tensors or runs whole, and another number of threads may give it other bits"
+    for name, stepper in ((plain_class(each.opt).__name__, each) for each in steppers):
+        if not stepper.stock:
+            return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
+        if name not in REPEATABLE:
+            return f"the step of {name} runs whole"
     if on_device:
         return "parameters lie on a device, where steps made again were not compared yet"
     return None
@@ -55,11 +57,15 @@ def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> s
         return why
     if flushes_denormals():
         return "torch.set_flush_denormal(True) holds for some threads of a process only, and for other ones in the next"
+    if adds_up([plain_class(stepper.opt).__name__]) and torch.is_autocast_enabled("cpu"):
+        return "its step is made under autocast, which chooses the types of products"
     if stepper.whole is not None:
         return f"its own step runs whole ({stepper.whole})"
     for member, grad in zip(stepper.executor.arranged.members, gradients):
         if member.plain:
             return f"{member.name} has optimizer state that is no tensor"
+        if is_wrapper(member.param):
+            return f"{member.name} is a {type(member.param).__name__}, and steps of these were not compared"
         if grad is None:
             continue
         if (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape) or grad.is_conj() or grad.is_neg():

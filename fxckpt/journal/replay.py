@@ -1,7 +1,7 @@
-"""Steps made again: a checkpoint's tensors and the records behind it give what training had, by the same update as then.
+"""Steps made again: a checkpoint's tensors and the records behind it give what training had, by the same updates as then.
 
-The optimizer is a new one of the same class over the tensors that it is given. Its steps run by the same programs as a run's do,
-without a StepGraph: which code updates a parameter depends on its state and the step's inputs only.
+The optimizers are new ones of the same classes over the tensors that they are given. Their steps run by the same programs as a
+run's do, without a StepGraph: which code updates a parameter depends on its state and the step's inputs only.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ import torch
 
 from fxckpt.errors import Corrupt
 from fxckpt.graph.model.layers import Layer
-from fxckpt.graph.update.trace import ELEMENTWISE
-from fxckpt.journal.chain import machine
 from fxckpt.journal.digests import digest
-from fxckpt.journal.layout import GRADIENT
+from fxckpt.journal.layout import gradient_key, layer_label
+from fxckpt.journal.machine import adds_up, machine
+from fxckpt.journal.repeatable import REPEATABLE
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.inventory import storable
 from fxckpt.saving.plan import source_items
+from fxckpt.store.checks import list_of
 from fxckpt.store.dtypes import Tensor
 from fxckpt.store.journaled import Broken
 from fxckpt.store.names import GRADIENTS, MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import Journal, Record
+from fxckpt.store.record import Journal, LayerRecord, Record
 from fxckpt.store.typed_json import decode_state
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -38,35 +39,76 @@ log: logging.Logger = logging.getLogger("fxckpt")
 Tensors = Mapping[tuple[str, str], torch.Tensor]
 """By file and key."""
 
+Groups = Sequence[Mapping[str, Any]]
+"""The settings of an optimizer's groups."""
+
+_GROUPS = list_of(list_of(lambda value: isinstance(value, dict)))
+
 
 @dataclass(frozen=True)
 class Found:
-    """What was read of a record: with how many threads its step was made, its groups' settings, its gradients by their
-    parameters, and what it has whole by its place."""
+    """What was read of a record: with how many threads its steps were made; of each step, in their order, the optimizer's number
+    and its groups' settings; the gradients by their parameters, and what it has whole by its place."""
 
     threads: int
-    groups: Sequence[Mapping[str, Any]]
+    steps: Sequence[tuple[int, Groups]]
     gradients: Mapping[str, torch.Tensor]
     whole: Mapping[tuple[str, str], torch.Tensor]
 
 
+class Again:
+    """One optimizer whose steps are made again. ``index``: its number; ``saved``: what the checkpoint's record says of it,
+    decoded; ``tensors``: those of the checkpoint, which its steps change."""
+
+    def __init__(self, index: int, saved: Mapping[str, Any], tensors: Tensors, update: str | None):
+        if saved["class"] not in REPEATABLE:
+            raise Corrupt("the journal", f"it is of the optimizer {saved['class']!r}, whose steps are not journalled")
+        self.params: Mapping[str, torch.Tensor] = {n: tensors[MODEL, n] for g in saved["groups"] for n in g["params"]}
+        groups = [{**group["settings"], "params": [self.params[n] for n in group["params"]]} for group in saved["groups"]]
+        self._opt: torch.optim.Optimizer = getattr(torch.optim, saved["class"])(groups)
+        for name, described in saved["state"].items():
+            state = {key: tensors[OPTIMIZER, state_key(index, key, name)] for key in described["keys"]}
+            self._opt.state[self.params[name]] = state
+        self._name_of = {id(param): name for name, param in self.params.items()}
+        self._stepper = Stepper(self._opt, update)
+
+    def step(self, groups: Groups, gradients: Mapping[str, torch.Tensor]) -> bool:
+        """One step, by the code that made it before. False if it is none that can be made again from gradients."""
+        if len(groups) != len(self._opt.param_groups):
+            return False
+        for group, settings in zip(self._opt.param_groups, groups):
+            group.update(settings)
+        for name, param in self.params.items():
+            param.grad = gradients.get(name)
+        stepper = self._stepper
+        try:
+            with torch.no_grad():
+                if stepper.bindings.stale():
+                    self._bind()
+                if stepper.strategy.own_part(None) is not None or stepper.whole is not None:
+                    return False
+                stepper.strategy.run(None)
+        finally:
+            for param in self.params.values():
+                param.grad = None
+        return True
+
+    def _bind(self) -> None:
+        stepper, names = self._stepper, tuple(self.params)
+        stepper.bind(lambda param: self._name_of[id(param)], {})
+        stepper.executor.arrange(stepper.bindings.members, [Layer("all", names)], [], [0], None, {})
+
+
 class Replay:
     """Makes steps again. ``tensors``: all parameters and all optimizer state of the checkpoint ``base``, read already, which the
-    steps change. ``optimizer``: what the base's record says of its optimizer, decoded."""
+    steps change. ``optimizers``: what the base's record says of them, decoded."""
 
-    def __init__(self, base: Record, optimizer: Mapping[str, Any], tensors: Tensors, update: str | None):
-        if optimizer["class"] not in ELEMENTWISE:
-            raise Corrupt("the journal", f"it is of the optimizer {optimizer['class']!r}, whose steps are not journalled")
-        self._layers = {layer.name: layer for layer in base.layers if layer.kind == "update"}
+    def __init__(self, base: Record, optimizers: Sequence[Mapping[str, Any]], tensors: Tensors, update: str | None):
         self._tensors = tensors
-        self._names = [name for group in optimizer["groups"] for name in group["params"]]
-        params = {name: tensors[MODEL, name] for name in self._names}
-        groups = [{**group["settings"], "params": [params[n] for n in group["params"]]} for group in optimizer["groups"]]
-        self._opt: torch.optim.Optimizer = getattr(torch.optim, optimizer["class"])(groups)
-        for name, described in optimizer["state"].items():
-            self._opt.state[params[name]] = {key: tensors[OPTIMIZER, state_key(0, key, name)] for key in described["keys"]}
-        self._params, self._name_of = params, {id(param): name for name, param in params.items()}
-        self._stepper = Stepper(self._opt, update)
+        self._optimizers = [Again(index, saved, tensors, update) for index, saved in enumerate(optimizers)]
+        self._params = {name: param for each in self._optimizers for name, param in each.params.items()}
+        self._layers = dict(_labelled(base, self._optimizers))
+        self._sums = adds_up(saved["class"] for saved in optimizers)
         self._room: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # for the gradients of a step and of the next one, in turns
         self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
 
@@ -74,12 +116,11 @@ class Replay:
         """All steps of these records. Raises Broken, with the tensors in the middle of it."""
         began = time.monotonic()
         steps = f"step {readers[0].record.step} to {readers[-1].record.step}"
-        log.info("fxckpt: making %s again from the journal: %d updates", steps, len(readers))
-        if others := {_journal(each).machine for each in readers} - {machine()}:
-            what = "fxckpt: they were made with %s, and here is %s: should that give other bits, a layer that is compared tells"
-            log.warning(what, " and with ".join(sorted(others)), machine())
+        count = sum(len(_journal(each).order) for each in readers)
+        log.info("fxckpt: making %s again from the journal: %d updates", steps, count)
+        self._check_machine(readers)
         # The thread reads a record while the step before it is made.
-        with ThreadPoolExecutor(1, "fxckpt-journal") as thread, _same_threads():
+        with ThreadPoolExecutor(1, "fxckpt-journal") as thread, _same_threads(), torch.autocast("cpu", enabled=False):
             ahead = thread.submit(self._read, readers[0], 0)
             for index, reader in enumerate(readers):
                 try:
@@ -90,14 +131,26 @@ class Replay:
                 except Corrupt as error:
                     raise Broken(index, error) from error
                 self._compare(index, reader)
-        log.info("fxckpt: made %s again from the journal: %d updates in %.3g s", steps, len(readers), time.monotonic() - began)
+        log.info("fxckpt: made %s again from the journal: %d updates in %.3g s", steps, count, time.monotonic() - began)
+
+    def _check_machine(self, readers: Sequence[Reader]) -> None:
+        """Raises Broken for the first record whose step has other bits here, most likely, and says where that may be."""
+        here, others = machine(self._sums), [_journal(each).machine for each in readers]
+        if all(each == here for each in others):
+            return
+        if self._sums:
+            index = next(i for i, each in enumerate(others) if each != here)
+            what = f"its step adds elements up, and was made with {others[index]}; here is {here}, where sums may have other bits"
+            raise Broken(index, Corrupt(readers[index].path, what))
+        what = "fxckpt: they were made with %s, and here is %s: should that give other bits, a layer that is compared tells"
+        log.warning(what, " and with ".join(sorted({*others} - {here})), here)
 
     def _read(self, reader: Reader, index: int) -> Found:
-        """All of a record that its step takes."""
+        """All of a record that its steps take."""
         journal, room = _journal(reader), self._room[index % 2]
         places = {(t.file, t.key): t for t in reader.record.tensors()}
-        given = [name for name in self._names if (GRADIENTS, state_key(0, GRADIENT, name)) in places]
-        wanted = {(GRADIENTS, state_key(0, GRADIENT, name)): self._gradient(name, journal, room) for name in given}
+        given = [name for name in self._params if (GRADIENTS, gradient_key(name)) in places]
+        wanted = {(GRADIENTS, gradient_key(name)): self._gradient(name, journal, room) for name in given}
         whole = {place: tensor for place, tensor in self._tensors.items() if place in places and place[0] != GRADIENTS}
         whole = {place: tensor for place, tensor in whole.items() if place[0] == OPTIMIZER or place[1] in self._params}
         landing = {place: torch.empty(tensor.shape, dtype=tensor.dtype) for place, tensor in whole.items()}
@@ -105,14 +158,18 @@ class Replay:
             _check_fits(reader, places[place], tensor)
         both = {place: storable(tensor) for place, tensor in {**wanted, **landing}.items()}
         reader.read_into(dict(zip(both, source_items(list(both.values())))))
-        [groups] = decode_state(journal.groups, _StateTensors(reader))
-        return Found(journal.threads, groups, {name: room[name] for name in given}, landing)
+        groups = decode_state(journal.groups, _StateTensors(reader))
+        if not _GROUPS(groups) or len(groups) != len(journal.order) or max(journal.order, default=0) >= len(self._optimizers):
+            raise Corrupt(reader.path, f"its steps are not those of the {len(self._optimizers)} optimizers of its checkpoint")
+        return Found(journal.threads, list(zip(journal.order, groups)), {name: room[name] for name in given}, landing)
 
     def _step(self, reader: Reader, found: Found) -> None:
-        """Make its step; then set what it has whole."""
+        """Make its steps; then set what it has whole."""
         if found.threads != torch.get_num_threads():
             torch.set_num_threads(found.threads)
-        self._update(reader, found.groups, found.gradients)
+        for index, groups in found.steps:
+            if not self._optimizers[index].step(groups, found.gradients):
+                raise Corrupt(reader.path, "its step is not one that can be made again from gradients")
         with torch.no_grad():
             for place, tensor in found.whole.items():
                 self._tensors[place].copy_(tensor)
@@ -128,29 +185,6 @@ class Replay:
             found = room[name] = torch.empty_strided(param.shape, wanted, dtype=param.dtype)
         return found
 
-    def _update(self, reader: Reader, groups: Sequence[Mapping[str, Any]], gradients: Mapping[str, torch.Tensor]) -> None:
-        """One step, by the code that made it before."""
-        for group, settings in zip(self._opt.param_groups, groups):
-            group.update(settings)
-        for name, param in self._params.items():
-            param.grad = gradients.get(name)
-        stepper = self._stepper
-        try:
-            with torch.no_grad():
-                if stepper.bindings.stale():
-                    self._bind()
-                if stepper.strategy.own_part(None) is not None or stepper.whole is not None:
-                    raise Corrupt(reader.path, "its step is not one that can be made again from gradients")
-                stepper.strategy.run(None)
-        finally:
-            for param in self._params.values():
-                param.grad = None
-
-    def _bind(self) -> None:
-        stepper = self._stepper
-        stepper.bind(lambda param: self._name_of[id(param)], {})
-        stepper.executor.arrange(stepper.bindings.members, [Layer("all", tuple(self._names))], [], [0], None, {})
-
     def _compare(self, index: int, reader: Reader) -> None:
         """Compare the layers that this record has digests of. Raises Broken: the last step that is good is that of the record in
         which the layer was compared before."""
@@ -161,10 +195,18 @@ class Replay:
             if found != crc:
                 of_step = f"layer {name!r} of step {reader.record.step}"
                 what = f"{of_step}, made again, is not what training had (CRC-32C {found}, not {crc})"
-                if journal.machine != machine():
-                    what += f"; it was trained with {journal.machine}, and this is {machine()}"
+                if journal.machine != (here := machine(self._sums)):
+                    what += f"; it was trained with {journal.machine}, and this is {here}"
                 raise Broken(self._digested.get(name, 0), Corrupt(reader.path, what, layer=name))
             self._digested[name] = index + 1
+
+
+def _labelled(base: Record, optimizers: Sequence[Again]) -> Iterator[tuple[str, LayerRecord]]:
+    """The layers that steps update, as digests call them."""
+    owner = {name: index for index, each in enumerate(optimizers) for name in each.params}
+    for layer in base.layers:
+        if layer.kind == "update" and (mine := [owner[t.key] for t in layer.tensors if t.key in owner]):
+            yield layer_label(mine[0], layer.name), layer
 
 
 def _journal(reader: Reader) -> Journal:

@@ -60,28 +60,21 @@ Tensors = Mapping[tuple[str, str], torch.Tensor]
 def beside(base: Reader, saved: Saved, match: Match, target: Target) -> dict[tuple[str, str], torch.Tensor]:
     """By file and key, what steps update and nobody has: to be read with the rest. Where there is no optimizer it is the state,
     made for the steps only. Raises LayoutMismatch if something of an optimizer that is there is missing."""
-    optimizer = _optimizer(base, saved)
-    wanted = [(names.MODEL, name) for group in optimizer["groups"] for name in group["params"]]
+    wanted = [(names.MODEL, name) for each in saved.optimizers for group in each["groups"] for name in group["params"]]
     wanted += [(names.OPTIMIZER, key) for key in saved.places]
     missing = [place for place in wanted if place not in match.tensors]
     if missing and target.optimizers:
         listed = "".join(f"\n  {key}" for _, key in missing[:8])
         raise LayoutMismatch(f"steps of the journal are made again with all that they update; not live:{listed}")
-    return new_tensors(base.record, optimizer, {place: t for place, t in match.tensors.items() if place in wanted})
+    live = {place: t for place, t in match.tensors.items() if place in wanted}
+    return new_tensors(base.record, saved.optimizers, live)
 
 
-def _optimizer(base: Reader, saved: Saved) -> Mapping[str, Any]:
-    """The one that steps."""
-    if len(saved.optimizers) != 1:
-        raise Corrupt(base.path, f"a journal builds on it, which has steps of one optimizer, and it has {len(saved.optimizers)}")
-    return saved.optimizers[0]
-
-
-def new_tensors(base: Record, optimizer: Mapping[str, Any], live: Tensors) -> dict[tuple[str, str], torch.Tensor]:
-    """New ones for what ``live`` lacks of the parameters and state of this optimizer, in the order of memory that they had."""
+def new_tensors(base: Record, optimizers: Sequence[Mapping[str, Any]], live: Tensors) -> dict[tuple[str, str], torch.Tensor]:
+    """New ones for what ``live`` lacks of the parameters and state of these optimizers, in the order of memory that they had."""
     places = {(t.file, t.key): t for t in base.tensors()}
     made = Match()
-    for group in optimizer["groups"]:
+    for index, optimizer, group in ((i, each, group) for i, each in enumerate(optimizers) for group in each["groups"]):
         for name in group["params"]:
             described = optimizer["state"].get(name, {"keys": [], "strides": {}, "complex": [], "plain": {}})
             param = live.get((names.MODEL, name))
@@ -90,7 +83,7 @@ def new_tensors(base: Record, optimizer: Mapping[str, Any], live: Tensors) -> di
                 same = (described["strides"][key] for key in described["keys"] if key in described["strides"])
                 strides = next((each for each in same if len(each) == len(place.shape)), None)
                 param = made.tensors[names.MODEL, name] = apply.state_tensor(place, strides, None, False, torch.device("cpu"))
-            keys = {key: places.get((names.OPTIMIZER, names.state_key(0, key, name))) for key in described["keys"]}
+            keys = {key: places.get((names.OPTIMIZER, names.state_key(index, key, name))) for key in described["keys"]}
             apply.make_state(keys, described, param, group["settings"], {}, made)
     return {place: tensor for place, tensor in made.tensors.items() if place not in live}
 
@@ -99,7 +92,7 @@ def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors
     """Make its steps, in place. Raises Broken."""
     first = journal[0].record.journal
     assert first is not None
-    Replay(base.record, _optimizer(base, saved), tensors, first.update).make(journal)
+    Replay(base.record, saved.optimizers, tensors, first.update).make(journal)
 
 
 def set_what_is_whole(last: Reader, target: Target) -> dict[str, torch.Tensor]:

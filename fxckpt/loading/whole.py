@@ -36,7 +36,7 @@ def make_again(found: Journaled) -> tuple[Reader, list[Reader], Saved, dict[Plac
         journal = made_again.open_journal(found)
         check_encoded(base.record, path)
         saved = decode(base.record, base.state_tensors(), path)
-        tensors = made_again.new_tensors(base.record, saved.optimizers[0], {})
+        tensors = made_again.new_tensors(base.record, saved.optimizers, {})
         tensors = {(t.file, t.key): _empty(t) for t in base.record.tensors() if (t.file, t.key) not in tensors} | tensors
         _read(base, tensors)
         made_again.make(base, journal, saved, tensors)

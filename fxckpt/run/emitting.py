@@ -19,6 +19,7 @@ from fxckpt.saving import plan
 from fxckpt.saving.guard import Changed
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.inventory import storable
+from fxckpt.saving.landing import Waiting
 from fxckpt.saving.saver import Saver
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -58,14 +59,20 @@ class Emitter:
     def log(self, layer: int, gradients: Sequence[torch.Tensor | None]) -> None:
         """Hand the gradients that a layer is about to be updated with to the engine, if a record of the journal takes them."""
         pending = self.current
-        if pending is None or pending.link is None or (found := pending.layout.layers[layer]).kind != "gradients":
+        if pending is None or pending.link is None or pending.layout.layers[layer].kind != "gradients":
             return
-        present = [grad.detach() for grad in gradients if grad is not None]
-        if {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(present)) is None:
-            self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, present)])
-            return
-        pending.guard.watch_now(layer, present)
-        self._hand_over(pending, layer, sources)
+        self._log(pending, layer, Waiting([grad.detach() for grad in gradients if grad is not None]))
+
+    def _log(self, pending: InFlight, layer: int, waiting: Waiting) -> None:
+        """Hand over the gradients of a layer, copied in memory where they are known to change meanwhile."""
+        found, tensors = pending.layout.layers[layer], waiting.tensors
+        if waiting.copied:
+            self.hand_over_copies(pending, layer, tensors)
+        elif {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
+            self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, tensors)])
+        else:
+            pending.guard.watch_now(layer, tensors)
+            self._hand_over(pending, layer, sources)
 
     def fence_all(self) -> None:
         """Look for changes, and wait until nothing is being copied."""
@@ -111,7 +118,9 @@ class Emitter:
         closes, or at once if it is a forward that changes it.
         """
         found = pending.layout.layers[layer]
-        if found.kind == "gradients":  # they were handed over before the update
+        if found.kind == "gradients":  # handed over before the update, or kept since a step before this one
+            if pending.link is not None and (waiting := pending.link.waiting.pop(layer, None)) is not None:
+                self._log(pending, layer, waiting)
             if self.chain is not None:
                 self.chain.digest(pending, layer)
             return

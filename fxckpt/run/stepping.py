@@ -250,7 +250,8 @@ class Stepping:
         enabled = torch.is_grad_enabled()
         try:
             set_grad_mode(False)
-            pending = self.begin(step, stepper, self._refused(stepper, strategy, own)) if due else None
+            self._chain.begins(stepper, self._refused(stepper, strategy, own), due)
+            pending = self.begin(step, stepper) if due else None
             stepper.halfway = True
             before = self._instant() if self._chain.trial is not None else None
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
@@ -268,6 +269,8 @@ class Stepping:
                 self.emit_rest(pending, stepper if emitted else None)
             if due:
                 self._taken(pending, self._arrangement.layout)
+            else:
+                self._chain.ends(stepper)
         finally:
             set_grad_mode(enabled)
         if emitter.callback_error is not None:
@@ -333,9 +336,9 @@ class Stepping:
         ends = self._status.ending is not None and self._saver.ranks.end_at(step)
         return ends or self.schedule.due(step, stalled)
 
-    def begin(self, step: int, stepper: Stepper | None = None, refused: str | None = None) -> InFlight | None:
-        """Begin the checkpoint of this step; None if that fails, or if too many are in flight to begin one without waiting. Where
-        ``stepper`` is about to make the step, it may be a record of the journal, unless that is ``refused``."""
+    def begin(self, step: int, stepper: Stepper | None = None) -> InFlight | None:
+        """Begin the checkpoint of this step, or a record of the journal; None if that fails, or if too many are in flight to
+        begin one without waiting. ``stepper`` is about to make the step."""
         flights = self._saver.flights
         if not self.schedule.waits and not self._status.ending and len(flights.under_way()) >= flights.max_async:
             self._saver.tally.skipped += step != self._skipped
@@ -344,8 +347,7 @@ class Stepping:
         try:
             self._closing.reap("its step was interrupted")
             layout = self._arrangement.current_layout()
-            journalled = stepper is not None and self._chain.steps > 1
-            record = self._chain.next(stepper, refused, layout, stepper.gradients()) if stepper and journalled else None
+            record = self._chain.next(layout, stepper)
             pending = self._saver.begin(step, layout) if record is None else self._saver.begin(step, record[0], link=record[1])
         except (SaveFailed, StoreError, OSError) as error:
             self._saver.not_begun(step, error)  # raised, if at all, at the next step: this one is half done
@@ -370,7 +372,7 @@ class Stepping:
 
     def _taken(self, pending: InFlight | None, layout: Layout | None) -> None:
         """See ``Chain.taken``; whoever watches the run is told how far apart full checkpoints are."""
-        self._chain.taken(pending, layout)
+        self._chain.taken(pending, layout, self._clock.in_iteration)
         self._saver.about.journal = self._chain.length
 
     def raise_callback_error(self) -> None:

@@ -23,20 +23,31 @@ class Landing:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """The gradients of a layer that was updated before its record began; ``copied``: they are this record's own."""
+
+    tensors: Sequence[torch.Tensor]
+    copied: bool = False
+
+
 @dataclass(eq=False)
 class Link:
-    """What makes a checkpoint in flight a record of the journal. ``tensors`` go into the file of the extra state; ``watched`` is
-    the layer that is digested behind its update: its number, name and tensors."""
+    """What makes a checkpoint in flight a record of the journal. ``order``: the optimizers whose steps it holds, ``groups`` the
+    settings of each of these. ``tensors`` go into the file of the extra state; ``waiting`` are gradients of steps before the last
+    one, by layer; ``watched`` is the layer that is digested behind its update: its number, name and tensors."""
 
     base: Landing
     after: Landing
     number: int
     update: str | None
     groups: Any
-    strides: dict[str, list[int]]
     machine: str
     threads: int
+    order: tuple[int, ...]
+    strides: dict[str, list[int]] = field(default_factory=dict)
     tensors: dict[str, Any] = field(default_factory=dict)
+    waiting: dict[int, Waiting] = field(default_factory=dict)
     digests: dict[str, int] = field(default_factory=dict)
     watched: tuple[int, str, Sequence[torch.Tensor]] | None = None
 
@@ -48,5 +59,5 @@ class Link:
     def record(self) -> Journal:
         """For the record, once what it builds on is committed."""
         base, after = self.base.generation or 0, self.after.generation or 0
-        made = self.digests, self.machine, self.threads
+        made = self.digests, self.machine, self.threads, self.order
         return Journal(base, after, self.number, self.update, self.groups, self.strides, *made)

@@ -53,6 +53,9 @@ SHARED_FORMAT = 3
 SHARDED_FORMAT = 4
 """Format of those among them that have boxes of tensors which no rank has whole."""
 
+ORDERED_FORMAT = 5
+"""Format of a record of the journal that says whose steps it holds, and in which order: other than one of the one optimizer."""
+
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
 
@@ -123,11 +126,11 @@ class Journal:
     """What makes a record one of the journal: what it builds on, and what its step had beside gradients.
 
     ``base`` is the generation of the checkpoint, ``after`` that of the record before it, or of the checkpoint; ``number``
-    counts the records of a checkpoint from 1 on. ``update`` is ``compile_step``'s; ``groups`` of each optimizer its groups'
-    settings
-    as the step found them, ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory
-    than their parameters, by name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step,
-    with so many ``threads``: where one's share of a tensor ends, a kernel may round otherwise.
+    counts the records of a checkpoint from 1 on. ``update`` is ``compile_step``'s; ``order`` the numbers of the optimizers that
+    made a step, in their order, none of them twice; ``groups`` of each of these its groups' settings as the step found them,
+    ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory than their parameters, by
+    name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step, with so many ``threads``:
+    where one's share of a tensor ends, a kernel may round otherwise.
     """
 
     base: int
@@ -139,6 +142,7 @@ class Journal:
     digests: Mapping[str, int]
     machine: str
     threads: int
+    order: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,7 @@ class Record:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
         if (journal := body.pop("journal")) is not None:
-            body |= {"format": JOURNAL_FORMAT, "journal": vars(journal)}
+            body |= _written(journal, alone=len(self.optimizers) == 1)
         if (parts := body.pop("parts")) is not None:
             number = SHARDED_FORMAT if self.is_sharded else SHARED_FORMAT
             body |= {"format": number, "parts": [vars(part) for part in parts]}
@@ -282,6 +286,7 @@ _JOURNAL = {"base": is_count, "after": is_count, "number": lambda value: is_coun
             "update": optional(is_str), "groups": is_anything, "strides": map_of(is_shape),
             "digests": map_of(lambda value: is_count(value) and value < 1 << 32), "machine": is_str,
             "threads": lambda value: is_count(value) and 0 < value <= 4096}  # fmt: skip
+_ORDERED = {"order": lambda value: is_counts(value) and len(set(value)) == len(value)}
 _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation": is_count,
            "parent": optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
            "time": is_number, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,
@@ -292,10 +297,12 @@ _PART = {"name": _is_file_name, "sha256": lambda value: is_str(value) and re.ful
 _MORE: dict[Any, dict[str, Callable[[Any], bool]]] = {
     FORMAT: {}, JOURNAL_FORMAT: {"journal": is_anything}, SHARED_FORMAT: {"parts": list_of(is_anything)},
     SHARDED_FORMAT: {"parts": list_of(is_anything)},
+    ORDERED_FORMAT: {"journal": is_anything},
 }  # fmt: skip
 """What records of each format have beside."""
 _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
     FORMAT: _TENSOR, JOURNAL_FORMAT: _TENSOR, SHARED_FORMAT: _TENSOR, SHARDED_FORMAT: {**_TENSOR, **_BOX},
+    ORDERED_FORMAT: _TENSOR,
 }  # fmt: skip
 """What their tensors have."""
 
@@ -309,8 +316,8 @@ def _listed(tensor: TensorRecord, members: Collection[str]) -> dict[str, Any]:
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
     need(type(body) is dict and body.get("format") in tuple(_MORE),
-          f"this reader knows formats {FORMAT} to {SHARDED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
-    is_journal = body["format"] == JOURNAL_FORMAT
+          f"this reader knows formats {FORMAT} to {ORDERED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+    is_journal = body["format"] in (JOURNAL_FORMAT, ORDERED_FORMAT)
     fields = dict(members(body, {**_RECORD, **_MORE[body["format"]]}, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
@@ -323,7 +330,8 @@ def _record(body: Any) -> Record:
     need(parent is None or parent < fields["generation"], "its parent is not older than itself")
     need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
     if is_journal:
-        fields["journal"] = _journal(fields["journal"], fields["generation"], parent)
+        ordered = body["format"] == ORDERED_FORMAT
+        fields["journal"] = _journal(fields["journal"], fields["generation"], parent, ordered)
     if "parts" in fields:
         fields["parts"] = _parts(fields["parts"], fields["rank"], fields["world_size"])
     kinds = KINDS if not is_journal else (GRADIENTS, *KINDS)
@@ -331,9 +339,19 @@ def _record(body: Any) -> Record:
     return Record(**fields)
 
 
-def _journal(value: Any, generation: int, parent: int | None) -> Journal:
+def _written(journal: Journal, alone: bool) -> dict[str, Any]:
+    """A record's members of it. ``alone``: the run has one optimizer."""
+    fields = dict(vars(journal))
+    order = list(fields.pop("order"))
+    if alone and order == [0]:
+        return {"format": JOURNAL_FORMAT, "journal": fields}
+    return {"format": ORDERED_FORMAT, "journal": {**fields, "order": order}}
+
+
+def _journal(value: Any, generation: int, parent: int | None, ordered: bool) -> Journal:
     """What a record builds on, which is older than itself; the checkpoint is its ``parent``, once the store has filled it in."""
-    journal = Journal(**members(value, _JOURNAL, "the journal's part"))
+    found = dict(members(value, {**_JOURNAL, **(_ORDERED if ordered else {})}, "the journal's part"))
+    journal = Journal(**{**found, "order": tuple(found.get("order", (0,)))})
     in_order = journal.base <= journal.after < generation and (journal.base == journal.after) == (journal.number == 1)
     need(parent is None or (in_order and journal.base == parent), "it does not build on what is older than itself")
     return journal

@@ -12,7 +12,8 @@ from journal_lives import Life, larger
 
 import fxckpt
 from fxckpt.errors import SetupError
-from fxckpt.journal.length import Choice, Measured, choose, describe
+from fxckpt.journal.length import Choice, Measured, Trial, choose, describe
+from fxckpt.saving.landing import Landing
 from fxckpt.store.record_pool import records_that_fit
 
 FAST = Measured(
@@ -72,6 +73,17 @@ def test_the_room_on_a_disk_is_shared_by_the_checkpoints_that_are_kept(tmp_path)
     one, many = records_that_fit(str(tmp_path), 1, 1 << 20), records_that_fit(str(tmp_path), 3, 1 << 20)
     assert many > 0 and one == pytest.approx(2 * many, rel=0.2)
     assert records_that_fit("", 1, 1 << 40) > 1 << 40 < records_that_fit(str(tmp_path / "gone"), 1, 1 << 40)
+
+
+def test_the_updates_of_several_optimizers_count_as_one_step():
+    trial = Trial(30.0, lambda nbytes: 1000)
+    for turn in range(10):
+        at = 1.0 * turn
+        trial.updated((at, 0.0), (at + 0.01, 0.0))
+        trial.updated((at + 0.5, 0.0), (at + 0.53, 0.0))
+        trial.taken(Landing(turn, nbytes=100 if turn else 300, seconds=0.5), record=turn > 0)
+    found = trial.measured()
+    assert found is not None and found.step_seconds == pytest.approx(1.0) and found.update_seconds == pytest.approx(0.04)
 
 
 def test_a_run_measures_chooses_once_says_it_and_goes_on_with_the_same_bits(root, one_thread, caplog, monkeypatch):

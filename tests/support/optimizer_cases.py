@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import fxckpt
-from fxckpt.graph.update.trace import ELEMENTWISE
+from fxckpt.journal.repeatable import REPEATABLE
 
 STEPS = 6
 LR = 1e-2
@@ -307,7 +307,9 @@ def _compiled(name: str, cells: dict[str, Outcome | str]) -> str:
 def _journalled(name: str, shown: list[str]) -> str:
     """Which forms a journal stores as gradients: those whose step is split."""
     whole = [form for form, cell in zip(FORMS, shown) if cell == "whole step"]
-    return "in full" if name not in ELEMENTWISE else "yes" if not whole else f"yes; {', '.join(whole)} in full"
+    if name not in REPEATABLE or {*shown} <= {"whole step", "–"}:
+        return "in full"
+    return "yes" if not whole else f"yes; {', '.join(whole)} in full"
 
 
 HEADER = """| optimizer | options | single | foreach | fused | `update="inductor"` | journal |

@@ -271,6 +271,35 @@ static void round_of(const char *directory, uint64_t *random, int64_t until, uin
     free_placed_model();
 }
 
+/* Memory that is handed over once, as gradients are: whoever held it lets go when all is copied, and with no fence in between
+ * it is somebody else's. */
+static void test_passing_memory(const char *directory, uint64_t *random) {
+    char path[512];
+    struct fx_error error;
+    snprintf(path, sizeof path, "%s/passing", directory);
+    make_model(&model, random, 8, 2 * FX_BLOCK, FX_BLOCK);
+    place_model(random);
+    fake_configure(next_random(random), 300);
+    open_engine(2, FX_BLOCK, 64 * FX_BLOCK);
+    for (uint64_t step = 1; step <= 12; step++) {
+        struct fx_checkpoint *ck = begin(engine, &model, path);
+        for (uint32_t l = 0; l < model.n_layers; l++) {
+            update_placed_layer(l, step);
+            CHECK(emit(ck, l) == 0);
+        }
+        CHECK(fx_copied(ck, 20 * SECOND, &error) == 1);
+        for (uint32_t l = 0; l < model.n_layers; l++) update_placed_layer(l, step + 1000);
+        check_order();
+        CHECK(fx_durable(ck, 20 * SECOND, &error) == 1);
+        check_file(&model, ck, path, step);
+        CHECK(fx_settled(ck, 20 * SECOND) == 1);
+        fx_checkpoint_release(ck);
+    }
+    close_engine();
+    fake_synchronize();
+    free_placed_model();
+}
+
 /* A stream whose work is captured: what is emitted there fails its checkpoint, and nothing else, and no stream is drawn
  * into the graph. */
 static void test_a_captured_stream(const char *directory, uint64_t *random) {
@@ -449,6 +478,7 @@ int main(int argc, char **argv) {
         int64_t end = now_ns() + SECOND / 2;
         round_of(argv[1], &random, end < until ? end : until, counts);
     }
+    test_passing_memory(argv[1], &random);
     test_a_captured_stream(argv[1], &random);
     test_refused_waits(argv[1], &random);
     printf("%lu durable, %lu not\n", (unsigned long)counts[1], (unsigned long)counts[0]);
