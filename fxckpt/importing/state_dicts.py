@@ -52,9 +52,11 @@ def _optimizer(found: Any, what: str) -> dict[str, Any]:
     groups, states = (found.get("param_groups"), found.get("state")) if isinstance(found, Mapping) else (None, None)
     if not isinstance(groups, (list, tuple)) or not isinstance(states, Mapping) or not groups:
         raise SetupError(f"{what} is no state dict of an optimizer, with state and param_groups")
+    if not all(isinstance(dict(group).get("params"), (list, tuple)) for group in groups):
+        raise SetupError(f"{what} has a parameter group that lists no parameters")
     copied: dict[str, Any] = {"state": {}, "param_groups": [dict(group) for group in groups]}
-    listed = {str(key): key for group in groups for key in group.get("params", ())}  # DCP makes text of numbers, as keys only
-    if len(listed) != sum(len(group.get("params", ())) for group in groups) or not set(map(str, states)) <= set(listed):
+    listed = {str(key): key for group in groups for key in group["params"]}  # DCP makes text of numbers, as keys only
+    if len(listed) != sum(len(group["params"]) for group in groups) or not set(map(str, states)) <= set(listed):
         raise SetupError(f"{what} has state of parameters that are in none of its groups, or in two")
     for key, state in states.items():
         param = listed[str(key)]

@@ -303,6 +303,12 @@ def test_what_is_not_taken_is_named_with_the_reason(place, capsys):
     assert about.imported(record)["step"] == 9 and record.optimizers == []
 
 
+@pytest.mark.parametrize("group", [{"lr": 0.1}, {"params": None}, {"params": "01"}])
+def test_an_optimizer_whose_groups_list_no_parameters_is_not_taken(group, place):
+    done = fxckpt.import_checkpoint(with_groups([{"params": []}, group], place), place / "store")
+    assert done.left_out == {"optimizer": "optimizer[0] has a parameter group that lists no parameters"}
+
+
 def test_a_store_says_for_good_that_it_began_from_an_import(place, capsys):
     source = folder(mlp().state_dict(), place, "safetensors", 1)
     fxckpt.import_checkpoint(source, place / "store")
