@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from boxed import grid, write_boxed
 from joint_ranks import Job, plain
 from small_training import Training
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -14,6 +18,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from fxckpt.dcp import StoreReader
 from fxckpt.errors import NoCheckpoint
+from fxckpt.store import names
 from fxckpt.store import reader as readers
 
 pytestmark = [
@@ -80,6 +85,18 @@ def test_what_several_ranks_wrote_is_read_into_fsdp_and_tensor_parallel_models(r
     for key, value in job.runs[0].model.state_dict().items():
         assert torch.equal(model.state_dict()[key].full_tensor(), value)
     assert torch.equal(state["2.weight"].full_tensor(), job.runs[0].model[2].weight)
+
+
+@pytest.mark.parametrize("parts", [(4, 1), (1, 4), (2, 2), (8, 1)])
+def test_boxes_of_several_ranks_are_read_from_where_each_lies(parts, tmp_path):
+    w = np.arange(35, dtype=np.float32).reshape(7, 5)
+    tensors = {(names.MODEL, "w"): w, (names.MODEL, "b"): w[0], (names.MODEL, "n"): np.float32(3).reshape(())}
+    boxes = {(names.MODEL, "w"): grid((7, 5), parts)}
+    write_boxed(tmp_path / names.step_name(1), tensors, boxes, math.prod(parts))
+    state = {"model": {"w": torch.zeros(7, 5), "b": torch.zeros(5)}, "n": torch.zeros(()), "w": torch.zeros(5, 7).t()}
+    dcp.load(state, storage_reader=StoreReader(tmp_path), no_dist=True)
+    assert (state["model"]["w"].numpy() == w).all() and (state["w"].numpy() == w).all()
+    assert (state["model"]["b"].numpy() == w[0]).all() and state["n"] == 3
 
 
 class Box:
