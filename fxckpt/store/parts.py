@@ -110,6 +110,7 @@ def _put_together(boxes: Sequence[TensorRecord]) -> TensorRecord:
     need(sum(each.nbytes for each in pieces) == nbytes and are_disjoint([box_of(each) for each in pieces]),
          f"the parts of {what} are not all of it, each once")  # fmt: skip
     first = pieces[0] if pieces else first
+    pieces = [] if first.shape == whole else pieces  # it is in one part
     return TensorRecord(first.file, first.key, first.begin, nbytes, whole, first.dtype, pieces=tuple(pieces))
 
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +205,10 @@ class Reader:
         self._held: dict[str, int] = {}
         self.record: Record = seen_by(_parse(self._raw, str(self.path)), rank, str(self.path))
 
+    @cached_property
+    def _places(self) -> Mapping[Place, TensorRecord]:
+        return {(names.kind_of(tensor.file), tensor.key): tensor for tensor in self.record.tensors()}
+
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:
         """Descriptors of all files. For the time of the block nothing of this checkpoint changes or vanishes: a trainer rewrites
@@ -240,8 +244,7 @@ class Reader:
         ``boxes``: of these only a box, (offset, shape), is wanted, and its target is memory of that shape. With it, and where
         tensors are stored in boxes, only chunks are read that hold something wanted; of headers nothing is looked at.
         """
-        places = {(names.kind_of(tensor.file), tensor.key): tensor for tensor in self.record.tensors()}
-        found = {place: (places[place], target) for place, target in targets.items()}
+        found = {place: (self._places[place], target) for place, target in targets.items()}
         if boxes is None and not self.record.is_sharded:
             wanted: dict[str, list[Target]] = {}
             for tensor, target in found.values():
@@ -275,16 +278,6 @@ class Reader:
             for (_, sheet), data in zip(batch, landed):
                 if data is not None:
                     sheet.take(data)
-
-    def read_range(self, file: str, begin: int, nbytes: int, address: int) -> None:
-        """Read some bytes of a file to an address, by chunks, each of which is verified. Raises ``Corrupt``."""
-        if nbytes:
-            each = next(each for each in self.record.files if each.name == file)
-            self._size(each)
-            chunks = range(begin // each.chunk_bytes, (begin + nbytes - 1) // each.chunk_bytes + 1)
-            with self._stable(each):
-                read_verified(str(self.path / file), nbytes=each.nbytes, chunk_bytes=each.chunk_bytes, crcs=each.crc32c,
-                              held=self._held.get(file), targets=[(begin, nbytes, address, None, None)], only=chunks)  # fmt: skip
 
     def held_bytes(self, tensor: TensorRecord, begin: int, nbytes: int) -> bytes:
         """Some bytes of a tensor's elements, in row-major order, of a checkpoint that is held and was verified."""
