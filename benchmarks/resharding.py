@@ -15,7 +15,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from fxckpt.store.boxes import Box, by_chunks, sheets
+from fxckpt.store.boxes import Box, chunks_of, sheets
 from fxckpt.store.layout import TensorSpec, lay_out
 
 KIB = 1 << 10
@@ -79,7 +79,7 @@ def pair(shapes: Shapes, files: list[list[tuple[str, Box, int]]], world: int) ->
             needed += sum(nbytes for _, nbytes in ranges)
             targets = [(begin, nbytes, 0, None, None) for begin, nbytes in ranges]
             for chunk in CHUNKS:
-                read[chunk] += chunk * sum(len(chunks) for chunks, _ in by_chunks(targets, chunk))
+                read[chunk] += chunk * sum(map(len, chunks_of(targets, chunk)))
     return {chunk: total / needed for chunk, total in read.items()}
 
 

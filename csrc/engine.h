@@ -96,16 +96,19 @@ struct fx_tensor {
 
 struct fx_plan;
 
-/* Tensors of one layer come in the order in which its sources have them. Bytes that nothing covers are zeros.
+/* Tensors of one layer come in the order in which its sources have them. Bytes that nothing covers are zeros. Files are
+ * copied and written in chunks; each `sum_bytes` of a file have a checksum of their own, a whole number of them a chunk:
+ * whoever reads a part of a file need not read all of a chunk to know that it is good.
  * -EINVAL: sizes that are no multiple of FX_BLOCK, tensors that overlap or lie outside, a layer out of range.
  */
 int fx_plan_new(const struct fx_file *files, uint32_t n_files, const struct fx_tensor *tensors,
-                uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, struct fx_plan **out,
-                struct fx_error *error);
+                uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, uint64_t sum_bytes,
+                struct fx_plan **out, struct fx_error *error);
 void fx_plan_free(struct fx_plan *plan);
 uint32_t fx_plan_chunks(const struct fx_plan *plan); /* of all files together */
-/* Chunks of one file are numbered from *first in the plan's numbering. */
-void fx_plan_file_chunks(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
+uint32_t fx_plan_sums(const struct fx_plan *plan);
+/* Checksums of one file are numbered from *first in the plan's numbering. */
+void fx_plan_file_sums(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
 
 struct fx_sources;
 
@@ -164,7 +167,7 @@ struct fx_file_id {
     int64_t modified_ns, changed_ns;
 };
 
-/* What the disk holds already: for each chunk of the plan has[i] and its CRC; and for each file what it was when that was
+/* What the disk holds already: for each checksum of the plan has[i] and the CRC; and for each file what it was when that was
  * true, NULL: it is true now. Of a file that is another one by now, or was touched, nothing is held. */
 struct fx_held {
     const uint8_t *has;
@@ -175,7 +178,7 @@ struct fx_held {
 /* Opens or creates the plan's files, sets their sizes. `at`: the directory they lie in, whose entries the last names of the
  * paths are; AT_FDCWD: the paths count. A file whose path is empty is opened by nobody: its chunks are copied and checksummed,
  * and not written. A link or anything else that is no file is refused. A chunk that is `held` (may be
- * NULL) is not written again. A CRC has 32 bits: give only chunks that are expected not to have changed.
+ * NULL) with all its checksums is not written again. A CRC has 32 bits: give only chunks that are expected not to have changed.
  * -EBUSY: another checkpoint that is not settled has one of these files. */
 int fx_begin(struct fx_engine *engine, struct fx_plan *plan, int at, const char *const *paths,
              const struct fx_held *held, struct fx_checkpoint **out, struct fx_error *error);
@@ -196,7 +199,7 @@ int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *er
 void fx_cancel(struct fx_checkpoint *ck);
 /* 1 when it is over and no thread will touch its files again: only then may others write to them. */
 int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns);
-/* CRC-32C of each of the plan's chunks; valid once durable. Lives as long as the checkpoint. */
+/* All of the plan's CRC-32C; valid once durable. Lives as long as the checkpoint. */
 const uint32_t *fx_crcs(const struct fx_checkpoint *ck);
 void fx_checkpoint_release(struct fx_checkpoint *ck);
 
@@ -281,12 +284,16 @@ struct fx_target {
 #define FX_MISMATCH 1 /* error: offset of the chunk, expected, found */
 #define FX_TRUNCATED 2
 
-/* Reads chunks [first, first + n) of an open file in `threads` threads, checks each against crcs[] (indexed
- * from the file's first chunk) and only then copies it into the targets that overlap it. A thread takes 64 MiB at most,
- * however large the chunks are: larger ones are read twice where a target wants them. 0, FX_MISMATCH or FX_TRUNCATED with
- * *error filled in, or a negative errno. */
+struct fx_range {
+    uint64_t first, n;
+};
+
+/* Reads ranges of chunks of an open file in `threads` threads, checks each chunk against crcs[] (indexed from the file's
+ * first chunk) and only then copies it into the targets that overlap it. A thread takes 64 MiB at most, however large the
+ * chunks are: larger ones are read twice where a target wants them; of small ones it reads several together. 0, FX_MISMATCH
+ * or FX_TRUNCATED with *error filled in, or a negative errno. */
 int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
-                     uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
+                     const struct fx_range *ranges, uint32_t n_ranges, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error);
 
 /* ---- a picture of what went on (core/trace.c) ---- */

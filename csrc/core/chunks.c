@@ -31,9 +31,12 @@ static int bad(struct fx_error *error, const char *operation, int64_t offset) {
 }
 
 static int check(const struct fx_file *files, uint32_t n_files, const struct fx_tensor *tensors,
-                 uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, struct fx_error *error) {
+                 uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, uint64_t sum_bytes,
+                 struct fx_error *error) {
     if (!chunk_bytes || chunk_bytes % FX_BLOCK || chunk_bytes > 1u << 30)
         return bad(error, "plan: chunk size", -1);
+    if (!sum_bytes || sum_bytes % FX_BLOCK || chunk_bytes % sum_bytes)
+        return bad(error, "plan: bytes of a checksum", -1);
     for (uint32_t i = 0; i < n_files; i++) {
         if (files[i].nbytes % FX_BLOCK) return bad(error, "plan: file size is no multiple of 4096", i);
         if (files[i].header_nbytes > files[i].nbytes) return bad(error, "plan: header exceeds its file", i);
@@ -185,6 +188,9 @@ static int copy_files(struct fx_plan *plan, const struct fx_file *files) {
         file->first_chunk = plan->n_chunks;
         file->n_chunks = (uint32_t)((file->nbytes + plan->chunk_bytes - 1) / plan->chunk_bytes);
         plan->n_chunks += file->n_chunks;
+        file->first_sum = plan->n_sums;
+        file->n_sums = (uint32_t)((file->nbytes + plan->sum_bytes - 1) / plan->sum_bytes);
+        plan->n_sums += file->n_sums;
         file->header = malloc(file->header_nbytes + 1);
         if (!file->header) return -ENOMEM;
         if (file->header_nbytes) memcpy(file->header, files[i].header, file->header_nbytes);
@@ -211,14 +217,15 @@ no_memory:
 }
 
 int fx_plan_new(const struct fx_file *files, uint32_t n_files, const struct fx_tensor *tensors,
-                uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, struct fx_plan **out,
-                struct fx_error *error) {
-    int r = check(files, n_files, tensors, n_tensors, n_layers, chunk_bytes, error);
+                uint32_t n_tensors, uint32_t n_layers, uint64_t chunk_bytes, uint64_t sum_bytes,
+                struct fx_plan **out, struct fx_error *error) {
+    int r = check(files, n_files, tensors, n_tensors, n_layers, chunk_bytes, sum_bytes, error);
     if (r) return r;
     struct builder b = {.plan = calloc(1, sizeof *b.plan)};
     if (!b.plan) return fx_error_set(error, "plan", "", -1, ENOMEM);
     b.plan->refs = 1;
     b.plan->chunk_bytes = chunk_bytes;
+    b.plan->sum_bytes = sum_bytes;
     b.plan->n_files = n_files;
     b.plan->n_layers = n_layers;
     r = build(&b, files, tensors, n_tensors, error);
@@ -246,7 +253,9 @@ void fx_plan_free(struct fx_plan *plan) {
 
 uint32_t fx_plan_chunks(const struct fx_plan *plan) { return plan->n_chunks; }
 
-void fx_plan_file_chunks(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count) {
-    *first = plan->files[file].first_chunk;
-    *count = plan->files[file].n_chunks;
+uint32_t fx_plan_sums(const struct fx_plan *plan) { return plan->n_sums; }
+
+void fx_plan_file_sums(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count) {
+    *first = plan->files[file].first_sum;
+    *count = plan->files[file].n_sums;
 }

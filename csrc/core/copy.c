@@ -32,12 +32,6 @@ void fx_copy_piece(const struct fx_checkpoint *ck, uint32_t piece, char *to) {
         if (!part.view->device) fx_view_gather(part.view, part.itemsize, part.from, part.nbytes, to + part.at);
 }
 
-static void fill_zeros_or_header(const struct fx_checkpoint *ck, const struct chunk *chunk,
-                                 const struct extent *extent, char *to) {
-    if (extent->piece == PIECE_OF_NOBODY) memset(to, 0, extent->nbytes);
-    else memcpy(to, ck->plan->files[chunk->file].header + extent->from, extent->nbytes);
-}
-
 /* Gathers one part and continues the checksum over it, in blocks that stay in the cache between the two. */
 static uint32_t fill_from_memory(struct part part, char *to, uint32_t crc) {
     if (part.view->ndim < 0) return fx_copy_crc32c(crc, to, part.view->address + part.from, part.nbytes);
@@ -50,19 +44,33 @@ static uint32_t fill_from_memory(struct part part, char *to, uint32_t crc) {
     return crc;
 }
 
-/* Pieces that are DONE were put there by fences or devices. */
-uint32_t fx_fill_chunk(const struct fx_checkpoint *ck, uint32_t index, char *to) {
-    const struct chunk *chunk = &ck->plan->chunks[index];
-    uint32_t crc = 0;
-    for (uint32_t i = 0; i < chunk->n_extents; i++) {
-        const struct extent *extent = &ck->plan->extents[chunk->first_extent + i];
-        bool planned = extent->piece < PIECE_OF_HEADER;
-        if (planned && ck->pieces[extent->piece] == TAKEN) {
-            crc = fill_from_memory(part_of(ck, extent), to + extent->at, crc);
-            continue;
-        }
-        if (!planned) fill_zeros_or_header(ck, chunk, extent, to + extent->at);
-        crc = fx_crc32c(crc, to + extent->at, extent->nbytes);
+/* Fills in `n` bytes of an extent, which begin `at` bytes into it, and continues the checksum over them. Pieces that are DONE
+ * were put there by fences or devices. */
+static uint32_t fill(const struct fx_checkpoint *ck, const struct chunk *chunk, const struct extent *extent, uint32_t at,
+                     uint32_t n, char *to, uint32_t crc) {
+    to += extent->at + at;
+    if (extent->piece == PIECE_OF_NOBODY) memset(to, 0, n);
+    else if (extent->piece == PIECE_OF_HEADER) memcpy(to, ck->plan->files[chunk->file].header + extent->from + at, n);
+    else if (ck->pieces[extent->piece] == TAKEN) {
+        struct part part = part_of(ck, extent);
+        part.from += at;
+        part.nbytes = n;
+        return fill_from_memory(part, to, crc);
     }
-    return crc;
+    return fx_crc32c(crc, to, n);
+}
+
+/* Extents are cut where a checksum ends. */
+void fx_fill_chunk(struct fx_checkpoint *ck, uint32_t index, char *to) {
+    const struct fx_plan *plan = ck->plan;
+    const struct chunk *chunk = &plan->chunks[index];
+    uint32_t *crcs = ck->crcs + fx_first_sum(plan, chunk), sum = (uint32_t)plan->sum_bytes;
+    for (uint32_t i = 0; i < chunk->n_extents; i++) {
+        const struct extent *extent = &plan->extents[chunk->first_extent + i];
+        for (uint32_t at = 0, n; at < extent->nbytes; at += n) {
+            uint32_t *crc = &crcs[(extent->at + at) / sum], rest = sum - (extent->at + at) % sum;
+            n = extent->nbytes - at < rest ? extent->nbytes - at : rest;
+            *crc = fill(ck, chunk, extent, at, n, to, *crc);
+        }
+    }
 }

@@ -67,7 +67,7 @@ struct fx_checkpoint {
     struct ck_chunk *chunks;
     struct ck_layer *layers;
     uint8_t *pieces; /* enum piece_state */
-    uint32_t *crcs, *known;
+    uint32_t *crcs, *known; /* of each of the plan's checksums */
     uint8_t *has_known;
     struct ck_cuda *cuda; /* NULL: no layer of it is on a device */
     uint32_t ready_head, ready_tail;
@@ -113,8 +113,8 @@ struct part {
 bool fx_next_part(const struct fx_checkpoint *ck, uint32_t piece, uint32_t *next, struct part *out);
 /* Copies what of the piece is in host memory to its place in the chunk's buffer. */
 void fx_copy_piece(const struct fx_checkpoint *ck, uint32_t piece, char *to);
-/* Completes the chunk in `to`: copies its pieces that are TAKEN, adds header and zeros. Returns the checksum of all. */
-uint32_t fx_fill_chunk(const struct fx_checkpoint *ck, uint32_t chunk, char *to);
+/* Completes the chunk in `to`: copies its pieces that are TAKEN, adds header and zeros. Its checksums go to ck->crcs. */
+void fx_fill_chunk(struct fx_checkpoint *ck, uint32_t chunk, char *to);
 
 /* Tests can have each copy take longer (csrc/testing). */
 #ifdef FX_TESTING
@@ -124,8 +124,12 @@ static inline void fx_copy_delay(void) {}
 #endif
 
 /* Whether the disk holds the chunk's bytes already. */
-static inline bool fx_is_known(const struct fx_checkpoint *ck, uint32_t chunk) {
-    return ck->has_known[chunk] && ck->known[chunk] == ck->crcs[chunk] && !ck->files[ck->plan->chunks[chunk].file].touched;
+static inline bool fx_is_known(const struct fx_checkpoint *ck, uint32_t index) {
+    const struct chunk *chunk = &ck->plan->chunks[index];
+    uint32_t first = fx_first_sum(ck->plan, chunk), end = first + fx_sums_of(ck->plan, chunk);
+    bool known = !ck->files[chunk->file].touched;
+    for (uint32_t i = first; known && i < end; i++) known = ck->has_known[i] && ck->known[i] == ck->crcs[i];
+    return known;
 }
 
 /* ---- staging buffers: staging.c; lock held ---- */

@@ -37,7 +37,7 @@ struct plan_file {
     uint64_t nbytes;
     char *header;
     uint64_t header_nbytes;
-    uint32_t first_chunk, n_chunks;
+    uint32_t first_chunk, n_chunks, first_sum, n_sums;
 };
 
 struct plan_layer {
@@ -51,8 +51,8 @@ struct plan_tensor {
 
 struct fx_plan {
     atomic_int refs;
-    uint64_t chunk_bytes;
-    uint32_t n_files, n_layers, n_chunks, n_pieces, n_extents;
+    uint64_t chunk_bytes, sum_bytes;
+    uint32_t n_files, n_layers, n_chunks, n_sums, n_pieces, n_extents;
     struct plan_file *files;
     struct plan_layer *layers;
     struct plan_tensor *tensors; /* by layer, in the order of its sources */
@@ -63,6 +63,14 @@ struct fx_plan {
 };
 
 void fx_plan_hold(struct fx_plan *plan);
+
+/* The first checksum of a chunk, in the plan's numbering, and how many it has. */
+static inline uint32_t fx_first_sum(const struct fx_plan *plan, const struct chunk *chunk) {
+    return plan->files[chunk->file].first_sum + (uint32_t)(chunk->offset / plan->sum_bytes);
+}
+static inline uint32_t fx_sums_of(const struct fx_plan *plan, const struct chunk *chunk) {
+    return (uint32_t)((chunk->nbytes + plan->sum_bytes - 1) / plan->sum_bytes);
+}
 
 /* ---- sources.c ---- */
 

@@ -26,7 +26,7 @@ struct fx_sink_ops {
      * checkpoint is in no list yet. */
     int (*open)(struct fx_checkpoint *ck, struct fx_error *error);
 
-    /* Takes a chunk of an active checkpoint: complete in `data`, its checksum in ck->crcs. Returns when nobody reads `data`
+    /* Takes a chunk of an active checkpoint: complete in `data`, its checksums in ck->crcs. Returns when nobody reads `data`
      * any more, unless that is the chunk's staging buffer and chunks[].staging was set to NULL: then it is the sink's. Lock
      * held on entry and on return; may be given up in between, so the checkpoint may have ended meanwhile. */
     int (*store)(struct writer *writer, struct fx_checkpoint *ck, uint32_t chunk, void *data, struct fx_error *error);

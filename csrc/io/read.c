@@ -1,6 +1,6 @@
 /* Reading back: chunk by chunk into a bounce buffer, verified, and only then into the targets. A record may say that chunks
  * are large: what is larger than a piece is read piece by piece, once to verify the chunk and, where a target wants it, once
- * more, and no byte of the second time is taken that was not there the first time. */
+ * more, and no byte of the second time is taken that was not there the first time. Small ones are read several at a time. */
 #include "core/system.h"
 #include "engine.h"
 
@@ -9,16 +9,19 @@
 #include <stdlib.h>
 
 #define PIECE (UINT64_C(64) << 20) /* of a chunk; no thread has a larger buffer */
+#define AT_ONCE (UINT64_C(4) << 20) /* chunks that are smaller are read so many bytes at a time */
 
 struct reader {
     int fd;
     const char *path;
-    uint64_t nbytes, chunk_bytes, end;
+    uint64_t nbytes, chunk_bytes;
+    uint64_t group; /* chunks that are read together, at most */
     const uint32_t *crcs;
     const struct fx_target *targets;
     uint32_t n_targets;
-    _Atomic uint64_t next; /* chunk to read */
-    pthread_mutex_t lock;  /* over result and *error */
+    const struct fx_range *range, *end; /* what is left to read: from chunk `taken` of *range on */
+    uint64_t taken;
+    pthread_mutex_t lock; /* over the three of these, result and *error */
     atomic_int result;
     struct fx_error *error;
 };
@@ -64,8 +67,8 @@ struct hands {
     uint32_t *crcs;
 };
 
-static int hands_new(struct hands *h, uint64_t chunk_bytes) {
-    h->nbytes = chunk_bytes < PIECE ? chunk_bytes : PIECE;
+static int hands_new(struct hands *h, uint64_t chunk_bytes, uint64_t group) {
+    h->nbytes = chunk_bytes < PIECE ? chunk_bytes * group : PIECE;
     h->buffer = fx_buffer_new(h->nbytes);
     h->crcs = calloc(chunk_bytes / PIECE + 2, sizeof *h->crcs);
     return h->buffer && h->crcs;
@@ -121,35 +124,70 @@ static void do_chunk(struct reader *r, uint64_t index, struct hands *h) {
         take_pieces(r, h, offset, nbytes);
 }
 
+/* Several chunks in one read; nothing of any is taken unless all are good. */
+static void do_group(struct reader *r, uint64_t index, uint64_t n, struct hands *h) {
+    uint64_t offset = index * r->chunk_bytes, rest = r->nbytes - offset;
+    uint64_t nbytes = rest < n * r->chunk_bytes ? rest : n * r->chunk_bytes, end = 0;
+    size_t got = 0;
+    int err = read_chunk(r, offset, nbytes, h->buffer, &got);
+    for (uint64_t at = 0; end < nbytes; at = end, index++) {
+        end = nbytes - at < r->chunk_bytes ? nbytes : at + r->chunk_bytes;
+        if (got < end) return fail(r, err ? err : FX_TRUNCATED, offset + at, 0, 0);
+        uint32_t crc = fx_crc32c(0, h->buffer + at, end - at);
+        if (crc != r->crcs[index]) return fail(r, FX_MISMATCH, offset + at, r->crcs[index], crc);
+    }
+    scatter(r, offset, nbytes, h->buffer);
+}
+
+/* The next chunks for a thread: from *index on, as many as are returned; 0: there are none left. */
+static uint64_t take(struct reader *r, uint64_t *index) {
+    uint64_t n = 0;
+    pthread_mutex_lock(&r->lock);
+    for (; r->range < r->end && r->taken == r->range->n; r->taken = 0) r->range++;
+    if (r->range < r->end) {
+        n = r->range->n - r->taken < r->group ? r->range->n - r->taken : r->group;
+        *index = r->range->first + r->taken;
+        r->taken += n;
+    }
+    pthread_mutex_unlock(&r->lock);
+    return n;
+}
+
 static void *reader_main(void *argument) {
     struct reader *r = argument;
     struct hands hands = {0};
-    int able = hands_new(&hands, r->chunk_bytes);
+    int able = hands_new(&hands, r->chunk_bytes, r->group);
     if (!able) fail(r, -ENOMEM, 0, 0, 0);
     while (able && !r->result) {
-        uint64_t index = r->next++;
-        if (index >= r->end) break;
-        do_chunk(r, index, &hands);
+        uint64_t index, n = take(r, &index);
+        if (!n) break;
+        if (n > 1) do_group(r, index, n, &hands);
+        else do_chunk(r, index, &hands);
     }
     hands_free(&hands);
     return NULL;
 }
 
 int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
-                     uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
+                     const struct fx_range *ranges, uint32_t n_ranges, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error) {
     struct reader r = {.fd = fd,
                        .path = path,
                        .nbytes = nbytes,
                        .chunk_bytes = chunk_bytes,
-                       .end = first + n,
                        .crcs = crcs,
                        .targets = targets,
                        .n_targets = n_targets,
-                       .next = first,
+                       .range = ranges,
+                       .end = ranges + n_ranges,
                        .error = error};
     if (!chunk_bytes || chunk_bytes % FX_BLOCK)
         return fx_error_set(error, "read: chunk size", path, -1, EINVAL);
+    uint64_t n = 0;
+    for (uint32_t i = 0; i < n_ranges; i++) n += ranges[i].n;
+    uint64_t share = threads > 1 ? n / threads : n;
+    r.group = AT_ONCE / chunk_bytes < share ? AT_ONCE / chunk_bytes : share;
+    if (!r.group) r.group = 1;
     uint32_t others = threads > 1 ? (threads < n ? threads : (uint32_t)n) : 1;
     pthread_t *helpers = calloc(others, sizeof *helpers);
     if (!helpers) return fx_error_set(error, "read", path, -1, ENOMEM);

@@ -41,10 +41,11 @@ struct fx_tensor {
 
 struct fx_plan;
 int fx_plan_new(const struct fx_file *files, uint32_t n_files, const struct fx_tensor *tensors, uint32_t n_tensors,
-                uint32_t n_layers, uint64_t chunk_bytes, struct fx_plan **out, struct fx_error *error);
+                uint32_t n_layers, uint64_t chunk_bytes, uint64_t sum_bytes, struct fx_plan **out,
+                struct fx_error *error);
 void fx_plan_free(struct fx_plan *plan);
-uint32_t fx_plan_chunks(const struct fx_plan *plan);
-void fx_plan_file_chunks(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
+uint32_t fx_plan_sums(const struct fx_plan *plan);
+void fx_plan_file_sums(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
 
 struct fx_sources;
 struct fx_sources *fx_sources_new(const struct fx_view *views, uint32_t n);
@@ -152,8 +153,13 @@ struct fx_target {
     struct fx_view view;
 };
 
+struct fx_range {
+    uint64_t first;
+    uint64_t n;
+};
+
 int fx_read_verified(int fd, const char *path, uint64_t nbytes, uint64_t chunk_bytes, const uint32_t *crcs,
-                     uint64_t first, uint64_t n, const struct fx_target *targets, uint32_t n_targets,
+                     const struct fx_range *ranges, uint32_t n_ranges, const struct fx_target *targets, uint32_t n_targets,
                      uint32_t threads, struct fx_error *error);
 
 int fx_open(int at, const char *path, int flags, int mode);

@@ -91,17 +91,17 @@ class Checkpoint:
         return in_slices(lambda ns: self._lib.fx_settled(self._pointer, ns), timeout) == 1
 
     def crcs(self, file: int) -> list[int]:
-        """CRC-32C of each chunk of a file; valid once durable."""
+        """CRC-32C of each ``sum_bytes`` of a file; valid once durable."""
         self._check()
-        chunks = self._plan.file_chunks[file]
-        if not chunks:
+        sums = self._plan.file_sums[file]
+        if not sums:
             return []
-        return list(self._ffi.unpack(self._lib.fx_crcs(self._pointer) + chunks.start, len(chunks)))
+        return list(self._ffi.unpack(self._lib.fx_crcs(self._pointer) + sums.start, len(sums)))
 
     def inodes(self) -> list[int]:
         """Of the files that it opened, in the plan's order; 0 where another process does."""
         self._check()
-        return [int(self._lib.fx_file_inode(self._pointer, file)) for file in range(len(self._plan.file_chunks))]
+        return [int(self._lib.fx_file_inode(self._pointer, file)) for file in range(len(self._plan.file_sums))]
 
     def cancel(self) -> None:
         """Gives it up. Returns when no thread reads the emitted memory any more; never waits for the disk."""

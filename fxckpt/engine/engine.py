@@ -74,14 +74,17 @@ class Engine:
     def _is_elsewhere(self) -> bool:
         return os.getpid() != self._pid
 
-    def plan(self, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int) -> Plan:
+    def plan(
+        self, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int, sum_bytes: int | None = None
+    ) -> Plan:
         """Geometry of a checkpoint's files.
 
         ``files``: (bytes, a multiple of 4096; header that lies at offset 0). ``tensors``: (layer, file, absolute offset,
         nbytes, itemsize), those of a layer in the order in which its :class:`Sources` has them. Bytes that nothing covers
-        are written as zeros. Raises :class:`SetupError` for what overlaps or does not fit.
+        are written as zeros. ``sum_bytes``: so many bytes of a file have a checksum, a whole number of them is a chunk; None: a
+        chunk has one. Raises :class:`SetupError` for what overlaps or does not fit.
         """
-        return Plan(self.chunk_bytes, files, tensors, layers)
+        return Plan(self.chunk_bytes, sum_bytes or self.chunk_bytes, files, tensors, layers)
 
     def begin(
         self,
@@ -95,7 +98,7 @@ class Engine:
         """Opens or creates the plan's files under ``directory`` (``below``: its descriptor) and starts a checkpoint into them.
         A file with an empty name is not written: only its checksums are wanted.
 
-        ``known[file]`` maps chunk indices to the CRC of what the disk holds there already: an equal chunk is
+        ``known[file]`` maps indices of checksums to what the disk holds there already: a chunk that has equal ones is
         not written again. A CRC has 32 bits, so give only chunks that are expected not to have changed. ``waited[file]``
         says which file that was: of one that is another one by now, or was touched, nothing is known.
         Raises :class:`SaveFailed` (``EBUSY``: another checkpoint that is not settled has one of the files).
@@ -103,8 +106,8 @@ class Engine:
         if self._is_elsewhere():
             raise Cancelled("the engine belongs to the parent process")
         ffi, lib = self._ffi, self._lib
-        if len(names) != len(plan.file_chunks):
-            raise SetupError(f"{len(names)} names for {len(plan.file_chunks)} files")
+        if len(names) != len(plan.file_sums):
+            raise SetupError(f"{len(names)} names for {len(plan.file_sums)} files")
         paths = [ffi.new("char[]", os.fsencode(os.path.join(directory, name) if name else "")) for name in names]
         keep: list[Any] = []
         held = plan._held(known, waited, keep)

@@ -57,34 +57,37 @@ class Sources:
 class Plan:
     """Immutable geometry of a checkpoint's files; made by :meth:`Engine.plan`, shared by many checkpoints.
 
-    ``file_chunks``: the chunks of each file, in the plan's numbering.
+    ``file_sums``: the checksums of each file, in the plan's numbering, each of ``sum_bytes``.
     """
 
-    def __init__(self, chunk_bytes: int, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int):
+    def __init__(
+        self, chunk_bytes: int, sum_bytes: int, files: Sequence[tuple[int, bytes]], tensors: Sequence[Placed], layers: int
+    ):
         ffi, lib = load()
         headers = [ffi.from_buffer(header) for _, header in files]
         sizes = [(nbytes, header, len(header)) for (nbytes, _), header in zip(files, headers)]
         c_files = ffi.new("struct fx_file[]", sizes or 1)
         c_tensors = ffi.new("struct fx_tensor[]", [tuple(tensor) for tensor in tensors] or 1)
         out, error = ffi.new("struct fx_plan **"), ffi.new("struct fx_error *")
-        if lib.fx_plan_new(c_files, len(files), c_tensors, len(tensors), layers, chunk_bytes, out, error):
+        if lib.fx_plan_new(c_files, len(files), c_tensors, len(tensors), layers, chunk_bytes, sum_bytes, out, error):
             at = f" (number {error.offset})" if error.offset >= 0 else ""
             raise SetupError(ffi.string(error.operation).decode() + at)
         self._pointer = ffi.gc(out[0], lib.fx_plan_free)
-        self.chunks: int = lib.fx_plan_chunks(self._pointer)
-        self.file_chunks: list[range] = []
+        self.sum_bytes: int = sum_bytes
+        self.file_sums: list[range] = []
         first, count = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         for file in range(len(files)):
-            lib.fx_plan_file_chunks(self._pointer, file, first, count)
-            self.file_chunks.append(range(first[0], first[0] + count[0]))
+            lib.fx_plan_file_sums(self._pointer, file, first, count)
+            self.file_sums.append(range(first[0], first[0] + count[0]))
 
     def _held(self, known: Sequence[Mapping[int, int]] | None, waited: Sequence[FileId | None] | None, keep: list[Any]) -> Any:
         """The C struct of :meth:`Engine.begin`'s ``known`` and ``waited``; the arrays that it points to go to ``keep``."""
-        ffi, _ = load()
-        has, crcs = ffi.new("uint8_t[]", self.chunks + 1), ffi.new("uint32_t[]", self.chunks + 1)
-        for chunks, table in zip(self.file_chunks, known or ()):
+        ffi, lib = load()
+        count = lib.fx_plan_sums(self._pointer) + 1
+        has, crcs = ffi.new("uint8_t[]", count), ffi.new("uint32_t[]", count)
+        for sums, table in zip(self.file_sums, known or ()):
             for index, crc in table.items():
-                has[chunks[index]], crcs[chunks[index]] = 1, crc
+                has[sums[index]], crcs[sums[index]] = 1, crc
         files = ffi.NULL if waited is None else ffi.new("struct fx_file_id[]", [each or (0, 0, 0, 0, 0) for each in waited] or 1)
         keep += (has, crcs, files)
         return ffi.new("struct fx_held *", (has, crcs, files))

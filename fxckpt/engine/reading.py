@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fxckpt.engine import io
@@ -47,14 +47,14 @@ def read_verified(
     targets: Sequence[Target],
     threads: int = READING_THREADS,
     held: int | None = None,
-    only: range | None = None,
+    only: Sequence[range] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Reads a file chunk by chunk, checks each chunk's CRC-32C, and only then copies it into the targets.
 
     ``targets``: (absolute offset, nbytes, address, sizes, strides in bytes); None for the last two: dense.
     ``held``: a descriptor of the file; it is read wherever its name leads by now. ``progress`` is told of bytes read.
-    ``only``: these chunks. No targets: verify only. When it raises, targets in other chunks may have been filled already.
+    ``only``: ranges of chunks. No targets: verify only. When it raises, targets in other chunks may have been filled already.
     Raises :class:`Corrupt` for a bad chunk, a wrong size or a missing file; ``OSError`` if reading fails.
     """
     ffi, lib = load()
@@ -75,15 +75,29 @@ def read_verified(
         chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # more than the file has is not needed
         file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, table), (array, len(wanted), threads, error)
         at_once = max(SLICE_BYTES // chunk_bytes, 1)
-        which = only or range(chunks)
-        for first in range(which.start, which.stop, at_once):
-            result = lib.fx_read_verified(*file, first, min(at_once, which.stop - first), *into)
+        for ranges in _slices([range(chunks)] if only is None else only, at_once):
+            c_ranges = ffi.new("struct fx_range[]", [(each.start, len(each)) for each in ranges])
+            result = lib.fx_read_verified(*file, c_ranges, len(ranges), *into)
             if result:
                 raise _failure(path, result, error, chunk_bytes)
             if progress is not None:
-                progress(min((first + at_once) * chunk_bytes, nbytes) - first * chunk_bytes)
+                progress(sum(min(each.stop * chunk_bytes, nbytes) - each.start * chunk_bytes for each in ranges))
     finally:
         io.close(fd)
+
+
+def _slices(ranges: Sequence[range], most: int) -> Iterator[list[range]]:
+    """The same chunks, so many at a time."""
+    taken, room = list[range](), most
+    for each in ranges:
+        while each:
+            taken.append(each[:room])
+            room, each = room - len(taken[-1]), each[room:]
+            if not room:
+                yield taken
+                taken, room = [], most
+    if taken:
+        yield taken
 
 
 def _open(path: str, follow: bool) -> int:

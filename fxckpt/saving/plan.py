@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from fxckpt.compat.spread import Box, box_of, local
+from fxckpt.compat.spread import Box, box_of, is_spread, local
 from fxckpt.engine import Engine, Plan, Sources
 from fxckpt.engine.plan import Item
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
@@ -28,6 +28,10 @@ T = TypeVar("T")
 
 FILES = (MODEL, OPTIMIZER)
 """By their numbers in a layout."""
+
+SUM_BYTES = 64 << 10
+"""Of a file so many bytes have a checksum where tensors lie in boxes: another number of ranks then reads little that it does not
+need. Chunks, which are written at once, are larger."""
 
 MOVING = ("buffers", "gradients")
 """Kinds of layers whose tensors lie elsewhere each time."""
@@ -192,11 +196,12 @@ def make_layout(
     for layer in layers:
         if layer.kind not in MOVING:
             layer.sources = make_sources(layer.memory)
-    plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers))
+    fine = any(is_spread(e.tensor) for layer in layers for e in layer.entries)
+    plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers), SUM_BYTES if fine else None)
     frozen = tuple((e.key, t.data_ptr(), tuple(t.shape)) for i, e, t in stored if layers[i].kind == "frozen")
     token = (frozen, tuple(f.header for f in files)) if frozen else None
     written, others = files[: len(names)], files[len(names) :]
-    return Layout(layers, written, plan, engine.chunk_bytes, token, changed_outside, checked=others)
+    return Layout(layers, written, plan, plan.sum_bytes, token, changed_outside, checked=others)
 
 
 def source_items(tensors: Sequence[torch.Tensor]) -> list[Item]:

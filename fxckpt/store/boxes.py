@@ -126,16 +126,13 @@ def _outer(shape: Sequence[int], sizes: Sequence[int], rows: Sequence[int]) -> i
     return max((dim for dim in range(last + 1) if dim == 0 or sizes[dim] * rows[dim] >= SHEET_BYTES), default=0)
 
 
-def by_chunks(targets: Sequence[Target], chunk_bytes: int) -> Iterator[tuple[range, list[Target]]]:
-    """The chunks of a file that hold something of the targets, which are in order of their offsets: ranges of neighbouring
-    chunks, with the targets in them."""
-    chunks, inside = range(0), list[Target]()
-    for target in targets:
-        first, end = target[0] // chunk_bytes, (target[0] + target[1] - 1) // chunk_bytes + 1
-        if inside and first > chunks.stop:
-            yield chunks, inside
-            inside = []
-        chunks = range(chunks.start, max(chunks.stop, end)) if inside else range(first, end)
-        inside.append(target)
-    if inside:
-        yield chunks, inside
+def chunks_of(targets: Sequence[Target], chunk_bytes: int) -> list[range]:
+    """The chunks of a file that hold something of the targets, which are in order of their offsets."""
+    found: list[range] = []
+    for offset, nbytes, *_ in targets:
+        chunks = range(offset // chunk_bytes, (offset + nbytes - 1) // chunk_bytes + 1)
+        if found and chunks.start <= found[-1].stop:
+            found[-1] = range(found[-1].start, max(found[-1].stop, chunks.stop))
+        else:
+            found.append(chunks)
+    return found

@@ -23,7 +23,7 @@ from fxckpt.engine.plan import Item
 from fxckpt.engine.reading import Target
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.store import names
-from fxckpt.store.boxes import Box, Sheet, by_chunks, sheets
+from fxckpt.store.boxes import Box, Sheet, chunks_of, sheets
 from fxckpt.store.directory import local_path
 from fxckpt.store.dtypes import RawTensor, item_size, numpy_dtype
 from fxckpt.store.files import UNREADABLE, read_small
@@ -271,10 +271,10 @@ class Reader:
                 sheet.target(begin) if data is None else (begin + sheet.begin, sheet.nbytes, data.ctypes.data, None, None)
                 for (begin, sheet), data in zip(batch, landed)
             ]
-            for chunks, inside in by_chunks(targets, file.chunk_bytes):
-                with self._stable(file):
-                    read_verified(str(self.path / file.name), nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
-                                  held=self._held.get(file.name), targets=inside, only=chunks)  # fmt: skip
+            only = chunks_of(targets, file.chunk_bytes)
+            with self._stable(file):
+                read_verified(str(self.path / file.name), nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
+                              held=self._held.get(file.name), targets=targets, only=only)  # fmt: skip
             for (_, sheet), data in zip(batch, landed):
                 if data is not None:
                     sheet.take(data)
@@ -333,7 +333,7 @@ class Reader:
                 raw = np.empty(header_bytes(first8, file.nbytes, path), np.uint8)
             except Corrupt:
                 read(
-                    targets=[], only=range(min(1, len(file.crc32c)))
+                    targets=[], only=[range(min(1, len(file.crc32c)))]
                 )  # the checksum of the first chunk tells more than a header that was written wrong
                 raise
             read(targets=[(0, raw.nbytes, raw.ctypes.data, None, None), *targets], progress=progress)

@@ -192,7 +192,7 @@ class Slot:
         try:
             with folder.opened(file.name, os.O_RDONLY) as fd:
                 read_verified(folder.at(file.name), nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
-                              targets=[], threads=1, held=fd, only=range(chunk, chunk + 1))  # fmt: skip
+                              targets=[], threads=1, held=fd, only=[range(chunk, chunk + 1)])  # fmt: skip
         except Corrupt as error:
             log.error("%s rotted while it waited, and is written anew: %s", folder.at(file.name), error)
             folder.unlink(file.name)

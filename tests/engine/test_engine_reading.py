@@ -114,6 +114,42 @@ def test_wrong_size_missing_file_and_wrong_record_are_corruption(tmp_path):
         read_verified(path, **record, targets=[])
 
 
+def test_of_small_chunks_several_are_read_together_and_each_has_its_own_checksum(tmp_path):
+    path, dice = tmp_path / "file", random.Random(2)
+    data, record = make_file(path, 5_000_001, 16 * KB)
+    target = np.zeros(len(data), np.uint8)
+    targets = [(0, len(data), target.ctypes.data, None, None)]
+    read_verified(path, **record, targets=targets)
+    assert target.tobytes() == data
+    for at in [0, 16383, 16384, 5_000_000, *(dice.randrange(len(data)) for _ in range(8))]:
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << dice.randrange(8)
+        path.write_bytes(flipped)
+        target[:] = 0
+        with pytest.raises(errors.Corrupt) as failure:
+            read_verified(path, **record, targets=targets)
+        begin = at // 16384 * 16384
+        assert failure.value.offset == begin and not target[begin : begin + 16384].any()
+
+
+def test_only_ranges_of_chunks_that_are_named_are_read(tmp_path):
+    path = tmp_path / "file"
+    data, record = make_file(path, 100_000, 4 * KB)
+    ruined = bytearray(data)
+    wanted = [range(3, 5), range(7, 7), range(9, 10), range(20, 25)]
+    for chunk in set(range(25)) - {chunk for each in wanted for chunk in each}:
+        ruined[chunk * 4096] ^= 1
+    path.write_bytes(ruined)
+    target, said = np.zeros(len(data), np.uint8), []
+    read_verified(path, **record, targets=[(0, len(data), target.ctypes.data, None, None)], only=wanted, progress=said.append)
+    for each in wanted:
+        assert target[each.start * 4096 : each.stop * 4096].tobytes() == data[each.start * 4096 : each.stop * 4096]
+    assert target.any() and not target[: 3 * 4096].any() and sum(said) == 7 * 4096 + 100_000 - 24 * 4096
+    read_verified(path, **record, targets=[], only=[])
+    with pytest.raises(errors.Corrupt):
+        read_verified(path, **record, targets=[], only=[*wanted, range(8, 9)])
+
+
 PIECE = 64 << 20  # in csrc/io/read.c
 
 

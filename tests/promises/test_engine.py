@@ -55,13 +55,14 @@ def arrays(draw) -> np.ndarray:
     n_files=st.integers(1, 3),
     header=st.binary(max_size=9000),
     gap=st.integers(0, 9),
-    chunk=st.sampled_from([4, 8, 64]),
+    chunk=st.sampled_from([(4, 4), (8, 8), (64, 64), (64, 4), (8, 4), (48, 16)]),
     dice=st.randoms(use_true_random=False),
 )
 def test_files_hold_the_sources(tmp_path, layers, n_files, header, gap, chunk, dice):
     model = Model(layers).place(n_files, header, gap)
-    engine = Engine(chunk_bytes=chunk * KB, staging_bytes=64 * KB, threads=dice.randint(1, 3))
-    checkpoint = engine.begin(model.plan(engine), str(tmp_path), model.names)
+    chunk_bytes, sum_bytes = (KB * each for each in chunk)
+    engine = Engine(chunk_bytes=chunk_bytes, staging_bytes=64 * KB, threads=dice.randint(1, 3))
+    checkpoint = engine.begin(model.plan(engine, sum_bytes), str(tmp_path), model.names)
     order = list(range(len(layers)))
     dice.shuffle(order)
     for layer in order:
@@ -70,7 +71,7 @@ def test_files_hold_the_sources(tmp_path, layers, n_files, header, gap, chunk, d
     assert checkpoint.emitted() == len(layers)
     contents = model.contents()
     assert read_all(model, tmp_path) == contents
-    assert [checkpoint.crcs(i) for i in range(n_files)] == [crcs_of(data, chunk * KB) for data in contents]
+    assert [checkpoint.crcs(i) for i in range(n_files)] == [crcs_of(data, sum_bytes) for data in contents]
     engine.close()
 
 
@@ -119,6 +120,32 @@ def test_known_chunks_are_not_written_again(tmp_path, make_engine):
     assert engine.statistics()["bytes_written"] == before + 8 * KB
     assert read_all(model, tmp_path) == model.contents()
     assert second.crcs(0) == crcs_of(model.contents()[0], 8 * KB)
+
+
+def test_a_chunk_is_written_again_if_one_of_its_checksums_is_another_or_not_known(tmp_path, make_engine):
+    engine, model = make_engine(chunk_bytes=16 * KB), make_model(header=b"h" * 100)
+    plan = model.plan(engine, 4 * KB)
+    first = begin_all(engine, model, tmp_path, plan=plan)
+    assert first.durable(PATIENCE)
+    known = dict(enumerate(first.crcs(0)))
+    assert len(known) > 8
+
+    def written(known):
+        before = engine.statistics()["bytes_written"]
+        again = begin_all(engine, model, tmp_path, known=[known], plan=plan)
+        assert again.durable(PATIENCE) and read_all(model, tmp_path) == model.contents()
+        return engine.statistics()["bytes_written"] - before
+
+    assert written(known) == 0
+    assert written({index: crc for index, crc in known.items() if index != 1}) == 16 * KB
+    assert written(known | {6: known[6] ^ 1}) == 16 * KB
+
+
+def test_a_checksum_that_is_no_whole_part_of_a_chunk_is_refused(make_engine):
+    engine, model = make_engine(chunk_bytes=24 * KB), make_model()
+    for sum_bytes in (16 * KB, 48 * KB, 1000):
+        with pytest.raises(errors.SetupError, match="bytes of a checksum"):
+            model.plan(engine, sum_bytes)
 
 
 def test_mock_does_all_but_the_disk(tmp_path, make_engine):

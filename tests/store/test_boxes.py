@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import plain_reader
 import pytest
 from boxed import grid, part_of_array, write_boxed
 from fuzzing import sealed
@@ -166,7 +167,9 @@ def reads_of(monkeypatch):
     """What is read from now on: (file, chunks)."""
     found, real = [], readers.read_verified
     monkeypatch.setattr(
-        readers, "read_verified", lambda *a, **how: (found.append((Path(a[0]).name, how["only"])), real(*a, **how))
+        readers,
+        "read_verified",
+        lambda *a, **how: (found.append((Path(a[0]).name, [chunk for each in how["only"] for chunk in each])), real(*a, **how)),
     )
     return found
 
@@ -244,3 +247,18 @@ def test_torch_reads_boxes_by_what_the_headers_say(tmp_path):
     load(state, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     for (_, key), array in tensors.items():
         assert (state[key].numpy() == array).all(), key
+
+
+def test_a_reader_written_from_the_document_alone_finds_every_element(tmp_path):
+    tensors = {W: X, M: X + 1, (names.MODEL, "b"): X[0], (names.MODEL, "n"): np.float32(3).reshape(())}
+    path = write_boxed(tmp_path / "a", tensors, {W: grid((10, 6), (2, 2)), M: grid((10, 6), (4, 1))}, 4)
+    found = plain_reader.read_together(str(path))
+    for (kind, key), array in tensors.items():
+        assert found[f"{names.written_as(kind).removesuffix('.safetensors')}/{key}"] == (
+            "F32",
+            list(array.shape),
+            array.tobytes(),
+        )
+    overlapping = [((0, 0), (5, 6)), ((4, 0), (5, 6))]
+    with pytest.raises(plain_reader.Damaged, match="in two boxes"):
+        plain_reader.read_together(str(write_boxed(tmp_path / "b", {W: X}, {W: overlapping})))

@@ -12,7 +12,7 @@ from pathlib import Path
 import instruments
 import numpy as np
 
-from fxckpt.engine import Engine, Sources, crc32c
+from fxckpt.engine import Engine, Plan, Sources, crc32c
 
 PATIENCE = 30.0
 KB = 1024
@@ -66,8 +66,8 @@ class Model:
             ]
         )
 
-    def plan(self, engine: Engine):
-        return engine.plan(self.files, self.tensors, len(self.layers))
+    def plan(self, engine: Engine, sum_bytes: int | None = None):
+        return engine.plan(self.files, self.tensors, len(self.layers), sum_bytes)
 
     def contents(self) -> list[bytes]:
         """The files' bytes as they must be for the arrays as they are now."""
@@ -93,10 +93,10 @@ def make_model(layers: int = 6, items: int = 3000, dtype: str = "float32", **pla
     return model.place(**place)
 
 
-def begin_all(engine: Engine, model: Model, directory: Path, **options):
+def begin_all(engine: Engine, model: Model, directory: Path, plan: Plan | None = None, **options):
     """A checkpoint with every layer emitted."""
     directory.mkdir(exist_ok=True)
-    checkpoint = engine.begin(model.plan(engine), str(directory), model.names, **options)
+    checkpoint = engine.begin(plan or model.plan(engine), str(directory), model.names, **options)
     for layer in range(len(model.layers)):
         checkpoint.emit(layer, model.sources(layer))
     return checkpoint

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -56,14 +57,15 @@ def _no_constant(text: str) -> None:
     raise Damaged(f"{text} is not JSON")
 
 
-def read_record(path: str) -> dict:
-    """``commit.json``, its digest compared as bytes before it is parsed."""
-    with open(os.path.join(path, "commit.json"), "rb") as file:
+def read_record(path: str, name: str = "commit.json", sha256: str | None = None) -> dict:
+    """A record, its digest compared as bytes before it is parsed; that of a part has another one in ``commit.json``."""
+    with open(os.path.join(path, name), "rb") as file:
         raw = file.read()
+    need(sha256 in (None, hashlib.sha256(raw).hexdigest()), f"the digest of {name}")
     need(raw[:77] == b'{"sha256":"' + hashlib.sha256(raw[77:]).hexdigest().encode() + b'",', "the digest")
     need(raw[77:86] == b'"format":', "the second member")
     record = json.loads(raw.decode("ascii"), object_pairs_hook=_once, parse_constant=_no_constant)
-    need(record["format"] == 1, "a newer format")
+    need(record["format"] in (1, 3, 4), "a newer format")
     return record
 
 
@@ -98,6 +100,7 @@ def tensors_of(data: bytes) -> dict[str, tuple[str, list[int], int, int]]:
 def read_checkpoint(path: str) -> tuple[dict, dict[str, dict[str, tuple[str, list[int], bytes]]]]:
     """Record, and the tensors of each file as (type, shape, bytes). Raises ``Damaged``, ``OSError``."""
     record = read_record(path)
+    need(record["format"] == 1, "one of several ranks")
     files = {}
     for file in record["files"]:
         data = read_file(path, file)
@@ -111,6 +114,53 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, dict[str, tuple[str, lis
         need(file["name"] == "state.safetensors" or found == recorded, f"the header of {file['name']}")
         files[file["name"]] = {name: (dtype, shape, data[begin:end]) for name, (dtype, shape, begin, end) in found.items()}
     return record, files
+
+
+def kind_of(name: str) -> str:
+    """``model`` of ``model-00002-of-00004.safetensors``."""
+    return re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", name)
+
+
+def read_together(path: str) -> dict[str, tuple[str, list[int], bytes]]:
+    """All tensors of the model and the optimizers that ranks wrote together, by ``model/<key>`` or ``optimizer/<key>``."""
+    first = read_record(path)
+    need(first["rank"] == 0 and len(first["parts"]) == first["world_size"] - 1, "not all parts")
+    records = [first] + [read_record(path, part["name"], part["sha256"]) for part in first["parts"]]
+    boxes: dict[str, list] = {}
+    for record in records:
+        files = {file["name"]: read_file(path, file) for file in record["files"] if not file["name"].endswith(".json")}
+        headers = {name: tensors_of(data) for name, data in files.items()}
+        listed = [t for layer in record["layers"] for t in layer["tensors"]]
+        for t in (t for t in listed if kind_of(t["file"]) != "own"):
+            end = t["begin"] + t["nbytes"]
+            need(headers[t["file"]][t["key"]] == (t["dtype"], t["shape"], t["begin"], end), f"the header of {t['file']}")
+            boxes.setdefault(f"{kind_of(t['file'])}/{t['key']}", []).append((t, files[t["file"]][t["begin"] : end]))
+    return {key: gathered(found) for key, found in boxes.items()}
+
+
+def gathered(boxes: list) -> tuple[str, list[int], bytes]:
+    """One tensor out of its boxes, (as recorded, bytes) each."""
+    first = boxes[0][0]
+    if first.get("whole") is None:
+        need(len(boxes) == 1, f"{first['key']} is in two parts")
+        return first["dtype"], first["shape"], boxes[0][1]
+    whole, item, count = first["whole"], SIZES[first["dtype"]], 0
+    strides = [item]
+    for size in reversed(whole[1:]):
+        strides.insert(0, strides[0] * size)
+    elements = 1
+    for size in whole:
+        elements *= size
+    data, seen = bytearray(elements * item), bytearray(elements)
+    for tensor, raw in boxes:
+        need(tensor["whole"] == whole and tensor["dtype"] == first["dtype"], f"the boxes of {first['key']}")
+        for number, index in enumerate(itertools.product(*map(range, tensor["shape"]))):
+            at = sum((begin + i) * stride for begin, i, stride in zip(tensor["offset"], index, strides))
+            need(not seen[at // item], f"an element of {first['key']} is in two boxes")
+            data[at : at + item], seen[at // item] = raw[number * item : (number + 1) * item], 1
+            count += 1
+    need(count == elements, f"not all of {first['key']} is there")
+    return first["dtype"], whole, bytes(data)
 
 
 def newest(store: str) -> tuple[str, dict, dict]:

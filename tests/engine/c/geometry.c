@@ -98,8 +98,8 @@ static void test_checksums(uint64_t *random) {
 
 /* Every flipped bit of a file is found, and no byte of its chunk reaches the target. */
 static void test_flipped_bit(struct model *m, struct fx_checkpoint *ck, const char *path, uint64_t *random) {
-    uint64_t at = between(random, 0, m->nbytes), chunk = at / m->chunk * m->chunk;
-    uint64_t n = m->nbytes - chunk < m->chunk ? m->nbytes - chunk : m->chunk;
+    uint64_t at = between(random, 0, m->nbytes), chunk = at / m->sum * m->sum;
+    uint64_t n = m->nbytes - chunk < m->sum ? m->nbytes - chunk : m->sum;
     char byte, *target = calloc(1, n), *zeros = calloc(1, n);
     struct fx_target t = {
         .offset = chunk, .nbytes = n, .itemsize = 1, .view = {.address = target, .ndim = -1}};
@@ -108,12 +108,12 @@ static void test_flipped_bit(struct model *m, struct fx_checkpoint *ck, const ch
     CHECK(fd >= 0 && pread(fd, &byte, 1, (off_t)at) == 1);
     char flipped = byte ^ (char)(1 << between(random, 0, 8));
     CHECK(pwrite(fd, &flipped, 1, (off_t)at) == 1);
-    int r = fx_read_verified(fd, path, m->nbytes, m->chunk, fx_crcs(ck), 0, fx_plan_chunks(m->plan), &t, 1, 2,
-                             &error);
+    struct fx_range all = {0, fx_plan_sums(m->plan)}, one = {chunk / m->sum, 1};
+    int r = fx_read_verified(fd, path, m->nbytes, m->sum, fx_crcs(ck), &all, 1, &t, 1, 2, &error);
     CHECK(r == FX_MISMATCH && error.offset == (int64_t)chunk && error.found != error.expected);
     CHECK(memcmp(target, zeros, n) == 0);
     CHECK(pwrite(fd, &byte, 1, (off_t)at) == 1 && ftruncate(fd, (off_t)chunk) == 0);
-    r = fx_read_verified(fd, path, m->nbytes, m->chunk, fx_crcs(ck), chunk / m->chunk, 1, &t, 1, 2, &error);
+    r = fx_read_verified(fd, path, m->nbytes, m->sum, fx_crcs(ck), &one, 1, &t, 1, 2, &error);
     CHECK(r == FX_TRUNCATED && error.offset == (int64_t)chunk);
     close(fd);
     free(target);
@@ -151,11 +151,14 @@ static void test_refusals(void) {
     struct fx_plan *plan;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         struct fx_tensor both[] = {good, bad[i]};
-        CHECK(fx_plan_new(&file, 1, both, 2, 1, FX_BLOCK, &plan, NULL) == -EINVAL, "tensor %d", (int)i);
+        CHECK(fx_plan_new(&file, 1, both, 2, 1, FX_BLOCK, FX_BLOCK, &plan, NULL) == -EINVAL, "tensor %d", (int)i);
     }
-    CHECK(fx_plan_new(&file, 1, &good, 1, 1, 1000, &plan, NULL) == -EINVAL);
+    CHECK(fx_plan_new(&file, 1, &good, 1, 1, 1000, 1000, &plan, NULL) == -EINVAL);
+    uint64_t sums[] = {0, 1000, 2 * FX_BLOCK, 8 * FX_BLOCK};
+    for (size_t i = 0; i < sizeof sums / sizeof *sums; i++)
+        CHECK(fx_plan_new(&file, 1, &good, 1, 1, 3 * FX_BLOCK, sums[i], &plan, NULL) == -EINVAL);
     file.nbytes = 100;
-    CHECK(fx_plan_new(&file, 1, NULL, 0, 1, FX_BLOCK, &plan, NULL) == -EINVAL);
+    CHECK(fx_plan_new(&file, 1, NULL, 0, 1, FX_BLOCK, FX_BLOCK, &plan, NULL) == -EINVAL);
 }
 
 int main(int argc, char **argv) {

@@ -88,7 +88,7 @@ struct layer {
 struct model {
     uint32_t n_layers;
     struct layer layers[MAX_LAYERS];
-    uint64_t nbytes, chunk;
+    uint64_t nbytes, chunk, sum; /* bytes of a checksum */
     char header[100];
     struct fx_plan *plan;
 };
@@ -114,6 +114,7 @@ static inline void make_model(struct model *m, uint64_t *random, uint32_t n_laye
     memset(m, 0, sizeof *m);
     m->n_layers = n_layers;
     m->chunk = chunk;
+    m->sum = between(random, 0, 2) ? chunk : FX_BLOCK;
     memset(m->header, 'h', sizeof m->header);
     uint64_t at = sizeof m->header;
     for (uint32_t l = 0; l < n_layers; l++) make_layer(&m->layers[l], random, largest);
@@ -130,7 +131,7 @@ static inline void make_model(struct model *m, uint64_t *random, uint32_t n_laye
     m->nbytes = (at + FX_BLOCK - 1) / FX_BLOCK * FX_BLOCK;
     struct fx_file file = {m->nbytes, m->header, sizeof m->header};
     struct fx_error error;
-    int r = fx_plan_new(&file, 1, tensors, n, n_layers, chunk, &m->plan, &error);
+    int r = fx_plan_new(&file, 1, tensors, n, n_layers, chunk, m->sum, &m->plan, &error);
     CHECK(r == 0, "%s", r ? error.operation : "");
 }
 
@@ -177,8 +178,9 @@ static inline void check_file(struct model *m, struct fx_checkpoint *ck, const c
     struct fx_error error;
     int fd = fx_open(AT_FDCWD, path, O_RDONLY | O_CLOEXEC, 0);
     CHECK(fd >= 0, "%s", path);
-    int r = fx_read_verified(fd, path, m->nbytes, m->chunk, fx_crcs(ck), 0, fx_plan_chunks(m->plan), &target,
-                             1, 2, &error);
+    uint64_t n = fx_plan_sums(m->plan), cut = n / 3; /* in two ranges, with an empty one between them */
+    struct fx_range ranges[] = {{0, cut}, {cut, 0}, {cut, n - cut}};
+    int r = fx_read_verified(fd, path, m->nbytes, m->sum, fx_crcs(ck), ranges, 3, &target, 1, 2, &error);
     CHECK(r == 0, "read_verified says %d at %ld", r, r ? (long)error.offset : 0);
     CHECK(memcmp(file, m->header, sizeof m->header) == 0);
     for (uint32_t l = 0; l < m->n_layers; l++)

@@ -172,7 +172,7 @@ static void make_chunks(uint64_t chunk) {
         uint64_t rest = model.nbytes - i * chunk;
         tensors[i] = (struct fx_tensor){i, 0, i * chunk, rest < chunk ? rest : chunk, 1};
     }
-    CHECK(fx_plan_new(&file, 1, tensors, n, n, chunk, &chunks, &error) == 0, "%s", error.operation);
+    CHECK(fx_plan_new(&file, 1, tensors, n, n, chunk, model.sum, &chunks, &error) == 0, "%s", error.operation);
 }
 
 static void round_of(uint64_t *random, int64_t until, uint64_t counts[2]) {
