@@ -281,6 +281,22 @@ def ranks(numbers: Numbers) -> str:
     return f"{table(head, rows)}\n\n{what}{note}"
 
 
+def resharding(numbers: Numbers) -> str:
+    """resharding.py's figures: bytes read over bytes needed, with checksums of a chunk each and of 64 KiB."""
+    worlds, pairs = numbers["worlds"], ((1, 8), (2, 4), (8, 16), (8, 64), (64, 8))
+    rows = [
+        [
+            model,
+            f"{kib} KiB",
+            *(f"{of[kib][str(a)][worlds.index(b)]:.2f}" for a, b in pairs),
+            f"{max(map(max, of[kib].values())):.2f}",
+        ]
+        for model, of in numbers["models"].items()
+        for kib in ("4096", "64")
+    ]
+    return table(["model", "a checksum for", *(f"{a} → {b}" for a, b in pairs), f"at most, up to {worlds[-1]}"], rows)
+
+
 def journal(numbers: Numbers) -> str:
     """journal.py's figures: steps and bytes of each contestant, then the time to restore by the number of records behind."""
     names = {"full": "a full checkpoint at every step", "journal": "`journal=64`"}

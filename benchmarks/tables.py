@@ -74,6 +74,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "write and restore": lambda: render.write_and_restore(results("io")),
     "optimizers": lambda: render.optimizers(results("optimizer_step")),
     "ranks": lambda: render.ranks(results("ranks")),
+    "resharding": lambda: render.resharding(results("resharding")),
     "journal": lambda: render.journal(results("journal")),
     "in backward": lambda: render.in_backward(results("memory")),
     "in backward, machine": lambda: render.in_backward_about(results("memory")),
