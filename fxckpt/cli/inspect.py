@@ -45,9 +45,17 @@ def describe(record: Record, path: str) -> dict[str, Any]:
                   for file in record.files],
         "layers": [{"name": layer.name, "kind": layer.kind, "parameters": layer.parameters, "nbytes": layer.nbytes,
                     "tensors": [{"key": tensor.key, "file": tensor.file, "dtype": tensor.dtype, "shape": tensor.shape,
-                                 "begin": tensor.begin, "nbytes": tensor.nbytes} for tensor in layer.tensors]}
+                                 "begin": tensor.begin, "nbytes": tensor.nbytes,
+                                 "boxes": [{"file": box.file, "begin": box.begin, "offset": box.offset, "shape": box.shape}
+                                           for box in tensor.pieces]} for tensor in layer.tensors]}
                    for layer in record.layers],
     }  # fmt: skip
+
+
+def _place(tensor: dict[str, Any]) -> tuple[str, Any]:
+    """Where it lies: its file and the offset there, or in how many boxes."""
+    boxes = tensor["boxes"]
+    return (f"{len(boxes)} boxes, the first in {tensor['file']}", "") if boxes else (tensor["file"], tensor["begin"])
 
 
 def extra_names(record: Record) -> list[str]:
@@ -95,6 +103,9 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
     if found["ranks"]:
         sizes = [common.human(each["nbytes"]) for each in found["ranks"]]
         common.say(f"written by {len(sizes)} ranks together, {', '.join(sizes[:8])}{' ...' if sizes[8:] else ''}")
+    tensors_of_all = [tensor for layer in found["layers"] for tensor in layer["tensors"]]
+    if boxed := [len(tensor["boxes"]) for tensor in tensors_of_all if tensor["boxes"]]:
+        common.say(f"{len(boxed)} of {len(tensors_of_all)} tensors lie in boxes, up to {max(boxed)} each")
     for writer, reader, layers, _ in found["diverged"]:
         common.say(f"rank {reader} had other bits than rank {writer}, which wrote them, in layer {', '.join(layers)}")
     if found["lasting"]:
@@ -110,5 +121,5 @@ def _print(found: dict[str, Any], tensors: bool) -> None:
     if tensors:
         common.say()
         common.print_table(("TENSOR", "TYPE", "SHAPE", "FILE", "OFFSET"), [
-            (tensor["key"], tensor["dtype"], "×".join(map(str, tensor["shape"])) or "scalar", tensor["file"], tensor["begin"])
+            (tensor["key"], tensor["dtype"], "×".join(map(str, tensor["shape"])) or "scalar", *_place(tensor))
             for layer in found["layers"] for tensor in layer["tensors"]], left=(0, 1, 2, 3))  # fmt: skip

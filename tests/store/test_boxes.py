@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fuzzing import sealed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fxckpt.cli import main
 from fxckpt.errors import Corrupt
 from fxckpt.store import boxes as arithmetic
 from fxckpt.store import names
@@ -262,3 +264,71 @@ def test_a_reader_written_from_the_document_alone_finds_every_element(tmp_path):
     overlapping = [((0, 0), (5, 6)), ((4, 0), (5, 6))]
     with pytest.raises(plain_reader.Damaged, match="in two boxes"):
         plain_reader.read_together(str(write_boxed(tmp_path / "b", {W: X}, {W: overlapping})))
+
+
+# ---- commands ----
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Two checkpoints of four ranks, whose tensors lie in boxes of other layouts: one element differs."""
+    changed = X.copy()
+    changed[9, 5] += 1
+    for step, array, parts in ((1, X, (4, 1)), (2, changed, (2, 2))):
+        tensors = {W: array, M: X, (names.MODEL, "b"): X[0], (names.MODEL, "n"): np.float32(3).reshape(())}
+        boxes = {W: grid((10, 6), parts), M: grid((10, 6), parts), (names.MODEL, "n"): [((), ())]}
+        state = {"early": {"modules": {}}, "late": {"plain": {}}}
+        write_boxed(tmp_path / "d" / names.step_name(step), tensors, boxes, 4, step=step, state=state)
+    (tmp_path / "d" / "store.json").write_text('{"format": 1, "store_id": "boxed"}')
+    return tmp_path / "d"
+
+
+def test_commands_show_tensors_in_boxes_as_one_each(store, capsys):
+    assert main(["ls", str(store)]) == main(["verify", str(store)]) == 0
+    capsys.readouterr()
+    assert main(["inspect", str(store), "--tensors"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 4 tensors lie in boxes, up to 4 each" in shown
+    assert re.search(r"^w +F32 +10×6 +4 boxes, the first in model-00001-of-00004.safetensors$", shown, re.MULTILINE), shown
+    assert re.search(r"^b +F32 +6 +model-00001-of-00004.safetensors +\d+$", shown, re.MULTILINE)
+    assert main(["inspect", str(store), "1", "--json"]) == 0
+    (w,) = (t for layer in json.loads(capsys.readouterr().out)["layers"] for t in layer["tensors"] if t["key"] == "w")
+    assert [(box["offset"], box["shape"]) for box in w["boxes"]] == [
+        ([at, 0], [n, 6]) for at, n in ((0, 3), (3, 3), (6, 3), (9, 1))
+    ]
+
+
+def test_checkpoints_in_other_boxes_are_compared_by_element(store, capsys):
+    assert main(["diff", str(store), "--tensors", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert (rows["w"]["parameters"]["changed"], rows["w"]["parameters"]["largest"]) == (1, 1.0)
+    assert rows["exp_avg/w"]["state"]["changed"] == rows["b"]["parameters"]["changed"] == 0
+    assert all(row["only_in"] is None for row in rows.values()) and rows["n"]["parameters"]["elements"] == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["torch", "safetensors", "dcp"])
+def test_a_checkpoint_in_boxes_is_exported_gathered(store, form, tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file
+
+    out = tmp_path / "out"
+    assert main(["export", str(store), str(out), "--format", form, "--which", "1"]) == 0
+    if form == "torch":
+        found = torch.load(out, weights_only=True)
+    elif form == "safetensors":
+        found = load_file(next(out.glob("*.safetensors")))
+    else:
+        found = {"w": torch.zeros(10, 6), "b": torch.zeros(6), "n": torch.zeros(())}
+        torch.distributed.checkpoint.load({"model": found}, checkpoint_id=str(out), no_dist=True)
+    assert (found["w"].numpy() == X).all() and (found["b"].numpy() == X[0]).all() and found["n"] == 3
+
+
+def test_verify_names_the_box_that_is_damaged(store, capsys):
+    file = store / names.step_name(1) / "optimizer-00003-of-00004.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    assert main(["verify", str(store)]) == 3
+    shown = capsys.readouterr().out
+    assert "optimizer-00003-of-00004.safetensors" in shown and "layer 'optim'" in shown

@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from memory import of_process, peak_growth
 
-CAMPAIGNS = 15
+CAMPAIGNS = 16
 SECONDS = float(os.environ.get("FXCKPT_FUZZ_SECONDS", "6")) / CAMPAIGNS
 EXAMPLES = 50  # at a time; then the clock is looked at
 MEMORY = 512 << 20  # bytes that one input may cost
