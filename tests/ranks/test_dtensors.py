@@ -106,6 +106,24 @@ def test_an_optimizer_of_dtensors_goes_on_with_the_bits_that_it_has_without_us(n
     ) == whole
 
 
+def test_each_64_kib_of_a_file_have_a_checksum_where_there_are_dtensors_and_else_each_chunk(root):
+    life = Life(OPTIMIZERS["Adam"], root / "dtensors")
+    plain = nn.Linear(6, 8)
+    opt = torch.optim.Adam(plain.parameters())
+    fxckpt.compile_step(opt, root / "tensors", model=plain, every=1, chunk_mb=2, update="native")
+    life.train(0, 1)
+    plain(torch.ones(2, 6)).sum().backward()
+    opt.step()
+    life.end()
+    opt.ckpt.flush()
+    opt.ckpt.shutdown()
+    for name, nbytes in (("dtensors", 64 << 10), ("tensors", 2 << 20)):
+        reader = Reader(fxckpt.latest(root / name).path)
+        reader.verify()
+        of_tensors = [file for file in reader.record.files if names.kind_of(file.name) != names.STATE]
+        assert {file.chunk_bytes for file in of_tensors} == {nbytes}
+
+
 @pytest.mark.parametrize("options", [{"reshard_after_forward": False}, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16)}])
 def test_ways_to_shard_change_nothing(options, root):
     whole = Life(OPTIMIZERS["Adam"], root / "whole", **options)
