@@ -14,6 +14,7 @@ when all have said that their part is durable: moving the files, comparing, the 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -37,7 +38,7 @@ from fxckpt.store.about import ALIKE
 from fxckpt.store.files import write_laid_out
 from fxckpt.store.folder import Folder
 from fxckpt.store.layout import TensorSpec, lay_out
-from fxckpt.store.record import LayerRecord, Record, TensorRecord
+from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
 
 WAYS = ("none", "a store for each", "one store", "one store, unchecked")
 WIDTH, LAYERS, BATCH = 1024, 12, 256
@@ -167,8 +168,28 @@ def measure_coordinator(world: int, tensors: int, commits: int, parent: str) -> 
     return {"world": world, "tensors": tensors, "seconds": took, "message_bytes": said, "record_bytes": record}
 
 
+def measure_record(tensors: int, repeats: int) -> dict[str, Any]:
+    """Of a rank that holds a box of each of so many tensors: bytes of its record, and seconds to read it, as rank 0 does at each
+    commit and every rank at a load."""
+    file, per_layer = names.of_rank(names.MODEL, 1, 64), 9
+    named = [f"layers.{i // per_layer}.mlp.weight_{i}" for i in range(tensors)]
+    boxes = [TensorRecord(file, key, 512 * i, 512, (2, 64), "F32", (128, 64), (2, 0)) for i, key in enumerate(named)]
+    layers = [boxes[i : i + per_layer] for i in range(0, tensors, per_layer)]
+    listed = tuple(LayerRecord(i, f"layers.{i}", "update", 1, 0.0, 1, 512 * len(own), tuple(own)) for i, own in enumerate(layers))
+    files = (FileRecord(file, 512 * tensors, 1 << 20, (0,) * -(-512 * tensors >> 20)),)
+    one = {"step": 1, "iteration": 1, "updates": 1, "time": 0.0, "ties": {}, "optimizers": [], "state": {}, "parts": ()}
+    raw = Record(**one, world_size=64, rank=1, files=files, layers=listed).to_bytes()
+    took = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        Record.from_bytes(raw, "part")
+        took.append(time.perf_counter() - began)
+    return {"tensors": tensors, "nbytes": len(raw), "seconds": took}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=["record"], help="this; other parts stay as the file has them")
     parser.add_argument("--quick", action="store_true", help="few rounds, few ranks: to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -177,9 +198,14 @@ def main() -> None:
     parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     rounds, steps, world, commits = (1, 6, 8, 2) if args.quick else (args.rounds, args.steps, 512, 5)
+    if args.only and args.json:
+        numbers = {**json.loads(Path(args.json).read_text()), "record": measure_record(3 * 291, 20)}
+        write(numbers, args.json)
+        return
     numbers: dict[str, Any] = {"machine": machine.describe(Path(args.dir)), "note": args.note, "quick": args.quick}
     numbers["coordinator"] = found = measure_coordinator(world, 3 * 1000, commits, args.dir)
     print(f"{world} ranks: {statistics.median(found['seconds']):.2f} s from the last part to the commit", flush=True)
+    numbers["record"] = measure_record(3 * 291, 20)
     numbers["steps"] = measure_steps(rounds, steps, args.dir)
     for way, each in numbers["steps"].items():
         print(f"{way:22} {each['ratio']:.2f} of none, {each['nbytes'] / 1e6:.0f} MB a checkpoint")

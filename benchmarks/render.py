@@ -276,9 +276,23 @@ def ranks(numbers: Numbers) -> str:
     took = f"{statistics.median(many['seconds']):.2f} ({min(many['seconds']):.2f} – {max(many['seconds']):.2f}) s"
     what = f"{many['world']} ranks: {took} from the last part to the commit; {many['message_bytes']} bytes a message, "
     what += f"{many['record_bytes'] / 1e3:.0f} kB `commit.json`."
+    what += f" {_on_paper(numbers)}"
     note = f" Machine {numbers['note']}." if numbers["note"] else ""
     head = ["two ranks, every step", "step", "ratio to none", "written for a checkpoint"]
     return f"{table(head, rows)}\n\n{what}{note}"
+
+
+def _on_paper(numbers: Numbers, ranks: int = 10_000) -> str:
+    """What more ranks take, by what was measured of one."""
+    record, said = numbers["record"], numbers["coordinator"]["message_bytes"]
+    seconds, nbytes = statistics.median(record["seconds"]), record["nbytes"]
+    return (
+        f"The record of a rank that holds a box of each of {record['tensors']} tensors has {nbytes / 1e3:.0f} kB and is read in "
+        f"{1e3 * seconds:.0f} ms: by rank 0 at each commit, by every rank at a load. On paper {ranks:,} such ranks are "
+        f"{ranks * nbytes / 1e9:.1f} GB of records and {ranks * seconds:.0f} s to read them, and {ranks * said / 1e6:.0f} MB of "
+        "messages a checkpoint: beyond some hundreds of ranks, records must be merged a node before rank 0 reads them, which is "
+        "not built."
+    )
 
 
 def resharding(numbers: Numbers) -> str:

@@ -411,9 +411,10 @@ def test_frozen_parameters_are_not_written_again(tmp_path):
 
 
 def test_the_ring_is_no_part_of_dev_shm(tmp_path):
-    free = os.statvfs("/dev/shm").f_bfree
-    ring = Ring.make(64, 1 << 20)
-    assert os.statvfs("/dev/shm").f_bfree == free
+    before = os.statvfs("/dev/shm")
+    ring, ring_bytes = Ring.make(64, 1 << 20), 64 << 20
+    taken = (before.f_bfree - os.statvfs("/dev/shm").f_bfree) * before.f_frsize
+    assert taken < ring_bytes // 2  # other processes have files there, too
     del ring
 
 
