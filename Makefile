@@ -27,7 +27,7 @@ demo: $(ENGINE)
 	@$(PY) examples/demo.py $(ARGS)
 
 test: $(ENGINE) $(VENV)/.cuda-headers
-	@$(PY) -m pytest -n 3 --dist worksteal $(ARGS)
+	@$(PY) -m pytest -n 4 --dist worksteal $(ARGS)
 
 # The long versions of what make test runs short: every power cut, and a hundred kills.
 crash: $(ENGINE)

@@ -207,7 +207,7 @@ CASES = {
     "clamped before": Case(Pair, of_the_pair, clipped_before, [(0, 1)]),
     "scaled": Case(net, of_matrices_and_others, scaled, [(0, 1), (0,), (1,)]),
 }
-PLAIN = [name for name in CASES if name not in ("second now and then", "clamped before")]
+PLAIN = [name for name in CASES if name not in ("second now and then", "clamped before")] if FULL else ["both", "scaled"]
 
 
 def orders(root: Path) -> set[tuple[int, ...]]:

@@ -22,14 +22,14 @@ from waiting import TIMEOUT
 from fxckpt.store import names
 from fxckpt.store.reader import candidates
 
-LIVES = int(os.environ.get("FXCKPT_LIVES", "4"))
-CAMPAIGN = LIVES > 4
+LIVES = int(os.environ.get("FXCKPT_LIVES", "3"))
+CAMPAIGN = LIVES > 3
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
 
 LAYOUTS = {"fsdp": (2, "fused"), "tp": (2, "sgd"), "hsdp": (4, "foreach"), "fsdp_tp": (4, "fused")}
 """Ranks, and an optimizer that torch steps in this layout: its fused kernels take no DTensors beside plain tensors."""
 
-SHORT = ("fsdp", "tp")
+SHORT = ("fsdp",)
 
 Ranks = list[dict[str, Any]]
 """What each of a life's ranks found and left."""
