@@ -102,23 +102,30 @@ def box_of(tensor: Any) -> Box | None:
     sum, or rows that do not follow each other."""
     if not is_spread(tensor):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    mesh, placements = tensor.device_mesh, tensor.placements
+    mesh, placements = tensor.device_mesh, tuple(tensor.placements)
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise SetupError(f"a DTensor lies on the {mesh}, where this rank is not: each stores what it holds")
     if not all(p.is_replicate() or p.is_shard() or _is_strided(p) for p in placements) or not _is_a_row(mesh, placements):
         raise SetupError(f"a DTensor ({sharded_as(tensor)}) of which a rank holds no box: nobody could put it together")
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    return Box(tuple(tensor.shape), tuple(offset), tuple(shape), _holders(mesh, tuple(placements)))
+    return _box(tuple(tensor.shape), mesh, tuple(coordinate), placements)
+
+
+@functools.lru_cache(4096)
+def _box(whole: tuple[int, ...], mesh: Any, here: tuple[int, ...], placements: tuple[Any, ...]) -> Box:
+    """The part at these coordinates of the mesh, where this rank is. Each checkpoint asks for all of them, and torch takes tens of
+    microseconds for one."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
+    return Box(whole, tuple(offset), tuple(shape), _holders(mesh, here, placements))
 
 
 @functools.lru_cache(64)
-def _holders(mesh: Any, placements: tuple[Any, ...]) -> tuple[int, ...]:
+def _holders(mesh: Any, here: tuple[int, ...], placements: tuple[Any, ...]) -> tuple[int, ...]:
     """The ranks that have the same part as this one: along dimensions of the mesh over which it is replicated, and along those of
     the mesh that this one was cut out of, which train alike."""
-    same = tuple(slice(None) if p.is_replicate() else at for p, at in zip(placements, mesh.get_coordinate()))
+    same = tuple(slice(None) if p.is_replicate() else at for p, at in zip(placements, here))
     root = mesh._get_root_mesh().mesh if hasattr(mesh, "_get_root_mesh") else mesh.mesh
     where = {rank: at for at, rank in zip(np.ndindex(*root.shape), root.flatten().tolist())}
     members = [where[rank] for rank in mesh.mesh.flatten().tolist()]
