@@ -14,7 +14,6 @@ import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 from fxckpt.cli.findings import GOOD, NOTE, WRONG, Finding
 from fxckpt.store import lock
@@ -51,12 +50,13 @@ class Hosts:
             yield self._seen()
             yield self._read()
             yield self._locks()
-            self._all("over")
-        except Missing as error:
+            self._write(f"over-{self.rank}")
+            if self.rank == 0:  # it clears up behind all of them
+                self._wait_for_all("over")
+        except (Missing, FileNotFoundError) as error:
+            why = error if isinstance(error, Missing) else "another host gave up, and cleared up"
             left = f"remove {self._folder} if it was left over"
-            yield Finding(
-                "hosts", WRONG, f"{error}. Is it one directory on all of them, and was this started on all? Else {left}"
-            )
+            yield Finding("hosts", WRONG, f"{why}. Is it one directory on all of them, and was this started on all? Else {left}")
         finally:
             if self.rank == 0:
                 shutil.rmtree(self._folder, ignore_errors=True)
@@ -160,11 +160,13 @@ class Hosts:
         self._until(lambda: os.path.exists(os.path.join(self._folder, name)), lambda: f"{self.names[whose]} does not answer")
 
     def _all(self, what: str) -> None:
-        """Come to this together. The first host holds nothing back at the end, and need not be waited for there."""
-        with suppress(FileNotFoundError):
-            self._write(f"{what}-{self.rank}")
-            for other in range(self._count if what != "over" or self.rank == 0 else 0):
-                self._wait_for(f"{what}-{other}", other)
+        """Come to this together."""
+        self._write(f"{what}-{self.rank}")
+        self._wait_for_all(what)
+
+    def _wait_for_all(self, what: str) -> None:
+        for other in range(self._count):
+            self._wait_for(f"{what}-{other}", other)
 
     def _until(self, ready: Callable[[], bool], why: Callable[[], str]) -> None:
         ended = time.monotonic() + PATIENCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +47,13 @@ def test_a_host_that_nobody_else_meets_says_so(tmp_path, monkeypatch, capsys):
     assert main(["doctor", str(tmp_path), "--hosts", "2", "--json"]) == 1
     verdict, detail = verdicts(capsys.readouterr().out)["hosts"]
     assert verdict == "wrong" and detail.startswith("1 of 2 hosts are here") and "one directory on all of them" in detail
+
+
+def test_a_meeting_that_another_host_has_ended_is_said(tmp_path, monkeypatch):
+    alone = hosts.Hosts(str(tmp_path), 1)
+    monkeypatch.setattr(alone, "_seen", lambda: shutil.rmtree(tmp_path / hosts.MEETING))
+    *_, last = alone.findings()
+    assert (last.what, last.verdict) == ("hosts", "wrong") and last.detail.startswith("another host gave up")
 
 
 @pytest.mark.parametrize("arguments", [["--hosts", "2"], ["DIR", "--hosts", "1"]])
