@@ -82,21 +82,26 @@ def test_reading_fills_targets_of_any_shape(tmp_path, nbytes, threads):
     assert flat.tobytes() == data[1:] and pairs.tobytes() == data[: pairs.nbytes]
 
 
+def check_flip(path, data, record, at, dice, target):
+    """A bit that is flipped in this byte of the file is found in its chunk, of which nothing comes to ``target``."""
+    flipped = bytearray(data)
+    flipped[at] ^= 1 << dice.randrange(8)
+    path.write_bytes(flipped)
+    target[:] = 0
+    with pytest.raises(errors.Corrupt) as failure:
+        read_verified(path, **record, targets=[(0, len(data), target.ctypes.data, None, None)])
+    size = record["chunk_bytes"]
+    begin = at // size * size
+    assert failure.value.offset == begin and failure.value.path == str(path)
+    assert not target[begin : begin + size].any()
+
+
 def test_any_flipped_bit_is_found_and_nothing_of_its_chunk_delivered(tmp_path):
     path, dice = tmp_path / "file", random.Random(1)
     data, record = make_file(path)
     target = np.zeros(len(data), np.uint8)
-    targets = [(0, len(data), target.ctypes.data, None, None)]
     for at in [0, 8191, 8192, 49_999, *(dice.randrange(len(data)) for _ in range(40))]:
-        flipped = bytearray(data)
-        flipped[at] ^= 1 << dice.randrange(8)
-        path.write_bytes(flipped)
-        target[:] = 0
-        with pytest.raises(errors.Corrupt) as failure:
-            read_verified(path, **record, targets=targets)
-        begin = at // 8192 * 8192
-        assert failure.value.offset == begin and failure.value.path == str(path)
-        assert not target[begin : begin + 8192].any()
+        check_flip(path, data, record, at, dice, target)
 
 
 def test_wrong_size_missing_file_and_wrong_record_are_corruption(tmp_path):
@@ -122,14 +127,7 @@ def test_of_small_chunks_several_are_read_together_and_each_has_its_own_checksum
     read_verified(path, **record, targets=targets)
     assert target.tobytes() == data
     for at in [0, 16383, 16384, 5_000_000, *(dice.randrange(len(data)) for _ in range(8))]:
-        flipped = bytearray(data)
-        flipped[at] ^= 1 << dice.randrange(8)
-        path.write_bytes(flipped)
-        target[:] = 0
-        with pytest.raises(errors.Corrupt) as failure:
-            read_verified(path, **record, targets=targets)
-        begin = at // 16384 * 16384
-        assert failure.value.offset == begin and not target[begin : begin + 16384].any()
+        check_flip(path, data, record, at, dice, target)
 
 
 def test_only_ranges_of_chunks_that_are_named_are_read(tmp_path):
