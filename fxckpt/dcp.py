@@ -29,7 +29,7 @@ from torch.futures import Future
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.saving.inventory import TORCH_DTYPES
 from fxckpt.store.directory import local_path
-from fxckpt.store.names import MODEL, OPTIMIZER, kind_of, state_key
+from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Candidate, Reader, candidates
 from fxckpt.store.record import TensorRecord
 from fxckpt.store.typed_json import decode_state
@@ -102,8 +102,8 @@ class StoreReader(StorageReader):
     def _part(self, stored: TensorRecord, item: ReadItem) -> torch.Tensor:
         """The box of a tensor that is asked for."""
         found = torch.empty(item.lengths, dtype=TORCH_DTYPES[stored.dtype])
-        place, box = (kind_of(stored.file), stored.key), (tuple(item.storage_offsets), tuple(item.lengths))
-        self._reader.read_into({place: (found.data_ptr(), None, None)}, boxes={place: box})
+        box = tuple(item.storage_offsets), tuple(item.lengths)
+        self._reader.read_into({stored.place: (found.data_ptr(), None, None)}, boxes={stored.place: box})
         return found
 
 

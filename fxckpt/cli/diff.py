@@ -109,13 +109,13 @@ def _pair(directory: str, a: str | None, b: str | None) -> tuple[Reader, Reader]
 
 def compare(first: Reader, second: Reader, tensors: bool, progress: common.Progress) -> Iterator[Row]:
     """The layers (or tensors) of the first, a piece at a time, then those that only the second has. Both are held."""
-    others = {(kind_of(tensor.file), tensor.key): tensor for tensor in second.record.tensors()}
+    others = {tensor.place: tensor for tensor in second.record.tensors()}
     for layer in first.record.layers:
         rows: dict[str, Row] = {}
         for tensor in layer.tensors:
             name = tensor.key if tensors else layer.name or "(root)"
             row = rows.setdefault(name, Row(name))
-            other = others.pop((kind_of(tensor.file), tensor.key), None)
+            other = others.pop(tensor.place, None)
             if other is None or (other.shape, other.dtype) != (tensor.shape, tensor.dtype):
                 rows[tensor.key] = Row(tensor.key, only_in="a" if other is None else "a (other shape or type in b)")
                 continue

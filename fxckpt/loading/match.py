@@ -100,7 +100,7 @@ def _import_places(record: Record, target: Target) -> dict[str, str]:
 def _match(out: Match, key: str, stored: TensorRecord, name: str, tensor: torch.Tensor) -> None:
     """Note the pair: among the ``unfit`` unless shape and type agree."""
     real = storable_as(tensor, stored.dtype)
-    if tuple((tensor if is_spread(tensor) else real).shape) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
+    if _shape(tensor, real) != tuple(stored.shape) or DTYPES[real.dtype] != stored.dtype:
         out.unfit[name] = stored, tensor
         return
     out.tensors[MODEL, key] = tensor
@@ -127,10 +127,15 @@ def _resize_buffers(out: Match, buffers: Mapping[str, torch.Tensor], modules: Ma
                 out.filled.append((modules[owner], attribute, value))
         elif value is None or owner not in out.asked:
             real = storable(live)
-            shape = list((live if is_spread(live) else real).shape)
+            shape = list(_shape(live, real))
             out.wrong.append(f"{name}: checkpoint {_shown(stored)}, live {DTYPES[real.dtype]}{shape}")
             continue
         out.tensors[MODEL, stored.key] = value
+
+
+def _shape(live: torch.Tensor, real: torch.Tensor) -> tuple[int, ...]:
+    """That of a live tensor as a record has it, of a DTensor the whole's. ``real``: what of it a file can hold."""
+    return tuple((live if is_spread(live) else real).shape)
 
 
 def relaid(match: Match, record: Record) -> str | None:
@@ -244,7 +249,7 @@ def _import_problems(index: int, old: Mapping[str, Any], record: Record, target:
                 f"  optimizer {index}, group {g}: the import has {', '.join(foreign)}, which {name} has not: of another class"
             )
         for name, param in zip(group["params"], live["params"]):
-            shape = tuple((param if is_spread(param) else storable(param)).shape)
+            shape = _shape(param, storable(param))
             for key in OF_THE_SAME_SHAPE.intersection(old["state"].get(name, {}).get("keys", ())):
                 place = places.get(state_key(index, key, name))
                 if place is not None and tuple(place.shape) != shape:

@@ -49,7 +49,7 @@ def joined(first: Record, directory: str, read: Callable[[str], bytes]) -> Recor
     if len({file.name for file in files}) != len(files):
         raise Corrupt(os.path.join(directory, names.COMMIT), "two ranks list one file")
     whole = dataclasses.replace(first, files=tuple(files), layers=_layers(ranks, directory), ranks=ranks)
-    if len(found := {(names.kind_of(each.file), each.key) for each in whole.tensors()}) != len(whole.tensors()):
+    if len(found := {each.place for each in whole.tensors()}) != len(whole.tensors()):
         raise Corrupt(os.path.join(directory, names.COMMIT), f"a tensor is in two parts: {len(found)} of {len(whole.tensors())}")
     return whole
 
@@ -73,16 +73,12 @@ def layers_of(ranks: Sequence[Record], own: int = 0) -> tuple[LayerRecord, ...]:
         for layer in record.layers:
             tensors = tuple(each for each in layer.tensors if _is_seen(each, rank == own, instead))
             for each in (each for each in tensors if each.whole is not None):
-                boxes.setdefault(_place(each), []).append(each)
+                boxes.setdefault(each.place, []).append(each)
             place = layer.kind, layer.name
             found.setdefault((*place, seen[place]), []).append(dataclasses.replace(layer, tensors=tensors))
             seen[place] += 1
     wholes = {place: _put_together(each) for place, each in boxes.items()}
     return tuple(_one(number, parts, wholes) for number, parts in enumerate(found.values()))
-
-
-def _place(tensor: TensorRecord) -> tuple[str, str]:
-    return names.kind_of(tensor.file), tensor.key
 
 
 def _is_seen(tensor: TensorRecord, is_own: bool, instead: Collection[str]) -> bool:
@@ -94,7 +90,7 @@ def _is_seen(tensor: TensorRecord, is_own: bool, instead: Collection[str]) -> bo
 def _one(number: int, parts: Sequence[LayerRecord], wholes: dict[tuple[str, str], TensorRecord]) -> LayerRecord:
     """A layer with the tensors of all its parts. Where there is a box of one first, it is put together, out of ``wholes``."""
     found = (tensor for part in parts for tensor in part.tensors)
-    whole = (tensor if tensor.whole is None else wholes.pop(_place(tensor), None) for tensor in found)
+    whole = (tensor if tensor.whole is None else wholes.pop(tensor.place, None) for tensor in found)
     tensors = tuple(tensor for tensor in whole if tensor is not None)
     return dataclasses.replace(parts[0], id=number, nbytes=sum(each.nbytes for each in tensors), tensors=tensors)
 

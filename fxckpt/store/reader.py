@@ -207,7 +207,7 @@ class Reader:
 
     @cached_property
     def _places(self) -> Mapping[Place, TensorRecord]:
-        return {(names.kind_of(tensor.file), tensor.key): tensor for tensor in self.record.tensors()}
+        return {tensor.place: tensor for tensor in self.record.tensors()}
 
     @contextmanager
     def held(self) -> Iterator[Mapping[str, int]]:
@@ -287,8 +287,7 @@ class Reader:
         first, last = begin // width, -(-(begin + nbytes) // width)
         rows = (first, *(0 for _ in tensor.shape[1:])), (last - first, *tensor.shape[1:])
         data = np.empty((last - first) * width, np.uint8)
-        place = names.kind_of(tensor.file), tensor.key
-        self.read_into({place: (data.ctypes.data, None, None)}, boxes={place: rows})
+        self.read_into({tensor.place: (data.ctypes.data, None, None)}, boxes={tensor.place: rows})
         return data[begin - first * width :][:nbytes].tobytes()
 
     def state_tensors(self) -> dict[str, np.ndarray | RawTensor]:

@@ -101,6 +101,11 @@ class TensorRecord:
     offset: tuple[int, ...] | None = None
     pieces: tuple[TensorRecord, ...] = ()
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """What names it in a checkpoint, whichever rank wrote it: the kind of its file, and its key."""
+        return names.kind_of(self.file), self.key
+
 
 @dataclass(frozen=True)
 class LayerRecord:
