@@ -46,6 +46,11 @@ class Block(nn.Module):
         return self.b(torch.relu(self.a(x)))
 
 
+def quick(gm, inputs):
+    """Our backend with a quick compiler inside."""
+    return fxckpt.backend(gm, inputs, options={"inner": "aot_eager"})
+
+
 OPTIMIZERS = {
     name: getattr(torch.optim, name)
     for name in ("Adadelta", "Adagrad", "Adam", "Adamax", "ASGD", "Muon", "NAdam", "RAdam", "RMSprop")
@@ -252,7 +257,7 @@ def test_blocks_that_are_compiled_one_by_one_are_in_the_order_of_their_graphs(ro
     torch._dynamo.reset()
     model, mesh = nn.Sequential(*(Block() for _ in range(3))), init_device_mesh("cpu", (1,))
     for block in model:
-        block.compile(backend=lambda gm, inputs: fxckpt.backend(gm, inputs, options={"inner": "aot_eager"}))
+        block.compile(backend=quick)
         fully_shard(block, mesh=mesh)
     opt = torch.optim.SGD(fully_shard(model, mesh=mesh).parameters(), lr=0.1, momentum=0.9)
     fxckpt.compile_step(opt, root, model=model, every=1, update="native")
@@ -261,6 +266,28 @@ def test_blocks_that_are_compiled_one_by_one_are_in_the_order_of_their_graphs(ro
         opt.step()
         opt.zero_grad()
     assert [layer.name for layer in opt.ckpt.graph.layers] == ["2.b", "2.a", "1.b", "1.a", "0.b", "0.a"]
+    assert {place.origin for place in opt.ckpt.graph.why.values()} <= {"joint", "dynamo"}
+    opt.ckpt.shutdown()
+    torch._dynamo.reset()
+
+
+def test_a_tensor_parallel_model_that_is_compiled_whole_is_traced_and_keeps_its_bits(root):
+    found = []
+    for ours in (False, True):
+        torch._dynamo.reset()
+        model = sharded("tp")
+        compiled = torch.compile(model, backend=quick if ours else "aot_eager")
+        opt = OPTIMIZERS["SGD"](model.parameters())
+        if ours:
+            fxckpt.compile_step(opt, root, model=compiled, every=1, update="native")
+        for step in range(3):
+            torch.manual_seed(step)
+            compiled(torch.randn(3, 6)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        found.append([param.to_local().detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *found))
+    assert [layer.name for layer in opt.ckpt.graph.layers] == ["2", "0"]
     assert {place.origin for place in opt.ckpt.graph.why.values()} <= {"joint", "dynamo"}
     opt.ckpt.shutdown()
     torch._dynamo.reset()

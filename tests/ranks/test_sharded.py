@@ -107,6 +107,16 @@ def test_each_layout_goes_on_from_each_other(run):
         assert only(after, "loaded") == only(before, "left")
 
 
+def test_a_flipped_bit_in_one_part_takes_all_ranks_back_to_the_step_before(run, tmp_path):
+    run(life("fsdp", "a", 2))
+    file = tmp_path / "a" / "step-000000002" / names.of_rank(names.OPTIMIZER, 1, 2)
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    [ranks] = run(life("fsdp", "a", 1))
+    assert only(ranks, "start") == 1
+
+
 @pytest.mark.skipif(not CAMPAIGN, reason="a campaign of its own: make ranks")
 def test_lives_in_changing_layouts_lose_no_step_that_was_acknowledged(run, tmp_path):
     draw = random.Random(SEED)
