@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from digests import differences
+from small_models import eager
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -44,11 +45,6 @@ class Block(nn.Module):
 
     def forward(self, x):
         return self.b(torch.relu(self.a(x)))
-
-
-def quick(gm, inputs):
-    """Our backend with a quick compiler inside."""
-    return fxckpt.backend(gm, inputs, options={"inner": "aot_eager"})
 
 
 OPTIMIZERS = {
@@ -257,7 +253,7 @@ def test_blocks_that_are_compiled_one_by_one_are_in_the_order_of_their_graphs(ro
     torch._dynamo.reset()
     model, mesh = nn.Sequential(*(Block() for _ in range(3))), init_device_mesh("cpu", (1,))
     for block in model:
-        block.compile(backend=quick)
+        block.compile(backend=fxckpt.backend, options={"inner": "eager"})
         fully_shard(block, mesh=mesh)
     opt = torch.optim.SGD(fully_shard(model, mesh=mesh).parameters(), lr=0.1, momentum=0.9)
     fxckpt.compile_step(opt, root, model=model, every=1, update="native")
@@ -276,7 +272,7 @@ def test_a_tensor_parallel_model_that_is_compiled_whole_is_traced_and_keeps_its_
     for ours in (False, True):
         torch._dynamo.reset()
         model = sharded("tp")
-        compiled = torch.compile(model, backend=quick if ours else "aot_eager")
+        compiled = eager(model) if ours else torch.compile(model, backend="eager")
         opt = OPTIMIZERS["SGD"](model.parameters())
         if ours:
             fxckpt.compile_step(opt, root, model=compiled, every=1, update="native")
