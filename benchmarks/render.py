@@ -296,19 +296,19 @@ def _on_paper(numbers: Numbers, ranks: int = 10_000) -> str:
 
 
 def resharding(numbers: Numbers) -> str:
-    """resharding.py's figures: bytes read over bytes needed, with checksums of a chunk each and of 64 KiB."""
+    """resharding.py's figures: bytes read over bytes needed, with checksums of a chunk each, of 64 KiB and of ours."""
     worlds, pairs = numbers["worlds"], ((1, 8), (2, 4), (8, 16), (8, 64), (64, 8))
     rows = [
         [
             model,
-            f"{kib} KiB",
-            *(f"{of[kib][str(a)][worlds.index(b)]:.2f}" for a, b in pairs),
-            f"{max(map(max, of[kib].values())):.2f}",
+            label if label == "ours" else f"{label} KiB",
+            *(f"{of[label][str(a)][worlds.index(b)]:.2f}" for a, b in pairs),
+            f"{max(map(max, of[label].values())):.2f}",
         ]
         for model, of in numbers["models"].items()
-        for kib in ("4096", "64")
+        for label in ("4096", "64", "ours")
     ]
-    return table(["model", "a checksum for", *(f"{a} → {b}" for a, b in pairs), f"at most, up to {worlds[-1]}"], rows)
+    return table(["model", "checksums of", *(f"{a} → {b}" for a, b in pairs), f"at most, up to {worlds[-1]}"], rows)
 
 
 def journal(numbers: Numbers) -> str:

@@ -1,4 +1,4 @@
-"""What ranks read of a store that another number of ranks wrote, over what they need, by the size of verified chunks.
+"""What ranks read of a store that another number of ranks wrote, over what they need, by how many bytes have a checksum.
 
 Nothing is written: the shapes of a model say where ranks of FSDP2, which hold each tensor cut in its first dimension, put their
 boxes with AdamW's state, all of it float32; what another number of ranks reads of them is what the reader would, by its own
@@ -12,14 +12,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from fxckpt.saving.plan import sum_bytes
 from fxckpt.store.boxes import Box, chunks_of, sheets
 from fxckpt.store.layout import TensorSpec, lay_out
 
 KIB = 1 << 10
-CHUNKS = (4096 * KIB, 1024 * KIB, 256 * KIB, 64 * KIB, 16 * KIB, 4 * KIB)
+OURS = "ours"
+SUMS = {str(kib): kib * KIB for kib in (4096, 1024, 256, 64, 16, 4)}  # in KiB; and ours, by what a rank holds
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 STATES = ("", "exp_avg/", "exp_avg_sq/")
 
@@ -71,34 +74,36 @@ def wanted(shapes: Shapes, files: list[list[tuple[str, Box, int]]], rank: int, w
         yield [(begin + sheet.begin, sheet.nbytes) for begin, sheet in found]
 
 
-def pair(shapes: Shapes, files: list[list[tuple[str, Box, int]]], world: int) -> dict[int, float]:
-    """Bytes read over bytes needed by so many ranks, for each size of chunks."""
-    needed, read = 0, dict.fromkeys(CHUNKS, 0)
+def pair(shapes: Shapes, files: list[list[tuple[str, Box, int]]], world: int) -> dict[str, float]:
+    """Bytes read over bytes needed by so many ranks, for each size of what has a checksum."""
+    needed, read = 0, dict.fromkeys([*SUMS, OURS], 0)
+    ours = [sum_bytes(sum(4 * math.prod(shape) for _, (_, shape), _ in file)) for file in files]
     for rank in range(world):
-        for ranges in wanted(shapes, files, rank, world):
+        for own, ranges in zip(ours, wanted(shapes, files, rank, world)):
             needed += sum(nbytes for _, nbytes in ranges)
             targets = [(begin, nbytes, 0, None, None) for begin, nbytes in ranges]
-            for chunk in CHUNKS:
-                read[chunk] += chunk * sum(map(len, chunks_of(targets, chunk)))
-    return {chunk: total / needed for chunk, total in read.items()}
+            for label, size in {**SUMS, OURS: own}.items():
+                read[label] += size * sum(map(len, chunks_of(targets, size)))
+    return {label: total / needed for label, total in read.items()}
 
 
 def measure(shapes: Shapes) -> dict[str, dict[str, list[float]]]:
-    """Ratios of every pair: by chunks (in KiB), then by who wrote, for each number of readers."""
-    found: dict[str, dict[str, list[float]]] = {str(chunk // KIB): {} for chunk in CHUNKS}
+    """Ratios of every pair: by what has a checksum, then by who wrote, for each number of readers."""
+    found: dict[str, dict[str, list[float]]] = {label: {} for label in [*SUMS, OURS]}
     for writers in WORLDS:
         files = stored(shapes, writers)
         rows = [pair(shapes, files, readers) for readers in WORLDS]
-        for chunk in CHUNKS:
-            found[str(chunk // KIB)][str(writers)] = [round(row[chunk], 3) for row in rows]
+        for label, of in found.items():
+            of[str(writers)] = [round(row[label], 3) for row in rows]
     return found
 
 
 def show(model: str, ratios: dict[str, dict[str, list[float]]]) -> None:
     """The tables on the terminal."""
-    for chunk, rows in ratios.items():
+    for label, rows in ratios.items():
         worst = max(ratio for row in rows.values() for ratio in row)
-        print(f"\n{model}, chunks of {chunk} KiB: at most {worst:.2f}\nwritten by, read by " + "".join(f"{n:>8}" for n in WORLDS))
+        each = "of our size" if label == OURS else f"of {label} KiB"
+        print(f"\n{model}, checksums {each}: at most {worst:.2f}\nwritten by, read by " + "".join(f"{n:>8}" for n in WORLDS))
         for writers, row in rows.items():
             print(f"{writers:>19} " + "".join(f"{ratio:8.2f}" for ratio in row))
 

@@ -29,9 +29,8 @@ T = TypeVar("T")
 FILES = (MODEL, OPTIMIZER)
 """By their numbers in a layout."""
 
-SUM_BYTES = 64 << 10
-"""Of a file so many bytes have a checksum where tensors lie in boxes: another number of ranks then reads little that it does not
-need. Chunks, which are written at once, are larger."""
+SUMS, SUM_BYTES = 1 << 19, (4 << 10, 64 << 10)
+"""Of what a rank holds so many checksums, and each of so many bytes, at least and at most: see ``sum_bytes``."""
 
 MOVING = ("buffers", "gradients")
 """Kinds of layers whose tensors lie elsewhere each time."""
@@ -138,6 +137,14 @@ def _recorded(file: str, key: str, placed: Placed, box: Box | None) -> TensorRec
     return found if box is None or box.is_whole else replace(found, whole=box.whole, offset=box.offset)
 
 
+def sum_bytes(held: int) -> int:
+    """How many bytes of a file have a checksum of their own where tensors lie in boxes: few, so that another number of ranks reads
+    little that it does not need; more where a rank holds many, or its record would grow large. Ranks that hold the same have the
+    same, and can compare theirs. Chunks, which are written at once, are larger."""
+    least, most = SUM_BYTES
+    return min(most, max(least, 1 << (-(-held // SUMS) - 1).bit_length()))
+
+
 def counts_layer(index: int, stepper: Stepper) -> EngineLayer:
     """All step counts of the optimizer of this number: they advance before the first layer is updated."""
     entries = [Entry(1, state_key(index, k, m.name), t, m.name) for m in stepper.bindings.members for k, t in m.counts()]
@@ -197,7 +204,8 @@ def make_layout(
         if layer.kind not in MOVING:
             layer.sources = make_sources(layer.memory)
     fine = any(is_spread(e.tensor) for layer in layers for e in layer.entries)
-    plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers), SUM_BYTES if fine else None)
+    size = sum_bytes(sum(local(e.tensor).nbytes for layer in layers for e in layer.entries)) if fine else None
+    plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers), size)
     frozen = tuple((e.key, t.data_ptr(), tuple(t.shape)) for i, e, t in stored if layers[i].kind == "frozen")
     token = (frozen, tuple(f.header for f in files)) if frozen else None
     written, others = files[: len(names)], files[len(names) :]

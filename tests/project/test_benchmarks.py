@@ -159,12 +159,11 @@ def loop(saver, ways, folder):
     return ways.Loop(saver, Model(), {"x": torch.randn(8, 4)}, folder)
 
 
-def test_with_fine_checksums_other_numbers_of_ranks_read_a_tenth_more_than_they_need_at_most(module):
-    """Of a large model; what is in the tables is of all pairs."""
+def test_other_numbers_of_ranks_read_a_tenth_more_than_they_need_at_most(module):
+    """As checksums are laid; with one for each chunk, much more. Of one pair; what is in the tables is of all of them."""
     resharding = module("resharding")
-    shapes = resharding.llama()
-    coarse, fine = 4096 << 10, 64 << 10
+    shapes = resharding.gpt2()
     found = resharding.pair(shapes, resharding.stored(shapes, 4), 16)
-    assert 1 <= found[fine] <= 1.1 < found[coarse]
-    recorded = resharding.json.loads((ROOT / "benchmarks/results/resharding.json").read_text())["models"]["Llama 3 8B"]["64"]
-    assert max(ratio for row in recorded.values() for ratio in row) <= 1.1
+    assert 1 <= found[resharding.OURS] <= 1.1 < found["4096"]
+    for recorded in resharding.json.loads((ROOT / "benchmarks/results/resharding.json").read_text())["models"].values():
+        assert max(ratio for row in recorded[resharding.OURS].values() for ratio in row) <= 1.1
