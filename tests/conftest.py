@@ -17,8 +17,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores it for 
 
 @pytest.fixture(scope="session")
 def inductor_cache(tmp_path_factory):
-    """One cache of compiled code for the session, for this process and every script it starts."""
-    path = tmp_path_factory.mktemp("inductor-cache")
+    """One cache of compiled code for the session, for all of its workers and every script they start."""
+    base = tmp_path_factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "inductor-cache"
+    path.mkdir(exist_ok=True)
     before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(path)
     yield path

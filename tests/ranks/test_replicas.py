@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shutil
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-from joint_ranks import Job, Normed
+from joint_ranks import Job, Normed, plain
 
 import fxckpt
 from fxckpt.errors import RanksDisagree
@@ -14,10 +20,10 @@ from fxckpt.store.reader import candidates, checkpoints
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def spoil(run, name="0.weight"):
-    """One low bit of one weight, on one replica."""
+def spoil(run, name="0.weight", bit=0):
+    """One bit of one weight, on one replica; a low one unless said otherwise."""
     weight = dict(run.model.named_parameters())[name]
-    weight.data.view(torch.int32).view(-1)[3] ^= 1
+    weight.data.view(torch.int32).view(-1)[3] ^= 1 << bit
 
 
 def test_a_flipped_bit_on_one_replica_is_named(job, root, caplog):
@@ -85,13 +91,37 @@ def test_with_raise_the_next_step_of_rank_0_says_so_and_no_such_checkpoint_is_ma
     job.end()
 
 
-def test_replicas_without_a_difference_are_never_accused(root, monkeypatch, caplog):
-    job = Job(root, monkeypatch, world=3)
-    job.begin(make=Normed)
-    job.train(12)
-    job.flush()
-    assert "differ" not in caplog.text and len(checkpoints(root)) > 5
-    job.end()
+def a_run(dice: random.Random) -> dict[str, Any]:
+    """Options of a run of chance."""
+    optimizer = dice.choice([torch.optim.AdamW, torch.optim.Adam, torch.optim.RMSprop, partial(torch.optim.SGD, momentum=0.9)])
+    return {
+        "make": dice.choice([plain, Normed]), "optimizer": optimizer, "every": dice.randint(1, 2), "keep": dice.randint(1, 3),
+        "max_async": dice.randint(2, 3), "threads": dice.randint(1, 2), "read_back": dice.choice(["off", "all"]),
+    }  # fmt: skip
+
+
+def test_replicas_are_accused_once_a_bit_is_flipped_and_never_before(tmp_path, monkeypatch, caplog, counted):
+    """``FXCKPT_LIVES`` runs of chance, of two to four ranks each."""
+    dice = random.SystemRandom()
+    for n in range(int(os.environ.get("FXCKPT_LIVES", "2"))):
+        job, options = Job(tmp_path / str(n), monkeypatch, world=dice.randint(2, 4)), a_run(dice)
+        assert not [each for each in job.begin(**options) if isinstance(each, Exception)]
+        for _ in range(dice.randint(1, 4)):
+            job.train(dice.randint(1, 3))
+            assert job.flush() == [None] * job.world
+        assert "differ" not in caplog.text, options
+        name = "0.weight" if options["make"] is plain else "inner.0.weight"
+        spoil(job.runs[-1], name, bit=20)  # no update that is far larger than the weight rounds this difference away
+        for _ in range(4 * job.world):  # each looks at another one in turn
+            job.train(1)
+            job.flush()
+            if named := "have other bits in layer" in caplog.text:
+                break
+        assert named, options
+        job.end()
+        caplog.clear()
+        counted("runs of replicas", 1)
+        shutil.rmtree(job.root)
 
 
 def test_ranks_that_train_models_of_their_own_make_no_mixture(job, root):
