@@ -15,6 +15,12 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores it for 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish():
+    """What is there by now stays: workers that are forked need not look through it for garbage, which copies its pages."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def inductor_cache(tmp_path_factory):
     """One cache of compiled code for the session, for all of its workers and every script they start."""
