@@ -90,6 +90,17 @@ integrations: export FXCKPT_INTEGRATIONS ?= 30
 integrations: $(ENGINE)
 	@$(PY) -m pytest -n 2 --dist worksteal tests/integrations/test_hf_trainer.py tests/integrations/test_hf_attach.py tests/integrations/test_accelerate.py tests/integrations/test_lightning.py tests/integrations/test_fabric.py $(ARGS)
 
+# torchtitan's own Trainer on two ranks, killed and restarted. It imports Triton, which torch for CPUs has not; neither is installed
+# where other tests would find it.
+.PHONY: titan
+titan: $(ENGINE) $(VENV)/.titan
+	@PYTHONPATH=$(CURDIR)/$(VENV)/titan $(PY) -m pytest tests/ranks/test_titan_itself.py $(ARGS)
+
+# Ray Train's workers, killed and started again.
+.PHONY: ray
+ray: $(ENGINE) $(VENV)/.ray
+	@PYTHONPATH=$(CURDIR)/$(VENV)/ray $(PY) -m pytest tests/integrations/test_ray.py $(ARGS)
+
 # The documents' blocks as they stand, where make test shortens loops and leaves Inductor out.
 .PHONY: docs
 docs: $(ENGINE)
@@ -146,6 +157,14 @@ $(VENV)/.packages: constraints.txt pyproject.toml
 
 $(VENV)/.lint: $(VENV)/.packages
 	@$(PIP) $(call extra,lint)
+	@touch $@
+
+$(VENV)/.titan: $(VENV)/.packages
+	@$(PIP) --no-deps --target $(VENV)/titan "torchtitan==0.3.0" torch_checkpointing "spmd_types==0.2.3" triton typeguard tyro docstring_parser einops
+	@touch $@
+
+$(VENV)/.ray: $(VENV)/.packages
+	@$(PIP) --no-deps --target $(VENV)/ray "ray>=2.60" tensorboardX msgpack jsonschema jsonschema-specifications referencing rpds-py
 	@touch $@
 
 # Two toolkits' headers, for a test that reads them: in a folder of their own, as torch may want other versions.

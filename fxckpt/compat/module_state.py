@@ -12,6 +12,11 @@ from fxckpt.compat.modules import every_module, has_extra_state, unwrap_model
 
 _MODULE = torch.nn.Module
 
+_OTHER_FORMS = ("torchtitan.", "torch.distributed.fsdp.")
+"""Where hooks are from that give parameters other names and forms in a state dict, and add nothing to them: torchtitan's take
+fused projections apart, FSDP2's (on every module) see that parameters are sharded. To ask them at each checkpoint would copy
+those, over all ranks."""
+
 
 def state_of(model: torch.nn.Module) -> dict[str, Any]:
     """``modules``: extra state by module; ``eval``: the modules that are in eval mode; ``contracts``: by module, what its own
@@ -57,7 +62,13 @@ def _has_contract(module: torch.nn.Module) -> bool:
     """Does something beside torch's own code make its state dict?"""
     kind = type(module)
     overridden = kind._save_to_state_dict is not _MODULE._save_to_state_dict or kind.state_dict is not _MODULE.state_dict
-    return overridden or "state_dict" in vars(module) or bool(module._state_dict_hooks or module._state_dict_pre_hooks)
+    hooks = [*module._state_dict_hooks.values(), *module._state_dict_pre_hooks.values()]
+    return overridden or "state_dict" in vars(module) or not all(map(_gives_other_forms, hooks))
+
+
+def _gives_other_forms(hook: Any) -> bool:
+    """Is it one of a package whose hooks add nothing?"""
+    return str(getattr(hook, "__module__", "")).startswith(_OTHER_FORMS)
 
 
 def keeps_more(module: torch.nn.Module) -> bool:

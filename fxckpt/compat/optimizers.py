@@ -199,9 +199,9 @@ def callers(opt: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
                 yield owner
 
 
-FORWARDING = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer"}
-"""Classes of Accelerate, Lightning and Fabric: their objects hand everything on to the optimizer that they hold, and keep no
-state of their own; what else they hold no checkpoint could."""
+FORWARDING = {"AcceleratedOptimizer", "LightningOptimizer", "_FabricOptimizer", "OptimizersContainer"}
+"""Classes of Accelerate, Lightning, Fabric and torchtitan: their objects hand everything on to the optimizers that they hold, and
+keep no state of their own; what else they hold no checkpoint could."""
 
 
 def forwards(opt: torch.optim.Optimizer) -> bool:

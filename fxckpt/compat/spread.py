@@ -97,6 +97,11 @@ def local(value: Any) -> Any:
     return value._local_tensor if is_spread(value) else value
 
 
+def is_replicated(tensor: Any) -> bool:
+    """Is it a DTensor of which every rank has all?"""
+    return is_spread(tensor) and all(each.is_replicate() for each in tensor.placements)
+
+
 def box_of(tensor: Any) -> Box | None:
     """Which part of a DTensor this rank has; None of any other tensor. Raises SetupError for one that is no box of it: a partial
     sum, or rows that do not follow each other."""

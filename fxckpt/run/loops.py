@@ -118,6 +118,7 @@ class Loops:
         self._resting = False
         self._inside: str | None = None  # in which kind of loop the last boundary was
         self._loaders: Loaders = Loaders()
+        self._elsewhere: list[Any] = []
         self._leading: Source | None = None  # the loader whose iterations are boundaries, or were last
         self._trained: Level | None = None  # the loop over batches in which this epoch's steps are made
         self._head: Mapping[tuple[str, str], object] | None = None  # how all looked when the epoch began
@@ -285,8 +286,12 @@ class Loops:
     # -- in a record ----------------------------------------------------------------------------------------------------
 
     def loaders(self) -> list[Any]:
-        """What ``fxckpt.batches`` was asked to go over."""
-        return self._loaders.known()
+        """What ``fxckpt.batches`` was asked to go over, and what others go over."""
+        return [*self._loaders.known(), *self._elsewhere]
+
+    def kept_elsewhere(self, loader: Any) -> None:
+        """Somebody else's loop goes over this loader, and keeps its place among the extras."""
+        self._elsewhere.append(loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Where all loops stand. ``amid``: in the middle of an iteration, which no resumed run can go on with."""

@@ -185,6 +185,15 @@ class Stepping:
             if self._status.active and self.is_due(self._clock.attempts) and not self._arrangement.halfway():
                 self._take_here(bounded=True)
 
+    def take_at_boundary(self) -> None:
+        """The boundary that comes next takes a checkpoint, due or not, unless there is one of this step."""
+        self.schedule.owed |= not self.is_taken()
+
+    def is_taken(self) -> bool:
+        """With ``every=N``: is there a checkpoint of the last step, or does the boundary that comes next take one?"""
+        step = self._clock.attempts
+        return self.schedule.last_step == step or self.schedule.due(step, 0.0)
+
     def rest(self, timeout: float | None = None) -> None:
         """The user says that everything is at rest, in a loop without boundaries: a checkpoint that was begun is of this instant.
         In another thread than the one that trains it is what was taken at the step's end. In an iteration, and inside

@@ -14,7 +14,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import named_buffers, named_parameters
-from fxckpt.compat.spread import box_of, is_spread, local
+from fxckpt.compat.spread import box_of, is_replicated, is_spread, local
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import TraceBook
@@ -43,9 +43,12 @@ class Inventory:
     name_by_id: dict[int, str] = field(default_factory=dict)  # of the trained
 
     def add_buffer(self, name: str, buffer: torch.Tensor, persistent: bool) -> None:
-        """A sparse one goes into the record, which knows how to hold it: a file of tensors has no such thing."""
-        kept = persistent and buffer.layout is not torch.sparse_coo
-        (self.buffers if kept else self.transient)[name] = buffer
+        """A sparse one goes into the record, which knows how to hold it: a file of tensors has no such thing. There each rank has
+        its own, so nothing is a DTensor: of one that all ranks have all of, this rank's tensor is kept."""
+        if persistent and buffer.layout is not torch.sparse_coo:
+            self.buffers[name] = buffer
+        else:
+            self.transient[name] = local(buffer) if is_replicated(buffer) else buffer
 
     def name_of(self, param: torch.Tensor) -> str:
         """The name of a trained parameter."""

@@ -26,7 +26,7 @@ ROOMS = (
     {"loading", "handle"},
     {"checkpointed"},
     {"compiled_optimizer", "loop", "torch_backend"},
-    {"dcp", "hf", "lightning"},
+    {"dcp", "hf", "lightning", "titan"},
     {"__init__", "__main__"},
 )
 """A room imports from those above it, and from itself."""

@@ -369,6 +369,24 @@ def test_buffers_and_frozen_parameters_may_be_dtensors(root):
     opt.ckpt.shutdown()
 
 
+def test_a_dtensor_that_no_state_dict_has_is_kept_where_every_rank_has_all_of_it(root):
+    model, mesh = sharded(), init_device_mesh("cpu", (1,))
+    model.register_buffer("cache", distribute_tensor(torch.arange(4.0), mesh, [Replicate()]), persistent=False)
+    opt = torch.optim.Adam(model.parameters())
+    fxckpt.compile_step(opt, root, model=model, every=1)
+    model(torch.ones(3, 6)).sum().backward()
+    opt.step()
+    opt.ckpt.flush()
+    with torch.no_grad():
+        model.cache.mul_(0.0)
+    fxckpt.load()
+    assert type(model.cache) is DTensor and model.cache.to_local().tolist() == [0.0, 1.0, 2.0, 3.0]
+    opt.ckpt.shutdown()
+    model.register_buffer("own", distribute_tensor(torch.arange(4.0), mesh, [Shard(0)]), persistent=False)
+    with pytest.raises(SetupError, match=r"buffer own: a .*DTensor"):
+        fxckpt.compile_step(opt, root, model=model, every=1)
+
+
 def test_another_shape_than_was_stored_is_said(root):
     life = Life(OPTIMIZERS["SGD"], root)
     life.train(0, 1)

@@ -22,6 +22,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,15 @@ from fork_server import warm_up
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from whole_tensors import whole
 
 import fxckpt
 from fxckpt.loading.load import Restored
+
+Live = Callable[[dict[str, Any], int, Any], dict[str, Any]]
+"""One rank of a life: what was asked for, its number, where rank 0 says which step has begun. Returns what it found and left."""
 
 LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "halves", "ignored")
 """``halves``: two ranks each shard by themselves, on meshes that know of no others. ``ignored``: each has a head of its own."""
@@ -104,12 +108,6 @@ OPTIMIZERS: dict[str, Any] = {
 }
 
 
-def whole(tensor: torch.Tensor) -> bytes:
-    """All bytes of it, on every rank."""
-    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return found.detach().contiguous().numpy().tobytes()
-
-
 def digest(net: nn.Module, opt: torch.optim.Optimizer) -> str:
     """Of all parameters and all state, gathered. All ranks call it."""
     sha = hashlib.sha256()
@@ -158,7 +156,7 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     return {**found, "left": digest(net, opt)}
 
 
-def main_of_rank(life: dict[str, Any], rank: int, file: str, begun: Any, out: Any) -> None:
+def main_of_rank(live: Live, life: dict[str, Any], rank: int, file: str, begun: Any, out: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(life["cwd"])
     if life["world"] > 1:
@@ -172,7 +170,7 @@ def main_of_rank(life: dict[str, Any], rank: int, file: str, begun: Any, out: An
     os._exit(0)
 
 
-def one_life(life: dict[str, Any]) -> list[dict[str, Any] | None]:
+def one_life(life: dict[str, Any], live: Live) -> list[dict[str, Any] | None]:
     """Fork its ranks, kill those that are to be killed, and with them all others, as a launcher does."""
     fork = multiprocessing.get_context("fork")
     begun = fork.Value("i", 0)
@@ -180,7 +178,8 @@ def one_life(life: dict[str, Any]) -> list[dict[str, Any] | None]:
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "store")
         ranks = [
-            fork.Process(target=main_of_rank, args=(life, rank, file, begun, pipes[rank][1])) for rank in range(life["world"])
+            fork.Process(target=main_of_rank, args=(live, life, rank, file, begun, pipes[rank][1]))
+            for rank in range(life["world"])
         ]
         for each in ranks:
             each.start()
@@ -216,9 +215,14 @@ def answer(pipe: Any) -> dict[str, Any] | None:
     return found
 
 
-if __name__ == "__main__":
+def serve(live: Live) -> None:
+    """Lives as they are asked for; each rank of one is ``live``."""
     warm_up()
     gc.collect()
     gc.freeze()
     for line in sys.stdin:
-        print(json.dumps(one_life(json.loads(line))), flush=True)
+        print(json.dumps(one_life(json.loads(line), live)), flush=True)
+
+
+if __name__ == "__main__":
+    serve(live)

@@ -1,0 +1,1 @@
+"""Its components: checkpoint managers only."""
