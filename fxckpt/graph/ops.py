@@ -17,6 +17,7 @@ whose backward runs that a layer's gradients are final and its parameters read f
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -55,11 +56,12 @@ Listener = Callable[[Sequence[torch.Tensor], Sequence[int], str, int], None]
 _LISTENER: list[Listener] = []
 
 _PORTS: weakref.WeakValueDictionary[int, Port] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count(1)
 
 
 def register_port(port: Port) -> int:
-    """Give a run the number that its graphs pass to the ops; it is held weakly."""
-    number = max(_PORTS.keys(), default=0) + 1
+    """Give a run the number that its graphs pass to the ops, and that no other run ever has; it is held weakly."""
+    number = next(_NUMBERS)
     _PORTS[number] = port
     return number
 

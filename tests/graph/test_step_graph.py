@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.fx as fx
 from expecttest import TestCase
@@ -213,3 +216,22 @@ def test_a_list_that_is_no_column_is_refused():
         assert "not a whole column" in str(reason)
     else:
         raise AssertionError("columns were mixed up silently")
+
+
+def test_no_two_runs_have_one_number_whichever_threads_begin_them_and_whatever_has_ended():
+    """A graph that was kept would else hand its tensors to another run."""
+
+    class Run:
+        """One that is gone at once."""
+
+    def begun(_: int) -> list[int]:
+        return [ops.register_port(Run()) for _ in range(500)]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            numbers = [number for each in pool.map(begun, range(8)) for number in each]
+    finally:
+        sys.setswitchinterval(before)
+    assert len(set(numbers)) == len(numbers) == 4000
