@@ -5,6 +5,7 @@ from __future__ import annotations
 MODULE_STATE = {
     "fxckpt.graph.model.book:traces": "what the compiler has shown, by parameter identity: it compiles before a run exists",
     "fxckpt.graph.ops:_PORTS": "the number by which a StepGraph's ops find their run (weak)",
+    "fxckpt.graph.ops:_STEP_PORTS": "the number by which ``optimizer_step`` finds its run (weak)",
     "fxckpt.graph.ops:_LISTENER": "the run whose region's backward is under way: ``layer_ready`` tells it",
     "fxckpt.optim.programs:_shared_programs": "traced updates, which further runs of the same optimizer use again",
     "fxckpt.optim.helper_thread:helper": "the second thread for calls of many small tensors, started at first use",

@@ -14,13 +14,16 @@ from typing import Any, cast
 
 import torch
 
-from fxckpt.compat.dynamo import untraced
+from fxckpt.compat.dynamo import only_inlined, untraced
 from fxckpt.compat.instance_subclass import instance_subclass
-from fxckpt.compat.optimizers import comes_by_itself, hooked, takes, watch_steps
+from fxckpt.compat.optimizers import comes_by_itself, hooked, marked_for_schedulers, takes, watch_steps
+from fxckpt.compat.tracing_step import compiled_by_itself, constant
 from fxckpt.compat.wrappers import join
+from fxckpt.graph.ops import optimizer_step, step_port
 from fxckpt.handle import Handle, handle_of
 from fxckpt.optim.contract.wrappers import held_by
 from fxckpt.optim.strategy import Arguments
+from fxckpt.run.one_graph import OneGraph
 from fxckpt.run.run import Run, live_runs
 
 
@@ -56,8 +59,8 @@ def attach_wrapper(wrapper: Any) -> None:
 _CKPT_OF_INNER = property(lambda self: self.optimizer.ckpt, doc=Checkpointed.ckpt.__doc__)
 
 _NOT_IN_COMPILED_CODE = (
-    "fxckpt makes a step layer by layer between the parts of compiled code, and not in them. Without fullgraph=True a compiled "
-    "function may call it: its forward and backward are compiled, and this is not"
+    "opt.step() cannot be an op of this graph: fxckpt's log says why. Without fullgraph=True a compiled function may call it all "
+    "the same: its forward and backward are compiled, and this is not"
 )
 
 
@@ -79,22 +82,94 @@ def stepped_class(base: type) -> type:
     made_step: Any = step if names in ((), ("closure",)) else step_with_arguments
     made_step.__signature__ = inspect.signature(base.step)  # type: ignore[attr-defined]
     functools.update_wrapper(made_step, base.step, assigned=("__doc__",), updated=())  # type: ignore[attr-defined]
+    outside = untraced(hooked(made_step), _NOT_IN_COMPILED_CODE, _called_outside)
+
+    @functools.wraps(outside)
+    def compiled_or_not(self: Checkpointed, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() and _is_op_of_graph(self, [*args, *kwargs.values()]):
+            return None
+        self._opt_called = True  # type: ignore[attr-defined]
+        return outside(self, *args, **kwargs)
+
+    vars(compiled_or_not).pop("_torchdynamo_disable", None)  # that of what it wraps
+    only_inlined(marked_for_schedulers(compiled_or_not))
+    zero_grad = base.zero_grad  # type: ignore[attr-defined]
+
+    @functools.wraps(zero_grad)
+    def zeroed(self: Checkpointed, set_to_none: bool = True) -> None:
+        if torch.compiler.is_dynamo_compiling() and _zeroed_in_graph(self, set_to_none):
+            return
+        zero_grad(self, set_to_none)
+
+    only_inlined(zeroed)
     ours = {
-        "step": untraced(hooked(made_step), _NOT_IN_COMPILED_CODE),
+        "step": compiled_or_not,
         "load_state_dict": _load_state_dict,
         "add_param_group": _add_param_group,
         "__del__": _dropped,
     }
+    if zero_grad is torch.optim.Optimizer.zero_grad:
+        ours["zero_grad"] = zeroed
     for_profilers = {} if issubclass(base, torch.optim.Optimizer) else {"_optimizer_step_code": lambda self: None}
     made = instance_subclass(base, {**for_profilers, **ours, "ckpt": Checkpointed.ckpt})
     Checkpointed.register(made)
     return made
 
 
+def call_step(opt: Any) -> Any:
+    """``opt.step()`` as a script calls it."""
+    return type(opt).step(opt)
+
+
+def _called_outside(self: Any, *_: Any, **__: Any) -> None:
+    """Compiled code calls ``opt.step()`` behind a break of its graph, and Dynamo may not have asked for it."""
+    self._fxckpt_run.one_graph.called_outside(compiled_by_itself(__name__))
+
+
+def _is_op_of_graph(self: Any, given: list[Any]) -> bool:
+    """Dynamo traces ``opt.step()``: have it be one op of the graph, if it can be."""
+    graph = self._fxckpt_run.one_graph
+    scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+    usual = not scaled and all(each is None for each in given)
+    if _refuses_step(graph.number, usual):
+        return False
+    params = [param for group in graph.params for param in group]
+    optimizer_step(params, [param.grad for param in params], graph.number)
+    self._opt_called = True
+    return True
+
+
+def _zeroed_in_graph(self: Any, set_to_none: bool) -> bool:
+    """Dynamo traces ``opt.zero_grad()``, which PyTorch hides from it: do it in the graph, if the step is to be there, too."""
+    graph = self._fxckpt_run.one_graph
+    if _refuses_zeroing(graph.number):
+        return False
+    for group in graph.params:
+        for param in group:
+            if param.grad is not None:
+                if set_to_none:
+                    param.grad = None
+                else:
+                    param.grad.zero_()
+    return True
+
+
+@constant
+def _refuses_step(number: int, usual: bool) -> bool:
+    return cast(OneGraph, step_port(number)).refuses_step(usual)
+
+
+@constant
+def _refuses_zeroing(number: int) -> bool:
+    return cast(OneGraph, step_port(number)).refuses_zeroing()
+
+
 def _load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Load, once no copy reads the tensors that it replaces."""
     self._fxckpt_run.closing.drop("load_state_dict() replaced its tensors")
-    return self._fxckpt_base.load_state_dict(self, *args, **kwargs)
+    out = self._fxckpt_base.load_state_dict(self, *args, **kwargs)
+    self._fxckpt_run.one_graph.look()
+    return out
 
 
 def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
@@ -102,6 +177,8 @@ def _add_param_group(self: Any, param_group: dict[str, Any]) -> None:
     if "_fxckpt_run" in self.__dict__:
         self._fxckpt_run.closing.drop("add_param_group() changed the optimizer before the step closed")
     self._fxckpt_base.add_param_group(self, param_group)
+    if "_fxckpt_run" in self.__dict__:
+        self._fxckpt_run.one_graph.look()
 
 
 def _dropped(self: Any) -> None:

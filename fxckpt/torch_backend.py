@@ -14,7 +14,9 @@ called.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from fxckpt.graph.backward.region import Region
     from fxckpt.graph.model.book import Placer
     from fxckpt.graph.model.joint import JointTrace
+    from fxckpt.graph.whole.cut import Cut, Piece
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 def backend(
@@ -34,6 +39,62 @@ def backend(
     another backend compile, by name or as a callable; it gets the other options. With ``FXCKPT_DISABLE=1``
     nothing is read.
     """
+    from fxckpt.compat.tracing_step import forget_source_of_none
+    from fxckpt.graph.ops import step_port
+    from fxckpt.graph.whole.cut import steps_in
+
+    forget_source_of_none()
+    if steps := steps_in(gm):
+        for step in steps:
+            step_port(step.args[2]).traced()  # type: ignore[arg-type]
+        return _whole(gm, example_inputs, mode, options)
+    return _part(gm, example_inputs, mode, options)
+
+
+def _whole(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """A graph with ``opt.step()`` in it: what stands before and behind the step is compiled, and the step is not."""
+    from fxckpt.compat.inductor import compile_with
+    from fxckpt.graph.backward.placing import Placing
+    from fxckpt.graph.whole.cut import NotCut, cut
+    from fxckpt.graph.whole.forward_part import forward_part
+    from fxckpt.graph.whole.running import compiled
+
+    _record(forward_part(gm), example_inputs)
+    try:
+        parts = cut(gm, example_inputs)
+    except NotCut as why:
+        log.warning("fxckpt: a function with opt.step() in it runs as PyTorch without a compiler would run it: %s", why)
+        return gm
+    placed = _placed_whole(gm, example_inputs, parts, options)
+
+    def compile_piece(piece: Piece) -> Callable[..., Any]:
+        if placed is None or piece is not parts.parts[0]:
+            return compile_with(piece.module, piece.examples, mode, options)
+        placer, region = placed
+        return placer.around(region, compile_with(piece.module, piece.examples, mode, options, Placing(region).options))
+
+    return compiled(parts, compile_piece)
+
+
+def _placed_whole(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], parts: Cut, options: dict[str, Any] | None
+) -> tuple[Placer, Region] | None:
+    """The run with ``updates="in_backward"`` whose step stands behind the first piece, and the inputs and outputs of that piece
+    which are its parameters and their gradients."""
+    from fxckpt.graph.whole.cut import first_region
+
+    placer, region = _placer_of(gm, example_inputs, *first_region(parts))
+    if placer is None or region is None or (options or {}).get("inner", "inductor") != "inductor":
+        return None
+    return placer, region
+
+
+def _part(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
+) -> Callable[..., Any]:
+    """A graph of a model, or a part of one."""
     from fxckpt.compat.inductor import compile_with_backend, compile_with_inductor
     from fxckpt.config import disabled  # imported here like torch: `import fxckpt` is cheap
 
@@ -58,6 +119,7 @@ def reset() -> None:
 
 
 backend.reset = reset  # type: ignore[attr-defined]  # torch looks for it there
+backend.cuts_at_steps = True  # type: ignore[attr-defined]  # so opt.step() may be an op of the graphs that it gets
 
 
 def _record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace | None:
@@ -73,9 +135,11 @@ def _record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> JointTrace | N
     return traces.record(trace)
 
 
-def _placer_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Placer | None, Region | None]:
+def _placer_of(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], run: int | None = None, known: Region | None = None
+) -> tuple[Placer | None, Region | None]:
     """The run with ``updates="in_backward"`` that trains what is in this graph, and which of its inputs are that; none, most
-    often."""
+    often. ``run``: only that of this number; ``known``: a region without inputs."""
     from fxckpt.graph.model.book import traces
 
     if not traces.placers:
@@ -84,8 +148,8 @@ def _placer_of(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[Place
     from fxckpt.graph.backward.region import Region, bind_inputs_pass
 
     names = traces.models.names_by_id()
-    for placer in list(traces.placers):
-        region, layer_of = Region(), functools.partial(placer.layer_of, names)
+    for placer in [each for each in traces.placers if run in (None, each.number)]:
+        region, layer_of = replace(known or Region(), bound=[], ids=[]), functools.partial(placer.layer_of, names)
         try:
             passes.run(gm, {bind_inputs_pass: {"inputs": example_inputs, "layer_of": layer_of, "region": region}})
         except Exception as error:

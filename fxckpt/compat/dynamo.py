@@ -16,12 +16,19 @@ import torch.fx as fx
 from fxckpt.compat.modules import unwrap_model
 
 
-def untraced(function: Callable, why: str | None = None) -> Callable:
+def untraced(function: Callable, why: str | None = None, noticed: Callable | None = None) -> Callable:
     """``torch.compiler.disable``, at no cost while nothing is compiled: it takes a tenth of a millisecond when its code is cold,
     as it is after a backward pass. Dynamo sees a frame only while a callback is set, looks for the attribute where it would
     inline a call, and ``skip_code`` keeps it from the frame itself. All three are private; without them it is the function
-    itself. ``why`` is for who asked for one graph without breaks."""
-    disabled = torch.compiler.disable(function, reason=why)
+    itself. ``why`` is for who asked for one graph without breaks; ``noticed`` is called before it, with the same arguments, where
+    compiled code calls it."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if noticed is not None:
+            noticed(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    disabled = torch.compiler.disable(function if noticed is None else called, reason=why)
     try:
         from torch._C._dynamo.eval_frame import get_eval_frame_callback
         from torch._dynamo.eval_frame import skip_code
@@ -37,6 +44,16 @@ def untraced(function: Callable, why: str | None = None) -> Callable:
     wrapped._torchdynamo_disable, wrapped._torchdynamo_disable_msg = True, why
     skip_code(quick.__code__)
     return wrapped
+
+
+def only_inlined(function: Callable) -> Callable:
+    """Have Dynamo trace ``function`` where it traces a caller, and never compile its frame by itself."""
+    try:
+        from torch._dynamo.eval_frame import skip_code
+    except ImportError:
+        return function
+    skip_code(function.__code__)
+    return function
 
 
 def called_modules() -> list[torch.nn.Module]:
@@ -143,9 +160,27 @@ def gradient_of(desc: Any) -> int | None:
     return input_index(desc.grad_of) if type(desc).__name__ == "GradAOTOutput" else None
 
 
+def output_index(desc: Any) -> int | None:
+    """Which output of Dynamo's graph an AOTAutograd output is; None for what AOTAutograd added."""
+    return desc.idx if type(desc).__name__ == "PlainAOTOutput" else None
+
+
 def is_view(node: fx.Node) -> bool:
     """Whether the node's result may share memory with its input: by the alias sets of the operator's schema."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return node.target is operator.getitem
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+
+
+def copied_graph_module(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """``graph``, made of nodes of Dynamo's ``gm``, as a module that compilers take for one of Dynamo's: what they look for is in
+    its ``meta``, and, as where an input comes from, in an attribute of each placeholder."""
+    made = fx.GraphModule(gm, graph, type(gm).__name__)
+    made.meta.update(gm.meta)
+    sources = {node.name: vars(node).get("_dynamo_source") for node in gm.graph.find_nodes(op="placeholder")}
+    for node in graph.find_nodes(op="placeholder"):
+        node._dynamo_source = sources.get(node.name)
+    if hasattr(gm, "_param_name_to_source"):
+        made._param_name_to_source = gm._param_name_to_source
+    return made

@@ -79,6 +79,8 @@ USEFUL: Mapping[str, Sequence[str]] = {
     "torch.compile around a function with a step in it": (
         "torch._C._dynamo.eval_frame.get_eval_frame_callback",
         "torch._dynamo.eval_frame.skip_code",
+        "torch.amp.autocast_mode._enter_autocast",
+        "torch.amp.autocast_mode._exit_autocast",
     ),
     "update='inductor', the default where no foreach= or fused= is given": (
         "torch._inductor.async_compile.AsyncCompile",

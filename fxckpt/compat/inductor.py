@@ -142,7 +142,7 @@ def compile_with_inductor(
     try:
         wrapper: Any = torch._TorchCompileInductorWrapper(mode, options, None)
     except Exception as error:
-        raise _refusal()(f"torch.compile(backend=fxckpt.backend): {error}", first_useful_frame=None) from None
+        raise refused(f"torch.compile(backend=fxckpt.backend): {error}") from None
     if read is not None:
         user = wrapper.config.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
         wrapper.config["joint_custom_pre_pass"] = joint_pass(read, user)
@@ -153,15 +153,21 @@ def compile_with_inductor(
 
 @functools.cache
 def _refusal() -> Any:
-    """The error for a mode or an option that Inductor does not know. ``torch.compile(backend="inductor")`` raises a RuntimeError
-    itself, for it makes the wrapper above; of any other backend it keeps mode and options until the first call, and looks at
-    nothing but its name. Dynamo turns what a backend raises into ``BackendCompilerFailed``, but for errors of this base."""
+    """See ``refused``."""
     from torch._dynamo.exc import ShortenTraceback
 
-    class OptionRefused(ShortenTraceback, SetupError):
-        """A mode or an option that Inductor does not know."""
+    class Refused(ShortenTraceback, SetupError):
+        """What a backend does not take."""
 
-    return OptionRefused
+    return Refused
+
+
+def refused(what: str) -> Exception:
+    """The SetupError that a backend is to raise. ``torch.compile(backend="inductor")`` raises a RuntimeError for a mode or an
+    option that it does not know, for it makes the wrapper above; of any other backend it keeps mode and options until the first
+    call, and looks at nothing but its name. Dynamo turns what a backend raises into ``BackendCompilerFailed``, but for errors
+    of this base."""
+    return _refusal()(what, first_useful_frame=None)
 
 
 def compile_with_backend(
@@ -184,6 +190,22 @@ def compile_with_backend(
 
     with config.patch(joint_custom_pre_pass=joint_pass(read, config.joint_custom_pre_pass)):
         return function(gm, example_inputs, **kwargs)
+
+
+def compile_with(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    mode: str | None,
+    options: dict[str, Any] | None,
+    more: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Callable[..., Any]:
+    """Compile with Inductor, or what ``options={"inner": compiler}`` names; nothing is read. ``more``: see
+    ``compile_with_inductor``."""
+    options = dict(options or {})
+    inner = options.pop("inner", "inductor")
+    if inner == "inductor":
+        return compile_with_inductor(gm, example_inputs, mode, options, more=more)
+    return compile_with_backend(inner, gm, example_inputs, mode, options)
 
 
 def reset_cudagraphs() -> None:

@@ -224,10 +224,10 @@ def _is_zero(lr: Any) -> bool:
 
 
 def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
-    """Make a step wrapper that an LR scheduler put on the *instance* call the class's new step; True if there was one.
-    ``LRScheduler.__init__`` stores a wrapper around the old function in ``opt.step``. Deleting it makes the scheduler warn that
-    the step was overridden; so another one takes its place that keeps its mark and sets its flag. Raises SetupError if ``step``
-    was replaced on the instance by something else."""
+    """Take away the wrapper that an LR scheduler put on the *instance*, in front of the class's new step; True if there was one.
+    ``LRScheduler.__init__`` stores a wrapper around the old function in ``opt.step``, which sets a flag that it reads, and warns
+    if the step has not its mark. The class's new step has both (``marked_for_schedulers``). Raises SetupError if ``step`` was
+    replaced on the instance by something else."""
     current = opt.__dict__.get("step")
     if current is None:
         return False
@@ -239,17 +239,16 @@ def rebind_scheduler_wrapper(opt: torch.optim.Optimizer) -> bool:
             f"opt.step of this {type(opt).__name__} was replaced by {current!r}; fxckpt cannot see the "
             "steps through it. Call compile_step before that wrapper is installed."
         )
-    owner = weakref.ref(opt)
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        this: Any = owner()
-        this._opt_called = True
-        return type(this).step(this, *args, **kwargs)
-
-    wrapped: Any = functools.wraps(type(opt).step)(step)
-    wrapped._wrapped_by_lr_sched = True
-    vars(opt)["step"] = wrapped
+    del vars(opt)["step"]
     return True
+
+
+def marked_for_schedulers(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep schedulers from putting a wrapper of their own in front of ``step``, which Dynamo cannot trace: it has their mark, and
+    sets ``_opt_called`` on its optimizer itself."""
+    marked: Any = step
+    marked._wrapped_by_lr_sched = True
+    return marked
 
 
 def count_skipped_attempts(scaler: Any, opt: torch.optim.Optimizer, skipped: Callable[[torch.optim.Optimizer], None]) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from fxckpt.checkpointed import attach, attach_wrapper
+from fxckpt.checkpointed import attach, attach_wrapper, call_step
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import Models
 from fxckpt.compat.optimizers import rebind_scheduler_wrapper
@@ -122,7 +122,7 @@ def compile_step(
     try:
         if not isinstance(store, NullStore):
             check_parts(module, optimizers, store.part[1])
-        run = Run(optimizers, directory, module, extras, config, engine, store, devices)
+        run = Run(optimizers, directory, module, extras, config, engine, store, devices, call_step)
     except BaseException:
         give_up(engine, store)
         raise

@@ -13,6 +13,9 @@ see a temporary that is copied back at the end. ``run`` is the number under whic
 
 ``layer_ready`` does live inside compiled code, that of a backward, and takes no parameter. It tells whoever listens to the region
 whose backward runs that a layer's gradients are final and its parameters read for the last time; see ``graph/backward``.
+
+``optimizer_step`` stands in Dynamo's graph of a function that makes whole steps, forward to ``opt.step()``. It says that it
+changes the parameters, which are the live ones in Dynamo's graph. It is never compiled: see ``graph/whole``.
 """
 
 from __future__ import annotations
@@ -49,11 +52,25 @@ _LIBRARY.define("ckpt_log(Tensor?[] gradients, int run, int layer, str name) -> 
 # runs where the code comes from Inductor's cache.
 _LIBRARY.define("layer_ready(Tensor[] gradients, int[] inputs, Tensor[] after, str region, int layer) -> ()")
 _LIBRARY.define("pin_reader(Tensor value) -> ()")
+_LIBRARY.define("optimizer_step(Tensor(a!)[] params, Tensor?[] gradients, int run) -> ()")
 
 Listener = Callable[[Sequence[torch.Tensor], Sequence[int], str, int], None]
 """Told of a layer: its gradients, the inputs that they belong to, the region's token, the layer's number."""
 
 _LISTENER: list[Listener] = []
+
+
+class StepPort(Protocol):
+    """What a run offers to ``optimizer_step``."""
+
+    def step(self, params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+        """Make ``opt.step()`` with these gradients."""
+
+    def traced(self) -> None:
+        """Dynamo has traced a function with the op in it to its end; raises to refuse it."""
+
+
+_STEP_PORTS: weakref.WeakValueDictionary[int, StepPort] = weakref.WeakValueDictionary()
 
 _PORTS: weakref.WeakValueDictionary[int, Port] = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count(1)
@@ -64,6 +81,19 @@ def register_port(port: Port) -> int:
     number = next(_NUMBERS)
     _PORTS[number] = port
     return number
+
+
+def register_step_port(number: int, port: StepPort) -> None:
+    """Make ``port`` the one of run ``number``; it is held weakly."""
+    _STEP_PORTS[number] = port
+
+
+def step_port(number: int) -> StepPort:
+    """That of run ``number``. Raises RuntimeError if the run is gone."""
+    port = _STEP_PORTS.get(number)
+    if port is None:
+        raise RuntimeError(f"optimizer_step of run {number}: that run is gone, with the optimizer that compile_step returned")
+    return port
 
 
 def _port(run: int, op: str, name: str) -> Port:
@@ -108,6 +138,10 @@ def _pin_reader(value: torch.Tensor) -> None:
     """That it is called is all."""
 
 
+def _optimizer_step(params: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], run: int) -> None:
+    step_port(run).step(params, gradients)
+
+
 def _fake_layer_ready(*_: object) -> None:
     """Fake tensors are no gradients."""
 
@@ -118,6 +152,7 @@ for _name, _function, _as_fake in (
     ("ckpt_log", _log, _fake),
     ("layer_ready", _layer_ready, _fake_layer_ready),
     ("pin_reader", _pin_reader, _pin_reader),
+    ("optimizer_step", _optimizer_step, _fake_layer_ready),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fxckpt::{_name}", _as_fake, lib=_LIBRARY)
@@ -127,5 +162,6 @@ ckpt_emit: Callable[..., Any] = torch.ops.fxckpt.ckpt_emit.default
 ckpt_log: Callable[..., Any] = torch.ops.fxckpt.ckpt_log.default
 layer_ready: Callable[..., Any] = torch.ops.fxckpt.layer_ready.default
 pin_reader: Callable[..., Any] = torch.ops.fxckpt.pin_reader.default
-for _op in (ckpt_fence, ckpt_emit, ckpt_log, layer_ready, pin_reader):
+optimizer_step: Callable[..., Any] = torch.ops.fxckpt.optimizer_step.default
+for _op in (ckpt_fence, ckpt_emit, ckpt_log, layer_ready, pin_reader, optimizer_step):
     fx.node.has_side_effect(_op)

@@ -44,6 +44,12 @@ class UpdateTimer:
             self.shortest = seconds
 
 
+class Standing(dict[str, str]):
+    """See ``StepGraph.standing``. ``whole``: the layers are updated in the graph of a whole step, and not in a backward."""
+
+    whole: bool = False
+
+
 UNSEEN = "no backward has shown its gradients yet"
 """Why a layer is not updated inside the backward, before anything is known."""
 
@@ -107,7 +113,9 @@ class StepGraph:
 
     def __str__(self) -> str:
         code = readable(self.module)
-        return code if self.standing is None else listing(code, self.layers, self.standing, self.places)
+        if self.standing is None:
+            return code
+        return listing(code, self.layers, self.standing, self.places, isinstance(self.standing, Standing) and self.standing.whole)
 
 
 def step_passes(

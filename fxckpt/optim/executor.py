@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -57,7 +57,8 @@ class Executor:
         self._versions: list[int] = []  # of the counts, when they were advanced last
         self._gradients: Sequence[torch.Tensor | None] = ()  # while a step runs
         self.gradients: list[torch.Tensor | None] = []  # of a step that runs in sections, put here before each layer's turn
-        self.standing: dict[str, str] | None = None  # see StepGraph.standing
+        self.standing: step_graph.Standing | None = None  # see StepGraph.standing
+        self._refused = ""  # why the step is no op of a compiled function's graph
         self._sections: tuple[object, sections.Sections] | None = None  # and the graph that they were cut from
         self._spread: tuple[int | None, Inputs] | None = None  # the step that runs in sections: the run's number, its inputs
         self.journals: bool = False  # the StepGraph hands gradients over, too
@@ -84,11 +85,23 @@ class Executor:
         update, logged = (lambda i: self._layer_update(i, clocks[i])), self._layer_gradients if self.journals else None
         chosen = step_graph.step_passes(layers, numbers, counts_number, update, self._scalars, logged)
         module = step_graph.build(chosen)
-        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places, self.standing)
+        graph = step_graph.StepGraph(tuple(layers), tuple(edges), module, sizes, clocks, places, self._standing_of(layers))
         params, spread = [m.param for m in members], any(m.local is not m.param for m in members)
         self.arranged: Arranged = Arranged(graph, members, params, numbers, counts_number, owned, counts, handed_over, spread)
         self.prepared: Prepared = Prepared()  # the calls were another layer's
         log.debug("wrote the StepGraph: %d layers in the order %s", len(layers), [layer.name for layer in layers])
+
+    def refuse_graph(self, why: str) -> None:
+        """A compiled function calls the step outside of its graph: the layers stand where they do for this reason."""
+        self._refused = why
+        graph = replace(self.arranged.graph, standing=self._standing_of(self.arranged.graph.layers))
+        self.arranged = replace(self.arranged, graph=graph)
+
+    def _standing_of(self, layers: Sequence[Layer]) -> Mapping[str, str] | None:
+        """See ``StepGraph.standing``."""
+        if self.standing is None and self._refused:
+            return dict.fromkeys((layer.name for layer in layers), self._refused)
+        return self.standing
 
     def _layer_update(self, index: int, clock: step_graph.UpdateTimer) -> Callable[[list[torch.Tensor], Inputs], None]:
         """The callable of one update node. It changes ``tensors``, to which the calls behind it are bound already."""

@@ -15,9 +15,10 @@ from fxckpt.optim.executor import Executor
 from fxckpt.optim.stepper import Stepper
 from fxckpt.optim.strategy import SplitStep
 from fxckpt.run.arrangement import Arrangement
+from fxckpt.run.begins import INSTEAD, Inside
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
-from fxckpt.run.in_backward import INSTEAD, InBackward
+from fxckpt.run.in_backward import InBackward
 from fxckpt.saving.in_flight import InFlight
 
 
@@ -73,28 +74,34 @@ class ArmedStep:
         self._opened: Opened | None = None
         self.armed: InBackward = InBackward(arrangement, status, layer, weakref.proxy(self))
 
+    def _inside(self) -> Inside:
+        """Where the step is begun, or was: in the graph of a whole step, or in a backward."""
+        return self.armed if self.armed.in_graph.now is None else self.armed.in_graph
+
     def under_way(self) -> bool:
         """Has a backward begun a step that ``opt.step()`` is to end?"""
         return self._opened is not None
 
     def ended(self) -> None:
         """A step is over that no backward began, or that it did."""
+        self.armed.in_graph.ended()
         self.armed.ended()
 
     def leave(self, why: str) -> None:
         """If a backward began a step that nothing ended, it is left as by an exception in the middle of ``opt.step()``."""
+        self.armed.in_graph.leave(why)
         self.armed.leave(why)
 
     def made_another_way(self) -> None:
         """A step came that is not through ``opt.step()``. Raises SetupError if it would make the rest of one."""
-        self.armed.leave("a step came another way than through opt.step()")
+        self.leave("a step came another way than through opt.step()")
         self.armed.observe("its steps do not come through opt.step()")
-        self.armed.ended()
+        self.ended()
         self.armed.refuse_rest()
 
     def ends(self, stepper: Stepper, closure: Callable | None) -> bool:
         """``opt.step()`` is called: end the step that the backward began. False if it is to be made from the beginning."""
-        inside = self.armed
+        inside = self._inside()
         if inside.open and not inside.complete:
             inside.leave("the backward was left by an exception")
         inside.refuse_rest()

@@ -58,6 +58,14 @@ class Closing:
             self.close_step(in_backward=True)
         stepper.accumulated = True
 
+    def backward_in_graph(self) -> None:
+        """The compiled function that makes the next step has come behind its backward: as ``gradient_arrived``, where autograd
+        runs no hooks."""
+        self._saver.trainer.progress_ticks += 1
+        self.first_backward()
+        if self.open is not None and not self._clock.in_iteration:
+            self.close_step(in_backward=True)
+
     def first_backward(self) -> None:
         """The first turn since the start has come to its backward."""
         if self._plain.watching:

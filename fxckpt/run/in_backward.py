@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,31 +24,22 @@ from fxckpt.graph import ops
 from fxckpt.graph.backward.region import Region
 from fxckpt.graph.model.book import traces
 from fxckpt.graph.model.layers import layer_name
+from fxckpt.graph.step_graph import Standing
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.spent import SpentGradient
 from fxckpt.optim.stepper import Stepper
 from fxckpt.run.arming import ADDED_UP, against_all, against_at_step, against_now
 from fxckpt.run.arrangement import Arrangement
+from fxckpt.run.begins import INSTEAD, Begins
 from fxckpt.run.clock import RunStatus
 from fxckpt.run.habit import NEEDED, Habit
+from fxckpt.run.in_graph import InGraph
 from fxckpt.run.regions import Seen, watched
 from fxckpt.saving.inventory import trained_by
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 _PATIENCE = 5  # steps, before it is said that nothing is armed
-
-INSTEAD = 'Use updates="after_backward" for such a loop'
-
-
-class Begins(Protocol):
-    """Who begins a step in a backward: see ``ArmedStep``."""
-
-    def begin(self, mask: list[bool]) -> list[torch.Tensor | None]:
-        """Begin one of the parameters of ``mask``; what comes back is the list that it will read gradients from."""
-
-    def left(self, why: str) -> None:
-        """The one that was begun will not be ended."""
 
 
 class InBackward:
@@ -67,7 +58,9 @@ class InBackward:
     ):
         self.open: bool = False
         self.complete: bool = False
-        self.standing: dict[str, str] = {}  # see StepGraph.standing
+        self.standing: Standing = Standing()  # see StepGraph.standing
+        self.in_graph: InGraph = InGraph(arrangement, status, step, self.standing)
+        self.number: int = arrangement.emitter.number
         self._arrangement, self._status, self._layer = arrangement, status, layer
         self._step = step
         self._habit = Habit()
@@ -109,6 +102,10 @@ class InBackward:
     def watched(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
         """See ``Placer``."""
         return watched(region, inner, weakref.ref(self))
+
+    def around(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """See ``Placer``. What is compiled must not keep a run."""
+        return self.in_graph.around(region, inner)
 
     # ---- what a region does ----------------------------------------------------------------------------------------------
 
@@ -305,6 +302,7 @@ class InBackward:
         names, habit = self._names(), self._habit
         waiting = "its gradients must be seen untouched in two steps first"
         self.standing.clear()
+        self.standing.whole = False
         for place in [*self._came, *(place for place in range(len(names)) if place not in self._came)]:
             self.standing[names[place]] = habit.why[place] or ("" if habit.clean[place] >= NEEDED else waiting)
         if self._steps == _PATIENCE:

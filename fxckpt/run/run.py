@@ -28,6 +28,7 @@ from fxckpt.run.emitting import Emitter
 from fxckpt.run.hooks import watch_scalers
 from fxckpt.run.loops import Loops
 from fxckpt.run.model_config import config_of
+from fxckpt.run.one_graph import OneGraph, Step
 from fxckpt.run.stepping import Stepping
 from fxckpt.saving import tracing
 from fxckpt.saving.inventory import trained_by
@@ -55,6 +56,7 @@ class Run:
         engine: Engine | None,
         store: CheckpointStore,
         devices: cuda.Devices,
+        step: Step,
     ):
         self._together = list(optimizers) if len(optimizers) > 1 else []  # a run goes on until the last of them is dropped
         self.directory: str = directory
@@ -79,6 +81,7 @@ class Run:
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
         self.closing: Closing = Closing(self.capture, self.arrangement, self.clock, self.status)
         self.stepping: Stepping = Stepping(self.arrangement, self.closing, self.clock, self.status, config)
+        self.one_graph: OneGraph = OneGraph(self.arrangement, self.closing, self.status, step, self.stepping.in_graph)
         self.loops: Loops = Loops(self.clock, self.stepping.boundary, self.capture.look, self.arrangement.have_gradients)
         self.capture.loops = self.loops
         self.steppers: list[Stepper] = self.arrangement.steppers  # one for each optimizer, in their order

@@ -27,6 +27,7 @@ from fxckpt.run.armed_step import ArmedStep
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
 from fxckpt.run.closing import Closing
+from fxckpt.run.in_graph import InGraph
 from fxckpt.run.who_steps import WhoSteps
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Tally
@@ -124,6 +125,10 @@ class Stepping:
     def in_the_middle(self) -> bool:
         """Has a backward begun a step that ``opt.step()`` is to end?"""
         return self.in_backward is not None and self.in_backward.under_way()
+
+    def in_graph(self) -> InGraph | None:
+        """What takes the layers that the graph of a whole step brings; None where they are updated after the backward."""
+        return None if self.in_backward is None else self.in_backward.armed.in_graph
 
     def _check_store(self) -> None:
         """Raises StoreNotLoaded before the first checkpoint would join others that were never looked at."""

@@ -255,23 +255,12 @@ class Whole:
         return train_step
 
 
-@pytest.mark.parametrize("traced", [False, True])
-def test_a_step_that_is_one_compiled_function_is_armed_as_a_loop_is(interpreted, traced):
-    with torch._dynamo.config.patch(trace_autograd_ops=traced):
-        run, loop = begun("in_backward", Pair), Whole()
-        for step in range(STEPS):
-            loop(run, step)
-        assert run.armed == ALL
-        assert same(run.bits(), bits_of_plain(run, adamw, STEPS, Whole()))
-
-
-def test_a_step_as_one_graph_is_refused_with_the_reason(interpreted):
-    run = begun("in_backward", Pair)
-    with (
-        torch._dynamo.config.patch(trace_autograd_ops=True),
-        pytest.raises(torch._dynamo.exc.Unsupported, match="fxckpt makes a step layer by layer"),
-    ):
-        Whole(fullgraph=True)(run, 0)
+def test_a_step_that_is_one_compiled_function_in_parts_is_armed_as_a_loop_is(interpreted):
+    run, loop = begun("in_backward", Pair), Whole()
+    for step in range(STEPS):
+        loop(run, step)
+    assert run.armed == ALL
+    assert same(run.bits(), bits_of_plain(run, adamw, STEPS, Whole()))
 
 
 # ---- other threads -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import operator
 import re
@@ -25,23 +26,28 @@ from fxckpt.compat.dynamo import (
     compile_under_way,
     compiled_module,
     compiling_scope,
+    copied_graph_module,
     first_module,
     gradient_of,
     graph_input,
     input_index,
     is_view,
     limits_reached,
+    only_inlined,
+    output_index,
     source_name,
     untraced,
 )
 from fxckpt.compat.inductor import (
     cache_folder,
+    compile_with,
     compile_with_backend,
     compile_with_inductor,
     compiler_settings,
     inductor_kernel,
     joint_pass,
     load_cpp,
+    refused,
     reset_cudagraphs,
 )
 from fxckpt.compat.loaders import (
@@ -98,6 +104,7 @@ from fxckpt.compat.optimizers import (
     inner_hooks,
     is_stock,
     mark_stepped,
+    marked_for_schedulers,
     plain_class,
     rebind_scheduler_wrapper,
     sets_up_state,
@@ -142,6 +149,7 @@ from fxckpt.compat.tracing import (
     trace_fake,
     watched,
 )
+from fxckpt.compat.tracing_step import compiled_by_itself, constant, forget_source_of_none, innermost, traced_so_far
 from fxckpt.errors import SetupError
 
 __all__ = ["book"]  # the fixture
@@ -243,6 +251,7 @@ def test_descriptors_name_dynamos_inputs():
     assert gradient_of(gradient) == 3
     assert gradient_of(descriptors.SubclassGetAttrAOTOutput(base=gradient, attr="inner")) == 3
     assert gradient_of(descriptors.PlainAOTOutput(idx=3)) is None
+    assert output_index(descriptors.PlainAOTOutput(idx=3)) == 3 and output_index(gradient) is None
 
 
 def test_views_are_known_by_their_schema():
@@ -608,9 +617,120 @@ def test_hooks_on_parameters_and_before_steps_are_seen():
     assert hooks_of(other)
 
 
+# ---- a step that Dynamo traces -----------------------------------------------------------------------------------------
+
+
+def compiled_step(step, **options):
+    """``step(opt, x)`` compiled, with an optimizer; what the ``traced_so_far`` inside of it saw comes back."""
+    weight = nn.Parameter(torch.ones(3))
+    opt, seen = torch.optim.SGD([weight], lr=0.1), []
+
+    @constant
+    def look():
+        seen.append(traced_so_far(opt))
+        return False
+
+    def backend(gm, inputs):
+        return gm
+
+    torch.compile(lambda x: step(opt, weight, look, x), backend=backend, **options)(torch.ones(3))
+    return seen[-1], backend
+
+
+def test_what_dynamo_has_traced_before_a_step_is_seen():
+    def plain(opt, weight, look, x):
+        y = x * weight
+        return y.detach(), look()
+
+    def with_backward(opt, weight, look, x):
+        (weight * x).sum().backward()
+        return look()
+
+    def with_a_rate(opt, weight, look, x):
+        opt.param_groups[0]["lr"] = 0.2
+        return (x * 2, look())
+
+    def without_gradients(opt, weight, look, x):
+        with torch.no_grad():
+            return (x * 2, look())
+
+    assert traced_so_far(torch.optim.SGD([nn.Parameter(torch.ones(1))])) is None
+    found, backend = compiled_step(plain)
+    assert found.backend is backend and found.begins and operator.mul in found.targets
+    assert not (found.backward or found.context or found.state or found.waits)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        assert compiled_step(with_backward)[0].backward
+    assert "setting" in compiled_step(with_a_rate)[0].waits and compiled_step(without_gradients)[0].context
+
+
+def test_the_backend_that_a_user_named_is_found_behind_wrappers():
+    def mine(gm, inputs):
+        return gm
+
+    @functools.wraps(mine)
+    def wrapped(gm, inputs, mode):
+        return mine(gm, inputs)
+
+    assert innermost(mine) is mine and innermost(functools.partial(wrapped, mode=None)) is mine
+
+
+def test_dynamos_one_none_forgets_where_a_gradient_was():
+    from torch._dynamo.variables import constant as constants
+
+    constants.CONSTANT_VARIABLE_NONE.source = "p.grad"
+    forget_source_of_none()
+    assert constants.CONSTANT_VARIABLE_NONE.source is None
+
+
+def test_who_calls_a_compiled_function_is_known():
+    def ask():
+        return compiled_by_itself(__name__)
+
+    assert not ask()
+
+
+def test_a_function_that_is_only_inlined_is_in_its_callers_graph_and_has_none_of_its_own():
+    graphs = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return gm
+
+    double = only_inlined(lambda x: x * 2)
+    assert torch.equal(torch.compile(double, backend=backend)(torch.ones(1)), torch.full((1,), 2.0)) and not graphs
+    torch.compile(lambda x: double(x) + 1, backend=backend)(torch.ones(1))
+    assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [operator.mul, operator.add]
+
+
+def test_a_copy_of_dynamos_graph_compiles_as_one_of_its_own():
+    made = []
+
+    def backend(gm, inputs):
+        graph = torch.fx.Graph()
+        graph.output(graph.graph_copy(gm.graph, {}))
+        copied = copied_graph_module(gm, graph)
+        made.append((gm, copied))
+        return compile_with(copied, inputs, None, {"inner": "aot_eager"})
+
+    assert torch.equal(torch.compile(lambda x: x * 2, backend=backend)(torch.ones(1)), torch.full((1,), 2.0))
+    [(gm, copied)] = made
+    sources = [[n._dynamo_source for n in each.graph.find_nodes(op="placeholder")] for each in (gm, copied)]
+    assert sources[0] == sources[1] and None not in sources[0] and copied.meta["dynamo_compile_id"]
+
+
+def test_what_a_backend_refuses_comes_up_as_it_is():
+    def backend(gm, inputs):
+        raise refused("not this one")
+
+    with pytest.raises(SetupError, match="not this one"):
+        torch.compile(lambda x: x * 2, backend=backend)(torch.ones(1))
+
+
 # ---- what the sections above do not reach ------------------------------------------------------------------------------
 
-SUBJECTS = ("dynamo", "inductor", "module_state", "modules", "optimizers", "placing", "tensors", "threads", "tracing")
+SUBJECTS = (
+    "dynamo", "inductor", "module_state", "modules", "optimizers", "placing", "tensors", "threads", "tracing", "tracing_step",
+)  # fmt: skip
 """Files of fxckpt/compat that touch private parts; ``cuda`` is tested with devices, the others touch none."""
 
 
@@ -812,8 +932,11 @@ def test_a_schedulers_wrapper_of_the_step_is_known_and_replaced_with_its_marks()
     opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
     assert not rebind_scheduler_wrapper(opt)
     scheduler = torch.optim.lr_scheduler.ConstantLR(opt)
-    before = vars(opt)["step"]
-    assert rebind_scheduler_wrapper(opt) and vars(opt)["step"] is not before
+    marked = marked_for_schedulers(lambda: setattr(opt, "_opt_called", True))
+    assert rebind_scheduler_wrapper(opt) and "step" not in vars(opt)
+    opt.step = marked
+    torch.optim.lr_scheduler.ConstantLR(opt)
+    assert opt.step is marked, "a scheduler put its wrapper around a step that has its mark"
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it would warn of a step that was not seen
         opt.step()

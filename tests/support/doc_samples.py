@@ -87,6 +87,7 @@ Trainer = functools.partial(lightning.Trainer, accelerator="cpu", logger=False, 
 )
 
 SETTINGS = {
+    "trace_autograd_ops = True": "",  # it trains by itself
     "fxckpt.hf.attach": TRAINER,
     "trainer = Trainer(max_epochs": LIGHTNING,
     "accelerator.prepare(": ACCELERATE,

@@ -7,15 +7,17 @@ came into it, has no such place.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
 from torch.utils._pytree import tree_leaves
 
-from fxckpt.compat.dynamo import gradient_of, input_index, is_view
+from fxckpt.compat.dynamo import gradient_of, input_index, is_view, output_index
 from fxckpt.graph.backward.region import Region
 
 
@@ -46,7 +48,7 @@ def shares_memory(node: fx.Node) -> bool:
 def find_legal_points_pass(gm: fx.GraphModule, region: Region) -> fx.GraphModule:
     """Note in ``gm.meta[LEGAL]`` the points of all layers that have one. The graph stays as it is; a forward has none."""
     place = {node: at for at, node in enumerate(gm.graph.nodes)}
-    gradients, returned = _gradients(gm.graph)
+    gradients, returned = _gradients(gm.graph, region)
     inputs = _inputs(gm.graph)
     points = []
     for number, layer in enumerate(region.layers):
@@ -57,8 +59,8 @@ def find_legal_points_pass(gm: fx.GraphModule, region: Region) -> fx.GraphModule
         if not trained or any(root.op == "placeholder" or returned[root] != alone[root] for root in roots):
             continue
         readers = _readers(root for index in mine for root in inputs.get(index, ())) + _readers(roots)
-        if not all(outputs_of(reader) for reader in readers):
-            continue  # it gives nothing that an op could wait for
+        if not all(outputs_of(reader) and not _writes(reader) for reader in readers):
+            continue  # it gives nothing that an op could wait for, or changes a parameter at an instant that Inductor chooses
         last = max([*(gradients[index] for index in trained), *readers], key=place.__getitem__)
         found = tuple(gradients[index] for index in trained)
         points.append(LegalPoint(number, tuple(trained), found, tuple(dict.fromkeys(readers)), last))
@@ -66,16 +68,22 @@ def find_legal_points_pass(gm: fx.GraphModule, region: Region) -> fx.GraphModule
     return gm
 
 
-def _gradients(graph: fx.Graph) -> tuple[dict[int, fx.Node], Counter[fx.Node]]:
+def _gradients(graph: fx.Graph, region: Region) -> tuple[dict[int, fx.Node], Counter[fx.Node]]:
     """The gradients by the numbers of the inputs that they are of, and how often each memory is returned."""
     output = next(iter(graph.find_nodes(op="output")))
     leaves = tree_leaves(output.args)
     described = zip(leaves, output.meta.get("desc") or ())
-    found = {gradient_of(desc): node for node, desc in described if isinstance(node, fx.Node)}
+    found = {_gradient_of(desc, region): node for node, desc in described if isinstance(node, fx.Node)}
     return (
         {index: node for index, node in found.items() if index is not None},
         Counter(_root(node) for node in leaves if isinstance(node, fx.Node)),
     )
+
+
+def _gradient_of(desc: Any, region: Region) -> int | None:
+    """Which input an output is the gradient of: AOTAutograd says it of a backward that it made, the region of others."""
+    index = gradient_of(desc)
+    return region.gradients.get(output_index(desc)) if index is None else index  # type: ignore[arg-type]
 
 
 def _inputs(graph: fx.Graph) -> dict[int, list[fx.Node]]:
@@ -108,9 +116,16 @@ def _memory(node: fx.Node) -> int:
 
 def _root(node: fx.Node) -> fx.Node:
     """Whose memory it is."""
-    while shares_memory(node) and node.args and isinstance(node.args[0], fx.Node):
+    while shares_memory(node) and node.args and isinstance(node.args[0], fx.Node) and not _is_one_of_several(node):
         node = node.args[0]
     return node
+
+
+def _is_one_of_several(node: fx.Node) -> bool:
+    """Is it one result of an op that makes several, each of them new?"""
+    made = node.args[0]
+    assert isinstance(made, fx.Node)
+    return node.target is operator.getitem and isinstance(made.meta.get("val"), (tuple, list)) and not is_view(made)
 
 
 def _readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
@@ -125,6 +140,12 @@ def _readers(nodes: Iterable[fx.Node]) -> list[fx.Node]:
             else:
                 found.append(user)
     return found
+
+
+def _writes(node: fx.Node) -> bool:
+    """Does it change one of its inputs?"""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def outputs_of(node: fx.Node) -> list[fx.Node]:

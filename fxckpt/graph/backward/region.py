@@ -27,17 +27,21 @@ class Bound:
 class Region:
     """A compiled graph, as the backward's passes and the run see it: ``bound`` are the parameters that the run trains, ``ids``
     theirs, in that order; ``layers`` the names of their layers, by the numbers that the ops carry. ``token`` says which region
-    an op was placed for: a hash of all this, so it is the same in a process that finds the code in Inductor's cache."""
+    an op was placed for: a hash of all this, so it is the same in a process that finds the code in Inductor's cache.
+    ``gradients``, where the graph holds its backward itself: which of its outputs is the gradient of which input, where only the
+    step takes it; ``stepped``: the inputs that the step is given a gradient of."""
 
     bound: list[Bound] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     token: str = ""
+    gradients: dict[int, int] = field(default_factory=dict)
+    stepped: frozenset[int] = frozenset()
 
     @property
     def plan(self) -> list[list[Any]]:
         """All that decides what the passes do, in plain values: it is part of the key of Inductor's caches."""
-        return [[each.index, each.name, each.layer] for each in self.bound]
+        return [*([each.index, each.name, each.layer] for each in self.bound), sorted(self.gradients.items())]
 
 
 LayerOf = Callable[[Tensor], tuple[str, str] | None]

@@ -88,13 +88,18 @@ class KnownModels:
 
 
 class Placer(Protocol):
-    """A run that wants updates placed in the backwards that are compiled from now on."""
+    """A run that wants updates placed in the backwards that are compiled from now on; ``number`` is the run's."""
+
+    number: int
 
     def layer_of(self, names: dict[int, str], tensor: Tensor) -> tuple[str, str] | None:
         """The name of a parameter and that of its layer, if the run trains it; ``names``: what is known, by identity."""
 
     def watched(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
         """What is to be called in place of the compiled region."""
+
+    def around(self, region: Region, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, of the compiled piece that stands before the step in the graph of a whole step."""
 
 
 class TraceBook:
