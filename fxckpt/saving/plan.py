@@ -138,9 +138,9 @@ def _recorded(file: str, key: str, placed: Placed, box: Box | None) -> TensorRec
 
 
 def sum_bytes(held: int) -> int:
-    """How many bytes of a file have a checksum of their own where tensors lie in boxes: few, so that another number of ranks reads
-    little that it does not need; more where a rank holds many, or its record would grow large. Ranks that hold the same have the
-    same, and can compare theirs. Chunks, which are written at once, are larger."""
+    """How many bytes of a file have a checksum of their own where tensors lie in boxes: few, so that another number of ranks
+    reads little that it does not need; more where a rank holds many, or its record would grow large. Ranks that hold the same
+    have the same, and can compare theirs. Chunks, which are written at once, are larger."""
     least, most = SUM_BYTES
     return min(most, max(least, 1 << (-(-held // SUMS) - 1).bit_length()))
 

@@ -1,7 +1,8 @@
 """Many kills in three epochs of a shuffled loader whose workers crop at random: each sample is seen once an epoch.
 
 A sample counts where the run that came to the end has it in its history; batches that a killed run made and no checkpoint
-held were made again, with the same crops. ``FXCKPT_LOOPS`` says how often it is run again to be killed so, twenty times (``make loops``: 20).
+held were made again, with the same crops. ``FXCKPT_LOOPS`` says how often it is run again to be killed so, twenty times each
+(``make loops``: 20).
 """
 
 from __future__ import annotations
