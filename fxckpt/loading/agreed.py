@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 
 from fxckpt.compat.ranks import default_store, launched, rank, world_size
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree, SetupError
+from fxckpt.loading.replicated import Kept, Places
 from fxckpt.loading.target import Target
 from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, stores_digest
-from fxckpt.store.about import Job, job
+from fxckpt.ranks.replication import Replication
+from fxckpt.store.about import Job, job, known_as
 from fxckpt.store.identity import keep_id
 from fxckpt.store.reader import Candidate, Reader, directory_of
 
@@ -40,22 +42,30 @@ def agreement_for(target: Target, asked: bool) -> Agreement | None:
 
 
 def choose_together(
-    agreement: Agreement, look: Callable[[], Sequence[Found]], target: Target, directory: str, skipped: list[tuple[str, str]]
+    agreement: Agreement,
+    look: Callable[[], Sequence[Found]],
+    kept: Sequence[Kept],
+    replication: Replication | None,
+    target: Target,
+    directory: str,
+    skipped: list[tuple[str, str]],
 ) -> tuple[Candidate | None, Job]:
     """The checkpoint that all ranks have chosen (None: all begin anew), and the life that begins. What did not verify here is
-    added to ``skipped``. Raises RanksDisagree if there is no common one, with what each rank has."""
+    added to ``skipped``. ``kept``: what else lies on this disk, where there are replicas. Raises RanksDisagree if there is no
+    common one, with what each rank has."""
     mine, own, error = _look(look, target, directory, skipped)
+    own["kept"] = kept
     said: list[Said] = agreement.exchange("has", own)
     if error is not None and not isinstance(error, NoCheckpoint):
         raise error
     begins = Job(said[0]["life"], stores_digest([each["store"] for each in said]))
-    if not any(each["keys"] or each["damaged"] or each["error"] for each in said):
+    if not any(each["keys"] or each["kept"] or each["damaged"] or each["error"] for each in said):
         return None, begins
-    banned: set[Key] = set()
+    places, banned = Places(mine, said, agreement.rank, replication), set[Key]()
     while (key := newest_common(said, banned)) is not None:
-        verdict = _verify(mine[key], skipped, agreement)
+        chosen, verdict = places.first_good(key, lambda found: _verify(found, skipped, agreement))
         if not any(agreement.exchange(f"damaged/{len(banned)}", verdict)):
-            return mine[key], begins
+            return chosen, begins
         banned.add(key)
     if none_was_common(said):
         log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
@@ -88,7 +98,7 @@ def _look(
     store = None if run is None else keep_id(run.directory)
     common = any(job(each.record).common is not None for each in mine.values())
     said: Said = {
-        "keys": list(mine), "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
+        "keys": list(mine), "kept": [], "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
         "beside": beside, "common": common, "life": uuid.uuid4().hex, "error": "" if failed is None else str(failed),
     }  # fmt: skip
     return mine, said, failed
@@ -96,7 +106,7 @@ def _look(
 
 def key_of(found: Candidate) -> Key:
     """By which it is known on all ranks."""
-    return found.record.step, found.record.iteration, job(found.record).life
+    return known_as(found.record)
 
 
 def _verify(found: Candidate, skipped: list[tuple[str, str]], agreement: Agreement) -> str:

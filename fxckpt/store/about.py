@@ -158,6 +158,11 @@ def job(record: Record) -> Job:
     return Job(life, stores, found["common"] if is_count(found.get("common")) else None)
 
 
+def known_as(record: Record) -> tuple[int, int, str]:
+    """What makes checkpoints of several ranks those of one instant: step, iteration, and the life that wrote them."""
+    return record.step, record.iteration, job(record).life
+
+
 def diverged(record: Record) -> list[tuple[int, int, list[str], list[str]]]:
     """Where replicas differed: who wrote, who had other bits, in which layers and tensors."""
     found = _member(record, DIVERGED)
