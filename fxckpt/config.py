@@ -109,7 +109,7 @@ class Config:
 
     def _check_replicas(self) -> None:
         if isinstance(self.replicas, bool) or self.replicas not in (0, 1):
-            raise SetupError(f"replicas={self.replicas!r}: expected 0, or 1 for a replica of each checkpoint on another rank's disk")
+            raise SetupError(f"replicas={self.replicas!r}: expected 0, or 1 for a replica on another rank's disk")
         if self.replicas and self.journal != 1:
             what = f"replicas={self.replicas} sends full checkpoints, and the steps between them that journal={self.journal!r} "
             raise SetupError(f"{what}makes durable would be lost with a disk: leave one of the two out")

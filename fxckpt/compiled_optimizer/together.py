@@ -88,7 +88,7 @@ def replicate(directory: str, keep: int, part: tuple[int, int]) -> Replication |
     if len(set(hosts)) > 1:
         log.info("fxckpt: replicas of rank %d's checkpoints go to rank %d on %s", agreement.rank, keeper, hosts[keeper])
     elif agreement.rank == 0:
-        log.warning("fxckpt: all ranks are on one host, %s: a replica lies in the same failure domain as its checkpoint, and both "
+        log.warning("fxckpt: all ranks are on one host, %s: a replica is in the same failure domain as its checkpoint, and both "
                     "may be lost together", hosts[0])  # fmt: skip
     return found
 

@@ -27,8 +27,8 @@ from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
 from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
 from fxckpt.loading.match import check_match, match_tensors, relaid
-from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.replicated import kept_here, replication_of
+from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
 from fxckpt.ranks import Agreement, Key
@@ -185,7 +185,7 @@ def _load_agreed(
         loaded: tuple[Key, int | None] | None = None
         if found is not None and os.path.realpath(directory) == os.path.realpath(run.directory):
             loaded = key_of(found), found.record.generation
-            if names.is_replica(str(found.path)):  # of a store that is not the run's own: that one begins anew, or goes on without
+            if names.is_replica(str(found.path)):  # of another store: what this one has is not continued
                 loaded = key_of(found), None
                 run.store.mark_loaded(None)
         run.saver.ranks.begin(begins, agreement.store, agreement.rank, agreement.world, loaded)

@@ -1,4 +1,4 @@
-"""Where a rank finds a checkpoint of its own at a load: in its store, among the replicas on its disk, or on another rank's disk."""
+"""Where a rank finds a checkpoint of its own at a load: in its store, among the replicas on its disk, or on another's disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def kept_here(replication: Replication | None, step: int | None, is_amid: Callab
     """All that lies on this disk, of this ``step`` if one is asked for, as the others are to know it."""
     found = [] if replication is None else replication.here()
     return [
-        (rank, *known_as(each.record), is_amid(each), each.record.time) for rank, each in found if step in (None, each.record.step)
+        (rank, *known_as(each.record), is_amid(each), each.record.time)
+        for rank, each in found
+        if step in (None, each.record.step)
     ]
 
 

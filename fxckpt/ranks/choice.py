@@ -12,8 +12,8 @@ together)."""
 
 
 class Kept(NamedTuple):
-    """A checkpoint on some rank's disk, its own or a replica: whose it is, and what orders it among others of that rank. ``amid``:
-    it was saved amid an iteration; ``time``: in seconds since 1970."""
+    """A checkpoint on some rank's disk, its own or a replica: whose it is, and what orders it among others of that rank.
+    ``amid``: it was saved amid an iteration; ``time``: in seconds since 1970."""
 
     rank: int
     step: int
@@ -30,10 +30,10 @@ class Kept(NamedTuple):
 
 class Said(TypedDict):
     """What one rank says when a load begins. ``keys``: its checkpoints in the order in which it would load them. ``kept``: with
-    replicas, all that lies on its disk, whosever it is. ``damaged``: how many more have a record that cannot be read. ``elsewhere``: they lie in another store than the run's own, whose id is
-    ``store`` (empty: it has none). ``beside``: digests of the stores beside which they were written. ``common``: a step that all
-    ranks have was known when one of them was written. ``life``: what the life that begins may be called. ``error``: why it cannot
-    say more."""
+    replicas, all that lies on its disk, whosever it is. ``damaged``: how many more have a record that cannot be read.
+    ``elsewhere``: they lie in another store than the run's own, whose id is ``store`` (empty: it has none). ``beside``: digests
+    of the stores beside which they were written. ``common``: a step that all ranks have was known when one of them was written.
+    ``life``: what the life that begins may be called. ``error``: why it cannot say more."""
 
     keys: Sequence[Sequence[object]]
     kept: Sequence[Sequence[object]]

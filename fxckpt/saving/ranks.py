@@ -52,8 +52,8 @@ class Ranks:
         return None if self._peers is None or self._peers.common is None else self._peers.common[0]
 
     def begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None) -> None:
-        """All ranks have agreed on what to load: this (None: nothing, or of another store), of this generation here (None: it is a
-        replica)."""
+        """All ranks have agreed on what to load: this (None: nothing, or of another store), of this generation here (None: it is
+        a replica)."""
         if isinstance(self._store, FirstStore | OtherStore):
             self._store.renew(job.life)
         self._begin(job, store, rank, world, loaded)

@@ -1,4 +1,4 @@
-"""Checkpoints of other ranks beside a store: ``replicas/rank-00003/step-000000012-g5``, each a checkpoint directory like any other.
+"""Checkpoints of other ranks beside a store: ``replicas/rank-00003/step-000000012-g5``, each a checkpoint directory like any.
 
 A replica becomes one in the order of a store's own commits (``slots``): files under a temporary name, each durable; the record;
 the final name. Nobody else writes there: the store's lock covers it.

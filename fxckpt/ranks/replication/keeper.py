@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from fxckpt.engine import io
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint
 from fxckpt.ranks.choice import Key
 from fxckpt.ranks.replication.hosts import LOOPBACK
 from fxckpt.ranks.replication.transfer import give, key_in, rank_of, take
-from fxckpt.ranks.replication.wire import Line, Lost, Refused
+from fxckpt.ranks.replication.wire import Line, Lost, Refused, not_in_children
 from fxckpt.store.reader import Reader
 from fxckpt.store.replica_folder import ReplicaFolder
 
@@ -32,12 +32,8 @@ class Keeper:
 
     def __init__(self, folder: ReplicaFolder, find: Find, alone: bool):
         self._folder, self._find, self._secret = folder, find, b""
-        if alone or not socket.has_dualstack_ipv6():
-            self._listener = socket.create_server((LOOPBACK if alone else "", 0))
-        else:
-            self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-        self._fd = self._listener.fileno()
-        io.close_in_child(self._fd)
+        self._listener = not_in_children(socket.create_server((LOOPBACK, 0)) if alone else _everywhere())
+        self._over = False
         self.port: int = self._listener.getsockname()[1]
         self._lines: set[Line] = set()
         self._lock = threading.Lock()
@@ -50,12 +46,9 @@ class Keeper:
 
     def close(self) -> None:
         """No more, and what is under way ends. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
+        self._over = True
         with suppress(OSError):  # wakes the thread that accepts
             self._listener.shutdown(socket.SHUT_RDWR)
-        io.close_in_child(fd, False)
         self._listener.close()
         with self._lock:
             lines = list(self._lines)
@@ -65,13 +58,14 @@ class Keeper:
             self._thread.join(2.0)
 
     def _listen(self) -> None:
-        while self._fd >= 0:
+        while not self._over:
             try:
                 sock, _ = self._listener.accept()
             except OSError as error:
-                if self._fd >= 0:
-                    log.error("fxckpt: no replica can be taken in any more: %s", error)
-                return
+                if not self._over:  # too many open files, for a while
+                    log.warning("fxckpt: a replica cannot be taken in: %s", error)
+                    time.sleep(1.0)
+                continue
             with suppress(OSError):  # it is gone already
                 line = Line(sock)
                 with self._lock:
@@ -116,3 +110,11 @@ class Keeper:
         line.say({"answer": "found"})
         with suppress(Refused):  # the other side says what it does not take
             give(line, reader)
+
+
+def _everywhere() -> socket.socket:
+    """Listens on every address of this machine, of whichever kinds it has."""
+    if socket.has_dualstack_ipv6():
+        with suppress(OSError):  # switched off
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))

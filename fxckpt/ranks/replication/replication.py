@@ -77,9 +77,9 @@ class Replication:
     # ---- at a load ----
 
     def here(self) -> list[tuple[int, Candidate]]:
-        """(rank, checkpoint) of all that lie on this disk, the store's own included."""
-        own = [each for each in candidates(self._root) if isinstance(each, Candidate) and each.record.name is None]
-        return [*((each.record.rank, each) for each in own), *self._folder.listed()]
+        """(rank, checkpoint) of all that lie on this disk, the store's own included. Named saves are not given to others."""
+        own = [(each.record.rank, each) for each in candidates(self._root) if isinstance(each, Candidate)]
+        return [*((rank, each) for rank, each in own if each.record.name is None or rank == self.rank), *self._folder.listed()]
 
     def replica(self, key: Key) -> Candidate | None:
         """This rank's own checkpoint among the replicas on this disk."""

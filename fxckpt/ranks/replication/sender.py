@@ -95,7 +95,7 @@ class Sender:
                 self.tally.failed += 1
                 if not self._failing:
                     log.warning("fxckpt: step %d has no replica with rank %d: %s. Unless the job is ending: checkpoints go on, and "
-                                "the next ones are tried", job.key[0], self.keeper, error)  # fmt: skip
+                                "later ones are sent again", job.key[0], self.keeper, error)  # fmt: skip
                 self._failing = True
             return False
         finally:

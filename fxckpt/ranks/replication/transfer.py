@@ -1,10 +1,9 @@
 """One checkpoint from one rank's disk to another's, over a connection: what both sides say, and when.
 
-    giver                                       taker
-    rank, size of the record, the record ─────►  is it one, of that rank? is there room?
-                              ◄───── "send", or "here" if it has it and it verifies, or "refused" and why
-    all files, in the record's order ─────────►  each chunk compared with the record, written, synced; renamed
-                              ◄───── "durable", or "refused" and why
+giver: rank, size of the record, the record    is it one, of that rank? is there room?
+taker: "send", or "here" if it has it and it verifies, or "refused" and why
+giver: all files, in the record's order        each chunk compared with the record and written; synced, renamed
+taker: "durable", or "refused" and why
 """
 
 from __future__ import annotations

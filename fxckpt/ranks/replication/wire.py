@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import secrets
 import socket
 import struct
 import time
+import weakref
 from contextlib import suppress
 from typing import Any
 
-from fxckpt.engine import io
 from fxckpt.errors import Corrupt, FxckptError
 from fxckpt.store.checks import MAX_BYTES, parse_json
 
@@ -34,6 +35,24 @@ _HEAD = struct.Struct("<I")
 _CLIENT, _SERVER = b"fxckpt replica client", b"fxckpt replica server"
 
 
+_sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+"""Of this process; a forked child closes its copies: it would keep connections open when this process is gone."""
+
+
+def not_in_children(sock: socket.socket) -> socket.socket:
+    """The same socket, which a child that is forked from now on closes."""
+    _sockets.add(sock)
+    return sock
+
+
+def _in_child() -> None:
+    for sock in list(_sockets):
+        sock.close()
+
+
+os.register_at_fork(after_in_child=_in_child)
+
+
 class Lost(FxckptError):
     """The connection ended, is too slow, or brings something else than it should."""
 
@@ -46,9 +65,7 @@ class Line:
     """A connection, from either end, in a ``with`` block."""
 
     def __init__(self, sock: socket.socket):
-        self._sock = sock
-        self._fd = sock.fileno()
-        io.close_in_child(self._fd)  # a loader's worker would keep the connection open when this process is gone
+        self._sock = not_in_children(sock)
         self._deadline = float("inf")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -65,11 +82,8 @@ class Line:
 
     def close(self) -> None:
         """End it. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            self.cut()
-            io.close_in_child(fd, False)
-            self._sock.close()
+        self.cut()
+        self._sock.close()
 
     # ---- who is there ----
 
