@@ -13,7 +13,7 @@ from fxckpt.loading.replicated import Kept, Places
 from fxckpt.loading.target import Target
 from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, stores_digest
 from fxckpt.ranks.replication import Replication
-from fxckpt.store.about import Job, job, known_as
+from fxckpt.store.about import Job, job, known_as, newest_life
 from fxckpt.store.identity import keep_id
 from fxckpt.store.reader import Candidate, Reader, directory_of
 
@@ -54,11 +54,12 @@ def choose_together(
     added to ``skipped``. ``kept``: what else lies on this disk, where there are replicas. Raises RanksDisagree if there is no
     common one, with what each rank has."""
     mine, own, error = _look(look, target, directory, skipped)
-    own["kept"] = kept
+    own["kept"], own["number"] = kept, max([own["number"], *(number for *_, number, _ in kept)])
     said: list[Said] = agreement.exchange("has", own)
     if error is not None and not isinstance(error, NoCheckpoint):
         raise error
-    begins = Job(said[0]["life"], stores_digest([each["store"] for each in said]))
+    stores, number = stores_digest([each["store"] for each in said]), 1 + max(each["number"] for each in said)
+    begins = Job(said[0]["life"], stores, number=number)
     if not any(each["keys"] or each["kept"] or each["damaged"] or each["error"] for each in said):
         return None, begins
     places, banned = Places(mine, said, agreement.rank, replication), set[Key]()
@@ -98,8 +99,9 @@ def _look(
     store = None if run is None else keep_id(run.directory)
     common = any(job(each.record).common is not None for each in mine.values())
     said: Said = {
-        "keys": list(mine), "kept": [], "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
-        "beside": beside, "common": common, "life": uuid.uuid4().hex, "error": "" if failed is None else str(failed),
+        "keys": list(mine), "kept": [], "damaged": damaged, "directory": directory, "elsewhere": elsewhere,
+        "store": store or "", "beside": beside, "common": common, "life": uuid.uuid4().hex,
+        "number": newest_life(each.record for each in mine.values()), "error": "" if failed is None else str(failed),
     }  # fmt: skip
     return mine, said, failed
 

@@ -10,12 +10,12 @@ from fxckpt.errors import FxckptError
 from fxckpt.loading.target import Target
 from fxckpt.ranks import Key, Said, holders
 from fxckpt.ranks.replication import Replication
-from fxckpt.store.about import known_as
+from fxckpt.store.about import known_as, order_of
 from fxckpt.store.reader import Candidate
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
-Kept = tuple[int, int, int, str, bool, float]
+Kept = tuple[int, int, int, str, bool, int, int]
 """As ``ranks.choice.Kept`` reads it."""
 
 
@@ -30,7 +30,7 @@ def kept_here(replication: Replication | None, step: int | None, is_amid: Callab
     """All that lies on this disk, of this ``step`` if one is asked for, as the others are to know it."""
     found = [] if replication is None else replication.here()
     return [
-        (rank, *known_as(each.record), is_amid(each), each.record.time)
+        (rank, *known_as(each.record), is_amid(each), *order_of(each.record))
         for rank, each in found
         if step in (None, each.record.step)
     ]

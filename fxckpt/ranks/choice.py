@@ -13,14 +13,15 @@ together)."""
 
 class Kept(NamedTuple):
     """A checkpoint on some rank's disk, its own or a replica: whose it is, and what orders it among others of that rank.
-    ``amid``: it was saved amid an iteration; ``time``: in seconds since 1970."""
+    ``amid``: it was saved amid an iteration; ``number``: of the life that wrote it."""
 
     rank: int
     step: int
     iteration: int
     life: str
     amid: bool
-    time: float
+    number: int
+    generation: int
 
     @property
     def key(self) -> Key:
@@ -33,7 +34,8 @@ class Said(TypedDict):
     replicas, all that lies on its disk, whosever it is. ``damaged``: how many more have a record that cannot be read.
     ``elsewhere``: they lie in another store than the run's own, whose id is ``store`` (empty: it has none). ``beside``: digests
     of the stores beside which they were written. ``common``: a step that all ranks have was known when one of them was written.
-    ``life``: what the life that begins may be called. ``error``: why it cannot say more."""
+    ``life``: what the life that begins may be called; ``number``: that of the last one it knows of. ``error``: why it cannot say
+    more."""
 
     keys: Sequence[Sequence[object]]
     kept: Sequence[Sequence[object]]
@@ -44,6 +46,7 @@ class Said(TypedDict):
     beside: Sequence[str]
     common: bool
     life: str
+    number: int
     error: str
 
 
@@ -56,11 +59,11 @@ def newest_common(said: Sequence[Said], banned: Collection[Key]) -> Key | None:
 
 
 def available(said: Sequence[Said], rank: int) -> list[Key]:
-    """What this rank can load, in its order: what it has itself, and what of it lies with others. Generations of several stores
-    cannot be compared, so their order is that of the clock."""
+    """What this rank can load, in its order: what it has itself, and what of it lies with others."""
     own = [key_of(key) for key in said[rank]["keys"]]
-    replicas = sorted((each for _, each in _all_kept(said) if each.rank == rank), key=lambda each: (each.amid, -each.time))
-    return list(dict.fromkeys([*(each.key for each in replicas), *own]))
+    found = [each for _, each in _all_kept(said) if each.rank == rank]
+    found.sort(key=lambda each: (each.amid, -each.number, -each.generation))
+    return list(dict.fromkeys([*(each.key for each in found), *own]))
 
 
 def holders(said: Sequence[Said], rank: int, key: Key) -> list[int]:
@@ -72,8 +75,9 @@ def _all_kept(said: Sequence[Said]) -> Iterator[tuple[int, Kept]]:
     """With the rank on whose disk it lies."""
     for at, each in enumerate(said):
         for row in each["kept"]:
-            rank, step, iteration, life, amid, time = row
-            yield at, Kept(int(str(rank)), int(str(step)), int(str(iteration)), str(life), bool(amid), float(str(time)))
+            rank, step, iteration, life, amid, number, generation = row
+            key = key_of((step, iteration, life))
+            yield at, Kept(int(str(rank)), *key, bool(amid), int(str(number)), int(str(generation)))
 
 
 def key_of(sent: Sequence[object]) -> Key:

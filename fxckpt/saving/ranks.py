@@ -11,7 +11,8 @@ from fxckpt.errors import SetupError
 from fxckpt.ranks import Ending, FirstStore, Key, Messages, OtherStore, Peers, named
 from fxckpt.ranks.replication import Replication
 from fxckpt.saving.stores import CheckpointStore
-from fxckpt.store.about import Job
+from fxckpt.store.about import Job, newest_life
+from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -81,7 +82,9 @@ class Ranks:
         with named():
             self._number = self._number or self._count()
             life = found[0].compare_set(f"fxckpt/life/{self._number}", "", uuid.uuid4().hex)
-        self._begin(Job(life.decode()), found[0], rank(), world_size(), None)
+        left = [] if self.replication is None else candidates(self._store.root)  # by earlier lives, which this one gives up
+        number = 1 + newest_life(each.record for each in left if isinstance(each, Candidate))
+        self._begin(Job(life.decode(), number=number), found[0], rank(), world_size(), None)
 
     def described(self, record: Record) -> Record:
         """The record of a checkpoint that is about to be committed, with what it says of the job."""

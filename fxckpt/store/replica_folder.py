@@ -16,7 +16,7 @@ from pathlib import Path
 from fxckpt.engine import crc32c, io
 from fxckpt.errors import Corrupt, NoCheckpoint, StoreError
 from fxckpt.store import names
-from fxckpt.store.about import known_as
+from fxckpt.store.about import known_as, order_of
 from fxckpt.store.files import FOREIGN, replace_file, space
 from fxckpt.store.folder import Folder
 from fxckpt.store.reader import Candidate, Reader, read_record
@@ -31,7 +31,8 @@ PIECE = 1 << 20
 """Bytes in memory at a time, whatever the size of a file."""
 
 ROOM = 1 << 20
-"""Bytes that stay free beside a replica, for its record and directories."""
+"""Bytes that stay free beside a replica, for its record and directories. So does as much as it has itself: the store's own
+checkpoints are of that size, and come first."""
 
 _ARRIVING, _GOING = (names.slot_name(number) + names.PARTIAL for number in (0, 1))
 
@@ -126,8 +127,11 @@ class ReplicaFolder:
         record = self._checked(rank, raw)
         with self._alone(rank), self._of(rank) as ranks:
             arrival = Arrival(ranks, record, raw, self._is_here(rank, record, raw))
-            if not arrival.is_here and (free := space(self._root)[0]) < record.nbytes + ROOM:
-                raise StoreError(f"{record.nbytes:,} bytes do not fit into {self._root}, which has {free:,} bytes free")
+            if not arrival.is_here and (free := space(self._root)[0]) < 2 * record.nbytes + ROOM:
+                raise StoreError(
+                    f"{record.nbytes:,} bytes, and room for another checkpoint of that size, are not in {self._root}, which has "
+                    f"{free:,} bytes free"
+                )
             yield arrival
 
     @contextmanager
@@ -184,7 +188,7 @@ class ReplicaFolder:
     def retain(self, rank: int, but: Collection[tuple[int, int, str]]) -> None:
         """Give up what this rank, whose replica has just arrived, has beyond its newest ``keep``, unless it is among those that
         it names. No failure raises."""
-        found = sorted((each for _, each in self.listed(rank)), key=lambda each: each.record.time, reverse=True)
+        found = sorted((each for _, each in self.listed(rank)), key=lambda each: order_of(each.record), reverse=True)
         going = [each for each in found[self._keep :] if known_as(each.record) not in but]
         try:
             with self._of(rank) as ranks:

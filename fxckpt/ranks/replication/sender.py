@@ -94,8 +94,10 @@ class Sender:
             if not self._ended:
                 self.tally.failed += 1
                 if not self._failing:
-                    log.warning("fxckpt: step %d has no replica with rank %d: %s. Unless the job is ending: checkpoints go on, and "
-                                "later ones are sent again", job.key[0], self.keeper, error)  # fmt: skip
+                    log.warning(
+                        "fxckpt: step %d has no replica with rank %d: %s. Unless the job is ending: checkpoints go on, and later "
+                        "ones are sent again", job.key[0], self.keeper, error,
+                    )  # fmt: skip
                 self._failing = True
             return False
         finally:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from fxckpt.errors import Corrupt, FxckptError
+from fxckpt.ranks.replication.hosts import VARIABLE
 from fxckpt.store.checks import MAX_BYTES, parse_json
 
 SECRET = 32
@@ -203,7 +204,8 @@ def connected(host: str, port: int) -> Line:
     try:
         return Line(socket.create_connection((host, port), GREETING))
     except OSError as error:
-        raise Lost(f"{host}, port {port}: {_why(error)}") from error
+        hint = f" (set {VARIABLE} there to how other hosts reach it)" if isinstance(error, socket.gaierror) else ""
+        raise Lost(f"{host}, port {port}: {_why(error)}{hint}") from error
 
 
 def _proof(secret: bytes, side: bytes, server: bytes, client: bytes) -> bytes:
