@@ -16,6 +16,7 @@ from fxckpt.ranks.replication import Replication
 from fxckpt.store.about import Job, job, known_as, newest_life
 from fxckpt.store.identity import keep_id
 from fxckpt.store.reader import Candidate, Reader, directory_of
+from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -53,7 +54,11 @@ def choose_together(
     """The checkpoint that all ranks have chosen (None: all begin anew), and the life that begins. What did not verify here is
     added to ``skipped``. ``kept``: what else lies on this disk, where there are replicas. Raises RanksDisagree if there is no
     common one, with what each rank has."""
-    mine, own, error = _look(look, target, directory, skipped)
+
+    def is_mine(record: Record) -> bool:  # disks may have changed places; of a rank that there was not, anyone's is as good
+        return replication is None or record.rank == agreement.rank or agreement.rank >= record.world_size
+
+    mine, own, error = _look(look, is_mine, target, directory, skipped)
     own["kept"], own["number"] = kept, max([own["number"], *(number for *_, number, _ in kept)])
     said: list[Said] = agreement.exchange("has", own)
     if error is not None and not isinstance(error, NoCheckpoint):
@@ -80,7 +85,11 @@ def choose_together(
 
 
 def _look(
-    look: Callable[[], Sequence[Found]], target: Target, directory: str, skipped: list[tuple[str, str]]
+    look: Callable[[], Sequence[Found]],
+    is_mine: Callable[[Record], bool],
+    target: Target,
+    directory: str,
+    skipped: list[tuple[str, str]],
 ) -> tuple[dict[Key, Candidate], Said, FxckptError | None]:
     """What this rank has, what it says of it, and the error that the others are told of before it is raised."""
     mine: dict[Key, Candidate] = {}
@@ -91,7 +100,7 @@ def _look(
             if isinstance(each, Corrupt):
                 damaged += 1
                 skipped.append((directory_of(each), str(each)))
-            else:
+            elif is_mine(each.record):
                 mine.setdefault(key_of(each), each)
     except FxckptError as error:
         failed = error

@@ -57,13 +57,9 @@ class Places:
         return None, why
 
     def _look(self, key: Key) -> Iterator[tuple[Candidate | str, str]]:
-        """What is found or why not, and where it was if that is not the store. What other ranks' checkpoints lie in this store,
-        since ranks were numbered otherwise, comes last, as it would without replicas."""
-        own = self._mine.get(key)
-        if self._replication is None or (own is not None and own.record.rank == self._rank):
-            if own is not None:
-                yield own, ""
-            own = None
+        """What is found or why not, and where it was if that is not the store."""
+        if (own := self._mine.get(key)) is not None:
+            yield own, ""
         if self._replication is None:
             return
         if (here := self._replication.replica(key)) is not None:
@@ -71,8 +67,6 @@ class Places:
         for other in holders(self._said, self._rank, key):
             if other != self._rank:
                 yield self._fetched(other, key), f"from rank {other}"
-        if own is not None:
-            yield own, ""
 
     def _fetched(self, other: int, key: Key) -> Candidate | str:
         """Or why it could not be."""

@@ -9,7 +9,7 @@ goes only where the newer decision was heard. One promise at a time waits for it
 
 Replicas on other ranks' disks: a step is of use there only if it is there of every rank. So rank 0 names one step at a time that
 all of them send, and the next one when all have said how that went. A target is the newest common step in the same decision, so
-every rank has it when it hears of it, and holds it from then on, as it holds the last one that all have sent."""
+every rank has it when it hears of it, and holds it from then on, as it holds the last two that all have sent: one may rot."""
 
 from __future__ import annotations
 
@@ -47,17 +47,22 @@ Sent = tuple[Key, bool]
 """The last target that a rank is done with: is its replica durable?"""
 
 
+COMPLETE = 2
+"""Steps that every rank has sent, and that stay."""
+
+
 @dataclass(frozen=True)
 class Aim:
-    """``target``: the step that all ranks send to each other. ``complete``: the newest one of which every replica is durable."""
+    """``target``: the step that all ranks send to each other. ``complete``: the newest ``COMPLETE`` of which every replica is
+    durable, oldest first."""
 
     target: Key | None = None
-    complete: Key | None = None
+    complete: tuple[Key, ...] = ()
 
     @property
     def keys(self) -> list[Key]:
         """What is held for it, here and where the replicas are."""
-        return [key for key in (self.complete, self.target) if key is not None]
+        return [*self.complete, *([] if self.target is None else [self.target])]
 
 
 def aim_next(before: Aim, common: Key | None, sent: Sequence[Sent | None]) -> Aim:
@@ -65,7 +70,8 @@ def aim_next(before: Aim, common: Key | None, sent: Sequence[Sent | None]) -> Ai
     if before.target is not None and not all(each is not None and each[0] == before.target for each in sent):
         return before
     good = before.target is not None and all(each is not None and each[1] for each in sent)
-    return Aim(common, before.target if good else before.complete)
+    done = (before.target,) if good and before.target is not None and before.target not in before.complete else ()
+    return Aim(common, (*before.complete, *done)[-COMPLETE:])
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,8 @@ class Decision:
     def from_json(cls, found: Sequence[object]) -> Decision:
         """JSON knows no tuples."""
         common, seen, target, complete = found
-        assert isinstance(seen, list)
-        return cls(_key(common), tuple(seen), Aim(_key(target), _key(complete)))
+        assert isinstance(seen, list) and isinstance(complete, list)
+        return cls(_key(common), tuple(seen), Aim(_key(target), tuple(map(key_of, complete))))
 
 
 def _key(sent: object) -> Key | None:

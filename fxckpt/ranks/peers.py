@@ -126,8 +126,8 @@ class Peers:
         self._hold_on(())
         if self._replicas is not None:
             now = self._holder.aim
-            if now.complete is not None and now.complete != before.complete:
-                self._replicas.complete(now.complete)
+            if now.complete != before.complete:
+                self._replicas.complete(now.complete[-1])
             if now.target is not None and now.target != before.target:
                 self._replicas.send(now.target, now.keys, lambda key, good: self._events.put(lambda: self._note_sent(key, good)))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.ranks.choice import Key
+from fxckpt.ranks.common import COMPLETE
 from fxckpt.ranks.replication.hosts import address_of, keeper_of
 from fxckpt.ranks.replication.keeper import Keeper
 from fxckpt.ranks.replication.sender import Done, Sender, Tally
@@ -26,7 +27,7 @@ class Replication:
     def __init__(self, root: str, keep: int, rank: int, hosts: Sequence[str]):
         self.rank: int = rank
         self.hosts: Sequence[str] = hosts
-        self._root, self._keep = root, keep
+        self._root, self._enough = root, max(keep, COMPLETE)
         self._folder = ReplicaFolder(root, keep)
         self._keeper = Keeper(self._folder, self._find, len(set(hosts)) == 1)
         self._sender = Sender(keeper_of(rank, hosts), self._connect, lambda key: self._find(rank, key))
@@ -69,9 +70,9 @@ class Replication:
     def complete(self, key: Key) -> None:
         """Every rank's replica of this is durable. Once there are as many of this life as are kept, what lies here of ranks
         that send theirs elsewhere, this one's own included, is of no use any more."""
-        if key[2] == self._life and len(self._complete) < self._keep:
+        if key[2] == self._life and len(self._complete) < self._enough:
             self._complete.add(key)
-            if len(self._complete) == self._keep:
+            if len(self._complete) == self._enough:
                 self._folder.forget(self._life)
 
     # ---- at a load ----
