@@ -35,6 +35,8 @@ class Tally:
 
 @dataclass(frozen=True)
 class _Job:
+    """One checkpoint to be sent; see ``Sender.send``."""
+
     key: Key
     held: Sequence[Key]
     done: Done
