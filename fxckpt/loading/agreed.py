@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fxckpt.compat.ranks import default_store, launched, rank, world_size
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree, SetupError
 from fxckpt.loading.replicated import Kept, Places
 from fxckpt.loading.target import Target
-from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, stores_digest
+from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, safe, stores_digest
 from fxckpt.ranks.replication import Replication
 from fxckpt.store.about import Job, job, known_as, newest_life
 from fxckpt.store.identity import keep_id
@@ -21,6 +22,16 @@ from fxckpt.store.record import Record
 log: logging.Logger = logging.getLogger("fxckpt")
 
 Found = Candidate | Corrupt
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What all ranks have chosen (None: all begin anew), and the life that begins. ``safe``: the steps that are on two disks of
+    every rank, oldest first, with their generations in this rank's store (None: it is not in there)."""
+
+    found: Candidate | None
+    begins: Job
+    safe: Mapping[Key, int | None] = field(default_factory=dict)
 
 
 def agreement_for(target: Target, asked: bool) -> Agreement | None:
@@ -50,10 +61,9 @@ def choose_together(
     target: Target,
     directory: str,
     skipped: list[tuple[str, str]],
-) -> tuple[Candidate | None, Job]:
-    """The checkpoint that all ranks have chosen (None: all begin anew), and the life that begins. What did not verify here is
-    added to ``skipped``. ``kept``: what else lies on this disk, where there are replicas. Raises RanksDisagree if there is no
-    common one, with what each rank has."""
+) -> Chosen:
+    """The checkpoint that all ranks begin with. What did not verify here is added to ``skipped``. ``kept``: what lies on this
+    disk, where there are replicas. Raises RanksDisagree if there is no common one, with what each rank has."""
 
     def is_mine(record: Record) -> bool:  # disks may have changed places; of a rank that there was not, anyone's is as good
         return replication is None or record.rank == agreement.rank or agreement.rank >= record.world_size
@@ -66,17 +76,18 @@ def choose_together(
     stores, number = stores_digest([each["store"] for each in said]), 1 + max(each["number"] for each in said)
     begins = Job(said[0]["life"], stores, number=number)
     if not any(each["keys"] or each["kept"] or each["damaged"] or each["error"] for each in said):
-        return None, begins
+        return Chosen(None, begins)
     places, banned = Places(mine, said, agreement.rank, replication), set[Key]()
     while (key := newest_common(said, banned)) is not None:
         chosen, verdict = places.first_good(key, lambda found: _verify(found, skipped, agreement))
         if not any(agreement.exchange(f"damaged/{len(banned)}", verdict)):
-            return chosen, begins
+            on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
+            return Chosen(chosen, begins, on_two)
         banned.add(key)
     if none_was_common(said):
         log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
                     "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
-        return None, begins
+        return Chosen(None, begins)
     raise RanksDisagree(
         "the ranks have no checkpoint of one step, written in one life of the job, that verifies on all of them:"
         f"{described(said)}\n{len(banned)} common one(s) did not verify. To start over give all of them up with "

@@ -176,7 +176,8 @@ def _load_agreed(
     replication = replication_of(target, directory, name)
     with agreement:
         kept = kept_here(replication, step, lambda each: saved_amid_an_iteration(each.record))
-        found, begins = choose_together(agreement, look, kept, replication, target, directory, skipped)
+        chosen = choose_together(agreement, look, kept, replication, target, directory, skipped)
+        found = chosen.found
         all_restored(agreement, restore)
     if found is not None:
         _say_how_many(found, agreement.world)
@@ -188,7 +189,7 @@ def _load_agreed(
             if names.is_replica(str(found.path)):  # of another store: what this one has is not continued
                 loaded = key_of(found), None
                 run.store.mark_loaded(None)
-        run.saver.ranks.begin(begins, agreement.store, agreement.rank, agreement.world, loaded)
+        run.saver.ranks.begin(chosen.begins, agreement.store, agreement.rank, agreement.world, loaded, chosen.safe)
     return out[0]
 
 

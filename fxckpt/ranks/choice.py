@@ -11,6 +11,10 @@ Key = tuple[int, int, str]
 together)."""
 
 
+COMPLETE = 2
+"""Steps of which every rank has a replica, and that stay."""
+
+
 class Kept(NamedTuple):
     """A checkpoint on some rank's disk, its own or a replica: whose it is, and what orders it among others of that rank.
     ``amid``: it was saved amid an iteration; ``number``: of the life that wrote it."""
@@ -69,6 +73,14 @@ def available(said: Sequence[Said], rank: int) -> list[Key]:
 def holders(said: Sequence[Said], rank: int, key: Key) -> list[int]:
     """The ranks on whose disks this rank's checkpoint lies."""
     return [at for at, each in _all_kept(said) if each.rank == rank and each.key == key]
+
+
+def safe(said: Sequence[Said], newest: Key) -> list[Key]:
+    """The newest few steps, up to this one, that every rank has on two disks: no single one takes them away. Oldest first."""
+    order = available(said, 0)
+    older = order[order.index(newest) :] if newest in order else []
+    whole = [key for key in older if all(len(set(holders(said, rank, key))) > 1 for rank in range(len(said)))]
+    return whole[:COMPLETE][::-1]
 
 
 def _all_kept(said: Sequence[Said]) -> Iterator[tuple[int, Kept]]:

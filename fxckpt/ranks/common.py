@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxckpt.ranks.choice import Key, key_of
+from fxckpt.ranks.choice import COMPLETE, Key, key_of
 
 
 def least_kept(keep: int, max_async: int) -> int:
@@ -45,10 +45,6 @@ class Promise:
 
 Sent = tuple[Key, bool]
 """The last target that a rank is done with: is its replica durable?"""
-
-
-COMPLETE = 2
-"""Steps that every rank has sent, and that stay."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +96,13 @@ def _key(sent: object) -> Key | None:
 
 
 class Holder:
-    """What one rank holds for the others' sake. ``loaded``: with what all of them began."""
+    """What one rank holds for the others' sake. ``loaded``: with what all of them began; ``complete``: of what every rank had a
+    replica then."""
 
-    def __init__(self, rank: int, loaded: Key | None):
+    def __init__(self, rank: int, loaded: Key | None, complete: Sequence[Key] = ()):
         self._rank = rank
         self.common: Key | None = loaded
-        self.aim: Aim = Aim()
+        self.aim: Aim = Aim(None, tuple(complete))
         self.promise: Promise = Promise(0, () if loaded is None else (loaded,))
         self._seen = self.promise
 

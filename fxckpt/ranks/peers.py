@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from fxckpt.errors import FxckptError
@@ -38,7 +38,8 @@ class Peers:
 
     ``prefix``: of its messages, the same on all ranks and in no other life. ``hold``: asks this rank's store. ``window``: how
     many of the newest checkpoints are promised. ``loaded``: with what all began, and its generation here; None for that: it is
-    no checkpoint of the store, and stays by itself. ``replicas``: where common steps are sent, if anywhere."""
+    no checkpoint of the store, and stays by itself. ``replicas``: where common steps are sent, if anywhere; ``safe``: of which
+    steps every rank has one, likewise, oldest first."""
 
     def __init__(
         self,
@@ -50,15 +51,15 @@ class Peers:
         window: int,
         loaded: tuple[Key, int | None] | None,
         replicas: Replicates | None = None,
+        safe: Mapping[Key, int | None] | None = None,
     ):
         self.rank: int = rank
         self.world: int = world
         self._store, self._prefix, self._hold, self._window = store, prefix, hold, window
-        self._holder = Holder(rank, None if loaded is None else loaded[0])
-        self._decision = Decision(self._holder.common, (-1,) * world)
-        self._generations: dict[Key, int] = {}  # oldest first
-        if loaded is not None and loaded[1] is not None:
-            self._generations[loaded[0]] = loaded[1]
+        self._holder = Holder(rank, None if loaded is None else loaded[0], list(safe or ()))
+        self._decision = Decision(self._holder.common, (-1,) * world, self._holder.aim)
+        before = {**(safe or {}), **({} if loaded is None else dict([loaded]))}
+        self._generations: dict[Key, int] = {key: at for key, at in before.items() if at is not None}  # oldest first
         self._replicas = replicas
         self._sent: Sent | None = None
         self._busy_until = 0.0

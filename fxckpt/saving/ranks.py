@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
+from collections.abc import Mapping
 
 from fxckpt.compat.ranks import default_store, rank, world_size
 from fxckpt.errors import SetupError
@@ -52,14 +53,20 @@ class Ranks:
         """The newest step that all ranks are known to have committed."""
         return None if self._peers is None or self._peers.common is None else self._peers.common[0]
 
-    def begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None) -> None:
+    def begin(
+        self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None,
+        safe: Mapping[Key, int | None] | None = None,
+    ) -> None:  # fmt: skip
         """All ranks have agreed on what to load: this (None: nothing, or of another store), of this generation here (None: it is
-        a replica)."""
+        a replica). ``safe``: likewise, of which steps every rank has a replica, oldest first."""
         if isinstance(self._store, FirstStore | OtherStore):
             self._store.renew(job.life)
-        self._begin(job, store, rank, world, loaded)
+        self._begin(job, store, rank, world, loaded, safe)
 
-    def _begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None) -> None:
+    def _begin(
+        self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None,
+        safe: Mapping[Key, int | None] | None = None,
+    ) -> None:  # fmt: skip
         """Talk of this life from now on."""
         self._fall_silent()
         self._job = job
@@ -70,7 +77,7 @@ class Ranks:
         if self.replication is not None:
             self.replication.begins(job.life)
         prefix, hold = f"fxckpt/common/{job.life}", self._store.hold
-        self._peers = Peers(mine, rank, world, prefix, hold, self._window, loaded, self.replication)
+        self._peers = Peers(mine, rank, world, prefix, hold, self._window, loaded, self.replication, safe)
         self._peers.start()
 
     def _begin_unasked(self) -> None:

@@ -23,6 +23,8 @@ from fxckpt.cli import main
 from fxckpt.compiled_optimizer import together
 from fxckpt.config import Config
 from fxckpt.errors import Corrupt, SetupError
+from fxckpt.ranks import holders, newest_common, safe
+from fxckpt.ranks.choice import available
 from fxckpt.ranks.common import Decision, Holder, Promise, aim_next, decide
 from fxckpt.ranks.replication import SECRET, Lost, Replication, keeper_of
 from fxckpt.ranks.replication.wire import Line, connected
@@ -399,6 +401,26 @@ def test_the_keeper_is_on_another_host_where_there_is_one():
     assert [keeper_of(rank, ["a", "b", "a", "b"]) for rank in range(4)] == [3, 0, 1, 2]
     assert [keeper_of(rank, ["a", "a", "a", "b"]) for rank in range(4)] == [3, 3, 3, 0]
     assert [keeper_of(rank, ["a", "a", "a"]) for rank in range(3)] == [1, 2, 0]
+
+
+def test_a_load_knows_all_disks_and_which_steps_no_single_one_takes_away():
+    old, one, two = (3, 3, "old"), (1, 1, "new"), (2, 2, "new")
+
+    def kept(rank, key, number, generation, amid=False):
+        return [rank, *key, amid, number, generation]
+
+    said = [
+        {"keys": [two, old], "kept": [kept(0, two, 7, 2), kept(0, old, 6, 9), kept(1, old, 6, 5), kept(1, one, 7, 6)]},
+        {"keys": [], "kept": [kept(1, two, 7, 1, amid=True), kept(0, one, 7, 1), kept(0, two, 7, 2), kept(1, one, 7, 6)]},
+        {"keys": [], "kept": [kept(0, one, 7, 1), kept(1, two, 7, 1, amid=True)]},
+    ]
+    assert available(said, 0) == [two, one, old] and available(said, 1) == [one, old, two] and available(said, 2) == []
+    assert holders(said, 1, one) == [0, 1] and newest_common(said, set()) is None
+    assert newest_common(said[:2], set()) == two and newest_common(said[:2], {two}) == one
+    said = said[:2]
+    said[0]["kept"].append(kept(0, one, 7, 1))
+    assert safe(said, two) == safe(said, one) == [one] and safe(said, old) == []
+    assert Holder(0, two, safe(said, two)).held() == {one, two}
 
 
 def test_what_every_replica_has_stays_with_every_rank_until_all_have_a_newer_one():

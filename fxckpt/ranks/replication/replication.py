@@ -8,8 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fxckpt.errors import Corrupt, NoCheckpoint
-from fxckpt.ranks.choice import Key
-from fxckpt.ranks.common import COMPLETE
+from fxckpt.ranks.choice import COMPLETE, Key
 from fxckpt.ranks.replication.hosts import address_of, keeper_of
 from fxckpt.ranks.replication.keeper import Keeper
 from fxckpt.ranks.replication.sender import Done, Sender, Tally
