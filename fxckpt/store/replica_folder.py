@@ -188,26 +188,26 @@ class ReplicaFolder:
     def retain(self, rank: int, but: Collection[tuple[int, int, str]]) -> None:
         """Give up what this rank, whose replica has just arrived, has beyond its newest ``keep``, unless it is among those that
         it names. No failure raises."""
-        found = sorted((each for _, each in self.listed(rank)), key=lambda each: order_of(each.record), reverse=True)
-        going = [each for each in found[self._keep :] if known_as(each.record) not in but]
         try:
+            found = sorted((each for _, each in self.listed(rank)), key=lambda each: order_of(each.record), reverse=True)
             with self._of(rank) as ranks:
-                for each in going:
-                    remove(ranks, each.path.name)
+                for each in found[self._keep :]:
+                    if known_as(each.record) not in but:
+                        remove(ranks, each.path.name)
         except OSError as error:
             log.warning("fxckpt: a replica that nobody needs any more stays: %s", error)
 
     def forget(self, life: str) -> None:
         """Give up what is here of ranks that have sent nothing in this life: it lies elsewhere by now, or nobody is that rank. No
         failure raises."""
-        found = self.listed()
-        for rank in {rank for rank, _ in found} - {rank for rank, each in found if known_as(each.record)[2] == life}:
-            try:
+        try:
+            found = self.listed()
+            for rank in {rank for rank, _ in found} - {rank for rank, each in found if known_as(each.record)[2] == life}:
                 with self._alone(rank), self._of(rank) as ranks:
                     for each in (each for whose, each in found if whose == rank):
                         remove(ranks, each.path.name)
-            except (OSError, StoreError) as error:
-                log.warning("fxckpt: replicas of rank %d, which nobody needs any more, stay: %s", rank, error)
+        except (OSError, StoreError) as error:
+            log.warning("fxckpt: replicas that nobody needs any more stay: %s", error)
 
 
 def remove(ranks: Folder, entry: str) -> None:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import queue
 import random
-import re
 import shutil
 import socket
 import threading
 import time
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from replicated_job import SCRIPT, Life, replicas, started
 from storing import fast_directory, start
 from waiting import until
 
@@ -32,75 +30,6 @@ from fxckpt.store.lock import holder
 from fxckpt.store.reader import Reader, checkpoints
 from fxckpt.store.record import Record
 from fxckpt.store.replica_folder import ReplicaFolder
-
-SCRIPT = """
-from script_prelude import *
-from datetime import timedelta
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
-rank, world = int(os.environ["RANK"]), int(os.environ["WORLD"])
-store = dist.TCPStore("127.0.0.1", int(os.environ["PORT"]), None, False, timeout=timedelta(seconds=60))
-dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
-ddp = DistributedDataParallel(model)
-opt = torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.5)
-own = {"rank": None}
-fxckpt.compile_step(opt, "d", model=model, extra={"own": own}, every=1, keep=2, update="native",
-                    replicas=1, writer=os.environ.get("WRITER", "thread"))
-start = fxckpt.load()
-torch.manual_seed(rank) if start.step == 0 else None
-print("START", start.step, own["rank"], flush=True)
-own["rank"] = rank
-for step in fxckpt.steps(30):
-    kill_window()
-    ddp(torch.randn(2, 16)).square().mean().backward()  # each rank has data of its own
-    opt.step()
-    opt.zero_grad()
-    print("REPLICATED", opt.ckpt.statistics()["last_replicated_step"] or 0, flush=True)
-opt.ckpt.flush()
-print("END", digest(model), flush=True)
-opt.ckpt.shutdown()
-"""
-
-
-class Life:
-    """One life of the job: a process for each directory, and the store by which they talk, which is the launcher's."""
-
-    def __init__(self, fork_server, script, disks, window="0.02", **variables):
-        self.server = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
-        where = {"WORLD": str(len(disks)), "PORT": str(self.server.port), "KILL_WINDOW": window, **variables}
-        self.ranks = [
-            fork_server.start(script, disk, RANK=str(rank), FXCKPT_HOST=f"127.0.0.{rank + 1}", **where)
-            for rank, disk in enumerate(disks)
-        ]
-
-    def found(self, what):
-        """What each rank has printed behind this word, the last time."""
-        lines = [re.findall(rf"^{what} (.+)\n", rank.output, re.MULTILINE) for rank in self.ranks]
-        return [each[-1] for each in lines if each]
-
-    @property
-    def output(self):
-        return "\n".join(f"rank {at}:\n{rank.output}" for at, rank in enumerate(self.ranks))
-
-    def kill_when_replicated(self, step):
-        """Once every rank's disk has a neighbour's this far; returns up to which step all of them are sure to have it."""
-        until(lambda: len(self.found("REPLICATED")) == len(self.ranks) and self.replicated() >= step, why=lambda: self.output)
-        found = self.replicated()
-        for rank in self.ranks:
-            rank.kill()
-        return found
-
-    def replicated(self):
-        return min(map(int, self.found("REPLICATED")))
-
-    def end(self):
-        for rank in self.ranks:
-            rank.wait()
-        (digest,) = set(self.found("END"))
-        return digest
 
 
 @pytest.fixture(scope="module")
@@ -120,11 +49,6 @@ def killed(fork_server, whole, tmp_path):
     for rank, disk in enumerate(disks):  # at whatever instant of a transfer they were killed
         assert all(Reader(each).verify() is None for each in replicas(disk / "d", 1 - rank))
     return disks, step, lambda: Life(fork_server, whole[0], disks, "0")
-
-
-def started(life):
-    """At which step each rank started, and whose checkpoint it got."""
-    return [tuple(map(int, each.split())) for each in life.found("START")]
 
 
 def test_a_rank_whose_whole_disk_is_lost_goes_on_from_its_replica_with_the_same_bits(killed, whole):
@@ -481,11 +405,6 @@ def test_ranks_that_write_one_store_are_refused_and_a_job_of_one_is_told(root, m
         together.replicate(str(root), 2, (0, 1))
     monkeypatch.undo()
     assert together.replicate(str(root), 2, (0, 1)) is None and "needs other ranks" in caplog.text
-
-
-def replicas(root: Path, rank: int) -> list[Path]:
-    """Directories of a rank's replicas beside a store, by their names alone, oldest step first."""
-    return sorted(each for each in (root / "replicas" / f"rank-{rank:05d}").glob("step-*"))
 
 
 def flip(file: Path) -> None:
