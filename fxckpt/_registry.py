@@ -15,6 +15,7 @@ MODULE_STATE = {
     "fxckpt.engine.ring:_rings": "memory shared with monitors (weak), which a forked child lets go of",
     "fxckpt.store.lock:_held": "directories that this process has locked, for a second store of the same process",
     "fxckpt.store.lock:_locks": "locks of directories (weak), none of which is a forked child's",
+    "fxckpt.ranks.replication.wire:_sockets": "open sockets to other ranks (weak), which a forked child closes",
     "fxckpt.monitor.link:_links": "open sockets to monitors (weak), which a forked child closes",
     "fxckpt.compat.inductor:_capturing": "where Inductor's kernels note their calls while one is taken out",
 }

@@ -65,6 +65,7 @@ class Config:
     journal: int | str = 1
     restore_seconds: float = 30.0
     on_divergence: str = "warn"
+    replicas: int = 0
 
     def __post_init__(self, preset: str | None) -> None:
         if preset is not None and preset not in PRESETS:
@@ -78,6 +79,7 @@ class Config:
             if not _is_count(value := getattr(self, name)):
                 raise SetupError(f"{name}={value!r}: expected a whole number >= 1")
         self._check_journal()
+        self._check_replicas()
         Policy.make(self.keep, self.keep_every, self.keep_minutes, self.keep_best)
         if self.staging_mb is not None and (not isinstance(self.staging_mb, int) or self.staging_mb < 0):
             raise SetupError(f"staging_mb={self.staging_mb!r}: expected a whole number of MiB >= 0, or None")
@@ -104,6 +106,13 @@ class Config:
         if self.journal != 1 and self.updates == "in_backward":
             what = "a record of the journal holds gradients, and in the backward each goes with its update"
             raise SetupError(f'{what}: journal={self.journal!r} and updates="in_backward" do not go together')
+
+    def _check_replicas(self) -> None:
+        if isinstance(self.replicas, bool) or self.replicas not in (0, 1):
+            raise SetupError(f"replicas={self.replicas!r}: expected 0, or 1 for a replica on another rank's disk")
+        if self.replicas and self.journal != 1:
+            what = f"replicas={self.replicas} sends full checkpoints, and the steps between them that journal={self.journal!r} "
+            raise SetupError(f"{what}makes durable would be lost with a disk: leave one of the two out")
 
     @property
     def first_journal(self) -> int:

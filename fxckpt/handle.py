@@ -52,6 +52,13 @@ class Statistics(TypedDict):
     staging_bytes: int
     layers: int
     last_error: str | None
+    replicas_sent: int
+    """Of this rank's checkpoints, durable on another rank's disk (``replicas=1``)."""
+    replicas_failed: int
+    last_replicated_step: int | None
+    """Up to which step the other rank has this one's. None before the first, and without ``replicas=1``."""
+    replica_lag_steps: int
+    """How many steps that is behind ``last_committed_step``."""
 
 
 class Handle:
@@ -238,6 +245,8 @@ class Handle:
         """The run's counters so far. Cheap, and allowed from any thread."""
         run, tally = self._run, self._run.saver.tally
         engine = run.engine.statistics() if run.engine is not None else NO_ENGINE
+        replicas = run.saver.ranks.replication
+        sent, failed, last = (0, 0, None) if replicas is None else replicas.tally.counts()
         return {
             "steps": run.clock.attempts,
             "checkpoints_started": tally.started,
@@ -254,6 +263,10 @@ class Handle:
             "staging_bytes": engine["staging_bytes"],
             "layers": sum(len(stepper.executor.arranged.graph.layers) for stepper in run.steppers),
             "last_error": None if tally.last_error is None else str(tally.last_error),
+            "replicas_sent": sent,
+            "replicas_failed": failed,
+            "last_replicated_step": last,
+            "replica_lag_steps": 0 if replicas is None else max((tally.last_committed or 0) - (last or 0), 0),
         }
 
     def trace(self, path: str | os.PathLike[str], beside: str | os.PathLike[str] | None = None) -> Tracing:

@@ -20,6 +20,7 @@ from fxckpt.compat.wrappers import is_wrapper
 from fxckpt.compiled_optimizer.checks import check, check_parts
 from fxckpt.compiled_optimizer.ends import finish_at_exit
 from fxckpt.compiled_optimizer.start import give_up, say, start
+from fxckpt.compiled_optimizer.together import replicate
 from fxckpt.compiled_optimizer.types import typed
 from fxckpt.config import Config, default_directory, disabled
 from fxckpt.run.run import Run
@@ -56,6 +57,7 @@ def compile_step(
     journal: int | Literal["auto"] = 1,
     restore_seconds: float = 30.0,
     on_divergence: Literal["warn", "raise", "off"] = "warn",
+    replicas: Literal[0, 1] = 0,
 ) -> object:
     """Checkpoint training layer by layer inside ``opt.step()``.
 
@@ -98,6 +100,9 @@ def compile_step(
         restore_seconds: with ``journal="auto"``, what a ``load`` may take longer at most than that of a full checkpoint.
         on_divergence: where several ranks write one store, what to do when two of them have other bits in place of one tensor:
             ``"warn"`` logs and records it, ``"raise"`` raises it at rank 0's next step, ``"off"`` does not look.
+        replicas: where ranks have a store each, on disks of their own: 1 sends each checkpoint that all of them have to a rank on
+            another host, too, which keeps the newest ``keep`` beside its store. ``load`` takes them in place of what was lost
+            with a disk (docs/distributed.md).
 
     Returns:
         ``opt`` itself (or the list), its class swapped for a subclass; ``opt.ckpt`` is the run's :class:`~fxckpt.Handle`.
@@ -112,6 +117,7 @@ def compile_step(
         keep=keep, keep_every=keep_every, keep_minutes=keep_minutes, keep_best=keep_best, fresh=fresh,
         writer=writer, layer=layer, on_layer=on_layer, update=update, updates=updates, on_error=on_error, read_back=read_back,
         journal=journal, restore_seconds=restore_seconds, on_divergence=on_divergence,
+        replicas=replicas,
     )  # fmt: skip
     given = list(opt) if isinstance(opt, (list, tuple)) else [opt]
     optimizers, module, extras = check(given, model, extra)
@@ -119,12 +125,15 @@ def compile_step(
     devices = cuda.Devices()
     ordinals = devices.all_of(trained_by(optimizers))
     engine, store = (None, NullStore()) if disabled() else start(directory, config, devices, ordinals)
+    replication = None
     try:
         if not isinstance(store, NullStore):
             check_parts(module, optimizers, store.part[1])
-        run = Run(optimizers, directory, module, extras, config, engine, store, devices, call_step)
+            if config.replicas:
+                replication = replicate(directory, config.keep, store.part)
+        run = Run(optimizers, directory, module, extras, config, engine, store, devices, call_step, replication)
     except BaseException:
-        give_up(engine, store)
+        give_up(engine, store, replication)
         raise
     for each in optimizers:
         attach(each, run)

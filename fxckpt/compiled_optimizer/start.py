@@ -13,6 +13,7 @@ from fxckpt.engine import Engine
 from fxckpt.engine.reading import READING_THREADS
 from fxckpt.errors import SetupError, StoreLocked
 from fxckpt.ranks import least_kept
+from fxckpt.ranks.replication import Replication
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import trained_by
 from fxckpt.saving.stores import CheckpointStore, NullStore
@@ -50,8 +51,10 @@ def start(directory: str, config: Config, devices: cuda.Devices, ordinals: set[i
     return engine, store
 
 
-def give_up(engine: Engine | None, store: CheckpointStore) -> None:
+def give_up(engine: Engine | None, store: CheckpointStore, replication: Replication | None = None) -> None:
     """No run comes to be that would end them."""
+    if replication is not None:
+        replication.close()
     if engine is not None:
         engine.close()
     store.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -10,8 +12,11 @@ from typing import Any, TypedDict
 from fxckpt.compat.ranks import default_store, rank, world_size
 from fxckpt.errors import RanksDisagree, SetupError
 from fxckpt.ranks import Agreement, FirstStore, OtherStore, Rendezvous
+from fxckpt.ranks.replication import SECRET, Replication, keeper_of, own_host
 from fxckpt.store.identity import read_store_id
 from fxckpt.store.lock import wait_for_monitor
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 APPEARS = 5.0
 """Seconds until what another machine wrote must be seen: network file systems keep what they know of a directory for a while."""
@@ -25,11 +30,11 @@ class Opened(TypedDict):
     error: str
 
 
-def agreement_here() -> Agreement | None:
+def agreement_here(call: str = "fxckpt.compile_step()") -> Agreement | None:
     """How the ranks agree on their stores; None for one process, or where they cannot talk."""
     if world_size() == 1 or (found := default_store()) is None:
         return None
-    return Agreement(found[0], rank(), world_size(), found[1], call="fxckpt.compile_step()")
+    return Agreement(found[0], rank(), world_size(), found[1], call=call)
 
 
 def open_together(
@@ -53,6 +58,39 @@ def open_together(
         if agreement.rank == 0:
             return _first(agreement, FirstStore(directory, rendezvous, on_divergence=on_divergence, **options))
         return _other(agreement, rendezvous, directory, options)
+
+
+def replicate(directory: str, keep: int, part: tuple[int, int]) -> Replication | None:
+    """Has this rank's checkpoints kept by another rank, too, once all ranks call this; None, and a warning, in a job of one rank.
+    ``keep``: how many of them; ``part``: of the store. Raises SetupError where the ranks cannot talk, or write one store."""
+    if world_size() == 1:
+        log.warning("fxckpt: replicas=1 needs other ranks, and this is a job of one: there are no replicas")
+        return None
+    if part[1] > 1:
+        raise SetupError(
+            f"all ranks write one store in {directory}, and replicas=1 is for ranks with a store each, on disks of their own: "
+            f"name another directory on every rank (f'.../rank{{rank}}'), or leave replicas= out"
+        )
+    if (agreement := agreement_here("fxckpt.compile_step(replicas=1)")) is None:
+        raise SetupError("replicas=1 needs a process group with a store: call torch.distributed.init_process_group() before "
+                         "compile_step, on every rank")  # fmt: skip
+    with agreement:
+        secret = secrets.token_hex(SECRET) if agreement.rank == 0 else ""
+        said: list[list[str]] = agreement.exchange("host", [own_host(), secret])
+        hosts = [host for host, _ in said]
+        found = Replication(directory, keep, agreement.rank, hosts)
+        try:
+            found.start(bytes.fromhex(said[0][1]), agreement.exchange("port", found.port))
+        except BaseException:
+            found.close()
+            raise
+    keeper = keeper_of(agreement.rank, hosts)
+    if len(set(hosts)) > 1:
+        log.info("fxckpt: replicas of rank %d's checkpoints go to rank %d on %s", agreement.rank, keeper, hosts[keeper])
+    elif agreement.rank == 0:
+        log.warning("fxckpt: all ranks are on one host, %s: a replica is in the same failure domain as its checkpoint, and both "
+                    "may be lost together", hosts[0])  # fmt: skip
+    return found
 
 
 def _listed(said: Sequence[object]) -> str:

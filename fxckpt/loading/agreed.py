@@ -5,19 +5,33 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fxckpt.compat.ranks import default_store, launched, rank, world_size
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree, SetupError
+from fxckpt.loading.replicated import Kept, Places
 from fxckpt.loading.target import Target
-from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, stores_digest
-from fxckpt.store.about import Job, job
+from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, safe, stores_digest
+from fxckpt.ranks.replication import Replication
+from fxckpt.store.about import Job, job, known_as, newest_life
 from fxckpt.store.identity import keep_id
 from fxckpt.store.reader import Candidate, Reader, directory_of
+from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
 Found = Candidate | Corrupt
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What all ranks have chosen (None: all begin anew), and the life that begins. ``safe``: the steps that are on two disks of
+    every rank, oldest first, with their generations in this rank's store (None: it is not in there)."""
+
+    found: Candidate | None
+    begins: Job
+    safe: Mapping[Key, int | None] = field(default_factory=dict)
 
 
 def agreement_for(target: Target, asked: bool) -> Agreement | None:
@@ -40,27 +54,40 @@ def agreement_for(target: Target, asked: bool) -> Agreement | None:
 
 
 def choose_together(
-    agreement: Agreement, look: Callable[[], Sequence[Found]], target: Target, directory: str, skipped: list[tuple[str, str]]
-) -> tuple[Candidate | None, Job]:
-    """The checkpoint that all ranks have chosen (None: all begin anew), and the life that begins. What did not verify here is
-    added to ``skipped``. Raises RanksDisagree if there is no common one, with what each rank has."""
-    mine, own, error = _look(look, target, directory, skipped)
+    agreement: Agreement,
+    look: Callable[[], Sequence[Found]],
+    kept: Sequence[Kept],
+    replication: Replication | None,
+    target: Target,
+    directory: str,
+    skipped: list[tuple[str, str]],
+) -> Chosen:
+    """The checkpoint that all ranks begin with. What did not verify here is added to ``skipped``. ``kept``: what lies on this
+    disk, where there are replicas. Raises RanksDisagree if there is no common one, with what each rank has."""
+
+    def is_mine(record: Record) -> bool:  # disks may have changed places; of a rank that there was not, anyone's is as good
+        return replication is None or record.rank == agreement.rank or agreement.rank >= record.world_size
+
+    mine, own, error = _look(look, is_mine, target, directory, skipped)
+    own["kept"], own["number"] = kept, max([own["number"], *(number for *_, number, _ in kept)])
     said: list[Said] = agreement.exchange("has", own)
     if error is not None and not isinstance(error, NoCheckpoint):
         raise error
-    begins = Job(said[0]["life"], stores_digest([each["store"] for each in said]))
-    if not any(each["keys"] or each["damaged"] or each["error"] for each in said):
-        return None, begins
-    banned: set[Key] = set()
+    stores, number = stores_digest([each["store"] for each in said]), 1 + max(each["number"] for each in said)
+    begins = Job(said[0]["life"], stores, number=number)
+    if not any(each["keys"] or each["kept"] or each["damaged"] or each["error"] for each in said):
+        return Chosen(None, begins)
+    places, banned = Places(mine, said, agreement.rank, replication), set[Key]()
     while (key := newest_common(said, banned)) is not None:
-        verdict = _verify(mine[key], skipped, agreement)
+        chosen, verdict = places.first_good(key, lambda found: _verify(found, skipped, agreement))
         if not any(agreement.exchange(f"damaged/{len(banned)}", verdict)):
-            return mine[key], begins
+            on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
+            return Chosen(chosen, begins, on_two)
         banned.add(key)
     if none_was_common(said):
         log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
                     "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
-        return None, begins
+        return Chosen(None, begins)
     raise RanksDisagree(
         "the ranks have no checkpoint of one step, written in one life of the job, that verifies on all of them:"
         f"{described(said)}\n{len(banned)} common one(s) did not verify. To start over give all of them up with "
@@ -69,7 +96,11 @@ def choose_together(
 
 
 def _look(
-    look: Callable[[], Sequence[Found]], target: Target, directory: str, skipped: list[tuple[str, str]]
+    look: Callable[[], Sequence[Found]],
+    is_mine: Callable[[Record], bool],
+    target: Target,
+    directory: str,
+    skipped: list[tuple[str, str]],
 ) -> tuple[dict[Key, Candidate], Said, FxckptError | None]:
     """What this rank has, what it says of it, and the error that the others are told of before it is raised."""
     mine: dict[Key, Candidate] = {}
@@ -80,7 +111,7 @@ def _look(
             if isinstance(each, Corrupt):
                 damaged += 1
                 skipped.append((directory_of(each), str(each)))
-            else:
+            elif is_mine(each.record):
                 mine.setdefault(key_of(each), each)
     except FxckptError as error:
         failed = error
@@ -88,15 +119,16 @@ def _look(
     store = None if run is None else keep_id(run.directory)
     common = any(job(each.record).common is not None for each in mine.values())
     said: Said = {
-        "keys": list(mine), "damaged": damaged, "directory": directory, "elsewhere": elsewhere, "store": store or "",
-        "beside": beside, "common": common, "life": uuid.uuid4().hex, "error": "" if failed is None else str(failed),
+        "keys": list(mine), "kept": [], "damaged": damaged, "directory": directory, "elsewhere": elsewhere,
+        "store": store or "", "beside": beside, "common": common, "life": uuid.uuid4().hex,
+        "number": newest_life(each.record for each in mine.values()), "error": "" if failed is None else str(failed),
     }  # fmt: skip
     return mine, said, failed
 
 
 def key_of(found: Candidate) -> Key:
     """By which it is known on all ranks."""
-    return found.record.step, found.record.iteration, job(found.record).life
+    return known_as(found.record)
 
 
 def _verify(found: Candidate, skipped: list[tuple[str, str]], agreement: Agreement) -> str:

@@ -27,10 +27,11 @@ from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
 from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
 from fxckpt.loading.match import check_match, match_tensors, relaid
+from fxckpt.loading.replicated import kept_here, replication_of
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
 from fxckpt.loading.target import Optimizers, StrPath, Target, find_target
-from fxckpt.ranks.agreement import Agreement
+from fxckpt.ranks import Agreement, Key
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run
 from fxckpt.store import names
@@ -172,16 +173,23 @@ def _load_agreed(
     def restore() -> None:
         out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped, agreement.rank))
 
+    replication = replication_of(target, directory, name)
     with agreement:
-        found, begins = choose_together(agreement, look, target, directory, skipped)
+        kept = kept_here(replication, step, lambda each: saved_amid_an_iteration(each.record))
+        chosen = choose_together(agreement, look, kept, replication, target, directory, skipped)
+        found = chosen.found
         all_restored(agreement, restore)
     if found is not None:
         _say_how_many(found, agreement.world)
     _say_what_is_not_made_again(directory, found)
     if (run := target.run) is not None:
-        own = found is not None and os.path.realpath(directory) == os.path.realpath(run.directory)
-        loaded = (key_of(found), found.record.generation) if own and found is not None else None
-        run.saver.ranks.begin(begins, agreement.store, agreement.rank, agreement.world, loaded)
+        loaded: tuple[Key, int | None] | None = None
+        if found is not None and os.path.realpath(directory) == os.path.realpath(run.directory):
+            loaded = key_of(found), found.record.generation
+            if names.is_replica(str(found.path)):  # of another store: what this one has is not continued
+                loaded = key_of(found), None
+                run.store.mark_loaded(None)
+        run.saver.ranks.begin(chosen.begins, agreement.store, agreement.rank, agreement.world, loaded, chosen.safe)
     return out[0]
 
 

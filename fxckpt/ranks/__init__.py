@@ -5,6 +5,7 @@ heart.py       tells the others that this rank lives while it loads
 choice.py      which checkpoint all of them start from, by what they said
 common.py      while they train: a step that all have is kept, by promises and decisions
 peers.py       the thread that sends both
+replication/   sends what all have to another rank's disk
 ending.py      at which step all take their last checkpoint, when a signal asks them to end
 
 Where all write into one directory, a part of each checkpoint each:
@@ -15,7 +16,7 @@ rendezvous.py  what they say to each other;  words.py  what there is to say
 """
 
 from fxckpt.ranks.agreement import Agreement
-from fxckpt.ranks.choice import Key, Said, described, newest_common, none_was_common, stores_digest
+from fxckpt.ranks.choice import Key, Said, described, holders, newest_common, none_was_common, safe, stores_digest
 from fxckpt.ranks.common import least_kept
 from fxckpt.ranks.ending import Ending
 from fxckpt.ranks.first import FirstStore
@@ -26,6 +27,6 @@ from fxckpt.ranks.rendezvous import Rendezvous
 
 __all__ = [
     "Agreement", "Ending",
-    "FirstStore", "Key", "Messages", "OtherStore", "Peers", "Rendezvous", "Said", "described", "least_kept", "named",
-    "newest_common", "none_was_common", "stores_digest",
+    "FirstStore", "Key", "Messages", "OtherStore", "Peers", "Rendezvous", "Said", "described", "holders", "least_kept", "named",
+    "newest_common", "none_was_common", "safe", "stores_digest",
 ]  # fmt: skip

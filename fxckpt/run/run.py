@@ -19,6 +19,7 @@ from fxckpt.errors import SetupError
 from fxckpt.journal.chain import Chain
 from fxckpt.journal.length import Trial
 from fxckpt.optim.stepper import Stepper
+from fxckpt.ranks.replication import Replication
 from fxckpt.run import extra_state
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.capture import Capture
@@ -57,6 +58,7 @@ class Run:
         store: CheckpointStore,
         devices: cuda.Devices,
         step: Step,
+        replication: Replication | None = None,
     ):
         self._together = list(optimizers) if len(optimizers) > 1 else []  # a run goes on until the last of them is dropped
         self.directory: str = directory
@@ -65,7 +67,9 @@ class Run:
         self.store: CheckpointStore = store
         self.clock: StepClock = StepClock()
         self.status: RunStatus = RunStatus(engine is not None)
-        self.saver: Saver = Saver(engine, store, max_async=config.max_async, every=config.every, keep=config.keep)
+        self.saver: Saver = Saver(
+            engine, store, max_async=config.max_async, every=config.every, keep=config.keep, replication=replication
+        )
         self.saver.about.config = config_of(model)
         self.listeners: Listeners = Listeners()
         self.saver.reporter.listeners = weakref.ref(self.listeners)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
+from collections.abc import Mapping
 
 from fxckpt.compat.ranks import default_store, rank, world_size
 from fxckpt.errors import SetupError
 from fxckpt.ranks import Ending, FirstStore, Key, Messages, OtherStore, Peers, named
+from fxckpt.ranks.replication import Replication
 from fxckpt.saving.stores import CheckpointStore
-from fxckpt.store.about import Job
+from fxckpt.store.about import Job, newest_life
+from fxckpt.store.reader import Candidate, candidates
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -18,11 +21,12 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 class Ranks:
     """Of one run; nothing in a job of one rank. ``window``: how many of the newest checkpoints each rank keeps for the others.
-    ``every``: when they are due. Raises SetupError if they would not meet. Where all write one store, what is committed is
-    common, and nobody need be asked."""
+    ``every``: when they are due. ``replication``: to other ranks' disks, if anywhere; ends with this. Raises SetupError if they
+    would not meet. Where all write one store, what is committed is common, and nobody need be asked."""
 
-    def __init__(self, store: CheckpointStore, window: int, every: int | str):
+    def __init__(self, store: CheckpointStore, window: int, every: int | str, replication: Replication | None = None):
         self._store, self._window, self._every = store, window, every
+        self.replication: Replication | None = replication
         self._job: Job | None = None
         self._peers: Peers | None = None
         self._ending: Ending | None = None
@@ -49,21 +53,31 @@ class Ranks:
         """The newest step that all ranks are known to have committed."""
         return None if self._peers is None or self._peers.common is None else self._peers.common[0]
 
-    def begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int] | None) -> None:
-        """All ranks have agreed on what to load: this, of this generation here (None: nothing, or of another store)."""
+    def begin(
+        self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None,
+        safe: Mapping[Key, int | None] | None = None,
+    ) -> None:  # fmt: skip
+        """All ranks have agreed on what to load: this (None: nothing, or of another store), of this generation here (None: it is
+        a replica). ``safe``: likewise, of which steps every rank has a replica, oldest first."""
         if isinstance(self._store, FirstStore | OtherStore):
             self._store.renew(job.life)
-        self._begin(job, store, rank, world, loaded)
+        self._begin(job, store, rank, world, loaded, safe)
 
-    def _begin(self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int] | None) -> None:
+    def _begin(
+        self, job: Job, store: Messages, rank: int, world: int, loaded: tuple[Key, int | None] | None,
+        safe: Mapping[Key, int | None] | None = None,
+    ) -> None:  # fmt: skip
         """Talk of this life from now on."""
-        self.stop()
+        self._fall_silent()
         self._job = job
         if self._store.part[1] > 1:
             return
         with named():
             mine = store.clone()  # the thread that trains may wait in its own connection
-        self._peers = Peers(mine, rank, world, f"fxckpt/common/{job.life}", self._store.hold, self._window, loaded)
+        if self.replication is not None:
+            self.replication.begins(job.life)
+        prefix, hold = f"fxckpt/common/{job.life}", self._store.hold
+        self._peers = Peers(mine, rank, world, prefix, hold, self._window, loaded, self.replication, safe)
         self._peers.start()
 
     def _begin_unasked(self) -> None:
@@ -75,7 +89,9 @@ class Ranks:
         with named():
             self._number = self._number or self._count()
             life = found[0].compare_set(f"fxckpt/life/{self._number}", "", uuid.uuid4().hex)
-        self._begin(Job(life.decode()), found[0], rank(), world_size(), None)
+        left = [] if self.replication is None else candidates(self._store.root)  # by earlier lives, which this one gives up
+        number = 1 + newest_life(each.record for each in left if isinstance(each, Candidate))
+        self._begin(Job(life.decode(), number=number), found[0], rank(), world_size(), None)
 
     def described(self, record: Record) -> Record:
         """The record of a checkpoint that is about to be committed, with what it says of the job."""
@@ -98,6 +114,11 @@ class Ranks:
         return self._ending is None or self._ending.is_here(step)
 
     def stop(self) -> None:
-        """Talk no more."""
+        """Talk no more, and send none."""
+        self._fall_silent()
+        if self.replication is not None:
+            self.replication.close()
+
+    def _fall_silent(self) -> None:
         if self._peers is not None:
             self._peers.stop()

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from fxckpt.engine import Checkpoint, Engine
 from fxckpt.errors import FxckptError
 from fxckpt.ranks import least_kept
+from fxckpt.ranks.replication import Replication
 from fxckpt.saving.committer import Committer, SlotSupply
 from fxckpt.saving.flights import Flights, Tally, TrainingThread
 from fxckpt.saving.guard import Guard
@@ -38,7 +39,10 @@ def _stall_of(tally: Tally, engine: Engine | None) -> Callable[[], float]:
 class Saver:
     """Begins a run's checkpoints, ``max_async`` at a time, and ends all of it. ``engine`` is None where fxckpt is turned off."""
 
-    def __init__(self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1, keep: int = 1):
+    def __init__(
+        self, engine: Engine | None, store: CheckpointStore, *, max_async: int, every: int | str = 1, keep: int = 1,
+        replication: Replication | None = None,
+    ):  # fmt: skip
         self.engine: Engine | None = engine
         self.store: CheckpointStore = store
         self.tally: Tally = Tally()
@@ -48,7 +52,7 @@ class Saver:
         self.flights: Flights = Flights(self.loop, max_async, self.trainer)
         self.supply: SlotSupply = SlotSupply(store, self.flights)
         self.reporter: Reporter = Reporter(self.about, self.loop, _stall_of(self.tally, engine))
-        self.ranks: Ranks = Ranks(store, least_kept(keep, max_async), 1 if engine is None else every)
+        self.ranks: Ranks = Ranks(store, least_kept(keep, max_async), 1 if engine is None else every, replication)
         self._committer = Committer(store, self.supply, self.flights, self.tally, self.reporter, self.ranks)
         self._records = 0  # of the journal that were begun
         self._pid = os.getpid()

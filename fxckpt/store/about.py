@@ -7,7 +7,7 @@ branch that the checkpoint is of. Whoever shows it takes it as it comes: what is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +54,13 @@ class Passed:
 class Job:
     """Of several ranks, each with a store of its own. ``life``: drawn anew, the same on all ranks, whenever they agree on what to
     load. ``stores``: a digest of the ids of all ranks' stores, by which is known which belong together. ``common``: the newest
-    step that was known to be committed on all ranks; None of none."""
+    step that was known to be committed on all ranks; None of none. ``number`` is higher than that of every life before, as far as
+    the ranks knew: it orders lives where generations of several stores meet."""
 
     life: str = ""
     stores: str = ""
     common: int | None = None
+    number: int = 0
 
     def to_state(self) -> dict[str, Any]:
         """The member of a record's ``state``."""
@@ -155,7 +157,23 @@ def job(record: Record) -> Job:
     found = _member(record, JOB)
     found = found if isinstance(found, dict) else {}
     life, stores = (value if isinstance(value := found.get(name), str) else "" for name in ("life", "stores"))
-    return Job(life, stores, found["common"] if is_count(found.get("common")) else None)
+    number = found["number"] if is_count(found.get("number")) else 0
+    return Job(life, stores, found["common"] if is_count(found.get("common")) else None, number)
+
+
+def known_as(record: Record) -> tuple[int, int, str]:
+    """What makes checkpoints of several ranks those of one instant: step, iteration, and the life that wrote them."""
+    return record.step, record.iteration, job(record).life
+
+
+def order_of(record: Record) -> tuple[int, int]:
+    """By which the checkpoints of one rank are older or newer, in whatever stores: their life's number, and the generation."""
+    return job(record).number, record.generation
+
+
+def newest_life(records: Iterable[Record]) -> int:
+    """The highest number of the lives that wrote these; 0 of none."""
+    return max((job(record).number for record in records), default=0)
 
 
 def diverged(record: Record) -> list[tuple[int, int, list[str], list[str]]]:

@@ -93,7 +93,7 @@ def _is_beginning(root: str, name: str) -> bool:
     path = os.path.join(root, name)
     if name == names.LOCK and holder(root) == os.getpid():
         return True  # and not opened: closing it would end a lock of ours
-    if name in (names.NAMED, names.RANKS) or names.is_slot(name):
+    if name in (names.NAMED, names.RANKS, names.REPLICAS) or names.is_slot(name):
         if os.path.islink(path) or not os.path.isdir(path):
             return False
         return name != names.NAMED or all(each.endswith(names.UNFINISHED) for each in os.listdir(path))

@@ -3,6 +3,7 @@
 ``step-000001200``, ``step-000001200-g57`` and ``named/<name>`` are checkpoints; ``slot-3.partial`` and
 ``named/<name>.partial`` are being written or wait to be; ``….bad`` holds what a failing disk may have garbled.
 ``journal-000001201`` is a record of the journal, ``journal-slot-3.partial`` a directory for one.
+``replicas/rank-00003`` has checkpoints that are another rank's.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import re
 
 from fxckpt.errors import SetupError
 
-STORE, LOCK, NAMED, RANKS = "store.json", "lock", "named", "ranks"
-"""In the store's directory. ``ranks`` has a directory with a lock for each rank that writes beside rank 0."""
+STORE, LOCK, NAMED, RANKS, REPLICAS = "store.json", "lock", "named", "ranks", "replicas"
+"""In the store's directory. ``ranks`` has a directory with a lock for each rank that writes beside rank 0, ``replicas`` one for
+each rank whose checkpoints are kept here too."""
 
 COMMIT, MODEL, OPTIMIZER, STATE = "commit.json", "model.safetensors", "optimizer.safetensors", "state.safetensors"
 """In a checkpoint's: the record; parameters and buffers; the optimizers' state; everything else that holds tensors."""
@@ -35,6 +37,7 @@ STEPS, RECORDS = "step", "journal"
 
 _COMMITTED = re.compile(r"(step|journal)-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
 _SHARED = re.compile(r"(model|optimizer|state|own|part)-([0-9]{5,9})-of-([0-9]{5,9})(\.safetensors|\.json)")
+_REPLICAS = re.compile(r"rank-([0-9]{5,9})")
 _SLOT = re.compile(r"(journal-)?slot-([0-9]{1,9})(?:\.partial|\.bad)")
 
 
@@ -52,6 +55,17 @@ def of_rank(file: str, rank: int, world: int) -> str:
 def rank_name(rank: int) -> str:
     """The directory of a rank in ``ranks``."""
     return f"{rank:05d}"
+
+
+def replicas_name(rank: int) -> str:
+    """The directory in ``replicas`` that has a rank's checkpoints."""
+    return f"rank-{rank:05d}"
+
+
+def replicas_rank(name: str) -> int | None:
+    """The rank whose checkpoints a directory in ``replicas`` has, or None if its name is none of ours."""
+    match = _REPLICAS.fullmatch(name)
+    return int(match[1]) if match else None
 
 
 def written_as(file: str) -> str:
@@ -101,7 +115,7 @@ def is_slot(name: str) -> bool:
 
 def is_given(name: str) -> bool:
     """Whether a store gives such a name to something in its directory."""
-    fixed = (STORE, LOCK, NAMED, RANKS, STORE + TEMPORARY, LOCK + TEMPORARY)
+    fixed = (STORE, LOCK, NAMED, RANKS, REPLICAS, STORE + TEMPORARY, LOCK + TEMPORARY)
     return name in fixed or _COMMITTED.fullmatch(name) is not None or is_slot(name) or name.endswith(BAD)
 
 
@@ -128,6 +142,22 @@ def saved(root: str) -> list[str]:
     """Names of the directories in ``named``, unless that is a link."""
     named = os.path.join(root, NAMED)
     return [] if os.path.islink(named) else subdirectories(named)
+
+
+def replicated(root: str) -> list[tuple[int, str]]:
+    """(rank, path) of all replicas beside the store, whatever is in them, unless ``replicas`` is a link."""
+    top = os.path.join(root, REPLICAS)
+    of_ranks = [] if os.path.islink(top) else [(replicas_rank(name), os.path.join(top, name)) for name in subdirectories(top)]
+    return [
+        (rank, os.path.join(path, name))
+        for rank, path in of_ranks if rank is not None
+        for name in subdirectories(path) if step_of(name) is not None
+    ]  # fmt: skip
+
+
+def is_replica(path: str) -> bool:
+    """Is the checkpoint in this directory one that lies beside a store?"""
+    return os.path.basename(os.path.dirname(os.path.dirname(path))) == REPLICAS
 
 
 def recorded(root: str) -> list[str]:

@@ -205,6 +205,11 @@ class Reader:
         self._held: dict[str, int] = {}
         self.record: Record = seen_by(_parse(self._raw, str(self.path)), rank, str(self.path))
 
+    @property
+    def raw(self) -> bytes:
+        """The content of ``commit.json``."""
+        return self._raw
+
     @cached_property
     def _places(self) -> Mapping[Place, TensorRecord]:
         return {tensor.place: tensor for tensor in self.record.tensors()}

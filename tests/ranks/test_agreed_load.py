@@ -229,9 +229,13 @@ def test_ranks_without_a_process_group_are_refused(variable, tmp_path, monkeypat
 
 def test_the_newest_common_key_is_in_the_order_of_rank_0():
     a, b, c = (3, 3, "x"), (2, 2, "x"), (1, 1, "x")
-    assert newest_common([{"keys": [a, b, c]}, {"keys": [c, b]}], set()) == b
-    assert newest_common([{"keys": [a, b, c]}, {"keys": [c, b]}], {b}) == c
-    assert newest_common([{"keys": [a]}, {"keys": [b]}], set()) is None
+
+    def said(*ranks):
+        return [{"keys": keys, "kept": []} for keys in ranks]
+
+    assert newest_common(said([a, b, c], [c, b]), set()) == b
+    assert newest_common(said([a, b, c], [c, b]), {b}) == c
+    assert newest_common(said([a], [b]), set()) is None
 
 
 def damage(path: Path) -> None:
