@@ -41,7 +41,8 @@ class InGraph:
     """
 
     def __init__(self, arrangement: Arrangement, status: RunStatus, step: Begins, standing: Standing):
-        self.open = self.complete = False
+        self.open: bool = False
+        self.complete: bool = False
         self.now: Region | None = None
         self._arrangement, self._status, self._step, self._standing = arrangement, status, step, standing
         self._thread = threading.current_thread()
