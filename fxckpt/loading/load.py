@@ -38,6 +38,7 @@ from fxckpt.store import names
 from fxckpt.store.about import imported, origin
 from fxckpt.store.identity import check_begun
 from fxckpt.store.journaled import Broken, Journaled, cut_off, journaled, step_of
+from fxckpt.store.parts import seen_by
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, records
 from fxckpt.store.record import Record
 
@@ -181,6 +182,7 @@ def _load_agreed(
         all_restored(agreement, restore)
     if found is not None:
         _say_how_many(found, agreement.world)
+        _settle_sums(found, target, agreement)
     _say_what_is_not_made_again(directory, found)
     if (run := target.run) is not None:
         loaded: tuple[Key, int | None] | None = None
@@ -191,6 +193,13 @@ def _load_agreed(
                 run.store.mark_loaded(None)
         run.saver.ranks.begin(chosen.begins, agreement.store, agreement.rank, agreement.world, loaded, chosen.safe)
     return out[0]
+
+
+def _settle_sums(found: Candidate, target: Target, agreement: Agreement) -> None:
+    """All ranks have restored: have gradients summed as they were, if the checkpoint is of as many ranks."""
+    summed = seen_by(found.record, agreement.rank).state.get("early", {}).get("summed")
+    if target.run is not None and summed is not None and found.record.world_size == agreement.world:
+        target.run.arrangement.settle_sums(summed)
 
 
 def _say_how_many(found: Candidate, world: int) -> None:

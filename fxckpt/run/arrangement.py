@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
+from fxckpt.compat.buckets import rebuilding, settle, why_not_settled
 from fxckpt.compat.dynamo import untraced
+from fxckpt.compat.ranks import rank, world_size
 from fxckpt.compat.spread import box_of, is_spread, local
 from fxckpt.config import Config
 from fxckpt.graph.model.arrivals import FirstBackward
@@ -22,6 +25,8 @@ from fxckpt.saving import plan
 from fxckpt.saving.inventory import Inventory, check_storable, is_position, shared_memory, take, trained_by
 from fxckpt.saving.ownership import check_names, check_owned
 from fxckpt.saving.share import Share
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Arrangement:
@@ -49,6 +54,8 @@ class Arrangement:
         self._layout_key: Any = None
         self._by_checked: dict[int | None, plan.Layout] = {}  # layouts that differ in whose part is checksummed as well
         self._arranged: Any = None
+        self._first_order: list[torch.Tensor] = []  # in which gradients came first, until they have names
+        self.summed: list[str] | None = None  # see ``settle_sums``; rank 0's alone counts
         self._first_backward: FirstBackward | None = None
         if emitter.engine is not None:
             self._first_backward = FirstBackward(optimizers, untraced(self.hooks.first_backward))
@@ -76,6 +83,7 @@ class Arrangement:
             self._first_backward.stop()  # all gradients arrived: the book takes their order
             self._first_backward = None
             traces.arrived(seen, self.model)
+            self._first_order = seen
         stale = [s for s in self.steppers if s.bindings.stale(copies)]
         key = self._key()
         if not stale and key == self._arranged:
@@ -83,6 +91,9 @@ class Arrangement:
         self.emitter.fence_all()  # copies under way still read the old tensors
         self._check_owned()
         self.inventory = take(self.model, self.optimizers, traces)
+        if self._first_order and self.summed is None and world_size() > 2 and rebuilding(self._first_order):
+            self.summed = [self.inventory.name_of(p) for p in self._first_order] if rank() == 0 else []
+        self._first_order = []
         if self._expected:
             self._check_expected()
         sharing = shared_memory({**self.inventory.trained, **self.inventory.frozen})
@@ -92,6 +103,29 @@ class Arrangement:
         self._number_layers()
         self.hooks.hook(self.steppers)
         self._arranged = self._key()
+
+    def settle_sums(self, summed: list[str]) -> None:
+        """Sum gradients from the first backward on as the process did that wrote the checkpoint which was loaded. ``summed``: the
+        parameters, in the order in which its first backward had their gradients. All ranks call it together; where it cannot be,
+        it is said."""
+        self.summed = summed
+        if self._first_backward is None or self._first_backward.order():  # it has come already, in this process
+            return
+        found = rebuilding(trained_by(self.optimizers))
+        if why := "that it did not exist yet" if not found else next(filter(None, map(why_not_settled, found)), ""):
+            log.warning(
+                "fxckpt: the first backward behind this load sums gradients in another order than the run before did, so this is "
+                "no bit-exact continuation: DistributedDataParallel makes its buckets anew, and %s kept fxckpt from making them as "
+                "they were. Wrap the model before load()", why
+            )  # fmt: skip
+            return
+        named = take(self.model, self.optimizers, traces).trained
+        self._first_backward.deaf = True
+        try:
+            for each in found:
+                settle(each, [named[name] for name in summed if name in named])
+        finally:
+            self._first_backward.deaf = False
 
     def _check_owned(self) -> None:
         """Before a step of other parameters than were looked at: each is in a model that is known, or in no module."""

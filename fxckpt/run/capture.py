@@ -240,6 +240,8 @@ class Capture:
             early["numbers"].setdefault(module, {}).update(encode_state(values, tensors, "early/numbers"))
         early["loops"] = encode_state({} if self.loops is None else self.loops.state_dict(), tensors, "loops")
         early["frozen"] = [n for n, p in {**inventory.trained, **inventory.frozen}.items() if not p.requires_grad]
+        if self._arrangement.summed is not None:
+            early["summed"] = self._arrangement.summed
         loops = self.loops
         self._strays.look(loops.loaders() if loops is not None and loops.unknown_loaders_matter() else None)
         late = {e.name: e.get() for e in self.extras if not self._is_early(e)}

@@ -1090,3 +1090,20 @@ def test_the_metadata_of_dcp_is_made_of_the_classes_that_may_be_unpickled(tmp_pa
         dcp.save({"a": [torch.zeros(2, dtype=kind) for kind in kinds], "b": {"lr": 0.1}}, checkpoint_id=tmp_path, no_dist=True)
     found = read_metadata(str(tmp_path))
     assert {each.properties.dtype for key, each in found.state_dict_metadata.items() if key.startswith("a")} == set(kinds)
+
+
+def test_a_ddp_tells_how_it_sums_and_its_reducer_can_be_asked_for_a_backward():
+    """tests/ranks/test_three_ranks.py sees what they do."""
+    from torch._C._distributed_c10d import Reducer
+
+    assert hasattr(Reducer, "prepare_for_backward")
+    source = inspect.getsource(nn.parallel.DistributedDataParallel.__init__)
+    for name in (
+        "static_graph",
+        "mixed_precision",
+        "find_unused_parameters",
+        "_comm_hooks",
+        "_use_python_reducer",
+        "process_group",
+    ):
+        assert f"self.{name}" in source

@@ -17,6 +17,7 @@ class FirstBackward:
     at once, so this orders regions, and what is not compiled."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], told: Callable[[], None]):
+        self.deaf: bool = False  # while gradients come that are none of the script's
         self._told = told  # of each gradient
         self._order: dict[int, None] = {}
         self._params = [p for opt in optimizers for group in opt.param_groups for p in group["params"] if p.requires_grad]
@@ -26,7 +27,7 @@ class FirstBackward:
 
     @staticmethod
     def _arrived(this: weakref.ref, at: int, *_: Any) -> None:
-        if (self := this()) is not None:
+        if (self := this()) is not None and not self.deaf:
             self._told()
             self._order.pop(at, None)  # the last time counts
             self._order[at] = None
