@@ -115,8 +115,8 @@ class Arrangement:
         if why := "that it did not exist yet" if not found else next(filter(None, map(why_not_settled, found)), ""):
             log.warning(
                 "fxckpt: the first backward behind this load sums gradients in another order than the run before did, so this is "
-                "no bit-exact continuation: DistributedDataParallel makes its buckets anew, and %s kept fxckpt from making them as "
-                "they were. Wrap the model before load()", why
+                "no bit-exact continuation: DistributedDataParallel makes its buckets anew, and %s kept fxckpt from making them "
+                "as they were. Wrap the model before load()", why
             )  # fmt: skip
             return
         named = take(self.model, self.optimizers, traces).trained

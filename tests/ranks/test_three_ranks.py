@@ -1,4 +1,4 @@
-"""With three ranks sums of gradients depend on DDP's buckets, which a process makes anew: a run goes on with those that it had."""
+"""With three ranks sums of gradients depend on DDP's buckets, which a process makes anew: a run goes on with those it had."""
 
 from __future__ import annotations
 
