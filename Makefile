@@ -27,7 +27,7 @@ demo: $(ENGINE)
 	@$(PY) examples/demo.py $(ARGS)
 
 test: $(ENGINE) $(VENV)/.cuda-headers
-	@$(PY) -m pytest -n 4 --dist worksteal $(ARGS)
+	@$(PY) -m pytest -n 3 --dist worksteal $(ARGS)
 
 # The long versions of what make test runs short: every power cut, and a hundred kills.
 crash: $(ENGINE)
@@ -63,7 +63,8 @@ optimizers: $(ENGINE)
 # examples that compile one: half an hour.
 .PHONY: models
 models: $(ENGINE)
-	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py tests/campaigns/test_models_in_backward.py tests/graph/test_in_backward.py tests/project/test_project.py $(ARGS)
+	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py tests/campaigns/test_models_in_backward.py tests/graph/test_in_backward.py \
+		tests/graph/test_one_graph_layers.py tests/loops/test_loops.py tests/project/test_project.py $(ARGS)
 
 # Twenty training loops as people write them, and epochs of a loader with workers, each killed many times.
 .PHONY: loops

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -174,6 +175,7 @@ def test_a_mixture_of_experts_with_another_subset_at_each_step():
     assert [len(p) for p in programs] == [1]
 
 
+@pytest.mark.skipif(os.environ.get("FXCKPT_MODELS") != "full", reason="make models: compiles updates with Inductor")
 def test_another_subset_of_experts_compiles_nothing(inductor_cache):
     torch.manual_seed(0)
     model = Experts()

@@ -17,7 +17,7 @@ from fxckpt.graph.update.trace import BY_SHAPE, ELEMENTWISE, WHOLE
 
 DOCS = (ROOT / "docs" / "optimizers.md").read_text()
 FULL = os.environ.get("FXCKPT_OPTIMIZERS") == "full"
-SHORT = ("Adam", "RMSprop", "SGD")  # by default: two moments, one, and none
+SHORT = ("Adam", "SGD")  # by default: two moments, and none
 COMPILED = [
     (name, i, dtype)
     for name in (cases.BOUNDS if FULL else [each for each in cases.BOUNDS if each in SHORT])
