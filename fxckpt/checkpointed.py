@@ -131,10 +131,10 @@ def _is_op_of_graph(self: Any, given: list[Any]) -> bool:
     graph = self._fxckpt_run.one_graph
     scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
     usual = not scaled and all(each is None for each in given)
-    if _refuses_step(graph.number, usual):
+    if _refuses_step(graph.name, usual):
         return False
     params = [param for group in graph.params for param in group]
-    optimizer_step(params, [param.grad for param in params], graph.number)
+    optimizer_step(params, [param.grad for param in params], int(graph.name))
     self._opt_called = True
     return True
 
@@ -142,7 +142,7 @@ def _is_op_of_graph(self: Any, given: list[Any]) -> bool:
 def _zeroed_in_graph(self: Any, set_to_none: bool) -> bool:
     """Dynamo traces ``opt.zero_grad()``, which PyTorch hides from it: do it in the graph, if the step is to be there, too."""
     graph = self._fxckpt_run.one_graph
-    if _refuses_zeroing(graph.number):
+    if _refuses_zeroing(graph.name):
         return False
     for group in graph.params:
         for param in group:
@@ -155,13 +155,13 @@ def _zeroed_in_graph(self: Any, set_to_none: bool) -> bool:
 
 
 @constant
-def _refuses_step(number: int, usual: bool) -> bool:
-    return cast(OneGraph, step_port(number)).refuses_step(usual)
+def _refuses_step(name: str, usual: bool) -> bool:
+    return cast(OneGraph, step_port(int(name))).refuses_step(usual)
 
 
 @constant
-def _refuses_zeroing(number: int) -> bool:
-    return cast(OneGraph, step_port(number)).refuses_zeroing()
+def _refuses_zeroing(name: str) -> bool:
+    return cast(OneGraph, step_port(int(name))).refuses_zeroing()
 
 
 def _load_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:

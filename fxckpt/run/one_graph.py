@@ -29,9 +29,10 @@ Step = Callable[[torch.optim.Optimizer], object]
 
 
 class OneGraph:
-    """The steps of one run as compiled functions make them. ``number`` is the run's, ``params`` are the lists of parameters in
-    its optimizer's groups, the very same: Dynamo reads them from here, since it would guard all settings of a group that it
-    sees, and compile anew when a scheduler sets one."""
+    """The steps of one run as compiled functions make them. ``name`` is the run's number as text, which Dynamo always takes for
+    a constant; a number that it has seen change would be a symbol. ``params`` are the lists of parameters in its optimizer's
+    groups, the very same: Dynamo reads them from here, since it would guard all settings of a group that it sees, and compile
+    anew when a scheduler sets one."""
 
     def __init__(
         self,
@@ -41,12 +42,12 @@ class OneGraph:
         step: Step,
         in_graph: Callable[[], InGraph | None],
     ):
-        self.number: int = arrangement.emitter.number
+        self.name: str = str(arrangement.emitter.number)
         self.params: list[list[torch.Tensor]] = []
         self._arrangement, self._closing, self._status, self._step = arrangement, closing, status, step
         self._in_graph = in_graph
         self._said: set[str] = set()
-        ops.register_step_port(self.number, self)
+        ops.register_step_port(arrangement.emitter.number, self)
         self.look()
 
     def look(self) -> None:
@@ -82,7 +83,7 @@ class OneGraph:
         traced = traced_so_far(self._arrangement.steppers[0].opt)
         if traced is None or self._against_all(traced, usual=True):
             return True
-        return ops.optimizer_step not in traced.targets and (bool(self._said) or not traced.begins)
+        return ops.optimizer_step not in traced.targets and not traced.begins
 
     def _against(self, traced: Traced | None, usual: bool) -> str:
         """Why the step is no op; empty if it is."""

@@ -80,6 +80,14 @@ def test_what_is_loaded_goes_on_with_the_same_bits(tmp_path):
         second.opt.ckpt.shutdown()
 
 
+def test_each_run_of_a_process_has_its_step_in_the_graph():
+    """A number that Dynamo has seen change would be a symbol, which no step can be looked up by; and runs have other numbers."""
+    expected, runs = Whole(clipped).train(*STEPS).bits(), [Whole(clipped, compiled=QUICK) for _ in range(3)]
+    for run in runs:
+        assert same(run.train(*STEPS).bits(), expected)
+        assert [whole_steps(graph) for graph in run.graphs] == [1]
+
+
 def test_a_scheduler_is_followed_without_another_compile():
     def scheduled(optimizer, before):
         found = Whole(clipped, optimizer, compiled=QUICK if before is not None else None)

@@ -34,9 +34,10 @@ def _running(part: Piece | StepCall, compile_piece: Compile) -> Callable[[dict[s
     if isinstance(part, StepCall):
         return _step(part)
     call: Callable[..., Any] = compile_piece(part) if part.computes else part.module
+    inputs, outputs = part.inputs, part.outputs  # the piece itself holds the tensors that it was compiled with
 
     def run(values: dict[str, Any]) -> None:
-        values.update(zip(part.outputs, call(*map(values.__getitem__, part.inputs))))
+        values.update(zip(outputs, call(*map(values.__getitem__, inputs))))
 
     return run
 
