@@ -14,6 +14,7 @@ import torch
 from fxckpt.compat.inductor import refused
 from fxckpt.compat.optimizers import has_pre_hooks, plain_class
 from fxckpt.compat.ranks import world_size
+from fxckpt.compat.tensors import hooks_of
 from fxckpt.compat.tracing_step import Traced, traced_so_far
 from fxckpt.errors import SetupError
 from fxckpt.graph import ops
@@ -120,6 +121,8 @@ class OneGraph:
             return "it is given a closure, or a GradScaler scales the gradients"
         if has_pre_hooks(stepper.opt):
             return "there are hooks in front of opt.step()"
+        if any(hooks_of(param) for group in stepper.opt.param_groups for param in group["params"]):
+            return "there are hooks on parameters, which a backward in the graph does not call"
         return ""
 
     def say(self, why: str) -> None:
@@ -153,6 +156,11 @@ class OneGraph:
             raise SetupError(
                 "the parameters of the optimizer are not those that this function was compiled for: groups were changed by other "
                 "means than add_param_group() and load_state_dict(). Call torch._dynamo.reset() behind such a change"
+            )
+        if any(map(hooks_of, params)):
+            raise SetupError(
+                "hooks were put on parameters behind the compile of this function, and the backward in its graph did not call "
+                "them. Call torch._dynamo.reset() behind that"
             )
         inside = self._in_graph()
         if self._status.active and (inside is None or not inside.open):

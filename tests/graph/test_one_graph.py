@@ -5,8 +5,10 @@ Most of it is compiled by ``aot_eager``, whose bits are those of PyTorch without
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
+import weakref
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from interpreted import interpreted
 from storing import fast_directory
 from torch import nn
 from torch.nn import functional as F
-from whole_steps import Whole, adamw, batch, clipped, plain, sgd, whole_steps
+from whole_steps import Mlp, Whole, adamw, batch, clipped, plain, sgd, whole_steps
 
 import fxckpt
 
@@ -78,14 +80,6 @@ def test_what_is_loaded_goes_on_with_the_same_bits(tmp_path):
         assert fxckpt.load().step == 3
         assert same(second.train(*STEPS[3:]).bits(), expected)
         second.opt.ckpt.shutdown()
-
-
-def test_each_run_of_a_process_has_its_step_in_the_graph():
-    """A number that Dynamo has seen change would be a symbol, which no step can be looked up by; and runs have other numbers."""
-    expected, runs = Whole(clipped).train(*STEPS).bits(), [Whole(clipped, compiled=QUICK) for _ in range(3)]
-    for run in runs:
-        assert same(run.train(*STEPS).bits(), expected)
-        assert [whole_steps(graph) for graph in run.graphs] == [1]
 
 
 def test_a_scheduler_is_followed_without_another_compile():
@@ -270,6 +264,66 @@ def test_groups_that_were_changed_by_hand_are_an_error():
         found.train(1)
 
 
+def test_one_function_steps_the_optimizers_of_one_run_after_another():
+    """Dynamo takes a number that it has seen change for a symbol, and with ``dynamic=True`` any number."""
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        function = torch.compile(plain, backend=fxckpt.backend, options=QUICK, fullgraph=True, dynamic=dynamic)
+        for _ in range(3):
+            torch.manual_seed(0)
+            model = Mlp()
+            opt = fxckpt.compile_step(adamw(model), model=model, writer="mock")
+            for step in STEPS:
+                function(model, opt, *batch(step))
+            assert opt.ckpt.statistics()["steps"] == len(STEPS)
+            assert same([p.detach() for p in model.parameters()], Whole(plain).train(*STEPS).bits()[: len([*model.parameters()])])
+            opt.ckpt.shutdown()
+
+
+def test_a_refusal_of_one_function_is_none_of_another():
+    found = Whole(zeroed_first, compiled=QUICK)
+    other = torch.compile(zeroed_first, backend="eager")
+    other(found.model, found.opt, *batch(0))
+    assert same(found.train(1, 2).bits(), Whole(zeroed_first).train(0, 1, 2).bits())
+    assert all(map(whole_steps, found.graphs))
+
+
+def test_the_first_batch_is_not_kept():
+    found = Whole(plain, compiled=QUICK)
+    x, y = batch(0)
+    found.step(x, y)
+    first = weakref.ref(x)
+    del x, y
+    found.graphs.clear()
+    gc.collect()
+    assert first() is None
+
+
+def test_hooks_on_parameters_that_come_later_are_an_error():
+    found = Whole(plain, compiled=QUICK).train(0)
+    found.model.up.weight.register_hook(lambda gradient: gradient * 2)
+    with pytest.raises(fxckpt.SetupError, match="hooks were put on parameters"):
+        found.train(1)
+
+
+def two_losses(model, opt, x, y):
+    first = F.cross_entropy(model(x), y)
+    first.backward()
+    opt.step()
+    opt.zero_grad()
+    second = F.cross_entropy(model(x), y)
+    second.backward()
+    opt.step()
+    opt.zero_grad()
+    return first.detach() + second.detach()
+
+
+def test_a_loss_that_is_detached_behind_the_next_step_is_no_backward_over_it(caplog):
+    expected, found = Whole(two_losses).train(*STEPS), Whole(two_losses, compiled=QUICK).train(*STEPS)
+    assert same(found.bits(), expected.bits()) and found.losses == expected.losses
+    assert "runs as PyTorch without a compiler" not in caplog.text
+
+
 def test_after_shutdown_it_trains_on():
     found = Whole(clipped, compiled=QUICK).train(0, 1)
     found.opt.ckpt.shutdown()
@@ -283,6 +337,11 @@ def hooked_before(model):
     made = adamw(model)
     made.register_step_pre_hook(lambda *_: None)
     return made
+
+
+def hooked_gradients(model):
+    model.up.weight.register_hook(lambda gradient: gradient * 2)
+    return adamw(model)
 
 
 class OfMine(torch.optim.SGD):
@@ -354,6 +413,7 @@ REFUSED = {
     "a rate": (rate_set_in_it, adamw, {}, "a setting of the optimizer is changed before it"),
     "gradients off": (without_gradients, adamw, {}, "gradients off"),
     "a hook": (plain, hooked_before, {}, "hooks in front of"),
+    "a hook on a parameter": (plain, hooked_gradients, {}, "hooks on parameters"),
     "another class": (plain, lambda m: OfMine(m.parameters(), lr=0.1, foreach=False), {}, "OfMine is no class of torch.optim"),
     "another backend": (plain, adamw, {"backend": lambda gm, inputs, options: gm}, "not compiled with backend=fxckpt.backend"),
 }

@@ -124,7 +124,8 @@ def _check_reach(steps: list[fx.Node], parts: list[list[fx.Node]], where: dict[f
     for node in reached:
         if not isinstance(node.meta.get("example_value"), (torch.Tensor, torch.SymInt, int)):
             raise NotCut(f"{node.name} reaches over opt.step() (a context that is open around it?)")
-    if any(_requires_grad(node) for node in reached):
+    users = {user for node in reached if _requires_grad(node) for user in node.users if where.get(user, 0) > where[node]}
+    if not all(map(_ends_history, users)):
         backward = any(node.target is torch.autograd.grad for node in later)
         if backward or any(where.get(node, 0) and _requires_grad(node) for node in output.all_input_nodes):
             raise NotCut("a backward behind opt.step() goes through what was computed before it")
@@ -133,6 +134,12 @@ def _check_reach(steps: list[fx.Node], parts: list[list[fx.Node]], where: dict[f
 def _requires_grad(node: fx.Node) -> bool:
     value = node.meta.get("example_value")
     return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _ends_history(node: fx.Node) -> bool:
+    """Does no backward go through it, as through ``detach``?"""
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and not value.requires_grad
 
 
 def _step_call(node: fx.Node) -> StepCall:
