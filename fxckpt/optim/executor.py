@@ -172,6 +172,19 @@ class Executor:
             tensors = self.arranged.handed_over[index + len(self._counts())][1]
             self._cut().layers[index].forward(number, tensors, step)
 
+    def use_up(self, place: int, gradients: list[torch.Tensor | None]) -> list[BoundParam]:
+        """One layer of the step that was begun, in the middle of a backward: take its gradients out of these, by the indices of
+        its parameters, and free their memory behind the update. Returns whose they were."""
+        with torch.no_grad():
+            self.section(place)
+        used = []
+        for member in self.arranged.owned[place]:
+            gradient, gradients[member.index] = gradients[member.index], None
+            if gradient is not None:
+                gradient.untyped_storage().resize_(0)
+                used.append(member)
+        return used
+
     def end(self) -> None:
         """The step that was begun has come to its end, or was left."""
         self._gradients, self.gradients, self._spread = (), [], None

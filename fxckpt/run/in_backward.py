@@ -179,14 +179,8 @@ class InBackward:
 
     def _update(self, place: int) -> None:
         """All gradients of an armed layer are there."""
-        executor = self.stepper.executor
-        with torch.no_grad():
-            executor.section(place)
-        for member in executor.arranged.owned[place]:
-            gradient, self._gradients[member.index] = self._gradients[member.index], None
-            if gradient is not None:
-                gradient.untyped_storage().resize_(0)
-                self._consumed[member.index] = member
+        used = self.stepper.executor.use_up(place, self._gradients)
+        self._consumed.update((member.index, member) for member in used)
         del self._armed[place]
 
     # ---- what decides ----------------------------------------------------------------------------------------------------

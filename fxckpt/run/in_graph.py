@@ -154,14 +154,8 @@ class InGraph:
 
     def _update(self, place: int) -> None:
         """All gradients of a layer are there."""
-        executor = self._arrangement.steppers[0].executor
-        with torch.no_grad():
-            executor.section(place)
-        for member in executor.arranged.owned[place]:
-            gradient, self._gradients[member.index] = self._gradients[member.index], None
-            if gradient is not None:
-                gradient.untyped_storage().resize_(0)
-                self._consumed[member.index] = member
+        used = self._arrangement.steppers[0].executor.use_up(place, self._gradients)
+        self._consumed.update((member.index, member) for member in used)
         del self._armed[place]
         self._came[place] = None
 
