@@ -7,17 +7,12 @@ number of ranks change between lives.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import random
-import subprocess
-import sys
 from typing import Any
 
 import pytest
-from process_runs import environment
-from repository import SUPPORT
-from waiting import TIMEOUT
+from rank_server import Ranks, rank_server
 
 from fxckpt.store import names
 from fxckpt.store.reader import candidates
@@ -31,21 +26,12 @@ LAYOUTS = {"fsdp": (2, "fused"), "tp": (2, "sgd"), "hsdp": (4, "foreach"), "fsdp
 
 SHORT = ("fsdp",)
 
-Ranks = list[dict[str, Any]]
-"""What each of a life's ranks found and left."""
-
 
 @pytest.fixture(scope="module")
 def server(inductor_cache, tmp_path_factory):
     """The process that the ranks are forked from."""
-    with (tmp_path_factory.mktemp("sharded") / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "sharded_run.py")], text=True, env=environment(inductor_cache),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
-        )  # fmt: skip
-        yield process
-        process.stdin.close()
-        process.wait(TIMEOUT)
+    with rank_server("sharded_run.py", inductor_cache, tmp_path_factory.mktemp("sharded")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -53,11 +39,7 @@ def run(server, tmp_path):
     """Lives one after the other, in a folder of the test."""
 
     def lives(*asked: dict[str, Any], fail: bool = False) -> list[Ranks]:
-        found: list[Ranks] = []
-        for each in asked:
-            server.stdin.write(json.dumps({**each, "cwd": str(tmp_path)}) + "\n")
-            server.stdin.flush()
-            found.append(json.loads(server.stdout.readline()))
+        found = [server.live({**each, "cwd": str(tmp_path)}) for each in asked]
         errors = {each["error"] for ranks in found for each in ranks if each is not None and "error" in each}
         assert bool(errors) == fail, errors
         return found

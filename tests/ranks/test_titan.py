@@ -6,37 +6,28 @@ The trainer of ``titan_run.py`` calls its manager in torchtitan's order; ``test_
 from __future__ import annotations
 
 import importlib
-import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from process_runs import environment
+from rank_server import Ranks, rank_server
 from repository import SUPPORT
 from torch import nn
-from waiting import TIMEOUT, committed
+from waiting import committed
 
 from fxckpt.errors import SetupError
 
 STEPS = 5
-Ranks = list[dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
 def server(inductor_cache, tmp_path_factory):
     """The process that the ranks are forked from."""
-    with (tmp_path_factory.mktemp("titan") / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "titan_run.py")], text=True, env=environment(inductor_cache),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
-        )  # fmt: skip
-        yield process
-        process.stdin.close()
-        process.wait(TIMEOUT)
+    with rank_server("titan_run.py", inductor_cache, tmp_path_factory.mktemp("titan")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -45,9 +36,7 @@ def run(server, tmp_path):
 
     def life(where: str = "", steps: int = STEPS, **more: Any) -> Ranks:
         asked = {"world": 2, "cwd": str(tmp_path), "dir": where, "steps": steps, **more}
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        found = json.loads(server.stdout.readline())
+        found = server.live(asked)
         assert not [each["error"] for each in found if each is not None and "error" in each]
         return found
 
