@@ -18,7 +18,19 @@ from interpreted import interpreted
 from storing import fast_directory
 from torch import nn
 from torch.nn import functional as F
-from whole_steps import Mlp, Whole, adamw, batch, clipped, plain, sgd, whole_steps
+from whole_steps import (
+    Mlp,
+    Whole,
+    accumulated,
+    adamw,
+    batch,
+    clipped,
+    kept_as_zeros,
+    plain,
+    sgd,
+    whole_steps,
+    zeroed_first,
+)
 
 import fxckpt
 
@@ -100,34 +112,6 @@ def test_a_scheduler_is_followed_without_another_compile():
     for optimizer in (adamw, with_one):
         found = scheduled(optimizer, True)
         assert len(found.graphs) == 1 and same(found.bits(), expected)
-
-
-def kept_as_zeros(model, opt, x, y):
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    opt.step()
-    opt.zero_grad(set_to_none=False)
-    return loss.detach()
-
-
-def zeroed_first(model, opt, x, y):
-    opt.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    opt.step()
-    return loss.detach()
-
-
-def accumulated(model, opt, x, y):
-    total = torch.zeros(())
-    for part in range(2):
-        loss = F.cross_entropy(model(x[part::2]), y[part::2]) / 2
-        loss.backward()
-        total += loss.detach()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    opt.step()
-    opt.zero_grad()
-    return total
 
 
 def looked_at_behind(model, opt, x, y):

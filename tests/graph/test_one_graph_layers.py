@@ -18,7 +18,18 @@ from interpreted import interpreted
 from storing import fast_directory
 from torch import nn
 from torch.nn import functional as F
-from whole_steps import Mlp, Whole, adamw, batch, clipped, plain, sgd
+from whole_steps import (
+    Mlp,
+    Whole,
+    accumulated,
+    adamw,
+    batch,
+    clipped,
+    kept_as_zeros,
+    plain,
+    sgd,
+    zeroed_first,
+)
 
 import fxckpt
 
@@ -102,32 +113,6 @@ def test_boundaries_and_a_scheduler_are_as_in_any_loop(interpreted, tmp_path):
         assert same(found.bits(), bits)
         found.opt.ckpt.shutdown()
     assert same(scheduled(Whole(clipped, compiled=INDUCTOR, updates="after_backward")).bits(), bits)
-
-
-def accumulated(model, opt, x, y):
-    for part in range(2):
-        loss = F.cross_entropy(model(x[part::2]), y[part::2]) / 2
-        loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-    opt.step()
-    opt.zero_grad()
-    return loss.detach()
-
-
-def zeroed_first(model, opt, x, y):
-    opt.zero_grad()
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    opt.step()
-    return loss.detach()
-
-
-def kept_as_zeros(model, opt, x, y):
-    loss = F.cross_entropy(model(x), y)
-    loss.backward()
-    opt.step()
-    opt.zero_grad(set_to_none=False)
-    return loss.detach()
 
 
 def clamped(model, opt, x, y):

@@ -58,6 +58,34 @@ def clipped(model: nn.Module, opt: Any, x: torch.Tensor, y: torch.Tensor) -> tor
     return loss.detach()
 
 
+def kept_as_zeros(model: nn.Module, opt: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    opt.step()
+    opt.zero_grad(set_to_none=False)
+    return loss.detach()
+
+
+def zeroed_first(model: nn.Module, opt: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    opt.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    opt.step()
+    return loss.detach()
+
+
+def accumulated(model: nn.Module, opt: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(())
+    for part in range(2):
+        loss = F.cross_entropy(model(x[part::2]), y[part::2]) / 2
+        loss.backward()
+        total += loss.detach()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    opt.step()
+    opt.zero_grad()
+    return total
+
+
 class Whole:
     """A model and its optimizer, and the function that steps them: ``compiled`` says with which options of the backend, None that
     it is not compiled. ``graphs`` are Dynamo's, all that were compiled."""
