@@ -128,7 +128,7 @@ class Committer:
             pending.link.check()
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
-        self._flights.trainer.let_come_by(pending.layout.largest())
+        self._flights.trainer.let_come_by(pending.layout.largest)
         pending.guard.check_unchanged()
         _check_wanted(pending)  # a later step looked first: what is on disk already, cancel() does not undo
         if not self._store.hands_over:
