@@ -137,7 +137,7 @@ def report(numbers: dict) -> None:
     print(f"{'':42}{'step':>9}{'ratio':>8}{'min':>7}{'max':>7}{'state/step':>13}")
     for key, row in results.items():
         seconds, ratios = row["step_seconds"], row["ratios"]
-        rate = f"{state / seconds / 1e9:8.2f} GB/s" if key not in ("none", "mock") else ""
+        rate = f"{state / seconds / 1e9:8.2f} GB/s" if key not in ("none", "mock", "journal") else ""
         print(f"{row['label']:42}{seconds * 1e3:6.0f} ms{row['ratio']:8.2f}{min(ratios):7.2f}{max(ratios):7.2f}{rate}")
     print()
     for other in ("mock", "none"):

@@ -5,6 +5,7 @@ Each saver is durable by its own means: what it says is saved is on disk after `
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import threading
@@ -19,7 +20,9 @@ import torch
 from saving import Nothing, copy_in, replace_durably, sync_tree
 from torch import nn
 
-REPORTED = ("bytes_written", "stall_seconds", "copy_seconds", "write_seconds", "checkpoints_committed")
+REPORTED = (
+    "bytes_written", "stall_seconds", "copy_seconds", "write_seconds", "checkpoints_committed", "records_committed"
+)  # fmt: skip
 
 
 class Fxckpt(Nothing):
@@ -82,8 +85,6 @@ class Fxckpt(Nothing):
         return {str(skipped): "skipped" for skipped in fxckpt.load(optimizer=self.optimizer).skipped}
 
     def check(self, step: int) -> dict:
-        from safetensors.torch import load_file
-
         import fxckpt
 
         done = self.optimizer.ckpt.statistics()
@@ -92,13 +93,14 @@ class Fxckpt(Nothing):
             return report
         if done["checkpoints_committed"] != step:
             raise AssertionError(f"{step} steps, but {done['checkpoints_committed']} checkpoints committed")
-        newest = fxckpt.latest(self.folder)  # reads and verifies every chunk
-        if newest is None or newest.step != step:
-            raise AssertionError(f"expected a verified checkpoint of step {step}, found {newest}")
-        weights = load_file(Path(newest.path) / "model.safetensors")
+        restored = copy.deepcopy(self.model)
+        found = fxckpt.load(self.folder, model=restored)  # reads and verifies every chunk
+        if found.step != step or found.skipped:
+            raise AssertionError(f"expected a verified checkpoint of step {step}, found that of {found.step}: {found.skipped}")
+        weights = dict(restored.named_parameters())
         for name, parameter in self.model.named_parameters():
             if not torch.equal(weights[name], parameter):
-                raise AssertionError(f"{name} in {newest.path} is not what was trained")
+                raise AssertionError(f"{name} in {self.folder} is not what was trained")
         return report
 
 
@@ -309,6 +311,7 @@ CONTESTANTS = (
     Contestant("none", "no checkpoints (AdamW fused)", Nothing),
     Contestant("fxckpt", "fxckpt, fused=True (native update)", Fxckpt),
     Contestant("inductor", 'fxckpt, update="inductor"', lambda: Fxckpt(update="inductor")),
+    Contestant("journal", "fxckpt, fused=True, journal=64", lambda: Fxckpt(journal=64)),
     Contestant("mock", 'fxckpt, writer="mock" (writes nothing)', lambda: Fxckpt(writer="mock")),
     Contestant("safetensors", "safetensors save_file + fsync", Safetensors, waits=True),
     Contestant("torch_save", "torch.save + fsync", TorchSave, waits=True),

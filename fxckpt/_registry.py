@@ -17,6 +17,7 @@ MODULE_STATE = {
     "fxckpt.store.lock:_locks": "locks of directories (weak), none of which is a forked child's",
     "fxckpt.ranks.replication.wire:_sockets": "open sockets to other ranks (weak), which a forked child closes",
     "fxckpt.monitor.link:_links": "open sockets to monitors (weak), which a forked child closes",
+    "fxckpt.compat.modules:_inner": "by class of a module (weak), the attribute in which it holds a model that it wraps",
     "fxckpt.compat.inductor:_capturing": "where Inductor's kernels note their calls while one is taken out",
 }
 """``module:name`` of each mutable object at module level. A test looks for others."""
