@@ -100,8 +100,10 @@ class Emitter:
             if pending is self.current or (numbers is not None and not pending.layout.numbers_as(layout)):
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
             all_of = pending.layout.number
-            layers = [*all_of("update"), *all_of("frozen"), *all_of("gradients")] if numbers is None else numbers
+            layers = [*all_of("update"), *all_of("frozen"), *all_of("gradients")] if numbers is None else list(numbers)
             pending.guard.let_go(layers, partial(self.discard, pending))
+            if pending.link is not None:
+                pending.link.let_go(layers)
 
     def discard(self, pending: InFlight, error: Changed) -> None:
         """A tensor of this checkpoint changed."""
@@ -122,7 +124,7 @@ class Emitter:
             if pending.link is not None and (waiting := pending.link.waiting.pop(layer, None)) is not None:
                 self._log(pending, layer, waiting)
             if self.chain is not None:
-                self.chain.digest(pending, layer)
+                self.chain.digest(pending, layer, self._streams)
             return
         if pending.link is not None and found.kind == "counts":  # a record has those of whole layers only
             tensors = [local(e.tensor) for e in found.entries]
