@@ -102,17 +102,23 @@ class Again:
 
 class Replay:
     """Makes steps again. ``tensors``: all parameters and all optimizer state of the checkpoint ``base``, read already, which the
-    steps change. ``optimizers``: what the base's record says of them, decoded. ``device``: the name of the one that they lie on."""
+    steps change. ``optimizers``: what the base's record says of them, decoded. ``device``: the name of that on which parameters
+    lie; None: host memory."""
 
     def __init__(
-        self, base: Record, optimizers: Sequence[Mapping[str, Any]], tensors: Tensors, update: str | None, device: str | None = None
+        self,
+        base: Record,
+        optimizers: Sequence[Mapping[str, Any]],
+        tensors: Tensors,
+        update: str | None,
+        device: str | None,
     ):
         self._tensors = tensors
         self._optimizers = [Again(index, saved, tensors, update) for index, saved in enumerate(optimizers)]
         self._params = {name: param for each in self._optimizers for name, param in each.params.items()}
         self._layers = dict(_labelled(base, self._optimizers))
-        self._here = machine(adds_up(saved["class"] for saved in optimizers), device)
         self._sums = adds_up(saved["class"] for saved in optimizers)
+        self._here = machine(self._sums, device)
         self._room: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # for the gradients of a step and of the next one, in turns
         self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
 

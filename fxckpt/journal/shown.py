@@ -1,8 +1,8 @@
 """Whether steps on a device come out the same when they are made again: shown by the device itself, before anybody relies on it.
 
 When a program updates its first parameters, their update is made twice: over copies, by the code that makes steps again for
-``load``, and then in place by the run. Their bits are compared on the device. The answer comes behind the step, to whoever commits
-records: none of them is committed without it.
+``load``, and then in place by the run. Their bits are compared on the device. The answer comes behind the step, to the thread
+that commits: no record is committed without it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _Twice:
 
 
 class Shown:
-    """What was shown so far, and what is being compared. ``refused``: why steps here are not to be relied on, once that is known."""
+    """What was shown so far, and what is being compared. ``refused``: why steps are not to be relied on, once that is known."""
 
     def __init__(self, steppers: Sequence[Stepper], update: str | None, later: Later, is_remote: Callable[[torch.Tensor], bool]):
         self._steppers, self._update, self._later, self._is_remote = steppers, update, later, is_remote

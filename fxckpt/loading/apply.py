@@ -97,8 +97,8 @@ def make_state(
 
 
 def lies_on_host(key: str, dim: int, description: State, group: State) -> bool:
-    """Is this state of a parameter kept in host memory, wherever that lies? Else it lies beside it. Step counts follow torch's own
-    rule (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
+    """Is this state kept in host memory, wherever its parameter lies? Else it lies beside it. Step counts follow torch's own rule
+    (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
     if key == "step" and not dim:
         return not (group.get("fused") or group.get("capturable"))
     return key in description.get("host", ())

@@ -105,24 +105,24 @@ def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors
 
 def _device_of(journal: Sequence[Reader], devices: cuda.Devices) -> torch.device | None:
     """Where its steps are made; None: in host memory. Raises Broken where there is no such device."""
-    kinds = [None if each.record.journal is None else each.record.journal.device for each in journal]
-    if any(kind != kinds[0] for kind in kinds):
-        at = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
-        raise Broken(at, Corrupt(journal[at].path, "its steps were made elsewhere than those of the records before it"))
+    made = [each.record.journal for each in journal]
+    kinds = [None if each is None else each.device for each in made]
+    for at, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise Broken(at, Corrupt(journal[at].path, "its step was made elsewhere than that of the record before it"))
     if kinds[0] is None:
         return None
     if (found := devices.there()) is None:
-        made_by = journal[0].record.journal
-        what = f"its steps were made on a CUDA device ({made_by.machine if made_by else ''}), and here is none to make them again on"
-        raise Broken(0, Corrupt(journal[0].path, what))
+        by = "" if made[0] is None else f" ({made[0].machine})"
+        raise Broken(0, Corrupt(journal[0].path, f"its step was made on a CUDA device{by}, and here is none to make it again on"))
     return found
 
 
 def _brought_to(
     device: torch.device | None, optimizers: Sequence[Mapping[str, Any]], tensors: Tensors, devices: cuda.Devices
 ) -> tuple[dict[tuple[str, str], torch.Tensor], str | None]:
-    """What steps update on the device, or in host memory: copies of what lies elsewhere. Counts, and what was kept in host memory,
-    lie there. And what the parameters' device is called."""
+    """What steps update, on the device or in host memory: copies of what lies elsewhere. Counts, and what was kept in host memory,
+    lie there. And what the device is called that parameters lie on."""
     there, name = dict(tensors), None
     for index, optimizer, group in ((i, each, group) for i, each in enumerate(optimizers) for group in each["groups"]):
         for param in group["params"]:
@@ -133,8 +133,8 @@ def _brought_to(
                 remote = device is not None and at not in kept
                 if remote != devices.is_on_one(tensors[at]):
                     there[at] = tensors[at].detach().to(device if remote else "cpu")
-            if device is not None and name is None:
-                name = devices.name(devices.of(there[names.MODEL, param]))
+            if name is None and (ordinal := devices.of(there[names.MODEL, param])) is not None:
+                name = devices.name(ordinal)
     return there, name
 
 

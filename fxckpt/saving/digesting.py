@@ -1,4 +1,4 @@
-"""The digest of a layer on a device, on its way: the copy engine brings its bytes, and the step that updated it waits for nothing.
+"""The digest of a layer on a device: the copy engine brings its bytes, and the step that updated it waits for nothing.
 
 Its copies are those of a small checkpoint of their own, which nobody writes, in which the layer has its number: events, staging
 and the fence before its next update are those of any other copy.

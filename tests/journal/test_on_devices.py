@@ -3,8 +3,6 @@ made again on a device have the same bits, only a device can show; until one has
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from journal_lives import whole
@@ -14,7 +12,6 @@ from torch.nn import functional as F
 
 import fxckpt
 from fxckpt.errors import Corrupt
-from fxckpt.journal import repeatable
 from fxckpt.saving.guard import Guard
 from fxckpt.store.reader import candidates, records
 
