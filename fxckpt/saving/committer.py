@@ -142,6 +142,7 @@ class Committer:
         tensors = {key: value() if callable(value) else value for key, value in pending.record.pop("state_tensors").items()}
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         if pending.link is not None:
+            pending.phase = "waiting for the answer whether its step can be made again"
             fields["journal"] = pending.link.record()
         if pending.layout.alike:
             fields["state"] = {**fields["state"], ALIKE: pending.layout.alike, CHECKED: _checksums(pending)}
