@@ -148,7 +148,7 @@ class Chain:
             return
         if not taken:
             self._moves.add(self._looks.moved([index]))
-        copied = () if taken else self._changed_outside
+        copied = () if taken else self._changed_outside if self._where.device() is None else None
         try:
             self._made.append(Made(index, stepper, gradients, copied, self._records))
         except StateError:  # a setting of a group that cannot be stored: the full one fails of it, and says so

@@ -64,11 +64,13 @@ class Emitter:
         self._log(pending, layer, Waiting([grad.detach() for grad in gradients if grad is not None]))
 
     def _log(self, pending: InFlight, layer: int, waiting: Waiting) -> None:
-        """Hand over the gradients of a layer, copied in memory where they are known to change meanwhile."""
+        """Hand over the gradients of a layer, copied in memory where they may change meanwhile: on a device the next replay of a
+        graph writes over them, and moves no version."""
         found, tensors = pending.layout.layers[layer], waiting.tensors
+        on_device = pending.link is not None and pending.link.device is not None
         if waiting.copied:
             self.hand_over_copies(pending, layer, tensors)
-        elif {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
+        elif on_device or {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
             self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, tensors)])
         else:
             pending.guard.watch_now(layer, tensors)

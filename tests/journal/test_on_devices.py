@@ -1,5 +1,5 @@
-"""Gradients on a device that the fake driver plays: records hold those of their step, however late the copies run; digests come
-behind the step that they are of; and no record counts before the device has shown that steps made again there have the same bits."""
+"""A journal on a device that the fake driver plays: records hold the gradients of their step, however late the copies run; digests
+come behind the step; and no record is committed before the device has shown that steps made again there have the same bits."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from journal_lives import whole
 from small_models import Loader, mlp
 from small_training import Training, all_good, all_made_again
 from standin import device, library, shaped
-from waiting import until
 from torch.nn import functional as F
+from waiting import until
 
 import fxckpt
 from fxckpt.errors import Corrupt
 from fxckpt.journal.replay import Again
 from fxckpt.run.emitting import Emitter
 from fxckpt.saving.digesting import Digesting, DigestPlan
-from fxckpt.saving.guard import Guard
 from fxckpt.store.reader import candidates, records
 
 __all__ = ["device", "library"]  # fixtures
@@ -101,12 +100,69 @@ def test_a_monitor_writes_records_and_is_not_sent_what_is_only_digested(tmp_path
     assert training.found["checkpoints_failed"] == 0 and journalled.fake.violations() == ""
 
 
+class Replayed(Training):
+    """Its loop has boundaries, and its gradients are written over as a graph's replay does it: in their place, past versions."""
+
+    def train(self, steps: int = 1) -> Replayed:
+        static = {}
+        for _ in fxckpt.steps(steps):
+            x, y = next(self.loader)
+            for param, grad in zip(params := list(self.model.parameters()), self.grads(x, y, params)):
+                param.grad = static.setdefault(param, torch.empty_like(param))
+                param.grad.data.copy_(grad)
+            self.opt.step()
+            self.reference[self.found["steps"]] = self.now()
+            self.scheduler.step()
+        return self
+
+    def grads(self, x, y, params):
+        return torch.autograd.grad(F.cross_entropy(self.forward(x), y), params)
+
+
+class Clearing(Training):
+    """Its loop has boundaries, and clears gradients in place."""
+
+    def train(self, steps: int = 1) -> Clearing:
+        for _ in fxckpt.steps(steps):
+            x, y = next(self.loader)
+            F.cross_entropy(self.forward(x), y).backward()
+            self.opt.step()
+            self.reference[self.found["steps"]] = self.now()
+            self.opt.zero_grad(set_to_none=False)
+            self.scheduler.step()
+        return self
+
+
+@pytest.mark.parametrize("loop", [Replayed, Clearing])
+def test_gradients_that_are_written_over_in_their_place_are_those_of_their_step(tmp_path, journalled, loop):
+    training = loop(tmp_path, optimizer=adamw, journal=20).train(10).end()
+    assert all_made_again(tmp_path, training) == [*range(1, 11)]
+    assert set(steps_of(records(tmp_path))) >= {*range(4, 11)} and journalled.fake.violations() == ""
+
+
 # ---- what these rest on: each of these orders is needed ----
 
 
-def test_gradients_that_nobody_holds_until_they_are_copied_would_be_seen(tmp_path, journalled, monkeypatch):
-    """What the test above rests on: their memory is given to others."""
-    monkeypatch.setattr(Guard, "watch_now", lambda self, layer, tensors: None)
+def by_reference(self, pending, layer, waiting):
+    """As on the host: gradients are read where the backward put them."""
+    pending.guard.watch_now(layer, waiting.tensors)
+    self._hand_over(pending, layer, self.sources(waiting.tensors))
+
+
+def test_gradients_that_are_read_where_a_replay_writes_the_next_ones_would_be_seen(tmp_path, journalled, monkeypatch):
+    monkeypatch.setattr(Emitter, "_log", by_reference)
+    training = Replayed(tmp_path, optimizer=adamw, journal=6).train(14).end()
+    with pytest.raises((AssertionError, Corrupt)):
+        all_made_again(tmp_path, training)
+
+
+def test_copies_of_gradients_that_nobody_holds_until_they_have_come_would_be_seen(tmp_path, journalled, monkeypatch):
+    """Their memory is given to others."""
+
+    def dropped(self, pending, layer, copies):
+        self._hand_over(pending, layer, self.sources(copies))
+
+    monkeypatch.setattr(Emitter, "hand_over_copies", dropped)
     training = Training(tmp_path, optimizer=adamw, journal=6).train(14).end()
     with pytest.raises((AssertionError, Corrupt)):
         all_made_again(tmp_path, training)
@@ -295,27 +351,6 @@ def test_a_bit_that_flips_in_a_devices_memory_is_found_by_a_digest(tmp_path, jou
     restored = fxckpt.load()
     assert restored.step <= 5 and "layer '0' of step" in restored.skipped[0][1]
     assert differences(found.now(), training.reference[restored.step]) == []
-
-
-class Clearing(Training):
-    """Its loop has boundaries, and clears gradients in place."""
-
-    def train(self, steps: int = 1) -> Clearing:
-        for _ in fxckpt.steps(steps):
-            x, y = next(self.loader)
-            F.cross_entropy(self.forward(x), y).backward()
-            self.opt.step()
-            self.reference[self.found["steps"]] = self.now()
-            self.opt.zero_grad(set_to_none=False)
-            self.scheduler.step()
-        return self
-
-
-def test_gradients_that_are_cleared_in_place_cost_a_record_and_are_copied_on_the_device_from_then_on(tmp_path, journalled):
-    training = Clearing(tmp_path, optimizer=adamw, journal=20).train(10).end()
-    steps = all_made_again(tmp_path, training)
-    assert len(steps) >= 8 and steps[-6:] == [5, 6, 7, 8, 9, 10]
-    assert set(steps_of(records(tmp_path))) >= {6, 7, 8, 9, 10} and journalled.fake.violations() == ""
 
 
 def test_gradients_of_two_optimizers_are_held_until_the_record_of_both_has_them(tmp_path, journalled):
