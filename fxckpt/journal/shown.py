@@ -62,7 +62,7 @@ class Shown:
         self._twice = None
         stepper, known = self._steppers[index], self._known
         given = [(m, g) for m, g in zip(stepper.executor.arranged.members, gradients) if g is not None]
-        if not any((index, m.group, m.program) not in known for m, _ in given):
+        if all((index, m.group, stepper.programs.follow(m)) in known for m, _ in given):
             return
         try:
             self._twice = self._made_on_copies(index, _chosen(index, given, known), device)

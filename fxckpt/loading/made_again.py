@@ -121,8 +121,8 @@ def _device_of(journal: Sequence[Reader], devices: cuda.Devices) -> torch.device
 def _brought_to(
     device: torch.device | None, optimizers: Sequence[Mapping[str, Any]], tensors: Tensors, devices: cuda.Devices
 ) -> tuple[dict[tuple[str, str], torch.Tensor], str | None]:
-    """What steps update, on the device or in host memory: copies of what lies elsewhere, but of counts and of what was kept in host
-    memory. And what the device is called that parameters lie on."""
+    """What steps update, on the device or in host memory: copies of what lies elsewhere. Counts and what was kept in host memory
+    are there. And what the device is called that parameters lie on."""
     there, name = dict(tensors), None
     for index, optimizer, group in ((i, each, group) for i, each in enumerate(optimizers) for group in each["groups"]):
         for param in group["params"]:

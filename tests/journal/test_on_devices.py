@@ -1,5 +1,5 @@
-"""A journal on a device that the fake driver plays: records hold the gradients of their step, however late the copies run; digests
-come behind the step; and no record is committed before the device has shown that steps made again there have the same bits."""
+"""A journal on a device that the fake driver plays: records hold the gradients of their step, however late the copies run;
+digests come behind the step; and no record is committed before the device has shown that steps repeat there, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from waiting import until
 import fxckpt
 from fxckpt.errors import Corrupt
 from fxckpt.journal.replay import Again
+from fxckpt.journal.shown import Shown
 from fxckpt.run.emitting import Emitter
 from fxckpt.saving.digesting import Digesting, DigestPlan
 from fxckpt.store.reader import candidates, records
@@ -279,6 +280,21 @@ def test_each_program_is_shown_once_and_of_large_parameters_the_smallest_only(tm
     assert shown == [["0.bias", "1.bias"]] and len(records(tmp_path)) == 4
 
 
+def test_a_program_that_comes_later_is_shown_before_its_first_record_is_committed(tmp_path, journalled, monkeypatch):
+    """RAdam rectifies from its sixth step on, which is other code."""
+    shown, begins = [], Shown.begins
+
+    def noted(self, index, gradients, device):
+        begins(self, index, gradients, device)
+        shown.append(self._twice is not None)
+
+    monkeypatch.setattr(Shown, "begins", noted)
+    make = lambda params, lr: torch.optim.RAdam(params, lr=lr, foreach=True)  # noqa: E731
+    training = Training(tmp_path, optimizer=make, journal=20).train(10).end()
+    assert [step for step, each in enumerate(shown, start=2) if each] == [2, 6]
+    assert all_made_again(tmp_path, training) == [*range(1, 11)] and len(records(tmp_path)) == 8
+
+
 # ---- what is refused ----
 
 
@@ -332,6 +348,16 @@ def test_without_a_device_the_full_checkpoint_is_loaded_and_it_is_said(tmp_path,
     assert found.step == 2 and "made on a CUDA device (torch" in found.skipped[0][1] and "stand-in 0" in found.skipped[0][1]
     with pytest.raises(Corrupt, match="here is none to make it again on"):
         fxckpt.load(tmp_path, model=training.model, step=5)
+
+
+def test_another_device_is_named_and_its_bits_are_compared(tmp_path, journalled, monkeypatch, caplog):
+    training = Training(tmp_path, optimizer=adamw, journal=20).train(7).end()
+    monkeypatch.setattr(journalled, "name", lambda ordinal: "another one")
+    with caplog.at_level(logging.WARNING, "fxckpt"):
+        found = Training(tmp_path, seed=3, optimizer=adamw, journal=20)
+        assert fxckpt.load().step == 7
+    assert differences(found.now(), training.reference[7]) == []
+    assert any("stand-in 0, and here is" in text and "another one" in text for text in caplog.messages)
 
 
 def test_weights_in_host_memory_get_the_step_that_a_device_made_again(tmp_path, journalled):
