@@ -3,13 +3,14 @@ digests come behind the step; and no record is committed before the device has s
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 
 import pytest
 import torch
 from digests import differences
-from journal_lives import whole
+from journal_lives import signed, whole
 from small_models import Loader, mlp
 from small_training import Training, all_good, all_made_again
 from standin import device, library, shaped
@@ -95,8 +96,10 @@ def test_a_step_whose_layer_is_digested_does_not_wait_for_the_device(tmp_path, j
 
 
 def test_a_monitor_writes_records_and_is_not_sent_what_is_only_digested(tmp_path, journalled):
-    training = Training(tmp_path, optimizer=adamw, journal=6, writer="monitor").train(14).end()
-    assert all_made_again(tmp_path, training) == [*range(1, 15)]
+    """The layer that is digested would fill the memory that both share."""
+    options = {"journal": 4, "writer": "monitor", "chunk_mb": 1, "staging_mb": 8, "max_async": 1}
+    training = Training(tmp_path, make=lambda: mlp(1 << 17), optimizer=adamw, **options).train(9).end()
+    assert all_made_again(tmp_path, training) == [*range(1, 10)]
     assert all(len(whole(each).record.journal.digests) == 1 for each in records(tmp_path))
     assert training.found["checkpoints_failed"] == 0 and journalled.fake.violations() == ""
 
@@ -348,6 +351,18 @@ def test_without_a_device_the_full_checkpoint_is_loaded_and_it_is_said(tmp_path,
     assert found.step == 2 and "made on a CUDA device (torch" in found.skipped[0][1] and "stand-in 0" in found.skipped[0][1]
     with pytest.raises(Corrupt, match="here is none to make it again on"):
         fxckpt.load(tmp_path, model=training.model, step=5)
+
+
+@pytest.mark.parametrize("kind", ["cpu", None, 0], ids=str)
+def test_a_kind_of_device_that_no_run_writes_is_damage(tmp_path, journalled, kind):
+    Training(tmp_path, optimizer=adamw, journal=20).train(5).end()
+    newest = max((whole(each) for each in records(tmp_path)), key=lambda each: each.record.step)
+    body = json.loads(newest.record.to_bytes())
+    assert body["format"] == 6
+    body["journal"]["device"] = kind
+    (newest.path / "commit.json").write_bytes(signed(body))
+    found = fxckpt.load(tmp_path, model=mlp())
+    assert found.step == 4 and "device" in found.skipped[0][1]
 
 
 def test_another_device_is_named_and_its_bits_are_compared(tmp_path, journalled, monkeypatch, caplog):
