@@ -92,10 +92,12 @@ uint64_t fx_file_inode(const struct fx_checkpoint *ck, uint32_t file) { return c
 
 /* ---- emit ---- */
 
-/* Lock held: the layer's pieces become copyable, and chunks that waited for them only become ready. */
+/* Lock held: the layer's pieces become copyable, and chunks that waited for them only become ready: writers are woken for
+ * these, for a thread that wakes takes a core from training. */
 static void emit_pieces(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *sources,
                         struct ck_devices *devices) {
     const struct plan_layer *l = &ck->plan->layers[layer];
+    uint32_t ready = 0;
     fx_sources_hold(sources);
     ck->layers[layer].sources = sources;
     ck->layers[layer].devices = devices;
@@ -104,8 +106,11 @@ static void emit_pieces(struct fx_checkpoint *ck, uint32_t layer, struct fx_sour
     atomic_fetch_add(&ck->engine->pending, l->n_pieces);
     for (uint32_t i = 0; i < l->n_pieces; i++) {
         uint32_t chunk = ck->plan->pieces[ck->plan->layer_pieces[l->first_piece + i]].chunk;
-        if (--ck->chunks[chunk].layers_left == 0) fx_push_ready(ck, chunk);
+        if (--ck->chunks[chunk].layers_left) continue;
+        fx_push_ready(ck, chunk);
+        ready++;
     }
+    fx_wake_writers_for(ck->engine, ready);
     if (devices && fx_cuda_enqueue(ck, layer)) fx_give_up(ck, FAILED, "emit", "", -1, ENOMEM);
 }
 
@@ -131,8 +136,8 @@ int fx_emit_from(struct fx_checkpoint *ck, uint32_t layer, struct fx_sources *so
             devices = NULL;
         }
         fx_check_durable(ck);
+        if (ck->emitted == ck->plan->n_layers) fx_wake_ends(ck->engine); /* it may be copied by now */
         fx_settle(ck);
-        fx_wake_writers(ck->engine);
         fx_wake(ck->engine);
     }
     fx_cuda_drop(devices);
@@ -166,7 +171,7 @@ static int wait_until(struct fx_checkpoint *ck, bool (*reached)(const struct fx_
         } else if (reached(ck)) {
             r = 1;
         }
-        if (r || !fx_wait(ck->engine, deadline)) break;
+        if (r || !fx_wait_end(ck->engine, deadline)) break;
     }
     fx_unlock(ck->engine);
     return r;
@@ -183,7 +188,7 @@ int fx_durable(struct fx_checkpoint *ck, int64_t timeout_ns, struct fx_error *er
 int fx_settled(struct fx_checkpoint *ck, int64_t timeout_ns) {
     int64_t deadline = fx_deadline(timeout_ns);
     fx_lock(ck->engine);
-    while (!ck->settled && fx_wait(ck->engine, deadline)) continue;
+    while (!ck->settled && fx_wait_end(ck->engine, deadline)) continue;
     int r = ck->settled;
     fx_unlock(ck->engine);
     return r;

@@ -8,20 +8,31 @@
 void fx_lock(struct fx_engine *engine) { pthread_mutex_lock(&engine->lock); }
 void fx_unlock(struct fx_engine *engine) { pthread_mutex_unlock(&engine->lock); }
 
-void fx_wake(struct fx_engine *engine) {
-    if (engine->waiters) pthread_cond_broadcast(&engine->progress);
+static void wake(struct waits *waits) {
+    if (waits->waiters) pthread_cond_broadcast(&waits->changed);
 }
+
+void fx_wake(struct fx_engine *engine) { wake(&engine->progress); }
+void fx_wake_ends(struct fx_engine *engine) { wake(&engine->ends); }
 
 void fx_wake_writers(struct fx_engine *engine) { pthread_cond_broadcast(&engine->work); }
 
-bool fx_wait(struct fx_engine *engine, int64_t deadline_ns) {
+void fx_wake_writers_for(struct fx_engine *engine, uint32_t jobs) {
+    if (jobs == 1) pthread_cond_signal(&engine->work); /* one that works looks for the next job itself */
+    else if (jobs) fx_wake_writers(engine);
+}
+
+static bool wait_for(struct fx_engine *engine, struct waits *waits, int64_t deadline_ns) {
     if (fx_now() >= deadline_ns) return false;
     struct timespec until = {deadline_ns / SECOND_NS, deadline_ns % SECOND_NS};
-    engine->waiters++;
-    pthread_cond_timedwait(&engine->progress, &engine->lock, &until);
-    engine->waiters--;
+    waits->waiters++;
+    pthread_cond_timedwait(&waits->changed, &engine->lock, &until);
+    waits->waiters--;
     return true; /* the caller looks again, whatever woke it */
 }
+
+bool fx_wait(struct fx_engine *engine, int64_t deadline_ns) { return wait_for(engine, &engine->progress, deadline_ns); }
+bool fx_wait_end(struct fx_engine *engine, int64_t deadline_ns) { return wait_for(engine, &engine->ends, deadline_ns); }
 
 /* Conditions that count on the monotonic clock: setting the time must not end or prolong a wait. */
 static int make_locks(struct fx_engine *engine) {
@@ -30,7 +41,8 @@ static int make_locks(struct fx_engine *engine) {
     if (!r) r = pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
     if (!r) r = pthread_mutex_init(&engine->lock, NULL);
     if (!r) r = pthread_cond_init(&engine->work, &monotonic);
-    if (!r) r = pthread_cond_init(&engine->progress, &monotonic);
+    if (!r) r = pthread_cond_init(&engine->progress.changed, &monotonic);
+    if (!r) r = pthread_cond_init(&engine->ends.changed, &monotonic);
     pthread_condattr_destroy(&monotonic);
     return r;
 }
@@ -53,7 +65,8 @@ static void destroy(struct fx_engine *engine) {
     free(engine->staging.free);
     free(engine->writers);
     fx_trace_free(engine);
-    pthread_cond_destroy(&engine->progress);
+    pthread_cond_destroy(&engine->progress.changed);
+    pthread_cond_destroy(&engine->ends.changed);
     pthread_cond_destroy(&engine->work);
     pthread_mutex_destroy(&engine->lock);
     free(engine);

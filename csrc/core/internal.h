@@ -162,14 +162,19 @@ struct written {
     _Atomic uint64_t bytes, ns;
 };
 
+/* A condition, and how many threads wait for it. */
+struct waits {
+    pthread_cond_t changed;
+    uint32_t waiters;
+};
+
 struct fx_engine {
     pthread_mutex_t lock;
-    pthread_cond_t work;     /* writers wait: a job, or closing */
-    pthread_cond_t progress; /* everybody else waits: anything changed */
+    pthread_cond_t work;         /* writers wait: a job, or closing */
+    struct waits progress, ends; /* for anything to change; for a checkpoint to be copied, over or settled */
     struct fx_options options;
     const struct fx_sink_ops *_Atomic sink; /* sink.h; changes under the lock, while nothing is in flight */
     void *sink_state;                       /* the sink's own */
-    uint32_t waiters;                       /* on progress */
     uint32_t refs; /* the caller's, one for each checkpoint, one for each living thread */
     uint32_t threads_started, threads_alive;
     bool closing, joined;
@@ -187,10 +192,13 @@ struct fx_engine {
 
 void fx_lock(struct fx_engine *engine);
 void fx_unlock(struct fx_engine *engine);
-void fx_wake(struct fx_engine *engine); /* those who wait for progress */
+void fx_wake(struct fx_engine *engine);      /* those who wait for progress */
+void fx_wake_ends(struct fx_engine *engine); /* those who wait for a checkpoint: a thread that commits has no part in more */
 void fx_wake_writers(struct fx_engine *engine);
+void fx_wake_writers_for(struct fx_engine *engine, uint32_t jobs); /* no more of them than these jobs want */
 /* Waits for progress; false once the deadline has passed. */
 bool fx_wait(struct fx_engine *engine, int64_t deadline_ns);
+bool fx_wait_end(struct fx_engine *engine, int64_t deadline_ns); /* the same for an end */
 void fx_engine_release(struct fx_engine *engine); /* drops one reference and the lock */
 
 /* ---- threads: writer.c ---- */

@@ -17,7 +17,7 @@ void fx_take_piece(struct fx_checkpoint *ck, uint32_t piece) {
 static void piece_done(struct fx_checkpoint *ck, uint32_t piece) {
     ck->pieces[piece] = DONE;
     ck->layers[ck->plan->pieces[piece].layer].left--;
-    ck->left--;
+    if (!--ck->left && ck->emitted == ck->plan->n_layers) fx_wake_ends(ck->engine);
     atomic_fetch_sub_explicit(&ck->engine->pending, 1, memory_order_release);
 }
 
@@ -75,6 +75,7 @@ void fx_check_durable(struct fx_checkpoint *ck) {
     if (ck->state != ACTIVE || ck->files_left || ck->emitted < ck->plan->n_layers) return;
     ck->state = DURABLE;
     fx_wake(ck->engine);
+    fx_wake_ends(ck->engine);
 }
 
 /* ---- the end ---- */
@@ -99,6 +100,7 @@ void fx_give_up(struct fx_checkpoint *ck, enum state state, const char *operatio
         if (ck->pieces[p] == IDLE && ck->layers[ck->plan->pieces[p].layer].emitted) piece_done(ck, p);
     give_back_staging(ck);
     fx_wake(ck->engine);
+    fx_wake_ends(ck->engine);
     fx_wake_writers(ck->engine); /* to close its files */
 }
 
@@ -139,6 +141,7 @@ void fx_settle(struct fx_checkpoint *ck) {
         ck->settled = true;
         unlink_from_list(ck);
         fx_wake(ck->engine);
+        fx_wake_ends(ck->engine);
     }
     if (!ck->released) return;
     ck->engine->refs--; /* never the last: whoever calls this holds one */

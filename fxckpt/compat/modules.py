@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -25,14 +26,28 @@ _WRAPPERS = (
 )
 
 
+_inner: WeakKeyDictionary[type, str] = WeakKeyDictionary()
+"""By class, the attribute that holds the model inside; empty of a class that is no wrapper. Asked of each module at each
+checkpoint."""
+
+
 def wrapped_module(module: torch.nn.Module) -> torch.nn.Module | None:
-    """The model inside a wrapper of torch's or Fabric's, or None if it is no wrapper. The attributes that hold it are private;
-    the types are looked up only where their module is imported already."""
+    """The model inside a wrapper of torch's or Fabric's, or None if it is no wrapper."""
+    kind = type(module)
+    attribute = _inner.get(kind)
+    if attribute is None:
+        attribute = _inner[kind] = _attribute_of(kind)
+    return getattr(module, attribute) if attribute else None
+
+
+def _attribute_of(kind: type) -> str:
+    """These attributes are private. Their classes are looked up only where their module is imported already: nothing that exists
+    can be of one that is not."""
     for where, name, attribute in _WRAPPERS:
-        kind = getattr(sys.modules.get(where), name, None)
-        if kind is not None and isinstance(module, kind):
-            return getattr(module, attribute)
-    return None
+        wrapper = getattr(sys.modules.get(where), name, None)
+        if wrapper is not None and issubclass(kind, wrapper):
+            return attribute
+    return ""
 
 
 def compiled_in_vain(model: object) -> str | None:
@@ -51,8 +66,7 @@ def compiled_in_vain(model: object) -> str | None:
 def own_buffers(module: torch.nn.Module, persistent: bool) -> list[tuple[str, torch.Tensor]]:
     """The module's own buffers that ``state_dict`` holds, or the others; nothing public tells them apart."""
     skipped = module._non_persistent_buffers_set
-    own = module.named_buffers(recurse=False, remove_duplicate=False)
-    return [(name, tensor) for name, tensor in own if (name not in skipped) == persistent]
+    return [(name, each) for name, each in module._buffers.items() if each is not None and (name not in skipped) == persistent]
 
 
 class Several(torch.nn.Module):
@@ -119,11 +133,14 @@ def every_module(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str,
     """``(name, module)`` of every place where a module stands, under several names if it stands there several times. Wrappers
     inside the model (``torch.compile(block)`` in a list of blocks) take no part in names, so that a checkpoint does not depend on
     what was compiled. ``named_children`` would leave out what stands twice in one parent."""
-    module = unwrap_model(module)
-    yield name, module
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from every_module(child, f"{name}.{key}" if name else key)
+    waiting = [(name, module)]
+    while waiting:
+        name, module = waiting.pop()
+        module = unwrap_model(module)
+        yield name, module
+        if module._modules:
+            within = f"{name}." if name else ""
+            waiting += [(within + key, child) for key, child in reversed(module._modules.items()) if child is not None]
 
 
 def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -131,16 +148,18 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
     the optimizer has."""
     sharded = sharded_parameters(model)
     for prefix, module in every_module(model):
-        for name, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            yield f"{prefix}.{name}" if prefix else name, sharded.get((id(module), name), param)
+        for name, param in module._parameters.items():
+            if param is not None:
+                yield f"{prefix}.{name}" if prefix else name, sharded.get((id(module), name), param)
 
 
 def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """``(name, buffer, persistent)`` of every buffer, ties included, by the names of ``every_module``."""
     for prefix, module in every_module(model):
-        for persistent in (True, False):
-            for name, buffer in own_buffers(module, persistent):
-                yield f"{prefix}.{name}" if prefix else name, buffer, persistent
+        if module._buffers:
+            for persistent in (True, False):
+                for name, buffer in own_buffers(module, persistent):
+                    yield f"{prefix}.{name}" if prefix else name, buffer, persistent
 
 
 def tensors_of(model: torch.nn.Module | None) -> set[int]:

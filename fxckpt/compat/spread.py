@@ -236,7 +236,8 @@ def _params_of(model: torch.nn.Module) -> Iterator[Any]:
 def _param_groups_of(model: torch.nn.Module) -> Iterator[Any]:
     """What FSDP2 gathers together, of this model."""
     get = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
-    if get is None:
+    known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", True)
+    if get is None or not known:  # it is imported in many a process that shards nothing
         return
     for module in model.modules():
         if (state := get(module)) is not None:

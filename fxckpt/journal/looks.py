@@ -49,7 +49,19 @@ class Watched:
 
     def __init__(self, layers: Mapping[int, EngineLayer]):
         self.layers: Mapping[int, EngineLayer] = layers
-        self.tensors = [(e.tensor, _word_bytes(e.tensor)) for layer in layers.values() for e in layer.entries]
+        self._tensors = [e.tensor for layer in layers.values() for e in layer.entries]
+        self._addresses: list[int] = []
+        self._words: list[ctypes.Array[ctypes.c_char]] = []  # the memory at these addresses
+
+    def now(self) -> tuple[list[int], list[int], list[bytes]]:
+        """Of each tensor its version, its address, and a few bytes of it: what takes no time to look at."""
+        addresses = [each.data_ptr() for each in self._tensors]
+        if addresses != self._addresses or not all(each.is_cpu for each in self._tensors):
+            # A script may have put it on a device meanwhile, or emptied it: then there is nothing to be read.
+            sizes = [_word_bytes(each) if each.is_cpu and at else 0 for each, at in zip(self._tensors, addresses)]
+            self._words = [(ctypes.c_char * n).from_address(at) for at, n in zip(addresses, sizes)]
+            self._addresses = addresses
+        return [version_of(each) for each in self._tensors], addresses, [each.raw for each in self._words]
 
 
 class Look:
@@ -57,16 +69,10 @@ class Look:
 
     def __init__(self, watched: Watched, number: int):
         """``number``: at how many records' instants they were looked at."""
-        self._layers, self._tensors = watched.layers, watched.tensors
+        self._layers, self._watched = watched.layers, watched
         self._turn, self._whole = number, number < FIRST
-        self._versions = self._versions_now()
+        self._seen = watched.now()
         self._glimpses = self._glimpses_now()
-
-    def _versions_now(self) -> list[tuple[int, int, bytes]]:
-        """Of each tensor its version, its address, and a few bytes of it: what takes no time to look at."""
-        # A script may have put it on a device meanwhile, or emptied it: then there is nothing to be read.
-        places = [(each, each.data_ptr() if each.is_cpu else 0, nbytes) for each, nbytes in self._tensors]
-        return [(version_of(each), at, ctypes.string_at(at, nbytes) if at else b"") for each, at, nbytes in places]
 
     def _glimpses_now(self) -> dict[tuple[int, int], int | None]:
         """By layer and place in it."""
@@ -79,11 +85,11 @@ class Look:
 
     def moved(self) -> Moves:
         """What is not as it was; most often nothing."""
-        versions, glimpses, found = self._versions_now(), self._glimpses_now(), Moves()
-        if versions == self._versions and glimpses == self._glimpses:
+        seen_now, glimpses, found = self._watched.now(), self._glimpses_now(), Moves()
+        if seen_now == self._seen and glimpses == self._glimpses:
             return found
         places = [(n, i, e.key) for n, layer in self._layers.items() for i, e in enumerate(layer.entries)]
-        for (number, i, key), before, now in zip(places, self._versions, versions):
+        for (number, i, key), before, now in zip(places, zip(*self._seen), zip(*seen_now)):
             seen = glimpses.get((number, i)) != self._glimpses.get((number, i))
             if before != now or seen:
                 found.layers.setdefault(number, []).append(key)

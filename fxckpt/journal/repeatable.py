@@ -80,7 +80,8 @@ def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> s
             return f"{member.name} is a {type(member.param).__name__}, and steps of these were not compared"
         if grad is None:
             continue
-        if (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape) or grad.is_conj() or grad.is_neg():
+        other = (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape)
+        if other or grad.is_neg() or (grad.dtype.is_complex and grad.is_conj()):
             return f"the gradient of {member.name} is of another type than the parameter"
         if grad.device != member.param.device or grad.layout is not torch.strided:
             return f"the gradient of {member.name} is sparse, or lies elsewhere"

@@ -140,6 +140,8 @@ class Bindings:
 
     def replaced(self) -> list[str]:
         """Names of the parameters whose tensors are not those that were bound."""
+        if not self.stale():
+            return []
         state, members = self.opt.state, self.members
         given = list(itertools.chain.from_iterable(map(_params_of, self.opt.param_groups)))
         if len(given) != len(members):

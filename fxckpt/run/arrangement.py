@@ -149,11 +149,11 @@ class Arrangement:
         self._expected = {old: p for old, p in self._expected.items() if is_position(names.get(old, ""))}
 
     def look_for_names(self) -> None:
-        """Before a checkpoint: bind anew if a parameter moved in its model (``torch.nn.utils.prune`` renames it)."""
-        if self.model is None:
-            return
+        """Before a checkpoint, and once the script's own code ran between here and its layout: name all there is, and bind anew
+        if a parameter moved in its model (``torch.nn.utils.prune`` renames it)."""
         self.inventory = take(self.model, self.optimizers, traces)
-        if any(self.inventory.trained.get(m.name) is not m.param for stepper in self.steppers for m in stepper.bindings.members):
+        bound = ((m, self.inventory.trained.get(m.name)) for each in self.steppers for m in each.bindings.members)
+        if self.model is not None and any(found is not member.param for member, found in bound):
             for stepper in self.steppers:
                 stepper.bindings.invalidate()
 
@@ -219,9 +219,8 @@ class Arrangement:
         return others[self.emitter.saver.tally.started % len(others)] if others else None
 
     def current_layout(self) -> plan.Layout:
-        """The plan for the tensors as they are bound now; made anew when one was replaced."""
+        """The plan for the tensors as they are bound and named now; made anew when one was replaced."""
         emitter = self.emitter
-        self.inventory = take(self.model, self.optimizers, traces)
         fixed = tuple((n, local(t).data_ptr()) for n, t in self.inventory.frozen.items())
         moving = tuple((n, t.shape, t.dtype) for n, t in self.inventory.buffers.items())
         key = (tuple(s.bindings.number for s in self.steppers), fixed, moving, frozenset(emitter.changed_outside))

@@ -50,6 +50,7 @@ class ModuleValues:
         self._begun: list[_Begun] = []
         self._flat: list[tuple[_Begun, dict[str, Any], str, Any]] = []  # each number
         self._columns: list[tuple[Any, ...]] = []  # the same, attributes and names and values
+        self._keys: list[tuple[str, str]] = []  # of their marks
         self._generators: list[tuple[_Begun, str]] = []
 
     def begin(self, model: torch.nn.Module | None) -> None:
@@ -58,6 +59,7 @@ class ModuleValues:
         self._begun = [_begun(name, module) for name, module in modules.values()]
         self._flat = [(each, each.attributes, key, value) for each in self._begun for key, value in each.before.items()]
         self._columns = [*zip(*self._flat)][1:]
+        self._keys = [("number", named(each.name, key)) for each, _, key, _ in self._flat]
         shared = {id(each) for each in global_generators().values()}
         found = [(each, key, v) for each in self._begun for key, v in each.attributes.items() if isinstance(v, GENERATORS)]
         self._generators = [(each, key) for each, key, value in found if id(value) not in shared]
@@ -87,8 +89,8 @@ class ModuleValues:
 
     def marks(self) -> dict[tuple[str, str], object]:
         """Of all numbers, for ``PlainLoop``."""
-        kept = ((named(each.name, key), attributes.get(key)) for each, attributes, key, _ in self._flat)
-        return {("number", name): repr(value) for name, value in kept if _is_plain(value)}
+        attributes, names, _ = self._columns or ((), (), ())
+        return {key: repr(value) for key, value in zip(self._keys, map(dict.get, attributes, names)) if _is_plain(value)}
 
     def set_numbers(self, saved: Values) -> None:
         """Put them back, and all others to what they were when the run began."""

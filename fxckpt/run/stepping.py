@@ -248,6 +248,8 @@ class Stepping:
         if closure is not None and strategy.calls_closure_first():
             with torch.enable_grad():
                 loss = closure()
+            if due:
+                arrangement.look_for_names()
             arrangement.refresh()
             closure = EvaluatedClosure(closure, loss)
         # After the closure, whose forward may change what is being copied.
@@ -258,6 +260,8 @@ class Stepping:
             emitter.fence_all()
             stepper.halfway = True
             loss = own()
+            if due:
+                arrangement.look_for_names()
             arrangement.refresh()
         if arrangement.unsaid or own is not None:
             self._announcer.announce()

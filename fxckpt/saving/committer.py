@@ -129,7 +129,7 @@ class Committer:
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
         self._wait(pending, lambda: pending.link is None or pending.link.copied(SLICE))
-        self._flights.trainer.let_come_by(pending.layout.largest())
+        self._flights.trainer.let_come_by(pending.layout.largest)
         pending.guard.check_unchanged()
         if pending.link is not None:
             pending.link.take_digest()

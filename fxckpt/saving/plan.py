@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -91,6 +92,7 @@ class Layout:
         """The engine's numbers of the layers of one kind."""
         return [i for i, layer in enumerate(self.layers) if layer.kind == kind]
 
+    @cached_property
     def largest(self) -> int:
         """Bytes of the largest tensor."""
         return max((local(e.tensor).nbytes for layer in self.layers for e in layer.entries), default=0)
@@ -106,12 +108,17 @@ class Layout:
         return {layout.name: {i: crcs[0][i] for i in range(-(-layout.nbytes // size)) if i not in mixed}}
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
-        """The layers as the record lists them; a layer's counts are listed with the rest of it."""
+        """The layers as the record of this step lists them."""
+        now = time.time()
+        return tuple(LayerRecord(**{**vars(each), "step": step, "time": now}) for each in self._listed)
+
+    @cached_property
+    def _listed(self) -> tuple[LayerRecord, ...]:
+        """The same of no step; a layer's counts are listed with the rest of it."""
         placed = {(f, p.spec.key): p for f, layout in enumerate(self.files) for p in layout.tensors}
         counts: dict[str, list[Entry]] = {}
         for entry in (e for layer in self.layers if layer.kind == "counts" for e in layer.mine(layer.entries)):
             counts.setdefault(entry.owner, []).append(entry)
-        now = time.time()
         out: list[LayerRecord] = []
         for layer in (layer for layer in self.layers if layer.kind != "counts"):
             owners = [e.owner for e in layer.entries if e.key == e.owner]
@@ -120,7 +127,7 @@ class Layout:
             places = [(self.files[e.file].name, e.key, placed[e.file, e.key]) for e in entries]
             tensors = tuple(_recorded(f, key, p, box_of(e.tensor)) for (f, key, p), e in zip(places, entries))
             nbytes = sum(t.nbytes for t in tensors)
-            out.append(LayerRecord(len(out), layer.name, layer.kind, step, now, layer.parameters, nbytes, tensors))
+            out.append(LayerRecord(len(out), layer.name, layer.kind, 0, 0.0, layer.parameters, nbytes, tensors))
         return tuple(out)
 
 

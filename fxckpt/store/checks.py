@@ -67,6 +67,11 @@ def structure_of(raw: bytes) -> Structure:
     return found
 
 
+def size_of(raw: bytes) -> Structure:
+    """The same of what this process wrote, but nothing of what cannot be too large: a value has a byte at least."""
+    return structure_of(raw) if len(raw) > min(MAX_CONTAINERS, MAX_VALUES) else Structure()
+
+
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse a key that is given twice: which value counts would depend on the reader."""
     found = dict(pairs)

@@ -11,9 +11,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import operator
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ from fxckpt.store.checks import (
     need,
     optional,
     parse_json,
-    structure_of,
+    size_of,
 )
 from fxckpt.store.dtypes import DTYPES, item_size
 from fxckpt.store.layout import BLOCK
@@ -229,12 +230,15 @@ class Record:
             number = SHARDED_FORMAT if self.is_sharded else SHARED_FORMAT
             body |= {"format": number, "parts": [vars(part) for part in parts]}
         del body["ranks"]
-        listed = _TENSORS[body["format"]]
+        listed = tuple(_TENSORS[body["format"]])
+        of = operator.attrgetter(*listed)
         body["files"] = [vars(file) for file in self.files]
-        body["layers"] = [{**vars(layer), "tensors": [_listed(each, listed) for each in layer.tensors]} for layer in self.layers]
+        assert not any(each.pieces or (each.whole is not None and "whole" not in listed) for each in self.tensors())
+        tensors = ([dict(zip(listed, of(each))) for each in layer.tensors] for layer in self.layers)
+        body["layers"] = [{**vars(layer), "tensors": found} for layer, found in zip(self.layers, tensors)]
         body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
         text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")[1:] + b"\n"
-        if len(text) + _BODY > MAX_BYTES or (found := structure_of(b"{" + text)).too_large:
+        if len(text) + _BODY > MAX_BYTES or (found := size_of(b"{" + text)).too_large:
             what = f"{len(text):,} bytes" if len(text) + _BODY > MAX_BYTES else f"{found.values:,} values"
             raise SetupError(
                 f"the record would have {what}, which no reader takes: give long lists in extra= as tensors or arrays"
@@ -323,12 +327,6 @@ _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
     ORDERED_FORMAT: _TENSOR, DEVICE_FORMAT: _TENSOR,
 }  # fmt: skip
 """What their tensors have."""
-
-
-def _listed(tensor: TensorRecord, members: Collection[str]) -> dict[str, Any]:
-    """A tensor as its rank's record lists it. One that was put together is in no file, nor a box in a record without parts."""
-    assert not tensor.pieces and (tensor.whole is None or "whole" in members), tensor.key
-    return {name: getattr(tensor, name) for name in members}
 
 
 def _record(body: Any) -> Record:
