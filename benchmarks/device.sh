@@ -1,6 +1,6 @@
 #!/bin/sh
 # Everything that needs an NVIDIA GPU, in one call, without a network, in under ten minutes: builds the engine, runs the
-# tests marked cuda, then benchmarks/gpu.py. Results go to $OUT, or benchmarks/results/.
+# tests marked cuda (a journal's steps made again are among them), then benchmarks/gpu.py. Results go to $OUT, or benchmarks/results/.
 #
 #   PYTHON=...    a Python with torch (a CUDA build, 2.11 or newer), numpy, cffi, setuptools; pytest and safetensors for the
 #                 tests
@@ -56,7 +56,7 @@ tests=0
 if has "pytest, safetensors"; then
     "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda tests/engine/test_on_gpu.py || tests=$?
     if [ -n "$REHEARSE" ]; then
-        "$PYTHON" -m pytest -q -p no:cacheprovider tests/engine/test_cuda.py || tests=$?
+        "$PYTHON" -m pytest -q -p no:cacheprovider tests/engine/test_cuda.py tests/journal/test_on_devices.py || tests=$?
     fi
 else
     echo "pytest or safetensors is missing: THE TESTS DID NOT RUN"

@@ -53,6 +53,10 @@ MODELS = {  # layers, width, heads, batch, length
 }
 VOCABULARY = 50304
 WORTH = {"tiny": 1.0, "124M": 1.0, "350M": 1.0, "1.3B": 2.0}  # of the time, for one case
+JOURNAL = 4
+"""Steps from one full checkpoint to the next in the case of a journal: of 1.3B parameters a record has 5 GB, and the disk 40."""
+
+COUNTED = ("checkpoints_committed", "records_committed", "checkpoints_skipped", "checkpoints_failed", "bytes_written")
 TARGET = 1.02
 """The ratio that checkpoints at every step are to stay under."""
 
@@ -185,7 +189,7 @@ class Training:
         if hasattr(self.opt, "ckpt"):
             self.opt.ckpt.shutdown()
             self.opt.__class__ = torch.optim.AdamW
-            del self.opt.__dict__["_fxckpt_handle"]
+            del self.opt.__dict__["_fxckpt_run"]
 
     def state_bytes(self) -> int:
         tensors = [*self.model.parameters(), *(t for s in self.opt.state.values() for t in s.values())]
@@ -225,7 +229,9 @@ def measure(
     }
 
 
-def with_fxckpt(training: Training, folder: Path, seconds: float, every: int | str, writer: str) -> dict[str, Any]:
+def with_fxckpt(
+    training: Training, folder: Path, seconds: float, every: int | str, writer: str, journal: int = 1
+) -> dict[str, Any]:
     big = training.state_bytes() > 8 << 30  # two slots of 16 GB are enough for a disk of 64
     fxckpt.compile_step(
         training.opt,
@@ -233,6 +239,7 @@ def with_fxckpt(training: Training, folder: Path, seconds: float, every: int | s
         model=training.model,
         every=every,
         writer=writer,
+        journal=journal,
         threads=4,
         fresh=True,
         keep=1 if big else 2,
@@ -245,7 +252,7 @@ def with_fxckpt(training: Training, folder: Path, seconds: float, every: int | s
     found["stall_per_step"] = (stats["stall_seconds"] - before["stall_seconds"]) / (found["steps"] + 2)
     training.opt.ckpt.flush()
     done = training.opt.ckpt.statistics()
-    found |= {key: done[key] for key in ("checkpoints_committed", "checkpoints_skipped", "checkpoints_failed", "bytes_written")}
+    found |= {key: done[key] for key in COUNTED}
     found["staging_limit_bytes"] = training.opt.ckpt._run.engine.memory_bytes
     training.plain()
     return found
@@ -337,16 +344,18 @@ def picture(training: Training, folder: Path, path: Path) -> None:
 # ---- kill and resume ----
 
 LIFE_STEPS = 30
+RESUMED = {"kill_and_resume": 1, "kill_and_resume_journal": 8}
+"""By which journal's steps a life goes on."""
 
 
-def life(folder: str, device: torch.device) -> None:
+def life(folder: str, device: torch.device, journal: int) -> None:
     """One life of a small training with dropout: goes on from what is there, prints each step and the digest."""
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Dropout(0.1), nn.BatchNorm1d(512), nn.Linear(512, 16)).to(device)
     opt = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.97)
-    fxckpt.compile_step(opt, folder, model=model, every=1, extra={"scheduler": scheduler})
+    fxckpt.compile_step(opt, folder, model=model, every=1, journal=journal, extra={"scheduler": scheduler})
     for step in range(fxckpt.load().step, LIFE_STEPS):
         g = torch.Generator().manual_seed(step)
         x, y = torch.randn(64, 256, generator=g).to(device), torch.randint(0, 16, (64,), generator=g).to(device)
@@ -362,11 +371,12 @@ def life(folder: str, device: torch.device) -> None:
     print("DIGEST", sha.hexdigest(), flush=True)
 
 
-def kill_and_resume(folder: Path, device: torch.device, rehearse: bool) -> dict[str, Any]:
+def kill_and_resume(folder: Path, device: torch.device, rehearse: bool, journal: int = 1) -> dict[str, Any]:
     """A whole life against one that is killed twice: are the last bits the same?"""
 
     def run(store: str, kill_at: int | None) -> str:
-        command = [sys.executable, __file__, "--life", str(folder / store), "--device", device.type]
+        command = [sys.executable, __file__, "--life", str(folder / f"{store}-{journal}"), "--device", device.type]
+        command += ["--journal", str(journal)]
         command += ["--rehearse"] if rehearse else []
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         digest = ""
@@ -393,8 +403,8 @@ def plain(training: Training, folder: Path, seconds: float) -> dict[str, Any]:
     return measure(training, seconds)
 
 
-def fxckpt_case(every: int | str, writer: str) -> Case:
-    return lambda training, folder, seconds: with_fxckpt(training, folder, seconds, every, writer)
+def fxckpt_case(every: int | str, writer: str, journal: int = 1) -> Case:
+    return lambda training, folder, seconds: with_fxckpt(training, folder, seconds, every, writer, journal)
 
 
 def cases() -> dict[str, Case]:
@@ -407,6 +417,7 @@ def more_cases() -> dict[str, Case]:
     found: dict[str, Case] = {"none": plain}
     for writer, every in (("thread", 10), ("monitor", 1), ("thread", "continuous"), ("monitor", 10), ("monitor", "continuous")):
         found[f"fxckpt every={every} {writer}"] = fxckpt_case(every, writer)
+    found[f"fxckpt every=1 journal={JOURNAL}"] = fxckpt_case(1, "thread", JOURNAL)
     found["torch.save every=10"] = lambda t, f, s: with_torch_save(t, f, s, 10)
     found["DCP async pinned every=10"] = lambda t, f, s: with_dcp(t, f, s, 10)
     found["none again"] = plain
@@ -516,8 +527,9 @@ def everything(args: argparse.Namespace, device: torch.device, folder: Path, rep
         return len(todo) * WORTH[name], lambda until: run_cases(name, device, folder, todo, key, report, until)
 
     def resumed(until: float) -> None:
-        report.part(numbers, "kill_and_resume", lambda: kill_and_resume(folder, device, args.rehearse))
-        say(f"kill and resume: {numbers['kill_and_resume']}")
+        for name, journal in RESUMED.items():
+            report.part(numbers, name, partial(kill_and_resume, folder, device, args.rehearse, journal))
+            say(f"{name}: {numbers[name]}")
 
     parts = [
         model(first, cases(), "cases"),
@@ -545,6 +557,7 @@ def main() -> None:
     option("--device", default="cuda")
     option("--rehearse", action="store_true")
     option("--life", help=argparse.SUPPRESS)
+    option("--journal", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     fake = None
@@ -553,7 +566,7 @@ def main() -> None:
         fake = stand_in() if os.environ.get("FXCKPT_CUDA_DRIVER") else None
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device)
     if args.life:
-        life(args.life, device)
+        life(args.life, device, args.journal)
         return
     folder = Path(tempfile.mkdtemp(prefix=".bench-gpu-", dir=args.dir))
     numbers = {"machine": machine.describe(folder), "device": describe_device(device), "target": TARGET, "models": {}}
@@ -565,7 +578,7 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
     if fake is not None and (found := fake.violations()):
         raise SystemExit(f"the fake driver would not have had this: {found}")
-    if not numbers["kill_and_resume"].get("same"):
+    if not all(numbers[name].get("same") for name in RESUMED):
         raise SystemExit("the resumed training has other bits, or did not come to its end")
 
 

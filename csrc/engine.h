@@ -237,9 +237,9 @@ void fx_fetch_free(struct fx_fetch *fetch);
 /* ---- a monitor in another process (monitor/ring.c, monitor/relay.c) ----
  *
  * Shared memory of `slots` chunks. The trainer's engine (mock = 1, staging_bytes = slots * chunk) fills slots and posts
- * them; for it a checkpoint is durable when all of it was posted, and bytes_written counts what the monitor wrote. The
- * monitor's engine writes what fx_ring_next finds. Descriptors are duplicated; the ring must live until fx_engine_close
- * returned 1.
+ * them, but for files without a path; for it a checkpoint is durable when all of it was posted, and bytes_written counts
+ * what the monitor wrote. The monitor's engine writes what fx_ring_next finds. Descriptors are duplicated; the ring must
+ * live until fx_engine_close returned 1.
  */
 
 struct fx_ring;

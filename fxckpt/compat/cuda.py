@@ -32,6 +32,10 @@ class Devices:
         both see what CUDA_VISIBLE_DEVICES leaves, MIG instances included."""
         return tensor.device.index if tensor.device.type == "cuda" else None
 
+    def is_on_one(self, tensor: torch.Tensor) -> bool:
+        """Does it lie on a device?"""
+        return self.of(tensor) is not None
+
     def all_of(self, tensors: Iterable[torch.Tensor]) -> set[int]:
         """The devices that these tensors lie on."""
         return {found for found in map(self.of, tensors) if found is not None}
@@ -39,6 +43,14 @@ class Devices:
     def streams(self, ordinals: Iterable[int]) -> dict[int, int]:
         """The driver's handle of each device's *current* stream: the one that an update of this step is put into."""
         return {ordinal: torch.cuda.current_stream(ordinal).cuda_stream for ordinal in ordinals}
+
+    def name(self, ordinal: int) -> str:
+        """What the device is called."""
+        return torch.cuda.get_device_name(ordinal)
+
+    def there(self) -> torch.device | None:
+        """A device on which something can be computed; None if there is none."""
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
     def capturing(self) -> bool:
         """Is a CUDA graph being captured on the current stream?"""

@@ -4,7 +4,7 @@ engine.py      Engine: threads and buffers; begins checkpoints, fences layers
 plan.py        Plan, Sources: where tensors lie in files, and in memory
 checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
 fetch.py       Fetch: one value of a CUDA device on its way to the host
-reading.py     read_verified: reads them back, checked; crc32c
+reading.py     read_verified: reads them back, checked; crc32c, and of what was checksummed in parts
 ring.py        the memory that a trainer shares with its monitor
 io.py          the table of file operations
 patient_lock.py  locks that Ctrl-C cannot leave taken
@@ -20,9 +20,9 @@ from fxckpt.engine.engine import Engine, EngineStatistics
 from fxckpt.engine.fetch import Fetch
 from fxckpt.engine.patient_lock import Latch, PatientLock, is_owned
 from fxckpt.engine.plan import Plan, Sources
-from fxckpt.engine.reading import crc32c, read_verified
+from fxckpt.engine.reading import crc32c, crc32c_joined, read_verified
 
 __all__ = [
     "SLICE", "Checkpoint", "Engine", "EngineStatistics", "Fetch", "Latch", "Patience", "PatientLock", "Plan", "Sources",
-    "Streams", "crc32c", "io", "is_owned", "read_verified",
+    "Streams", "crc32c", "crc32c_joined", "io", "is_owned", "read_verified",
 ]  # fmt: skip

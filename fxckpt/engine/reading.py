@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,33 @@ def crc32c(buffer: Buffer, crc: int = 0) -> int:
     ffi, lib = load()
     data = ffi.from_buffer(buffer)
     return int(lib.fx_crc32c(crc, data, len(data)))
+
+
+def crc32c_joined(first: int, second: int, nbytes: int) -> int:
+    """The CRC-32C of some bytes followed by others, of the CRC of either; ``nbytes``: how many the others are."""
+    return _multiplied(_moved(nbytes), first) ^ second
+
+
+@functools.lru_cache(64)
+def _moved(nbytes: int) -> int:
+    """What a CRC is multiplied with when so many zeros follow: x to the power of their bits."""
+    power, square, bits = 1 << 31, 1 << 30, 8 * nbytes
+    while bits:
+        if bits & 1:
+            power = _multiplied(power, square)
+        square = _multiplied(square, square)
+        bits >>= 1
+    return power
+
+
+def _multiplied(a: int, b: int) -> int:
+    """The product of two polynomials modulo that of CRC-32C, all of them with their lowest powers in the highest bits."""
+    product = 0
+    for bit in range(31, -1, -1):
+        if a >> bit & 1:
+            product ^= b
+        b = b >> 1 ^ (0x82F63B78 if b & 1 else 0)
+    return product
 
 
 def crc32c_implementation() -> str:

@@ -8,4 +8,6 @@ looks        the tensors of layers as steps left them: what changed outside
 length       how far apart full checkpoints are, where that is left to us
 digests      of layers, as the step left them
 replay       steps made again, from a checkpoint and the records behind it
+shown        by a device, that such steps have the bits that they had
+machine      what steps were made by, and where
 """

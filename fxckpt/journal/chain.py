@@ -15,20 +15,23 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.cuda import Devices
 from fxckpt.compat.optimizers import plain_class
-from fxckpt.engine import Engine, Sources
-from fxckpt.errors import StateError
-from fxckpt.journal.digests import digest
+from fxckpt.engine import Engine, Sources, Streams
+from fxckpt.errors import FxckptError, StateError
+from fxckpt.journal.digests import Digester, digest, watched_tensors
 from fxckpt.journal.layout import layer_label, record_layout
 from fxckpt.journal.length import Trial, choose, describe
 from fxckpt.journal.looks import Looks, Moves
-from fxckpt.journal.machine import adds_up, machine
+from fxckpt.journal.machine import Where, adds_up, machine
 from fxckpt.journal.made import Made
-from fxckpt.journal.repeatable import WAY_OUT, why_not, why_not_now
+from fxckpt.journal.repeatable import WAY_OUT, why_not, why_not_now, why_not_there
+from fxckpt.journal.shown import Later, Shown
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.in_flight import InFlight
 from fxckpt.saving.landing import Landing, Link, Waiting
 from fxckpt.saving.plan import Layout
+from fxckpt.store.record import CUDA
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -63,6 +66,8 @@ class Chain:
         engine: Engine | None,
         changed_outside: set[str],
         make_sources: Callable[[Sequence[torch.Tensor]], Sources | None],
+        devices: Devices,
+        later: Later,
         trial: Trial | None = None,
     ):
         self.steps: int = steps
@@ -83,17 +88,22 @@ class Chain:
         self._records = 0
         self._layouts: dict[Any, Layout] = {}
         self._sums = adds_up(plain_class(each.opt).__name__ for each in steppers)
+        self._where = Where(steppers, devices)
+        self._shown = Shown(steppers, update, later, devices.is_on_one)
+        self._digester = None if engine is None else Digester(engine, make_sources)
         self._said: set[str] = set()
         self._refused = 0  # checkpoints in a row that could not be records
         self._off: str | None = None
 
-    def start(self, on_device: bool) -> None:
+    def start(self) -> None:
         """Say at once what will not be journalled."""
-        if self.steps > 1:
-            self._off = why_not(self._steppers, on_device)
-            if self._off is not None:
-                self.trial = None
-                self._say(self._off)
+        if self.steps > 1 and (why := why_not(self._steppers, self._where.given())) is not None:
+            self._turn_off(why)
+
+    def _turn_off(self, why: str) -> None:
+        """From here on there is no journal."""
+        self._off, self.trial = why, None
+        self._say(why)
 
     @property
     def length(self) -> int:
@@ -110,6 +120,9 @@ class Chain:
         self._base, self._before, self._layouts = None, None, {}
         self._made, self._moves = [], Moves()
         self._looks.forget()
+        self._shown.forget()
+        if self._digester is not None:
+            self._digester.forget()
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -124,16 +137,26 @@ class Chain:
         self._take_back()
         gradients, index = stepper.gradients(), self._steppers.index(stepper)
         why = self._why or refused or why_not_now(stepper, gradients) or self._why_not_with(index)
+        why = why or why_not_there(self._steppers, self._where.now())
+        if why is None and (device := self._where.device()) is not None:
+            self._shown.begins(index, gradients, device)
+            if self._shown.refused is not None:
+                self._turn_off(self._shown.refused)
+                return
         if why is not None or self._base is None:
             self._why, self._made = why, []  # nothing needs their gradients
             return
         if not taken:
             self._moves.add(self._looks.moved([index]))
-        copied = () if taken else self._changed_outside
+        copied = () if taken else self._changed_outside if self._where.device() is None else None
         try:
             self._made.append(Made(index, stepper, gradients, copied, self._records))
         except StateError:  # a setting of a group that cannot be stored: the full one fails of it, and says so
             self._unfit = True
+
+    def updated(self) -> None:
+        """The update has run."""
+        self._shown.updated()
 
     def _why_not_with(self, index: int) -> str | None:
         """Why a step of this optimizer cannot be in one record with those that were made."""
@@ -209,14 +232,18 @@ class Chain:
         number, made = self._number + 1, self._made
         threads = made[0].threads if made else torch.get_num_threads()
         groups, order = [each.groups for each in made], tuple(each.index for each in made)
-        link = Link(self._base, self._tail[-1], number, self._update, groups, machine(self._sums), threads, order)
+        device = self._where.device()
+        made_by = machine(self._sums, device)
+        link = Link(self._base, self._tail[-1], number, self._update, groups, made_by, threads, order)
+        if device is not None:
+            link.device, link.refused = CUDA, self._shown.wait
         for each in made:
             link.strides |= each.strides
             link.tensors |= each.tensors
         updated = layout.number("gradients")
         if updated:
             chosen = updated[number % len(updated)]
-            link.watched = chosen, self._label(full, chosen), watched_tensors(full, chosen)
+            link.watched = chosen, self._label(full, chosen)
         of = {each.index: each for each in made}
         for index, other in enumerate(self._steppers):
             if other is not stepper:
@@ -282,17 +309,18 @@ class Chain:
         if self._before is not None and self._before.taken is pending:
             self._before = None  # it closes, and nothing replaces it
 
-    def digest(self, pending: InFlight, layer: int) -> None:
-        """This layer was updated: note how it looks, if it is this record's turn."""
+    def digest(self, pending: InFlight, layer: int, streams: Callable[[], Streams]) -> None:
+        """This layer was updated: note how it looks, if it is this record's turn. What lies on a device is not waited for."""
         link = pending.link
-        if link is not None and link.watched is not None and link.watched[0] == layer:
-            link.digests[link.watched[1]] = digest(link.watched[2])
-            link.watched = None
-
-
-def watched_tensors(full: Layout, number: int) -> list[torch.Tensor]:
-    """A layer's tensors in the order of a checkpoint's record: parameters and states, then their counts."""
-    layer = full.layers[number]
-    owners = [e.owner for e in layer.entries if e.file == 0]
-    counts = [e for each in full.layers if each.kind == "counts" for e in each.entries]
-    return [e.tensor for e in layer.entries] + [e.tensor for name in owners for e in counts if e.owner == name]
+        if link is None or link.watched is None or link.watched[0] != layer or pending.given_up is not None:
+            return
+        (_, label), link.watched = link.watched, None
+        full = pending.layout.full
+        assert full is not None and self._digester is not None
+        if link.device is None:
+            link.digests[label] = digest(watched_tensors(full, layer))
+            return
+        try:
+            link.digesting = label, self._digester.begin(full, layer, streams())
+        except (FxckptError, OSError) as error:
+            link.failure = error

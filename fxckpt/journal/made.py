@@ -26,9 +26,9 @@ class Made:
     ``tensors`` those among them; ``threads`` of PyTorch; ``present``: the names of parameters that had gradients; ``strides`` of
     gradients that lie in another order of memory than their parameters, by name."""
 
-    def __init__(self, index: int, stepper: Stepper, gradients: Gradients, copied: Collection[str], turn: int):
-        """``copied``: keys of gradients that are known to change behind their step, and are copied in memory; ``turn``: how many
-        records there were. Raises StateError for a setting that cannot be stored."""
+    def __init__(self, index: int, stepper: Stepper, gradients: Gradients, copied: Collection[str] | None, turn: int):
+        """``copied``: keys of gradients that are known to change behind their step, and are copied in memory, None: all are;
+        ``turn``: how many records there were. Raises StateError for a setting that cannot be stored."""
         self.index: int = index
         self.tensors: dict[str, Any] = {}
         groups = [{k: v for k, v in g.items() if k not in ("params", "param_names")} for g in stepper.opt.param_groups]
@@ -46,7 +46,7 @@ class Made:
         chosen = turn % max(len(arranged.numbers), 1)
         for i, (number, owned) in enumerate(zip(arranged.numbers, arranged.owned)):
             mine = {m.name: given[m.name] for m in owned if m.name in given}
-            if copied and any(gradient_key(name) in copied for name in mine):
+            if copied is None or (copied and any(gradient_key(name) in copied for name in mine)):
                 copies = [storable(grad, name).clone(memory_format=torch.contiguous_format) for name, grad in mine.items()]
                 self._waiting[number] = Waiting(copies, copied=True)
                 continue

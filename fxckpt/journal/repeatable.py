@@ -4,6 +4,7 @@ journalled."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import torch
 
@@ -24,7 +25,11 @@ on the same machine (``machine``), wherever tensors lie and whatever else the ma
 _SMALLEST, _ONE = 5e-324, 1.0
 
 
-def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
+Places = AbstractSet["int | None"]
+"""The devices that parameters lie on, by the driver's numbers; None: host memory."""
+
+
+def why_not(steppers: Sequence[Stepper], places: Places) -> str | None:
     """Why no step of this run is journalled, known before the first one; None if steps may be."""
     if (why := _other_ranks()) is not None:
         return why
@@ -33,8 +38,15 @@ def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
             return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
         if name not in REPEATABLE:
             return f"the step of {name} runs whole"
-    if on_device:
-        return "parameters lie on a device, where steps made again were not compared yet"
+    return why_not_there(steppers, places)
+
+
+def why_not_there(steppers: Sequence[Stepper], places: Places) -> str | None:
+    """Why no step of parameters that lie there is journalled."""
+    if len(places) > 1:
+        return "parameters lie on several devices" + (", or in host memory" if None in places else "")
+    if places != {None} and (sums := [n for each in steppers if adds_up([n := plain_class(each.opt).__name__])]):
+        return f"{sums[0]} adds elements up, and in which order a device does that is not known"
     return None
 
 

@@ -79,7 +79,8 @@ class Again:
         for group, settings in zip(self._opt.param_groups, groups):
             group.update(settings)
         for name, param in self.params.items():
-            param.grad = gradients.get(name)
+            found = gradients.get(name)
+            param.grad = None if found is None else found.to(param.device)
         stepper = self._stepper
         try:
             with torch.no_grad():
@@ -101,14 +102,23 @@ class Again:
 
 class Replay:
     """Makes steps again. ``tensors``: all parameters and all optimizer state of the checkpoint ``base``, read already, which the
-    steps change. ``optimizers``: what the base's record says of them, decoded."""
+    steps change. ``optimizers``: what the base's record says of them, decoded. ``device``: the name of that on which parameters
+    lie; None: host memory."""
 
-    def __init__(self, base: Record, optimizers: Sequence[Mapping[str, Any]], tensors: Tensors, update: str | None):
+    def __init__(
+        self,
+        base: Record,
+        optimizers: Sequence[Mapping[str, Any]],
+        tensors: Tensors,
+        update: str | None,
+        device: str | None,
+    ):
         self._tensors = tensors
         self._optimizers = [Again(index, saved, tensors, update) for index, saved in enumerate(optimizers)]
         self._params = {name: param for each in self._optimizers for name, param in each.params.items()}
         self._layers = dict(_labelled(base, self._optimizers))
         self._sums = adds_up(saved["class"] for saved in optimizers)
+        self._here = machine(self._sums, device)
         self._room: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # for the gradients of a step and of the next one, in turns
         self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
 
@@ -135,7 +145,7 @@ class Replay:
 
     def _check_machine(self, readers: Sequence[Reader]) -> None:
         """Raises Broken for the first record whose step has other bits here, most likely, and says where that may be."""
-        here, others = machine(self._sums), [_journal(each).machine for each in readers]
+        here, others = self._here, [_journal(each).machine for each in readers]
         if all(each == here for each in others):
             return
         if self._sums:
@@ -195,8 +205,8 @@ class Replay:
             if found != crc:
                 of_step = f"layer {name!r} of step {reader.record.step}"
                 what = f"{of_step}, made again, is not what training had (CRC-32C {found}, not {crc})"
-                if journal.machine != (here := machine(self._sums)):
-                    what += f"; it was trained with {journal.machine}, and this is {here}"
+                if journal.machine != self._here:
+                    what += f"; it was trained with {journal.machine}, and this is {self._here}"
                 raise Broken(self._digested.get(name, 0), Corrupt(reader.path, what, layer=name))
             self._digested[name] = index + 1
 

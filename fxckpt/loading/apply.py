@@ -88,16 +88,20 @@ def make_state(
         if place is None:
             made[key] = description["plain"][key]
             continue
-        # Beside its parameter, unless it was kept on the host. Step counts follow torch's own rule
-        # (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only.
-        is_count = key == "step" and not place.shape
-        on_host = not (group.get("fused") or group.get("capturable")) if is_count else key in description.get("host", ())
-        device = torch.device("cpu") if on_host else param.device
+        device = torch.device("cpu") if lies_on_host(key, len(place.shape), description, group) else param.device
         is_alike = tuple(place.shape) == tuple(param.shape) and (place.shape or key in OF_THE_SAME_SHAPE)  # 0-dim: not each is
         of = param if is_spread(param) and is_alike else None
         made[key] = state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device, of)
         match.tensors[OPTIMIZER, place.key] = made[key]
     return made
+
+
+def lies_on_host(key: str, dim: int, description: State, group: State) -> bool:
+    """Is this state kept in host memory, wherever its parameter lies? Else it lies beside it. Step counts follow torch's own rule
+    (``Optimizer._process_value_according_to_param_policy``): on the device for fused and capturable optimizers only."""
+    if key == "step" and not dim:
+        return not (group.get("fused") or group.get("capturable"))
+    return key in description.get("host", ())
 
 
 def state_tensor(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat import cuda
 from fxckpt.errors import Corrupt, LayoutMismatch, SetupError
 from fxckpt.journal.repeatable import flushes_denormals
 from fxckpt.journal.replay import Replay
@@ -89,10 +90,52 @@ def new_tensors(base: Record, optimizers: Sequence[Mapping[str, Any]], live: Ten
 
 
 def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors) -> None:
-    """Make its steps, in place. Raises Broken."""
+    """Make its steps, in place, where they were made: on a device, or in host memory. Raises Broken."""
     first = journal[0].record.journal
     assert first is not None
-    Replay(base.record, saved.optimizers, tensors, first.update).make(journal)
+    devices = cuda.Devices()
+    device = _device_of(journal, devices)
+    there, name = _brought_to(device, saved.optimizers, tensors, devices)
+    Replay(base.record, saved.optimizers, there, first.update, name).make(journal)
+    with torch.no_grad():
+        for place, tensor in tensors.items():
+            if there[place] is not tensor:
+                tensor.copy_(there[place])
+
+
+def _device_of(journal: Sequence[Reader], devices: cuda.Devices) -> torch.device | None:
+    """Where its steps are made; None: in host memory. Raises Broken where there is no such device."""
+    made = [each.record.journal for each in journal]
+    kinds = [None if each is None else each.device for each in made]
+    for at, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise Broken(at, Corrupt(journal[at].path, "its step was made elsewhere than that of the record before it"))
+    if kinds[0] is None:
+        return None
+    if (found := devices.there()) is None:
+        by = "" if made[0] is None else f" ({made[0].machine})"
+        raise Broken(0, Corrupt(journal[0].path, f"its step was made on a CUDA device{by}, and here is none to make it again on"))
+    return found
+
+
+def _brought_to(
+    device: torch.device | None, optimizers: Sequence[Mapping[str, Any]], tensors: Tensors, devices: cuda.Devices
+) -> tuple[dict[tuple[str, str], torch.Tensor], str | None]:
+    """What steps update, on the device or in host memory: copies of what lies elsewhere. Counts and what was kept in host memory
+    are there. And what the device is called that parameters lie on."""
+    there, name = dict(tensors), None
+    for index, optimizer, group in ((i, each, group) for i, each in enumerate(optimizers) for group in each["groups"]):
+        for param in group["params"]:
+            described = optimizer["state"].get(param, {"keys": []})
+            places = {(names.OPTIMIZER, names.state_key(index, key, param)): key for key in described["keys"]}
+            kept = {at for at, key in places.items() if apply.lies_on_host(key, tensors[at].dim(), described, group["settings"])}
+            for at in ((names.MODEL, param), *places):
+                remote = device is not None and at not in kept
+                if remote != devices.is_on_one(tensors[at]):
+                    there[at] = tensors[at].detach().to(device if remote else "cpu")
+            if name is None and (ordinal := devices.of(there[names.MODEL, param])) is not None:
+                name = devices.name(ordinal)
+    return there, name
 
 
 def set_what_is_whole(last: Reader, target: Target) -> dict[str, torch.Tensor]:

@@ -64,11 +64,13 @@ class Emitter:
         self._log(pending, layer, Waiting([grad.detach() for grad in gradients if grad is not None]))
 
     def _log(self, pending: InFlight, layer: int, waiting: Waiting) -> None:
-        """Hand over the gradients of a layer, copied in memory where they are known to change meanwhile."""
+        """Hand over the gradients of a layer, copied in memory where they may change meanwhile: on a device the next replay of a
+        graph writes over them, and moves no version."""
         found, tensors = pending.layout.layers[layer], waiting.tensors
+        on_device = pending.link is not None and pending.link.device is not None
         if waiting.copied:
             self.hand_over_copies(pending, layer, tensors)
-        elif {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
+        elif on_device or {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
             self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, tensors)])
         else:
             pending.guard.watch_now(layer, tensors)
@@ -100,8 +102,10 @@ class Emitter:
             if pending is self.current or (numbers is not None and not pending.layout.numbers_as(layout)):
                 continue  # emitted in this very step, or it numbers its layers otherwise and was waited for with that layout
             all_of = pending.layout.number
-            layers = [*all_of("update"), *all_of("frozen"), *all_of("gradients")] if numbers is None else numbers
+            layers = [*all_of("update"), *all_of("frozen"), *all_of("gradients")] if numbers is None else list(numbers)
             pending.guard.let_go(layers, partial(self.discard, pending))
+            if pending.link is not None:
+                pending.link.let_go(layers)
 
     def discard(self, pending: InFlight, error: Changed) -> None:
         """A tensor of this checkpoint changed."""
@@ -122,7 +126,7 @@ class Emitter:
             if pending.link is not None and (waiting := pending.link.waiting.pop(layer, None)) is not None:
                 self._log(pending, layer, waiting)
             if self.chain is not None:
-                self.chain.digest(pending, layer)
+                self.chain.digest(pending, layer, self._streams)
             return
         if pending.link is not None and found.kind == "counts":  # a record has those of whole layers only
             tensors = [local(e.tensor) for e in found.entries]

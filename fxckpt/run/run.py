@@ -79,7 +79,7 @@ class Run:
         emitter = self.emitter
         self.chain: Chain = Chain(
             config.first_journal, config.update, self.arrangement.steppers, engine, emitter.changed_outside, emitter.sources,
-            self._trial() if config.journal == AUTO else None,
+            devices, emitter.later, self._trial() if config.journal == AUTO else None,
         )  # fmt: skip
         emitter.chain = self.chain
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)
@@ -96,7 +96,7 @@ class Run:
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
             self.capture.start()
-            self.chain.start(bool(self.emitter.ordinals))
+            self.chain.start()
         live_runs.add(self)
         gone = weakref.finalize(self, _end, self.saver, self.arrangement, self.capture)
         gone.atexit = False  # at exit, shutdown has run already

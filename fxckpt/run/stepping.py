@@ -276,6 +276,7 @@ class Stepping:
             if before is not None and self._chain.trial is not None:
                 self._chain.trial.updated(before, self._instant())
             stepper.halfway = False
+            self._chain.updated()
             # What a closure left inside a whole step of a class of its own, its next step may read before all else (SAM).
             stepper.accumulated = own is not None and closure is not None and not stepper.stock
             if counts:

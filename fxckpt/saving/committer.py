@@ -128,8 +128,11 @@ class Committer:
             pending.link.check()
         pending.phase = "being copied out of memory"
         self._wait(pending, lambda: pending.copy.copied(SLICE))
+        self._wait(pending, lambda: pending.link is None or pending.link.copied(SLICE))
         self._flights.trainer.let_come_by(pending.layout.largest)
         pending.guard.check_unchanged()
+        if pending.link is not None:
+            pending.link.take_digest()
         _check_wanted(pending)  # a later step looked first: what is on disk already, cancel() does not undo
         if not self._store.hands_over:
             self._tally.last_handed_over = pending.step
@@ -139,6 +142,7 @@ class Committer:
         tensors = {key: value() if callable(value) else value for key, value in pending.record.pop("state_tensors").items()}
         fields = {name: value() if callable(value) else value for name, value in pending.record.items()}
         if pending.link is not None:
+            pending.phase = "waiting for the answer whether its step can be made again"
             fields["journal"] = pending.link.record()
         if pending.layout.alike:
             fields["state"] = {**fields["state"], ALIKE: pending.layout.alike, CHECKED: _checksums(pending)}

@@ -71,6 +71,8 @@ class InFlight:
             self.given_up = self.given_up or why  # again where Ctrl-C came to the first call
             self.landing.failed = True
             self.copy.cancel()
+            if self.link is not None:
+                self.link.cancel()
         self.closed.set()
 
     def release(self) -> None:
@@ -78,3 +80,5 @@ class InFlight:
         with self.lock:
             self.done.set()
             self.copy.release()
+            if self.link is not None:
+                self.link.release()

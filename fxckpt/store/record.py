@@ -57,6 +57,12 @@ SHARDED_FORMAT = 4
 ORDERED_FORMAT = 5
 """Format of a record of the journal that says whose steps it holds, and in which order: other than one of the one optimizer."""
 
+DEVICE_FORMAT = 6
+"""Format of a record of the journal that says that its steps were made on a device, where they are made again, too."""
+
+CUDA = "cuda"
+"""The one kind of device."""
+
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
 
@@ -136,7 +142,8 @@ class Journal:
     made a step, in their order, none of them twice; ``groups`` of each of these its groups' settings as the step found them,
     ``encode_state`` JSON; ``strides`` those (in items) of gradients that lay in another order of memory than their parameters, by
     name; ``digests`` CRC-32C of layers as the step left them, by name; ``machine`` what made the step, with so many ``threads``:
-    where one's share of a tensor ends, a kernel may round otherwise.
+    where one's share of a tensor ends, a kernel may round otherwise. ``device``: the kind of the device on which all parameters
+    lay, ``"cuda"``, or None for host memory.
     """
 
     base: int
@@ -149,6 +156,7 @@ class Journal:
     machine: str
     threads: int
     order: tuple[int, ...] = (0,)
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -296,6 +304,7 @@ _JOURNAL = {"base": is_count, "after": is_count, "number": lambda value: is_coun
             "digests": map_of(lambda value: is_count(value) and value < 1 << 32), "machine": is_str,
             "threads": lambda value: is_count(value) and 0 < value <= 4096}  # fmt: skip
 _ORDERED = {"order": lambda value: is_counts(value) and len(set(value)) == len(value)}
+_DEVICE = {**_ORDERED, "device": lambda value: value == CUDA}
 _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation": is_count,
            "parent": optional(is_count), "step": is_count, "iteration": is_count, "updates": is_count,
            "time": is_number, "world_size": is_count, "rank": is_count, "files": _is_list, "layers": _is_list,
@@ -303,15 +312,19 @@ _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation
            "metrics": map_of(_is_metric),
            "lasting": lambda value: value in (None, STEPS, MINUTES), "best_by": optional(_is_best_by)}  # fmt: skip
 _PART = {"name": _is_file_name, "sha256": lambda value: is_str(value) and re.fullmatch("[0-9a-f]{64}", value) is not None}
+_JOURNALS: dict[int, dict[str, Callable[[Any], bool]]] = {
+    JOURNAL_FORMAT: _JOURNAL, ORDERED_FORMAT: {**_JOURNAL, **_ORDERED}, DEVICE_FORMAT: {**_JOURNAL, **_DEVICE},
+}  # fmt: skip
+"""What the journal's part has in records of it, by their formats."""
 _MORE: dict[Any, dict[str, Callable[[Any], bool]]] = {
     FORMAT: {}, JOURNAL_FORMAT: {"journal": is_anything}, SHARED_FORMAT: {"parts": list_of(is_anything)},
     SHARDED_FORMAT: {"parts": list_of(is_anything)},
-    ORDERED_FORMAT: {"journal": is_anything},
+    ORDERED_FORMAT: {"journal": is_anything}, DEVICE_FORMAT: {"journal": is_anything},
 }  # fmt: skip
 """What records of each format have beside."""
 _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
     FORMAT: _TENSOR, JOURNAL_FORMAT: _TENSOR, SHARED_FORMAT: _TENSOR, SHARDED_FORMAT: {**_TENSOR, **_BOX},
-    ORDERED_FORMAT: _TENSOR,
+    ORDERED_FORMAT: _TENSOR, DEVICE_FORMAT: _TENSOR,
 }  # fmt: skip
 """What their tensors have."""
 
@@ -319,8 +332,8 @@ _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
     need(type(body) is dict and body.get("format") in tuple(_MORE),
-          f"this reader knows formats {FORMAT} to {ORDERED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
-    is_journal = body["format"] in (JOURNAL_FORMAT, ORDERED_FORMAT)
+          f"this reader knows formats {FORMAT} to {DEVICE_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+    of_journal = _JOURNALS.get(body["format"])
     fields = dict(members(body, {**_RECORD, **_MORE[body["format"]]}, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
@@ -332,12 +345,11 @@ def _record(body: Any) -> Record:
     parent = fields["parent"]
     need(parent is None or parent < fields["generation"], "its parent is not older than itself")
     need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
-    if is_journal:
-        ordered = body["format"] == ORDERED_FORMAT
-        fields["journal"] = _journal(fields["journal"], fields["generation"], parent, ordered)
+    if of_journal is not None:
+        fields["journal"] = _journal(fields["journal"], fields["generation"], parent, of_journal)
     if "parts" in fields:
         fields["parts"] = _parts(fields["parts"], fields["rank"], fields["world_size"])
-    kinds = KINDS if not is_journal else (GRADIENTS, *KINDS)
+    kinds = KINDS if of_journal is None else (GRADIENTS, *KINDS)
     need(all(layer.kind in kinds for layer in fields["layers"]), "it has gradients, and is no record of a journal")
     return Record(**fields)
 
@@ -345,15 +357,17 @@ def _record(body: Any) -> Record:
 def _written(journal: Journal, alone: bool) -> dict[str, Any]:
     """A record's members of it. ``alone``: the run has one optimizer."""
     fields = dict(vars(journal))
-    order = list(fields.pop("order"))
+    order, device = list(fields.pop("order")), fields.pop("device")
+    if device is not None:
+        return {"format": DEVICE_FORMAT, "journal": {**fields, "order": order, "device": device}}
     if alone and order == [0]:
         return {"format": JOURNAL_FORMAT, "journal": fields}
     return {"format": ORDERED_FORMAT, "journal": {**fields, "order": order}}
 
 
-def _journal(value: Any, generation: int, parent: int | None, ordered: bool) -> Journal:
+def _journal(value: Any, generation: int, parent: int | None, checks: Mapping[str, Callable[[Any], bool]]) -> Journal:
     """What a record builds on, which is older than itself; the checkpoint is its ``parent``, once the store has filled it in."""
-    found = dict(members(value, {**_JOURNAL, **(_ORDERED if ordered else {})}, "the journal's part"))
+    found = dict(members(value, checks, "the journal's part"))
     journal = Journal(**{**found, "order": tuple(found.get("order", (0,)))})
     in_order = journal.base <= journal.after < generation and (journal.base == journal.after) == (journal.number == 1)
     need(parent is None or (in_order and journal.base == parent), "it does not build on what is older than itself")

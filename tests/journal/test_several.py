@@ -4,7 +4,6 @@ bits that training had."""
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from digests import digest
-from journal_lives import journalled, net, whole
+from journal_lives import journalled, net, signed, whole
 from torch import nn
 
 import fxckpt
@@ -460,13 +459,6 @@ def test_an_order_that_no_run_writes_is_damage(root, trained, order):
     body["journal"]["order"] = order
     (newest.path / "commit.json").write_bytes(signed(body))
     assert Life(root, CASES["both"], boundaries=True).end().restored.step == newest.record.step - 1
-
-
-def signed(body: dict[str, Any]) -> bytes:
-    """As a record is written: its digest in front."""
-    del body["sha256"]
-    text = json.dumps(body, separators=(",", ":")).encode()[1:] + b"\n"
-    return b'{"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",' + text
 
 
 def test_gradients_are_let_go_when_their_step_closes(root, one_thread):

@@ -39,5 +39,13 @@ def test_what_is_worth_most_comes_first(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "rates_and_picture", lambda *_: ran.append("rates"))
     args = type("Args", (), {"minutes": 1, "models": ["124M", "350M"], "rehearse": True})
     gpu.everything(args, gpu.torch.device("cpu"), tmp_path, gpu.Report(None, {"models": {}}))
-    assert ran == [("124M", "cases"), "resume", "rates", ("350M", "cases"), ("124M", "more"), ("350M", "more")]
+    assert ran == [("124M", "cases"), "resume", "resume", "rates", ("350M", "cases"), ("124M", "more"), ("350M", "more")]
     assert list(gpu.cases()) == ["none", "fxckpt every=1 thread", "none again"]
+
+
+@pytest.mark.parametrize("journal", [1, 4])
+def test_a_case_has_its_figures_and_gives_the_optimizer_back(gpu, tmp_path, journal):
+    training = gpu.Training("tiny", gpu.torch.device("cpu"))
+    found = gpu.with_fxckpt(training, tmp_path, 0.0, 1, "thread", journal)
+    assert found["checkpoints_failed"] == 0 and (found["records_committed"] > 0) == (journal > 1)
+    assert found["steps"] > 3 and type(training.opt) is gpu.torch.optim.AdamW and not hasattr(training.opt, "ckpt")

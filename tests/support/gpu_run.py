@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxckpt
-from fxckpt.store.reader import Reader, candidates
+from fxckpt.loading.whole import make_again
+from fxckpt.store.journaled import journaled
+from fxckpt.store.reader import Reader, candidates, records
 
 
 class Run:
@@ -63,6 +65,15 @@ class Run:
             Reader(each.path).verify()
             files = [load((each.path / f"{name}.safetensors").read_bytes()) for name in ("model", "optimizer")]
             same(files[0] | files[1], self.states[each.record.step])
+
+    def check_journal(self) -> list[int]:
+        """Each step that records lead to is, made again on the device, exactly that step; returns these steps."""
+        self.opt.ckpt.flush()
+        steps = [each for row in journaled(candidates(self.directory), records(self.directory)) for each in row.steps()]
+        for each in steps:
+            made = make_again(each)[-1]
+            same({key: tensor for (_, key), tensor in made.items()}, self.states[each.record.step])
+        return [each.record.step for each in steps]
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:

@@ -3,6 +3,8 @@ steps."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,3 +94,10 @@ def whole(each: Candidate | Corrupt) -> Candidate:
     """Nothing may be damaged."""
     assert isinstance(each, Candidate), each
     return each
+
+
+def signed(body: dict[str, Any]) -> bytes:
+    """As a record is written: its digest in front."""
+    del body["sha256"]
+    text = json.dumps(body, separators=(",", ":")).encode()[1:] + b"\n"
+    return b'{"sha256":"' + hashlib.sha256(text).hexdigest().encode() + b'",' + text

@@ -83,6 +83,12 @@ class StandIn(cuda.Devices):
     def streams(self, ordinals: Iterable[int]) -> dict[int, int]:
         return {ordinal: self.training[ordinal] for ordinal in ordinals}
 
+    def name(self, ordinal: int) -> str:
+        return f"stand-in {ordinal}"
+
+    def there(self) -> torch.device | None:
+        return torch.device("cpu")  # whose memory plays the device's
+
     def capturing(self) -> bool:
         return self.is_capturing
 
