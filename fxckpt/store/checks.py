@@ -80,12 +80,13 @@ def _constant(text: str) -> Any:
     raise ValueError(f"{text} is not JSON")
 
 
-def parse_json(raw: bytes, path: str, *, depth: int, what: str) -> Any:
+def parse_json(raw: bytes, path: str, *, depth: int, what: str, beside: tuple[int, int] = (0, 0)) -> Any:
     """The value of ``raw``; whatever is wrong with it is ``Corrupt`` with ``path`` and ``what`` it should have been, also that
-    there is no memory for it: nothing that a store writes takes so much."""
-    if len(raw) > MAX_BYTES:
-        raise Corrupt(path, f"{what} has {len(raw)} bytes, more than the {MAX_BYTES} that any has")
+    there is no memory for it: nothing that a store writes takes so much. ``beside``: bytes and values taken out of it before."""
+    if (nbytes := len(raw) + beside[0]) > MAX_BYTES:
+        raise Corrupt(path, f"{what} has {nbytes} bytes, more than the {MAX_BYTES} that any has")
     found = structure_of(raw)
+    found.values += beside[1]
     if found.depth > depth:
         raise Corrupt(path, f"{what} is nested {found.depth} levels deep, more than the {depth} that any is")
     if found.too_large:
@@ -116,7 +117,8 @@ def members(value: Any, checks: Mapping[str, Check], what: str) -> dict[str, Any
     need(type(value) is dict, f"{what} is not an object")
     need(value.keys() == checks.keys(), f"{what} has members {sorted(value)}, not {sorted(checks)}")
     for name, check in checks.items():
-        need(check(value[name]), f"{what}: {name} is {str(value[name])[:80]}")
+        if not check(value[name]):  # the text of a large value takes its time
+            raise Malformed(f"{what}: {name} is {str(value[name])[:80]}")
     return value
 
 
