@@ -300,7 +300,7 @@ def _is_table(value: Any) -> bool:
 _is_list = list_of(is_anything)
 _FILE = {"name": _is_file_name, "nbytes": is_count, "chunk_bytes": is_count,
          "crc32c": lambda value: _is_table(value) or is_counts(value)}  # fmt: skip
-_TENSOR = {"file": _is_file_name, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
+_TENSOR = {"file": is_str, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
            "dtype": lambda value: is_str(value) and value in DTYPES}  # fmt: skip
 _BOX = {"whole": optional(is_shape), "offset": optional(is_shape)}
 _LAYER = {"id": is_count, "name": is_str, "kind": lambda value: value in (*KINDS, GRADIENTS), "step": is_count,
@@ -413,10 +413,10 @@ def _tensor(value: Any, sizes: Mapping[str, int], listed: Mapping[str, Callable[
             found[name] = tuple(found[name])
     tensor = TensorRecord(**found)
     need(tensor.nbytes == math.prod(tensor.shape) * item_size(tensor.dtype),
-          f"tensor {tensor.key!r} has {tensor.nbytes} bytes for {tensor.dtype} {tensor.shape}")  # fmt: skip
-    need(tensor.file in sizes, f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
-    need(tensor.begin + tensor.nbytes <= sizes[tensor.file], f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
-    need(_fits(tensor), f"tensor {tensor.key!r} {tensor.shape} at {tensor.offset} is no box of {tensor.whole}")
+         lambda: f"tensor {tensor.key!r} has {tensor.nbytes} bytes for {tensor.dtype} {tensor.shape}")  # fmt: skip
+    need(tensor.file in sizes, lambda: f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
+    need(tensor.begin + tensor.nbytes <= sizes[tensor.file], lambda: f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
+    need(_fits(tensor), lambda: f"tensor {tensor.key!r} {tensor.shape} at {tensor.offset} is no box of {tensor.whole}")
     return tensor
 
 
