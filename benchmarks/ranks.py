@@ -20,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,18 @@ from contest import write
 
 import fxckpt
 from fxckpt.engine import io
+from fxckpt.engine.sums import table
 from fxckpt.ranks import FirstStore, OtherStore, Rendezvous
 from fxckpt.store import names
 from fxckpt.store.about import ALIKE
 from fxckpt.store.files import write_laid_out
 from fxckpt.store.folder import Folder
-from fxckpt.store.layout import TensorSpec, lay_out
+from fxckpt.store.layout import TensorSpec, lay_out, sum_bytes
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
 
 WAYS = ("none", "a store for each", "one store", "one store, unchecked")
 WIDTH, LAYERS, BATCH = 1024, 12, 256
+MANY = 3 * 291, 96_000_000_000  # tensors and bytes of Llama 3 8B with AdamW's state
 
 
 def train(rank: int, port: int, way: str, folder: str, steps: int, out: Any) -> None:
@@ -168,23 +171,48 @@ def measure_coordinator(world: int, tensors: int, commits: int, parent: str) -> 
     return {"world": world, "tensors": tensors, "seconds": took, "message_bytes": said, "record_bytes": record}
 
 
-def measure_record(tensors: int, repeats: int) -> dict[str, Any]:
-    """Of a rank that holds a box of each of so many tensors: bytes of its record, and seconds to read it, as rank 0 does at each
-    commit and every rank at a load."""
-    file, per_layer = names.of_rank(names.MODEL, 1, 64), 9
+def part_of_many(tensors: int, nbytes: int, world: int) -> bytes:
+    """The record of one of so many ranks that hold a box of each of so many tensors, of so many bytes together."""
+    file, per_layer, each = names.of_rank(names.MODEL, 1, world), 9, nbytes // world // tensors // 256 * 256
     named = [f"layers.{i // per_layer}.mlp.weight_{i}" for i in range(tensors)]
-    boxes = [TensorRecord(file, key, 512 * i, 512, (2, 64), "F32", (128, 64), (2, 0)) for i, key in enumerate(named)]
+    shape, whole = (each // 256, 64), (each // 256 * world, 64)
+    boxes = [TensorRecord(file, key, each * i, each, shape, "F32", whole, (shape[0], 0)) for i, key in enumerate(named)]
     layers = [boxes[i : i + per_layer] for i in range(0, tensors, per_layer)]
-    listed = tuple(LayerRecord(i, f"layers.{i}", "update", 1, 0.0, 1, 512 * len(own), tuple(own)) for i, own in enumerate(layers))
-    files = (FileRecord(file, 512 * tensors, 1 << 20, (0,) * -(-512 * tensors >> 20)),)
+    listed = tuple(
+        LayerRecord(i, f"layers.{i}", "update", 1, 0.0, 1, each * len(own), tuple(own)) for i, own in enumerate(layers)
+    )
+    size = sum_bytes(each * tensors)
+    sums = table(np.random.default_rng(0).integers(0, 1 << 32, -(-each * tensors // size)).tolist())
     one = {"step": 1, "iteration": 1, "updates": 1, "time": 0.0, "ties": {}, "optimizers": [], "state": {}, "parts": ()}
-    raw = Record(**one, world_size=64, rank=1, files=files, layers=listed).to_bytes()
-    took = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        Record.from_bytes(raw, "part")
-        took.append(time.perf_counter() - began)
-    return {"tensors": tensors, "nbytes": len(raw), "seconds": took}
+    files = (FileRecord(file, each * tensors, size, sums),)
+    return Record(**one, world_size=world, rank=1, files=files, layers=listed).to_bytes()
+
+
+def measure_record(tensors: int, nbytes: int, repeats: int, parent: str) -> dict[str, Any]:
+    """Of one of 64 and of 512 ranks that hold boxes of all tensors: bytes of its record; seconds to take it apart, as rank 0
+    does at each commit and every rank at a load; and to read the files of all, and one of as many bytes, out of the cache."""
+    found: dict[str, Any] = {"tensors": tensors, "nbytes": nbytes, "ranks": {}}
+    for world in (64, 512):
+        raw = part_of_many(tensors, nbytes, world)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            files = [Path(folder) / f"part-{rank}" for rank in range(world)]
+            for file in files:
+                file.write_bytes(raw)
+            (merged := Path(folder) / "merged").write_bytes(raw * world)
+            found["ranks"][str(world)] = {
+                "nbytes": len(raw),
+                "seconds": [timed(lambda raw=raw: Record.from_bytes(raw, "part")) for _ in range(repeats)],
+                "files": min(timed(lambda files=files: sum(len(file.read_bytes()) for file in files)) for _ in range(3)),
+                "merged": min(timed(lambda merged=merged: len(merged.read_bytes())) for _ in range(3)),
+            }
+    return found
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that it takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -199,13 +227,13 @@ def main() -> None:
     args = parser.parse_args()
     rounds, steps, world, commits = (1, 6, 8, 2) if args.quick else (args.rounds, args.steps, 512, 5)
     if args.only and args.json:
-        numbers = {**json.loads(Path(args.json).read_text()), "record": measure_record(3 * 291, 20)}
+        numbers = {**json.loads(Path(args.json).read_text()), "record": measure_record(*MANY, 20, args.dir)}
         write(numbers, args.json)
         return
     numbers: dict[str, Any] = {"machine": machine.describe(Path(args.dir)), "note": args.note, "quick": args.quick}
     numbers["coordinator"] = found = measure_coordinator(world, 3 * 1000, commits, args.dir)
     print(f"{world} ranks: {statistics.median(found['seconds']):.2f} s from the last part to the commit", flush=True)
-    numbers["record"] = measure_record(3 * 291, 20)
+    numbers["record"] = measure_record(*MANY, 20, args.dir)
     numbers["steps"] = measure_steps(rounds, steps, args.dir)
     for way, each in numbers["steps"].items():
         print(f"{way:22} {each['ratio']:.2f} of none, {each['nbytes'] / 1e6:.0f} MB a checkpoint")

@@ -276,23 +276,29 @@ def ranks(numbers: Numbers) -> str:
     took = f"{statistics.median(many['seconds']):.2f} ({min(many['seconds']):.2f} – {max(many['seconds']):.2f}) s"
     what = f"{many['world']} ranks: {took} from the last part to the commit; {many['message_bytes']} bytes a message, "
     what += f"{many['record_bytes'] / 1e3:.0f} kB `commit.json`."
-    what += f" {_on_paper(numbers)}"
     note = f" Machine {numbers['note']}." if numbers["note"] else ""
     head = ["two ranks, every step", "step", "ratio to none", "written for a checkpoint"]
-    return f"{table(head, rows)}\n\n{what}{note}"
+    return f"{table(head, rows)}\n\n{what}{note}\n\n{_on_paper(numbers)}"
 
 
 def _on_paper(numbers: Numbers, ranks: int = 10_000) -> str:
-    """What more ranks take, by what was measured of one."""
+    """What many ranks take, by what was measured of one; and still more of them."""
     record, said = numbers["record"], numbers["coordinator"]["message_bytes"]
-    seconds, nbytes = statistics.median(record["seconds"]), record["nbytes"]
-    return (
-        f"The record of a rank that holds a box of each of {record['tensors']} tensors has {nbytes / 1e3:.0f} kB and is read in "
-        f"{1e3 * seconds:.0f} ms: by rank 0 at each commit, by every rank at a load. On paper {ranks:,} such ranks are "
-        f"{ranks * nbytes / 1e9:.1f} GB of records and {ranks * seconds:.0f} s to read them, and {ranks * said / 1e6:.0f} MB of "
-        "messages a checkpoint: beyond some hundreds of ranks, records must be merged a node before rank 0 reads them, which is "
-        "not built."
-    )
+    worlds = {int(world): each for world, each in record["ranks"].items()}
+    (few, a), (many, b) = ((world, each["nbytes"]) for world, each in worlds.items())
+    tensors = (b * many - a * few) / (many - few)  # of a record: all else is the checksums, of which all ranks have as many
+    paper = {"nbytes": tensors + (a - tensors) * few / ranks, "seconds": worlds[many]["seconds"]}
+    rows = []
+    for world, each in {**worlds, ranks: paper}.items():
+        seconds = statistics.median(each["seconds"])
+        rows.append([
+            f"{world:,}" + (", on paper" if each is paper else ""), f"{each['nbytes'] / 1e3:.0f} kB",
+            f"{world * each['nbytes'] / 1e6:,.0f} MB", f"{1e3 * seconds:.0f} ms", f"{world * seconds:.1f} s",
+            *(f"{each[name]:.2f} s" if name in each else "" for name in ("files", "merged")), f"{2 * world * said / 1e6:.1f} MB",
+        ])  # fmt: skip
+    head = ["ranks", "a record", "all", "one taken apart in", "all in", "all files read in", "one file of all in", "messages"]
+    what = f"Ranks with a box of each of {record['tensors']} tensors, {record['nbytes'] / 1e9:.0f} GB together"
+    return f"{what}; rank 0 reads all records at each commit, every rank at a load:\n\n{table(head, rows)}"
 
 
 def resharding(numbers: Numbers) -> str:
@@ -309,6 +315,46 @@ def resharding(numbers: Numbers) -> str:
         for label in ("4096", "64", "ours")
     ]
     return table(["model", "checksums of", *(f"{a} → {b}" for a, b in pairs), f"at most, up to {worlds[-1]}"], rows)
+
+
+def resharding_between(numbers: Numbers) -> str:
+    """resharding.py's pairs of other layouts, with our checksums and with one for each chunk of 4 MiB: the most of each kind."""
+    kinds: dict[str, dict[str, tuple[float, float]]] = {}
+    for model, of in numbers["between"].items():
+        for writer, readers in of.items():
+            for reader, ratio in readers.items():
+                row = kinds.setdefault(f"{_kind(writer)} → {_kind(reader)}", {})
+                ours, chunks = row.get(model, (0.0, 0.0))
+                row[model] = max(ours, ratio["ours"]), max(chunks, ratio["4096"])
+    rows = [[kind, *(f"{ours:.2f} ({chunks:.2f})" for ours, chunks in of.values())] for kind, of in kinds.items()]
+    return table(["the most of any pair", *numbers["between"]], rows)
+
+
+def _kind(layout: str) -> str:
+    """A layout without the number of its ranks, but for those of tensor parallelism."""
+    if "TP" in layout:
+        return f"FSDP2 × TP {layout.rpartition(' ')[2]}"
+    return layout if layout == "one process" else layout.partition(" ")[0]
+
+
+def records(numbers: Numbers) -> str:
+    """records.py's: by what is held, a record with a checksum for each chunk and with ours; then the copy."""
+    names = {"chunks": "of 4 MiB", "ours": "ours", "lists": "ours, as lists in JSON"}
+    rows = [
+        [
+            held if how == "chunks" else "",
+            names[how],
+            f"{each['sums']:,}",
+            f"{each['nbytes'] / 1e6:.2f} MB",
+            *(f"{1e3 * each[what]['seconds']:.1f} ({1e3 * each[what]['longest']:.1f}) ms" for what in ("write", "read")),
+        ]
+        for held, of in numbers["records"].items()
+        for how, each in of.items()
+    ]
+    head = ["state", "checksums", "number", "record", "written in (longest wait of others)", "read in"]
+    speeds = ", ".join(f"{max(of) / 1e9:.1f} GB/s with {kib} KiB" for kib, of in numbers["copy"].items())
+    note = f" Machine {numbers['note']}." if numbers["note"] else ""
+    return f"{table(head, rows)}\n\nOne thread copies and checksums, at best, {speeds}.{note} {machine_line(numbers['machine'])}."
 
 
 def journal(numbers: Numbers) -> str:

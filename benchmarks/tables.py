@@ -75,6 +75,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "optimizers": lambda: render.optimizers(results("optimizer_step")),
     "ranks": lambda: render.ranks(results("ranks")),
     "resharding": lambda: render.resharding(results("resharding")),
+    "resharding_between": lambda: render.resharding_between(results("resharding")),
+    "records": lambda: render.records(results("records")),
     "journal": lambda: render.journal(results("journal")),
     "in backward": lambda: render.in_backward(results("memory")),
     "in backward, machine": lambda: render.in_backward_about(results("memory")),

@@ -60,6 +60,13 @@ uint32_t fx_crc32c_portable(uint32_t crc, const void *data, size_t n); /* what r
 uint32_t fx_copy_crc32c(uint32_t crc, void *to, const void *from, size_t n);
 const char *fx_crc32c_name(void);
 
+/* Tables of them (core/sums.c). Each `block` bytes of a file have one: continues them over n bytes, at `offset` of the file. */
+void fx_crc32c_blocks(uint32_t *crcs, uint64_t block, uint64_t offset, const void *data, size_t n);
+/* A table as decimal numbers with commas between them, into 11 bytes for each at most. Returns the bytes. */
+size_t fx_sums_text(const uint32_t *crcs, size_t n, char *out);
+/* What that wrote, n bytes, back into a table (NULL: only counted). Returns how many there are; -1: it did not write that. */
+int64_t fx_sums_parse(const char *text, size_t n, uint32_t *crcs);
+
 /* ---- strided memory (core/view.c) ---- */
 
 /* A tensor in memory: strides in bytes. ndim < 0 says contiguous. Normalised by fx_view_normalise. */
@@ -167,8 +174,9 @@ struct fx_file_id {
     int64_t modified_ns, changed_ns;
 };
 
-/* What the disk holds already: for each checksum of the plan has[i] and the CRC; and for each file what it was when that was
- * true, NULL: it is true now. Of a file that is another one by now, or was touched, nothing is held. */
+/* What the disk holds already: for each chunk of the plan has[i] and the CRC of its checksums, as they lie in memory; and for
+ * each file what it was when that was true, NULL: it is true now. Of a file that is another one by now, or was touched, nothing
+ * is held. */
 struct fx_held {
     const uint8_t *has;
     const uint32_t *crcs;
@@ -178,7 +186,7 @@ struct fx_held {
 /* Opens or creates the plan's files, sets their sizes. `at`: the directory they lie in, whose entries the last names of the
  * paths are; AT_FDCWD: the paths count. A file whose path is empty is opened by nobody: its chunks are copied and checksummed,
  * and not written. A link or anything else that is no file is refused. A chunk that is `held` (may be
- * NULL) with all its checksums is not written again. A CRC has 32 bits: give only chunks that are expected not to have changed.
+ * NULL) with these checksums is not written again. A CRC has 32 bits: give only chunks that are expected not to have changed.
  * -EBUSY: another checkpoint that is not settled has one of these files. */
 int fx_begin(struct fx_engine *engine, struct fx_plan *plan, int at, const char *const *paths,
              const struct fx_held *held, struct fx_checkpoint **out, struct fx_error *error);

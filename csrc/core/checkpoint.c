@@ -29,8 +29,8 @@ static struct fx_checkpoint *allocate(struct fx_engine *engine, struct fx_plan *
     ck->layers = calloc(plan->n_layers + 1, sizeof *ck->layers);
     ck->pieces = calloc(plan->n_pieces + 1, 1);
     ck->crcs = calloc(plan->n_sums + 1, sizeof *ck->crcs);
-    ck->known = copy_of(held ? held->crcs : NULL, plan->n_sums * sizeof *ck->known);
-    ck->has_known = copy_of(held ? held->has : NULL, plan->n_sums);
+    ck->known = copy_of(held ? held->crcs : NULL, plan->n_chunks * sizeof *ck->known);
+    ck->has_known = copy_of(held ? held->has : NULL, plan->n_chunks);
     bool complete = ck->files && ck->chunks && ck->layers && ck->pieces && ck->crcs && ck->known &&
                     ck->has_known;
     for (uint32_t i = 0; ck->files && i < plan->n_files; i++) {

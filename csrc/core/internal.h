@@ -67,7 +67,8 @@ struct fx_checkpoint {
     struct ck_chunk *chunks;
     struct ck_layer *layers;
     uint8_t *pieces; /* enum piece_state */
-    uint32_t *crcs, *known; /* of each of the plan's checksums */
+    uint32_t *crcs;  /* all of the plan's */
+    uint32_t *known; /* of each chunk, one of its checksums */
     uint8_t *has_known;
     struct ck_cuda *cuda; /* NULL: no layer of it is on a device */
     uint32_t ready_head, ready_tail;
@@ -126,10 +127,9 @@ static inline void fx_copy_delay(void) {}
 /* Whether the disk holds the chunk's bytes already. */
 static inline bool fx_is_known(const struct fx_checkpoint *ck, uint32_t index) {
     const struct chunk *chunk = &ck->plan->chunks[index];
-    uint32_t first = fx_first_sum(ck->plan, chunk), end = first + fx_sums_of(ck->plan, chunk);
-    bool known = !ck->files[chunk->file].touched;
-    for (uint32_t i = first; known && i < end; i++) known = ck->has_known[i] && ck->known[i] == ck->crcs[i];
-    return known;
+    const uint32_t *crcs = ck->crcs + fx_first_sum(ck->plan, chunk);
+    if (ck->files[chunk->file].touched || !ck->has_known[index]) return false;
+    return ck->known[index] == fx_crc32c(0, crcs, fx_sums_of(ck->plan, chunk) * sizeof *crcs);
 }
 
 /* ---- staging buffers: staging.c; lock held ---- */

@@ -13,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from fxckpt.store import names
 from fxckpt.store.files import replace_file, space
 from fxckpt.store.folder import Folder
 from fxckpt.store.layout import BLOCK
+
+if TYPE_CHECKING:
+    from fxckpt.engine.sums import Sums
 
 HELP = "what this disk can do, and how often a model can be checkpointed"
 
@@ -81,7 +84,7 @@ def _measure(folder: str, nbytes: int, seconds: float, threads: int, chunk: int)
         plan = engine.plan([(nbytes, b" " * BLOCK)], [(0, 0, BLOCK, data.nbytes, 1)], 1)
         sources = Sources([(data.ctypes.data, None, None)])
 
-        def write() -> tuple[float, list[int]]:
+        def write() -> tuple[float, Sums]:
             begun = time.perf_counter()
             checkpoint = engine.begin(plan, folder, ["data"])
             try:

@@ -148,6 +148,13 @@ def like(part: torch.Tensor, tensor: Any, placements: Any = None) -> Any:
     return DTensor.from_local(part, tensor.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
+def like_spec(part: torch.Tensor, spec: Any) -> Any:
+    """This rank's part of a tensor that is spread as ``spec`` says."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride)
+
+
 def lies_as(tensor: Any) -> str | None:
     """How a DTensor is laid out, and where on its mesh this rank is, in words; None of any other tensor."""
     return f"{sharded_as(tensor)}, here {tuple(tensor.device_mesh.get_coordinate())}" if is_spread(tensor) else None
@@ -223,17 +230,17 @@ def sharded_of(models: Iterable[torch.nn.Module]) -> dict[int, torch.nn.Paramete
 def shard_again(model: torch.nn.Module) -> None:
     """Have FSDP2 drop whole parameters that a forward without a backward left: the next one would compute with them, whatever was
     written to the sharded ones. Its own ``load_state_dict`` does the same."""
-    for group in _param_groups_of(model):
+    for group in param_groups_of(model):
         group.reshard()
 
 
 def _params_of(model: torch.nn.Module) -> Iterator[Any]:
     """What FSDP2 keeps of each parameter."""
-    for group in _param_groups_of(model):
+    for group in param_groups_of(model):
         yield from group.fsdp_params
 
 
-def _param_groups_of(model: torch.nn.Module) -> Iterator[Any]:
+def param_groups_of(model: torch.nn.Module) -> Iterator[Any]:
     """What FSDP2 gathers together, of this model."""
     get = getattr(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state"), "_get_module_fsdp_state", None)
     known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", True)

@@ -5,6 +5,7 @@ plan.py        Plan, Sources: where tensors lie in files, and in memory
 checkpoint.py  Checkpoint: one pass over a plan; copies tensors out of live memory and writes them
 fetch.py       Fetch: one value of a CUDA device on its way to the host
 reading.py     read_verified: reads them back, checked; crc32c, and of what was checksummed in parts
+sums.py        tables of checksums, and their text
 ring.py        the memory that a trainer shares with its monitor
 io.py          the table of file operations
 patient_lock.py  locks that Ctrl-C cannot leave taken

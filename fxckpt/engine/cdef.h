@@ -16,6 +16,9 @@ struct fx_error {
 
 uint32_t fx_crc32c(uint32_t crc, const void *data, size_t n);
 const char *fx_crc32c_name(void);
+void fx_crc32c_blocks(uint32_t *crcs, uint64_t block, uint64_t offset, const void *data, size_t n);
+size_t fx_sums_text(const uint32_t *crcs, size_t n, char *out);
+int64_t fx_sums_parse(const char *text, size_t n, uint32_t *crcs);
 
 struct fx_view {
     char *address;
@@ -44,7 +47,6 @@ int fx_plan_new(const struct fx_file *files, uint32_t n_files, const struct fx_t
                 uint32_t n_layers, uint64_t chunk_bytes, uint64_t sum_bytes, struct fx_plan **out,
                 struct fx_error *error);
 void fx_plan_free(struct fx_plan *plan);
-uint32_t fx_plan_sums(const struct fx_plan *plan);
 void fx_plan_file_sums(const struct fx_plan *plan, uint32_t file, uint32_t *first, uint32_t *count);
 
 struct fx_sources;

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import weakref
+from array import array
 from collections.abc import Callable
 from typing import Any
 
 from fxckpt.engine._lib import Lib, Streams, failure, in_slices, load, stream_array
 from fxckpt.engine.plan import Plan, Sources
+from fxckpt.engine.sums import Sums
 from fxckpt.errors import Cancelled, SetupError
 
 
@@ -90,13 +92,11 @@ class Checkpoint:
             return True
         return in_slices(lambda ns: self._lib.fx_settled(self._pointer, ns), timeout) == 1
 
-    def crcs(self, file: int) -> list[int]:
+    def crcs(self, file: int) -> Sums:
         """CRC-32C of each ``sum_bytes`` of a file; valid once durable."""
         self._check()
         sums = self._plan.file_sums[file]
-        if not sums:
-            return []
-        return list(self._ffi.unpack(self._lib.fx_crcs(self._pointer) + sums.start, len(sums)))
+        return array("I", bytes(self._ffi.buffer(self._lib.fx_crcs(self._pointer) + sums.start, 4 * len(sums))))
 
     def inodes(self) -> list[int]:
         """Of the files that it opened, in the plan's order; 0 where another process does."""

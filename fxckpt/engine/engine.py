@@ -98,9 +98,9 @@ class Engine:
         """Opens or creates the plan's files under ``directory`` (``below``: its descriptor) and starts a checkpoint into them.
         A file with an empty name is not written: only its checksums are wanted.
 
-        ``known[file]`` maps indices of checksums to what the disk holds there already: a chunk that has equal ones is
-        not written again. A CRC has 32 bits, so give only chunks that are expected not to have changed. ``waited[file]``
-        says which file that was: of one that is another one by now, or was touched, nothing is known.
+        ``known[file]`` says of chunks, by their indices, what the disk holds there already, by ``digest_of`` their checksums: a
+        chunk that has the same is not written again. A CRC has 32 bits, so give only chunks that are expected not to have
+        changed. ``waited[file]`` says which file that was: of one that is another one by now, or was touched, nothing is known.
         Raises :class:`SaveFailed` (``EBUSY``: another checkpoint that is not settled has one of the files).
         """
         if self._is_elsewhere():

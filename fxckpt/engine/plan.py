@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Sources:
 class Plan:
     """Immutable geometry of a checkpoint's files; made by :meth:`Engine.plan`, shared by many checkpoints.
 
-    ``file_sums``: the checksums of each file, in the plan's numbering, each of ``sum_bytes``.
+    ``file_sums``: the checksums of each file, in the plan's numbering, each of ``sum_bytes``; ``file_chunks``: its chunks.
     """
 
     def __init__(
@@ -73,21 +74,24 @@ class Plan:
             at = f" (number {error.offset})" if error.offset >= 0 else ""
             raise SetupError(ffi.string(error.operation).decode() + at)
         self._pointer = ffi.gc(out[0], lib.fx_plan_free)
+        self.chunk_bytes: int = chunk_bytes
         self.sum_bytes: int = sum_bytes
         self.file_sums: list[range] = []
         first, count = ffi.new("uint32_t *"), ffi.new("uint32_t *")
         for file in range(len(files)):
             lib.fx_plan_file_sums(self._pointer, file, first, count)
             self.file_sums.append(range(first[0], first[0] + count[0]))
+        ends = list(itertools.accumulate((-(-nbytes // chunk_bytes) for nbytes, _ in files), initial=0))
+        self.file_chunks: list[range] = list(itertools.starmap(range, itertools.pairwise(ends)))
 
     def _held(self, known: Sequence[Mapping[int, int]] | None, waited: Sequence[FileId | None] | None, keep: list[Any]) -> Any:
         """The C struct of :meth:`Engine.begin`'s ``known`` and ``waited``; the arrays that it points to go to ``keep``."""
-        ffi, lib = load()
-        count = lib.fx_plan_sums(self._pointer) + 1
+        ffi, _ = load()
+        count = self.file_chunks[-1].stop + 1 if self.file_chunks else 1
         has, crcs = ffi.new("uint8_t[]", count), ffi.new("uint32_t[]", count)
-        for sums, table in zip(self.file_sums, known or ()):
-            for index, crc in table.items():
-                has[sums[index]], crcs[sums[index]] = 1, crc
+        for chunks, table in zip(self.file_chunks, known or ()):
+            for index, digest in table.items():
+                has[chunks[index]], crcs[chunks[index]] = 1, digest
         files = ffi.NULL if waited is None else ffi.new("struct fx_file_id[]", [each or (0, 0, 0, 0, 0) for each in waited] or 1)
         keep += (has, crcs, files)
         return ffi.new("struct fx_held *", (has, crcs, files))

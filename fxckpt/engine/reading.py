@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fxckpt.engine import io
 from fxckpt.engine._lib import FFI, load
 from fxckpt.engine.plan import fill_view
+from fxckpt.engine.sums import table
 from fxckpt.errors import Corrupt, SetupError
 
 if TYPE_CHECKING:
@@ -99,9 +100,9 @@ def read_verified(
         wanted = [target for target in targets if target[1]]
         array = ffi.new("struct fx_target[]", max(len(wanted), 1))
         _fill_targets(ffi, array, wanted, nbytes, keep)
-        table, error = ffi.new("uint32_t[]", list(crcs) or 1), ffi.new("struct fx_error *")
+        sums, error = ffi.from_buffer("uint32_t[]", table(crcs)), ffi.new("struct fx_error *")
         chunk_bytes = min(chunk_bytes, max(1, -(-nbytes // lib.FX_BLOCK)) * lib.FX_BLOCK)  # more than the file has is not needed
-        file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, table), (array, len(wanted), threads, error)
+        file, into = (fd, os.fsencode(path), nbytes, chunk_bytes, sums), (array, len(wanted), threads, error)
         at_once = max(SLICE_BYTES // chunk_bytes, 1)
         for ranges in _slices([range(chunks)] if only is None else only, at_once):
             c_ranges = ffi.new("struct fx_range[]", [(each.start, len(each)) for each in ranges])

@@ -14,6 +14,7 @@ import torch
 from fxckpt.compat import module_state
 from fxckpt.compat.modules import every_module, extra_state_modules
 from fxckpt.compat.spread import box_of, gradient_like, is_spread, like, local, spread_alike
+from fxckpt.compat.unreduced import hold_back
 from fxckpt.errors import LayoutMismatch
 from fxckpt.graph.model.book import traces
 from fxckpt.loading.match import OF_THE_SAME_SHAPE, Match, empty_buffer
@@ -157,6 +158,22 @@ def apply_optimizers(saved: Saved, states: Sequence[Mapping[int, State]], match:
                 param.grad = None
             if param.grad is None and stored in present:  # to an optimizer a gradient of zeros is not the same as none
                 param.grad = torch.zeros_like(param)
+
+
+def give_back_what_was_held(saved: Saved, match: Match, target: Target) -> None:
+    """Have FSDP2 hold back the gradients that it had not reduced when the checkpoint was taken, and no others."""
+    held, lay = saved.early.get("held_back", {}), saved.early.get("held_back_as", {})
+    names = {
+        id(p): match.stored.get(target.inventory.name_of(p))
+        for o in target.optimizers
+        for g in o.param_groups
+        for p in g["params"]
+    }
+    wanted = {param: (held[name], lay.get(name, "")) for param, name in names.items() if name in held}
+    done = set() if target.model is None else hold_back(target.model, wanted)
+    if lost := sorted(str(names[param]) for param in wanted.keys() - done):
+        log.warning("fxckpt: gradients that FSDP2 had not reduced are left out, as ranks lie otherwise now: those of %s",
+                    ", ".join(lost[:5]) + (" ..." if lost[5:] else ""))  # fmt: skip
 
 
 def _waited(held: torch.Tensor, param: torch.Tensor, lay: str | None) -> torch.Tensor | None:

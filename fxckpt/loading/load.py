@@ -378,6 +378,7 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
     if journal is not None:
         held |= made_again.set_what_is_whole(journal[-1], target)
     apply.apply_optimizers(saved, states, match, target)
+    apply.give_back_what_was_held(saved, match, target)
     apply.apply_extras(saved, target)
     if (run := target.run) is not None:
         apply.freeze(saved.early.get("frozen"), record.step, match, target)

@@ -172,5 +172,7 @@ _optional = {
     "eval": _names,
     "contracts": map_of(_values),
     "loops": _is_loops,
+    "held_back": _tensors,
+    "held_back_as": map_of(is_str),
 }
 _EARLY = has(_early, _optional)

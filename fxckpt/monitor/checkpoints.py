@@ -107,8 +107,9 @@ class Checkpoints:
             flight.tensors[key] = RawTensor(dtype, tuple(shape), blob[at : at + nbytes])
             at += nbytes
         if message["frozen"] is not None:
-            token, chunks = message["frozen"]
-            flight.slot.remember(token, {name: {int(i): crc for i, crc in each.items()} for name, each in chunks.items()})
+            token, chunks, size = message["frozen"]
+            digests = {name: {int(i): digest for i, digest in each.items()} for name, each in chunks.items()}
+            flight.slot.remember(token, digests, size)
         flight.record = record
         self._loop.put(flight)
 

@@ -37,7 +37,7 @@ class RemoteSlot:
         self.name: str | None = name
         self.checkpoint = 0
         self.generation: int | None = None  # of the checkpoint, once it is committed
-        self.frozen: list[Any] | None = None  # token and chunks to remember
+        self.frozen: list[Any] | None = None  # token, chunks and their size to remember
         self.over: threading.Event = threading.Event()
         self.error: Exception | None = None
         self._before, self._files = before, files
@@ -54,16 +54,16 @@ class RemoteSlot:
     def opened(self, inodes: Mapping[str, int]) -> None:
         """The monitor knows."""
 
-    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]], chunk_bytes: int) -> None:
         """Goes along when the checkpoint is handed over."""
-        self.frozen = [_digest(token), chunks]
+        self.frozen = [_digest(token), chunks, chunk_bytes]
 
     def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
         """Of a file that was touched since the monitor looked, nothing: what is not sent, it could not write."""
         if self._before is None or self._before[0] != _digest(token):
             return {}
         same = {name: chunks for name, chunks in self._before[1].items() if self._is_same(name)}
-        return {name: {int(i): crc for i, crc in chunks.items()} for name, chunks in same.items()}
+        return {name: {int(i): digest for i, digest in chunks.items()} for name, chunks in same.items()}
 
     def _is_same(self, name: str) -> bool:
         try:

@@ -58,7 +58,7 @@ class PartSlot:
     def opened(self, inodes: Mapping[str, int]) -> None:
         self.slot.opened(inodes)
 
-    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None: ...
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]], chunk_bytes: int) -> None: ...
 
     def ended(self, timeout: float) -> bool:
         """Has rank 0 committed it? Raises Cancelled if it gave it up."""

@@ -6,11 +6,15 @@ difference says that they differ, with three or more who it is that differs from
 
 from __future__ import annotations
 
+import base64
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.engine import crc32c
+from fxckpt.engine.sums import Sums
 from fxckpt.store.about import CHECKED
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.record import FileRecord, Record
@@ -42,13 +46,18 @@ class Difference:
 
 
 def checksums(
-    written: Sequence[FileLayout], checked: Sequence[FileLayout], crcs: Sequence[Sequence[int]], chunk_bytes: int
+    written: Sequence[FileLayout], checked: Sequence[FileLayout], crcs: Sequence[Sums], chunk_bytes: int
 ) -> dict[str, Any]:
     """What a rank's record says of this: how its own files are laid out, and checksums of what it has in another rank's files.
     Files that are laid out otherwise, or cut into other chunks, cannot be compared."""
     own = {file.name: _geometry(file, chunk_bytes) for file in written}
-    others = {file.name: [_geometry(file, chunk_bytes), list(of_file)] for file, of_file in zip(checked, crcs)}
+    others = {file.name: [_geometry(file, chunk_bytes), _packed(of_file)] for file, of_file in zip(checked, crcs)}
     return {"own": own, "others": others}
+
+
+def _packed(crcs: Sums) -> str:
+    """As one text: there may be half a million."""
+    return base64.b64encode(crcs).decode("ascii")
 
 
 def _geometry(file: FileLayout, chunk_bytes: int) -> str:
@@ -70,10 +79,10 @@ def looks(ranks: Sequence[Record]) -> list[Look]:
     files = {file.name: (record, file) for record in ranks for file in record.files}
     out = []
     for reader in ranks:
-        for name, (geometry, crcs) in _member(reader, "others").items():
+        for name, (geometry, packed) in _member(reader, "others").items():
             writer, file = files.get(name, (None, None))
             if writer is not None and file is not None and _member(writer, "own").get(name) == geometry:
-                out.append(Look(writer.rank, reader.rank, name, tuple(_tensors(writer, file, crcs))))
+                out.append(Look(writer.rank, reader.rank, name, tuple(_tensors(writer, file, base64.b64decode(packed)))))
     return out
 
 
@@ -93,13 +102,15 @@ def _member(record: Record, name: str) -> Mapping[str, Any]:
     return found
 
 
-def _tensors(writer: Record, file: FileRecord, crcs: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """(layer, tensor) in the chunks that differ."""
-    chunks = [i for i, (mine, its) in enumerate(zip(file.crc32c, crcs)) if mine != its]
-    for layer in writer.layers if chunks else ():
+def _tensors(writer: Record, file: FileRecord, crcs: bytes) -> Iterator[tuple[str, str]]:
+    """(layer, tensor) in the blocks whose checksums differ."""
+    if crcs == file.crc32c.tobytes():
+        return
+    differ = [i for i, (mine, its) in enumerate(zip(file.crc32c, array("I", crcs))) if mine != its]
+    for layer in writer.layers:
         for tensor in (each for each in layer.tensors if each.file == file.name):
             first, last = tensor.begin // file.chunk_bytes, (tensor.begin + max(tensor.nbytes, 1) - 1) // file.chunk_bytes
-            if any(first <= chunk <= last for chunk in chunks):
+            if bisect_left(differ, first) < bisect_right(differ, last):
                 yield layer.name, tensor.key
 
 

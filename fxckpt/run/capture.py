@@ -22,6 +22,7 @@ from fxckpt.compat.modules import tensors_of
 from fxckpt.compat.optimizers import plain_class
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.compat.spread import arrived, lies_as, local
+from fxckpt.compat.unreduced import held_back, holding
 from fxckpt.errors import SetupError
 from fxckpt.graph.model.book import traces
 from fxckpt.optim.contract.contract import Contract
@@ -81,6 +82,7 @@ class Capture:
         self.noting: threading.RLock = threading.RLock()
         self._limits: int | None = limits_reached()  # None: it was said that one was reached since
         self._said_modes = self._saw_beside = False
+        self._holding: tuple[tuple[int, int], ...] = ()  # what FSDP2 held back at the end of the step
 
     def start(self) -> None:
         """The process is where a resumed one begins to train, but that nothing was loaded yet: extras are not asked."""
@@ -158,6 +160,7 @@ class Capture:
             **({"modules": {}} if model is None else state_of(model)),
             "numbers": self._numbers(numbers, early=True),
             "generators": generators,
+            **self._held_back(),
         }
         encoded = encode_state(early, tensors, "early")
         encoded["remote"] = self._encode_remote(pending, tensors)
@@ -165,6 +168,20 @@ class Capture:
         if layout.beside and not self._saw_beside:
             self._saw_beside = True
             pending.beside = {name: fingerprint(tensor) for name, tensor in layout.beside.items()}
+
+    def _held_back(self) -> dict[str, Any]:
+        """Gradients that FSDP2 has not reduced yet, this rank's own: at the end of a step those that the step did not see."""
+        model = self._arrangement.model
+        self._holding = holding(model)
+        known = self._arrangement.inventory.name_by_id  # of what an optimizer trains
+        held = [] if model is None else [(known[id(p)], grad, lay) for p, grad, lay in held_back(model) if id(p) in known]
+        if not held:
+            return {}
+        return {"held_back": {name: grad for name, grad, _ in held}, "held_back_as": {name: lay for name, _, lay in held}}
+
+    def has_gone_on(self) -> bool:
+        """Has a backward been made since the end of the step, of which FSDP2 holds the gradients back? No hook hears of those."""
+        return holding(self._arrangement.model) != self._holding
 
     def _transient(self, early: bool) -> dict[str, torch.Tensor]:
         """The non-persistent buffers in host memory that are taken at the end of a step, or those that are not."""

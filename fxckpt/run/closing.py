@@ -101,7 +101,7 @@ class Closing:
             try:
                 if not pending.captured:
                     self._capture.early(pending)
-                elif at_rest and self._plain.moved():
+                elif at_rest and not self._capture.has_gone_on() and self._plain.moved():
                     raise Moved("the script went on after opt.step(), and another one is taken")
                 elif in_backward:
                     self._plain.check(pending.step)

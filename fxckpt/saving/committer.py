@@ -255,7 +255,7 @@ def _checksums(pending: InFlight) -> dict[str, Any]:
     """What this rank has in place of another one's part; see ``ranks.replicas``."""
     layout = pending.layout
     numbers = range(len(layout.files), len(layout.files) + len(layout.checked))
-    found = checksums(layout.files, layout.checked, [pending.copy.crcs(i) for i in numbers], layout.chunk_bytes)
+    found = checksums(layout.files, layout.checked, [pending.copy.crcs(i) for i in numbers], layout.sum_bytes)
     return {**found, BESIDE: pending.beside}
 
 
@@ -265,5 +265,5 @@ def _file_records(pending: InFlight) -> tuple[FileRecord, ...]:
     crcs = [pending.copy.crcs(i) for i in range(len(layout.files))]
     pending.slot.opened(dict(zip([file.name for file in layout.files], pending.copy.inodes())))
     if layout.frozen_token is not None:
-        pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs))
-    return tuple(FileRecord(f.name, f.nbytes, layout.chunk_bytes, tuple(c)) for f, c in zip(layout.files, crcs))
+        pending.slot.remember(layout.frozen_token, layout.frozen_chunks(crcs), layout.plan.chunk_bytes)
+    return tuple(FileRecord(f.name, f.nbytes, layout.sum_bytes, c) for f, c in zip(layout.files, crcs))

@@ -6,6 +6,7 @@ the buffers. The files are ``model.safetensors`` and ``optimizer.safetensors``; 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from fxckpt.compat.spread import Box, box_of, is_spread, local
+from fxckpt.compat.spread import Box, box_of, local
 from fxckpt.engine import Engine, Plan, Sources
 from fxckpt.engine.plan import Item
+from fxckpt.engine.sums import Sums, digest_of
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
-from fxckpt.store.layout import FileLayout, Placed, TensorSpec, lay_out, sharding_metadata
+from fxckpt.store.layout import FileLayout, Placed, TensorSpec, lay_out, sharding_metadata, sum_bytes
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import LayerRecord, TensorRecord
 
@@ -29,9 +31,6 @@ T = TypeVar("T")
 
 FILES = (MODEL, OPTIMIZER)
 """By their numbers in a layout."""
-
-SUMS, SUM_BYTES = 1 << 19, (4 << 10, 64 << 10)
-"""Of what a rank holds so many checksums, and each of so many bytes, at least and at most: see ``sum_bytes``."""
 
 MOVING = ("buffers", "gradients")
 """Kinds of layers whose tensors lie elsewhere each time."""
@@ -75,7 +74,7 @@ class Layout:
     layers: list[EngineLayer]
     files: list[FileLayout]
     plan: Plan
-    chunk_bytes: int
+    sum_bytes: int
     frozen_token: Hashable  # names, addresses and places of the frozen parameters; None: there are none
     changed_outside: set[str]
     full: Layout | None = None  # of a record of the journal: the checkpoint's whose layers have the same numbers
@@ -97,15 +96,17 @@ class Layout:
         """Bytes of the largest tensor."""
         return max((local(e.tensor).nbytes for layer in self.layers for e in layer.entries), default=0)
 
-    def frozen_chunks(self, crcs: Sequence[Sequence[int]]) -> dict[str, dict[int, int]]:
-        """``{file: {chunk: crc}}`` of the chunks that hold nothing but frozen parameters."""
+    def frozen_chunks(self, crcs: Sequence[Sums]) -> dict[str, dict[int, int]]:
+        """``{file: {chunk: digest}}`` of the chunks that hold nothing but frozen parameters; see ``engine.sums.digest_of``."""
         frozen = set(self.number("frozen"))
-        layout, size = self.files[0], self.chunk_bytes
+        layout, size = self.files[0], self.plan.chunk_bytes
+        each = size // self.sum_bytes
         mixed = set(range(-(-len(layout.header) // size)))
         for placed in layout.tensors:
             if placed.spec.layer not in frozen and placed.nbytes:
                 mixed |= set(range(placed.begin // size, (placed.begin + placed.nbytes - 1) // size + 1))
-        return {layout.name: {i: crcs[0][i] for i in range(-(-layout.nbytes // size)) if i not in mixed}}
+        pure = (i for i in range(-(-layout.nbytes // size)) if i not in mixed)
+        return {layout.name: {i: digest_of(crcs[0], range(i * each, (i + 1) * each)) for i in pure}}
 
     def records(self, step: int) -> tuple[LayerRecord, ...]:
         """The layers as the record of this step lists them."""
@@ -142,14 +143,6 @@ def _recorded(file: str, key: str, placed: Placed, box: Box | None) -> TensorRec
     """How the record lists a tensor, or this rank's part of one."""
     found = TensorRecord(file, key, placed.begin, placed.nbytes, placed.spec.shape, placed.spec.dtype)
     return found if box is None or box.is_whole else replace(found, whole=box.whole, offset=box.offset)
-
-
-def sum_bytes(held: int) -> int:
-    """How many bytes of a file have a checksum of their own where tensors lie in boxes: few, so that another number of ranks
-    reads little that it does not need; more where a rank holds many, or its record would grow large. Ranks that hold the same
-    have the same, and can compare theirs. Chunks, which are written at once, are larger."""
-    least, most = SUM_BYTES
-    return min(most, max(least, 1 << (-(-held // SUMS) - 1).bit_length()))
 
 
 def counts_layer(index: int, stepper: Stepper) -> EngineLayer:
@@ -210,8 +203,8 @@ def make_layout(
     for layer in layers:
         if layer.kind not in MOVING:
             layer.sources = make_sources(layer.memory)
-    fine = any(is_spread(e.tensor) for layer in layers for e in layer.entries)
-    size = sum_bytes(sum(local(e.tensor).nbytes for layer in layers for e in layer.entries)) if fine else None
+    held = sum(local(e.tensor).nbytes for layer in layers for e in layer.entries)
+    size = math.gcd(sum_bytes(held), engine.chunk_bytes)  # a chunk is a whole number of them, whatever its size
     plan = engine.plan([(f.nbytes, f.header) for f in files], geometry, len(layers), size)
     frozen = tuple((e.key, t.data_ptr(), tuple(t.shape)) for i, e, t in stored if layers[i].kind == "frozen")
     token = (frozen, tuple(f.header for f in files)) if frozen else None

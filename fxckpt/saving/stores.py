@@ -40,7 +40,7 @@ class CheckpointSlot(Protocol):
         """Does its name lead to another directory than the one that was acquired, as far as this process knows?"""
 
     def recall(self, token: Hashable) -> Mapping[str, Mapping[int, int]]:
-        """What its files hold already, ``{file: {chunk: crc}}``, as remembered with an equal token."""
+        """What its files hold already, ``{file: {chunk: digest}}``, as remembered with an equal token."""
 
     def waited(self, file: str) -> FileId | None:
         """Which file that was true of; None: this process need not know."""
@@ -48,7 +48,7 @@ class CheckpointSlot(Protocol):
     def opened(self, inodes: Mapping[str, int]) -> None:
         """The engine wrote to these files (0: it opened none)."""
 
-    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]], chunk_bytes: int) -> None:
         """Note what was just written."""
 
     def ended(self, timeout: float) -> bool:
@@ -130,7 +130,7 @@ class NullSlot:
         return True
 
     def opened(self, inodes: Mapping[str, int]) -> None: ...
-    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None: ...
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]], chunk_bytes: int) -> None: ...
 
 
 class NullStore:

@@ -9,17 +9,18 @@ import os
 import signal
 from collections.abc import Iterable, Mapping
 
-from fxckpt.engine import crc32c, io
+from fxckpt.engine import io
+from fxckpt.engine.sums import continue_sums, sums_of_blocks
 from fxckpt.errors import Corrupt
 from fxckpt.store import names
 from fxckpt.store.checks import MAX_BYTES
 from fxckpt.store.dtypes import Tensor, raw_tensor
 from fxckpt.store.folder import Folder, check_regular, opened
-from fxckpt.store.layout import FileLayout, TensorSpec, lay_out
+from fxckpt.store.layout import FileLayout, TensorSpec, lay_out, sum_bytes
 from fxckpt.store.record import FileRecord
 
-CHUNK_BYTES = 4 << 20
-"""The unit of checksums in the files that the store writes itself."""
+PIECE_BYTES = 4 << 20
+"""What the store writes itself it writes in pieces of this size at most."""
 
 DAMAGE = frozenset({errno.EIO, errno.EBADMSG, errno.EUCLEAN})
 """Errors that mean that stored bytes are lost; others (permissions, too many open files) do not."""
@@ -65,28 +66,28 @@ def write_tensors(folder: Folder, name: str, tensors: Mapping[str, Tensor]) -> F
 
 def write_laid_out(folder: Folder, layout: FileLayout, data: Iterable[memoryview]) -> FileRecord:
     """Write a file whose tensors' bytes come in the layout's order, in pieces of any size; in place, and sync it."""
-    crcs: list[int] = []
+    block, at = sum_bytes(layout.nbytes), 0
+    crcs = sums_of_blocks(layout.nbytes, block)
     with folder.opened(layout.name, os.O_RDWR | os.O_CREAT) as fd:
         io.ftruncate(fd, layout.nbytes)
-        at = 0
         for piece in itertools.chain([memoryview(layout.header)], data):
-            while piece.nbytes:  # cut where a chunk ends
-                if at % CHUNK_BYTES == 0:
-                    crcs.append(0)
-                part = piece[: CHUNK_BYTES - at % CHUNK_BYTES]
-                crcs[-1] = crc32c(part, crcs[-1])
+            while piece.nbytes:
+                part = piece[:PIECE_BYTES]
+                continue_sums(crcs, block, at, part)
                 io.pwrite(fd, part, at)
                 at, piece = at + part.nbytes, piece[part.nbytes :]
         # Edge D: before the directory gets its final name, else a checkpoint may not verify after a power cut.
         io.fdatasync(fd)
-    return FileRecord(layout.name, layout.nbytes, CHUNK_BYTES, tuple(crcs))
+    return FileRecord(layout.name, layout.nbytes, block, crcs)
 
 
 def write_bytes(folder: Folder, name: str, data: bytes) -> FileRecord:
     """A small file, durable, that a record is to vouch for."""
     replace_file(folder, name, data, durable=True)
-    crcs = tuple(crc32c(data[at : at + CHUNK_BYTES]) for at in range(0, len(data), CHUNK_BYTES))
-    return FileRecord(name, len(data), CHUNK_BYTES, crcs)
+    block = sum_bytes(len(data))
+    crcs = sums_of_blocks(len(data), block)
+    continue_sums(crcs, block, 0, data)
+    return FileRecord(name, len(data), block, crcs)
 
 
 def space(directory: str) -> tuple[int, int]:

@@ -23,6 +23,9 @@ from fxckpt.store.dtypes import DTYPES, item_size
 BLOCK = 4096
 """The size of every file is a multiple of this many bytes."""
 
+SUMS, SUM_BYTES = 1 << 19, (4 << 10, 64 << 10)
+"""Of what a process holds so many checksums, and each of so many bytes, at least and at most: see ``sum_bytes``."""
+
 MAX_HEADER = 100_000_000
 """The safetensors reader refuses longer headers, so this one neither writes nor reads them."""
 
@@ -84,6 +87,14 @@ def lay_out(name: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str] 
     raw = _padded(name, header, ends[-1])
     placed = tuple(Placed(spec, len(raw) + begin, spec.nbytes) for spec, begin in zip(ordered, ends))
     return FileLayout(name, raw, len(raw) + ends[-1], placed)
+
+
+def sum_bytes(held: int) -> int:
+    """How many bytes of a file have a checksum of their own, where a process holds so many bytes: few, so that ranks that hold
+    other parts read little that they do not need; more where there are many, or the record would grow large. Ranks that hold the
+    same have the same, and can compare theirs. Chunks, which are written at once, are larger."""
+    least, most = SUM_BYTES
+    return min(most, max(least, 1 << (-(-held // SUMS) - 1).bit_length()))
 
 
 def sharding_metadata(offsets: Mapping[str, Sequence[int]]) -> dict[str, str]:

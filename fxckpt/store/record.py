@@ -14,10 +14,12 @@ import math
 import operator
 import os
 import re
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fxckpt.engine.sums import Sums, table
 from fxckpt.errors import Corrupt, SetupError
 from fxckpt.store import names
 from fxckpt.store.checks import (
@@ -40,6 +42,7 @@ from fxckpt.store.checks import (
 )
 from fxckpt.store.dtypes import DTYPES, item_size
 from fxckpt.store.layout import BLOCK
+from fxckpt.store.sum_tables import put_in, taken_out, values_in
 from fxckpt.store.typed_json import MAX_DEPTH, decode_state, encode_state
 
 FORMAT = 1
@@ -81,12 +84,15 @@ _CHUNK = 1 << 30  # the largest that an engine writes: a reader makes a buffer o
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file: its size, and the CRC-32C of each ``chunk_bytes`` of it (the last may be shorter)."""
+    """One file: its size, and the CRC-32C of each ``chunk_bytes`` of it (the last may be shorter), as a table."""
 
     name: str
     nbytes: int
     chunk_bytes: int
-    crc32c: tuple[int, ...]
+    crc32c: Sums
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "crc32c", table(self.crc32c))
 
 
 @dataclass(frozen=True)
@@ -232,13 +238,16 @@ class Record:
         del body["ranks"]
         listed = tuple(_TENSORS[body["format"]])
         of = operator.attrgetter(*listed)
-        body["files"] = [vars(file) for file in self.files]
+        body["files"] = [{**vars(file), "crc32c": []} for file in self.files]
         assert not any(each.pieces or (each.whole is not None and "whole" not in listed) for each in self.tensors())
         tensors = ([dict(zip(listed, of(each))) for each in layer.tensors] for layer in self.layers)
         body["layers"] = [{**vars(layer), "tensors": found} for layer, found in zip(self.layers, tensors)]
         body["metrics"] = {name: encode_state(float(value), {}) for name, value in self.metrics.items()}
         text = json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")[1:] + b"\n"
-        if len(text) + _BODY > MAX_BYTES or (found := size_of(b"{" + text)).too_large:
+        found, tables = size_of(b"{" + text), [file.crc32c for file in self.files]
+        found.values += values_in(tables)
+        text = put_in(text, tables)
+        if len(text) + _BODY > MAX_BYTES or found.too_large:
             what = f"{len(text):,} bytes" if len(text) + _BODY > MAX_BYTES else f"{found.values:,} values"
             raise SetupError(
                 f"the record would have {what}, which no reader takes: give long lists in extra= as tensors or arrays"
@@ -251,7 +260,10 @@ class Record:
         expected = _PREFIX + hashlib.sha256(memoryview(raw)[_BODY:]).hexdigest().encode() + b'",'
         if raw[:_BODY] != expected:  # compared as bytes: an upper-case digest is a flipped bit too
             raise Corrupt(path, f"its SHA-256 is {expected[11:75].decode()}, but it begins with {raw[:_BODY]!r}")
-        body = parse_json(raw, path, depth=_DEPTH, what="the record")
+        text, tables = taken_out(raw)
+        body = parse_json(text, path, depth=_DEPTH, what="the record", beside=(len(raw) - len(text), values_in(tables)))
+        for file, crcs in zip(body["files"] if tables else [], tables):
+            file["crc32c"] = crcs
         try:
             return _record(body)
         except Malformed as error:
@@ -292,9 +304,15 @@ def _is_best_by(value: Any) -> bool:
     return type(value) is list and len(value) == 2 and is_str(value[0]) and value[1] in (MIN, MAX)
 
 
+def _is_table(value: Any) -> bool:
+    """Checksums that were taken out of the text: all of 32 bits."""
+    return isinstance(value, array)
+
+
 _is_list = list_of(is_anything)
-_FILE = {"name": _is_file_name, "nbytes": is_count, "chunk_bytes": is_count, "crc32c": is_counts}
-_TENSOR = {"file": _is_file_name, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
+_FILE = {"name": _is_file_name, "nbytes": is_count, "chunk_bytes": is_count,
+         "crc32c": lambda value: _is_table(value) or is_counts(value)}  # fmt: skip
+_TENSOR = {"file": is_str, "key": is_str, "begin": is_count, "nbytes": is_count, "shape": is_shape,
            "dtype": lambda value: is_str(value) and value in DTYPES}  # fmt: skip
 _BOX = {"whole": optional(is_shape), "offset": optional(is_shape)}
 _LAYER = {"id": is_count, "name": is_str, "kind": lambda value: value in (*KINDS, GRADIENTS), "step": is_count,
@@ -388,8 +406,8 @@ def _file(value: Any) -> FileRecord:
     chunk, crcs = found["chunk_bytes"], found["crc32c"]
     need(0 < chunk <= _CHUNK and chunk % BLOCK == 0, f"chunk_bytes {chunk} is not a multiple of {BLOCK} up to {_CHUNK}")
     need(len(crcs) == -(-found["nbytes"] // chunk), f"{len(crcs)} checksums for {found['nbytes']} bytes")
-    need(all(crc < 1 << 32 for crc in crcs), "a checksum of more than 32 bits")
-    return FileRecord(found["name"], found["nbytes"], chunk, tuple(crcs))
+    need(_is_table(crcs) or all(crc < 1 << 32 for crc in crcs), "a checksum of more than 32 bits")
+    return FileRecord(found["name"], found["nbytes"], chunk, crcs)
 
 
 def _layer(value: Any, sizes: Mapping[str, int], listed: Mapping[str, Callable[[Any], bool]]) -> LayerRecord:
@@ -407,10 +425,10 @@ def _tensor(value: Any, sizes: Mapping[str, int], listed: Mapping[str, Callable[
             found[name] = tuple(found[name])
     tensor = TensorRecord(**found)
     need(tensor.nbytes == math.prod(tensor.shape) * item_size(tensor.dtype),
-          f"tensor {tensor.key!r} has {tensor.nbytes} bytes for {tensor.dtype} {tensor.shape}")  # fmt: skip
-    need(tensor.file in sizes, f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
-    need(tensor.begin + tensor.nbytes <= sizes[tensor.file], f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
-    need(_fits(tensor), f"tensor {tensor.key!r} {tensor.shape} at {tensor.offset} is no box of {tensor.whole}")
+         lambda: f"tensor {tensor.key!r} has {tensor.nbytes} bytes for {tensor.dtype} {tensor.shape}")  # fmt: skip
+    need(tensor.file in sizes, lambda: f"tensor {tensor.key!r} is in {tensor.file!r}, which is not listed")
+    need(tensor.begin + tensor.nbytes <= sizes[tensor.file], lambda: f"tensor {tensor.key!r} ends beyond {tensor.file!r}")
+    need(_fits(tensor), lambda: f"tensor {tensor.key!r} {tensor.shape} at {tensor.offset} is no box of {tensor.whole}")
     return tensor
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fxckpt.engine import crc32c, io
+from fxckpt.engine import io
+from fxckpt.engine.sums import continue_sums, sums_of_blocks
 from fxckpt.errors import Corrupt, NoCheckpoint, StoreError
 from fxckpt.store import names
 from fxckpt.store.about import known_as, order_of
@@ -75,19 +76,20 @@ class Arrival:
             raise
 
     def _receive_file(self, file: FileRecord, fd: int, read: Read, path: str) -> None:
-        buffer = memoryview(bytearray(min(PIECE, file.nbytes)))
-        at = 0
-        for number, expected in enumerate(file.crc32c):
-            crc, end = 0, min((number + 1) * file.chunk_bytes, file.nbytes)
-            begin = at
-            while at < end:
-                piece = buffer[: min(PIECE, end - at)]
-                self._next(piece, read)
-                crc = crc32c(piece, crc)
-                io.pwrite(fd, piece, at)
-                at += piece.nbytes
-            if crc != expected:
-                raise Corrupt(path, f"what arrived has the checksum {crc:08x}, the record says {expected:08x}", offset=begin)
+        buffer, at = memoryview(bytearray(min(PIECE, file.nbytes))), 0
+        found, good = sums_of_blocks(file.nbytes, file.chunk_bytes), 0
+        while at < file.nbytes:
+            piece = buffer[: min(PIECE, file.nbytes - at)]
+            self._next(piece, read)
+            continue_sums(found, file.chunk_bytes, at, piece)
+            io.pwrite(fd, piece, at)
+            at += piece.nbytes
+            here = len(found) if at == file.nbytes else at // file.chunk_bytes
+            if found[good:here] != file.crc32c[good:here]:
+                bad = next(i for i in range(good, here) if found[i] != file.crc32c[i])
+                what = f"what arrived has the checksum {found[bad]:08x}, the record says {file.crc32c[bad]:08x}"
+                raise Corrupt(path, what, offset=bad * file.chunk_bytes)
+            good = here
 
     def _next(self, piece: memoryview, read: Read) -> None:
         read(piece)

@@ -24,8 +24,8 @@ _SYNCS = frozenset({"fsync", "fdatasync"})
 READ_BACK_BYTES = 16 << 20
 """Of what a slot holds and is not rewritten, so much is read back each time that it is used, in turn: a block at least."""
 
-Notes = tuple[Hashable, dict[str, dict[int, int]]]
-"""What files hold, by a token for their plan: the CRC of each chunk."""
+Notes = tuple[Hashable, dict[str, dict[int, int]], int]
+"""What files hold, by a token for their plan: of some chunks a digest of their checksums; and the bytes of a chunk."""
 
 
 def retires_slot(error: BaseException) -> bool:
@@ -72,10 +72,10 @@ class Slot:
 
     # ---- what it is known to hold ----
 
-    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]]) -> None:
-        """Note the CRCs {file: {chunk: crc}} of what was just written; worth something once it is committed. ``token`` stands
-        for the plan: the notes are given back only to one who asks with an equal one."""
-        self._written = (token, {file: dict(crcs) for file, crcs in chunks.items()})
+    def remember(self, token: Hashable, chunks: Mapping[str, Mapping[int, int]], chunk_bytes: int) -> None:
+        """Note what was just written, ``{file: {chunk: digest}}``, each chunk of ``chunk_bytes``; worth something once it is
+        committed. ``token`` stands for the plan: the notes are given back only to one who asks with an equal one."""
+        self._written = (token, {file: dict(crcs) for file, crcs in chunks.items()}, chunk_bytes)
 
     def recall(self, token: Hashable) -> dict[str, dict[int, int]]:
         """What the files held when the slot was acquired, as remembered with an equal ``token``, else {}."""
@@ -174,25 +174,28 @@ class Slot:
 
     def _read_some(self) -> None:
         """Read back the next few of the blocks that are not to be rewritten: a disk may lose what waits on it."""
-        known = [] if self._before is None else [(name, chunk) for name, each in self._before[1].items() for chunk in each]
+        if self._before is None:
+            return
+        _, chunks, chunk_bytes = self._before
+        known = [(name, chunk) for name, each in chunks.items() for chunk in each]
         budget = READ_BACK_BYTES
         for _ in range(len(known)):
             name, chunk = known[self._turn % len(known)]
             self._turn += 1
             if name in self._files:
-                file = self._files[name][1]
-                self._read_block(file, chunk)
-                budget -= file.chunk_bytes
+                self._read_block(self._files[name][1], chunk * chunk_bytes, chunk_bytes)
+                budget -= chunk_bytes
             if budget <= 0:
                 return
 
-    def _read_block(self, file: FileRecord, chunk: int) -> None:
+    def _read_block(self, file: FileRecord, begin: int, nbytes: int) -> None:
         """One of them. A block that was lost costs the file, and the slot if the disk says so: raises ``OSError`` then."""
         folder = self.held()
+        sums = range(begin // file.chunk_bytes, min((begin + nbytes) // file.chunk_bytes, len(file.crc32c)))
         try:
             with folder.opened(file.name, os.O_RDONLY) as fd:
                 read_verified(folder.at(file.name), nbytes=file.nbytes, chunk_bytes=file.chunk_bytes, crcs=file.crc32c,
-                              targets=[], threads=1, held=fd, only=[range(chunk, chunk + 1)])  # fmt: skip
+                              targets=[], threads=1, held=fd, only=[sums])  # fmt: skip
         except Corrupt as error:
             log.error("%s rotted while it waited, and is written anew: %s", folder.at(file.name), error)
             folder.unlink(file.name)

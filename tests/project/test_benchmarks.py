@@ -163,7 +163,24 @@ def test_other_numbers_of_ranks_read_a_tenth_more_than_they_need_at_most(module)
     """As checksums are laid; with one for each chunk, much more. Of one pair; what is in the tables is of all of them."""
     resharding = module("resharding")
     shapes = resharding.gpt2()
-    found = resharding.pair(shapes, resharding.stored(shapes, 4), 16)
-    assert 1 <= found[resharding.OURS] <= 1.1 < found["4096"]
-    for recorded in resharding.json.loads((ROOT / "benchmarks/results/resharding.json").read_text())["models"].values():
-        assert max(ratio for row in recorded[resharding.OURS].values() for ratio in row) <= 1.1
+    for writers in (resharding.Layout(4), resharding.Layout(4, sharded=False), resharding.Layout(1)):
+        found = resharding.pair(shapes, resharding.stored(shapes, writers), resharding.Layout(16))
+        assert 1 <= found[resharding.OURS] <= 1.1 < found["4096"], writers
+    recorded = resharding.json.loads((ROOT / "benchmarks/results/resharding.json").read_text())
+    for of in recorded["models"].values():
+        assert max(ratio for row in of[resharding.OURS].values() for ratio in row) <= 1.1
+    for of in recorded["between"].values():
+        for writer, readers in of.items():
+            assert all(each[resharding.OURS] <= 1.1 for reader, each in readers.items() if "TP" not in f"{writer}{reader}"), (
+                writer
+            )
+
+
+def test_each_layout_has_all_of_a_model_and_ranks_write_all_of_it_once(module):
+    resharding = module("resharding")
+    shapes = resharding.gpt2()
+    whole = 12 * sum(resharding.math.prod(shape) for shape in shapes.values())
+    for layout in (resharding.Layout(1), *resharding.DDP, *resharding.MESHES, *resharding.SHARDED):
+        files = resharding.stored(shapes, layout)
+        assert sum(resharding._bytes(box) for file, _ in files for _, box, _ in file) == whole, layout
+        assert sum(resharding._bytes(box) for mine in resharding.held(shapes, layout) for box in mine.values()) >= whole

@@ -14,10 +14,13 @@ import pytest
 import torch
 import torch._functorch._aot_autograd.descriptors as descriptors
 import torch._inductor.config as inductor_config
+import torch.distributed as dist
 from graph_models import GPT, D, batch, book, front_end
 from repository import ROOT
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -150,6 +153,7 @@ from fxckpt.compat.tracing import (
     watched,
 )
 from fxckpt.compat.tracing_step import compiled_by_itself, constant, forget_source_of_none, innermost, traced_so_far
+from fxckpt.compat.unreduced import held_back, hold_back, holding
 from fxckpt.errors import SetupError
 
 __all__ = ["book"]  # the fixture
@@ -730,6 +734,7 @@ def test_what_a_backend_refuses_comes_up_as_it_is():
 
 SUBJECTS = (
     "dynamo", "inductor", "module_state", "modules", "optimizers", "placing", "tensors", "threads", "tracing", "tracing_step",
+    "unreduced",
 )  # fmt: skip
 """Files of fxckpt/compat that touch private parts; ``cuda`` is tested with devices, the others touch none."""
 
@@ -1107,3 +1112,45 @@ def test_a_ddp_tells_how_it_sums_and_its_reducer_can_be_asked_for_a_backward():
         "process_group",
     ):
         assert f"self.{name}" in source
+
+
+@pytest.fixture
+def one_rank():
+    """This process is a job of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_gradients_that_fsdp2_holds_back_are_seen_and_given_back(one_rank):
+    mesh = init_device_mesh("cpu", (1,))
+    model, again = (fully_shard(nn.Linear(3, 2), mesh=mesh) for _ in range(2))
+    assert holding(None) == holding(model) == () and list(held_back(model)) == []
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(1, 3)).sum().backward()
+    seen = holding(model)
+    found = {name: (grad.clone(), lay) for name, (_, grad, lay) in zip(("weight", "bias"), held_back(model))}
+    assert len(seen) == 2 and found["weight"][0].tolist() == [[1.0] * 3] * 2 and "over the 1 ranks" in found["weight"][1]
+    model(torch.ones(1, 3)).sum().backward()
+    assert holding(model) != seen
+
+    params = dict(again.named_parameters())
+    other = {id(params["weight"]): (found["weight"][0], "laid out otherwise")}
+    assert hold_back(again, other) == set() and holding(again) == ()
+    wanted = {id(params[name]): value for name, value in found.items()}
+    assert hold_back(again, wanted) == wanted.keys()
+    again(torch.ones(1, 3)).sum().backward()
+    assert params["weight"].grad.to_local().tolist() == [[2.0] * 3] * 2, "added to, and reduced"
+    assert holding(again) == ()
+
+
+def test_sums_over_shards_that_are_none_over_replicas_are_known(one_rank):
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "shards"))
+    model = fully_shard(nn.Linear(3, 2), mesh=mesh)
+    model.set_requires_all_reduce(False)
+    model(torch.ones(1, 3)).sum().backward()
+    assert len(holding(model)) == 1
+    with pytest.raises(SetupError, match="at optimizer steps only"):
+        list(held_back(model))
+    hold_back(model, {})
+    assert holding(model) == ()

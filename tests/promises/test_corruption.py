@@ -23,7 +23,7 @@ from fxckpt.store.reader import Reader, candidates
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.safetensors", "commit.json"]
-CHUNK = 1 << 20
+BLOCK = 4096  # has a checksum
 NEWEST, OLDER, OLDEST = "step-000000004", "step-000000003", "step-000000002"
 
 
@@ -135,7 +135,7 @@ def test_any_flipped_bit_is_found_and_named_and_the_older_checkpoint_is_loaded(f
         where = f"bit {bit} of byte {offset} of {file}: {found.value}"
         assert Path(found.value.path).name == file, where
         if file != "commit.json":
-            assert found.value.offset == offset // CHUNK * CHUNK, where
+            assert found.value.offset == offset // BLOCK * BLOCK, where
             assert found.value.layer or offset < 8192, where
         flip(store / NEWEST / file, offset, bit)
     Reader(store / NEWEST).verify()

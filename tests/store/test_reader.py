@@ -322,7 +322,7 @@ def test_state_tensors_come_back_from_the_file_exactly(root):
     trainer.close()
     reader = Reader(path)
     reader.verify()
-    assert len(reader.record.files[0].crc32c) == 2, "more than one chunk"
+    assert len(reader.record.files[0].crc32c) > 1, "more than one checksum"
     found = reader.state_tensors()
     assert isinstance(found["extra/bf16"], RawTensor) and isinstance(found["extra/big"], np.ndarray)
     back = decode_state(reader.record.state, found)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from storing import a_record, all_verify, inodes, names, overlay, start
+from storing import CHUNK, a_record, all_verify, inodes, names, overlay, start
 
 from fxckpt.errors import (
     SetupError,
@@ -105,7 +105,7 @@ def test_what_was_written_is_recalled_only_while_it_is_sure(root):
     def save(step, token="plan"):
         slot, checkpoint = trainer.begin(step)
         recalled = slot.recall("plan")
-        slot.remember(token, {"model.safetensors": {0: step}})
+        slot.remember(token, {"model.safetensors": {0: step}}, CHUNK)
         trainer.finish(step, slot, checkpoint)
         return recalled
 
@@ -119,7 +119,7 @@ def test_what_was_written_is_recalled_only_while_it_is_sure(root):
     assert save(9) == {}, "written since without a note"
     slot, checkpoint = trainer.begin(10)
     assert slot.recall("plan") == {}
-    slot.remember("plan", {})
+    slot.remember("plan", {}, CHUNK)
     checkpoint.cancel()
     assert checkpoint.settled(10)
     trainer.store.abandon(slot, bad=False)

@@ -15,7 +15,7 @@ from pathlib import Path
 import instruments
 import pytest
 from safetensors.torch import load_file
-from storing import names, start
+from storing import CHUNK, names, start
 
 from fxckpt.errors import (
     Cancelled,
@@ -342,7 +342,7 @@ def test_what_somebody_else_sees_is_known_in_each_way_of_seeing_it(tmp_path):
 def test_recalled_chunks_of_a_file_that_was_replaced_are_forgotten(tmp_path):
     trainer = start(tmp_path / "d", keep=1, max_async=1)
     slot, checkpoint = trainer.begin(1)
-    slot.remember("plan", {"model.safetensors": {0: 1}, "optimizer.safetensors": {0: 2}})
+    slot.remember("plan", {"model.safetensors": {0: 1}, "optimizer.safetensors": {0: 2}}, CHUNK)
     held = load_file(trainer.finish(1, slot, checkpoint) / "model.safetensors")
     trainer.save(2)
     slot = trainer.store.acquire()

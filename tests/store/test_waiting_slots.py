@@ -162,7 +162,7 @@ def test_a_slot_whose_blocks_cannot_be_read_is_put_aside(root, monkeypatch):
     for _ in range(6):
         run.step()
 
-    def unreadable(self, file, chunk):
+    def unreadable(self, file, begin, nbytes):
         error = OSError(5, "Input/output error", self.path)
         error.operation = "pread"
         raise error

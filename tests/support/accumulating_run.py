@@ -1,0 +1,66 @@
+"""Lives of a job under FSDP2 that reduces the gradients of every fourth backward only, forked from this process.
+
+    python accumulating_run.py < LIVES
+
+A life is a line of JSON, a dict, as of ``sharded_run.py``: ``layout``, ``world``, ``cwd``, ``dir`` ("": without us), and
+``turns`` (train up to this one; a turn is a backward). ``loop``: "bounded" or "plain"; ``save``: the turn behind whose backward a
+checkpoint is asked for; ``flush``: the one behind which all are waited for; ``mixed``: gradients are reduced in another type than
+they are in; ``hsdp``: gradients are summed over shards at every backward, and over replicas at every fourth. Prints what each
+rank found and left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sharded_run import OPTIMIZERS, digest, laid_out, serve
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import fxckpt
+from fxckpt.loading.load import Restored
+
+EVERY = 4
+
+
+def turns(life: dict[str, Any], first: int) -> Iterable[int]:
+    """The numbers of the backwards that are to be made."""
+    if life["dir"] and life["loop"] == "bounded":
+        return fxckpt.steps(life["turns"])
+    return range(first, life["turns"])
+
+
+def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
+    """One rank of a life."""
+    torch.set_num_threads(1)
+    options = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if life.get("mixed") else {}
+    net, model, whose = laid_out(life["layout"], life["world"], **options)
+    opt, restored = OPTIMIZERS["foreach" if life["layout"] == "fsdp_tp" else "adamw"](net.parameters()), Restored()
+    if life["dir"]:
+        fxckpt.compile_step(opt, life["dir"], model=model, every=1, keep=8, update="native")
+        restored = fxckpt.load()
+    begins = restored.step * EVERY if life["loop"] == "plain" else restored.iteration
+    for turn in turns(life, begins):
+        last = turn % EVERY == EVERY - 1
+        if life.get("hsdp"):
+            model.set_requires_all_reduce(last)
+        else:
+            model.set_requires_gradient_sync(last)
+        torch.manual_seed(1000 * turn + whose)
+        model(torch.randn(4, 13)).square().mean().backward()
+        if last:
+            opt.step()
+            opt.zero_grad()
+        if life.get("save") == turn:
+            opt.ckpt.save()
+        if life.get("flush") == turn:
+            opt.ckpt.flush()
+    if life["dir"]:
+        opt.ckpt.flush()
+        opt.ckpt.shutdown()
+    return {"start": begins, "left": digest(net, opt)}
+
+
+if __name__ == "__main__":
+    serve(live)
