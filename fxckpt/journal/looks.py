@@ -119,7 +119,7 @@ class Looks:
 
     def all(self, layout: Layout) -> None:
         """Look at all layers of this layout of full checkpoints."""
-        if self._layout is not layout:
+        if not layout.numbers_as(self._layout):
             self._layout, self._watched, self._looks = layout, self._parts(layout), {}
         for index in self._watched:
             self.at(index)

@@ -24,9 +24,10 @@ on the same machine (``machine``), wherever tensors lie and whatever else the ma
 _SMALLEST, _ONE = 5e-324, 1.0
 
 
-def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
-    """Why no step of this run is journalled, known before the first one; None if steps may be."""
-    if (why := _other_ranks()) is not None:
+def why_not(steppers: Sequence[Stepper], on_device: bool, together: int) -> str | None:
+    """Why no step of this run is journalled, known before the first one; None if steps may be. ``together``: how many ranks write
+    its store."""
+    if (why := _other_ranks(together)) is not None:
         return why
     for name, stepper in ((plain_class(each.opt).__name__, each) for each in steppers):
         if not stepper.stock:
@@ -38,10 +39,11 @@ def why_not(steppers: Sequence[Stepper], on_device: bool) -> str | None:
     return None
 
 
-def _other_ranks() -> str | None:
-    """Ranks agree on checkpoints, and on what none of them may give up; records of a journal are not part of that."""
-    if (world := world_size()) > 1:
-        return f"this is one of {world} ranks, which agree on full checkpoints only"
+def _other_ranks(together: int) -> str | None:
+    """Ranks with a store each agree on checkpoints, and on what none of them may give up; records of a journal are not part of
+    that."""
+    if (world := world_size()) > 1 and together == 1:
+        return f"this is one of {world} ranks with a store each, which agree on full checkpoints only"
     return None
 
 
@@ -51,9 +53,9 @@ def flushes_denormals() -> bool:
     return _SMALLEST * _ONE == 0.0
 
 
-def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> str | None:
-    """Why the coming step is not journalled, though such steps may be."""
-    if (why := _other_ranks()) is not None:  # the process group may have come after compile_step
+def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None], together: int) -> str | None:
+    """Why the coming step is not journalled, though such steps may be. ``together`` as for ``why_not``."""
+    if (why := _other_ranks(together)) is not None:  # the process group may have come after compile_step
         return why
     if flushes_denormals():
         return "torch.set_flush_denormal(True) holds for some threads of a process only, and for other ones in the next"

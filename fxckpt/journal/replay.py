@@ -6,6 +6,7 @@ run's do, without a StepGraph: which code updates a parameter depends on its sta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -148,7 +149,7 @@ class Replay:
     def _read(self, reader: Reader, index: int) -> Found:
         """All of a record that its steps take."""
         journal, room = _journal(reader), self._room[index % 2]
-        places = {(t.file, t.key): t for t in reader.record.tensors()}
+        places = {t.place: t for t in reader.record.tensors()}
         given = [name for name in self._params if (GRADIENTS, gradient_key(name)) in places]
         wanted = {(GRADIENTS, gradient_key(name)): self._gradient(name, journal, room) for name in given}
         whole = {place: tensor for place, tensor in self._tensors.items() if place in places and place[0] != GRADIENTS}
@@ -191,7 +192,7 @@ class Replay:
         journal = _journal(reader)
         for name, crc in journal.digests.items():
             layer = self._layers.get(name)
-            found = None if layer is None else digest(self._tensors[t.file, t.key] for t in layer.tensors)
+            found = None if layer is None else digest(self._tensors[t.place] for t in layer.tensors)
             if found != crc:
                 of_step = f"layer {name!r} of step {reader.record.step}"
                 what = f"{of_step}, made again, is not what training had (CRC-32C {found}, not {crc})"
@@ -205,6 +206,8 @@ def _labelled(base: Record, optimizers: Sequence[Again]) -> Iterator[tuple[str, 
     """The layers that steps update, as digests call them."""
     owner = {name: index for index, each in enumerate(optimizers) for name in each.params}
     for layer in base.layers:
+        if base.ranks:  # their parts have the tensors in another order than one process would
+            layer = dataclasses.replace(layer, tensors=tuple(sorted(layer.tensors, key=lambda each: each.place)))
         if layer.kind == "update" and (mine := [owner[t.key] for t in layer.tensors if t.key in owner]):
             yield layer_label(mine[0], layer.name), layer
 

@@ -20,15 +20,16 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.record import Record
 
 
-def open_journal(found: Journaled) -> list[Reader]:
-    """Readers of its records. Raises Broken for the first that is damaged, SetupError where no step can be made again."""
+def open_journal(found: Journaled, rank: int = 0) -> list[Reader]:
+    """Readers of its records, as this ``rank`` had them. Raises Broken for the first that is damaged, SetupError where no step
+    can be made again."""
     if flushes_denormals():
         what = "the journal's steps were made with numbers near zero as they are, which torch.set_flush_denormal(True) sets to 0"
         raise SetupError(f"{what}: call it behind fxckpt.load()")
     readers: list[Reader] = []
     for each in found.records:
         try:
-            reader = Reader(each.path)
+            reader = Reader(each.path, rank)
             check_encoded(reader.record, str(reader.path / names.COMMIT))
             readers.append(reader)
         except Corrupt as error:
@@ -72,7 +73,7 @@ def beside(base: Reader, saved: Saved, match: Match, target: Target) -> dict[tup
 
 def new_tensors(base: Record, optimizers: Sequence[Mapping[str, Any]], live: Tensors) -> dict[tuple[str, str], torch.Tensor]:
     """New ones for what ``live`` lacks of the parameters and state of these optimizers, in the order of memory that they had."""
-    places = {(t.file, t.key): t for t in base.tensors()}
+    places = {t.place: t for t in base.tensors()}
     made = Match()
     for index, optimizer, group in ((i, each, group) for i, each in enumerate(optimizers) for group in each["groups"]):
         for name in group["params"]:

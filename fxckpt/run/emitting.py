@@ -66,10 +66,12 @@ class Emitter:
     def _log(self, pending: InFlight, layer: int, waiting: Waiting) -> None:
         """Hand over the gradients of a layer, copied in memory where they are known to change meanwhile."""
         found, tensors = pending.layout.layers[layer], waiting.tensors
+        mine = found.mine(tensors)
         if waiting.copied:
-            self.hand_over_copies(pending, layer, tensors)
-        elif {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
-            self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, tensors)])
+            self.hand_over_copies(pending, layer, mine)
+        elif {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(mine)) is None:
+            copies = [snapshot(grad, e.key) for e, grad in zip(found.mine(found.entries), mine)]
+            self.hand_over_copies(pending, layer, copies)
         else:
             pending.guard.watch_now(layer, tensors)
             self._hand_over(pending, layer, sources)

@@ -56,6 +56,11 @@ SHARDED_FORMAT = 4
 ORDERED_FORMAT = 5
 """Format of a record of the journal that says whose steps it holds, and in which order: other than one of the one optimizer."""
 
+SHARED_JOURNAL_FORMAT = 6
+"""Format of the records of a record of the journal that several ranks wrote together, a part each."""
+
+_OF_JOURNAL = (JOURNAL_FORMAT, ORDERED_FORMAT, SHARED_JOURNAL_FORMAT)
+
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
 
@@ -215,11 +220,12 @@ class Record:
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
-        if (journal := body.pop("journal")) is not None:
-            body |= _written(journal, alone=len(self.optimizers) == 1)
-        if (parts := body.pop("parts")) is not None:
+        journal, parts = body.pop("journal"), body.pop("parts")
+        if journal is not None:
+            body |= _written(journal, alone=parts is None and len(self.optimizers) == 1)
+        if parts is not None:
             number = SHARDED_FORMAT if self.is_sharded else SHARED_FORMAT
-            body |= {"format": number, "parts": [vars(part) for part in parts]}
+            body |= {"format": number if journal is None else SHARED_JOURNAL_FORMAT, "parts": [vars(part) for part in parts]}
         del body["ranks"]
         listed = _TENSORS[body["format"]]
         body["files"] = [vars(file) for file in self.files]
@@ -303,11 +309,12 @@ _MORE: dict[Any, dict[str, Callable[[Any], bool]]] = {
     FORMAT: {}, JOURNAL_FORMAT: {"journal": is_anything}, SHARED_FORMAT: {"parts": list_of(is_anything)},
     SHARDED_FORMAT: {"parts": list_of(is_anything)},
     ORDERED_FORMAT: {"journal": is_anything},
+    SHARED_JOURNAL_FORMAT: {"journal": is_anything, "parts": list_of(is_anything)},
 }  # fmt: skip
 """What records of each format have beside."""
 _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
     FORMAT: _TENSOR, JOURNAL_FORMAT: _TENSOR, SHARED_FORMAT: _TENSOR, SHARDED_FORMAT: {**_TENSOR, **_BOX},
-    ORDERED_FORMAT: _TENSOR,
+    ORDERED_FORMAT: _TENSOR, SHARED_JOURNAL_FORMAT: {**_TENSOR, **_BOX},
 }  # fmt: skip
 """What their tensors have."""
 
@@ -321,8 +328,8 @@ def _listed(tensor: TensorRecord, members: Collection[str]) -> dict[str, Any]:
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
     need(type(body) is dict and body.get("format") in tuple(_MORE),
-          f"this reader knows formats {FORMAT} to {ORDERED_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
-    is_journal = body["format"] in (JOURNAL_FORMAT, ORDERED_FORMAT)
+          f"this reader knows formats {FORMAT} to {SHARED_JOURNAL_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+    is_journal = body["format"] in _OF_JOURNAL
     fields = dict(members(body, {**_RECORD, **_MORE[body["format"]]}, "the record"))
     del fields["sha256"], fields["format"]
     fields["files"] = tuple(map(_file, fields["files"]))
@@ -335,7 +342,7 @@ def _record(body: Any) -> Record:
     need(parent is None or parent < fields["generation"], "its parent is not older than itself")
     need(fields["rank"] < fields["world_size"], "its rank is not below its world size")
     if is_journal:
-        ordered = body["format"] == ORDERED_FORMAT
+        ordered = body["format"] != JOURNAL_FORMAT
         fields["journal"] = _journal(fields["journal"], fields["generation"], parent, ordered)
     if "parts" in fields:
         fields["parts"] = _parts(fields["parts"], fields["rank"], fields["world_size"])

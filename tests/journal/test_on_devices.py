@@ -32,7 +32,7 @@ def test_on_devices_steps_are_stored_in_full_and_it_is_said(tmp_path, device, ca
 @pytest.fixture
 def journalled(device, monkeypatch):
     """A device on which steps are journalled all the same; its copies are later than a step takes."""
-    monkeypatch.setattr("fxckpt.journal.chain.why_not", lambda steppers, on_device: repeatable.why_not(steppers, False))
+    monkeypatch.setattr("fxckpt.journal.chain.why_not", lambda steppers, on_device, n: repeatable.why_not(steppers, False, n))
     device.fake.late(3000)
     return device
 

@@ -3,9 +3,9 @@
     python sharded_run.py < LIVES
 
 A life is a line of JSON, a dict: ``layout`` (one of LAYOUTS), ``world``, ``cwd``, ``dir``, ``steps`` (train up to this one),
-``optimizer``, ``update``, ``every``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has begun which
-step, and how many seconds later: ``[ranks, step, seconds]``), ``signal`` (SIGTERM comes to all, one after the other: ``[step,
-seconds between two]``). Prints, for each life, what each rank found and left: a list of dicts, null of
+``optimizer``, ``update``, ``every``, ``journal``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has
+begun which step, and how many seconds later: ``[ranks, step, seconds]``), ``signal`` (SIGTERM comes to all, one after the other:
+``[step, seconds between two]``). Prints, for each life, what each rank found and left: a list of dicts, null of
 a rank that was killed. The file ``dir``.log has a line for each step of each life: its number, a digest of all parameters and
 state behind it, and the last step that rank 0 knew to be committed.
 """
@@ -132,7 +132,8 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     opt = OPTIMIZERS[life.get("optimizer", "adamw")](net.parameters())
     restored, watched = Restored(), life.get("load", True)
     if watched:
-        fxckpt.compile_step(opt, life["dir"], model=model, every=life.get("every", 1), keep=8, update=life.get("update"))
+        every, journal, update = life.get("every", 1), life.get("journal", 1), life.get("update")
+        fxckpt.compile_step(opt, life["dir"], model=model, every=every, keep=8, journal=journal, update=update)
         if "signal" in life:
             opt.ckpt.finish_on_signal()
         restored = fxckpt.load()
@@ -148,9 +149,11 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
         losses.append(loss.item().hex())
         note(life, rank, f"{step + 1} {digest(net, opt)} {opt.ckpt.statistics()['last_committed_step'] or 0 if watched else 0}")
     found: dict[str, Any] = {"start": restored.step, "loaded": loaded, "losses": losses, "seen": net.seen.item()}
+    found["from"] = "" if restored.path is None else restored.path.name
     if watched:
         opt.ckpt.flush()
         note(life, rank, f"{life['steps']} {digest(net, opt)} {opt.ckpt.statistics()['last_committed_step']}")
+        found["records"] = opt.ckpt.statistics()["records_committed"]
         found["graph"] = opt.ckpt.graph.table() if life["steps"] > restored.step else ""
         opt.ckpt.shutdown()
     return {**found, "left": digest(net, opt)}
