@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fxckpt.compat.optimizers import plain_class
+from fxckpt.compat.spread import box_of
 from fxckpt.engine import Engine, Sources
 from fxckpt.errors import StateError
 from fxckpt.journal.digests import digest
@@ -253,7 +254,9 @@ class Chain:
     def _label(self, full: Layout, number: int) -> str:
         """What a digest calls this layer."""
         [owner] = [i for i, each in enumerate(self._steppers) if number in each.executor.arranged.numbers]
-        return layer_label(owner, full.layers[number].name)
+        boxes = {e.key: box_of(e.tensor) for e in full.layers[number].entries if e.key == e.owner}
+        parts = {key: (box.offset, box.shape) for key, box in boxes.items() if box is not None and not box.is_whole}
+        return layer_label(owner, full.layers[number].name, parts)
 
     def taken(self, pending: InFlight | None, full: Layout | None, to_close: bool) -> None:
         """The step has ended, or everything was handed over at a boundary: ``pending`` is what was taken, None if nothing could

@@ -6,15 +6,17 @@ gradients before its update, or whole behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
-from fxckpt.engine import Engine, Sources
+from fxckpt.engine import Engine, Sources, crc32c
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
+from fxckpt.store.boxes import Box
 from fxckpt.store.names import GRADIENTS, MODEL, OPTIMIZER, state_key
 
 KINDS = (MODEL, OPTIMIZER, GRADIENTS)
@@ -26,9 +28,15 @@ def gradient_key(name: str) -> str:
     return state_key(0, "gradient", name)
 
 
-def layer_label(optimizer: int, layer: str) -> str:
-    """What a digest calls a layer: two optimizers may have parameters of one module."""
-    return layer if optimizer == 0 else f"optimizer{optimizer}:{layer}"
+def layer_label(optimizer: int, layer: str, boxes: Mapping[str, Box]) -> str:
+    """What a digest calls a layer: two optimizers may have parameters of one module. ``boxes``: by their keys, the parts of its
+    parameters that this is of, where that is not all of each."""
+    label = layer if optimizer == 0 else f"optimizer{optimizer}:{layer}"
+    if not boxes:
+        return label
+    found = ([key, *(() if 0 in box[1] else map(list, box))] for key, box in sorted(boxes.items()))
+    parts = json.dumps(list(found), separators=(",", ":"))
+    return f"{label} of {crc32c(parts.encode()):08x}"
 
 
 def record_layout(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fxckpt.compat.spread import is_spread, local
 from fxckpt.compat.tensors import version_of
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.guard import glimpse
@@ -49,7 +50,9 @@ class Watched:
 
     def __init__(self, layers: Mapping[int, EngineLayer]):
         self.layers: Mapping[int, EngineLayer] = layers
-        self.tensors = [(e.tensor, _word_bytes(e.tensor)) for layer in layers.values() for e in layer.entries]
+        parts = [(local(e.tensor), e.tensor) for layer in layers.values() for e in layer.entries]
+        # What is done to a DTensor moves its own counter, not that of the part which lies here.
+        self.tensors = [(part, _word_bytes(part), whole if is_spread(whole) else None) for part, whole in parts]
 
 
 class Look:
@@ -65,8 +68,11 @@ class Look:
     def _versions_now(self) -> list[tuple[int, int, bytes]]:
         """Of each tensor its version, its address, and a few bytes of it: what takes no time to look at."""
         # A script may have put it on a device meanwhile, or emptied it: then there is nothing to be read.
-        places = [(each, each.data_ptr() if each.is_cpu else 0, nbytes) for each, nbytes in self._tensors]
-        return [(version_of(each), at, ctypes.string_at(at, nbytes) if at else b"") for each, at, nbytes in places]
+        places = [(each, each.data_ptr() if each.is_cpu else 0, nbytes, whole) for each, nbytes, whole in self._tensors]
+        return [
+            (version_of(each) + (0 if whole is None else version_of(whole)), at, ctypes.string_at(at, nbytes) if at else b"")
+            for each, at, nbytes, whole in places
+        ]
 
     def _glimpses_now(self) -> dict[tuple[int, int], int | None]:
         """By layer and place in it."""
@@ -142,7 +148,7 @@ class Looks:
         """Bytes of these tensors."""
         wanted = set(keys)
         layers = [layer for watched in self._watched.values() for layer in watched.layers.values()]
-        return sum(e.tensor.nbytes for layer in layers for e in layer.entries if e.key in wanted)
+        return sum(local(e.tensor).nbytes for layer in layers for e in layer.entries if e.key in wanted)
 
     def _parts(self, layout: Layout) -> dict[int, Watched]:
         """By optimizer, its layers and counts; and those of the others that are stored with each full checkpoint only."""

@@ -66,13 +66,14 @@ def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None], toge
     for member, grad in zip(stepper.executor.arranged.members, gradients):
         if member.plain:
             return f"{member.name} has optimizer state that is no tensor"
-        if is_wrapper(member.param):
-            return f"{member.name} is a {type(member.param).__name__}, and steps of these were not compared"
+        param = member.local
+        if is_wrapper(param):
+            return f"{member.name} is a {type(param).__name__}, and steps of these were not compared"
         if grad is None:
             continue
-        if (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape) or grad.is_conj() or grad.is_neg():
+        if (grad.dtype, grad.shape) != (param.dtype, param.shape) or is_wrapper(grad) or grad.is_conj() or grad.is_neg():
             return f"the gradient of {member.name} is of another type than the parameter"
-        if grad.device != member.param.device or grad.layout is not torch.strided:
+        if grad.device != param.device or grad.layout is not torch.strided:
             return f"the gradient of {member.name} is sparse, or lies elsewhere"
         if not is_dense(grad):
             return f"elements of the gradient of {member.name} share memory, or have gaps between them"

@@ -136,7 +136,7 @@ def load(
         return _load_agreed(agreement, target, directory, step, name, strict, skipped)
     for _ in range(_LOOKS):
         found = candidates(directory)
-        chosen = _choose([*found, *_steps_of_journal(directory, found, step, skipped)], step, name, directory)
+        chosen = _choose([*found, *_steps_of_journal(directory, found, step, skipped, target)], step, name, directory)
         with contextlib.suppress(NoCheckpoint):  # taken back meanwhile; there are newer ones now
             restored = _first_whole(chosen, target, strict, skipped, fall_back=step is None and name is None)
             break
@@ -170,14 +170,15 @@ def _load_agreed(
 
     def look() -> Sequence[Found]:
         found = candidates(directory)
-        rows = [] if why else _steps_of_journal(directory, found, step, skipped)
+        rows = [] if alone else _steps_of_journal(directory, found, step, skipped, target)
         steps = [at for row in rows for at in (row.steps() if isinstance(row, Journaled) and step is None else [row])]
         return _choose([*found, *steps], step, name, directory)
 
     def restore() -> None:
         out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped, agreement.rank))
 
-    replication, why = replication_of(target, directory, name), _why_no_step_is_made_again(target)
+    replication = replication_of(target, directory, name)
+    alone = target.run is not None and target.run.store.part[1] == 1  # each has a store of its own
     with agreement:
         kept = kept_here(replication, step, lambda each: saved_amid_an_iteration(each.record))
         choosing = Choosing(agreement, look, kept, replication, target, directory, skipped)
@@ -189,8 +190,10 @@ def _load_agreed(
     if found is not None:
         _say_how_many(found, agreement.world)
         _settle_sums(found, target, agreement)
-    if why is not None:
-        _say_what_is_not_made_again(directory, found, why)
+    if alone:
+        newest = max((each.record.step for each in records(directory) if isinstance(each, Candidate)), default=0)
+        if newest > (behind := 0 if found is None else found.record.step):
+            _say_what_is_not_made_again(directory, behind, newest, "ranks with a store each go on from full checkpoints")
     if (run := target.run) is not None:
         loaded: tuple[Key, int | None] | None = None
         if found is not None and os.path.realpath(directory) == os.path.realpath(run.directory):
@@ -224,12 +227,19 @@ def _seed(record: Record, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped) -> list[Found]:
+def _steps_of_journal(
+    directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped, target: Target
+) -> list[Found]:
     """Of each checkpoint the last step that its records lead to, and where ``step`` is asked for, that one. What they do not
     lead to is said, as far as it is newer than what they do."""
     listed = records(directory)
-    rows = journaled(found, listed)
-    lost = cut_off(rows, listed)
+    every = journaled(found, listed)
+    lost = cut_off(every, listed)
+    rows = [each for each in every if _lies_as_written(each, target)]
+    if others := [each for each in every if each not in rows]:
+        newest_other = max(others, key=_generation)
+        why = "ranks that hold the same parts of tensors as those that wrote it make its steps again, and here are others"
+        _say_what_is_not_made_again(directory, newest_other.base.record.step, newest_other.record.step, why)
     if step is None:
         there = [each.record for each in [*rows, *found] if not isinstance(each, Corrupt)]
         newest, last = (max((getattr(each, of) for each in there), default=-1) for of in ("step", "generation"))
@@ -243,21 +253,19 @@ def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step
     return asked or [each for each in lost if step_of(each) == step]
 
 
-def _why_no_step_is_made_again(target: Target) -> str | None:
-    """Why the ranks choose among full checkpoints only, and go through no journal."""
-    if target.run is not None and target.run.store.part[1] == 1:
-        return "ranks with a store each"
-    if any(map(is_spread, target.inventory.trained.values())):
-        return "ranks that hold parts of tensors"
-    return None
+def _lies_as_written(row: Journaled, target: Target) -> bool:
+    """Has this rank of each tensor all, or just the part, that a rank had which wrote the journal? A kernel may round otherwise
+    where a tensor ends, so steps made again on other parts need not have the same bits."""
+    base = row.base.record
+    if not base.is_sharded and not any(map(is_spread, target.inventory.trained.values())):
+        return True
+    return base.world_size == world_size() and relaid(match_tensors(base, target), base) is None
 
 
-def _say_what_is_not_made_again(directory: str, found: Loadable | None, who: str) -> None:
-    """A journal that is there is not gone through."""
-    newest = max((each.record.step for each in records(directory) if isinstance(each, Candidate)), default=0)
-    if newest > (step := 0 if found is None else found.record.step):
-        log.warning("fxckpt: %s go on from full checkpoints, here from step %d: what the journal in %s has up to step %d is not "
-                    "made again. One process can load it", who, step, directory, newest)  # fmt: skip
+def _say_what_is_not_made_again(directory: str, step: int, newest: int, why: str) -> None:
+    """A journal that is there is not gone through, behind this step."""
+    what = "fxckpt: what the journal in %s has behind step %d, up to step %d, is not made again: %s"
+    log.warning(what, directory, step, newest, why)
 
 
 def _choose(found: Sequence[Found], step: int | None, name: str | None, directory: str) -> Sequence[Found]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fxckpt.compat.spread import box_of, local
 from fxckpt.errors import Corrupt, LayoutMismatch, SetupError
 from fxckpt.journal.repeatable import flushes_denormals
 from fxckpt.journal.replay import Replay
@@ -93,7 +94,9 @@ def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors
     """Make its steps, in place. Raises Broken."""
     first = journal[0].record.journal
     assert first is not None
-    Replay(base.record, saved.optimizers, tensors, first.update).make(journal)
+    boxes = {place: (box.offset, box.shape) for place, t in tensors.items() if (box := box_of(t)) is not None}
+    parts = {place: local(t) for place, t in tensors.items()}
+    Replay(base.record, saved.optimizers, parts, first.update, boxes).make(journal)
 
 
 def set_what_is_whole(last: Reader, target: Target) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from fxckpt.engine.plan import Item
 from fxckpt.errors import Corrupt
 from fxckpt.loading import made_again
+from fxckpt.loading.parts_again import make_in_parts
 from fxckpt.loading.schema import Saved, check_encoded, decode
 from fxckpt.saving.inventory import TORCH_DTYPES, storable
 from fxckpt.saving.plan import source_items
@@ -39,7 +40,10 @@ def make_again(found: Journaled) -> tuple[Reader, list[Reader], Saved, dict[Plac
         tensors = made_again.new_tensors(base.record, saved.optimizers, {})
         tensors = {t.place: _empty(t) for t in base.record.tensors() if t.place not in tensors} | tensors
         _read(base, tensors)
-        made_again.make(base, journal, saved, tensors)
+        if base.record.is_sharded:
+            make_in_parts(found, tensors)
+        else:
+            made_again.make(base, journal, saved, tensors)
         return base, journal, made_again.decoded(journal, base.record), tensors
     except Broken as error:
         raise error.error from error

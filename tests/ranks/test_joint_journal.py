@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from digests import differences, snapshot
+from digests import differences, digest, snapshot
 from joint_ranks import Job, Normed
 from rank_server import Ranks, rank_server
 
@@ -23,11 +24,19 @@ from fxckpt.errors import Corrupt, RanksDisagree, SetupError
 from fxckpt.journal.replay import Replay
 from fxckpt.store import names
 from fxckpt.store.journaled import Broken, durable_steps
+from fxckpt.store.parts import part_of
 from fxckpt.store.reader import Candidate, Reader, candidates, checkpoints, records
+from fxckpt.store.record import Record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-LIVES = int(os.environ.get("FXCKPT_LIVES", "4"))
+LAYOUTS = {"ddp": 2, "fsdp": 2, "tp": 2, "hsdp": 4, "fsdp_tp": 4}
+"""With their ranks."""
+
+OPTIMIZERS = {"ddp": "adamw", "single": "adamw", "fsdp": "adamw", "tp": "sgd", "hsdp": "foreach", "fsdp_tp": "fused"}
+"""Of those that torch steps in this layout: its fused kernels take no DTensors beside plain tensors."""
+
+LIVES = int(os.environ.get("FXCKPT_LIVES", "3"))
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
 
 
@@ -273,6 +282,17 @@ def server(inductor_cache, tmp_path_factory):
         yield made
 
 
+@pytest.fixture
+def live(server, tmp_path):
+    """Lives of two ranks or more, in a folder of the test."""
+
+    def life(directory: str, steps: int, layout: str = "fsdp", world: int = 2, **more: Any) -> Ranks:
+        asked = {"layout": layout, "world": world, "cwd": str(tmp_path), "dir": directory, "steps": steps, "update": "native"}
+        return server.live({**asked, "journal": 5, "optimizer": OPTIMIZERS.get(layout, "adamw"), **more})
+
+    return life
+
+
 def only(ranks: Ranks, what: str) -> Any:
     """What all ranks of a life say."""
     assert all(each is not None and "error" not in each for each in ranks), ranks
@@ -281,28 +301,80 @@ def only(ranks: Ranks, what: str) -> Any:
     return found.pop()
 
 
-@pytest.mark.parametrize("layout", ["ddp"])
-def test_killed_ranks_lose_no_step_that_was_acknowledged_and_end_with_the_same_bits(layout, server, tmp_path):
-    draw, steps = random.Random(f"{SEED}{layout}"), 8 + 5 * LIVES
+@pytest.mark.parametrize("layout", LAYOUTS if LIVES > 3 else ["ddp", "fsdp"])
+def test_killed_ranks_lose_no_step_that_was_acknowledged_and_end_with_the_same_bits(layout, live, tmp_path):
+    draw, steps, world = random.Random(f"{SEED}{layout}"), 8 + 5 * LIVES, LAYOUTS[layout]
     log = tmp_path / "killed.log"
-
-    def life(directory: str, **more: Any) -> Ranks:
-        asked = {"layout": layout, "world": 2, "cwd": str(tmp_path), "dir": directory, "steps": steps, "update": "native"}
-        return server.live({**asked, "journal": 5, **more})
-
-    def lines() -> list[list[str]]:
-        found = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-        return [line for line in found if line[2] != "None"]  # of a life that took no step
-
-    plain, whole = life("", load=False), life("whole")
-    known = dict(line.split()[:2] for line in (tmp_path / "whole.log").read_text().splitlines())
+    plain, whole = live("", steps, layout, world, load=False), live("whole", steps, layout, world)
+    at = 0
     for _ in range(LIVES):
-        at = max((int(line[0]) for line in lines()), default=0)
-        which, when = draw.sample(range(2), draw.randint(1, 2)), min(at + draw.randint(1, 7), steps)
-        life("killed", kill=[which, when, draw.random() * 0.03])
-        start = only(life("killed", steps=0), "start")  # 0 steps to train: it loads, and that is all
-        assert start >= max((int(line[2]) for line in lines()), default=0), f"seed {SEED}"
-        assert all(known.get(step, digest) == digest for step, digest, _ in lines()), f"seed {SEED}"
-    last = life("killed")
+        which, when = draw.sample(range(world), draw.randint(1, world)), min(at + draw.randint(1, 7), steps)
+        live("killed", steps, layout, world, kill=[which, when, draw.random() * 0.03])
+        at = int(log.read_text().splitlines()[-1].split()[0]) if log.exists() else 0
+    last = live("killed", steps, layout, world)
     assert only(last, "left") == only(whole, "left") == only(plain, "left"), f"seed {SEED}"
     assert only(whole, "records") > steps // 2
+    known = dict(line.split()[:2] for line in (tmp_path / "whole.log").read_text().splitlines())
+    before = acknowledged = 0
+    for step, found, committed in (line.split() for line in log.read_text().splitlines()):
+        assert int(step) > before or int(step) >= acknowledged, f"seed {SEED}"  # else a life begins, with what it loaded
+        assert known[step] == found, f"seed {SEED}"
+        before, acknowledged = int(step), max(acknowledged, int(committed))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS if LIVES > 3 else ["fsdp"])
+def test_steps_that_ranks_made_on_parts_are_made_again_by_the_commands_rank_by_rank(layout, live, tmp_path, capsys):
+    world = LAYOUTS[layout]
+    left = [only(live(directory, 9, layout, world, journal=n), "left") for directory, n in (("logged", 5), ("full", 1))]
+    assert left[0] == left[1] and 9 in recorded(tmp_path / "logged")
+    assert main(["verify", str(tmp_path / "logged"), "--replay"]) == 0 and "made again" in capsys.readouterr().out
+    for directory in ("logged", "full"):
+        target = str(tmp_path / f"{directory}.pt")
+        assert main(["export", str(tmp_path / directory), target, "--format", "torch", "--optimizer"]) == 0
+    logged, full = (torch.load(tmp_path / f"{directory}.pt", weights_only=False) for directory in ("logged", "full"))
+    assert differences(logged["model"], full["model"]) == [] and digest(logged["optimizer"]) == digest(full["optimizer"])
+
+
+def rewrite(path: Path, rank: int) -> None:
+    """Have the digests of a rank other than 0 be of other bits than training had, and all else verify."""
+    first = Record.from_bytes((path / names.COMMIT).read_bytes(), "")
+    name = names.of_rank(names.PART, rank, first.world_size)
+    part = Record.from_bytes((path / name).read_bytes(), "")
+    assert part.journal is not None
+    vars(part.journal)["digests"] = {label: crc ^ 1 for label, crc in part.journal.digests.items()}
+    made, raw = part_of(part)
+    (path / name).write_bytes(raw)
+    parts = tuple(made if each.name == name else each for each in first.parts or ())
+    (path / names.COMMIT).write_bytes(replace(first, parts=parts).to_bytes())
+
+
+def test_a_part_that_does_not_come_out_as_training_had_it_takes_all_ranks_back(live, tmp_path):
+    live("a", 9, journal=20)
+    rewrite(recorded(tmp_path / "a")[9].path, 1)
+    assert main(["verify", str(tmp_path / "a")]) == 0 and main(["verify", str(tmp_path / "a"), "--replay"]) == 3
+    assert only(live("a", 0, journal=20), "start") < 9
+
+
+def test_ranks_that_hold_other_parts_go_on_from_the_full_checkpoint(live, tmp_path, capfd):
+    live("a", 9)
+    full = checkpoints(tmp_path / "a")[-1].step
+    assert full < 9
+    for layout, world in (("fsdp", 3), ("single", 1)):
+        assert only(live("a", 0, layout, world), "start") == full
+    assert only(live("a", 0), "start") == 9
+
+
+def test_a_weight_that_is_clamped_behind_steps_is_stored_whole_by_all_ranks(live, tmp_path):
+    plain, whole = live("", 14, load=False, clamp=3), live("whole", 14, clamp=3, boundaries=True)
+    live("again", 10, clamp=3, boundaries=True)
+    last = live("again", 14, clamp=3, boundaries=True)
+    assert only(last, "left") == only(whole, "left") == only(plain, "left") and only(last, "from").startswith("journal")
+    kinds = {layer.kind for each in recorded(tmp_path / "whole").values() for layer in each.record.layers}
+    assert kinds == {"gradients", "update", "buffers"}
+
+
+def test_gradients_that_are_views_of_buckets_are_copied_before_the_next_backward_fills_these(live):
+    more = {"options": {"gradient_as_bucket_view": True}, "boundaries": True}
+    plain, whole = live("", 14, "ddp", load=False, **more), live("a", 14, "ddp", **more)
+    assert only(whole, "left") == only(plain, "left") and only(whole, "records") > 5
+    assert only(live("a", 0, "ddp", **more), "loaded") == only(whole, "left")
