@@ -84,7 +84,7 @@ ranks: export FXCKPT_RANKS ?= 100
 ranks: export FXCKPT_LIVES ?= 100
 ranks: $(ENGINE)
 	@$(PY) -m pytest tests/ranks/test_restarts.py tests/ranks/test_lives.py tests/ranks/test_lost_disks.py tests/ranks/test_sharded.py \
-		tests/ranks/test_replicas.py $(ARGS)
+		tests/ranks/test_replicas.py tests/ranks/test_joint_journal.py $(ARGS)
 
 # Hugging Face's Trainer, Accelerate, Lightning and Fabric, thirty kills of each case.
 .PHONY: integrations

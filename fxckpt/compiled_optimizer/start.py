@@ -67,7 +67,7 @@ def _open(directory: str, config: Config, engine: Engine) -> CheckpointStore:
     names = ("keep", "keep_every", "keep_minutes", "keep_best", "max_async", "fresh", "read_back")
     options: dict[str, Any] = {"journal": config.first_journal, **{name: getattr(config, name) for name in names}}
     if config.writer == "thread":
-        shared = open_together(directory, options, config.on_divergence, config.every)
+        shared = open_together(directory, options, config.on_divergence, config.every, config.journal)
         if shared is not None:
             return shared
     if world_size() > 1:

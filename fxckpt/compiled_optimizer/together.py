@@ -38,7 +38,7 @@ def agreement_here(call: str = "fxckpt.compile_step()") -> Agreement | None:
 
 
 def open_together(
-    directory: str, options: dict[str, Any], on_divergence: str, every: int | str
+    directory: str, options: dict[str, Any], on_divergence: str, every: int | str, journal: int | str = 1
 ) -> FirstStore | OtherStore | None:
     """This rank's side of the store of all ranks, opened; None: there is one process, or each rank names a directory of its own.
     ``options`` are those of ``Store``. Raises SetupError if some ranks name one and others not, or take checkpoints at other
@@ -54,6 +54,9 @@ def open_together(
         steps: list[int | str] = agreement.exchange("every", every)
         if len(set(steps)) > 1:
             raise SetupError(f"ranks that write one store together need the same every=, on all of them:{_listed(steps)}")
+        lengths: list[int | str] = agreement.exchange("journal", journal)
+        if len(set(lengths)) > 1:
+            raise SetupError(f"ranks that write one store together need the same journal=, on all of them:{_listed(lengths)}")
         rendezvous = Rendezvous(agreement.store, agreement.rank, agreement.world, f"{agreement.prefix}/parts")
         if agreement.rank == 0:
             return _first(agreement, FirstStore(directory, rendezvous, on_divergence=on_divergence, **options))

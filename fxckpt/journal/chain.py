@@ -17,6 +17,7 @@ import torch
 
 from fxckpt.compat.cuda import Devices
 from fxckpt.compat.optimizers import plain_class
+from fxckpt.compat.spread import box_of
 from fxckpt.engine import Engine, Sources, Streams
 from fxckpt.errors import FxckptError, StateError
 from fxckpt.journal.digests import Digester, digest, watched_tensors
@@ -38,6 +39,7 @@ log: logging.Logger = logging.getLogger("fxckpt")
 _LAYOUTS = 8  # that are kept: they differ in which gradients there are, and in what changed outside
 
 _PATIENCE = 3  # checkpoints in a row that could not be records, before somebody is told
+_DISAGREED = 3  # times that ranks did not agree whether a step is a record, with none between, before there is no journal
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class _Before:
 
 class Chain:
     """The last checkpoint of a run with the records behind it. ``steps``: from one checkpoint to the next; 1: no journal.
-    ``trial``: they are to be chosen, and so many until then."""
+    ``trial``: they are to be chosen, and so many until then. ``together``: how many ranks write the store. Each of these decides
+    by itself, and all alike: where one does not, that step is in no checkpoint, and the next one is a full one on all."""
 
     def __init__(
         self,
@@ -69,8 +72,10 @@ class Chain:
         devices: Devices,
         later: Later,
         trial: Trial | None = None,
+        together: int = 1,
     ):
         self.steps: int = steps
+        self._together = together
         self.trial: Trial | None = trial
         self._update, self._steppers, self._engine = update, steppers, engine
         self._changed_outside, self._make_sources = changed_outside, make_sources
@@ -94,21 +99,27 @@ class Chain:
         self._said: set[str] = set()
         self._refused = 0  # checkpoints in a row that could not be records
         self._off: str | None = None
+        self._under_way: list[tuple[Landing, bool]] = []  # that may not have ended, and which of them are records
+        self._disagreed = 0  # see ``_DISAGREED``
 
     def start(self) -> None:
         """Say at once what will not be journalled."""
-        if self.steps > 1 and (why := why_not(self._steppers, self._where.given())) is not None:
-            self._turn_off(why)
-
-    def _turn_off(self, why: str) -> None:
-        """From here on there is no journal."""
-        self._off, self.trial = why, None
-        self._say(why)
+        if self.steps > 1:
+            off = why_not(self._steppers, self._where.given(), self._together)
+            if self.trial is not None and self._together > 1:
+                off = 'journal="auto" goes by what each rank measures, and all need the same number'
+            if off is not None:
+                self._turn_off(off)
 
     @property
     def length(self) -> int:
         """Steps from one full checkpoint to the next."""
         return self.steps if self._off is None else 1
+
+    def _turn_off(self, why: str) -> None:
+        """Each step is a full checkpoint from here on."""
+        self._off, self.trial = why, None
+        self._say(why)
 
     def _say(self, why: str) -> None:
         if why not in self._said:
@@ -136,8 +147,8 @@ class Chain:
             return
         self._take_back()
         gradients, index = stepper.gradients(), self._steppers.index(stepper)
-        why = self._why or refused or why_not_now(stepper, gradients) or self._why_not_with(index)
-        why = why or why_not_there(self._steppers, self._where.now())
+        why = self._why or refused or why_not_now(stepper, gradients, self._together) or self._why_not_with(index)
+        why = why or why_not_there(self._steppers, self._where.now(), self._together)
         if why is None and (device := self._where.device()) is not None:
             self._shown.begins(index, gradients, device)
             if self._shown.refused is not None:
@@ -177,7 +188,7 @@ class Chain:
     def next(self, full: Layout, stepper: Stepper | None) -> tuple[Layout, Link] | None:
         """The layout and link of a record of the steps that were made, that of ``stepper`` being about to update; None where a
         full checkpoint is due."""
-        if self.length < 2:
+        if self.length < 2 or self._do_not_agree():
             return None
         self._take_back()
         self._refused = 0 if self._why is None else self._refused + 1
@@ -194,6 +205,19 @@ class Chain:
         whole = {number for number in {*self._moves.layers, *outside} if full.layers[number].kind == "update"}
         layout = self._layout(full, frozenset(whole), frozenset[str]().union(*(each.present for each in self._made)))
         return layout, self._link(full, layout, stepper)
+
+    def _do_not_agree(self) -> bool:
+        """Is there no journal any more, since the ranks take other steps for records, again and again?"""
+        for landing, is_record in self._under_way:
+            if landing.unlike:
+                self._disagreed += 1
+            elif is_record and landing.generation is not None:
+                self._disagreed = 0
+        self._under_way = [each for each in self._under_way if each[0].generation is None and not each[0].failed]
+        if self._disagreed < _DISAGREED:
+            return False
+        self._turn_off("the ranks do not agree on which steps can be records of it")
+        return True
 
     def _may_go_on(self, full: Layout, stepper: Stepper | None) -> bool:
         """Is there an unbroken chain up to the step before these, and room for one record more?"""
@@ -223,7 +247,8 @@ class Chain:
         if found is None or found.full is not full:
             assert self._engine is not None
             found = record_layout(self._engine, full, self._steppers, whole, present, self._make_sources)
-            self._layouts = {**dict(list(self._layouts.items())[1 - _LAYOUTS :]), key: found}
+            kept = _LAYOUTS + self._together  # of each rank whose part is checksummed as well there is one
+            self._layouts = {**dict(list(self._layouts.items())[1 - kept :]), key: found}
         return found
 
     def _link(self, full: Layout, layout: Layout, stepper: Stepper | None) -> Link:
@@ -254,7 +279,9 @@ class Chain:
     def _label(self, full: Layout, number: int) -> str:
         """What a digest calls this layer."""
         [owner] = [i for i, each in enumerate(self._steppers) if number in each.executor.arranged.numbers]
-        return layer_label(owner, full.layers[number].name)
+        boxes = {e.key: box_of(e.tensor) for e in full.layers[number].entries if e.key == e.owner}
+        parts = {key: (box.offset, box.shape) for key, box in boxes.items() if box is not None and not box.is_whole}
+        return layer_label(owner, full.layers[number].name, parts)
 
     def taken(self, pending: InFlight | None, full: Layout | None, to_close: bool) -> None:
         """The step has ended, or everything was handed over at a boundary: ``pending`` is what was taken, None if nothing could
@@ -271,6 +298,8 @@ class Chain:
         else:
             self._number, self._records = pending.link.number, self._records + 1
         self._tail.append(pending.landing)
+        if self._together > 1:
+            self._under_way.append((pending.landing, pending.link is not None))
         self._made, self._moves, self._why, self._unfit = [], Moves(), None, False
         self._try(pending)
         self._looks.all(full)

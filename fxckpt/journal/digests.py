@@ -10,7 +10,7 @@ import torch
 from fxckpt.engine import Engine, Sources, Streams, crc32c
 from fxckpt.saving.digesting import Digesting, DigestPlan
 from fxckpt.saving.inventory import storable
-from fxckpt.saving.plan import Layout
+from fxckpt.saving.plan import Entry, Layout
 
 
 def digest(tensors: Iterable[torch.Tensor]) -> int:
@@ -24,14 +24,18 @@ def digest(tensors: Iterable[torch.Tensor]) -> int:
 
 
 def watched_tensors(full: Layout, number: int) -> list[torch.Tensor]:
-    """A layer's tensors in the order of a checkpoint's record: parameters and states, then their counts."""
-    return [e.tensor for e in full.layers[number].entries] + _counts(full, number)
+    """A layer's tensors in the order of a checkpoint's record: parameters and states, then their counts. Where several ranks
+    write it, by their files and keys."""
+    found = [*full.layers[number].entries, *_counts(full, number)]
+    if full.share is not None:
+        found.sort(key=lambda e: (e.key != e.owner, e.key))
+    return [e.tensor for e in found]
 
 
-def _counts(full: Layout, number: int) -> list[torch.Tensor]:
-    owners = [e.owner for e in full.layers[number].entries if e.file == 0]
+def _counts(full: Layout, number: int) -> list[Entry]:
+    owners = [e.owner for e in full.layers[number].entries if e.key == e.owner]
     counts = [e for each in full.layers if each.kind == "counts" for e in each.entries]
-    return [e.tensor for name in owners for e in counts if e.owner == name]
+    return [e for name in owners for e in counts if e.owner == name]
 
 
 class Digester:
@@ -54,7 +58,7 @@ class Digester:
         """
         if self._full is not full:
             self._full, self._plans = full, {}
-        live, counts = [e.tensor for e in full.layers[number].entries], _counts(full, number)
+        live, counts = [e.tensor for e in full.layers[number].entries], [e.tensor for e in _counts(full, number)]
         stored = [storable(each) for each in [*live, *counts]]
         if number not in self._plans:
             self._plans[number] = DigestPlan(self._engine, number, [(each.nbytes, each.element_size()) for each in stored])

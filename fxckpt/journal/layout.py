@@ -6,15 +6,21 @@ gradients before its update, or whole behind it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from fxckpt.engine import Engine, Sources
+from fxckpt.engine import Engine, Sources, crc32c
 from fxckpt.optim.bindings import BoundParam
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving import plan
+from fxckpt.store.boxes import Box
 from fxckpt.store.names import GRADIENTS, MODEL, OPTIMIZER, state_key
+
+KINDS = (MODEL, OPTIMIZER, GRADIENTS)
+"""Files of a record, by their numbers; which of them there are is seen once it is known what lies in them."""
 
 
 def gradient_key(name: str) -> str:
@@ -22,9 +28,15 @@ def gradient_key(name: str) -> str:
     return state_key(0, "gradient", name)
 
 
-def layer_label(optimizer: int, layer: str) -> str:
-    """What a digest calls a layer: two optimizers may have parameters of one module."""
-    return layer if optimizer == 0 else f"optimizer{optimizer}:{layer}"
+def layer_label(optimizer: int, layer: str, boxes: Mapping[str, Box]) -> str:
+    """What a digest calls a layer: two optimizers may have parameters of one module. ``boxes``: by their keys, the parts of its
+    parameters that this is of, where that is not all of each."""
+    label = layer if optimizer == 0 else f"optimizer{optimizer}:{layer}"
+    if not boxes:
+        return label
+    found = ([key, *(() if 0 in box[1] else map(list, box))] for key, box in sorted(boxes.items()))
+    parts = json.dumps(list(found), separators=(",", ":"))
+    return f"{label} of {crc32c(parts.encode()):08x}"
 
 
 def record_layout(
@@ -50,14 +62,34 @@ def record_layout(
             layers.append(plan.EngineLayer(layer.name, "gradients", gradients_of(owned[number], present), layer.parameters))
         elif layer.kind == "buffers":
             layers.append(plan.EngineLayer(layer.name, "buffers", layer.entries))
-    used = {plan.FILES[e.file] for layer in layers if layer.kind != "gradients" for e in layer.entries}
-    files = [*(name for name in (MODEL, OPTIMIZER) if name in used), GRADIENTS]
     for layer in layers:
-        kinds = [GRADIENTS if layer.kind == "gradients" else plan.FILES[e.file] for e in layer.entries]
-        layer.entries = [plan.Entry(files.index(kind), e.key, e.tensor, e.owner) for kind, e in zip(kinds, layer.entries)]
-    layout = plan.make_layout(engine, layers, full.changed_outside, make_sources, files)
-    layout.full, layout.frozen_token = full, None
+        layer.entries = [e.in_file(KINDS.index(_kind(layer, e))) for e in layer.entries]
+    files, checked, alike = list(KINDS), list[str](), ""
+    if full.share is not None:  # as of a checkpoint: each of the ranks writes some, and checksums some of another one's
+        share = replace(full.share, kinds=KINDS)
+        alike, _ = share.take(layers, full.own)
+        files, checked = share.files, share.checked_files
+    files, checked = _used(layers, files, checked)
+    layout = plan.make_layout(engine, layers, full.changed_outside, make_sources, files, checked)
+    layout.full, layout.share, layout.own, layout.alike, layout.frozen_token = full, full.share, full.own, alike, None
     return layout
+
+
+def _kind(layer: plan.EngineLayer, entry: plan.Entry) -> str:
+    """The kind of file that a tensor goes to."""
+    if layer.kind == "gradients":
+        return GRADIENTS
+    return OPTIMIZER if entry.owner and entry.key != entry.owner else MODEL
+
+
+def _used(layers: Sequence[plan.EngineLayer], files: list[str], checked: list[str]) -> tuple[list[str], list[str]]:
+    """Of these files, by their numbers one behind the other, those that something lies in, and that of the gradients; the entries
+    get their new numbers."""
+    kept = sorted({KINDS.index(GRADIENTS), *(e.file for layer in layers for e in layer.mine(layer.entries))})
+    number = {old: new for new, old in enumerate(kept)}
+    for layer in layers:
+        layer.entries = [e.in_file(number.get(e.file, e.file)) for e in layer.entries]
+    return [files[i] for i in kept if i < len(files)], [checked[i - len(files)] for i in kept if i >= len(files)]
 
 
 def gradients_of(members: Sequence[BoundParam], present: Collection[str]) -> list[plan.Entry]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fxckpt.compat.spread import is_spread, local
 from fxckpt.compat.tensors import version_of
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.guard import glimpse
@@ -49,7 +50,10 @@ class Watched:
 
     def __init__(self, layers: Mapping[int, EngineLayer]):
         self.layers: Mapping[int, EngineLayer] = layers
-        self._tensors = [e.tensor for layer in layers.values() for e in layer.entries]
+        parts = [(local(e.tensor), e.tensor) for layer in layers.values() for e in layer.entries]
+        self._tensors = [part for part, _ in parts]
+        # What is done to a DTensor moves its own counter, not that of the part which lies here.
+        self._spread = [(at, whole) for at, (_, whole) in enumerate(parts) if is_spread(whole)]
         self._addresses: list[int] = []
         self._words: list[ctypes.Array[ctypes.c_char]] = []  # the memory at these addresses
 
@@ -61,7 +65,10 @@ class Watched:
             sizes = [_word_bytes(each) if each.is_cpu and at else 0 for each, at in zip(self._tensors, addresses)]
             self._words = [(ctypes.c_char * n).from_address(at) for at, n in zip(addresses, sizes)]
             self._addresses = addresses
-        return [version_of(each) for each in self._tensors], addresses, [each.raw for each in self._words]
+        versions = [version_of(each) for each in self._tensors]
+        for at, whole in self._spread:
+            versions[at] += version_of(whole)
+        return versions, addresses, [each.raw for each in self._words]
 
 
 class Look:
@@ -125,7 +132,7 @@ class Looks:
 
     def all(self, layout: Layout) -> None:
         """Look at all layers of this layout of full checkpoints."""
-        if self._layout is not layout:
+        if not layout.numbers_as(self._layout):
             self._layout, self._watched, self._looks = layout, self._parts(layout), {}
         for index in self._watched:
             self.at(index)
@@ -148,7 +155,7 @@ class Looks:
         """Bytes of these tensors."""
         wanted = set(keys)
         layers = [layer for watched in self._watched.values() for layer in watched.layers.values()]
-        return sum(e.tensor.nbytes for layer in layers for e in layer.entries if e.key in wanted)
+        return sum(local(e.tensor).nbytes for layer in layers for e in layer.entries if e.key in wanted)
 
     def _parts(self, layout: Layout) -> dict[int, Watched]:
         """By optimizer, its layers and counts; and those of the others that are stored with each full checkpoint only."""

@@ -36,7 +36,7 @@ class Made:
         self.threads: int = torch.get_num_threads()
         arranged = stepper.executor.arranged
         both = [(m, grad.detach()) for m, grad in zip(arranged.members, gradients) if grad is not None]
-        self.strides: dict[str, list[int]] = {m.name: list(g.stride()) for m, g in both if g.stride() != m.param.stride()}
+        self.strides: dict[str, list[int]] = {m.name: list(g.stride()) for m, g in both if g.stride() != m.local.stride()}
         given = {m.name: grad for m, grad in both}
         self.present: frozenset[str] = frozenset(given)
         self._waiting: dict[int, Waiting] = {}

@@ -29,20 +29,23 @@ Places = AbstractSet["int | None"]
 """The devices that parameters lie on, by the driver's numbers; None: host memory."""
 
 
-def why_not(steppers: Sequence[Stepper], places: Places) -> str | None:
-    """Why no step of this run is journalled, known before the first one; None if steps may be."""
-    if (why := _other_ranks()) is not None:
+def why_not(steppers: Sequence[Stepper], places: Places, together: int) -> str | None:
+    """Why no step of this run is journalled, known before the first one; None if steps may be. ``together``: how many ranks write
+    its store."""
+    if (why := _other_ranks(together)) is not None:
         return why
     for name, stepper in ((plain_class(each.opt).__name__, each) for each in steppers):
         if not stepper.stock:
             return f"{name} is not of torch.optim, and what its step reads beside gradients and state is not known"
         if name not in REPEATABLE:
             return f"the step of {name} runs whole"
-    return why_not_there(steppers, places)
+    return why_not_there(steppers, places, together)
 
 
-def why_not_there(steppers: Sequence[Stepper], places: Places) -> str | None:
+def why_not_there(steppers: Sequence[Stepper], places: Places, together: int) -> str | None:
     """Why no step of parameters that lie there is journalled."""
+    if places != {None} and together > 1:
+        return "parameters of several ranks lie on devices, where steps made again were not compared yet"
     if len(places) > 1:
         return "parameters lie on several devices" + (", or in host memory" if None in places else "")
     if places != {None} and (sums := [n for each in steppers if adds_up([n := plain_class(each.opt).__name__])]):
@@ -50,10 +53,11 @@ def why_not_there(steppers: Sequence[Stepper], places: Places) -> str | None:
     return None
 
 
-def _other_ranks() -> str | None:
-    """Ranks agree on checkpoints, and on what none of them may give up; records of a journal are not part of that."""
-    if (world := world_size()) > 1:
-        return f"this is one of {world} ranks, which agree on full checkpoints only"
+def _other_ranks(together: int) -> str | None:
+    """Ranks with a store each agree on checkpoints, and on what none of them may give up; records of a journal are not part of
+    that."""
+    if (world := world_size()) > 1 and together == 1:
+        return f"this is one of {world} ranks with a store each, which agree on full checkpoints only"
     return None
 
 
@@ -63,9 +67,9 @@ def flushes_denormals() -> bool:
     return _SMALLEST * _ONE == 0.0
 
 
-def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> str | None:
-    """Why the coming step is not journalled, though such steps may be."""
-    if (why := _other_ranks()) is not None:  # the process group may have come after compile_step
+def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None], together: int) -> str | None:
+    """Why the coming step is not journalled, though such steps may be. ``together`` as for ``why_not``."""
+    if (why := _other_ranks(together)) is not None:  # the process group may have come after compile_step
         return why
     if flushes_denormals():
         return "torch.set_flush_denormal(True) holds for some threads of a process only, and for other ones in the next"
@@ -76,14 +80,15 @@ def why_not_now(stepper: Stepper, gradients: Sequence[torch.Tensor | None]) -> s
     for member, grad in zip(stepper.executor.arranged.members, gradients):
         if member.plain:
             return f"{member.name} has optimizer state that is no tensor"
-        if is_wrapper(member.param):
-            return f"{member.name} is a {type(member.param).__name__}, and steps of these were not compared"
+        param = member.local
+        if is_wrapper(param):
+            return f"{member.name} is a {type(param).__name__}, and steps of these were not compared"
         if grad is None:
             continue
-        other = (grad.dtype, grad.shape) != (member.param.dtype, member.param.shape)
+        other = (grad.dtype, grad.shape) != (param.dtype, param.shape) or is_wrapper(grad)
         if other or grad.is_neg() or (grad.dtype.is_complex and grad.is_conj()):
             return f"the gradient of {member.name} is of another type than the parameter"
-        if grad.device != member.param.device or grad.layout is not torch.strided:
+        if grad.device != param.device or grad.layout is not torch.strided:
             return f"the gradient of {member.name} is sparse, or lies elsewhere"
         if not is_dense(grad):
             return f"elements of the gradient of {member.name} share memory, or have gaps between them"

@@ -6,6 +6,7 @@ run's do, without a StepGraph: which code updates a parameter depends on its sta
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import time
@@ -26,12 +27,14 @@ from fxckpt.journal.repeatable import REPEATABLE
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.inventory import storable
 from fxckpt.saving.plan import source_items
+from fxckpt.store.boxes import Box
 from fxckpt.store.checks import list_of
-from fxckpt.store.dtypes import Tensor
+from fxckpt.store.dtypes import Tensor, item_size
 from fxckpt.store.journaled import Broken
 from fxckpt.store.names import GRADIENTS, MODEL, OPTIMIZER, state_key
+from fxckpt.store.parts import box_of
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import Journal, LayerRecord, Record
+from fxckpt.store.record import Journal, LayerRecord, Record, TensorRecord
 from fxckpt.store.typed_json import decode_state
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -102,8 +105,8 @@ class Again:
 
 class Replay:
     """Makes steps again. ``tensors``: all parameters and all optimizer state of the checkpoint ``base``, read already, which the
-    steps change. ``optimizers``: what the base's record says of them, decoded. ``device``: the name of that on which parameters
-    lie; None: host memory."""
+    steps change. ``optimizers``: what the base's record says of them, decoded. ``boxes``: which parts of their wholes they are,
+    of those that are. ``device``: the name of that on which parameters lie; None: host memory."""
 
     def __init__(
         self,
@@ -111,16 +114,23 @@ class Replay:
         optimizers: Sequence[Mapping[str, Any]],
         tensors: Tensors,
         update: str | None,
+        boxes: Mapping[tuple[str, str], Box],
         device: str | None,
     ):
-        self._tensors = tensors
+        self._tensors, self._boxes = tensors, boxes
+        self._wholes = {t.key: tuple(t.shape) for t in base.tensors(MODEL)}
         self._optimizers = [Again(index, saved, tensors, update) for index, saved in enumerate(optimizers)]
         self._params = {name: param for each in self._optimizers for name, param in each.params.items()}
-        self._layers = dict(_labelled(base, self._optimizers))
+        self._layers = dict(_labelled(base, self._optimizers, self._parts()))
         self._sums = adds_up(saved["class"] for saved in optimizers)
         self._here = machine(self._sums, device)
         self._room: tuple[dict[str, torch.Tensor], ...] = ({}, {})  # for the gradients of a step and of the next one, in turns
         self._digested: dict[str, int] = {}  # layer -> the number of the last record that it was compared in
+
+    def _parts(self) -> Mapping[str, Box]:
+        """By name, the boxes of parameters that are not all of them."""
+        given = {key: box for (file, key), box in self._boxes.items() if file == MODEL}
+        return {key: box for key, box in given.items() if box[1] != self._wholes[key]}
 
     def make(self, readers: Sequence[Reader]) -> None:
         """All steps of these records. Raises Broken, with the tensors in the middle of it."""
@@ -158,16 +168,18 @@ class Replay:
     def _read(self, reader: Reader, index: int) -> Found:
         """All of a record that its steps take."""
         journal, room = _journal(reader), self._room[index % 2]
-        places = {(t.file, t.key): t for t in reader.record.tensors()}
+        places = {t.place: t for t in reader.record.tensors()}
         given = [name for name in self._params if (GRADIENTS, gradient_key(name)) in places]
         wanted = {(GRADIENTS, gradient_key(name)): self._gradient(name, journal, room) for name in given}
         whole = {place: tensor for place, tensor in self._tensors.items() if place in places and place[0] != GRADIENTS}
         whole = {place: tensor for place, tensor in whole.items() if place[0] == OPTIMIZER or place[1] in self._params}
         landing = {place: torch.empty(tensor.shape, dtype=tensor.dtype) for place, tensor in whole.items()}
-        for place, tensor in {**wanted, **landing}.items():
-            _check_fits(reader, places[place], tensor)
+        boxes = {place: self._boxes[MODEL, name] for place, name in zip(wanted, given) if (MODEL, name) in self._boxes}
+        boxes |= {place: self._boxes[place] for place in landing if place in self._boxes}
         both = {place: storable(tensor) for place, tensor in {**wanted, **landing}.items()}
-        reader.read_into(dict(zip(both, source_items(list(both.values())))))
+        for place, tensor in both.items():
+            _check_fits(reader, places[place], tensor, boxes.get(place))
+        reader.read_into(dict(zip(both, source_items(list(both.values())))), boxes=boxes or None)
         groups = decode_state(journal.groups, _StateTensors(reader))
         if not _GROUPS(groups) or len(groups) != len(journal.order) or max(journal.order, default=0) >= len(self._optimizers):
             raise Corrupt(reader.path, f"its steps are not those of the {len(self._optimizers)} optimizers of its checkpoint")
@@ -201,7 +213,9 @@ class Replay:
         journal = _journal(reader)
         for name, crc in journal.digests.items():
             layer = self._layers.get(name)
-            found = None if layer is None else digest(self._tensors[t.file, t.key] for t in layer.tensors)
+            if layer is None and self._boxes:
+                continue  # of other parts than these
+            found = None if layer is None else digest(self._tensors[t.place] for t in layer.tensors)
             if found != crc:
                 of_step = f"layer {name!r} of step {reader.record.step}"
                 what = f"{of_step}, made again, is not what training had (CRC-32C {found}, not {crc})"
@@ -211,12 +225,15 @@ class Replay:
             self._digested[name] = index + 1
 
 
-def _labelled(base: Record, optimizers: Sequence[Again]) -> Iterator[tuple[str, LayerRecord]]:
-    """The layers that steps update, as digests call them."""
+def _labelled(base: Record, optimizers: Sequence[Again], parts: Mapping[str, Box]) -> Iterator[tuple[str, LayerRecord]]:
+    """The layers that steps update, as digests call them. ``parts``: the boxes of parameters that are not all of them."""
     owner = {name: index for index, each in enumerate(optimizers) for name in each.params}
     for layer in base.layers:
+        if base.ranks:  # their parts have the tensors in another order than one process would
+            layer = dataclasses.replace(layer, tensors=tuple(sorted(layer.tensors, key=lambda each: each.place)))
         if layer.kind == "update" and (mine := [owner[t.key] for t in layer.tensors if t.key in owner]):
-            yield layer_label(mine[0], layer.name), layer
+            of = {t.key: parts[t.key] for t in layer.tensors if t.key in parts}
+            yield layer_label(mine[0], layer.name, of), layer
 
 
 def _journal(reader: Reader) -> Journal:
@@ -237,10 +254,12 @@ def _same_threads() -> Iterator[None]:
             torch.set_num_threads(before)
 
 
-def _check_fits(reader: Reader, place: Any, tensor: torch.Tensor) -> None:
-    """A record's tensor must have the type and shape of what it is of: another program may have written it."""
-    real = storable(tensor)
-    if tuple(place.shape) != tuple(real.shape) or place.nbytes != real.nbytes:
+def _check_fits(reader: Reader, place: TensorRecord, real: torch.Tensor, box: Box | None) -> None:
+    """A record's tensor must have the type and shape of what it is of, which may be a ``box`` of it: another program may have
+    written it."""
+    offset, shape = box or box_of(place)
+    inside = len(offset) == len(place.shape) and all(at + n <= size for at, n, size in zip(offset, shape, place.shape))
+    if not inside or tuple(shape) != tuple(real.shape) or item_size(place.dtype) != real.element_size():
         raise Corrupt(reader.path, f"{place.key!r} is {place.dtype}{list(place.shape)}, of another shape than in its checkpoint")
 
 

@@ -1,27 +1,30 @@
-"""All ranks of a job choose one checkpoint: the newest that every rank has, and that verifies on every rank."""
+"""All ranks of a job choose one checkpoint, or one step of the journal behind it: the newest that every rank has, and that
+verifies on every rank."""
 
 from __future__ import annotations
 
 import logging
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fxckpt.compat.ranks import default_store, launched, rank, world_size
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree, SetupError
 from fxckpt.loading.replicated import Kept, Places
 from fxckpt.loading.target import Target
-from fxckpt.ranks import Agreement, Key, Said, described, newest_common, none_was_common, safe, stores_digest
+from fxckpt.ranks import Agreement, Key, Said, described, key_of, newest_common, none_was_common, safe, stores_digest
 from fxckpt.ranks.replication import Replication
 from fxckpt.store.about import Job, job, known_as, newest_life
 from fxckpt.store.identity import keep_id
+from fxckpt.store.journaled import Broken, Journaled, Loadable
 from fxckpt.store.reader import Candidate, Reader, directory_of
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
-Found = Candidate | Corrupt
+Found = Loadable | Corrupt
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Chosen:
     """What all ranks have chosen (None: all begin anew), and the life that begins. ``safe``: the steps that are on two disks of
     every rank, oldest first, with their generations in this rank's store (None: it is not in there)."""
 
-    found: Candidate | None
+    found: Loadable | None
     begins: Job
     safe: Mapping[Key, int | None] = field(default_factory=dict)
 
@@ -53,46 +56,114 @@ def agreement_for(target: Target, asked: bool) -> Agreement | None:
     return None
 
 
-def choose_together(
-    agreement: Agreement,
-    look: Callable[[], Sequence[Found]],
-    kept: Sequence[Kept],
-    replication: Replication | None,
-    target: Target,
-    directory: str,
-    skipped: list[tuple[str, str]],
-) -> Chosen:
-    """The checkpoint that all ranks begin with. What did not verify here is added to ``skipped``. ``kept``: what lies on this
-    disk, where there are replicas. Raises RanksDisagree if there is no common one, with what each rank has."""
+class Choosing:
+    """One load of all ranks, which choose together until what they have chosen can be restored on every one of them. What does
+    not verify here is added to ``skipped``. ``kept``: what lies on this disk, where there are replicas."""
 
-    def is_mine(record: Record) -> bool:  # disks may have changed places; of a rank that there was not, anyone's is as good
-        return replication is None or record.rank == agreement.rank or agreement.rank >= record.world_size
+    def __init__(
+        self,
+        agreement: Agreement,
+        look: Callable[[], Sequence[Found]],
+        kept: Sequence[Kept],
+        replication: Replication | None,
+        target: Target,
+        directory: str,
+        skipped: list[tuple[str, str]],
+    ):
+        def is_mine(record: Record) -> bool:  # disks may have changed places; of a rank that there was not, anyone's is as good
+            return replication is None or record.rank == agreement.rank or agreement.rank >= record.world_size
 
-    mine, own, error = _look(look, is_mine, target, directory, skipped)
-    own["kept"], own["number"] = kept, max([own["number"], *(number for *_, number, _ in kept)])
-    said: list[Said] = agreement.exchange("has", own)
-    if error is not None and not isinstance(error, NoCheckpoint):
-        raise error
-    stores, number = stores_digest([each["store"] for each in said]), 1 + max(each["number"] for each in said)
-    begins = Job(said[0]["life"], stores, number=number)
-    if not any(each["keys"] or each["kept"] or each["damaged"] or each["error"] for each in said):
-        return Chosen(None, begins)
-    places, banned = Places(mine, said, agreement.rank, replication), set[Key]()
-    while (key := newest_common(said, banned)) is not None:
-        chosen, verdict = places.first_good(key, lambda found: _verify(found, skipped, agreement))
-        if not any(agreement.exchange(f"damaged/{len(banned)}", verdict)):
-            on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
-            return Chosen(chosen, begins, on_two)
-        banned.add(key)
-    if none_was_common(said):
-        log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
-                    "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
-        return Chosen(None, begins)
-    raise RanksDisagree(
-        "the ranks have no checkpoint of one step, written in one life of the job, that verifies on all of them:"
-        f"{described(said)}\n{len(banned)} common one(s) did not verify. To start over give all of them up with "
-        "compile_step(..., fresh=True), on every rank; a larger keep= makes this less likely."
-    )
+        self._agreement, self._skipped = agreement, skipped
+        self._mine, own, error = _look(look, is_mine, target, directory, skipped)
+        own["kept"], own["number"] = kept, max([own["number"], *(number for *_, number, _ in kept)])
+        self._said: list[Said] = agreement.exchange("has", own)
+        if error is not None and not isinstance(error, NoCheckpoint):
+            raise error
+        self._places = Places(self._mine, self._said, agreement.rank, replication)
+        self._banned = set[Key]()
+        self._bad = set[Key]()  # steps of the journal that cannot be made, for what one of them did not verify of
+        self._restored = 0  # how often they tried
+
+    def newest(self) -> Chosen:
+        """What all ranks begin with. Raises RanksDisagree if there is no common one, with what each rank has."""
+        said, banned = self._said, self._banned
+        stores, number = stores_digest([each["store"] for each in said]), 1 + max(each["number"] for each in said)
+        begins = Job(said[0]["life"], stores, number=number)
+        if not any(each["keys"] or each["kept"] or each["damaged"] or each["error"] for each in said):
+            return Chosen(None, begins)
+        while (key := newest_common(said, banned)) is not None:
+            self._bad = set[Key]()
+            chosen, verdict = self._places.first_good(key, self._verify)
+            if not self._ban(f"damaged/{len(banned)}", {key} | self._bad if verdict else ()):
+                mine = self._mine
+                on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
+                return Chosen(chosen, begins, on_two)
+        if none_was_common(said):
+            log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
+                        "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
+            return Chosen(None, begins)
+        raise RanksDisagree(
+            "the ranks have no checkpoint of one step, written in one life of the job, that verifies on all of them:"
+            f"{described(said)}\n{len(banned)} common one(s) did not verify. To start over give all of them up with "
+            "compile_step(..., fresh=True), on every rank; a larger keep= makes this less likely."
+        )
+
+    def _ban(self, topic: str, keys: Iterable[Key]) -> bool:
+        """No rank loads these any more, nor what others say so; False if nobody has any."""
+        found = {key_of(key) for each in self._agreement.exchange(topic, sorted(keys)) for key in each}
+        self._banned |= found
+        return bool(found)
+
+    def _verify(self, found: Loadable) -> str:
+        """What is wrong with it here; empty if nothing is. Of a step of the journal all is read that it is made from."""
+        row = [found] if isinstance(found, Candidate) else [found.base, *found.records]
+        for number, each in enumerate(row):
+            if why := self._verify_one(each.path):
+                self._bad |= self._behind(found, number)
+                return why
+        return ""
+
+    def _verify_one(self, path: Path) -> str:
+        """One directory. Of one that several ranks wrote together each looks at some parts."""
+        try:
+            reader = Reader(path)
+            parts = range(self._agreement.rank, len(reader.record.ranks), self._agreement.world)
+            for part in parts if reader.record.ranks else (None,):
+                reader.verify(part=part)
+        except (Corrupt, NoCheckpoint) as error:
+            self._skipped.append((str(path), str(error)))
+            return str(error)
+        return ""
+
+    def _behind(self, found: Loadable, number: int) -> set[Key]:
+        """What is made from the directory of this number in a row; 0 is its checkpoint."""
+        if isinstance(found, Candidate):
+            return set()
+        rows = {key: each for key, each in self._mine.items() if isinstance(each, Journaled) and each.base is found.base}
+        return {key for key, each in rows.items() if len(each.records) >= number}
+
+    def restored(self, found: Loadable | None, restore: Callable[[], None]) -> bool:
+        """Restore here, and hear how it went elsewhere: no rank trains on while another one could not load. False if a step of
+        the journal could not be made again somewhere: they choose anew."""
+        self._restored += 1
+        own: BaseException | None = None
+        broken = set[Key]()
+        try:
+            restore()
+        except Broken as error:
+            assert isinstance(found, Journaled)
+            log.error("fxckpt: %s; looking for an older step", error)
+            self._skipped.append((str(found.path), str(error)))
+            broken = self._behind(found, error.good + 1)
+        except Exception as error:
+            own = error
+        failed = "" if own is None else f"{type(own).__name__}: {own}"
+        said = self._agreement.exchange(f"restored/{self._restored}", failed)
+        if own is not None:
+            raise own
+        if wrong := [f"\n  rank {at}: {why}" for at, why in enumerate(said) if why]:
+            raise RanksDisagree("other ranks could not load, so this one does not train on:" + "".join(wrong))
+        return not self._ban(f"broken/{self._restored}", broken)
 
 
 def _look(
@@ -101,9 +172,9 @@ def _look(
     target: Target,
     directory: str,
     skipped: list[tuple[str, str]],
-) -> tuple[dict[Key, Candidate], Said, FxckptError | None]:
+) -> tuple[dict[Key, Loadable], Said, FxckptError | None]:
     """What this rank has, what it says of it, and the error that the others are told of before it is raised."""
-    mine: dict[Key, Candidate] = {}
+    mine: dict[Key, Loadable] = {}
     damaged, failed, run = 0, None, target.run
     elsewhere = run is None or os.path.realpath(directory) != os.path.realpath(run.directory)
     try:
@@ -112,7 +183,7 @@ def _look(
                 damaged += 1
                 skipped.append((directory_of(each), str(each)))
             elif is_mine(each.record):
-                mine.setdefault(key_of(each), each)
+                mine.setdefault(known_as(each.record), each)
     except FxckptError as error:
         failed = error
     beside = sorted({job(each.record).stores for each in mine.values()})
@@ -124,35 +195,3 @@ def _look(
         "number": newest_life(each.record for each in mine.values()), "error": "" if failed is None else str(failed),
     }  # fmt: skip
     return mine, said, failed
-
-
-def key_of(found: Candidate) -> Key:
-    """By which it is known on all ranks."""
-    return known_as(found.record)
-
-
-def _verify(found: Candidate, skipped: list[tuple[str, str]], agreement: Agreement) -> str:
-    """What is wrong with it here; empty if nothing is. Of one that several ranks wrote together each looks at some parts."""
-    parts = range(agreement.rank, len(found.record.ranks), agreement.world)
-    try:
-        reader = Reader(found.path)
-        for part in parts if found.record.ranks else (None,):
-            reader.verify(part=part)
-    except (Corrupt, NoCheckpoint) as error:
-        skipped.append((str(found.path), str(error)))
-        return str(error)
-    return ""
-
-
-def all_restored(agreement: Agreement, restore: Callable[[], None]) -> None:
-    """Restore here, and hear how it went elsewhere: no rank trains on while another one could not load."""
-    own: BaseException | None = None
-    try:
-        restore()
-    except Exception as error:
-        own = error
-    said = agreement.exchange("restored", "" if own is None else f"{type(own).__name__}: {own}")
-    if own is not None:
-        raise own
-    if failed := [f"\n  rank {at}: {why}" for at, why in enumerate(said) if why]:
-        raise RanksDisagree("other ranks could not load, so this one does not train on:" + "".join(failed))

@@ -118,7 +118,7 @@ def state_tensor(
     shape, dtype = tuple(place.shape) if of is None else tuple(local(of).shape), TORCH_DTYPES[place.dtype]
     if is_complex and not dtype.is_complex:
         shape, dtype = shape[:-1], COMPLEX_OF[place.dtype]
-    wanted = (shape, dtype, _strides_for(shape, strides), device)
+    wanted = (shape, dtype, strides_for(shape, strides), device)
     found = local(live)
     fits = isinstance(found, torch.Tensor) and (tuple(found.shape), found.dtype, found.stride(), found.device) == wanted
     if fits and spread_alike(live, of):
@@ -127,7 +127,7 @@ def state_tensor(
     return made if of is None else like(made, of)
 
 
-def _strides_for(shape: tuple[int, ...], strides: Sequence[int] | None) -> tuple[int, ...]:
+def strides_for(shape: tuple[int, ...], strides: Sequence[int] | None) -> tuple[int, ...]:
     """Those of the record where they are for such a shape, else row-major ones."""
     if strides is not None and len(strides) == len(shape):
         dense = sorted((stride, size) for size, stride in zip(shape, strides) if size > 1)

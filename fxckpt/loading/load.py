@@ -21,11 +21,11 @@ import torch
 
 from fxckpt.compat.modules import Models
 from fxckpt.compat.ranks import world_size
-from fxckpt.compat.spread import shard_again
+from fxckpt.compat.spread import is_spread, shard_again
 from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
-from fxckpt.loading.agreed import agreement_for, all_restored, choose_together, key_of
+from fxckpt.loading.agreed import Choosing, agreement_for
 from fxckpt.loading.match import check_match, match_tensors, relaid
 from fxckpt.loading.replicated import kept_here, replication_of
 from fxckpt.loading.schema import check_encoded, decode
@@ -35,9 +35,9 @@ from fxckpt.ranks import Agreement, Key
 from fxckpt.run import extra_state
 from fxckpt.run.run import Run
 from fxckpt.store import names
-from fxckpt.store.about import imported, origin
+from fxckpt.store.about import imported, known_as, origin
 from fxckpt.store.identity import check_begun
-from fxckpt.store.journaled import Broken, Journaled, cut_off, journaled, step_of
+from fxckpt.store.journaled import Broken, Journaled, Loadable, cut_off, journaled, step_of
 from fxckpt.store.parts import seen_by
 from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, records
 from fxckpt.store.record import Record
@@ -136,7 +136,7 @@ def load(
         return _load_agreed(agreement, target, directory, step, name, strict, skipped)
     for _ in range(_LOOKS):
         found = candidates(directory)
-        chosen = _choose([*found, *_steps_of_journal(directory, found, step, skipped)], step, name, directory)
+        chosen = _choose([*found, *_steps_of_journal(directory, found, step, skipped, target)], step, name, directory)
         with contextlib.suppress(NoCheckpoint):  # taken back meanwhile; there are newer ones now
             restored = _first_whole(chosen, target, strict, skipped, fall_back=step is None and name is None)
             break
@@ -168,41 +168,51 @@ def _load_agreed(
     """Restore what all ranks agreed on, in the life that begins with it."""
     out: list[Restored] = []
 
-    def look() -> list[Candidate | Corrupt]:
-        return [each for each in _choose(candidates(directory), step, name, directory) if not isinstance(each, Journaled)]
+    def look() -> Sequence[Found]:
+        found = candidates(directory)
+        rows = [] if alone else _steps_of_journal(directory, found, step, skipped, target)
+        steps = [at for row in rows for at in (row.steps() if isinstance(row, Journaled) and step is None else [row])]
+        return _choose([*found, *steps], step, name, directory)
 
     def restore() -> None:
         out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped, agreement.rank))
 
     replication = replication_of(target, directory, name)
+    alone = target.run is not None and target.run.store.part[1] == 1  # each has a store of its own
     with agreement:
         kept = kept_here(replication, step, lambda each: saved_amid_an_iteration(each.record))
-        chosen = choose_together(agreement, look, kept, replication, target, directory, skipped)
-        found = chosen.found
-        all_restored(agreement, restore)
+        choosing = Choosing(agreement, look, kept, replication, target, directory, skipped)
+        while True:
+            chosen = choosing.newest()
+            found = chosen.found
+            if choosing.restored(found, restore):
+                break
     if found is not None:
         _say_how_many(found, agreement.world)
         _settle_sums(found, target, agreement)
-    _say_what_is_not_made_again(directory, found)
+    if alone:
+        newest = max((each.record.step for each in records(directory) if isinstance(each, Candidate)), default=0)
+        if newest > (behind := 0 if found is None else found.record.step):
+            _say_what_is_not_made_again(directory, behind, newest, "ranks with a store each go on from full checkpoints")
     if (run := target.run) is not None:
         loaded: tuple[Key, int | None] | None = None
         if found is not None and os.path.realpath(directory) == os.path.realpath(run.directory):
-            loaded = key_of(found), found.record.generation
+            loaded = known_as(found.record), found.record.generation
             if names.is_replica(str(found.path)):  # of another store: what this one has is not continued
-                loaded = key_of(found), None
+                loaded = known_as(found.record), None
                 run.store.mark_loaded(None)
         run.saver.ranks.begin(chosen.begins, agreement.store, agreement.rank, agreement.world, loaded, chosen.safe)
-    return out[0]
+    return out[-1]
 
 
-def _settle_sums(found: Candidate, target: Target, agreement: Agreement) -> None:
+def _settle_sums(found: Loadable, target: Target, agreement: Agreement) -> None:
     """All ranks have restored: have gradients summed as they were, if the checkpoint is of as many ranks."""
     summed = seen_by(found.record, agreement.rank).state.get("early", {}).get("summed")
     if target.run is not None and summed is not None and found.record.world_size == agreement.world:
         target.run.arrangement.settle_sums(summed)
 
 
-def _say_how_many(found: Candidate, world: int) -> None:
+def _say_how_many(found: Loadable, world: int) -> None:
     """Say that there are more ranks now, or fewer."""
     if (wrote := found.record.world_size) != world:
         log.warning("fxckpt: %s was written by %d rank%s, and %d go%s on from it: random generators, loaders and buffers are "
@@ -217,12 +227,19 @@ def _seed(record: Record, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
-def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped) -> list[Found]:
+def _steps_of_journal(
+    directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped, target: Target
+) -> list[Found]:
     """Of each checkpoint the last step that its records lead to, and where ``step`` is asked for, that one. What they do not
     lead to is said, as far as it is newer than what they do."""
     listed = records(directory)
-    rows = journaled(found, listed)
-    lost = cut_off(rows, listed)
+    every = journaled(found, listed)
+    lost = cut_off(every, listed)
+    rows = [each for each in every if _lies_as_written(each, target)]
+    if others := [each for each in every if each not in rows]:
+        newest_other = max(others, key=_generation)
+        why = "ranks that hold the same parts of tensors as those that wrote it make its steps again, and here are others"
+        _say_what_is_not_made_again(directory, newest_other.base.record.step, newest_other.record.step, why)
     if step is None:
         there = [each.record for each in [*rows, *found] if not isinstance(each, Corrupt)]
         newest, last = (max((getattr(each, of) for each in there), default=-1) for of in ("step", "generation"))
@@ -236,12 +253,19 @@ def _steps_of_journal(directory: str, found: Sequence[Candidate | Corrupt], step
     return asked or [each for each in lost if step_of(each) == step]
 
 
-def _say_what_is_not_made_again(directory: str, found: Candidate | None) -> None:
-    """Ranks choose among full checkpoints: a journal that one process left behind is not gone through."""
-    newest = max((each.record.step for each in records(directory) if isinstance(each, Candidate)), default=0)
-    if newest > (step := 0 if found is None else found.record.step):
-        log.warning("fxckpt: several ranks go on from full checkpoints, here from step %d: what the journal in %s has up to step "
-                    "%d is not made again. One process can load it", step, directory, newest)  # fmt: skip
+def _lies_as_written(row: Journaled, target: Target) -> bool:
+    """Has this rank of each tensor all, or just the part, that a rank had which wrote the journal? A kernel may round otherwise
+    where a tensor ends, so steps made again on other parts need not have the same bits."""
+    base = row.base.record
+    if not base.is_sharded and not any(map(is_spread, target.inventory.trained.values())):
+        return True
+    return base.world_size == world_size() and relaid(match_tensors(base, target), base) is None
+
+
+def _say_what_is_not_made_again(directory: str, step: int, newest: int, why: str) -> None:
+    """A journal that is there is not gone through, behind this step."""
+    what = "fxckpt: what the journal in %s has behind step %d, up to step %d, is not made again: %s"
+    log.warning(what, directory, step, newest, why)
 
 
 def _choose(found: Sequence[Found], step: int | None, name: str | None, directory: str) -> Sequence[Found]:
@@ -266,7 +290,7 @@ def _choose(found: Sequence[Found], step: int | None, name: str | None, director
 def _newest_first(found: Sequence[Found]) -> list[Found]:
     """Steps of the journal among checkpoints that are newest first, damaged ones too."""
     out: list[Found] = [each for each in found if not isinstance(each, Journaled)]
-    for row in (each for each in found if isinstance(each, Journaled)):
+    for row in sorted((each for each in found if isinstance(each, Journaled)), key=_generation):
         later = (i for i, each in enumerate(out) if not isinstance(each, Corrupt) and _generation(each) < _generation(row))
         out.insert(next(later, len(out)), row)
     return out
@@ -344,7 +368,7 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
     """Check, verify, then apply one checkpoint, with the steps behind it, as this ``rank`` had it. Raises Corrupt, and Broken for
     one of these."""
     reader = Reader(found.path if isinstance(found, Candidate) else found.base.path, rank)
-    journal = made_again.open_journal(found) if isinstance(found, Journaled) else None
+    journal = made_again.open_journal(found, rank) if isinstance(found, Journaled) else None
     path = str(reader.path / names.COMMIT)
     check_encoded(reader.record, path)
     match = match_tensors(reader.record, target)
@@ -354,11 +378,11 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
         reader.verify()
         made_again.verify(journal)
     before = decode(reader.record, reader.state_tensors(), path)
-    if rank >= reader.record.world_size:  # it wrote none: two ranks that draw the same numbers would train on one
-        before.early["random"] = extra_state.random_state_of(_seed(reader.record, rank))
     saved, record = before, reader.record
     if journal is not None:
         saved, record = made_again.decoded(journal, reader.record), journal[-1].record
+    if rank >= record.world_size:  # it wrote none: two ranks that draw the same numbers would train on one
+        saved.early["random"] = extra_state.random_state_of(_seed(record, rank))
     apply.check_extras(saved, target)
     states = apply.make_states(before, match, target)
     tensors = dict(match.tensors)

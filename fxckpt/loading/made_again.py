@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxckpt.compat import cuda
+from fxckpt.compat.spread import box_of, local
 from fxckpt.errors import Corrupt, LayoutMismatch, SetupError
 from fxckpt.journal.repeatable import flushes_denormals
 from fxckpt.journal.replay import Replay
@@ -21,15 +22,16 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.record import Record
 
 
-def open_journal(found: Journaled) -> list[Reader]:
-    """Readers of its records. Raises Broken for the first that is damaged, SetupError where no step can be made again."""
+def open_journal(found: Journaled, rank: int = 0) -> list[Reader]:
+    """Readers of its records, as this ``rank`` had them. Raises Broken for the first that is damaged, SetupError where no step
+    can be made again."""
     if flushes_denormals():
         what = "the journal's steps were made with numbers near zero as they are, which torch.set_flush_denormal(True) sets to 0"
         raise SetupError(f"{what}: call it behind fxckpt.load()")
     readers: list[Reader] = []
     for each in found.records:
         try:
-            reader = Reader(each.path)
+            reader = Reader(each.path, rank)
             check_encoded(reader.record, str(reader.path / names.COMMIT))
             readers.append(reader)
         except Corrupt as error:
@@ -73,7 +75,7 @@ def beside(base: Reader, saved: Saved, match: Match, target: Target) -> dict[tup
 
 def new_tensors(base: Record, optimizers: Sequence[Mapping[str, Any]], live: Tensors) -> dict[tuple[str, str], torch.Tensor]:
     """New ones for what ``live`` lacks of the parameters and state of these optimizers, in the order of memory that they had."""
-    places = {(t.file, t.key): t for t in base.tensors()}
+    places = {t.place: t for t in base.tensors()}
     made = Match()
     for index, optimizer, group in ((i, each, group) for i, each in enumerate(optimizers) for group in each["groups"]):
         for name in group["params"]:
@@ -93,12 +95,14 @@ def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors
     """Make its steps, in place, where they were made: on a device, or in host memory. Raises Broken."""
     first = journal[0].record.journal
     assert first is not None
+    boxes = {place: (box.offset, box.shape) for place, t in tensors.items() if (box := box_of(t)) is not None}
+    parts = {place: local(t) for place, t in tensors.items()}
     devices = cuda.Devices()
     device = _device_of(journal, devices)
-    there, name = _brought_to(device, saved.optimizers, tensors, devices)
-    Replay(base.record, saved.optimizers, there, first.update, name).make(journal)
+    there, name = _brought_to(device, saved.optimizers, parts, devices)
+    Replay(base.record, saved.optimizers, there, first.update, boxes, name).make(journal)
     with torch.no_grad():
-        for place, tensor in tensors.items():
+        for place, tensor in parts.items():
             if there[place] is not tensor:
                 tensor.copy_(there[place])
 

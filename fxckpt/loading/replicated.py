@@ -11,6 +11,7 @@ from fxckpt.loading.target import Target
 from fxckpt.ranks import Key, Said, holders
 from fxckpt.ranks.replication import Replication
 from fxckpt.store.about import known_as, order_of
+from fxckpt.store.journaled import Loadable
 from fxckpt.store.reader import Candidate
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -39,24 +40,24 @@ def kept_here(replication: Replication | None, step: int | None, is_amid: Callab
 class Places:
     """Of one rank, in one load. ``mine``: what its store has; ``said``: what all ranks have."""
 
-    def __init__(self, mine: Mapping[Key, Candidate], said: Sequence[Said], rank: int, replication: Replication | None):
+    def __init__(self, mine: Mapping[Key, Loadable], said: Sequence[Said], rank: int, replication: Replication | None):
         self._mine, self._said, self._rank, self._replication = mine, said, rank, replication
 
-    def first_good(self, key: Key, verify: Callable[[Candidate], str]) -> tuple[Candidate | None, str]:
+    def first_good(self, key: Key, verify: Callable[[Loadable], str]) -> tuple[Loadable | None, str]:
         """The first place where this rank's checkpoint verifies, and why the last one of the others did not, if none does."""
         why = "it is nowhere"
         for found, whence in self._look(key):
-            if isinstance(found, Candidate) and not (why := verify(found)):
+            if not isinstance(found, str) and not (why := verify(found)):
                 if whence:
                     log.warning("fxckpt: rank %d's own store has no good checkpoint of step %d: its replica is loaded, %s",
                                 self._rank, key[0], whence)  # fmt: skip
                 return found, ""
             if whence:
-                why = why if isinstance(found, Candidate) else found
+                why = found if isinstance(found, str) else why
                 log.error("fxckpt: the replica of step %d, %s, cannot be loaded: %s", key[0], whence, why)
         return None, why
 
-    def _look(self, key: Key) -> Iterator[tuple[Candidate | str, str]]:
+    def _look(self, key: Key) -> Iterator[tuple[Loadable | str, str]]:
         """What is found or why not, and where it was if that is not the store."""
         if (own := self._mine.get(key)) is not None:
             yield own, ""

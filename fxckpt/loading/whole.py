@@ -13,6 +13,7 @@ import torch
 from fxckpt.engine.plan import Item
 from fxckpt.errors import Corrupt
 from fxckpt.loading import made_again
+from fxckpt.loading.parts_again import make_in_parts
 from fxckpt.loading.schema import Saved, check_encoded, decode
 from fxckpt.saving.inventory import TORCH_DTYPES, storable
 from fxckpt.saving.plan import source_items
@@ -37,9 +38,12 @@ def make_again(found: Journaled) -> tuple[Reader, list[Reader], Saved, dict[Plac
         check_encoded(base.record, path)
         saved = decode(base.record, base.state_tensors(), path)
         tensors = made_again.new_tensors(base.record, saved.optimizers, {})
-        tensors = {(t.file, t.key): _empty(t) for t in base.record.tensors() if (t.file, t.key) not in tensors} | tensors
+        tensors = {t.place: _empty(t) for t in base.record.tensors() if t.place not in tensors} | tensors
         _read(base, tensors)
-        made_again.make(base, journal, saved, tensors)
+        if base.record.is_sharded:
+            make_in_parts(found, tensors)
+        else:
+            made_again.make(base, journal, saved, tensors)
         return base, journal, made_again.decoded(journal, base.record), tensors
     except Broken as error:
         raise error.error from error
@@ -63,7 +67,7 @@ def write_whole(found: Journaled, parent: str) -> str:
     OSError."""
     base, journal, _, tensors = make_again(found)
     last = journal[-1]
-    own = {(t.file, t.key): t for t in last.record.tensors() if t.file != names.GRADIENTS}
+    own = {t.place: t for t in last.record.tensors() if t.place[0] != names.GRADIENTS}
     later = {place: _empty(t) for place, t in own.items() if place[0] == names.MODEL}
     _read(last, later)
     tensors |= later
@@ -74,9 +78,9 @@ def write_whole(found: Journaled, parent: str) -> str:
         layouts = [_laid_out(file, base.record, own) for file in (names.MODEL, names.OPTIMIZER)]
         files = [_write(folder, layout, tensors) for layout in layouts]
         for file in last.record.files:
-            if file.name == names.STATE:
-                shutil.copyfile(last.path / names.STATE, Path(path) / names.STATE)
-                files.append(file)
+            if file.name == last.record.state_file:
+                shutil.copyfile(last.path / file.name, Path(path) / names.STATE)
+                files.append(dataclasses.replace(file, name=names.STATE))
         replace_file(folder, names.COMMIT, _record(base.record, last.record, layouts, files).to_bytes(), durable=False)
     finally:
         folder.close()
@@ -96,18 +100,18 @@ def _write(folder: Folder, layout: FileLayout, tensors: dict[Place, torch.Tensor
 
 
 def _record(base: Record, last: Record, layouts: Sequence[FileLayout], files: Sequence[FileRecord]) -> Record:
-    """The last record, with the layers of its base, as they lie now."""
+    """The last record, with the layers of its base, as they lie now: of one process, whoever wrote them."""
     placed = {(layout.name, p.spec.key): p for layout in layouts for p in layout.tensors}
     layers = [_layer(layer, last, placed) for layer in _with_new(base, last)]
-    return dataclasses.replace(last, files=tuple(files), layers=tuple(layers), journal=None)
+    return dataclasses.replace(last, files=tuple(files), layers=tuple(layers), journal=None, parts=None, ranks=())
 
 
 def _with_new(base: Record, last: Record) -> list[LayerRecord]:
     """The base's layers; of the buffers those of the last record, where it has any."""
     buffers = [layer for layer in last.layers if layer.kind == "buffers"]
-    moved = {(t.file, t.key) for layer in buffers for t in layer.tensors}
+    moved = {t.place for layer in buffers for t in layer.tensors}
     kept = [layer for layer in base.layers if layer.kind != "buffers" or not buffers]
-    kept = [dataclasses.replace(e, tensors=tuple(t for t in e.tensors if (t.file, t.key) not in moved)) for e in kept]
+    kept = [dataclasses.replace(e, tensors=tuple(t for t in e.tensors if t.place not in moved)) for e in kept]
     return [dataclasses.replace(layer, id=i) for i, layer in enumerate([*kept, *buffers])]
 
 
@@ -115,8 +119,8 @@ def _layer(layer: LayerRecord, last: Record, placed: Mapping[Place, Placed]) -> 
     """A layer where it lies now."""
     tensors = []
     for each in layer.tensors:
-        p = placed[each.file, each.key]
-        tensors.append(TensorRecord(each.file, each.key, p.begin, p.nbytes, tuple(p.spec.shape), p.spec.dtype))
+        p = placed[each.place]
+        tensors.append(TensorRecord(*each.place, p.begin, p.nbytes, tuple(p.spec.shape), p.spec.dtype))
     nbytes = sum(t.nbytes for t in tensors)
     return dataclasses.replace(layer, step=last.step, time=last.time, nbytes=nbytes, tensors=tuple(tensors))
 

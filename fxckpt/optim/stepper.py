@@ -69,8 +69,10 @@ class Stepper:
         )
 
     def gradients(self) -> list[torch.Tensor | None]:
-        """Of its parameters, in their order: those that its next step is given."""
-        return [param.grad for param in self.executor.arranged.params]
+        """Of its parameters, in their order: those that the step which is about to run is given, of DTensors this rank's part
+        once that was read."""
+        given = self.split.given if isinstance(self.split, SplitStep) else []
+        return list(given) or [param.grad for param in self.executor.arranged.params]
 
     def describe(self) -> str:
         """One line: what runs a step; empty while no state exists yet to tell."""

@@ -129,6 +129,11 @@ class SplitStep:
         self._gradients, self._complete = [], False
         return functools.partial(self._step_of, chosen, closure)
 
+    @property
+    def given(self) -> list[torch.Tensor | None]:
+        """The gradients that the step which is about to run is given, one for each parameter; none where an own part has run."""
+        return self._gradients
+
     def _read_gradients(self) -> list[torch.Tensor | None]:
         """Those of all parameters; of DTensors this rank's part."""
         arranged = self.executor.arranged

@@ -16,7 +16,7 @@ rendezvous.py  what they say to each other;  words.py  what there is to say
 """
 
 from fxckpt.ranks.agreement import Agreement
-from fxckpt.ranks.choice import Key, Said, described, holders, newest_common, none_was_common, safe, stores_digest
+from fxckpt.ranks.choice import Key, Said, described, holders, key_of, newest_common, none_was_common, safe, stores_digest
 from fxckpt.ranks.common import least_kept
 from fxckpt.ranks.ending import Ending
 from fxckpt.ranks.first import FirstStore
@@ -27,6 +27,7 @@ from fxckpt.ranks.rendezvous import Rendezvous
 
 __all__ = [
     "Agreement", "Ending",
-    "FirstStore", "Key", "Messages", "OtherStore", "Peers", "Rendezvous", "Said", "described", "holders", "least_kept", "named",
+    "FirstStore",
+    "Key", "Messages", "OtherStore", "Peers", "Rendezvous", "Said", "described", "holders", "key_of", "least_kept", "named",
     "newest_common", "none_was_common", "safe", "stores_digest",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from fxckpt.engine import io
 from fxckpt.errors import Corrupt, Diverged, NoSpace, RanksDisagree
-from fxckpt.ranks.rendezvous import Rendezvous, given_up
+from fxckpt.ranks.rendezvous import Rendezvous, Unlike, given_up
 from fxckpt.ranks.replicas import Suspects, differences, looks, unlike
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key, Word
 from fxckpt.store import names
@@ -43,17 +43,18 @@ class FirstStore(Store):
         self._others, self._ranks = rendezvous, range(1, rendezvous.world)
         self._keys: dict[Slot, Key] = {}
         self._heard: dict[Slot, dict[int, Word]] = {}  # of each checkpoint, what other ranks have said
+        self._unlike: set[Slot] = set()  # what ranks took for another record of the journal, or for none
         self._over: dict[Slot, Word] = {}  # what became of those that the others are not told of yet
 
     def reserve(self, files: Mapping[str, int], journal: bool = False) -> None:
         """``Store.reserve``; of what the other ranks write it only looks whether there is room: as much as this one, each."""
         super().reserve(files, journal)
-        pool = self._pool
+        pool, kind = (self._records, "records of the journal") if journal else (self._pool, "checkpoints")
         needed = len(self._ranks) * (pool.limit + pool.max_async) * sum(files.values())
-        lacking = needed - sum(_blocks(self.root, files))
+        lacking = needed - sum(_blocks(self.root, files, journal))
         if lacking > (free := space(self.root)[0]):
             raise NoSpace(
-                f"{len(self._ranks)} more ranks, each with its part of {pool.limit} checkpoints and of {pool.max_async} on the "
+                f"{len(self._ranks)} more ranks, each with its part of {pool.limit} {kind} and of {pool.max_async} on the "
                 f"way, need {lacking:,} bytes more in {self.root}, which has {free:,} bytes free. Make room, lower keep or "
                 "max_async, or name a directory on another disk"
             )
@@ -85,13 +86,16 @@ class FirstStore(Store):
         with slot.reporting():
             found = [self._take(slot, rank, word) for rank, word in sorted(self._heard.pop(slot).items())]
             parts = [each for _, each in found]
+            if any(_links(each) != _links(record) for each in parts):
+                self._unlike.add(slot)
+                raise Unlike(f"step {record.step} is not the same record of the journal on all ranks, or not one on all of them")
             _check_alike(record, parts)
             if (alike := record.state[ALIKE]) != self._whole:  # it says how each tensor is laid out
                 _check_whole([record, *parts])
                 self._whole = alike
             record = self._compared(record, parts)
             first = dataclasses.replace(record, rank=0, world_size=self._others.world, parts=tuple(part for part, _ in found))
-            index = index_of([record, *parts])
+            index = index_of([record, *parts]) if record.journal is None else None
             files = record.files if index is None else (*record.files, write_bytes(slot.held(), names.INDEX, index))
         path = super().commit(slot, dataclasses.replace(first, files=files), state_tensors, parts)
         self._tell(slot, Committed(slot.generation, os.path.relpath(path, self.root)))
@@ -153,7 +157,8 @@ class FirstStore(Store):
     def abandon(self, slot: Slot, *, bad: bool, why: str = "") -> None:
         super().abandon(slot, bad=bad, why=why)
         self._heard.pop(slot, None)
-        self._tell(slot, GivenUp(why))
+        self._tell(slot, GivenUp(why, slot in self._unlike))
+        self._unlike.discard(slot)
 
     def _tell(self, slot: Slot, word: Word) -> None:
         """All others, in the order in which checkpoints began: who hears of a later one takes it that this one was given up, and
@@ -168,11 +173,12 @@ class FirstStore(Store):
                 log.error("fxckpt: the other ranks cannot be told what became of a checkpoint: %s", error)
 
 
-def _blocks(root: str, but: Collection[str]) -> Iterator[int]:
-    """Bytes of each file of the store's own that is not called so; a run's output may lie beside, and is not counted."""
+def _blocks(root: str, but: Collection[str], journal: bool) -> Iterator[int]:
+    """Bytes of each file of checkpoints, or of records of the ``journal``, that is not called so; a run's output may lie beside,
+    and is not counted."""
     for top in filter(names.is_given, os.listdir(root)):
         for path, _, found in os.walk(os.path.join(root, top)):
-            for name in found:
+            for name in found if names.is_of_journal(os.path.basename(path)) == journal else ():
                 if name not in but:
                     with suppress(OSError):
                         yield os.lstat(os.path.join(path, name)).st_blocks * 512
@@ -186,6 +192,14 @@ def index_of(records: Sequence[Record]) -> bytes | None:
         return None
     places = {each.key: each.file for each in sorted(tensors, key=lambda each: each.key)}
     return (json.dumps({"metadata": {"total_size": sum(each.nbytes for each in tensors)}, "weight_map": places}) + "\n").encode()
+
+
+def _links(record: Record) -> object:
+    """What must be the same on all ranks for it to be one record of the journal, made of the same tensors; None of a full
+    checkpoint."""
+    if (journal := record.journal) is None:
+        return None
+    return journal.base, journal.after, journal.number, journal.order, record.state[ALIKE]
 
 
 def _check_alike(first: Record, others: Sequence[Record]) -> None:
@@ -218,7 +232,8 @@ def _training(record: Record) -> dict[str, Any]:
         for each in record.optimizers
     ]
     counts = {"step": record.step, "iteration": record.iteration, "updates": record.updates}
-    return {"counts": counts, "optimizers": optimizers, "tensors": record.state[ALIKE]}
+    found = {"counts": counts, "optimizers": optimizers, "tensors": record.state[ALIKE]}
+    return found if record.journal is None else {**found, "settings": record.journal.groups, "update": record.journal.update}
 
 
 def _first_difference(mine: Any, its: Any, path: str = "") -> str | None:

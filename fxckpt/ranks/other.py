@@ -20,6 +20,7 @@ from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.parts import part_of
 from fxckpt.store.pool import Pool
 from fxckpt.store.record import Record
+from fxckpt.store.record_pool import RecordPool
 from fxckpt.store.slot import Slot
 from fxckpt.store.slots import not_loaded
 
@@ -86,6 +87,7 @@ class OtherStore:
         self._others, self._found, self._loaded = rendezvous, found, fresh
         self._own = os.path.join(self.root, names.RANKS, names.rank_name(rendezvous.rank))
         self._pool = Pool(self._own, 1, max_async)
+        self._records = RecordPool(self._own, 1, max_async, 0)
         self._given: set[PartSlot] = set()
         self._lock: DirectoryLock | None = None
 
@@ -94,7 +96,7 @@ class OtherStore:
         if self._lock is not None:
             return
         make_directories(self._own)
-        folder = self._pool.folder = Folder.open(self._own)
+        folder = self._pool.folder = self._records.folder = Folder.open(self._own)
         self._lock = DirectoryLock(folder)
         try:
             self._lock.hold()
@@ -131,10 +133,10 @@ class OtherStore:
         self.require_loaded()
 
     def acquire(self, name: str | None = None, journal: bool = False) -> PartSlot:
-        """A directory to write in. Rank 0 gives the checkpoint its name."""
+        """A directory to write in. Rank 0 gives the checkpoint, or the record of the ``journal``, its name."""
         self.require_loaded()
         self._check_place()
-        slot = self._pool.take()
+        slot = (self._records if journal else self._pool).take()
         try:
             with slot.reporting():
                 _take_spares(slot.held())
@@ -161,8 +163,13 @@ class OtherStore:
     def reclaim(self, known: Collection[PartSlot]) -> None:
         for given in self._given.difference(known):
             self.abandon(given, bad=False)
-        for slot in self._pool.others([each.slot for each in self._given]):
+        slots = [each.slot for each in self._given]
+        for slot in [*self._pool.others(slots), *self._records.others(slots)]:
             self._return(slot, bad=False)
+
+    def _pool_of(self, slot: Slot) -> Pool:
+        """The one that it was taken from."""
+        return self._records if self._records.is_busy(slot) else self._pool
 
     def begin(self, slot: PartSlot, checkpoint: int, files: Sequence[FileLayout], step: int) -> None:
         slot.key = self._others.begins(step, slot.name)
@@ -197,7 +204,7 @@ class OtherStore:
             return
         self._given.discard(slot)
         if slot.handed_over:
-            self._pool.release(slot.slot)
+            self._pool_of(slot.slot).release(slot.slot)
             return
         self._return(slot.slot, bad)
         if slot.key is not None:
@@ -213,14 +220,15 @@ class OtherStore:
 
     def _return(self, slot: Slot, bad: bool) -> None:
         """It can be written again."""
-        with self._pool.moves:
-            if not self._pool.release(slot):
+        pool = self._pool_of(slot)
+        with pool.moves:
+            if not pool.release(slot):
                 return
             slot.forget()
             if bad or slot.suspect:
-                self._pool.condemn(slot)
+                pool.condemn(slot)
             else:
-                self._pool.recycle(slot)
+                pool.recycle(slot)
 
     def read_back(self, busy: Callable[[], bool]) -> None:
         """Rank 0 does."""

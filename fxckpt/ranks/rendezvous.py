@@ -18,8 +18,14 @@ FAREWELL = 10.0
 """Seconds that rank 0 stays at the end for others to hear the last word: one of them may be dead."""
 
 
+class Unlike(Cancelled):
+    """Ranks took a record of the journal, and others none, or another one: the next one is a full checkpoint on all."""
+
+
 def given_up(rank: int, word: GivenUp) -> Exception:
     """The error for a checkpoint that another rank gave up."""
+    if word.unlike:
+        return Unlike("the ranks do not agree on whether it is a record of the journal, or on which one")
     if not word.why:
         return Cancelled(f"rank {rank} dropped it")
     return RanksDisagree(f"rank {rank} failed: {word.why}")

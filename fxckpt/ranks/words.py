@@ -34,9 +34,11 @@ class Committed:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """By whoever says so. ``why``: what it failed of; empty: it was dropped, and another one comes."""
+    """By whoever says so. ``why``: what it failed of; empty: it was dropped, and another one comes. ``unlike``: since ranks took
+    a record of the journal there, and others none, or another one."""
 
     why: str
+    unlike: bool = False
 
 
 Word = Done | Committed | GivenUp

@@ -201,10 +201,11 @@ class Arrangement:
         make = partial(plan.make_layout, emitter.engine, layers, emitter.changed_outside, emitter.sources)
         if world == 1:
             return make()
-        share = Share(rank, world, checked)
-        alike, beside = share.take(layers, self.inventory.buffers)
+        share, own = Share(rank, world, checked), frozenset(self.inventory.buffers)
+        alike, beside = share.take(layers, own)
         layout = make(share.files, share.checked_files)
-        layout.alike, layout.beside = alike, {} if self._config.on_divergence == "off" else beside
+        layout.share, layout.own, layout.alike = share, own, alike
+        layout.beside = {} if self._config.on_divergence == "off" else beside
         return layout
 
     def _next_checked(self) -> int | None:

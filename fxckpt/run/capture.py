@@ -33,9 +33,8 @@ from fxckpt.run.emitting import snapshot
 from fxckpt.run.module_values import ModuleValues, Values, named
 from fxckpt.run.plain_loop import Marks, PlainLoop, mark, mark_buffer
 from fxckpt.run.strays import Strays
-from fxckpt.saving.guard import glimpse
+from fxckpt.saving.guard import fingerprint, glimpse
 from fxckpt.saving.in_flight import InFlight
-from fxckpt.saving.share import fingerprint
 from fxckpt.store.typed_json import encode_state
 
 log: logging.Logger = logging.getLogger("fxckpt")

@@ -68,10 +68,12 @@ class Emitter:
         graph writes over them, and moves no version."""
         found, tensors = pending.layout.layers[layer], waiting.tensors
         on_device = pending.link is not None and pending.link.device is not None
+        mine = found.mine(tensors)
         if waiting.copied:
-            self.hand_over_copies(pending, layer, tensors)
-        elif on_device or {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(tensors)) is None:
-            self.hand_over_copies(pending, layer, [snapshot(grad, e.key) for e, grad in zip(found.entries, tensors)])
+            self.hand_over_copies(pending, layer, mine)
+        elif on_device or {e.key for e in found.entries} & self.changed_outside or (sources := self.sources(mine)) is None:
+            copies = [snapshot(grad, e.key) for e, grad in zip(found.mine(found.entries), mine)]
+            self.hand_over_copies(pending, layer, copies)
         else:
             pending.guard.watch_now(layer, tensors)
             self._hand_over(pending, layer, sources)

@@ -79,7 +79,7 @@ class Run:
         emitter = self.emitter
         self.chain: Chain = Chain(
             config.first_journal, config.update, self.arrangement.steppers, engine, emitter.changed_outside, emitter.sources,
-            devices, emitter.later, self._trial() if config.journal == AUTO else None,
+            devices, emitter.later, self._trial() if config.journal == AUTO else None, store.part[1],
         )  # fmt: skip
         emitter.chain = self.chain
         self.capture: Capture = Capture(extras, self.arrangement, self.clock)

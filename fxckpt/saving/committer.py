@@ -11,6 +11,7 @@ from typing import Any
 
 from fxckpt.engine import SLICE, PatientLock
 from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
+from fxckpt.ranks.rendezvous import Unlike
 from fxckpt.ranks.replicas import BESIDE, checksums
 from fxckpt.saving import tracing
 from fxckpt.saving.flights import Flights, Tally
@@ -240,6 +241,7 @@ def _land(pending: InFlight) -> None:
     """Note what became of it, for records of a journal that build on it."""
     landing = pending.landing
     landing.failed, landing.generation = pending.error is not None, pending.slot.generation
+    landing.unlike = isinstance(pending.error, Unlike)
     if pending.error is None:
         landing.nbytes = sum(file.nbytes for file in pending.layout.files)
         landing.seconds = time.monotonic() - pending.begun[1]

@@ -71,6 +71,14 @@ def glimpse(tensor: torch.Tensor, whole: bool = False, shift: int = 0) -> int | 
     return crc32c(copy.view(torch.uint8).numpy().data)
 
 
+def fingerprint(tensor: torch.Tensor) -> int:
+    """What is the same of tensors with the same values. One on a device is waited for."""
+    found = glimpse(tensor, whole=True)
+    if found is None:
+        found = int(tensor.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64))
+    return found
+
+
 def _changed(before: Look, after: Look) -> list[int]:
     """Which tensors of the layer were changed? Other memory in a tensor's place is none that a copy reads."""
     if before == after:

@@ -15,11 +15,13 @@ from fxckpt.store.record import Journal
 
 @dataclass(eq=False)
 class Landing:
-    """Of one checkpoint or record: its ``generation`` once it is committed (None where nothing is written), or ``failed``; the
-    bytes of its tensors' files, and the seconds from its step until it was durable (0 until then)."""
+    """Of one checkpoint or record: its ``generation`` once it is committed (None where nothing is written), or ``failed``, and
+    whether that was because the ranks that write it together did not take it in one way (``unlike``); the bytes of its tensors'
+    files, and the seconds from its step until it was durable (0 until then)."""
 
     generation: int | None = None
     failed: bool = False
+    unlike: bool = False
     nbytes: int = 0
     seconds: float = 0.0
 

@@ -20,6 +20,7 @@ from fxckpt.engine import Engine, Plan, Sources
 from fxckpt.engine.plan import Item
 from fxckpt.engine.sums import Sums, digest_of
 from fxckpt.saving.inventory import DTYPES, Inventory, storable
+from fxckpt.saving.share import Share
 from fxckpt.store.layout import FileLayout, Placed, TensorSpec, lay_out, sharding_metadata, sum_bytes
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.record import LayerRecord, TensorRecord
@@ -78,7 +79,9 @@ class Layout:
     frozen_token: Hashable  # names, addresses and places of the frozen parameters; None: there are none
     changed_outside: set[str]
     full: Layout | None = None  # of a record of the journal: the checkpoint's whose layers have the same numbers
-    alike: str = ""  # a digest of what all ranks have alike, where several write together
+    share: Share | None = None  # what of it this rank writes, where several write together
+    own: frozenset[str] = frozenset()  # there, the keys of what each rank has for itself
+    alike: str = ""  # there, a digest of what all ranks have alike
     beside: Mapping[str, torch.Tensor] = field(default_factory=dict)  # what of it is whole beside DTensors
     checked: list[FileLayout] = field(default_factory=list)  # files of another rank, of which only the checksums are wanted
     numbering: object = field(default_factory=object)  # the same in all layouts whose updated layers have the same numbers

@@ -10,47 +10,48 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from typing import Any, Protocol
 
 from fxckpt.compat.spread import Box, box_of, is_spread, local, sharded_as
-from fxckpt.saving.guard import glimpse
 from fxckpt.store import names
-
-if TYPE_CHECKING:
-    from fxckpt.saving.plan import EngineLayer
 
 Place = tuple[int, str]
 """A tensor, by the number of its file and its key there."""
 
 FILES = (names.MODEL, names.OPTIMIZER)
-OWN_FILE = len(FILES)
-"""The number of the file that holds what only this rank has, if it is not rank 0."""
+
+
+class Shared(Protocol):
+    """A layer of a plan: its tensors, and which of them this rank writes."""
+
+    entries: list[Any]
+    own: list[int] | None
 
 
 @dataclass(frozen=True)
 class Share:
-    """Of one rank of several that write each checkpoint together. ``checked``: the rank whose part it checksums as well."""
+    """Of one rank of several that write each checkpoint together. ``checked``: the rank whose part it checksums as well;
+    ``kinds``: of the files, by their numbers."""
 
     rank: int
     world: int
     checked: int | None = None
+    kinds: tuple[str, ...] = FILES
 
     @property
     def files(self) -> list[str]:
-        """What this rank calls its files."""
+        """What this rank calls its files; the last one is of what only this rank has, if it is not rank 0."""
         own = [] if self.rank == 0 else [names.OWN]
-        return [names.of_rank(file, self.rank, self.world) for file in (*FILES, *own)]
+        return [names.of_rank(file, self.rank, self.world) for file in (*self.kinds, *own)]
 
     @property
     def checked_files(self) -> list[str]:
         """Those of the other rank, which have the next numbers."""
-        return [] if self.checked is None else [names.of_rank(file, self.checked, self.world) for file in FILES]
+        return [] if self.checked is None else [names.of_rank(file, self.checked, self.world) for file in self.kinds]
 
-    def take(self, layers: Sequence[EngineLayer], buffers: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, torch.Tensor]]:
+    def take(self, layers: Sequence[Shared], buffers: Collection[str]) -> tuple[str, dict[str, Any]]:
         """Have each layer note which of its tensors this rank writes; returns a digest of those that all ranks have, and which
         are whole beside DTensors: with no replica to look at them, somebody must see that they are alike. Those of
         ``buffers`` each rank has for itself, unless they are DTensors: what a forward does to them depends on its own batches."""
@@ -79,15 +80,7 @@ class Share:
         """The number of the file that a tensor goes to. ``writer``: of what several ranks have, the one that writes it."""
         if writer is not None and writer == self.checked:
             return len(self.files) + place[0]
-        return place[0] if writer is not None or self.rank == 0 else OWN_FILE
-
-
-def fingerprint(tensor: torch.Tensor) -> int:
-    """What is the same of tensors with the same values. One on a device is waited for."""
-    found = glimpse(tensor, whole=True)
-    if found is None:
-        found = int(tensor.detach().contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64))
-    return found
+        return place[0] if writer is not None or self.rank == 0 else len(self.kinds)
 
 
 def who_writes(sizes: Mapping[Place, int], holders: Mapping[Place, tuple[int, ...]]) -> dict[Place, int]:

@@ -41,6 +41,10 @@ class Journaled:
         return Journaled(self.base, self.records[:count]) if count > 0 else None
 
 
+Loadable = Candidate | Journaled
+"""What a load restores: a checkpoint, or a step behind one."""
+
+
 class Broken(Exception):
     """A step of a journal cannot be had: the first ``good`` records are not concerned, and ``error`` says what is wrong
     behind."""

@@ -36,7 +36,7 @@ STEPS, RECORDS = "step", "journal"
 """What the directories of checkpoints, and those of records of the journal, begin with."""
 
 _COMMITTED = re.compile(r"(step|journal)-([0-9]{9,18})(?:-g([0-9]{1,18}))?")
-_SHARED = re.compile(r"(model|optimizer|state|own|part)-([0-9]{5,9})-of-([0-9]{5,9})(\.safetensors|\.json)")
+_SHARED = re.compile(r"(model|optimizer|state|own|part|gradients)-([0-9]{5,9})-of-([0-9]{5,9})(\.safetensors|\.json)")
 _REPLICAS = re.compile(r"rank-([0-9]{5,9})")
 _SLOT = re.compile(r"(journal-)?slot-([0-9]{1,9})(?:\.partial|\.bad)")
 
@@ -111,6 +111,11 @@ def slot_number(name: str, kind: str = STEPS) -> int | None:
 def is_slot(name: str) -> bool:
     """Is it the name of a slot, for checkpoints or for records?"""
     return _SLOT.fullmatch(name) is not None
+
+
+def is_of_journal(name: str) -> bool:
+    """Is a directory of this name for a record of the journal?"""
+    return name.startswith(f"{RECORDS}-")
 
 
 def is_given(name: str) -> bool:

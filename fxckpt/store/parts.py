@@ -116,10 +116,12 @@ def box_of(tensor: TensorRecord) -> Box:
 
 
 def seen_by(record: Record, rank: int, directory: str = "") -> Record:
-    """The checkpoint as this rank loads it: with its own buffers, generators and loaders. One that wrote none gets rank 0's.
-    ``directory``: for the error. Raises ``Corrupt`` if what it sees is not whole."""
+    """The checkpoint as this rank loads it: with its own buffers, generators and loaders, and of a record of the journal what it
+    made its step with. One that wrote none gets rank 0's. ``directory``: for the error. Raises ``Corrupt`` if what it sees is not
+    whole."""
     if rank == 0 or rank >= len(record.ranks):
         return record
     own = record.ranks[rank]
     layers = _layers(record.ranks, directory, rank)
-    return dataclasses.replace(record, layers=layers, rank=rank, optimizers=own.optimizers, state=own.state)
+    return dataclasses.replace(record, layers=layers, rank=rank, optimizers=own.optimizers, state=own.state,
+                               journal=own.journal)  # fmt: skip

@@ -66,6 +66,9 @@ DEVICE_FORMAT = 6
 CUDA = "cuda"
 """The one kind of device."""
 
+SHARED_JOURNAL_FORMAT = 7
+"""Format of the records of a record of the journal that several ranks wrote together, a part each."""
+
 KINDS = ("update", "frozen", "buffers")
 """What a layer holds: parameters an optimizer updates (with their state), frozen ones, or buffers."""
 
@@ -230,11 +233,12 @@ class Record:
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = {"format": FORMAT, **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}}
-        if (journal := body.pop("journal")) is not None:
-            body |= _written(journal, alone=len(self.optimizers) == 1)
-        if (parts := body.pop("parts")) is not None:
+        journal, parts = body.pop("journal"), body.pop("parts")
+        if journal is not None:
+            body |= _written(journal, alone=parts is None and len(self.optimizers) == 1)
+        if parts is not None:
             number = SHARDED_FORMAT if self.is_sharded else SHARED_FORMAT
-            body |= {"format": number, "parts": [vars(part) for part in parts]}
+            body |= {"format": number if journal is None else SHARED_JOURNAL_FORMAT, "parts": [vars(part) for part in parts]}
         del body["ranks"]
         listed = tuple(_TENSORS[body["format"]])
         of = operator.attrgetter(*listed)
@@ -332,17 +336,19 @@ _RECORD = {"sha256": is_str, "format": is_count, "store_id": is_str, "generation
 _PART = {"name": _is_file_name, "sha256": lambda value: is_str(value) and re.fullmatch("[0-9a-f]{64}", value) is not None}
 _JOURNALS: dict[int, dict[str, Callable[[Any], bool]]] = {
     JOURNAL_FORMAT: _JOURNAL, ORDERED_FORMAT: {**_JOURNAL, **_ORDERED}, DEVICE_FORMAT: {**_JOURNAL, **_DEVICE},
+    SHARED_JOURNAL_FORMAT: {**_JOURNAL, **_ORDERED},
 }  # fmt: skip
 """What the journal's part has in records of it, by their formats."""
 _MORE: dict[Any, dict[str, Callable[[Any], bool]]] = {
     FORMAT: {}, JOURNAL_FORMAT: {"journal": is_anything}, SHARED_FORMAT: {"parts": list_of(is_anything)},
     SHARDED_FORMAT: {"parts": list_of(is_anything)},
     ORDERED_FORMAT: {"journal": is_anything}, DEVICE_FORMAT: {"journal": is_anything},
+    SHARED_JOURNAL_FORMAT: {"journal": is_anything, "parts": list_of(is_anything)},
 }  # fmt: skip
 """What records of each format have beside."""
 _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
     FORMAT: _TENSOR, JOURNAL_FORMAT: _TENSOR, SHARED_FORMAT: _TENSOR, SHARDED_FORMAT: {**_TENSOR, **_BOX},
-    ORDERED_FORMAT: _TENSOR, DEVICE_FORMAT: _TENSOR,
+    ORDERED_FORMAT: _TENSOR, DEVICE_FORMAT: _TENSOR, SHARED_JOURNAL_FORMAT: {**_TENSOR, **_BOX},
 }  # fmt: skip
 """What their tensors have."""
 
@@ -350,7 +356,7 @@ _TENSORS: dict[int, dict[str, Callable[[Any], bool]]] = {
 def _record(body: Any) -> Record:
     """The parsed body as a ``Record``, with files, layers and tensors agreeing with each other."""
     need(type(body) is dict and body.get("format") in tuple(_MORE),
-          f"this reader knows formats {FORMAT} to {DEVICE_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
+          f"this reader knows formats {FORMAT} to {SHARED_JOURNAL_FORMAT}; a newer fxckpt may have written it")  # fmt: skip
     of_journal = _JOURNALS.get(body["format"])
     fields = dict(members(body, {**_RECORD, **_MORE[body["format"]]}, "the record"))
     del fields["sha256"], fields["format"]

@@ -365,7 +365,24 @@ def together(root: Path, acks: Path, writer: str) -> None:
         trainer.close()
 
 
-TOGETHER = {"together": (together, 1)}
+def journalled_together(root: Path, acks: Path, writer: str) -> None:
+    """The same with a journal: two records behind each checkpoint. A second life goes on behind the first record of the last row,
+    so that the second one is cut off."""
+    messages, step, base, after = dist.HashStore(), 0, 0, 0
+    for life in range(2):
+        trainer = JointTrainer(root, acks, messages, life, ITEMS, keep=1, max_async=1, journal=3)
+        if life:
+            for rank in trainer.ranks:
+                rank.store.mark_loaded(after - 1)
+        for number in (0, 1, 2) * (2 - life):
+            step += 1
+            link = Journal(base, after, number, None, [], {}, {}, "", 1) if number else None
+            after = read_record(str(trainer.save(step, journal=link))).generation
+            base = base if number else after
+        trainer.close()
+
+
+TOGETHER = {"together": (together, 1), "journalled_together": (journalled_together, 1)}
 MONITORED = {"trainer_killed": (trainer_killed, 1), "monitor_replaced": (monitor_replaced, 1)}
 
 
@@ -452,6 +469,11 @@ def published(call: instruments.Call, last: str) -> bool:
         and not call.target.endswith((".partial", ".json"))  # fmt: skip
 
 
+def recorded(call: instruments.Call, last: str) -> bool:
+    """The same of a record of a journal."""
+    return call.op == "rename" and re.search(r"/journal-[0-9]*$", call.target) is not None
+
+
 def acknowledges(call: instruments.Call, last: str) -> bool:
     """The caller is told."""
     return "/acks/" in call.path
@@ -488,8 +510,11 @@ EDGES: dict[str, list[tuple[str, Edge]]] = {
 JOINT_EDGES: dict[str, list[tuple[str, Edge]]] = {
     "W": [("together", Edge(lambda call, last: syncs(call, "part-00002-of-00002.json.tmp"), published))],
     "D": [("together", Edge(lambda call, last, kind=kind: syncs(call, f"{kind}-00002-of-00002.safetensors"), published))
-          for kind in ("model", "optimizer", "state")],
+          for kind in ("model", "optimizer", "state")]
+         + [("journalled_together", Edge(lambda call, last: syncs(call, "gradients-00002-of-00002.safetensors"), recorded))],
     "S": [("together", Edge(lambda call, last: syncs(call, ".partial"), published))],
+    "R": [("journalled_together", Edge(lambda call, last: syncs(call, "/checkpoints") and last.startswith("rename journal-"),
+                                       writes))],
     "C": [("together", Edge(lambda call, last: syncs(call, names.INDEX + ".tmp"), published))],
 }  # fmt: skip
 """The same of the part of a rank that does not commit; only a thread writes those."""

@@ -256,10 +256,10 @@ def test_parameters_that_hold_other_tensors_are_named(one_thread):
     from torch.testing._internal.two_tensor import TwoTensor
 
     param = TwoTensor(torch.ones(3), torch.ones(3))
-    member = SimpleNamespace(name="0.weight", param=param, plain=False)
+    member = SimpleNamespace(name="0.weight", param=param, local=param, plain=False)
     executor = SimpleNamespace(arranged=SimpleNamespace(members=[member]))
     stepper = SimpleNamespace(opt=torch.optim.SGD([torch.ones(3)], lr=0.1), whole=None, executor=executor)
-    assert why_not_now(stepper, [torch.ones(3)]) == "0.weight is a TwoTensor, and steps of these were not compared"
+    assert why_not_now(stepper, [torch.ones(3)], 1) == "0.weight is a TwoTensor, and steps of these were not compared"
 
 
 def test_fused_steps_that_unscale_are_stored_in_full_and_it_is_said_once(root, one_thread, caplog):

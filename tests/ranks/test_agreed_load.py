@@ -73,7 +73,7 @@ def test_a_journal_that_one_process_left_is_not_gone_through_and_it_is_said(two,
         run.train(5)
         run.opt.ckpt.shutdown()
     runs, found = two()
-    assert [each.step for each in found] == [2, 2] and "from step 2: what the journal in" in caplog.text
+    assert [each.step for each in found] == [2, 2] and "behind step 2, up to step 5, is not made again" in caplog.text
     train(runs, 2, 2)
     _, found = two()
     assert [each.step for each in found] == [4, 4]

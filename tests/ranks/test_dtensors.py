@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import fxckpt
 from fxckpt.compat.spread import Box, gradient_like
 from fxckpt.errors import LayoutMismatch, SetupError
-from fxckpt.loading.apply import _strides_for
+from fxckpt.loading.apply import strides_for
 from fxckpt.saving.guard import Changed
 from fxckpt.store import names
 from fxckpt.store.reader import Reader
@@ -178,9 +178,9 @@ def test_state_of_a_dtensor_that_is_one_number_is_one_again(name, root):
 
 
 def test_state_takes_the_strides_of_a_part_only_where_no_two_elements_share_memory():
-    assert _strides_for((2, 3, 2), (6, 1, 3)) == (6, 1, 3)
-    assert _strides_for((2, 6, 2), (6, 1, 3)) == (12, 2, 1)
-    assert _strides_for((4, 3), (1, 2)) == (3, 1)  # of a part of two rows
+    assert strides_for((2, 3, 2), (6, 1, 3)) == (6, 1, 3)
+    assert strides_for((2, 6, 2), (6, 1, 3)) == (12, 2, 1)
+    assert strides_for((4, 3), (1, 2)) == (3, 1)  # of a part of two rows
 
 
 def waits_for_a_step(root, turns):
@@ -227,6 +227,7 @@ def test_a_journal_of_gradients_of_dtensors_is_replayed(layout, root):
         assert life.start == first
         life.train(first, last)
         life.end()
+        assert life.opt.ckpt.statistics()["records_committed"]
     assert differences(life.tensors(), plain.tensors()) == []
 
 

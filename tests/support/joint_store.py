@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,52 +15,65 @@ from fxckpt.store import names
 from fxckpt.store.about import ALIKE
 from fxckpt.store.layout import TensorSpec, lay_out
 from fxckpt.store.reader import latest
-from fxckpt.store.record import FileRecord, LayerRecord, TensorRecord
+from fxckpt.store.record import GRADIENTS, FileRecord, Journal, LayerRecord, TensorRecord
 
 WORLD = 2
 
 
+class Files:
+    """What a rank writes of a checkpoint, or of a record of the journal: (kind of file, key) each, one tensor in each file."""
+
+    def __init__(self, engine: Engine, rank: int, items: int, kind: str, tensors: Sequence[tuple[str, str]]):
+        self.kind = kind  # of its layer
+        self.arrays = [np.zeros(items, np.float32) for _ in tensors]
+        self.layouts = [lay_out(names.of_rank(file, rank, WORLD), [TensorSpec(key, "F32", (items,), 0)]) for file, key in tensors]
+        placed = [(0, file, p.begin, p.nbytes, 4) for file, layout in enumerate(self.layouts) for p in layout.tensors]
+        self.plan = engine.plan([(layout.nbytes, layout.header) for layout in self.layouts], placed, 1)
+
+
 class Rank:
-    """One of them, with a tensor and its moment that hold the step's number."""
+    """One of them, with a tensor and its moment, or a gradient, that hold the step's number."""
 
     def __init__(self, store, rank: int, items: int):
         self.store, self.rank = store, rank
         self.engine = Engine(threads=2, chunk_bytes=CHUNK, staging_bytes=4 * CHUNK)
-        self.arrays = [np.zeros(items, np.float32), np.zeros(items, np.float32)]
-        keys = f"layer{rank}.weight", f"exp_avg/layer{rank}.weight"
-        self.layouts = [
-            lay_out(names.of_rank(file, rank, WORLD), [TensorSpec(key, "F32", (items,), 0)])
-            for file, key in zip((names.MODEL, names.OPTIMIZER), keys)
-        ]
-        placed = [(0, file, p.begin, p.nbytes, 4) for file, layout in enumerate(self.layouts) for p in layout.tensors]
-        self.plan = self.engine.plan([(layout.nbytes, layout.header) for layout in self.layouts], placed, 1)
+        name = f"layer{rank}.weight"
+        both = (names.MODEL, name), (names.OPTIMIZER, f"exp_avg/{name}")
+        self._full = Files(self.engine, rank, items, "update", both)
+        self._record = Files(self.engine, rank, items, GRADIENTS, [(names.GRADIENTS, f"gradient/{name}")])
 
-    def begin(self, step: int, name: str | None = None):
+    def _files(self, journal: Journal | None) -> Files:
+        return self._full if journal is None else self._record
+
+    def begin(self, step: int, name: str | None = None, journal: Journal | None = None):
         """Its slot and the engine's side of it, with everything handed over."""
-        for array in self.arrays:
+        files = self._files(journal)
+        for array in files.arrays:
             array[:] = step
-        slot = self.store.acquire(name)
-        copy = self.engine.begin(self.plan, slot.path, [layout.name for layout in self.layouts], below=slot.below)
-        self.store.begin(slot, copy.id, self.layouts, step)
-        copy.emit(0, Sources([(array.ctypes.data, None, None) for array in self.arrays]))
+        slot = self.store.acquire(name, journal is not None)
+        copy = self.engine.begin(files.plan, slot.path, [layout.name for layout in files.layouts], below=slot.below)
+        self.store.begin(slot, copy.id, files.layouts, step)
+        copy.emit(0, Sources([(array.ctypes.data, None, None) for array in files.arrays]))
         return slot, copy
 
-    def record(self, step: int, copy):
+    def record(self, step: int, copy, journal: Journal | None):
         """What this rank says of it."""
-        files = tuple(FileRecord(each.name, each.nbytes, CHUNK, tuple(copy.crcs(i))) for i, each in enumerate(self.layouts))
+        written = self._files(journal)
+        files = tuple(FileRecord(each.name, each.nbytes, CHUNK, tuple(copy.crcs(i))) for i, each in enumerate(written.layouts))
         tensors = tuple(
             TensorRecord(each.name, p.spec.key, p.begin, p.nbytes, p.spec.shape, "F32")
-            for each in self.layouts
+            for each in written.layouts
             for p in each.tensors
         )
-        layer = LayerRecord(0, f"layer{self.rank}", "update", step, float(step), 1, sum(t.nbytes for t in tensors), tensors)
-        return a_record(step, files, (layer,), optimizers=[], state={"step": step, ALIKE: "both"})
+        nbytes = sum(t.nbytes for t in tensors)
+        layer = LayerRecord(0, f"layer{self.rank}", written.kind, step, float(step), 1, nbytes, tensors)
+        return a_record(step, files, (layer,), optimizers=[], state={"step": step, ALIKE: "both"}, journal=journal)
 
-    def commit(self, step: int, slot, copy) -> None:
+    def commit(self, step: int, slot, copy, journal: Journal | None) -> None:
         """Its side of the commit."""
         assert copy.durable(10)
-        slot.opened(dict(zip([layout.name for layout in self.layouts], copy.inodes())))
-        self.store.commit(slot, self.record(step, copy), {"rng": np.full(700, step + self.rank)})
+        slot.opened(dict(zip([layout.name for layout in self._files(journal).layouts], copy.inodes())))
+        self.store.commit(slot, self.record(step, copy, journal), {"rng": np.full(700, step + self.rank)})
 
 
 class JointTrainer:
@@ -76,14 +90,14 @@ class JointTrainer:
         for rank in self.ranks:
             rank.store.mark_loaded(newest and newest.generation)
 
-    def save(self, step: int, name: str | None = None) -> Path:
-        """One checkpoint, acknowledged when both ranks know of it."""
+    def save(self, step: int, name: str | None = None, journal: Journal | None = None) -> Path:
+        """One checkpoint, or a record of the ``journal``, acknowledged when both ranks know of it."""
         first, other = self.ranks
-        mine, its = first.begin(step, name), other.begin(step, name)
-        other.commit(step, *its)
+        mine, its = first.begin(step, name, journal), other.begin(step, name, journal)
+        other.commit(step, *its, journal)
         assert not first.store.missing(mine[0], 10)
         generation = mine[0].generation
-        first.commit(step, *mine)
+        first.commit(step, *mine, journal)
         assert its[0].ended(10) and its[0].generation == generation
         for _, copy in (mine, its):
             copy.release()

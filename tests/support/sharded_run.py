@@ -3,11 +3,12 @@
     python sharded_run.py < LIVES
 
 A life is a line of JSON, a dict: ``layout`` (one of LAYOUTS), ``world``, ``cwd``, ``dir``, ``steps`` (train up to this one),
-``optimizer``, ``update``, ``every``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has begun which
-step, and how many seconds later: ``[ranks, step, seconds]``), ``signal`` (SIGTERM comes to all, one after the other: ``[step,
-seconds between two]``). Prints, for each life, what each rank found and left: a list of dicts, null of
-a rank that was killed. The file ``dir``.log has a line for each step of each life: its number, a digest of all parameters and
-state behind it, and the last step that rank 0 knew to be committed.
+``optimizer``, ``update``, ``every``, ``journal``, ``load`` (False: a life without us), ``kill`` (which ranks, once rank 0 has
+begun which step, and how many seconds later: ``[ranks, step, seconds]``), ``signal`` (SIGTERM comes to all, one after the other:
+``[step, seconds between two]``), ``clamp`` (every so many steps a weight is clamped behind one), ``boundaries`` (loop with
+``fxckpt.steps``). Prints, for each life, what each rank found and left: a list of dicts, null of a rank that was killed. The file
+``dir``.log has a line for what each life loads and for each of its steps: the step's number, a digest of all parameters and state
+behind it, and the last step that rank 0 knew to be committed.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def laid_out(layout: str, world: int, **options: Any) -> tuple[nn.Module, nn.Mod
     if layout == "single":
         return net, net, 0
     if layout == "ddp":
-        return net, DistributedDataParallel(net), rank
+        return net, DistributedDataParallel(net, **options), rank
     if layout == "halves":
         mine, _ = dist.new_subgroups(world // 2)
         return net, fully_shard(net, mesh=DeviceMesh.from_group(mine, "cpu")), rank
@@ -132,12 +133,14 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     opt = OPTIMIZERS[life.get("optimizer", "adamw")](net.parameters())
     restored, watched = Restored(), life.get("load", True)
     if watched:
-        fxckpt.compile_step(opt, life["dir"], model=model, every=life.get("every", 1), keep=8, update=life.get("update"))
+        every, journal, update = life.get("every", 1), life.get("journal", 1), life.get("update")
+        fxckpt.compile_step(opt, life["dir"], model=model, every=every, keep=8, journal=journal, update=update)
         if "signal" in life:
             opt.ckpt.finish_on_signal()
         restored = fxckpt.load()
-    loaded, losses = digest(net, opt), []
-    for step in range(restored.step, life["steps"]):
+    loaded, losses, clamp = digest(net, opt), [], life.get("clamp")
+    note(life, rank, f"{restored.step} {loaded} {restored.step}")
+    for step in fxckpt.steps(life["steps"]) if watched and life.get("boundaries") else range(restored.step, life["steps"]):
         if rank == 0:
             begun.value = step + 1
         torch.manual_seed(1000 * step + whose)
@@ -145,12 +148,17 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
         loss.backward()
         opt.step()
         opt.zero_grad()
+        if clamp and step % clamp == 0:
+            with torch.no_grad():
+                net.blocks[1].up.weight.clamp_(-0.1, 0.1)
         losses.append(loss.item().hex())
         note(life, rank, f"{step + 1} {digest(net, opt)} {opt.ckpt.statistics()['last_committed_step'] or 0 if watched else 0}")
     found: dict[str, Any] = {"start": restored.step, "loaded": loaded, "losses": losses, "seen": net.seen.item()}
+    found["from"] = "" if restored.path is None else restored.path.name
     if watched:
         opt.ckpt.flush()
         note(life, rank, f"{life['steps']} {digest(net, opt)} {opt.ckpt.statistics()['last_committed_step']}")
+        found["records"] = opt.ckpt.statistics()["records_committed"]
         found["graph"] = opt.ckpt.graph.table() if life["steps"] > restored.step else ""
         opt.ckpt.shutdown()
     return {**found, "left": digest(net, opt)}
