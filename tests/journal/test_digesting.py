@@ -30,11 +30,12 @@ class Digests:
         params = [torch.randn(n, n, generator=g) for n in sizes]
         counts = [torch.tensor(3.0), torch.tensor(4.0)]
         self.layout = SimpleNamespace(
+            share=None,
             layers=[
                 EngineLayer("counts", "counts", [Entry(1, f"step/{i}", t, str(i)) for i, t in enumerate(counts)]),
                 EngineLayer("a", "update", [Entry(0, str(i), t, str(i)) for i, t in enumerate(params)]),
                 EngineLayer("b", "update", [Entry(0, "b", torch.randn(3, 3, generator=g), "b")]),
-            ]
+            ],
         )
         self.params, self.counts = params, counts
         self.digester = Digester(self.engine, self.sources)
