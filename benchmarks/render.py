@@ -371,6 +371,33 @@ def journal(numbers: Numbers) -> str:
     return f"{made}\n\nRestored in {said}, each with the bits that training had. {machine_line(numbers['machine'])}."
 
 
+def cost_model(numbers: Numbers) -> str:
+    """costs.py's constants, and what they predict beside what was measured."""
+    found, kinds = numbers["constants"], {"full": "a full checkpoint", "journal": "a record of a journal of 64 steps"}
+    python = [
+        [
+            name,
+            *(
+                f"{found[f'{kind}, {who}'][what] * 1e3:.2f} ms"
+                for who in ("trains", "commits")
+                for what in ("checkpoint", "layer")
+            ),
+        ]
+        for kind, name in kinds.items()
+    ]
+    head = ["", "training thread, each", "and each layer", "committing thread, each", "and each layer"]
+    rows = [
+        [row["label"], kinds[row["kind"]], f"{row['step_seconds'] * 1e3:.0f} ms", size(row["bytes"]),
+         "{:.2f} – {:.2f}".format(*row["predicted"]), spread(row["ratios"])]
+        for row in numbers["rows"]
+    ]  # fmt: skip
+    copy, write = (duration(found[what] * 1e9) for what in ("copy", "write"))
+    said = f"A GB takes {copy} of one core to be copied and checksummed and {write} to be written; the disk takes "
+    said += f"{found['disk'] / 1e9:.1f} GB/s. {numbers['cores']} cores train. {machine_line(numbers['machine'])}."
+    made = table(["", "every step", "a step without", "bytes", "predicted", "measured"], rows)
+    return "\n\n".join([said, table(head, python), made])
+
+
 def in_backward(numbers: Numbers) -> str:
     """memory.py's figures, as far as they are there: after the backward, inside it, and one against the other."""
     ways, memory, times = ("after_backward", "in_backward"), numbers["memory"], numbers["time"]

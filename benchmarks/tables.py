@@ -78,6 +78,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "resharding_between": lambda: render.resharding_between(results("resharding")),
     "records": lambda: render.records(results("records")),
     "journal": lambda: render.journal(results("journal")),
+    "cost model": lambda: render.cost_model(results("costs")),
     "in backward": lambda: render.in_backward(results("memory")),
     "in backward, machine": lambda: render.in_backward_about(results("memory")),
 }
