@@ -3,6 +3,8 @@
 repeatable   which optimizers' steps come out the same
 layout       what lies where in a record
 chain        which checkpoint of a run is a record, and on what it builds
+whether      there is a journal, and how long it is
+links        what a record is made of
 made         a step that was made and is in no record yet
 looks        the tensors of layers as steps left them: what changed outside
 length       how far apart full checkpoints are, where that is left to us

@@ -96,7 +96,7 @@ class Run:
         self.tracing: tracing.Tracing | None = tracing.from_environment(self.saver.flights, engine, self.emitter.number)
         if engine is not None:
             self.capture.start()
-            self.chain.start()
+            self.chain.whether.start()
         live_runs.add(self)
         gone = weakref.finalize(self, _end, self.saver, self.arrangement, self.capture)
         gone.atexit = False  # at exit, shutdown has run already

@@ -23,6 +23,7 @@ from fxckpt.errors import Diverged, SaveFailed, SetupError, StoreError
 from fxckpt.journal.chain import Chain
 from fxckpt.optim.stepper import Stepper
 from fxckpt.optim.strategy import Arguments, EvaluatedClosure, Strategy, own_step
+from fxckpt.run.announcer import Announcer
 from fxckpt.run.armed_step import ArmedStep
 from fxckpt.run.arrangement import Arrangement
 from fxckpt.run.clock import RunStatus, Schedule, StepClock
@@ -271,10 +272,10 @@ class Stepping:
             self._chain.begins(stepper, self._refused(stepper, strategy, own), due)
             pending = self.begin(step, stepper) if due else None
             stepper.halfway = True
-            before = self._instant() if self._chain.trial is not None else None
+            before = self._instant() if self._chain.whether.trial is not None else None
             emitted = strategy.run(emitter.number if copying or pending is not None else None)
-            if before is not None and self._chain.trial is not None:
-                self._chain.trial.updated(before, self._instant())
+            if before is not None and self._chain.whether.trial is not None:
+                self._chain.whether.trial.updated(before, self._instant())
             stepper.halfway = False
             self._chain.updated()
             # What a closure left inside a whole step of a class of its own, its next step may read before all else (SAM).
@@ -392,7 +393,7 @@ class Stepping:
     def _taken(self, pending: InFlight | None, layout: Layout | None) -> None:
         """See ``Chain.taken``; whoever watches the run is told how far apart full checkpoints are."""
         self._chain.taken(pending, layout, self._clock.in_iteration)
-        self._saver.about.journal = self._chain.length
+        self._saver.about.journal = self._chain.whether.length
 
     def raise_callback_error(self) -> None:
         """Raise what ``on_layer`` raised, now that all layers were updated: half a step is nothing to go on from."""
@@ -448,37 +449,3 @@ class Stepping:
             raise
         self._closing.close_step(at_rest=True)
         return pending
-
-
-class Announcer:
-    """Says what runs a step, once for each way it runs, and what snapshots may take."""
-
-    def __init__(self, arrangement: Arrangement, max_async: int):
-        self._arrangement, self._max_async = arrangement, max_async
-        self._described: list[tuple[int, str]] = []  # the bindings that were described last
-        self._said: set[str] = set()
-
-    def announce(self) -> None:
-        """Say what was not said yet."""
-        steppers = self._arrangement.steppers
-        bound = [(s.bindings.number, s.describe()) for s in steppers]
-        self._arrangement.unsaid = False
-        if bound == self._described:
-            return
-        if not self._described and (size := sum(t.nbytes for t in self._arrangement.inventory.buffers.values())) >> 20:
-            self._say(f"snapshots of the model's buffers take at most {size * self._max_async >> 20} MiB more")
-        self._described = bound
-        for i, (_, line) in enumerate(bound):
-            if line:
-                self._say(line, of=i)
-        tensors = [t for s in steppers for _, ts in s.executor.arranged.handed_over for t in ts]
-        remote = self._arrangement.emitter.is_remote
-        if size := sum(t.nbytes for t in tensors if remote(t) and not t.is_contiguous()) * self._max_async:
-            what = "tensors that are not in row-major order are copied on their device first"
-            self._say(f"{what}, which takes at most {size / 2**20:.1f} MiB there")
-
-    def _say(self, line: str, of: int = -1) -> None:
-        """``of``: the number of the optimizer that it is about; two of one class are two lines."""
-        if (key := f"{of} {line}") not in self._said:
-            self._said.add(key)
-            log.info("fxckpt: %s", line)

@@ -14,10 +14,8 @@ state a crash can leave, a directory without a suffix verifies. ``test_power_cut
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
-import stat
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -26,12 +24,13 @@ from pathlib import Path
 from fxckpt.errors import Cancelled, Corrupt, NoCheckpoint, SaveFailed, SetupError, StoreError, StoreNotLoaded
 from fxckpt.store import names
 from fxckpt.store.dtypes import Tensor
-from fxckpt.store.files import FOREIGN, make_directories, replace_file, write_tensors
+from fxckpt.store.files import FOREIGN, make_directories, write_tensors
 from fxckpt.store.folder import Folder
 from fxckpt.store.identity import check_store, identify
 from fxckpt.store.layout import FileLayout
 from fxckpt.store.lock import DirectoryLock
 from fxckpt.store.pool import Pool
+from fxckpt.store.publishing import publish, seal
 from fxckpt.store.read_back import OFF, SHARE, ReadBack
 from fxckpt.store.reader import Candidate, candidates, directory_of, read_record, records
 from fxckpt.store.record import FileRecord, Record
@@ -333,8 +332,9 @@ class Store:
             with slot.reporting():
                 extra = write_tensors(slot.held(), record.state_file, state_tensors)
                 record = self._completed(record, slot, extra)
-                self._seal(slot, record, [file for part in parts for file in part.files])
-                self._publish(slot, record)
+                seal(slot, record, [file for part in parts for file in part.files])
+                self._check_place()  # its bytes took their time
+                publish(slot, record, pool)
             pool.committed(slot, self._standing(record, GOOD))
             slot.leave()
             if record.journal is None:
@@ -386,59 +386,6 @@ class Store:
             record, store_id=self.store_id, generation=slot.generation, parent=parent, name=slot.name,
             files=(*record.files, extra), lasting=lasting, best_by=self._policy.best,
         )  # fmt: skip
-
-    def _seal(self, slot: Slot, record: Record, beside: Sequence[FileRecord]) -> None:
-        """Step 3: from here the directory describes itself. ``beside``: files of other ranks' parts."""
-        files, folder = [*record.files, *beside], slot.held()
-        wanted = {*(file.name for file in files), *(part.name for part in record.parts or ())}
-        for name, found in folder.entries().items():
-            if not stat.S_ISREG(found.st_mode):
-                folder.put_aside(name, slot.parent)
-            elif name not in wanted:
-                folder.unlink(name)  # of an earlier plan: nobody would verify it
-        for file in files:
-            slot.check_written(file)
-        # Edge C: the record's bytes, and
-        replace_file(folder, names.COMMIT, record.to_bytes(), durable=True)
-        # edge S: the names in the slot before its final name, else a checkpoint could lack its record or a file.
-        folder.sync()
-
-    def _publish(self, slot: Slot, record: Record) -> None:
-        """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
-        kind = names.STEPS if record.journal is None else names.RECORDS
-        final = slot.name or names.step_name(record.step, kind=kind)
-        if slot.name is None and slot.parent.find(final) is not None:
-            final = names.step_name(
-                record.step, record.generation, kind
-            )  # an earlier life, or one rolled back, came past this step
-        self._check_place()  # its bytes took their time
-        slot.target = final
-        try:
-            slot.parent.rename(slot.entry, final)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            self._move_files(slot)
-            slot.parent.rename(slot.entry, final)
-        slot.entry = final
-        if not slot.is_itself():
-            slot.suspect = True
-            raise SaveFailed("rename", slot.path, detail="somebody put another directory in its place while it was written")
-        # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
-        slot.parent.sync()
-
-    def _move_files(self, slot: Slot) -> None:
-        """To a new directory: one of a lower layer of an overlay (a container's image) cannot get another name."""
-        fresh = self._pool_of(slot).make_slot()
-        log.info("%s lies in a lower layer of an overlay: its files move to %s", slot.path, fresh.path)
-        fresh.enter()
-        for name in slot.held().entries():
-            slot.held().rename(name, name, fresh.held())
-        fresh.held().sync()  # edge S, for these names
-        slot.entry, slot.number, fresh.entry, fresh.number = fresh.entry, fresh.number, slot.entry, slot.number
-        slot.folder, fresh.folder = fresh.folder, slot.folder
-        fresh.leave()
-        self._pool_of(slot).remove(fresh)
 
     def discard(self, paths: Collection[str]) -> None:
         """Remove these checkpoints (absolute paths; named ones are left alone), and every slot that waits to be used

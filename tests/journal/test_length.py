@@ -93,13 +93,13 @@ def test_a_run_measures_chooses_once_says_it_and_goes_on_with_the_same_bits(root
         seen.append((found, restore_seconds))
         return Choice(9, "so it was asked")
 
-    monkeypatch.setattr("fxckpt.journal.chain.choose", chosen)
+    monkeypatch.setattr("fxckpt.journal.whether.choose", chosen)
     with caplog.at_level(logging.INFO, "fxckpt"):
         life = Life(root, journal="auto", model=larger, keep=3).train(40).end()
     [(found, limit)], [line] = seen, [text for text in caplog.messages if "journal='auto': " in text]
     assert limit == 30 and "every 9 steps: so it was asked" in line
     assert found.full > 2.5 * found.record > 0 and found.update_seconds >= 0 and found.step_seconds > 0 and found.room > 0
-    assert found.bandwidth > 0 and life.opt.ckpt._run.chain.trial is None
+    assert found.bandwidth > 0 and life.opt.ckpt._run.chain.whether.trial is None
     fulls = [each.step for each in fxckpt.checkpoints(root)]
     assert [b - a for a, b in pairwise(fulls)] == [9, 9]
     found = Life(root, journal="auto", model=larger)
@@ -109,7 +109,7 @@ def test_a_run_measures_chooses_once_says_it_and_goes_on_with_the_same_bits(root
 def test_a_limit_of_time_is_held(root, one_thread, caplog):
     with caplog.at_level(logging.INFO, "fxckpt"):
         life = Life(root, journal="auto", restore_seconds=1e-9, model=larger).train(24).end()
-    assert life.opt.ckpt._run.chain.length == 1 and fxckpt.latest(root).step == 24
+    assert life.opt.ckpt._run.chain.whether.length == 1 and fxckpt.latest(root).step == 24
     assert sum("1e-09 s longer at most" in text for text in caplog.messages) == 1
 
 

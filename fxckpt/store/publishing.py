@@ -1,0 +1,73 @@
+"""The last steps of a commit: a slot whose files are durable describes itself, and gets the name that makes it a checkpoint.
+
+What must be on the disk before what is named by letters, in docs/format.md, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import stat
+from collections.abc import Sequence
+
+from fxckpt.errors import SaveFailed
+from fxckpt.store import names
+from fxckpt.store.files import replace_file
+from fxckpt.store.pool import Pool
+from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.slot import Slot
+
+log: logging.Logger = logging.getLogger("fxckpt")
+
+
+def seal(slot: Slot, record: Record, beside: Sequence[FileRecord]) -> None:
+    """Step 3: from here the directory describes itself. ``beside``: files of other ranks' parts."""
+    files, folder = [*record.files, *beside], slot.held()
+    wanted = {*(file.name for file in files), *(part.name for part in record.parts or ())}
+    for name, found in folder.entries().items():
+        if not stat.S_ISREG(found.st_mode):
+            folder.put_aside(name, slot.parent)
+        elif name not in wanted:
+            folder.unlink(name)  # of an earlier plan: nobody would verify it
+    for file in files:
+        slot.check_written(file)
+    # Edge C: the record's bytes, and
+    replace_file(folder, names.COMMIT, record.to_bytes(), durable=True)
+    # edge S: the names in the slot before its final name, else a checkpoint could lack its record or a file.
+    folder.sync()
+
+
+def publish(slot: Slot, record: Record, pool: Pool) -> None:
+    """Step 4: the rename that makes it a checkpoint, and the sync that makes it one for good."""
+    kind = names.STEPS if record.journal is None else names.RECORDS
+    final = slot.name or names.step_name(record.step, kind=kind)
+    if slot.name is None and slot.parent.find(final) is not None:
+        final = names.step_name(record.step, record.generation, kind)  # an earlier life, or one rolled back, came past this step
+    slot.target = final
+    try:
+        slot.parent.rename(slot.entry, final)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        _move_files(slot, pool)
+        slot.parent.rename(slot.entry, final)
+    slot.entry = final
+    if not slot.is_itself():
+        slot.suspect = True
+        raise SaveFailed("rename", slot.path, detail="somebody put another directory in its place while it was written")
+    # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
+    slot.parent.sync()
+
+
+def _move_files(slot: Slot, pool: Pool) -> None:
+    """To a new directory: one of a lower layer of an overlay (a container's image) cannot get another name."""
+    fresh = pool.make_slot()
+    log.info("%s lies in a lower layer of an overlay: its files move to %s", slot.path, fresh.path)
+    fresh.enter()
+    for name in slot.held().entries():
+        slot.held().rename(name, name, fresh.held())
+    fresh.held().sync()  # edge S, for these names
+    slot.entry, slot.number, fresh.entry, fresh.number = fresh.entry, fresh.number, slot.entry, slot.number
+    slot.folder, fresh.folder = fresh.folder, slot.folder
+    fresh.leave()
+    pool.remove(fresh)
