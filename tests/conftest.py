@@ -14,6 +14,10 @@ import pytest
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Inductor tries each set of vector instructions in every process: it compiles a program and loads it in a process of its own, which
+# takes six seconds where the cache is empty. What the processor says that it has, it has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 
 def pytest_collection_finish():
     """What is there by now stays: workers that are forked need not look through it for garbage, which copies its pages."""

@@ -1,7 +1,7 @@
 """Every class of ``torch.optim``, every implementation and option it has, six steps beside PyTorch's own.
 
 ``FXCKPT_OPTIMIZERS=full`` (``make optimizers``) runs every case in every form, and compiles every case in three types. The
-short version runs every case single, the first and last of each class in every form, and compiles the first of each class.
+short version runs those that ``optimizer_cases.reaches`` says, and compiles the first of two classes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from fxckpt.graph.update.trace import BY_SHAPE, ELEMENTWISE, WHOLE
 
 DOCS = (ROOT / "docs" / "optimizers.md").read_text()
 FULL = os.environ.get("FXCKPT_OPTIMIZERS") == "full"
-SHORT = ("Adam", "SGD")  # by default: two moments, and none
 COMPILED = [
     (name, i, dtype)
-    for name in (cases.BOUNDS if FULL else [each for each in cases.BOUNDS if each in SHORT])
+    for name in (cases.BOUNDS if FULL else [each for each in cases.BOUNDS if each in cases.SHORT])
     for i in range(len(cases.CASES[name]) if FULL else 1)
     for dtype in ([torch.float32, torch.float64, torch.bfloat16] if FULL else [torch.float32])
 ]

@@ -49,18 +49,20 @@ class ForkServer:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, script: Path, cwd: Path, *, whole_exit: bool = False, **variables: str) -> ProcessRun:
+    def start(self, script: Path, cwd: Path, *, whole_exit: bool = False, stays: bool = False, **variables: str) -> ProcessRun:
         """Begin a run of ``script`` in ``cwd`` with these environment variables.
 
         Python's own exit takes a forked run two seconds, for it touches all that it shares with the server. So only where
-        the exit is the point (``whole_exit``) it is made; others run the exit handlers and stop.
+        the exit is the point (``whole_exit``) it is made; others run the exit handlers and stop. ``stays``: it is
+        no single test's.
         """
         cwd.mkdir(parents=True, exist_ok=True)
         log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
         log.touch()
         pid = self._ask(script=str(script), cwd=str(cwd), log=str(log), variables=variables, whole_exit=whole_exit)
         process = ProcessRun(pid, log, lambda: self._ask(wait=pid))
-        self._runs.append(process)
+        if not stays:
+            self._runs.append(process)
         return process
 
     def end_runs(self) -> None:
