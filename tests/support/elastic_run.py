@@ -1,9 +1,9 @@
 """An example under torchrun's own agent, in this process, which forks the ranks: a life imports nothing anew.
 
 A fork server starts it, and the variable ``ELASTIC_RUN`` says what: ``EXAMPLE UPDATE RESTARTS ARGUMENT...``; the example's own
-``update`` is the "default". It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a rank
-that has come to its end waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed just
-before it hears so (``MultiprocessContext`` says it of its ``_worker_finished_event``).
+``update`` is the "default". It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a
+rank that has come to its end waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed
+just before it hears so (``MultiprocessContext`` says it of its ``_worker_finished_event``).
 """
 
 from __future__ import annotations

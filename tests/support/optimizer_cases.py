@@ -296,7 +296,7 @@ def rows(name: str, full: bool = True) -> Iterator[tuple[dict[str, Any], dict[st
             else:
                 cells[form] = outcome(name, options, form, "native")
         shown = [str(c) if isinstance(c, Outcome) else c if c in ("–", NOT_RUN) else "PyTorch refuses" for c in cells.values()]
-        run = cells["single"] != NOT_RUN
+        run = all(reaches(options, name, form, full) for form in forms(name))
         last = f"{_compiled(name, cells)} | {_journalled(name, shown)}" if run else f"{NOT_RUN} | {NOT_RUN}"
         yield options, cells, f"| {name} | {label(options)} | {' | '.join(shown)} | {last} |"
 
