@@ -46,10 +46,10 @@ def inductor_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _fork_server(inductor_cache):
+def _fork_server(inductor_cache, tmp_path_factory):
     from fork_server import ForkServer
 
-    with contextlib.closing(ForkServer(inductor_cache)) as made:
+    with contextlib.closing(ForkServer.anew(inductor_cache, tmp_path_factory.mktemp("fork_server"))) as made:
         yield made
 
 
