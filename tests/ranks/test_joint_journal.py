@@ -36,7 +36,7 @@ LAYOUTS = {"ddp": 2, "fsdp": 2, "tp": 2, "hsdp": 4, "fsdp_tp": 4}
 OPTIMIZERS = {"ddp": "adamw", "single": "adamw", "fsdp": "adamw", "tp": "sgd", "hsdp": "foreach", "fsdp_tp": "fused"}
 """Of those that torch steps in this layout: its fused kernels take no DTensors beside plain tensors."""
 
-LIVES = int(os.environ.get("FXCKPT_LIVES", "3"))
+LIVES = int(os.environ.get("FXCKPT_LIVES", "2"))
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
 
 
