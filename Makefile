@@ -33,8 +33,10 @@ test: $(ENGINE) $(VENV)/.cuda-headers
 crash: $(ENGINE)
 	@FXCKPT_CRASH=full $(PY) -m pytest tests/campaigns/test_power_cut.py $(ARGS)
 
-# Every error at every call of a training; and runs that are killed and disturbed at random, one after the other.
+# Every error at every call of a training; and runs that are killed and disturbed at random, one after the other. Before them the
+# engine's C programs, a minute each.
 faults: $(ENGINE)
+	@FXCKPT_C_SECONDS=60 $(PY) -m pytest tests/engine/test_c_programs.py $(ARGS)
 	@FXCKPT_FAULTS=full $(PY) -m pytest -n 2 --dist worksteal tests/campaigns/test_faults.py -k whichever $(ARGS)
 
 # Larger settings of the model of chunks and fences, every interleaving of each.
@@ -66,11 +68,13 @@ models: $(ENGINE)
 	@FXCKPT_MODELS=full $(PY) -m pytest tests/campaigns/test_models.py tests/campaigns/test_models_in_backward.py tests/graph/test_in_backward.py \
 		tests/graph/test_one_graph_layers.py tests/loops/test_loops.py tests/project/test_project.py $(ARGS)
 
-# Twenty training loops as people write them, and epochs of a loader with workers, each killed many times.
+# Twenty training loops as people write them, and epochs of a loader with workers, each killed many times; and every kind of loader
+# with workers in every way.
 .PHONY: loops
 loops: export FXCKPT_LOOPS ?= 20
 loops: $(ENGINE)
-	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py $(ARGS)
+	@$(PY) -m pytest -n 2 --dist worksteal tests/loops/test_twenty_loops.py tests/loops/test_killed_in_an_epoch.py \
+		tests/loops/test_loaders.py $(ARGS)
 
 # Updates inside the backward: killed at any instant of one, and twenty loops with them.
 .PHONY: in-backward

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import signal
 import sys
 
 import instruments  # before any test can load the engine that has none
 import pytest
+import torch  # noqa: F401  sets up its loggers
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell ignores it for what it starts in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Inductor tries each set of vector instructions in every process: it compiles a program, and loads it in a process of its own.
+# That takes six seconds of the processor where the cache is empty. What the processor says that it has, it has.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
+# pytest gives its handlers to each logger that does not propagate. With one, torch writes down every symbol that it traces, with
+# the stack that led to it: a quarter of the time of all tracing.
+logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection_finish():
@@ -36,10 +46,10 @@ def inductor_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def _fork_server(inductor_cache):
+def _fork_server(inductor_cache, tmp_path_factory):
     from fork_server import ForkServer
 
-    with contextlib.closing(ForkServer(inductor_cache)) as made:
+    with contextlib.closing(ForkServer.anew(inductor_cache, tmp_path_factory.mktemp("fork_server"))) as made:
         yield made
 
 

@@ -1,7 +1,11 @@
-"""The engine's C test programs, each under the sanitizers that can see what it provokes."""
+"""The engine's C test programs, each under the sanitizers that can see what it provokes.
+
+``FXCKPT_C_SECONDS`` says how long each runs (``make faults``: a minute).
+"""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -11,7 +15,9 @@ from c_programs import ENGINE, FLAGS, SOURCES, build_driver, compiler, run
 from repository import ROOT
 
 SANITIZERS = {"memory": "address,undefined", "races": "thread"}
-SECONDS = "2"
+LONG = os.environ.get("FXCKPT_C_SECONDS")
+SECONDS = LONG or "1"
+TRAINING = LONG or "2"  # on the fake driver: shorter ones complete too few checkpoints on a busy machine
 SEED = os.environ.get("FXCKPT_TEST_SEED", "1")
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=1", "TSAN_OPTIONS": "halt_on_error=1"}
 
@@ -27,18 +33,17 @@ def sanitizer_missing(sanitizer: str, directory: Path) -> str:
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """Compiles the engine once for each sanitizer, and links programs to it."""
-    libraries: dict[str, Path] = {}
 
+    @functools.cache
     def engine(sanitizer: str) -> Path:
-        if sanitizer not in libraries:
-            directory = tmp_path_factory.mktemp("engine")
-            if missing := sanitizer_missing(sanitizer, directory):
-                pytest.skip(f"{compiler()[0]} cannot use -fsanitize={sanitizer}: {missing.strip()[:300]}")
-            built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", "-c", *ENGINE], cwd=directory)
-            assert built.returncode == 0, built.stderr
-            libraries[sanitizer] = directory
-        return libraries[sanitizer]
+        directory = tmp_path_factory.mktemp("engine")
+        if missing := sanitizer_missing(sanitizer, directory):
+            pytest.skip(f"{compiler()[0]} cannot use -fsanitize={sanitizer}: {missing.strip()[:300]}")
+        built = run([*compiler(), *FLAGS, f"-fsanitize={sanitizer}", "-c", *ENGINE], cwd=directory)
+        assert built.returncode == 0, built.stderr
+        return directory
 
+    @functools.cache
     def program(name: str, sanitizer: str) -> str:
         directory = engine(sanitizer)
         objects = sorted(str(path) for path in directory.glob("*.o"))
@@ -49,6 +54,12 @@ def build(tmp_path_factory):
         return output
 
     return program
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory):
+    """The fake driver, compiled once for each sanitizer."""
+    return functools.cache(lambda sanitizer: build_driver(tmp_path_factory.mktemp("driver"), f"-fsanitize={sanitizer}"))
 
 
 @pytest.mark.parametrize(
@@ -90,12 +101,12 @@ def test_the_core_knows_no_place_that_chunks_go_to():
     ],
     ids=["memory", "races", "one-queue", "old-driver"],
 )
-def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, tmp_path, sanitizer, settings):
+def test_copies_keep_the_order_of_events_on_a_device_that_is_late(build, driver, tmp_path, sanitizer, settings):
     """``c/cuda.c``: also each call of the driver fails once, and the device is lost at each call once."""
     program = build("cuda", SANITIZERS[sanitizer])
-    driver = build_driver(tmp_path, f"-fsanitize={SANITIZERS[sanitizer]}")
     short = ["0"] if settings else []  # only training
-    done = run([program, str(tmp_path), SECONDS, SEED, driver, *short], env=os.environ | ENVIRONMENT | settings)
+    command = [program, str(tmp_path), TRAINING, SEED, driver(SANITIZERS[sanitizer]), *short]
+    done = run(command, env=os.environ | ENVIRONMENT | settings)
     assert done.returncode == 0, f"seed {SEED}\n{done.stdout}\n{done.stderr}"
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 
 import pytest
 import torch
 import torch._inductor.config as inductor_config
 from graph_models import GPT, MLP, D, Shared, batch, book, compiled, front_end
+from process_runs import fresh_process
 from torch import nn
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -23,10 +20,12 @@ from fxckpt.torch_backend import backend
 __all__ = ["book"]  # the fixture
 
 CHILD = """
-import json, sys
+import json, os
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+
+counters.clear()
 
 class Net(nn.Module):
     # Without biases and reductions Inductor has no C++ to compile: a cold process takes seconds.
@@ -43,7 +42,7 @@ class Net(nn.Module):
 
 torch.manual_seed(0)
 net, x = Net(), torch.randn(4, 8)
-kind = sys.argv[1]
+kind = os.environ["KIND"]
 if kind == "plain":
     step = torch.compile(net)
 else:
@@ -70,20 +69,26 @@ print(json.dumps(reports))
 """
 
 
-def run(kind, cache):
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(fxckpt.__file__).parents[1]), env.get("PYTHONPATH", "")])
-    done = subprocess.run([sys.executable, "-c", CHILD, kind], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
+def processes(_fork_server, tmp_path_factory):
     """The same training step with plain Inductor and, in two processes, with ours; each cold and then warm."""
-    cache = tmp_path_factory.mktemp("ours")
-    plain_cold, plain_warm = run("plain", tmp_path_factory.mktemp("plain"))
-    return {"plain cold": plain_cold, "plain warm": plain_warm, "cold": run("ours", cache)[0], "warm": run("ours", cache)[0]}
+    folder = tmp_path_factory.mktemp("backend")
+    script = folder / "script.py"
+    script.write_text(CHILD)
+
+    def reports(process):
+        output = process.wait()
+        assert process.returncode == 0, output
+        return json.loads(output.splitlines()[-1])
+
+    def ours():
+        where = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "ours")}
+        [report] = reports(_fork_server.start(script, folder / "run", KIND="ours", **where))
+        return report
+
+    (folder / "plain").mkdir()  # in a process that has not imported fxckpt
+    plain_cold, plain_warm = reports(fresh_process(script, folder / "plain", folder / "theirs", KIND="plain"))
+    return {"plain cold": plain_cold, "plain warm": plain_warm, "cold": ours(), "warm": ours()}
 
 
 def test_numerics_are_inductors(processes):

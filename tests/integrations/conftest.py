@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 
 import pytest
-from fork_server import ForkServer
 
 
 @pytest.fixture(scope="session")
-def _server_with_trainers(inductor_cache):
-    with contextlib.closing(ForkServer(inductor_cache, "transformers.trainer", "accelerate", "peft", "fxckpt.hf")) as made:
+def _server_with_trainers(_fork_server, tmp_path_factory):
+    modules = ("transformers.trainer", "accelerate", "peft", "fxckpt.hf")
+    with contextlib.closing(_fork_server.with_more(tmp_path_factory.mktemp("trainers"), *modules)) as made:
         yield made
 
 
@@ -22,8 +22,9 @@ def trainers_server(_server_with_trainers):
 
 
 @pytest.fixture(scope="session")
-def _server_with_lightning(inductor_cache):
-    with contextlib.closing(ForkServer(inductor_cache, "lightning", "torchdata.stateful_dataloader", "fxckpt.lightning")) as made:
+def _server_with_lightning(_fork_server, tmp_path_factory):
+    modules = ("lightning", "torchdata.stateful_dataloader", "fxckpt.lightning")
+    with contextlib.closing(_fork_server.with_more(tmp_path_factory.mktemp("lightning"), *modules)) as made:
         yield made
 
 

@@ -10,7 +10,6 @@ import os
 import pytest
 import torch
 from digests import digest
-from lightning.fabric import Fabric
 from loop_runs import Loop
 from torch import nn
 
@@ -74,9 +73,15 @@ def test_a_loop_of_fabric_ends_with_the_same_bits(name, lightning_server, tmp_pa
         counted("kills of a loop of Fabric", 2)
 
 
+def on_cpu():
+    from lightning.fabric import Fabric  # here, since each worker of pytest imports this file: it takes more than a second
+
+    return Fabric(accelerator="cpu")
+
+
 def set_up():
     torch.manual_seed(0)
-    fabric, model = Fabric(accelerator="cpu"), nn.Linear(4, 4)
+    fabric, model = on_cpu(), nn.Linear(4, 4)
     return fabric, *fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.1))
 
 
@@ -98,7 +103,7 @@ def test_what_setup_returned_comes_back_and_has_ckpt(tmp_path):
 def test_an_optimizer_that_was_compiled_before_setup_steps_through_its_run(tmp_path):
     model = nn.Linear(4, 4)
     opt = fxckpt.compile_step(torch.optim.AdamW(model.parameters()), tmp_path / "ckpt", model=model, every=1, update="native")
-    fabric = Fabric(accelerator="cpu")
+    fabric = on_cpu()
     model, wrapped = fabric.setup(model, opt)
     fabric.backward(model(torch.ones(2, 4)).sum())
     wrapped.step()

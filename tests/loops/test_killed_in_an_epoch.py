@@ -16,7 +16,7 @@ from loop_runs import Ending, Loop
 from waiting import until
 
 ROUNDS = int(os.environ.get("FXCKPT_LOOPS", "1"))
-KILLS = 20 if ROUNDS > 1 else 7
+KILLS = 20 if ROUNDS > 1 else 4
 SAMPLES, EPOCHS = 96, 3
 
 SCRIPT = """

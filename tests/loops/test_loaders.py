@@ -1,9 +1,14 @@
-"""A loader stopped anywhere goes on with the bits of the uninterrupted run, and that run has plain PyTorch's."""
+"""A loader stopped anywhere goes on with the bits of the uninterrupted run, and that run has plain PyTorch's.
+
+In short a loader of each kind has workers in one way; ``FXCKPT_LOOPS`` (``make loops``) has them in every way.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+import multiprocessing
+import os
 import random
 import weakref
 from collections.abc import Callable
@@ -59,6 +64,8 @@ from fxckpt.errors import SetupError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # more workers than cores; fork
 
+FULL = int(os.environ.get("FXCKPT_LOOPS", "1")) > 1
+
 HOW = {
     "no workers": {},
     "2 workers": {"num_workers": 2},
@@ -104,7 +111,13 @@ def stops_for(name: str, count: int) -> set[int]:
 UNEVEN = ["shuffled", "resumable once, drop_last"]  # with three, too
 
 
-@pytest.mark.parametrize(("case", "how"), [(case, how) for case in CASES for how in HOW if how != "3 workers" or case in UNEVEN])
+def ways(cases: list[str]) -> list[tuple[str, str]]:
+    """Each without workers and with two, which are persistent or not: in short they take turns."""
+    both = ["2 workers", "2 persistent"]
+    return [(case, how) for at, case in enumerate(cases) for how in ["no workers", *(both if FULL else [both[at % 2]])]]
+
+
+@pytest.mark.parametrize(("case", "how"), [*ways([*CASES]), *((case, "3 workers") for case in UNEVEN)])
 def test_a_pass_that_was_stopped_has_the_bits_of_plain_pytorch(case, how):
     def make():
         return CASES[case](**HOW[how])
@@ -153,8 +166,10 @@ def test_a_distributed_samplers_epoch_is_the_loops_own(how):
         assert resumed(make, stops, set_epoch=set_epoch) == whole, stops
 
 
-@pytest.mark.parametrize("context", ["forkserver", "spawn"])
+@pytest.mark.parametrize("context", ["forkserver", "spawn"] if FULL else ["forkserver"])
 def test_workers_started_without_a_fork_go_on_too(context):
+    multiprocessing.set_forkserver_preload(["fxckpt.data"])  # else each of them imports torch
+
     def make():
         how = {"multiprocessing_context": context, "worker_init_fn": worker_init, "prefetch_factor": 3, "timeout": 60}
         return DataLoader(Crops(), 4, shuffle=True, num_workers=2, **how)
@@ -496,8 +511,7 @@ PACKAGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", ["no workers", "2 workers", "2 persistent"])
-@pytest.mark.parametrize("name", PACKAGES)
+@pytest.mark.parametrize(("name", "how"), ways(PACKAGES))
 def test_loaders_of_packages_have_the_packages_own_bits_and_go_on(name, how):
     def make():
         return of_package(name, HOW[how])

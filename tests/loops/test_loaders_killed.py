@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from process_runs import ProcessRun, fresh_process
+from fork_server import ForkServer
+from process_runs import ProcessRun
 from waiting import until
 
 SCRIPT = """
@@ -40,26 +41,26 @@ seen.write_text("\\n".join(lines))
 """
 
 
-def run(folder: Path, workers: int, persistent: bool) -> ProcessRun:
+def run(fork_server: ForkServer, folder: Path, workers: int, persistent: bool) -> ProcessRun:
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    return fresh_process(script, folder, folder / "cache", WORKERS=str(workers), PERSISTENT=str(int(persistent)))
+    return fork_server.start(script, folder, WORKERS=str(workers), PERSISTENT=str(int(persistent)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "persistent"), [(2, True)])
-def test_a_reader_killed_at_random_sees_each_sample_once_an_epoch_with_the_same_bits(tmp_path, workers, persistent):
+def test_a_reader_killed_at_random_sees_each_sample_once_an_epoch_with_the_same_bits(fork_server, tmp_path, workers, persistent):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    whole = run(tmp_path / "whole", workers, persistent)
+    whole = run(fork_server, tmp_path / "whole", workers, persistent)
     rng = random.Random(workers)
     for _ in range(2):
-        killed = run(tmp_path / "killed", workers, persistent)
+        killed = run(fork_server, tmp_path / "killed", workers, persistent)
         wanted = rng.randrange(2, 11)
         until(lambda: killed.output.count("BATCH") >= wanted or not killed.alive())  # noqa: B023
         time.sleep(rng.random() * 0.01)
         killed.kill(signal.SIGKILL)
-    last = run(tmp_path / "killed", workers, persistent)
+    last = run(fork_server, tmp_path / "killed", workers, persistent)
     for process in (whole, last):
         assert process.wait() is not None and process.returncode == 0, process.output
     seen = (tmp_path / "killed" / "seen").read_text()

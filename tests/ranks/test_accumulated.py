@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from rank_server import Ranks, rank_server
+from rank_server import Ranks
 
 import fxckpt
 from fxckpt.store.reader import Reader
@@ -13,20 +13,13 @@ from fxckpt.store.reader import Reader
 TURNS = 12
 
 
-@pytest.fixture(scope="module")
-def server(inductor_cache, tmp_path_factory):
-    """The process that the ranks are forked from."""
-    with rank_server("accumulating_run.py", inductor_cache, tmp_path_factory.mktemp("accumulated")) as made:
-        yield made
-
-
 @pytest.fixture
-def run(server, tmp_path):
+def run(rank_server, tmp_path):
     """A life in a folder of the test."""
 
     def lives(directory: str, turns: int = TURNS, **more: Any) -> Ranks:
-        asked = {"layout": "fsdp", "world": 2, "loop": "bounded", "dir": directory, "turns": turns, "cwd": str(tmp_path), **more}
-        return server.live(asked)
+        asked = {"script": "accumulating_run", "layout": "fsdp", "world": 2, "loop": "bounded", "dir": directory, "turns": turns}
+        return rank_server.live({**asked, "cwd": str(tmp_path), **more})
 
     return lives
 

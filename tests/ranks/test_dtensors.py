@@ -331,7 +331,7 @@ def test_buffers_and_frozen_parameters_may_be_dtensors(root):
     model.register_buffer("table", distribute_tensor(torch.arange(4.0), init_device_mesh("cpu", (1,)), [Shard(0)]))
     model[0].weight.requires_grad_(False)
     opt = torch.optim.Adam([model[2].weight])
-    fxckpt.compile_step(opt, root, model=model, every=1)
+    fxckpt.compile_step(opt, root, model=model, every=1, update="native")
     model(torch.ones(3, 6)).sum().backward()
     opt.step()
     opt.ckpt.flush()
@@ -346,7 +346,7 @@ def test_a_dtensor_that_no_state_dict_has_is_kept_where_every_rank_has_all_of_it
     model, mesh = sharded(), init_device_mesh("cpu", (1,))
     model.register_buffer("cache", distribute_tensor(torch.arange(4.0), mesh, [Replicate()]), persistent=False)
     opt = torch.optim.Adam(model.parameters())
-    fxckpt.compile_step(opt, root, model=model, every=1)
+    fxckpt.compile_step(opt, root, model=model, every=1, update="native")
     model(torch.ones(3, 6)).sum().backward()
     opt.step()
     opt.ckpt.flush()
@@ -357,7 +357,7 @@ def test_a_dtensor_that_no_state_dict_has_is_kept_where_every_rank_has_all_of_it
     opt.ckpt.shutdown()
     model.register_buffer("own", distribute_tensor(torch.arange(4.0), mesh, [Shard(0)]), persistent=False)
     with pytest.raises(SetupError, match=r"buffer own: a .*DTensor"):
-        fxckpt.compile_step(opt, root, model=model, every=1)
+        fxckpt.compile_step(opt, root, model=model, every=1, update="native")
 
 
 def test_another_shape_than_was_stored_is_said(root):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from digests import differences, digest, snapshot
 from joint_ranks import Job, Normed
-from rank_server import Ranks, rank_server
+from rank_server import Ranks
 
 import fxckpt
 from fxckpt.cli import main
@@ -36,7 +36,7 @@ LAYOUTS = {"ddp": 2, "fsdp": 2, "tp": 2, "hsdp": 4, "fsdp_tp": 4}
 OPTIMIZERS = {"ddp": "adamw", "single": "adamw", "fsdp": "adamw", "tp": "sgd", "hsdp": "foreach", "fsdp_tp": "fused"}
 """Of those that torch steps in this layout: its fused kernels take no DTensors beside plain tensors."""
 
-LIVES = int(os.environ.get("FXCKPT_LIVES", "3"))
+LIVES = int(os.environ.get("FXCKPT_LIVES", "2"))
 SEED = int(os.environ.get("FXCKPT_SEED", "0")) or random.SystemRandom().randrange(1, 2**32)
 
 
@@ -275,20 +275,14 @@ def test_a_failed_record_is_followed_by_a_full_checkpoint_on_all(job, root, monk
 # ---- in processes of their own ----
 
 
-@pytest.fixture(scope="module")
-def server(inductor_cache, tmp_path_factory):
-    """The process that the ranks are forked from."""
-    with rank_server("sharded_run.py", inductor_cache, tmp_path_factory.mktemp("journal")) as made:
-        yield made
-
-
 @pytest.fixture
-def live(server, tmp_path):
+def live(rank_server, tmp_path):
     """Lives of two ranks or more, in a folder of the test."""
 
     def life(directory: str, steps: int, layout: str = "fsdp", world: int = 2, **more: Any) -> Ranks:
-        asked = {"layout": layout, "world": world, "cwd": str(tmp_path), "dir": directory, "steps": steps, "update": "native"}
-        return server.live({**asked, "journal": 5, "optimizer": OPTIMIZERS.get(layout, "adamw"), **more})
+        asked = {"script": "sharded_run", "cwd": str(tmp_path), "dir": directory, "layout": layout, "world": world}
+        options = {"update": "native", "journal": 5, "optimizer": OPTIMIZERS.get(layout, "adamw")}
+        return rank_server.live({**asked, "steps": steps, **options, **more})
 
     return life
 
@@ -305,13 +299,13 @@ def only(ranks: Ranks, what: str) -> Any:
 def test_killed_ranks_lose_no_step_that_was_acknowledged_and_end_with_the_same_bits(layout, live, tmp_path):
     draw, steps, world = random.Random(f"{SEED}{layout}"), 8 + 5 * LIVES, LAYOUTS[layout]
     log = tmp_path / "killed.log"
-    plain, whole = live("", steps, layout, world, load=False), live("whole", steps, layout, world)
+    plain, whole = live("", steps, layout, world, load=False), live("whole", steps, layout, world, log="parts")
     at = 0
     for _ in range(LIVES):
         which, when = draw.sample(range(world), draw.randint(1, world)), min(at + draw.randint(1, 7), steps)
-        live("killed", steps, layout, world, kill=[which, when, draw.random() * 0.03])
+        live("killed", steps, layout, world, log="parts", kill=[which, when, draw.random() * 0.03])
         at = int(log.read_text().splitlines()[-1].split()[0]) if log.exists() else 0
-    last = live("killed", steps, layout, world)
+    last = live("killed", steps, layout, world, log="parts")
     assert only(last, "left") == only(whole, "left") == only(plain, "left"), f"seed {SEED}"
     assert only(whole, "records") > steps // 2
     known = dict(line.split()[:2] for line in (tmp_path / "whole.log").read_text().splitlines())

@@ -6,14 +6,12 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from process_runs import environment
+from fork_server import ForkServer
 from repository import SUPPORT
 from waiting import TIMEOUT, committed, until
 
@@ -31,6 +29,9 @@ ranks that hold parts of parameters, which ``test_sharded.py`` has."""
 if LIVES > 2:
     WAYS |= {"own": (*WAYS["together"], "--own"), "sharded": ("train_fsdp", "--steps", str(STEPS))}
 
+UPDATE = "default" if LIVES > 2 else "native"
+"""The campaign compiles, as the examples do."""
+
 MARK = "NOW THEY ARE KILLED"
 START = re.compile(r"life (\d+) rank (\d) starts at step (\d+)")
 END = re.compile(r"rank \d ends at step (\d+) with weights ([0-9a-f]{16})")  # two processes may share a line
@@ -39,17 +40,12 @@ END = re.compile(r"rank \d ends at step (\d+) with weights ([0-9a-f]{16})")  # t
 class Agent:
     """The process that runs ``elastic_run.py``; its children are the ranks."""
 
-    def __init__(self, cwd: Path, cache: Path, *arguments: str):
-        self._log = cwd / "log"
-        with self._log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, str(SUPPORT / "elastic_run.py"), *arguments],
-                cwd=cwd, env=environment(cache), stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-            )  # fmt: skip
+    def __init__(self, server: ForkServer, cwd: Path, *arguments: str):
+        self.process = server.start(SUPPORT / "elastic_run.py", cwd, ELASTIC_RUN=" ".join(arguments))
 
     @property
     def output(self) -> str:
-        return self._log.read_text()
+        return self.process.output
 
     def ranks(self) -> set[int]:
         """Their process ids."""
@@ -57,7 +53,7 @@ class Agent:
         return {int(pid) for pid in found}  # the agent's main thread forks them
 
     def ended(self) -> bool:
-        return self.process.poll() is not None
+        return not self.process.alive()
 
     def kill_ranks(self, root: Path, kills: int, last: int, draw: random.Random) -> int:
         """Kill one or both, ``kills`` times, while they start, load, or have come some steps further; returns how often. They end
@@ -100,10 +96,10 @@ def steps_of(root: Path) -> set[int]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_whole_run(way, tmp_path, counted):
+def test_ranks_killed_at_any_instant_start_together_and_end_with_the_bits_of_a_whole_run(way, fork_server, tmp_path, counted):
     seed = random.SystemRandom().randrange(2**32)
     example, *arguments = WAYS[way]
-    agent = Agent(tmp_path, tmp_path / "cache", example, str(3 * LIVES + 9), *arguments, "--patience", "10")
+    agent = Agent(fork_server, tmp_path, example, UPDATE, str(3 * LIVES + 9), *arguments, "--patience", "10")
     try:
         until(lambda: agent.ended() or MARK in agent.output, why=lambda: agent.output)
         killed = agent.kill_ranks(tmp_path / "killed", LIVES, STEPS, random.Random(seed))

@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 import pytest
-from rank_server import Ranks, rank_server
+from rank_server import Ranks
 
 from fxckpt.store import names
 from fxckpt.store.reader import candidates
@@ -27,19 +27,12 @@ LAYOUTS = {"fsdp": (2, "fused"), "tp": (2, "sgd"), "hsdp": (4, "foreach"), "fsdp
 SHORT = ("fsdp",)
 
 
-@pytest.fixture(scope="module")
-def server(inductor_cache, tmp_path_factory):
-    """The process that the ranks are forked from."""
-    with rank_server("sharded_run.py", inductor_cache, tmp_path_factory.mktemp("sharded")) as made:
-        yield made
-
-
 @pytest.fixture
-def run(server, tmp_path):
+def run(rank_server, tmp_path):
     """Lives one after the other, in a folder of the test."""
 
     def lives(*asked: dict[str, Any], fail: bool = False) -> list[Ranks]:
-        found = [server.live({**each, "cwd": str(tmp_path)}) for each in asked]
+        found = [rank_server.live({"script": "sharded_run", **each, "cwd": str(tmp_path)}) for each in asked]
         errors = {each["error"] for ranks in found for each in ranks if each is not None and "error" in each}
         assert bool(errors) == fail, errors
         return found
@@ -107,12 +100,12 @@ def test_lives_in_changing_layouts_lose_no_step_that_was_acknowledged(run, tmp_p
         each = [draw.choice(ways) for _ in range(4)]
         steps = 40 * number
         asked = [
-            life(layout, "a", steps + 40, world, optimizer="sgd", kill=killed(draw, world, steps + 10 * at + 10))
+            life(layout, "a", steps + 40, world, optimizer="sgd", log="whole", kill=killed(draw, world, steps + 10 * at + 10))
             for at, (layout, world) in enumerate(each)
         ]
         log = tmp_path / "a.log"
         acknowledged = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-        *_, last = run(*asked, life("fsdp", "a", steps + 40, optimizer="sgd"))
+        *_, last = run(*asked, life("fsdp", "a", steps + 40, optimizer="sgd", log="whole"))
         known: dict[int, set[str]] = {}
         for step, digest, _ in (line.split() for line in log.read_text().splitlines()):
             known.setdefault(int(step), set()).add(digest)

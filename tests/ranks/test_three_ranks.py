@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
-
 import pytest
-from process_runs import environment
-from repository import ROOT
-
-SCRIPT = ROOT / "tests/support/three_ranks.py"
+from rank_server import Ranks
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory, inductor_cache) -> list[str]:
+def found(rank_server, tmp_path_factory) -> Ranks:
     """What each of three ranks said."""
-    folder = tmp_path_factory.mktemp("three")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), str(port), str(folder)],
-            env=environment(inductor_cache),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(3)
-    ]
-    said = [run.communicate(timeout=240)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(said)
-    return said
+    ranks = rank_server.live({"script": "three_ranks", "world": 3, "cwd": str(tmp_path_factory.mktemp("three"))})
+    assert not [each["error"] for each in ranks if "error" in each]
+    return ranks
 
 
 @pytest.mark.parametrize("way", ["one store", "a store each"])
-def test_three_ranks_of_ddp_go_on_to_the_same_bits(printed, way):
-    assert all(f"RESULT {way}: same" in each for each in printed), "\n".join(printed)
+def test_three_ranks_of_ddp_go_on_to_the_same_bits(found, way):
+    assert [each["same"][way] for each in found] == [True] * 3, found
 
 
-def test_where_buckets_cannot_be_made_as_they_were_it_is_said(printed):
+def test_where_buckets_cannot_be_made_as_they_were_it_is_said(found):
     """Hooks on parameters would be called for gradients that are none. What it costs is seen here, too: other bits."""
-    assert all("RESULT with hooks: other" in each for each in printed), "\n".join(printed)
-    assert all("hooks on parameters kept fxckpt from making them as they were" in each for each in printed)
+    assert [each["same"]["with hooks"] for each in found] == [False] * 3, found
+    assert all("hooks on parameters kept fxckpt from making them as they were" in "".join(each["logged"]) for each in found)

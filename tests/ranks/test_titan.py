@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from rank_server import Ranks, rank_server
+from rank_server import Ranks
 from repository import SUPPORT
 from torch import nn
 from waiting import committed
@@ -23,20 +23,13 @@ from fxckpt.errors import SetupError
 STEPS = 5
 
 
-@pytest.fixture(scope="module")
-def server(inductor_cache, tmp_path_factory):
-    """The process that the ranks are forked from."""
-    with rank_server("titan_run.py", inductor_cache, tmp_path_factory.mktemp("titan")) as made:
-        yield made
-
-
 @pytest.fixture
-def run(server, tmp_path):
+def run(rank_server, tmp_path):
     """One life of two ranks; what each found and left, None of one that was killed."""
 
     def life(where: str = "", steps: int = STEPS, **more: Any) -> Ranks:
-        asked = {"world": 2, "cwd": str(tmp_path), "dir": where, "steps": steps, **more}
-        found = server.live(asked)
+        asked = {"script": "titan_run", "world": 2, "cwd": str(tmp_path), "dir": where, "steps": steps, **more}
+        found = rank_server.live(asked)
         assert not [each["error"] for each in found if each is not None and "error" in each]
         return found
 

@@ -1,12 +1,9 @@
-"""Lives of a job under FSDP2 that reduces the gradients of every fourth backward only, forked from this process.
+"""A rank of a job under FSDP2 that reduces the gradients of every fourth backward only; ``rank_lives.py`` forks it.
 
-    python accumulating_run.py < LIVES
-
-A life is a line of JSON, a dict, as of ``sharded_run.py``: ``layout``, ``world``, ``cwd``, ``dir`` ("": without us), and
+A life is what it is there, with ``layout`` (of ``sharded_run.py``), ``dir`` ("": without us), and
 ``turns`` (train up to this one; a turn is a backward). ``loop``: "bounded" or "plain"; ``save``: the turn behind whose backward a
 checkpoint is asked for; ``flush``: the one behind which all are waited for; ``mixed``: gradients are reduced in another type than
-they are in; ``hsdp``: gradients are summed over shards at every backward, and over replicas at every fourth. Prints what each
-rank found and left.
+they are in; ``hsdp``: gradients are summed over shards at every backward, and over replicas at every fourth.
 """
 
 from __future__ import annotations
@@ -15,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from sharded_run import OPTIMIZERS, digest, laid_out, serve
+from sharded_run import OPTIMIZERS, digest, laid_out
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import fxckpt
@@ -60,7 +57,3 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
         opt.ckpt.flush()
         opt.ckpt.shutdown()
     return {"start": begins, "left": digest(net, opt)}
-
-
-if __name__ == "__main__":
-    serve(live)

@@ -38,7 +38,7 @@ def compiler() -> list[str]:
 
 
 def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, **options)
 
 
 def build_driver(directory: Path, *flags: str) -> str:

@@ -1,25 +1,25 @@
 """An example under torchrun's own agent, in this process, which forks the ranks: a life imports nothing anew.
 
-    python elastic_run.py EXAMPLE RESTARTS ARGUMENT...
-
-It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a rank that has come to its end
-waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed just before it hears so
-(``MultiprocessContext`` says it of its ``_worker_finished_event``).
+A fork server starts it, and the variable ``ELASTIC_RUN`` says what: ``EXAMPLE UPDATE RESTARTS ARGUMENT...``; the example's own
+``update`` is the "default". It runs twice: in ``whole``, and then, with ``RESTARTS`` restarts allowed, in ``killed``, where a
+rank that has come to its end waits for a file ``over``: torch's agent deadlocks if a rank whose function has returned is killed
+just before it hears so (``MultiprocessContext`` says it of its ``_worker_finished_event``).
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 
-from fork_server import warm_up
 from repository import ROOT
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+import fxckpt
 
 
 def rank(arguments: list[str], over: Path | None) -> None:
@@ -27,7 +27,7 @@ def rank(arguments: list[str], over: Path | None) -> None:
     returns when that is there."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     agent = os.getppid()
-    example(sys.argv[1]).main(arguments)
+    example(os.environ["ELASTIC_RUN"].split()[0]).main(arguments)
     while over is not None and not over.exists() and os.getppid() == agent:
         time.sleep(0.01)
 
@@ -52,9 +52,11 @@ def launch(restarts: int, arguments: list[str], over: Path | None = None) -> Non
 if __name__ == "__main__":
     # Else torch's agent keeps one store over restarts, and gloo finds addresses of ranks that are dead.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    warm_up()
+    _, update, restarts, *arguments = os.environ["ELASTIC_RUN"].split()
+    if update != "default":
+        fxckpt.compile_step = functools.partial(fxckpt.compile_step, update=update)
     gc.collect()
     gc.freeze()  # a collection in a rank need not touch, and so copy, what is here
-    launch(0, ["--dir", "whole", *sys.argv[3:]])
+    launch(0, ["--dir", "whole", *arguments])
     print("NOW THEY ARE KILLED", flush=True)
-    launch(int(sys.argv[2]), ["--dir", "killed", *sys.argv[3:]], Path("over").absolute())
+    launch(int(restarts), ["--dir", "killed", *arguments], Path("over").absolute())

@@ -11,18 +11,18 @@ import importlib
 import json
 import os
 import random
-import subprocess
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import script_prelude  # noqa: F401  a forked run begins with it
 import torch
-from process_runs import ProcessRun, environment
+from process_runs import ProcessRun, fresh_process
 from small_models import mlp
 from waiting import TIMEOUT
 
@@ -33,34 +33,44 @@ from fxckpt.graph.update.trace import signature_of, trace
 class ForkServer:
     """Starts runs in that process. One request, one answer, each a line of JSON."""
 
-    def __init__(self, cache: Path, *preloaded: str):
-        """``preloaded``: modules that scripts import and that take seconds."""
+    def __init__(self, begin: Callable[..., ProcessRun]):
+        """``begin(script, variables)`` begins the process."""
         self._runs: list[ProcessRun] = []
-        self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), *preloaded],
-            env=environment(cache),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            self._process = begin(Path(__file__).resolve(), FORK_SERVER=str(listening.getsockname()[1]))
+            listening.settimeout(TIMEOUT)
+            self._line, _ = listening.accept()
+        self._line.settimeout(None)
+        self._answers = self._line.makefile("r")
+
+    @classmethod
+    def anew(cls, cache: Path, folder: Path) -> ForkServer:
+        """In a process that imports torch. What it says is beside ``folder``, an empty one."""
+        return cls(lambda script, **variables: fresh_process(script, folder, cache, **variables))
+
+    def with_more(self, folder: Path, *preloaded: str) -> ForkServer:
+        """One that is forked from this one and imports these modules, which scripts import and that take seconds."""
+        more = " ".join(preloaded)
+        return ForkServer(lambda script, **variables: self.start(script, folder, stays=True, PRELOADED=more, **variables))
 
     def _ask(self, **request: Any) -> Any:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._line.sendall(json.dumps(request).encode() + b"\n")
+        return json.loads(self._answers.readline())
 
-    def start(self, script: Path, cwd: Path, *, whole_exit: bool = False, **variables: str) -> ProcessRun:
+    def start(self, script: Path, cwd: Path, *, whole_exit: bool = False, stays: bool = False, **variables: str) -> ProcessRun:
         """Begin a run of ``script`` in ``cwd`` with these environment variables.
 
         Python's own exit takes a forked run two seconds, for it touches all that it shares with the server. So only where
-        the exit is the point (``whole_exit``) it is made; others run the exit handlers and stop.
+        the exit is the point (``whole_exit``) it is made; others run the exit handlers and stop. ``stays``: it is
+        no single test's.
         """
         cwd.mkdir(parents=True, exist_ok=True)
         log = cwd.parent / f"{cwd.name}-{time.monotonic_ns()}.log"
         log.touch()
         pid = self._ask(script=str(script), cwd=str(cwd), log=str(log), variables=variables, whole_exit=whole_exit)
         process = ProcessRun(pid, log, lambda: self._ask(wait=pid))
-        self._runs.append(process)
+        if not stays:
+            self._runs.append(process)
         return process
 
     def end_runs(self) -> None:
@@ -71,32 +81,34 @@ class ForkServer:
 
     def close(self) -> None:
         self.end_runs()
-        self._process.stdin.close()
-        self._process.wait(TIMEOUT)
+        self._answers.close()
+        self._line.close()
+        self._process.wait()
 
 
-def serve() -> None:
+def serve(line: socket.socket) -> None:
     """The server's loop. Returns in the parent at the end of its input, and in each child at the end of its script."""
-    for request in _requests():
+    for request in _requests(line):
         if "wait" in request:
             pid, status = os.waitpid(request["wait"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
             answer = os.fork()
             if answer == 0:
+                line.close()
                 _become(**request)
                 return
-        print(json.dumps(answer), flush=True)
+        line.sendall(json.dumps(answer).encode() + b"\n")
 
 
-def _requests() -> Iterator[dict[str, Any]]:
-    """Unbuffered, so that a child inherits no half-read line."""
-    line = b""
-    while byte := os.read(0, 1):
-        line += byte
-        if byte == b"\n":
-            yield json.loads(line)
-            line = b""
+def _requests(line: socket.socket) -> Iterator[dict[str, Any]]:
+    """One is sent when the one before is answered."""
+    read = b""
+    while more := line.recv(65536):
+        read += more
+        if read.endswith(b"\n"):
+            yield json.loads(read)
+            read = b""
 
 
 def _become(script: str, cwd: str, log: str, variables: dict[str, str], whole_exit: bool) -> None:
@@ -145,9 +157,11 @@ def warm_up() -> None:
 
 
 if __name__ == "__main__":
-    warm_up()
-    for name in sys.argv[1:]:
+    if "PRELOADED" not in os.environ:
+        warm_up()
+    for name in os.environ.pop("PRELOADED", "").split():
         importlib.import_module(name)
     gc.collect()
     gc.freeze()  # a collection in a run need not touch, and so copy, what the server has
-    serve()
+    with socket.create_connection(("127.0.0.1", int(os.environ.pop("FORK_SERVER")))) as connection:
+        serve(connection)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import subprocess
-import sys
+import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from process_runs import environment
 from repository import SUPPORT
 from waiting import TIMEOUT
 
@@ -19,27 +17,28 @@ Ranks = list[dict[str, Any]]
 
 
 class RankServer:
-    """The process of a script of this folder."""
+    """The process of ``rank_lives.py``, which says what a life is."""
 
-    def __init__(self, process: subprocess.Popen[str]):
-        self._process = process
+    def __init__(self, line: TextIO, log: Path):
+        self._line, self._log = line, log
 
     def live(self, asked: dict[str, Any]) -> Ranks:
         """One life."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._line.write(json.dumps(asked) + "\n")
+        self._line.flush()
+        answered = self._line.readline()
+        assert answered, f"the process that ranks are forked from has ended:\n{self._log.read_text()}"
+        return json.loads(answered)
 
 
 @contextlib.contextmanager
-def rank_server(script: str, cache: Path, folder: Path) -> Iterator[RankServer]:
-    """For the time of the block. ``cache``: of compiled code; what it says on stderr is in ``folder``."""
-    with (folder / "err").open("w") as err:
-        process = subprocess.Popen(
-            [sys.executable, str(SUPPORT / script)], text=True, env=environment(cache),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
-        )  # fmt: skip
-        yield RankServer(process)
-        process.stdin.close()
-        process.wait(TIMEOUT)
+def started(server: Any, folder: Path) -> Iterator[RankServer]:
+    """For the time of the block, forked by a fork server, which has torch; what it says is in ``folder``."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = str(listening.getsockname()[1])
+        process = server.start(SUPPORT / "rank_lives.py", folder / "run", stays=True, RANK_SERVER=port)
+        listening.settimeout(TIMEOUT)
+        connection, _ = listening.accept()
+    with connection, connection.makefile("rw") as line:
+        yield RankServer(line, process.log)
+    process.wait()

@@ -1,23 +1,22 @@
-"""Three ranks of DDP, killed in thought: what stands for another process has a model, an optimizer and a run of its own.
+"""One of three ranks of DDP, killed in thought: what stands for another process has a model, an optimizer and a run of its own.
 
-``python three_ranks.py RANK PORT FOLDER``; each prints, of every way to go on, whether it ended with the bits of a plain run.
+``rank_lives.py`` forks it. Each says of every way to go on whether it ended with the bits of a plain run, and what was logged.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxckpt
 
-WORLD, STEPS, KILLED = 3, 5, 2
+STEPS, KILLED = 5, 2
 
 
 def make(seed: int = 0, **options: object) -> tuple[nn.Module, DistributedDataParallel, torch.optim.Optimizer]:
@@ -52,23 +51,31 @@ def killed_twice(rank: int, folder: Path, given: str, hooks: bool = False) -> nn
     return model
 
 
-def main(rank: int, port: int, folder: Path) -> None:
+class Kept(logging.Handler):
+    """What was logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
+    """One rank, in all three ways."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD)
     expected, wrapped, opt = make()
     train(wrapped, opt, rank, range(STEPS))
-    logging.basicConfig(stream=sys.stdout, level=logging.WARNING, format="LOG %(message)s")
+    kept = Kept()
+    logging.getLogger("fxckpt").addHandler(kept)
     ways = {
-        "one store": (folder / "one", "the wrapper", False),
-        "a store each": (folder / f"rank{rank}", "the model", False),
-        "with hooks": (folder / "hooks", "the model", True),
+        "one store": (Path("one"), "the wrapper", False),
+        "a store each": (Path(f"rank{rank}"), "the model", False),
+        "with hooks": (Path("hooks"), "the model", True),
     }
+    same = {}
     for way, (root, given, hooks) in ways.items():
         found = killed_twice(rank, root, given, hooks)
-        same = all(map(torch.equal, found.parameters(), expected.parameters()))
-        print(f"RESULT {way}: {'same' if same else 'other'}", flush=True)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+        same[way] = all(map(torch.equal, found.parameters(), expected.parameters()))
+    return {"same": same, "logged": kept.messages}

@@ -1,6 +1,4 @@
-"""Lives of two ranks with a trainer that calls its checkpoint manager in torchtitan's order, forked as in ``sharded_run.py``.
-
-    python titan_run.py < LIVES
+"""A rank with a trainer that calls its checkpoint manager in torchtitan's order; ``rank_lives.py`` forks it.
 
 A life is what it is there, with ``config`` (options of the manager's ``Config``; ``enable=False``: a life without us),
 ``workers`` (of its loader), ``validates`` and ``load_step``. The model is sharded and draws random numbers (dropout); its
@@ -18,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from sharded_run import serve
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -204,7 +201,3 @@ def live(life: Life, rank: int, begun: Any) -> dict[str, Any]:
     trainer.checkpointer.close()
     dist.barrier()
     return {**found, "store": sorted(os.listdir(life["dir"])) if os.path.isdir(life["dir"]) else []}
-
-
-if __name__ == "__main__":
-    serve(live)

@@ -10,3 +10,9 @@ def whole(tensor: torch.Tensor) -> bytes:
     """On every rank; all must ask."""
     found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return found.detach().contiguous().numpy().tobytes()
+
+
+def local(tensor: torch.Tensor) -> bytes:
+    """Those that this rank has."""
+    found = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return found.detach().contiguous().numpy().tobytes()
