@@ -153,6 +153,11 @@ def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
                 yield f"{prefix}.{name}" if prefix else name, sharded.get((id(module), name), param)
 
 
+def places(model: torch.nn.Module) -> dict[str, tuple[Mapping[str, torch.Tensor | None], Mapping[str, torch.Tensor | None]]]:
+    """By the names of ``every_module``, what each module keeps its own parameters in, and its buffers."""
+    return {name: (module._parameters, module._buffers) for name, module in every_module(model)}
+
+
 def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """``(name, buffer, persistent)`` of every buffer, ties included, by the names of ``every_module``."""
     for prefix, module in every_module(model):

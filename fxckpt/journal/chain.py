@@ -168,9 +168,12 @@ class Chain:
         return not changed
 
     def _bound(self, full: Layout) -> object:
-        """Changes with the tensors that a checkpoint has."""
+        """Changes with the tensors that a checkpoint has. Another one in a frozen one's place was never looked at. (The last look
+        keeps those alive that it saw, so none of a new one's identity was one of these.)"""
         fixed = tuple(
-            (layer.name, layer.kind, tuple(e.key for e in layer.entries)) for layer in full.layers if layer.kind == "update"
+            (layer.name, layer.kind, tuple((e.key, layer.kind == "frozen" and id(e.tensor)) for e in layer.entries))
+            for layer in full.layers
+            if layer.kind in ("update", "frozen")
         )
         return tuple(s.bindings.number for s in self._steppers), fixed
 

@@ -126,6 +126,7 @@ class Capture:
     def _look_at_tensors(self, parameters: bool) -> Marks:
         """Those of buffers, and of parameters if asked for."""
         inventory = self._arrangement.inventory
+        inventory.renew()
         found: Marks = {("buffer", n): mark_buffer(t) for n, t in [*inventory.buffers.items(), *inventory.transient.items()]}
         if parameters:
             both = [*inventory.trained.items(), *inventory.frozen.items()]
@@ -232,6 +233,22 @@ class Capture:
             present.append({n: g if waits else None for n, g in grads if g is not None and (waits or not local(g).is_sparse)})
         self._present = present
 
+    def replaced(self, pending: InFlight, at_rest: bool) -> str | None:
+        """The name of a buffer that has no place in this checkpoint as it is now: it is gone, or has another type or shape. And,
+        where another checkpoint can be taken (``at_rest``), of a frozen parameter that another one has replaced."""
+        layout, inventory = pending.layout, self._arrangement.inventory
+        inventory.renew()
+        live, taken = {**inventory.buffers, **inventory.frozen}, self._snapshots if pending.captured else {}
+        buffers = [e for number in layout.number("buffers") for e in layout.layers[number].entries if e.key not in taken]
+        full = layout.full or layout  # a record of the journal has none, and takes it that they are as they were
+        frozen = [e for number in full.number("frozen") for e in full.layers[number].entries] if at_rest else []
+        for entry in (*buffers, *frozen):
+            now = live.get(entry.key)
+            if now is None or _kind(now) != _kind(entry.tensor):
+                return entry.key
+        moved = (e.key for e in frozen if local(live[e.key]).data_ptr() != local(e.tensor).data_ptr())
+        return next(moved, None)
+
     def hand_over_rest(self, pending: InFlight) -> None:
         """Emit what is copied only now: layers that change behind their step, and buffers, those that were early as they were."""
         layout, inventory = pending.layout, self._arrangement.inventory
@@ -312,6 +329,11 @@ class Capture:
         noted = {name: _as_float(name, value) for name, value in metrics.items()}
         with self.noting:
             self._notes = {**self._notes, **noted}
+
+
+def _kind(tensor: torch.Tensor) -> object:
+    """What a checkpoint's layout takes for given of a buffer."""
+    return tensor.shape, tensor.dtype, tensor.device, tensor.layout
 
 
 def _as_float(name: str, value: Any) -> float:

@@ -99,6 +99,10 @@ class Closing:
             if pending is None or pending.given_up is not None or not self._status.active:
                 return True
             try:
+                if (name := self._capture.replaced(pending, at_rest)) is not None:
+                    raise Moved(
+                        f"{name!r} was replaced after opt.step(), and step {pending.step} has no place for what is there now"
+                    )
                 if not pending.captured:
                     self._capture.early(pending)
                 elif at_rest and not self._capture.has_gone_on() and self._plain.moved():

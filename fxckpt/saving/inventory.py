@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.compat.modules import named_buffers, named_parameters
+from fxckpt.compat.modules import named_buffers, named_parameters, places
 from fxckpt.compat.spread import box_of, is_replicated, is_spread, local
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
@@ -41,6 +41,8 @@ class Inventory:
     ties: dict[str, str] = field(default_factory=dict)
     positional: bool = False  # some name is only a position: the compiler may still tell the real one
     name_by_id: dict[int, str] = field(default_factory=dict)  # of the trained
+    places: dict[str, tuple[Mapping[str, torch.Tensor | None], str, torch.Tensor]] = field(default_factory=dict)
+    """Of frozen parameters and buffers, in what and as what a model keeps them, and what it kept there."""
 
     def add_buffer(self, name: str, buffer: torch.Tensor, persistent: bool) -> None:
         """A sparse one goes into the record, which knows how to hold it: a file of tensors has no such thing. There each rank has
@@ -49,6 +51,18 @@ class Inventory:
             self.buffers[name] = buffer
         else:
             self.transient[name] = local(buffer) if is_replicated(buffer) else buffer
+
+    def renew(self) -> None:
+        """Look which frozen parameters and buffers a model keeps in the places of those that were found; nothing that is new."""
+        for name, (within, key, before) in list(self.places.items()):
+            now = within[key] if key in within else None  # noqa: SIM401  what a ScriptModule has knows no get()
+            if now is before:
+                continue
+            [of] = [each for each in (self.frozen, self.buffers, self.transient) if name in each]
+            if now is None:
+                del of[name], self.places[name]
+            else:
+                of[name], self.places[name] = local(now) if is_replicated(now) else now, (within, key, now)
 
     def name_of(self, param: torch.Tensor) -> str:
         """The name of a trained parameter."""
@@ -184,7 +198,19 @@ def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) ->
             continue
         first[id(buffer)] = name
         found.add_buffer(name, buffer, persistent)
+    _note_places(model, found)
     return {i: name for i, name in first.items() if i in trained}
+
+
+def _note_places(model: torch.nn.Module, found: Inventory) -> None:
+    """Parameters that are spread are left out: FSDP2 keeps others in their places, from a forward to its backward."""
+    named = {**found.frozen, **found.buffers, **found.transient}
+    kept = places(model) if named else {}
+    for name, tensor in named.items():
+        prefix, _, key = name.rpartition(".")
+        within = kept[prefix][name not in found.frozen]
+        if not (is_spread(tensor) and name in found.frozen) and (now := within[key]) is not None:
+            found.places[name] = within, key, now
 
 
 def _optimizer_names(

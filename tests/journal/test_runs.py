@@ -227,6 +227,21 @@ def test_an_average_of_the_weights_is_stored_as_buffers_are(root, one_thread):
     assert found.restored.step == 11 and found.at == life.states[11]
 
 
+@pytest.mark.parametrize("when", ["before", "between"])
+def test_a_frozen_parameter_that_another_one_replaces_is_in_the_next_checkpoint(root, one_thread, when):
+    def make(params, lr):
+        return torch.optim.AdamW([p for p in params if p.requires_grad], lr=lr)
+
+    def replaced(life, step):
+        if step == 8:
+            life.model.ema = nn.Parameter(torch.ones_like(life.model.ema), requires_grad=False)
+
+    life = Life(root, make, model=with_average, **{when: replaced}).train(11).end()
+    assert journalled(root)[-1] == 11
+    found = Life(root, make, model=with_average)
+    assert found.restored.step == 11 and found.at == life.states[11]
+
+
 class Own(torch.optim.SGD):
     """Of a class that is not PyTorch's."""
 

@@ -90,6 +90,7 @@ from fxckpt.compat.modules import (
     one_model,
     own_buffers,
     owners_of,
+    places,
     tensors_of,
     unwrap_model,
     wrapped_module,
@@ -805,6 +806,14 @@ def test_modules_stand_under_all_their_names_and_wrappers_under_none():
     assert [name for name, _, kept in named_buffers(model) if kept and name.startswith("b")] == [
         "b.0.running_mean", "b.0.running_var", "b.0.num_batches_tracked",
     ]  # fmt: skip
+
+
+def test_what_a_module_keeps_its_tensors_in_shows_what_replaces_them():
+    model = nn.Sequential(nn.Linear(1, 1), torch.jit.script(nn.BatchNorm1d(1)))
+    kept = places(model)
+    assert list(kept) == ["", "0", "1"]
+    model[0].weight, model[1].running_mean = nn.Parameter(torch.ones(1, 1)), torch.ones(1)
+    assert kept["0"][0]["weight"] is model[0].weight and torch.equal(kept["1"][1]["running_mean"], torch.ones(1))
 
 
 def test_modules_with_extra_state_are_found():
