@@ -33,11 +33,11 @@ test: $(ENGINE) $(VENV)/.cuda-headers
 crash: $(ENGINE)
 	@FXCKPT_CRASH=full $(PY) -m pytest tests/campaigns/test_power_cut.py $(ARGS)
 
-# Every error at every call of a training; and runs that are killed and disturbed at random, one after the other. Before them the
+# Every error at every call of a training; and runs that are killed and disturbed at random, one after the other. Behind them the
 # engine's C programs, a minute each.
 faults: $(ENGINE)
-	@FXCKPT_C_SECONDS=60 $(PY) -m pytest tests/engine/test_c_programs.py $(ARGS)
 	@FXCKPT_FAULTS=full $(PY) -m pytest -n 2 --dist worksteal tests/campaigns/test_faults.py -k whichever $(ARGS)
+	@FXCKPT_C_SECONDS=60 $(PY) -m pytest tests/engine/test_c_programs.py
 
 # Larger settings of the model of chunks and fences, every interleaving of each.
 model: $(ENGINE)
