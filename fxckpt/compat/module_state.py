@@ -21,7 +21,7 @@ those, over all ranks."""
 def state_of(model: torch.nn.Module) -> dict[str, Any]:
     """``modules``: extra state by module; ``eval``: the modules that are in eval mode; ``contracts``: by module, what its own
     ``state_dict()`` has beyond registered tensors."""
-    every = list(every_module(model))  # one walk: large models have thousands
+    every = every_module(model)  # one walk: large models have thousands
     contracts = own_contracts(model) if any(_has_contract(module) for _, module in every) else ()
     return {
         "modules": {name: module.get_extra_state() for name, module in every if has_extra_state(module)},

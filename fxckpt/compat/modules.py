@@ -129,38 +129,48 @@ def unwrap_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def every_module(module: torch.nn.Module, name: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
+Walk = list[tuple[str, torch.nn.Module]]
+"""What ``every_module`` finds. Several questions about one model at one instant are asked of one."""
+
+
+def every_module(module: torch.nn.Module, name: str = "") -> Walk:
     """``(name, module)`` of every place where a module stands, under several names if it stands there several times. Wrappers
     inside the model (``torch.compile(block)`` in a list of blocks) take no part in names, so that a checkpoint does not depend on
-    what was compiled. ``named_children`` would leave out what stands twice in one parent."""
-    waiting = [(name, module)]
-    while waiting:
-        name, module = waiting.pop()
-        module = unwrap_model(module)
-        yield name, module
-        if module._modules:
-            within = f"{name}." if name else ""
-            waiting += [(within + key, child) for key, child in reversed(module._modules.items()) if child is not None]
+    what was compiled. ``named_children`` would leave out what stands twice in one parent. Raises RecursionError for a module
+    inside of itself, as ``Module.train`` does."""
+    found: Walk = []
+    _walk(module, name, found)
+    return found
 
 
-def named_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _walk(module: torch.nn.Module, name: str, found: Walk) -> None:
+    module = unwrap_model(module)
+    found.append((name, module))
+    if module._modules:
+        within = f"{name}." if name else ""
+        for key, child in module._modules.items():
+            if child is not None:
+                _walk(child, within + key, found)
+
+
+def named_parameters(model: torch.nn.Module, walk: Walk | None = None) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """``(name, parameter)`` of every parameter, ties included, by the names of ``every_module``; of those that FSDP2 shards what
-    the optimizer has."""
+    the optimizer has. ``walk``: through this model, where it was made already."""
     sharded = sharded_parameters(model)
-    for prefix, module in every_module(model):
+    for prefix, module in every_module(model) if walk is None else walk:
         for name, param in module._parameters.items():
             if param is not None:
                 yield f"{prefix}.{name}" if prefix else name, sharded.get((id(module), name), param)
 
 
-def places(model: torch.nn.Module) -> dict[str, tuple[Mapping[str, torch.Tensor | None], Mapping[str, torch.Tensor | None]]]:
-    """By the names of ``every_module``, what each module keeps its own parameters in, and its buffers."""
-    return {name: (module._parameters, module._buffers) for name, module in every_module(model)}
+def places(walk: Walk) -> dict[str, tuple[Mapping[str, torch.Tensor | None], Mapping[str, torch.Tensor | None]]]:
+    """By the names of the walk, what each module keeps its own parameters in, and its buffers."""
+    return {name: (module._parameters, module._buffers) for name, module in walk}
 
 
-def named_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """``(name, buffer, persistent)`` of every buffer, ties included, by the names of ``every_module``."""
-    for prefix, module in every_module(model):
+def named_buffers(model: torch.nn.Module, walk: Walk | None = None) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """``(name, buffer, persistent)`` of every buffer, ties included, by the names of ``every_module``. ``walk`` as above."""
+    for prefix, module in every_module(model) if walk is None else walk:
         if module._buffers:
             for persistent in (True, False):
                 for name, buffer in own_buffers(module, persistent):

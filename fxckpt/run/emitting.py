@@ -203,7 +203,7 @@ class Emitter:
 
     def is_remote(self, tensor: object) -> TypeGuard[torch.Tensor]:
         """Is it a tensor on a device?"""
-        return isinstance(tensor, torch.Tensor) and self.devices.of(tensor) is not None
+        return isinstance(tensor, torch.Tensor) and self.devices.is_on_one(tensor)
 
 
 def snapshot(tensor: torch.Tensor, key: str) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.compat.modules import named_buffers, named_parameters, places
+from fxckpt.compat.modules import Walk, every_module, named_buffers, named_parameters, places
 from fxckpt.compat.spread import box_of, is_replicated, is_spread, local
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
@@ -184,28 +184,29 @@ def take(model: torch.nn.Module | None, optimizers: Sequence[torch.optim.Optimiz
 def _model_names(model: torch.nn.Module, trained: set[int], found: Inventory) -> dict[int, str]:
     """Names from the model; ties go to the first name. Returns the names of the trained parameters by identity."""
     first: dict[int, str] = {}
-    for name, param in named_parameters(model):
+    walk = every_module(model)  # one: large models have thousands of modules, and this is asked at each checkpoint
+    for name, param in named_parameters(model, walk):
         if id(param) in first:
             found.ties[name] = first[id(param)]
             continue
         first[id(param)] = name
         if id(param) not in trained:
             found.frozen[name] = param
-    for name, buffer, persistent in named_buffers(model):
+    for name, buffer, persistent in named_buffers(model, walk):
         if id(buffer) in first:
             if persistent:
                 found.ties[name] = first[id(buffer)]
             continue
         first[id(buffer)] = name
         found.add_buffer(name, buffer, persistent)
-    _note_places(model, found)
+    _note_places(walk, found)
     return {i: name for i, name in first.items() if i in trained}
 
 
-def _note_places(model: torch.nn.Module, found: Inventory) -> None:
+def _note_places(walk: Walk, found: Inventory) -> None:
     """Parameters that are spread are left out: FSDP2 keeps others in their places, from a forward to its backward."""
     named = {**found.frozen, **found.buffers, **found.transient}
-    kept = places(model) if named else {}
+    kept = places(walk) if named else {}
     for name, tensor in named.items():
         prefix, _, key = name.rpartition(".")
         within = kept[prefix][name not in found.frozen]

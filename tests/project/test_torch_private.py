@@ -808,9 +808,17 @@ def test_modules_stand_under_all_their_names_and_wrappers_under_none():
     ]  # fmt: skip
 
 
+def test_a_module_inside_of_itself_is_an_error_here_as_in_torch():
+    model = nn.Sequential(nn.Linear(1, 1))
+    model._modules["again"] = model
+    for walk in (every_module, nn.Module.train):
+        with pytest.raises(RecursionError):
+            walk(model)
+
+
 def test_what_a_module_keeps_its_tensors_in_shows_what_replaces_them():
     model = nn.Sequential(nn.Linear(1, 1), torch.jit.script(nn.BatchNorm1d(1)))
-    kept = places(model)
+    kept = places(every_module(model))
     assert list(kept) == ["", "0", "1"]
     model[0].weight, model[1].running_mean = nn.Parameter(torch.ones(1, 1)), torch.ones(1)
     assert kept["0"][0]["weight"] is model[0].weight and torch.equal(kept["1"][1]["running_mean"], torch.ones(1))
