@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import json
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 from digests import differences, stored
 from small_models import Loader, conv, mlp
 from small_training import Training, all_good
-from standin import StandIn, device, library, shaped, spread
+from standin import StandIn, a_step_while_copies_are_held, device, library, shaped, spread
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -102,18 +101,7 @@ class Masked(nn.Module):
 
 def test_a_transient_buffer_on_a_device_is_waited_for_by_the_committer_only(tmp_path, device):
     training = Training(tmp_path, make=Masked).train(3)
-    training.opt.ckpt.flush()
-    device.fake.hold(True)
-    waiting = threading.Thread(target=training.opt.ckpt.flush)
-    try:
-        training.train(1)  # returns
-        training.opt.ckpt.end_step()
-        waiting.start()
-        waiting.join(0.3)
-        assert waiting.is_alive()
-    finally:
-        device.fake.hold(False)
-    waiting.join()
+    a_step_while_copies_are_held(training, device.fake)
     training.end()
     assert device.fake.violations() == ""  # the committer made no call of torch's runtime, either
     again = Training(tmp_path, make=Masked, seed=5)

@@ -78,16 +78,7 @@ def test_buffers_and_channels_last(tmp_path):
 
 def test_the_training_loop_never_waits_for_the_device(tmp_path):
     run = Run(tmp_path, max_async=3).train(3, keep=False)
-    x, y = run.batch()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(4):
-            F.cross_entropy(run.model(x), y).backward()
-            run.opt.step()
-            run.opt.zero_grad()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    run.opt.ckpt.flush()
+    run.train_without_waiting(4)
     assert run.opt.ckpt.statistics()["last_committed_step"] == 7
 
 
@@ -195,16 +186,7 @@ def test_slow_steps_and_slow_copies_of_gradients_keep_their_order(tmp_path):
 
 def test_a_training_loop_with_a_journal_never_waits_for_the_device(tmp_path):
     run = Run(tmp_path, max_async=3, journal=20).train(3, keep=False)
-    x, y = run.batch()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(4):
-            F.cross_entropy(run.model(x), y).backward()
-            run.opt.step()
-            run.opt.zero_grad()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    run.opt.ckpt.flush()
+    run.train_without_waiting(4)
     assert run.opt.ckpt.statistics()["last_committed_step"] == 7 and run.opt.ckpt.statistics()["records_committed"] >= 4
 
 

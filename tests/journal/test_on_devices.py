@@ -13,7 +13,7 @@ from digests import differences
 from journal_lives import signed, whole
 from small_models import Loader, mlp
 from small_training import Training, all_good, all_made_again
-from standin import device, library, shaped
+from standin import a_step_while_copies_are_held, device, library, shaped
 from torch.nn import functional as F
 from waiting import until
 
@@ -79,18 +79,7 @@ def test_each_record_has_the_digest_of_a_layer_and_says_what_it_was_made_on(tmp_
 
 def test_a_step_whose_layer_is_digested_does_not_wait_for_the_device(tmp_path, journalled):
     training = Training(tmp_path, optimizer=adamw, journal=20).train(4)
-    training.opt.ckpt.flush()
-    journalled.fake.hold(True)
-    waiting = threading.Thread(target=training.opt.ckpt.flush)
-    try:
-        training.train(1)  # returns
-        training.opt.ckpt.end_step()
-        waiting.start()
-        waiting.join(0.3)
-        assert waiting.is_alive()
-    finally:
-        journalled.fake.hold(False)
-    waiting.join()
+    a_step_while_copies_are_held(training, journalled.fake)
     training.end()
     assert journalled.fake.violations() == "" and all_made_again(tmp_path, training) == [1, 2, 3, 4, 5]
 

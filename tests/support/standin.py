@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from c_programs import build_driver
+from small_training import Training
 
 from fxckpt.compat import cuda
 
@@ -131,3 +133,19 @@ def device(library, monkeypatch):
     yield stand_in
     library.fail(0)
     library.late(0)
+
+
+def a_step_while_copies_are_held(training: Training, fake: FakeDriver) -> None:
+    """It returns, and only who waits for its checkpoint waits for the device."""
+    training.opt.ckpt.flush()
+    fake.hold(True)
+    waiting = threading.Thread(target=training.opt.ckpt.flush)
+    try:
+        training.train(1)  # returns
+        training.opt.ckpt.end_step()
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+    finally:
+        fake.hold(False)
+    waiting.join()
