@@ -142,6 +142,14 @@ static void train(uint64_t *random, int64_t until, uint64_t counts[2]) {
     for (int i = 0; i < PAIRS - 1; i++) counts[finish(&pairs[i], true)]++;
 }
 
+/* What the collector takes back comes back soon, or the check of an idle engine says that it did not. */
+static void await_slots(void) {
+    struct fx_statistics statistics;
+    int64_t limit = now_ns() + 60 * SECOND;
+    do fx_engine_statistics(trainer, &statistics);
+    while (statistics.staging_bytes && now_ns() < limit);
+}
+
 /* The last pair is under way, or is begun now; the monitor takes nothing any more, then its process is gone, and another
  * one takes over. */
 static void die(pthread_t thread) {
@@ -156,10 +164,7 @@ static void die(pthread_t thread) {
     fence_fully(trainer, -1);
     int r = fx_durable(pair->sent, 60 * SECOND, &error);
     CHECK(r == 1 || r == -EPIPE, "%d", r);
-    struct fx_statistics statistics;
-    int64_t limit = now_ns() + 60 * SECOND;
-    do fx_engine_statistics(trainer, &statistics); /* one that was posted in full is durable before the death is seen */
-    while (statistics.staging_bytes && now_ns() < limit);
+    await_slots(); /* one that was posted in full is durable before the death is seen */
     const char *path = "";
     struct fx_checkpoint *none;
     CHECK(fx_begin(trainer, model.plan, AT_FDCWD, &path, NULL, &none, &error) == -EPIPE);
@@ -174,6 +179,8 @@ static void die(pthread_t thread) {
     end(&pair->sent);
     fx_cancel(pair->received);
     end(&pair->received);
+    feed(); /* a chunk that waits for no layer, as of a model without a byte, may have been posted before the cancel */
+    await_slots();
     close(reborn[0]), close(reborn[1]);
 }
 
@@ -207,7 +214,7 @@ static void round_of(uint64_t *random, int64_t until, uint64_t counts[2]) {
     monitor = make_engine((uint32_t)between(random, 1, 3), chunk, 0);
     CHECK(fx_relay_monitor(monitor, ring, freed, &error) == 0);
     over = false;
-    newest = 0;
+    newest = summed = 0; /* an engine's numbers begin with 1, of every round anew */
     pthread_t thread;
     CHECK(pthread_create(&thread, NULL, monitor_main, NULL) == 0);
     train(random, until, counts);
