@@ -70,7 +70,7 @@ def publish(slot: Slot, record: Record, pool: Pool) -> None:
 
 
 def _remove(parent: Folder, entry: str) -> None:
-    """What had the name of a named save before; edge P is its edge X, too. What cannot be removed goes when the store is opened."""
+    """What had the name of a named save before, of which edge P is edge X, too. If it stays, the next ``open`` removes it."""
     try:
         parent.remove_tree(entry)
     except OSError as error:

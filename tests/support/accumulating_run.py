@@ -1,9 +1,9 @@
 """A rank of a job under FSDP2 that reduces the gradients of every fourth backward only; ``rank_lives.py`` forks it.
 
 A life is what it is there, with ``layout`` (of ``sharded_run.py``), ``dir`` ("": without us), and
-``turns`` (train up to this one; a turn is a backward). ``loop``: "bounded", "batches" or "plain"; ``save``: the turn behind whose backward a
-checkpoint is asked for; ``flush``: the one behind which all are waited for; ``mixed``: gradients are reduced in another type than
-they are in; ``hsdp``: gradients are summed over shards at every backward, and over replicas at every fourth.
+``turns`` (train up to this one; a turn is a backward). ``loop``: "bounded", "batches" or "plain"; ``save``: the turn behind whose
+backward a checkpoint is asked for; ``flush``: the one behind which all are waited for; ``mixed``: gradients are reduced in
+another type than they are in; ``hsdp``: gradients are summed over shards at every backward, and over replicas at every fourth.
 """
 
 from __future__ import annotations
