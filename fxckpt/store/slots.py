@@ -232,7 +232,7 @@ class Store:
             self._loaded = True
             self._lineage.newest = max(self._lineage.newest, generation or 0)
             if generation is not None or not self.fresh:
-                self._behind = range(generation or 0, self._lineage.newest + 1)
+                self._behind = range((generation or 0) + 1, self._lineage.newest + 1)
             self._pool.continue_from(base, self._lineage.of(base))
 
     def hold(self, generations: Collection[int]) -> list[int]:
