@@ -343,6 +343,7 @@ struct fx_io_ops {
     int (*fdatasync)(int fd);
     int (*fsync)(int fd);
     int (*rename)(int at, const char *from, int into, const char *to);
+    int (*exchange)(int at, const char *one, int into, const char *other);
     int (*unlink)(int at, const char *path);
     int (*mkdir)(int at, const char *path, int mode);
     int (*rmdir)(int at, const char *path);
@@ -365,6 +366,8 @@ int fx_fallocate(int fd, int64_t nbytes);
 int fx_fdatasync(int fd);
 int fx_fsync(int fd);
 int fx_rename(int at, const char *from, int into, const char *to);
+/* Each of two gets the other's name, at once. -EINVAL, -ENOSYS: this file system or kernel cannot. */
+int fx_exchange(int at, const char *one, int into, const char *other);
 int fx_unlink(int at, const char *path);
 int fx_mkdir(int at, const char *path, int mode);
 int fx_rmdir(int at, const char *path);

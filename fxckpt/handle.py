@@ -75,11 +75,12 @@ class Handle:
         have accumulated is not stored; of several optimizers each may have made another step.
 
         Args:
-            name: it goes to ``named/<name>/`` and is never recycled. Without one it is a checkpoint like all others.
+            name: it goes to ``named/<name>/`` and is never recycled. Without one it is a checkpoint like all others. A run that
+                went on from before a named save takes it again, in its place, as the same command does after a kill.
 
         Raises:
             SaveFailed: it could not be written. SetupError: a name that cannot be one, or the run was shut down.
-            FxckptError: there is a checkpoint of that name.
+            FxckptError: this run, or the checkpoint that it went on from, has one of that name.
         """
         self._check_thread("save")
         self._run.stepping.save(name)

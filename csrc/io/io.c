@@ -7,7 +7,10 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+
+enum { EXCHANGE = 1 << 1 }; /* RENAME_EXCHANGE, which older headers lack */
 
 static int result(int r) { return r < 0 ? -errno : r; }
 
@@ -28,6 +31,9 @@ static int real_fdatasync(int fd) { return result(fdatasync(fd)); }
 static int real_fsync(int fd) { return result(fsync(fd)); }
 static int real_rename(int at, const char *from, int into, const char *to) {
     return result(renameat(at, name_in(at, from), into, name_in(into, to)));
+}
+static int real_exchange(int at, const char *one, int into, const char *other) {
+    return result((int)syscall(SYS_renameat2, at, name_in(at, one), into, name_in(into, other), EXCHANGE));
 }
 static int real_unlink(int at, const char *path) { return result(unlinkat(at, name_in(at, path), 0)); }
 static int real_mkdir(int at, const char *path, int mode) {
@@ -54,6 +60,7 @@ const struct fx_io_ops fx_io_real = {
     .fdatasync = real_fdatasync,
     .fsync = real_fsync,
     .rename = real_rename,
+    .exchange = real_exchange,
     .unlink = real_unlink,
     .mkdir = real_mkdir,
     .rmdir = real_rmdir,
@@ -79,6 +86,9 @@ int fx_fdatasync(int fd) { RETRY(fx_io()->fdatasync(fd)); }
 int fx_fsync(int fd) { RETRY(fx_io()->fsync(fd)); }
 int fx_rename(int at, const char *from, int into, const char *to) {
     RETRY(fx_io()->rename(at, from, into, to));
+}
+int fx_exchange(int at, const char *one, int into, const char *other) {
+    RETRY(fx_io()->exchange(at, one, into, other));
 }
 int fx_unlink(int at, const char *path) { RETRY(fx_io()->unlink(at, path)); }
 int fx_mkdir(int at, const char *path, int mode) { RETRY(fx_io()->mkdir(at, path, mode)); }

@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 static const char *const names[FX_OPS] = {"open",  "close",  "pwrite", "pread", "ftruncate", "fdatasync",
-                                          "fsync", "rename", "unlink", "mkdir", "rmdir",     "fallocate", "copy"};
+                                          "fsync", "rename", "unlink", "mkdir", "rmdir",     "fallocate", "exchange", "copy"};
 
 const char *fx_op_name(int op) { return op >= 0 && op < FX_OPS ? names[op] : NULL; }
 
@@ -66,7 +66,7 @@ void fx_copy_delay(void) { delay(FX_COPY); }
 
 /* ---- the log ---- */
 
-/* Followed by the path, the target (rename) and the data (pwrite). Native byte order: it is read on this
+/* Followed by the path, the target (rename, exchange) and the data (pwrite). Native byte order: it is read on this
  * machine. */
 struct log_entry {
     int64_t result, offset;
@@ -147,6 +147,7 @@ static int64_t perform(const struct call *c) {
     case FX_MKDIR: return fx_io_real.mkdir(c->at, c->path, c->mode);
     case FX_RMDIR: return fx_io_real.rmdir(c->at, c->path);
     case FX_FALLOCATE: return fx_io_real.fallocate(c->fd, (int64_t)c->length);
+    case FX_EXCHANGE: return fx_io_real.exchange(c->at, c->path, c->target_at, c->target);
     }
     return -ENOSYS;
 }
@@ -214,6 +215,10 @@ static int test_fsync(int fd) { return (int)run((struct call){.op = FX_FSYNC, .f
 static int test_rename(int at, const char *from, int into, const char *to) {
     return (int)run((struct call){.op = FX_RENAME, .fd = -1, .at = at, .path = from, .target_at = into, .target = to});
 }
+static int test_exchange(int at, const char *one, int into, const char *other) {
+    return (int)run(
+        (struct call){.op = FX_EXCHANGE, .fd = -1, .at = at, .path = one, .target_at = into, .target = other});
+}
 static int test_unlink(int at, const char *path) {
     return (int)run((struct call){.op = FX_UNLINK, .fd = -1, .at = at, .path = path});
 }
@@ -233,6 +238,7 @@ static const struct fx_io_ops instruments = {
     .fdatasync = test_fdatasync,
     .fsync = test_fsync,
     .rename = test_rename,
+    .exchange = test_exchange,
     .unlink = test_unlink,
     .mkdir = test_mkdir,
     .rmdir = test_rmdir,

@@ -17,6 +17,7 @@ enum fx_op {
     FX_MKDIR,
     FX_RMDIR,
     FX_FALLOCATE,
+    FX_EXCHANGE,
     FX_COPY /* not a file operation: only for fx_io_delay */,
     FX_OPS
 };

@@ -173,6 +173,7 @@ int fx_fallocate(int fd, int64_t nbytes);
 int fx_fdatasync(int fd);
 int fx_fsync(int fd);
 int fx_rename(int at, const char *from, int into, const char *to);
+int fx_exchange(int at, const char *one, int into, const char *other);
 int fx_unlink(int at, const char *path);
 int fx_mkdir(int at, const char *path, int mode);
 int fx_rmdir(int at, const char *path);

@@ -129,6 +129,11 @@ def rename(source: StrPath, target: StrPath, below: int = CWD, into: int = CWD) 
     _call("rename", load()[1].fx_rename, below, os.fsencode(source), into, os.fsencode(target), at=source)
 
 
+def exchange(one: StrPath, other: StrPath, below: int = CWD, into: int = CWD) -> None:
+    """Gives each of two the other's name, at once. EINVAL or ENOSYS where the file system or the kernel cannot."""
+    _call("exchange", load()[1].fx_exchange, below, os.fsencode(one), into, os.fsencode(other), at=one)
+
+
 def unlink(path: StrPath, below: int = CWD) -> None:
     """Removes a file, or a link."""
     _call("unlink", load()[1].fx_unlink, below, os.fsencode(path), at=path)

@@ -14,6 +14,7 @@ from fxckpt.compat.buckets import rebuilding, settle, why_not_settled
 from fxckpt.compat.dynamo import untraced
 from fxckpt.compat.ranks import rank, world_size
 from fxckpt.compat.spread import box_of, is_spread, local
+from fxckpt.compat.unreduced import holding
 from fxckpt.config import Config
 from fxckpt.graph.model.arrivals import FirstBackward
 from fxckpt.graph.model.book import traces
@@ -162,8 +163,8 @@ class Arrangement:
         return any(stepper.halfway for stepper in self.steppers)
 
     def have_gradients(self) -> bool:
-        """Does a parameter have one, which waits for a step?"""
-        return any(p.grad is not None for p in trained_by(self.optimizers))
+        """Does a parameter have one, which waits for a step, be it that FSDP2 holds it back?"""
+        return any(p.grad is not None for p in trained_by(self.optimizers)) or bool(holding(self.model))
 
     def _key(self) -> Any:
         """Changes when names or the order may have become known; the order is kept once a checkpoint was taken."""

@@ -159,6 +159,8 @@ class Run:
 
     def end(self, failed: bool) -> None:
         """The process ends. ``failed``: with an exception. Where nobody said that the last step is complete, it must look so."""
+        if failed:
+            self.saver.flights.leave()
         self.shutdown(unfinished=failed or (self.closing.open is not None and self.capture.plain.unfinished()))
 
     def forked(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fxckpt.engine import SLICE, PatientLock
-from fxckpt.errors import Cancelled, FxckptError, NoSpace, SaveFailed
+from fxckpt.errors import Cancelled, FxckptError, NoSpace, RanksDisagree, SaveFailed
 from fxckpt.ranks.rendezvous import Unlike
 from fxckpt.ranks.replicas import BESIDE, checksums
 from fxckpt.saving import tracing
@@ -154,7 +154,7 @@ class Committer:
         self._store.commit(pending.slot, record, tensors)
         self._tally.last_handed_over = pending.step
         pending.phase = "waiting for rank 0, which commits it" if self._store.part[0] else pending.phase
-        self._wait(pending, lambda: pending.slot.ended(SLICE))
+        self._wait(pending, lambda: self._ended(pending))
         if pending.slot.generation is None:
             return
         self._ranks.committed(record, pending.slot.generation)
@@ -177,7 +177,22 @@ class Committer:
         _check_wanted(pending)
         if missing := self._store.missing(pending.slot, SLICE):
             pending.phase = f"waiting for the parts of ranks {', '.join(map(str, missing[:8]))}{' ...' if missing[8:] else ''}"
+            self._check_not_left(pending)
         return not missing
+
+    def _ended(self, pending: InFlight) -> bool:
+        """Has the commit, in another process perhaps, come to its end?"""
+        if not (over := pending.slot.ended(SLICE)) and self._store.part[0]:
+            self._check_not_left(pending)
+        return over
+
+    def _check_not_left(self, pending: InFlight) -> None:
+        """Raises RanksDisagree where this process ends with an exception, and others have had their time."""
+        if self._flights.has_left():
+            raise RanksDisagree(
+                f"this process ends with an exception, and waits no longer for a checkpoint that is {pending.phase}: who does "
+                "not answer hangs, or is dead. Restart the whole job: it goes on from the checkpoint before"
+            )
 
     def _or_lost(self, pending: InFlight, ready: bool) -> bool:
         """Is it ready? Raises why it will not be, if it went with the process that writes it."""

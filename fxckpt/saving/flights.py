@@ -21,6 +21,10 @@ LONGEST, SLOWEST = 0.02, 1e9
 """An operation on a tensor has ended after so many seconds, and one more for each ``SLOWEST`` bytes, where nothing says that
 it has."""
 
+FAREWELL = 60.0
+"""Seconds that a process which ends with an exception waits for what other ranks have to do: the same has befallen them, or they
+are dead."""
+
 
 class TrainingThread:
     """Which thread trains, and whether it came by: ``progress_ticks`` counts how often it did so, between two operations."""
@@ -112,6 +116,7 @@ class Flights:
         self.changed: threading.Condition = threading.Condition(self.lock)
         self.tracer: Tracer | None = None
         self._flying: list[InFlight] = []
+        self._leaves: float | None = None  # when waits for other ranks end
         self._hung: Hashable = None  # the signs of progress when a wait was given up
 
     def under_way(self) -> list[InFlight]:
@@ -152,6 +157,14 @@ class Flights:
         """Give up every one."""
         for pending in self.under_way():
             pending.give_up(why)
+
+    def leave(self) -> None:
+        """The process ends with an exception: other ranks are waited for no longer than ``FAREWELL``."""
+        self._leaves = time.monotonic() + FAREWELL
+
+    def has_left(self) -> bool:
+        """Is that over?"""
+        return self._leaves is not None and time.monotonic() > self._leaves
 
     def patience(self) -> StallDetector:
         """For one wait. Longer than the loop's own, which ends what hangs where it can be ended."""

@@ -107,6 +107,11 @@ class Folder:
         except FileNotFoundError:
             return None
 
+    def inode(self, name: str) -> tuple[int, int] | None:
+        """By which an entry is known again under another name; None if it is not there."""
+        found = self.find(name)
+        return None if found is None else (found.st_dev, found.st_ino)
+
     def entries(self) -> dict[str, os.stat_result]:
         """All entries, by name."""
         found = {name: self.find(name) for name in sorted(os.listdir(self.fd))}
@@ -132,6 +137,10 @@ class Folder:
         """Rename an entry; a link is renamed itself."""
         target = into or self
         io.rename(self.at(old), target.at(new), self.fd, target.fd)
+
+    def exchange(self, one: str, other: str) -> None:
+        """Give each of two entries the other's name, at once."""
+        io.exchange(self.at(one), self.at(other), self.fd, self.fd)
 
     def sync(self) -> None:
         """Make its entries durable: names created, renamed or removed in it."""

@@ -13,11 +13,14 @@ from collections.abc import Sequence
 from fxckpt.errors import SaveFailed
 from fxckpt.store import names
 from fxckpt.store.files import replace_file
+from fxckpt.store.folder import Folder
 from fxckpt.store.pool import Pool
 from fxckpt.store.record import FileRecord, Record
 from fxckpt.store.slot import Slot
 
 log: logging.Logger = logging.getLogger("fxckpt")
+
+_NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV})
 
 
 def seal(slot: Slot, record: Record, beside: Sequence[FileRecord]) -> None:
@@ -44,19 +47,34 @@ def publish(slot: Slot, record: Record, pool: Pool) -> None:
     if slot.name is None and slot.parent.find(final) is not None:
         final = names.step_name(record.step, record.generation, kind)  # an earlier life, or one rolled back, came past this step
     slot.target = final
+    taken = slot.replaces is not None and slot.replaces == slot.parent.inode(final)
+    give = slot.parent.exchange if taken else slot.parent.rename  # at no instant nothing has the name
     try:
-        slot.parent.rename(slot.entry, final)
+        give(slot.entry, final)
     except OSError as error:
+        if taken and error.errno in _NO_EXCHANGE:
+            detail = f"{slot.parent.at(final)} is of an earlier life, and this file system cannot exchange their names: remove it"
+            raise SaveFailed("exchange", slot.path, detail=detail) from error
         if error.errno != errno.EXDEV:
             raise
         _move_files(slot, pool)
-        slot.parent.rename(slot.entry, final)
-    slot.entry = final
+        give(slot.entry, final)
+    before, slot.entry = slot.entry, final
     if not slot.is_itself():
         slot.suspect = True
         raise SaveFailed("rename", slot.path, detail="somebody put another directory in its place while it was written")
     # Edge P: before the caller is told and anything older is given up, else a power cut could take this one back.
     slot.parent.sync()
+    if taken:
+        _remove(slot.parent, before)
+
+
+def _remove(parent: Folder, entry: str) -> None:
+    """What had the name of a named save before, of which edge P is edge X, too. If it stays, the next ``open`` removes it."""
+    try:
+        parent.remove_tree(entry)
+    except OSError as error:
+        log.warning("%s, which another save took the place of, cannot be removed: %s", parent.at(entry), error)
 
 
 def _move_files(slot: Slot, pool: Pool) -> None:

@@ -46,6 +46,7 @@ class Slot:
         self.name: str | None = name
         self.generation = -1
         self.target: str | None = None  # the entry that a commit is making it
+        self.replaces: tuple[int, int] | None = None  # the inode of what has the name of this named save, and gives it up
         self.suspect: bool = False  # a sync failed, or the disk reported damage: what it holds cannot be known
         self.folder: Folder | None = None
         self._written: Notes | None = None
@@ -144,6 +145,16 @@ class Slot:
         """Whether its name leads to the directory that is held."""
         found = self.parent.find(self.entry)
         return found is not None and os.path.samestat(found, os.fstat(self.held().fd))
+
+    def give_back_name(self) -> None:
+        """What had the name of this named save before gets it back, if an exchange was made."""
+        if self.name is None or self.replaces is None:
+            return
+        aside = self.name + names.PARTIAL
+        if self.parent.inode(aside) == self.replaces:
+            self.parent.exchange(aside, self.name)
+            self.entry = aside
+            self.parent.sync()  # edge X
 
     def was_replaced(self) -> bool:
         """Whether its name leads to another directory than the one that is held."""

@@ -74,6 +74,7 @@ class Store:
         self._lock: DirectoryLock | None = None
         self._lineage = Lineage()
         self.found: int = 0  # checkpoints that an earlier life left
+        self._behind = range(0)  # generations of earlier lives that came behind what this one continues
         self._loaded = False
 
     def open(self) -> None:
@@ -230,6 +231,8 @@ class Store:
         with self._pool.mutex:
             self._loaded = True
             self._lineage.newest = max(self._lineage.newest, generation or 0)
+            if generation is not None or not self.fresh:
+                self._behind = range((generation or 0) + 1, self._lineage.newest + 1)
             self._pool.continue_from(base, self._lineage.of(base))
 
     def hold(self, generations: Collection[int]) -> list[int]:
@@ -290,7 +293,8 @@ class Store:
                 slot.generation = self._lineage.next()
 
     def _take_named(self, name: str) -> Slot:
-        """A new directory beside the named saves; none that is recycled, so that it can outlive the run."""
+        """A new directory beside the named saves; none that is recycled, so that it can outlive the run. Of the same name there
+        may be one that an earlier life made behind what this one continues: a run that does it again takes its place."""
         names.check_name(name)
         slot = Slot(Folder(self._folder.at(names.NAMED), -1), name + names.PARTIAL, None, name)
         with self._pool.moves, slot.reporting():
@@ -299,7 +303,8 @@ class Store:
                 named = self._folder.enter(names.NAMED)
             slot.parent = named
             try:
-                if named.find(name) is not None or self._pool.is_saving(name):
+                slot.replaces = named.inode(name)
+                if self._pool.is_saving(name) or not (slot.replaces is None or self._is_behind(named, name)):
                     raise SetupError(f"{named.path} has a checkpoint {name!r} already: take another name, or remove it")
                 # Edge N. Each time: one that was made may not have been synced, and without that a power cut loses every
                 # named save in it.
@@ -311,6 +316,14 @@ class Store:
             except BaseException:
                 named.close()
                 raise
+
+    def _is_behind(self, named: Folder, name: str) -> bool:
+        """Is the named save of this name one that an earlier life made, and that this run gave up when it went on from before?"""
+        try:
+            found = read_record(named.at(name))
+        except (Corrupt, NoCheckpoint):
+            return False
+        return found.store_id == self.store_id and found.generation in self._behind
 
     def not_begun(self, step: int, name: str | None, why: str) -> Callable[[], None] | None:
         """Nobody else waits for it."""
@@ -418,6 +431,8 @@ class Store:
                 slot.forget()
                 if slot.target is not None and slot.parent.find(slot.entry) is None:
                     slot.entry = slot.target  # interrupted just behind the rename
+                elif slot.target is not None:
+                    slot.give_back_name()
                 slot.target = None
                 if bad or slot.suspect:
                     pool.condemn(slot)
@@ -425,7 +440,7 @@ class Store:
                     pool.remove(slot)
                 else:
                     pool.recycle(slot)
-        except StoreError as error:  # it stays as it is, a .partial that this process does not use again
+        except (StoreError, OSError) as error:  # it stays as it is, a .partial that this process does not use again
             log.error("%s is not given back: %s", slot.path, error)
 
     def close(self) -> None:

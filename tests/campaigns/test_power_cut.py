@@ -125,6 +125,20 @@ def named(root: Path, acks: Path, writer: str) -> None:
     trainer.close()
 
 
+def named_again(root: Path, acks: Path, writer: str) -> None:
+    """A second life goes on from before a named save of the first, and takes it again; once it is interrupted behind the
+    exchange of the names."""
+    trainer = start(root, acks, keep=2, max_async=1, items=ITEMS, writer=writer)
+    trainer.save(1)
+    trainer.save(2, name="second")
+    trainer.close()
+    trainer = start(root, acks, keep=2, max_async=1, items=ITEMS, writer=writer, load=False)
+    trainer.store.mark_loaded(1)
+    interrupted(trainer, 2, "second")
+    trainer.save(2, name="second")
+    trainer.close()
+
+
 def touched(root: Path, acks: Path, writer: str) -> None:
     """Somebody removes a file of a waiting slot, puts a directory in the place of another, and removes the lock; and keeps the
     next run from taking it, by a lock for reading. There are files of others beside."""
@@ -342,6 +356,7 @@ SCENARIOS = {
     "one_slot": (one_slot, 1),
     "rotation": (rotation, 3),
     "named": (named, 1),
+    "named_again": (named_again, 2),
     "touched": (touched, 1),
     "linked": (linked, 1),
     "read_back": (read_back, 2),
@@ -500,10 +515,13 @@ EDGES: dict[str, list[tuple[str, Edge]]] = {
     "P": [("one_slot", Edge(lambda call, last: syncs(call, "/checkpoints") and "rename step" in last, before))
           for before in (acknowledges, frees)]
          + [("named", Edge(lambda call, last: syncs(call, "/named") and last in ("rename first", "rename second"),
-                           acknowledges))],
+                           acknowledges)),
+            ("named_again", Edge(lambda call, last: syncs(call, "/named") and last == "exchange second", acknowledges))],
     "N": [("named", Edge(lambda call, last: syncs(call, "/checkpoints") and last == "mkdir named", acknowledges))],
     "X": [("named", Edge(lambda call, last: syncs(call, "/named") and last == "rename second.partial",
-                         lambda call, last: call.op == "unlink"))],
+                         lambda call, last: call.op == "unlink")),
+          ("named_again", Edge(lambda call, last: syncs(call, "/named") and last == "exchange second",
+                               lambda call, last: call.op == "unlink"))],
 }  # fmt: skip
 """By the letter in docs/format.md: where it is seen, the sync, and what it must come before. O is about killed runs."""
 

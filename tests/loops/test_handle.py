@@ -81,6 +81,20 @@ def test_a_name_that_is_taken_or_no_name_raises_and_leaves_what_is_there(store):
     assert training.found["last_committed_step"] == 3
 
 
+def test_a_run_that_was_killed_behind_a_named_save_takes_it_again(store):
+    """As the same command does, which goes on from the step before it."""
+    training = Training(store, every=2).train(3)
+    training.opt.ckpt.save("third")
+    training.opt.ckpt._run.saver.abandon()
+    training = Training(store, every=2)
+    assert fxckpt.load(optimizer=training.opt, step=2).step == 2
+    training.train(1).opt.ckpt.save("third")
+    training.end()
+    found = fxckpt.load(store, model=(model := mlp()), name="third")
+    assert found.step == 3
+    assert differences(snapshot(model), snapshot_of_model(training.reference[3])) == []
+
+
 def test_save_takes_the_state_as_it_is_now(store):
     training = Training(store, every=100).train(3)
     with torch.no_grad():

@@ -63,6 +63,11 @@ def test_in_a_plain_loop_a_step_that_is_closed_between_two_backwards_is_that_of_
     assert only(rest, "start") == 4 and only(rest, "left") == only(whole, "left")
 
 
+def test_batches_whose_gradients_fsdp_holds_back_are_not_taken_for_read_ahead(run):
+    begun = run("d", loop="batches")
+    assert [each["said"] for each in begun] == [[], []]
+
+
 def test_on_another_number_of_ranks_they_are_left_out(run):
     begun = run("d", 6, save=5)
     assert "error" not in begun[0], begun

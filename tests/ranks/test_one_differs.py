@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from storing import a_record
 import fxckpt
 from fxckpt.errors import RanksDisagree, SetupError
 from fxckpt.loading import load as loading
+from fxckpt.saving import flights
 from fxckpt.store import names
 from fxckpt.store.parts import layers_of
 from fxckpt.store.reader import Reader, candidates, checkpoints
@@ -49,6 +51,28 @@ def test_a_save_that_one_rank_alone_calls_fails_and_says_whom_it_waited_for(alon
     patience(job, 20)
     job.train(2)
     assert job.flush() == [None, None] and [each.step for each in checkpoints(root)] == [2]
+
+
+@pytest.mark.parametrize("alone", [0, 1])
+def test_a_rank_that_ends_with_an_exception_does_not_wait_long_for_those_that_are_dead(alone, job, root, monkeypatch):
+    job.begin()
+    job.train(1)
+    job.flush()
+    run = job.runs[alone].train(1).opt.ckpt._run  # the other one makes no second step
+    monkeypatch.setattr(flights, "FAREWELL", 0.2)
+    ended: list[BaseException | None] = []
+
+    def end():
+        with pytest.raises(RanksDisagree, match=f"ends with an exception.* waiting for .*rank.* {1 - alone}") as caught:
+            run.end(failed=True)
+        ended.append(caught.value)
+
+    job.runs[alone].opt.ckpt.end_step()
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert len(ended) == 1
+    assert [each.step for each in checkpoints(root)] == [1]
 
 
 def test_a_load_that_failed_on_one_rank_can_be_made_again(job, root, monkeypatch):

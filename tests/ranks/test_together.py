@@ -143,6 +143,22 @@ def test_a_named_save_and_two_of_one_step_are_of_all_ranks(job, root):
     job.end()
 
 
+def test_a_job_that_goes_on_from_before_a_named_save_takes_it_again(job, root):
+    job.begin(every=2)
+    job.train(3)
+    assert job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best") and None) == [None, None]
+    job.end()
+    job.begin(load=False, every=2)
+    assert [each.step for each in job.load(step=2)] == [2, 2]
+    job.train(2)
+    assert job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best") and None) == [None, None]
+    assert all("'best' already" in str(each) for each in job.each(lambda rank: job.runs[rank].opt.ckpt.save(name="best")))
+    job.end()
+    [found] = [each for each in checkpoints(root) if each.name]
+    assert found.step == 4 and Reader(found.path).record.world_size == 2
+    Reader(found.path).verify()
+
+
 def test_a_rank_that_cannot_write_its_part_costs_all_that_checkpoint_and_is_named(job, root, monkeypatch, caplog):
     job.begin(on_error="warn")
     job.train(1)

@@ -18,6 +18,7 @@ from storing import all_verify, names, start
 from fxckpt.errors import (
     Corrupt,
     SaveFailed,
+    SetupError,
     StoreError,
 )
 from fxckpt.store.reader import Reader, latest
@@ -173,3 +174,33 @@ def test_a_corrupt_state_of_a_partial_does_not_stop_the_next_life(root):
     trainer = start(root, keep=1, max_async=1)
     trainer.save(3)
     trainer.close()
+
+
+def test_a_named_save_that_is_taken_again_is_the_old_one_or_the_new_one_whatever_fails(tmp_path):
+    """A run goes on from before a named save, and takes it once more."""
+    for nth in range(1, 100):
+        store = tmp_path / str(nth)
+        trainer = start(store)
+        trainer.save(1)
+        trainer.save(2, name="best")
+        trainer.close()
+        trainer = start(store, load=False)
+        trainer.store.mark_loaded(1)
+        before = instruments.calls()
+        instruments.fail(nth, errno.EIO)
+        try:
+            trainer.save(3, name="best")
+            steps = {3}
+        except (SaveFailed, SetupError):
+            steps = {2}
+        hit = instruments.calls() - before >= nth
+        instruments.fail_none()
+        best = Reader(store / "named/best")
+        best.verify()
+        assert best.record.step in steps, nth
+        trainer.close()
+        start(store).close()
+        assert {"best"} <= set(os.listdir(store / "named")) <= {"best", "best.bad"}
+        if not hit:
+            return
+    raise AssertionError("more calls than there are faults")

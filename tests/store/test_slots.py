@@ -296,6 +296,35 @@ def test_a_name_that_is_taken_is_refused_before_anything_is_written(root):
     trainer.close()
 
 
+def test_a_run_that_goes_on_from_before_a_named_save_takes_it_again(root):
+    trainer = start(root, keep=3)
+    trainer.save(1)
+    trainer.save(1, name="first")
+    trainer.save(2)
+    trainer.save(3, name="best")
+    trainer.close()
+    trainer = start(root, keep=3, load=False)
+    trainer.store.mark_loaded(3)
+    path = trainer.save(4, name="best")
+    assert Reader(path).verify() is None and Reader(path).record.step == 4
+    assert sorted(os.listdir(root / "named")) == ["best", "first"]
+    for name in ("best", "first"):  # it was made in this life; this run goes on from behind it
+        with pytest.raises(SetupError, match=f"{name!r} already"):
+            trainer.store.acquire(name)
+    trainer.close()
+
+
+def test_a_run_that_begins_anew_keeps_the_named_saves_of_the_one_before(root):
+    trainer = start(root)
+    trainer.save(1, name="best")
+    trainer.close()
+    trainer = start(root, load=False, fresh=True)
+    trainer.store.mark_loaded(None)
+    with pytest.raises(SetupError, match="'best' already"):
+        trainer.store.acquire("best")
+    trainer.close()
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", ".hidden", "x.partial", "x.bad", "x" * 201, "a\0b", 5])
 def test_a_name_that_cannot_be_a_directory_is_refused(root, name):
     trainer = start(root)

@@ -160,6 +160,11 @@ class Disk:
             old[0].change({old[1]: None})
             new[0].change({new[1]: node})
 
+    def _exchange(self, call: instruments.Call) -> None:
+        one, other = self._find(call.path), self._find(call.target)
+        assert one[0] is other[0], "names are exchanged in one directory"
+        one[0].change({one[1]: other[0].now[other[1]], other[1]: one[0].now[one[1]]})
+
     def _unlink(self, call: instruments.Call) -> None:
         if found := self._find(call.path):
             found[0].change({found[1]: None})
@@ -366,7 +371,7 @@ class Judge:
         """What was acknowledged and cannot be loaded any more; ``good``: generations."""
         acknowledged = told.promised()
         for generation, name in acknowledged:
-            if name is not None and good.get(f"named/{name}") != generation:
+            if name is not None and good.get(f"named/{name}", 0) < generation:
                 return f"the named save {name!r} is lost"
         newest = max((generation for generation, _ in acknowledged), default=0)
         if max(good.values(), default=0) < newest:
@@ -438,7 +443,7 @@ def with_last(log: list[instruments.Call]) -> Iterator[tuple[instruments.Call, s
     """Each call with the last change of a name up to it, as "op name"."""
     last = ""
     for call in log:
-        if call.op in ("rename", "mkdir", "unlink") and "/acks/" not in call.path:
+        if call.op in ("rename", "exchange", "mkdir", "unlink") and "/acks/" not in call.path:
             last = f"{call.op} {os.path.basename(call.target or call.path)}"
         yield call, last
 

@@ -127,7 +127,7 @@ class Call:
     order: int  # in the log
     op: str
     path: str
-    target: str  # of a rename
+    target: str  # of a rename, and the other name of an exchange
     offset: int  # of a pwrite
     length: int  # asked of a pwrite; size of an ftruncate
     flags: int  # of an open
