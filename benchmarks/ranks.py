@@ -5,8 +5,9 @@ without checkpoints, one with a store for each rank, one with a store of both an
 other, in alternating order, each with a checkpoint at every step; a ratio is of median step times in the same round. Bytes are
 what both ranks wrote for a checkpoint.
 
-**Coordinator.** One rank 0 and many simulated ones, each with its part on the disk, talk over one TCPStore. What is timed begins
-when all have said that their part is durable: moving the files, comparing, the record, the commit.
+**Coordinator.** One rank 0 and many simulated ones, each with its part on the disk, talk over one TCPStore. Their records and
+messages are those of ranks of Llama 3 8B with AdamW, as DDP and as FSDP2; their files have its sizes, and no bytes. What is timed
+begins when all have said that their part is durable: moving the files, comparing, the record, the commit.
 
     python benchmarks/ranks.py [--quick] [--json benchmarks/results/ranks.json]
 """
@@ -14,14 +15,18 @@ when all have said that their part is durable: moving the files, comparing, the 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +38,21 @@ from contest import write
 
 import fxckpt
 from fxckpt.engine import io
-from fxckpt.engine.sums import table
+from fxckpt.engine.sums import Sums, table
 from fxckpt.ranks import FirstStore, OtherStore, Rendezvous
+from fxckpt.ranks.briefs import Brief
+from fxckpt.ranks.replicas import checksums
 from fxckpt.store import names
-from fxckpt.store.about import ALIKE
-from fxckpt.store.files import write_laid_out
+from fxckpt.store.about import ALIKE, CHECKED
 from fxckpt.store.folder import Folder
-from fxckpt.store.layout import TensorSpec, lay_out, sum_bytes
+from fxckpt.store.layout import FileLayout, Placed, TensorSpec, lay_out, sum_bytes
 from fxckpt.store.record import FileRecord, LayerRecord, Record, TensorRecord
 
 WAYS = ("none", "a store for each", "one store", "one store, unchecked")
 WIDTH, LAYERS, BATCH = 1024, 12, 256
 MANY = 3 * 291, 96_000_000_000  # tensors and bytes of Llama 3 8B with AdamW's state
+PER_LAYER = 9
+DDP, FSDP = COORDINATED = ("DDP", "FSDP2")
 
 
 def train(rank: int, port: int, way: str, folder: str, steps: int, out: Any) -> None:
@@ -122,78 +130,155 @@ class OneConnection:
         return self
 
 
-def part(rank: int, world: int, tensors: int, folder: Folder, step: int) -> Record:
-    """What one simulated rank has written: its share of so many small tensors."""
-    files, placed = [], []
-    for kind in (names.MODEL, names.OPTIMIZER):
-        specs = [TensorSpec(f"{kind[0]}{rank}.{i}", "F32", (8,), 0) for i in range(-(-tensors // world))]
-        layout = lay_out(names.of_rank(kind, rank, world), specs)
-        files.append(write_laid_out(folder, layout, (np.full(8, step, np.float32).data.cast("B") for _ in layout.tensors)))
-        placed += [TensorRecord(layout.name, p.spec.key, p.begin, p.nbytes, p.spec.shape, "F32") for p in layout.tensors]
-    layer = LayerRecord(0, "layer", "update", step, 0.0, 1, sum(each.nbytes for each in placed), tuple(placed))
-    state = {"step": step, ALIKE: "all"}
-    return Record(step=step, iteration=step, updates=step, time=0.0, files=tuple(files), layers=(layer,), ties={}, optimizers=[],
-                  state=state)  # fmt: skip
+@dataclass(frozen=True)
+class Model:
+    """Of what its simulated ranks write: a box of each of so many ``tensors``, as FSDP2's do, or whole ones, shared out, as those
+    of DDP, who also look at what another one writes. A third of the tensors are parameters, the others AdamW's state; ``nbytes``
+    are those of all."""
+
+    world: int
+    tensors: int
+    nbytes: int
+    in_boxes: bool
+
+    def record(self, rank: int, step: int) -> Record:
+        """What one rank says of its part."""
+        layouts, keys = self._layouts(rank), self._keys
+        files = tuple(FileRecord(each.name, each.nbytes, self._sum_bytes, self._sums(each)) for each in layouts)
+        found: dict[int, list[TensorRecord]] = {number // PER_LAYER: [] for number in range(len(keys))}
+        for layout in layouts:
+            for placed in layout.tensors:
+                found[placed.spec.layer].append(self._tensor(layout.name, placed, rank))
+        layers = tuple(
+            LayerRecord(number, f"layers.{number}.mlp", "update", step, float(step), 1, sum(t.nbytes for t in own), tuple(own))
+            for number, own in found.items()
+        )
+        state = {"step": step, ALIKE: "0" * 64, CHECKED: self._checked(rank, step)}
+        return Record(step=step, iteration=step, updates=step, time=float(step), files=files, layers=layers, ties={},
+                      optimizers=[adamw(keys)], state=state)  # fmt: skip
+
+    @property
+    def _keys(self) -> list[str]:
+        """The names of its parameters."""
+        return [f"layers.{i // PER_LAYER}.mlp.weight_{i % PER_LAYER}" for i in range(self.tensors // 3)]
+
+    def _layouts(self, rank: int) -> list[FileLayout]:
+        """Of its files."""
+        keys = list(enumerate(self._keys))
+        moments = [(i, f"{moment}/{key}") for i, key in keys for moment in ("exp_avg", "exp_avg_sq")]
+        return [self._layout(names.MODEL, keys, rank), self._layout(names.OPTIMIZER, moments, rank)]
+
+    def _layout(self, kind: str, tensors: Sequence[tuple[int, str]], rank: int) -> FileLayout:
+        """Of one of them; which of these ``tensors`` (number of the parameter, key) are in it."""
+        mine = tensors if self.in_boxes else tensors[rank :: self.world]
+        rows = self.nbytes // self.tensors // 256 // self.world * (1 if self.in_boxes else self.world)
+        specs = [TensorSpec(key, "F32", (rows, 64), number // PER_LAYER) for number, key in mine]
+        return lay_out(names.of_rank(kind, rank, self.world), specs)
+
+    def _tensor(self, file: str, placed: Placed, rank: int) -> TensorRecord:
+        shape = placed.spec.shape
+        box = ((shape[0] * self.world, shape[1]), (shape[0] * rank, 0)) if self.in_boxes else (None, None)
+        return TensorRecord(file, placed.spec.key, placed.begin, placed.nbytes, shape, "F32", *box)
+
+    @property
+    def _sum_bytes(self) -> int:
+        return sum_bytes(self.nbytes // self.world)
+
+    def _sums(self, layout: FileLayout) -> Sums:
+        """Checksums of a file of this size: the same, whoever wrote it."""
+        return sums(-(-layout.nbytes // self._sum_bytes))
+
+    def _checked(self, rank: int, step: int) -> dict[str, Any]:
+        """What it says of the files of another one, of another one at each step."""
+        others = [] if self.in_boxes else self._layouts((rank + 1 + step % (self.world - 1)) % self.world)
+        return checksums(self._layouts(rank), others, [self._sums(each) for each in others], self._sum_bytes)
 
 
-def measure_coordinator(world: int, tensors: int, commits: int, parent: str) -> dict[str, Any]:
-    """Seconds from the last word of all others to the commit, for each of so many checkpoints; and bytes of all messages."""
+@cache
+def sums(count: int) -> Sums:
+    """So many checksums, of chance."""
+    return table(np.random.default_rng(count).integers(0, 1 << 32, count).tolist())
+
+
+def adamw(keys: list[str]) -> dict[str, Any]:
+    """What a record says of the optimizer of these parameters; see docs/format.md."""
+    settings = {"lr": 1e-4, "betas": {"!": "tuple", "v": [0.9, 0.999]}, "eps": 1e-08, "weight_decay": 0.01, "amsgrad": False,
+                "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": True,
+                "decoupled_weight_decay": True}  # fmt: skip
+    state = {"keys": ["exp_avg", "exp_avg_sq"], "strides": {}, "complex": [], "plain": {}, "host": []}
+    return {"class": "AdamW", "groups": [{"params": keys, "settings": settings}], "state": dict.fromkeys(keys, state),
+            "gradients": [], "given": [settings]}  # fmt: skip
+
+
+def written(record: Record, folder: Folder) -> Record:
+    """The record, with its files there: of their sizes, without a byte of them."""
+    for file in record.files:
+        with folder.opened(file.name, os.O_RDWR | os.O_CREAT) as fd:
+            io.ftruncate(fd, file.nbytes)
+    return record
+
+
+def measure_coordinator(model: Model, commits: int, parent: str) -> dict[str, Any]:
+    """Seconds from the last word of all others to the commit, and of them those of a processor: of the first one, and of so many
+    later ones; seconds until rank 0 has the next slot ready, and in which a rank says its part in short; bytes of a message and
+    of the records; what rank 0 keeps of a commit while it makes it; and seconds for one look at a message."""
     server = dist.TCPStore("127.0.0.1", 0, None, True, timeout=timedelta(seconds=60), wait_for_workers=False)
     connect = lambda: OneConnection(dist.TCPStore("127.0.0.1", server.port, None, False, timeout=timedelta(seconds=60)))  # noqa: E731
     io.close_in_child = lambda *_: None  # the engine knows the locks of one process, not of hundreds
+    took, busy, ready, short, memory = [], [], [], [], 0
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        first = FirstStore(f"{folder}/store", Rendezvous(connect(), 0, world, "p"), keep=2, max_async=1)
+        first = FirstStore(f"{folder}/store", Rendezvous(connect(), 0, model.world, "p"), keep=2, max_async=1)
         first.open()
         connection = connect()
         others = []
-        for rank in range(1, world):
-            side = Rendezvous(connection, rank, world, "p")
+        for rank in range(1, model.world):
+            side = Rendezvous(connection, rank, model.world, "p")
             others.append(OtherStore(f"{folder}/store", side, max_async=1, fresh=False, found=0))
             others[-1].open()
-        took = []
-        for step in range(1, commits + 1):
+        for step in range(1, commits + 3):
+            began = time.perf_counter()
             slot = first.acquire()
+            ready.append(time.perf_counter() - began)
             first.begin(slot, 0, [], step)
-            own = part(0, world, tensors, slot.held(), step)
+            own = written(model.record(0, step), slot.held())
             given = []
             for store in others:
                 given.append(store.acquire())
                 store.begin(given[-1], 0, [], step)
-                store.commit(given[-1], part(store.part[0], world, tensors, given[-1].slot.held(), step), {})
-            began = time.perf_counter()
+                record = written(model.record(store.part[0], step), given[-1].slot.held())
+                store.commit(given[-1], record, {"generator": np.zeros(5056, np.uint8)})
+            short.append(timed(lambda record=record: Brief.of(record)))
+            if step == commits + 2:
+                tracemalloc.start()
+            began, at = time.perf_counter(), time.process_time()
             while first.missing(slot, 0.1):
                 continue
-            first.commit(slot, own, {})
+            first.commit(slot, own, {"generator": np.zeros(5056, np.uint8)})
             took.append(time.perf_counter() - began)
+            busy.append(time.process_time() - at)
+            if step == commits + 2:
+                memory = tracemalloc.get_traced_memory()[1]
+                tracemalloc.stop()
             assert all(each.ended(10) for each in given)
         said = len(connection.get("p/1"))
-        record = os.path.getsize(f"{folder}/store/{names.step_name(commits)}/{names.COMMIT}")
-    return {"world": world, "tensors": tensors, "seconds": took, "message_bytes": said, "record_bytes": record}
-
-
-def part_of_many(tensors: int, nbytes: int, world: int) -> bytes:
-    """The record of one of so many ranks that hold a box of each of so many tensors, of so many bytes together."""
-    file, per_layer, each = names.of_rank(names.MODEL, 1, world), 9, nbytes // world // tensors // 256 * 256
-    named = [f"layers.{i // per_layer}.mlp.weight_{i}" for i in range(tensors)]
-    shape, whole = (each // 256, 64), (each // 256 * world, 64)
-    boxes = [TensorRecord(file, key, each * i, each, shape, "F32", whole, (shape[0], 0)) for i, key in enumerate(named)]
-    layers = [boxes[i : i + per_layer] for i in range(0, tensors, per_layer)]
-    listed = tuple(
-        LayerRecord(i, f"layers.{i}", "update", 1, 0.0, 1, each * len(own), tuple(own)) for i, own in enumerate(layers)
-    )
-    size = sum_bytes(each * tensors)
-    sums = table(np.random.default_rng(0).integers(0, 1 << 32, -(-each * tensors // size)).tolist())
-    one = {"step": 1, "iteration": 1, "updates": 1, "time": 0.0, "ties": {}, "optimizers": [], "state": {}, "parts": ()}
-    files = (FileRecord(file, each * tensors, size, sums),)
-    return Record(**one, world_size=world, rank=1, files=files, layers=listed).to_bytes()
+        looks = [timed(lambda: connection.multi_get(["p/0"])) for _ in range(1000)]
+        where = Path(folder) / "store" / names.step_name(commits + 2)
+        record, part = (os.path.getsize(where / name) for name in (names.COMMIT, names.of_rank(names.PART, 1, model.world)))
+    return {
+        **dataclasses.asdict(model), "first": took[0], "seconds": took[1:-1], "busy": busy[:-1], "ready": ready[1:],
+        "short": short, "memory": memory, "message_bytes": said, "record_bytes": record, "part_bytes": part,
+        "look": statistics.median(looks),
+    }  # fmt: skip
 
 
 def measure_record(tensors: int, nbytes: int, repeats: int, parent: str) -> dict[str, Any]:
-    """Of one of 64 and of 512 ranks that hold boxes of all tensors: bytes of its record; seconds to take it apart, as rank 0
-    does at each commit and every rank at a load; and to read the files of all, and one of as many bytes, out of the cache."""
+    """Of one of 64 and of 512 ranks that hold boxes of all tensors: bytes of its record; seconds and memory that it takes to
+    take it apart, as rank 0 does at its first commit and every rank at a load; and seconds to read the files of all, and one of
+    as many bytes, out of the cache."""
     found: dict[str, Any] = {"tensors": tensors, "nbytes": nbytes, "ranks": {}}
     for world in (64, 512):
-        raw = part_of_many(tensors, nbytes, world)
+        model = Model(world, tensors, nbytes, True)
+        raw = dataclasses.replace(model.record(1, 1), world_size=world, rank=1, parts=()).to_bytes()
         with tempfile.TemporaryDirectory(dir=parent) as folder:
             files = [Path(folder) / f"part-{rank}" for rank in range(world)]
             for file in files:
@@ -201,6 +286,7 @@ def measure_record(tensors: int, nbytes: int, repeats: int, parent: str) -> dict
             (merged := Path(folder) / "merged").write_bytes(raw * world)
             found["ranks"][str(world)] = {
                 "nbytes": len(raw),
+                "memory": memory_of(lambda raw=raw: Record.from_bytes(raw, "part")),
                 "seconds": [timed(lambda raw=raw: Record.from_bytes(raw, "part")) for _ in range(repeats)],
                 "files": min(timed(lambda files=files: sum(len(file.read_bytes()) for file in files)) for _ in range(3)),
                 "merged": min(timed(lambda merged=merged: len(merged.read_bytes())) for _ in range(3)),
@@ -215,9 +301,19 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def memory_of(work: Callable[[], Any]) -> int:
+    """Bytes of what it returns."""
+    tracemalloc.start()
+    found = work()
+    nbytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del found
+    return nbytes
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["record"], help="this; other parts stay as the file has them")
+    parser.add_argument("--only", choices=["coordinator", "record"], help="this; other parts stay as the file has them")
     parser.add_argument("--quick", action="store_true", help="few rounds, few ranks: to see that it runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20)
@@ -226,17 +322,21 @@ def main() -> None:
     parser.add_argument("--json", help="write the results to this file")
     args = parser.parse_args()
     rounds, steps, world, commits = (1, 6, 8, 2) if args.quick else (args.rounds, args.steps, 512, 5)
-    if args.only and args.json:
-        numbers = {**json.loads(Path(args.json).read_text()), "record": measure_record(*MANY, 20, args.dir)}
-        write(numbers, args.json)
-        return
-    numbers: dict[str, Any] = {"machine": machine.describe(Path(args.dir)), "note": args.note, "quick": args.quick}
-    numbers["coordinator"] = found = measure_coordinator(world, 3 * 1000, commits, args.dir)
-    print(f"{world} ranks: {statistics.median(found['seconds']):.2f} s from the last part to the commit", flush=True)
-    numbers["record"] = measure_record(*MANY, 20, args.dir)
-    numbers["steps"] = measure_steps(rounds, steps, args.dir)
-    for way, each in numbers["steps"].items():
-        print(f"{way:22} {each['ratio']:.2f} of none, {each['nbytes'] / 1e6:.0f} MB a checkpoint")
+    numbers: dict[str, Any] = json.loads(Path(args.json).read_text()) if args.only and args.json else {}
+    numbers |= {"machine": machine.describe(Path(args.dir)), "note": args.note, "quick": args.quick}
+    if args.only != "record":
+        numbers["coordinator"] = {}
+        for way in COORDINATED:
+            model = Model(world, *MANY, way == FSDP)
+            numbers["coordinator"][way] = found = measure_coordinator(model, commits, args.dir)
+            later = f"{statistics.median(found['seconds']):.2f} ({max(found['seconds']):.2f}) s"
+            print(f"{world} ranks of {way}: first commit {found['first']:.2f} s, then {later}", flush=True)
+    if args.only != "coordinator":
+        numbers["record"] = measure_record(*MANY, 20, args.dir)
+    if args.only is None:
+        numbers["steps"] = measure_steps(rounds, steps, args.dir)
+        for way, each in numbers["steps"].items():
+            print(f"{way:22} {each['ratio']:.2f} of none, {each['nbytes'] / 1e6:.0f} MB a checkpoint")
     write(numbers, args.json)
     print(machine.line(numbers["machine"]))
 

@@ -272,33 +272,52 @@ def ranks(numbers: Numbers) -> str:
         ratio = "1" if way == "none" else f"{each['ratio']:.2f} ({min(each['ratios']):.2f} – {max(each['ratios']):.2f})"
         seconds = statistics.median(each["seconds"])
         rows.append([way, f"{seconds * 1e3:.0f} ms", ratio, f"{each['nbytes'] / 1e6:.0f} MB" if each["nbytes"] else ""])
-    many = numbers["coordinator"]
-    took = f"{statistics.median(many['seconds']):.2f} ({min(many['seconds']):.2f} – {max(many['seconds']):.2f}) s"
-    what = f"{many['world']} ranks: {took} from the last part to the commit; {many['message_bytes']} bytes a message, "
-    what += f"{many['record_bytes'] / 1e3:.0f} kB `commit.json`."
-    note = f" Machine {numbers['note']}." if numbers["note"] else ""
     head = ["two ranks, every step", "step", "ratio to none", "written for a checkpoint"]
-    return f"{table(head, rows)}\n\n{what}{note}\n\n{_on_paper(numbers)}"
+    return f"{table(head, rows)}\n\n{_coordinator(numbers)}\n\n{_records(numbers)}"
 
 
-def _on_paper(numbers: Numbers, ranks: int = 10_000) -> str:
-    """What many ranks take, by what was measured of one; and still more of them."""
-    record, said = numbers["record"], numbers["coordinator"]["message_bytes"]
+def _coordinator(numbers: Numbers, ranks: int = 10_000) -> str:
+    """Rank 0's side of a commit, as it was measured, and by that of still more ranks."""
+    rows = []
+    for way, each in numbers["coordinator"].items():
+        world = each["world"]
+        times = [each["first"], statistics.median(each["seconds"]), statistics.median(each["ready"])]
+        rows.append([f"{world} of {way}", *(f"{time:.2f} s" for time in times)])
+        busy = each["busy"][0], statistics.median(each["busy"][1:])
+        rows[-1][1] += f", {busy[0]:.2f} s of a processor"
+        rows[-1][2] += f" ({min(each['seconds']):.2f} – {max(each['seconds']):.2f}), {busy[1]:.2f} s of a processor"
+        rows.append([f"{ranks:,} of {way}, on paper", *(f"{time * ranks / world:.1f} s" for time in (*busy, times[2]))])
+        for row, many in zip(rows[-2:], (world, ranks)):
+            row += [f"{each['memory'] * many / world / 1e6:.0f} MB", f"{each['message_bytes'] * many / 1e6:.1f} MB"]
+    one = next(iter(numbers["coordinator"].values()))
+    head = ["ranks", "first commit", "a later one", "then the next slot is ready in", "memory of rank 0 for it", "all messages"]
+    listed = (one["record_bytes"] - one["part_bytes"]) / one["world"]  # in rank 0's record, which is as large as theirs otherwise
+    note = f" The machine was {numbers['note']}." if numbers["note"] else ""
+    what = f"From the last part to the commit, with {one['tensors']} tensors of {one['nbytes'] / 1e9:.0f} GB together.{note}"
+    said = " and ".join(f"{each['message_bytes']} ({way})" for way, each in numbers["coordinator"].items())
+    what += f" A message has {said} bytes, and `commit.json` {listed:.0f} for each rank; one look at a message takes "
+    return f"{what}{one['look'] * 1e6:.0f} µs.\n\n{table(head, rows)}"
+
+
+def _records(numbers: Numbers, ranks: int = 10_000) -> str:
+    """What the records of many ranks take, by what was measured of one; and those of still more."""
+    record = numbers["record"]
     worlds = {int(world): each for world, each in record["ranks"].items()}
     (few, a), (many, b) = ((world, each["nbytes"]) for world, each in worlds.items())
     tensors = (b * many - a * few) / (many - few)  # of a record: all else is the checksums, of which all ranks have as many
-    paper = {"nbytes": tensors + (a - tensors) * few / ranks, "seconds": worlds[many]["seconds"]}
+    paper = {**worlds[many], "nbytes": tensors + (a - tensors) * few / ranks}
     rows = []
     for world, each in {**worlds, ranks: paper}.items():
-        seconds = statistics.median(each["seconds"])
+        seconds, is_paper = statistics.median(each["seconds"]), each is paper
         rows.append([
-            f"{world:,}" + (", on paper" if each is paper else ""), f"{each['nbytes'] / 1e3:.0f} kB",
+            f"{world:,}" + (", on paper" if is_paper else ""), f"{each['nbytes'] / 1e3:.0f} kB",
             f"{world * each['nbytes'] / 1e6:,.0f} MB", f"{1e3 * seconds:.0f} ms", f"{world * seconds:.1f} s",
-            *(f"{each[name]:.2f} s" if name in each else "" for name in ("files", "merged")), f"{2 * world * said / 1e6:.1f} MB",
+            f"{world * each['memory'] / 1e9:.1f} GB",
+            *("" if is_paper else f"{each[name]:.2f} s" for name in ("files", "merged")),
         ])  # fmt: skip
-    head = ["ranks", "a record", "all", "one taken apart in", "all in", "all files read in", "one file of all in", "messages"]
+    head = ["ranks", "a record", "all", "one taken apart in", "all in", "all take", "all files read in", "one file of all in"]
     what = f"Ranks with a box of each of {record['tensors']} tensors, {record['nbytes'] / 1e9:.0f} GB together"
-    return f"{what}; rank 0 reads all records at each commit, every rank at a load:\n\n{table(head, rows)}"
+    return f"{what}; rank 0 reads all records at its first commit, every rank at a load:\n\n{table(head, rows)}"
 
 
 def resharding(numbers: Numbers) -> str:

@@ -13,6 +13,8 @@ Where all write into one directory, a part of each checkpoint each:
 first.py       rank 0's store: it alone commits, and gives up what is old
 other.py       the store of every other rank
 rendezvous.py  what they say to each other;  words.py  what there is to say
+briefs.py      what each says of its part, in short;  taken.py  the parts, whose records rank 0 reads where that will not do
+alike.py       what must be the same on all of them;  replicas.py  what is the same, but for a bit that flipped
 """
 
 from fxckpt.ranks.agreement import Agreement

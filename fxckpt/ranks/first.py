@@ -6,24 +6,25 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fxckpt.engine import io
-from fxckpt.errors import Corrupt, Diverged, NoSpace, RanksDisagree
+from fxckpt.errors import Diverged, NoSpace, RanksDisagree
+from fxckpt.ranks.alike import check_alike, links
 from fxckpt.ranks.rendezvous import Rendezvous, Unlike, given_up
 from fxckpt.ranks.replicas import Suspects, differences, looks, unlike
+from fxckpt.ranks.taken import Taken
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key, Word
 from fxckpt.store import names
-from fxckpt.store.about import ALIKE, DIVERGED
-from fxckpt.store.checks import MAX_BYTES, Malformed
+from fxckpt.store.about import DIVERGED
+from fxckpt.store.checks import Malformed
 from fxckpt.store.dtypes import Tensor
 from fxckpt.store.files import space, write_bytes
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.parts import layers_of, read_part
-from fxckpt.store.record import Part, Record
+from fxckpt.store.parts import layers_of
+from fxckpt.store.record import Record
 from fxckpt.store.slot import Slot
 from fxckpt.store.slots import Store
 
@@ -32,13 +33,15 @@ log: logging.Logger = logging.getLogger("fxckpt")
 
 class FirstStore(Store):
     """Before a commit it waits for the parts of all others, moves their files into the slot, and writes a record that vouches for
-    all of them. What it needs of them it reads from the disk; what they say is where. ``options`` are those of ``Store``."""
+    all of them. What they say in short it compares, and reads from the disk what differs, or is new. ``options`` are those of
+    ``Store``."""
 
     def __init__(self, directory: str | os.PathLike[str], rendezvous: Rendezvous, *, on_divergence: str = "warn", **options: Any):
         super().__init__(directory, **options)
         self._raises, self._suspects = on_divergence == "raise", Suspects(rendezvous.world)
         self._are_replicas = False  # no difference was seen in a checkpoint of this process
-        self._whole = ""  # what of a record was seen to be put together from all parts
+        self._placed: dict[bool, tuple[tuple[str, ...], bytes | None]] = {}  # of full ones, and of records of the journal: what
+        # each rank said last of where its tensors lie, and the index made of that
         self.part = (0, rendezvous.world)
         self._others, self._ranks = rendezvous, range(1, rendezvous.world)
         self._keys: dict[Slot, Key] = {}
@@ -81,36 +84,55 @@ class FirstStore(Store):
                 raise given_up(rank, word)
         return [rank for rank in self._ranks if rank not in found]
 
-    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor], parts: Sequence[Record] = ()) -> Path:
+    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
         """``Store.commit``, with the parts of all ranks. Raises RanksDisagree if what they did differs."""
         with slot.reporting():
-            found = [self._take(slot, rank, word) for rank, word in sorted(self._heard.pop(slot).items())]
-            parts = [each for _, each in found]
-            if any(_links(each) != _links(record) for each in parts):
+            taken = self._take(slot, record)
+            differ = [taken.record(rank) for rank, brief in enumerate(taken.briefs) if brief.alike != taken.briefs[0].alike]
+            if any(links(each) != links(record) for each in differ):
                 self._unlike.add(slot)
                 raise Unlike(f"step {record.step} is not the same record of the journal on all ranks, or not one on all of them")
-            _check_alike(record, parts)
-            if (alike := record.state[ALIKE]) != self._whole:  # it says how each tensor is laid out
-                _check_whole([record, *parts])
-                self._whole = alike
-            record = self._compared(record, parts)
-            first = dataclasses.replace(record, rank=0, world_size=self._others.world, parts=tuple(part for part, _ in found))
-            index = index_of([record, *parts]) if record.journal is None else None
+            check_alike(record, differ)
+            index = self._index(taken)
+            record = self._compared(record, taken)
             files = record.files if index is None else (*record.files, write_bytes(slot.held(), names.INDEX, index))
-        path = super().commit(slot, dataclasses.replace(first, files=files), state_tensors, parts)
+        first = dataclasses.replace(record, rank=0, world_size=self._others.world, parts=taken.parts, files=files)
+        path = super().commit(slot, first, state_tensors)
         self._tell(slot, Committed(slot.generation, os.path.relpath(path, self.root)))
         return path
 
-    def _compared(self, record: Record, parts: Sequence[Record]) -> Record:
+    def _take(self, slot: Slot, record: Record) -> Taken:
+        """What all ranks say of this checkpoint, with all files in the slot."""
+        done = {rank: word for rank, word in self._heard.pop(slot).items() if isinstance(word, Done)}
+        assert len(done) == len(self._ranks)
+        taken = Taken(slot.held(), record, done)
+        with self._folder.within(names.RANKS) as ranks:
+            slot.beside = taken.move_from(ranks)
+        return taken
+
+    def _index(self, taken: Taken) -> bytes | None:
+        """Of a full checkpoint the index of the model's files. Where tensors lie otherwise than in the one before, it is made
+        anew, and all parts are seen to be all of them. Raises RanksDisagree."""
+        record, placed = taken.record(0), tuple(brief.placed for brief in taken.briefs)
+        is_full = record.journal is None
+        before, index = self._placed.get(is_full, ((), None))
+        if placed != before:
+            records = taken.records()
+            _check_whole(records)
+            index = index_of(records) if is_full else None
+            self._placed[is_full] = placed, index
+        return index
+
+    def _compared(self, record: Record, taken: Taken) -> Record:
         """The record, with where replicas differ. Raises Diverged if that is asked for, RanksDisagree if they never
         were the same."""
-        if not self._are_replicas and (other := unlike([record, *parts])):
+        if not self._are_replicas and (other := unlike(taken.records())):
             raise RanksDisagree(
                 f"the first checkpoint, of step {record.step}, is given up: ranks have other values in {', '.join(other[:8])}, "
                 "of which one rank would write its own for all. Make what each has for itself a DTensor on a mesh over these "
                 'ranks, or a buffer; if it is to be written all the same: on_divergence="off"'
             )
-        looked = looks([record, *parts])
+        looked = looks(taken.briefs, taken.record)
         known = self._suspects.note(looked)
         if not (found := differences(looked)):
             self._are_replicas = True
@@ -128,27 +150,6 @@ class FirstStore(Store):
         log.error("fxckpt: %s. The checkpoint has what each wrote", what)
         said = [[each.writer, each.reader, list(each.layers), list(each.tensors)] for each in found]
         return dataclasses.replace(record, state={**record.state, DIVERGED: said})
-
-    def _take(self, slot: Slot, rank: int, word: Word) -> tuple[Part, Record]:
-        """Move the files of a rank's part into the slot; those of the checkpoint that was in it before go back to the rank, which
-        writes into them again."""
-        assert isinstance(word, Done)
-        with (
-            self._folder.within(names.RANKS) as ranks,
-            ranks.within(names.rank_name(rank)) as own,
-            own.within(word.entry) as given,
-        ):
-            name = names.of_rank(names.PART, rank, self._others.world)
-            part = Part(name, word.sha256)
-            with given.opened(name, os.O_RDONLY) as fd:
-                if (nbytes := os.fstat(fd).st_size) > MAX_BYTES:
-                    raise Corrupt(given.at(name), f"it has {nbytes} bytes, more than any record")
-                record = read_part(part, io.pread(fd, nbytes, 0), given.at(name))
-            for file in [name, *(each.name for each in record.files)]:
-                if slot.held().find(file) is not None:
-                    slot.held().rename(file, file + names.SPARE, given)
-                given.rename(file, file, slot.held())
-        return part, record
 
     def close(self) -> None:
         super().close()
@@ -194,26 +195,6 @@ def index_of(records: Sequence[Record]) -> bytes | None:
     return (json.dumps({"metadata": {"total_size": sum(each.nbytes for each in tensors)}, "weight_map": places}) + "\n").encode()
 
 
-def _links(record: Record) -> object:
-    """What must be the same on all ranks for it to be one record of the journal, made of the same tensors; None of a full
-    checkpoint."""
-    if (journal := record.journal) is None:
-        return None
-    return journal.base, journal.after, journal.number, journal.order, record.state[ALIKE]
-
-
-def _check_alike(first: Record, others: Sequence[Record]) -> None:
-    """Raise RanksDisagree unless all ranks took this checkpoint of the same training: tensors of the same names and shapes, the
-    same settings of the optimizers, as many steps."""
-    mine = _training(first)
-    for other in others:
-        if (where := _first_difference(mine, _training(other))) is not None:
-            raise RanksDisagree(
-                f"the checkpoint of step {first.step} is given up: rank {other.rank} has other {where}. Ranks that write one "
-                "store together must train one model in one way; give each rank a directory of its own if they do not"
-            )
-
-
 def _check_whole(records: Sequence[Record]) -> None:
     """Raise RanksDisagree unless their boxes put each tensor together, once: a mesh may leave out ranks that have it, too."""
     try:
@@ -223,34 +204,3 @@ def _check_whole(records: Sequence[Record]) -> None:
             f"the checkpoint of step {records[0].step} is given up: {error}. All ranks must be on the mesh that a DTensor lies "
             "on, or on the one that it was cut out of (init_device_mesh over all of them)"
         ) from error
-
-
-def _training(record: Record) -> dict[str, Any]:
-    """What must be equal, by what it is called in a message."""
-    optimizers = [
-        {**{key: each[key] for key in ("class", "groups")}, "state": {name: of["keys"] for name, of in each["state"].items()}}
-        for each in record.optimizers
-    ]
-    counts = {"step": record.step, "iteration": record.iteration, "updates": record.updates}
-    found = {"counts": counts, "optimizers": optimizers, "tensors": record.state[ALIKE]}
-    return found if record.journal is None else {**found, "settings": record.journal.groups, "update": record.journal.update}
-
-
-def _first_difference(mine: Any, its: Any, path: str = "") -> str | None:
-    """The first place where two such values are not the same, and what is there; None: they are the same."""
-    if isinstance(mine, dict) and isinstance(its, dict):
-        if mine.keys() != its.keys():
-            return f"{path} than rank 0: {_short(sorted(mine.keys() ^ its.keys()))} on one of them"
-        pairs: Iterable[tuple[Any, Any, Any]] = ((key, mine[key], its[key]) for key in mine)
-    elif isinstance(mine, list) and isinstance(its, list) and len(mine) == len(its):
-        pairs = zip(range(len(mine)), mine, its)
-    elif json.dumps(mine) == json.dumps(its):
-        return None
-    else:
-        return f"{path} than rank 0 ({_short(its)} where rank 0 has {_short(mine)})"
-    return next((found for key, a, b in pairs if (found := _first_difference(a, b, f"{path}.{key}".lstrip(".")))), None)
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 200 else text[:200] + "..."

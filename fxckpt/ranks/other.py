@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 from fxckpt.engine.plan import FileId
 from fxckpt.errors import RanksDisagree, SaveFailed, StoreNotLoaded
+from fxckpt.ranks.briefs import Brief
 from fxckpt.ranks.rendezvous import Rendezvous, given_up
 from fxckpt.ranks.words import Committed, Done, GivenUp, Key
 from fxckpt.store import names
@@ -67,6 +68,7 @@ class PartSlot:
         if (word := self._others.heard(self.key, [0], timeout).get(0)) is None:
             return False
         self.handed_over = False
+        self._others.forget(self.key)
         if isinstance(word, GivenUp):
             raise given_up(0, word)
         assert isinstance(word, Committed)
@@ -195,7 +197,7 @@ class OtherStore:
             # Edge W: before rank 0 is told, which makes no byte of it durable but the names.
             replace_file(folder, part.name, raw, durable=True)
         slot.handed_over = True
-        self._others.say(slot.key, Done(slot.slot.entry, part.sha256))
+        self._others.say(slot.key, Done(slot.slot.entry, len(raw), part.sha256, Brief.of(record)))
 
     def abandon(self, slot: PartSlot, *, bad: bool, why: str = "") -> None:
         """Give it up, and say so. Where rank 0 may be taking its files still, its directory is left alone as long as this process

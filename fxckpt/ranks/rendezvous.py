@@ -10,9 +10,14 @@ from contextlib import suppress
 from fxckpt.errors import Cancelled, RanksDisagree
 from fxckpt.ranks.messages import Messages, named
 from fxckpt.ranks.words import Begun, GivenUp, Key, Said, Word, answer
+from fxckpt.store.checks import Malformed
 
 SLICE = 0.005
 """Seconds between two looks for an answer, by the thread that commits."""
+
+EACH = 0.0001
+"""Where there are many ranks, so much longer between two looks for each: the store is one process, and all ask it for rank 0's
+answer at the same time, as rank 0 asks for those of all."""
 
 FAREWELL = 10.0
 """Seconds that rank 0 stays at the end for others to hear the last word: one of them may be dead."""
@@ -29,6 +34,16 @@ def given_up(rank: int, word: GivenUp) -> Exception:
     if not word.why:
         return Cancelled(f"rank {rank} dropped it")
     return RanksDisagree(f"rank {rank} failed: {word.why}")
+
+
+def _said(rank: int, raw: bytes) -> Said:
+    """What a rank's message says. Raises RanksDisagree for what no rank of this version says."""
+    try:
+        return Said.from_bytes(raw)
+    except Malformed as error:
+        raise RanksDisagree(
+            f"what rank {rank} says is not understood ({error}): all ranks of a job must run the same version of fxckpt"
+        ) from error
 
 
 class Rendezvous:
@@ -82,7 +97,7 @@ class Rendezvous:
             given_up = any(isinstance(word, GivenUp) for word in found.values())
             if given_up or len(found) == len(ranks) or time.monotonic() > ended:
                 return found
-            time.sleep(SLICE)
+            time.sleep(max(SLICE, EACH * (len(ranks) - len(found) if self.rank == 0 else self.world)))
 
     def _look(self, key: Key, ranks: Sequence[int]) -> dict[int, Word]:
         """The same now, of those that have said something."""
@@ -91,8 +106,13 @@ class Rendezvous:
             there = [rank for rank in ranks if rank in self._spoke]
             raw = self._store.multi_get([self._key(rank) for rank in there]) if there else []
         with self._lock:
-            words = {rank: answer(Said.from_bytes(each), self._said.life, key, self._begun) for rank, each in zip(there, raw)}
+            words = {rank: answer(_said(rank, each), self._said.life, key, self._begun) for rank, each in zip(there, raw)}
         return {rank: word for rank, word in words.items() if word is not None}
+
+    def forget(self, key: Key) -> None:
+        """What became of this checkpoint was heard, so nobody asks for what this rank said of it: the next message is shorter."""
+        with self._lock:
+            self._said.forget(key)
 
     def leave(self) -> None:
         """Nothing more is said. Rank 0 stays until all others have heard what it said last, or for ``FAREWELL`` seconds."""

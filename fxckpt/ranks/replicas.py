@@ -9,15 +9,15 @@ from __future__ import annotations
 import base64
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fxckpt.engine import crc32c
 from fxckpt.engine.sums import Sums
-from fxckpt.store.about import CHECKED
+from fxckpt.ranks.briefs import OTHERS, OWN, Brief, checked
 from fxckpt.store.layout import FileLayout
-from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.record import Record
 
 BESIDE = "beside"
 """In what a rank says: fingerprints of what is whole beside DTensors. Where ranks hold other parts, none checksums another one's
@@ -26,7 +26,7 @@ file, and values of their own under one name (experts that no mesh knows of) wou
 
 def unlike(ranks: Sequence[Record]) -> list[str]:
     """Names of such tensors that are not alike on all ranks."""
-    said = [_member(record, BESIDE) for record in ranks]
+    said = [checked(record, BESIDE) for record in ranks]
     return [name for name, value in said[0].items() if any(each.get(name, value) != value for each in said[1:])]
 
 
@@ -52,7 +52,7 @@ def checksums(
     Files that are laid out otherwise, or cut into other chunks, cannot be compared."""
     own = {file.name: _geometry(file, chunk_bytes) for file in written}
     others = {file.name: [_geometry(file, chunk_bytes), _packed(of_file)] for file, of_file in zip(checked, crcs)}
-    return {"own": own, "others": others}
+    return {OWN: own, OTHERS: others}
 
 
 def _packed(crcs: Sums) -> str:
@@ -74,15 +74,18 @@ class Look:
     found: tuple[tuple[str, str], ...]
 
 
-def looks(ranks: Sequence[Record]) -> list[Look]:
-    """What the ranks' records say of each other's parts."""
-    files = {file.name: (record, file) for record in ranks for file in record.files}
+def looks(said: Sequence[Brief], record: Callable[[int], Record]) -> list[Look]:
+    """What the ranks say of each other's parts, in their order. ``record``: that of a rank's part, which is asked for where two
+    differ."""
+    writers = {name: rank for rank, brief in enumerate(said) for name in brief.own}
     out = []
-    for reader in ranks:
-        for name, (geometry, packed) in _member(reader, "others").items():
-            writer, file = files.get(name, (None, None))
-            if writer is not None and file is not None and _member(writer, "own").get(name) == geometry:
-                out.append(Look(writer.rank, reader.rank, name, tuple(_tensors(writer, file, base64.b64decode(packed)))))
+    for reader, brief in enumerate(said):
+        for name, (geometry, digest) in brief.others.items():
+            if (writer := writers.get(name)) is None or said[writer].own[name][0] != geometry:
+                continue
+            is_same = said[writer].own[name][1] == digest
+            found = () if is_same else tuple(_tensors(record(writer), name, record(reader)))
+            out.append(Look(writer, reader, name, found))
     return out
 
 
@@ -96,17 +99,11 @@ def differences(looked: Sequence[Look]) -> list[Difference]:
     return out
 
 
-def _member(record: Record, name: str) -> Mapping[str, Any]:
-    """What its checksums say."""
-    found: Mapping[str, Any] = record.state.get(CHECKED, {}).get(name, {})
-    return found
-
-
-def _tensors(writer: Record, file: FileRecord, crcs: bytes) -> Iterator[tuple[str, str]]:
-    """(layer, tensor) in the blocks whose checksums differ."""
-    if crcs == file.crc32c.tobytes():
-        return
-    differ = [i for i, (mine, its) in enumerate(zip(file.crc32c, array("I", crcs))) if mine != its]
+def _tensors(writer: Record, name: str, reader: Record) -> Iterator[tuple[str, str]]:
+    """(layer, tensor) in the blocks of a file whose checksums differ."""
+    file = next(each for each in writer.files if each.name == name)
+    crcs = array("I", base64.b64decode(checked(reader, OTHERS)[name][1]))
+    differ = [i for i, (mine, its) in enumerate(zip(file.crc32c, crcs)) if mine != its]
     for layer in writer.layers:
         for tensor in (each for each in layer.tensors if each.file == file.name):
             first, last = tensor.begin // file.chunk_bytes, (tensor.begin + max(tensor.nbytes, 1) - 1) // file.chunk_bytes

@@ -6,9 +6,16 @@ of that step and name there were in this run since the last load, which all rank
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from fxckpt.ranks.briefs import Brief
+from fxckpt.store import names
+from fxckpt.store.checks import Check, Malformed, is_anything, is_count, is_str, members, need
 
 KEPT = 32
 """Checkpoints that a message tells of: many more than can be in flight."""
@@ -18,10 +25,13 @@ Key = str
 
 @dataclass(frozen=True)
 class Done:
-    """A rank's part is durable, in the directory ``entry`` of its own; ``sha256`` is that of its record."""
+    """A rank's part is durable, in the directory ``entry`` of its own; ``nbytes`` and ``sha256`` are those of its record, and
+    ``brief`` is what it says in short."""
 
     entry: str
+    nbytes: int
     sha256: str
+    brief: Brief
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,12 @@ class GivenUp:
 
 Word = Done | Committed | GivenUp
 _KINDS = {kind.__name__: kind for kind in (Done, Committed, GivenUp)}
+_CHECKS: dict[type, dict[str, Check]] = {
+    Done: {"entry": lambda value: is_str(value) and names.is_slot(value), "nbytes": is_count,
+           "sha256": lambda value: is_str(value) and re.fullmatch("[0-9a-f]{64}", value) is not None, "brief": is_anything},
+    Committed: {"generation": is_count, "entry": is_str},
+    GivenUp: {"why": is_str, "unlike": lambda value: type(value) is bool},
+}  # fmt: skip
 
 
 @dataclass
@@ -59,13 +75,30 @@ class Said:
         for old in list(self.words)[:-KEPT]:
             del self.words[old]
 
+    def forget(self, key: Key) -> None:
+        """Nobody asks for this word any more."""
+        self.words.pop(key, None)
+
     def to_bytes(self) -> str:
-        return json.dumps([self.life, {key: [type(word).__name__, vars(word)] for key, word in self.words.items()}])
+        return json.dumps([self.life, {key: [type(word).__name__, dataclasses.asdict(word)] for key, word in self.words.items()}])
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Said:
-        life, words = json.loads(raw)
-        return cls(life, {key: _KINDS[kind](**fields) for key, (kind, fields) in words.items()})
+        """What another rank said, of this version or of another one. Raises Malformed."""
+        try:
+            found = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise Malformed(f"it is no JSON: {error}") from error
+        need(type(found) is list and len(found) == 2 and is_str(found[0]) and type(found[1]) is dict, "it is no list of words")
+        return cls(found[0], {key: _word(value) for key, value in found[1].items()})
+
+
+def _word(value: Any) -> Word:
+    """One of them. Raises Malformed."""
+    need(type(value) is list and len(value) == 2 and is_str(value[0]) and value[0] in _KINDS, lambda: f"a word is {value!r:.80}")
+    kind = _KINDS[value[0]]
+    fields = members(value[1], _CHECKS[kind], value[0])
+    return Done(**{**fields, "brief": Brief.from_json(fields["brief"])}) if kind is Done else kind(**fields)
 
 
 class Begun:

@@ -112,9 +112,13 @@ class Folder:
         found = self.find(name)
         return None if found is None else (found.st_dev, found.st_ino)
 
+    def names(self) -> list[str]:
+        """What its entries are called."""
+        return sorted(os.listdir(self.fd))
+
     def entries(self) -> dict[str, os.stat_result]:
         """All entries, by name."""
-        found = {name: self.find(name) for name in sorted(os.listdir(self.fd))}
+        found = {name: self.find(name) for name in self.names()}
         return {name: each for name, each in found.items() if each is not None}
 
     @contextmanager

@@ -8,14 +8,13 @@ from __future__ import annotations
 import errno
 import logging
 import stat
-from collections.abc import Sequence
 
 from fxckpt.errors import SaveFailed
 from fxckpt.store import names
 from fxckpt.store.files import replace_file
 from fxckpt.store.folder import Folder
 from fxckpt.store.pool import Pool
-from fxckpt.store.record import FileRecord, Record
+from fxckpt.store.record import Record
 from fxckpt.store.slot import Slot
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -23,17 +22,18 @@ log: logging.Logger = logging.getLogger("fxckpt")
 _NO_EXCHANGE = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV})
 
 
-def seal(slot: Slot, record: Record, beside: Sequence[FileRecord]) -> None:
-    """Step 3: from here the directory describes itself. ``beside``: files of other ranks' parts."""
-    files, folder = [*record.files, *beside], slot.held()
-    wanted = {*(file.name for file in files), *(part.name for part in record.parts or ())}
-    for name, found in folder.entries().items():
+def seal(slot: Slot, record: Record) -> None:
+    """Step 3: from here the directory describes itself."""
+    folder, wanted = slot.held(), {*(file.name for file in record.files), *slot.beside}
+    entries = folder.entries()
+    for name, found in entries.items():
         if not stat.S_ISREG(found.st_mode):
             folder.put_aside(name, slot.parent)
         elif name not in wanted:
             folder.unlink(name)  # of an earlier plan: nobody would verify it
-    for file in files:
+    for file in record.files:
         slot.check_written(file)
+    slot.check_beside(entries)
     # Edge C: the record's bytes, and
     replace_file(folder, names.COMMIT, record.to_bytes(), durable=True)
     # edge S: the names in the slot before its final name, else a checkpoint could lack its record or a file.

@@ -54,6 +54,7 @@ class Slot:
         self._files: dict[str, tuple[FileId, FileRecord]] = {}  # as they were when they were last committed
         self._opened: dict[str, int] = {}  # inodes that the engine wrote to
         self._turn = 0  # how many blocks were read back
+        self.beside: Mapping[str, int] = {}  # files that other ranks wrote, and were moved into it: their bytes by name
 
     error: Exception | None = None  # it ends in this process, where its commit raises
 
@@ -94,12 +95,12 @@ class Slot:
     def forget(self) -> None:
         """What is on the disk is not known any more."""
         self._written = self._before = None
-        self._files, self._opened = {}, {}
+        self._files, self._opened, self.beside = {}, {}, {}
 
     def begin(self) -> None:
         """The content may change from here: what was committed is what can be recalled."""
         self._before, self._written = self._written, None
-        self._opened = {}
+        self._opened, self.beside = {}, {}
 
     def opened(self, inodes: Mapping[str, int]) -> None:
         """The engine wrote to these; no other file may be committed under their names."""
@@ -107,12 +108,23 @@ class Slot:
 
     def check_written(self, file: FileRecord) -> None:
         """That what a record is to vouch for is what was written; notes it, to know the file again. Raises ``SaveFailed``."""
-        path, found = os.path.join(self.path, file.name), self.held().find(file.name)
-        if found is None or not stat.S_ISREG(found.st_mode) or self._opened.get(file.name, found.st_ino) != found.st_ino:
-            raise SaveFailed("stat", path, detail="somebody removed it or put something else in its place while it was written")
-        if found.st_size != file.nbytes:
-            raise SaveFailed("stat", path, detail=f"the file has {found.st_size} bytes, its record {file.nbytes}")
+        found = self._checked(self.held().find(file.name), file.name, file.nbytes)
         self._files[file.name] = file_id(found), file
+
+    def check_beside(self, entries: Mapping[str, os.stat_result]) -> None:
+        """The same of the files that other ranks wrote, among these ``entries``, but that they are not known again: nothing is
+        written into them here."""
+        for name, nbytes in self.beside.items():
+            self._checked(entries.get(name), name, nbytes)
+
+    def _checked(self, found: os.stat_result | None, name: str, nbytes: int) -> os.stat_result:
+        """What was found under a name, if it is the file of so many bytes that was written. Raises ``SaveFailed``."""
+        path = os.path.join(self.path, name)
+        if found is None or not stat.S_ISREG(found.st_mode) or self._opened.get(name, found.st_ino) != found.st_ino:
+            raise SaveFailed("stat", path, detail="somebody removed it or put something else in its place while it was written")
+        if found.st_size != nbytes:
+            raise SaveFailed("stat", path, detail=f"the file has {found.st_size} bytes, its record {nbytes}")
+        return found
 
     # ---- before it is written ----
 
@@ -136,7 +148,7 @@ class Slot:
         """Whether all that was committed in it is there, as files."""
         try:
             with self.parent.within(self.entry) as folder:
-                found = [folder.find(name) for name in (*self._files, names.COMMIT)]
+                found = [folder.find(name) for name in (*self._files, *self.beside, names.COMMIT)]
         except OSError:
             return False
         return all(each is not None and stat.S_ISREG(each.st_mode) for each in found)

@@ -333,10 +333,10 @@ class Store:
         """Who has not done his part of it yet."""
         return ()
 
-    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor], parts: Sequence[Record] = ()) -> Path:
+    def commit(self, slot: Slot, record: Record, state_tensors: Mapping[str, Tensor]) -> Path:
         """Make the slot, whose engine files are durable, a checkpoint, which it is once this returns. ``record``: what the run
-        says of it; the store fills in what only it knows. ``state_tensors`` are written beside. ``parts``: the records of other
-        ranks whose files are in the slot. Raises ``SaveFailed``; the caller then abandons the slot."""
+        says of it; the store fills in what only it knows. ``state_tensors`` are written beside. Raises ``SaveFailed``; the caller
+        then abandons the slot."""
         self._check_open()
         pool = self._pool_of(slot)
         with pool.unhurried():
@@ -345,7 +345,7 @@ class Store:
             with slot.reporting():
                 extra = write_tensors(slot.held(), record.state_file, state_tensors)
                 record = self._completed(record, slot, extra)
-                seal(slot, record, [file for part in parts for file in part.files])
+                seal(slot, record)
                 self._check_place()  # its bytes took their time
                 publish(slot, record, pool)
             pool.committed(slot, self._standing(record, GOOD))

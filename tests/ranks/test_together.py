@@ -17,12 +17,15 @@ from torch.nn.functional import cross_entropy
 import fxckpt
 from fxckpt.cli import main
 from fxckpt.errors import Corrupt, RanksDisagree, SetupError, StoreLocked
+from fxckpt.ranks.briefs import Brief
 from fxckpt.ranks.words import KEPT, Begun, Committed, Done, GivenUp, Said, answer
 from fxckpt.saving.share import shared_out
 from fxckpt.store import names
 from fxckpt.store.reader import Reader, candidates, checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+DONE = Done("slot-0.partial", 7, "0" * 64, Brief({"own-00002-of-00002.safetensors": 4096}, "1" * 32, "2" * 32, {}, {}))
 
 
 def newest(root: Path) -> Path:
@@ -273,11 +276,11 @@ def test_a_message_tells_of_the_newest_and_comes_back_as_it_went():
     said, begun = Said("third"), Begun()
     keys = [begun.next(step, None) for step in range(2 * KEPT)]
     for key in keys:
-        said.say(key, Done("slot-0.partial", "0" * 64))
+        said.say(key, DONE)
     said.say(begun.next(7, "best"), Committed(9, "named/best"))
     again = Said.from_bytes(said.to_bytes().encode())
     assert again == said and len(said.words) == KEPT
-    assert answer(again, "third", keys[-1], begun) == Done("slot-0.partial", "0" * 64)
+    assert answer(again, "third", keys[-1], begun) == DONE
     assert answer(again, "fourth", keys[-1], begun) is None  # of another life
 
 
@@ -285,7 +288,7 @@ def test_who_says_something_of_a_later_one_has_nothing_to_say_of_this_one():
     said, begun = Said(), Begun()
     first, second = begun.next(1, None), begun.next(1, None)
     assert first != second and answer(said, "", first, begun) is None
-    said.say(second, Done("slot-1.partial", "0" * 64))
+    said.say(second, DONE)
     assert answer(said, "", first, begun) == GivenUp("") and answer(said, "", second, begun) == said.words[second]
 
 
