@@ -58,10 +58,10 @@ def test_a_load_that_failed_on_one_rank_can_be_made_again(job, root, monkeypatch
     assert job.begin(load=False) == []
     restore = loading._restore
 
-    def failing(found, target, strict, skipped, rank):
+    def failing(found, target, strict, skipped, rank, *more):
         if rank == 1:
             raise fxckpt.LayoutMismatch("for the test")
-        return restore(found, target, strict, skipped, rank)
+        return restore(found, target, strict, skipped, rank, *more)
 
     monkeypatch.setattr(loading, "_restore", failing)
     assert [type(each) for each in job.load()] == [RanksDisagree, fxckpt.LayoutMismatch]
