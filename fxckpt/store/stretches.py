@@ -6,7 +6,6 @@ parts: those who want a part of each row would else read the rows, each of them.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,20 +48,14 @@ class Stretch:
 
 
 def stretches(files: Iterable[Sequence[Stored]], wanted: Sequence[Mapping[Place, Box]]) -> Iterator[Stretch]:
-    """All that the ranks want, in an order that is the same on each. ``wanted``: of each rank its boxes."""
-    read = Counter[int]()
-    of_all = {place: tuple(mine.get(place) for mine in wanted) for place in dict.fromkeys(p for mine in wanted for p in mine)}
-    for file in files:
-        shares: list[Share] = []
-        nbytes = 0
-        for share in (each for stored in sorted(file, key=lambda one: one.begin) for each in _shares(stored, of_all)):
-            shares.append(share)
-            nbytes += share.nbytes
-            if nbytes >= STRETCH_BYTES:
-                yield _stretch(shares, read)
-                shares, nbytes = [], 0
-        if shares:
-            yield _stretch(shares, read)
+    """All that the ranks want, in an order that is the same on each. Files take turns: one may be wanted by few ranks, and all are
+    to read at a time. ``wanted``: of each rank its boxes."""
+    read, of_all = Counter[int](), _Wanted(wanted)
+    left = [_runs(file, of_all) for file in files]
+    while left:
+        found = [(each, next(each, None)) for each in left]
+        yield from (_stretch(run, read) for _, run in found if run is not None)
+        left = [each for each, run in found if run is not None]
 
 
 def rounds(found: Iterable[Stretch], most: int) -> Iterator[list[Stretch]]:
@@ -80,20 +73,47 @@ def rounds(found: Iterable[Stretch], most: int) -> Iterator[list[Stretch]]:
         yield now
 
 
-def _shares(stored: Stored, of_all: Mapping[Place, tuple[Box | None, ...]]) -> Iterator[Share]:
+class _Wanted:
+    """What each rank wants. Tensors of one shape are mostly cut in one way, which is looked at once."""
+
+    def __init__(self, wanted: Sequence[Mapping[Place, Box]]):
+        places = dict.fromkeys(place for mine in wanted for place in mine)
+        kinds: dict[tuple[Box | None, ...], int] = {}
+        self._kinds = {place: kinds.setdefault(tuple(mine.get(place) for mine in wanted), len(kinds)) for place in places}
+        self._boxes = list(kinds)
+        self._hit: dict[tuple[int, Box], tuple[tuple[int, Box], ...]] = {}
+
+    def of(self, stored: Stored) -> tuple[tuple[int, Box], ...]:
+        """Of a stored box, by rank."""
+        if (kind := self._kinds.get(stored.place)) is None:
+            return ()
+        if (found := self._hit.get((kind, stored.box))) is None:
+            both = ((rank, box and common(stored.box, box)) for rank, box in enumerate(self._boxes[kind]))
+            found = self._hit[kind, stored.box] = tuple((rank, each) for rank, each in both if each is not None)
+        return found
+
+
+def _runs(file: Sequence[Stored], of_all: _Wanted) -> Iterator[list[Share]]:
+    """What is wanted of a file, cut into stretches."""
+    shares: list[Share] = []
+    nbytes = 0
+    for share in (each for stored in sorted(file, key=lambda one: one.begin) for each in _shares(stored, of_all)):
+        shares.append(share)
+        nbytes += share.nbytes
+        if nbytes >= STRETCH_BYTES:
+            yield shares
+            shares, nbytes = [], 0
+    if shares:
+        yield shares
+
+
+def _shares(stored: Stored, of_all: _Wanted) -> Iterator[Share]:
     """A stored box by rows, without those that nobody wants."""
-    hit = _hit(stored.box, of_all.get(stored.place, ()))
+    hit = of_all.of(stored)
     for rows in _rows(stored) if hit else ():
         here = tuple((rank, both) for rank, box in hit if (both := common(rows, box)) is not None)
         if here:
             yield Share(stored.place, rows, stored.itemsize * math.prod(rows[1]), here)
-
-
-@functools.lru_cache(1 << 14)
-def _hit(stored: Box, boxes: tuple[Box | None, ...]) -> tuple[tuple[int, Box], ...]:
-    """What each rank wants of a stored box. Tensors of one shape are mostly cut in one way."""
-    found = ((rank, None if box is None else common(stored, box)) for rank, box in enumerate(boxes))
-    return tuple((rank, both) for rank, both in found if both is not None)
 
 
 def _rows(stored: Stored) -> Iterator[Box]:

@@ -119,6 +119,14 @@ def test_what_all_want_a_part_of_is_read_once(tmp_path, monkeypatch):
     assert {each.reader for each in shared} == set(range(8))  # and all of them do so
 
 
+def test_all_ranks_read_at_a_time_though_each_file_is_wanted_by_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(stretches, "STRETCH_BYTES", 4096)
+    path = write_boxed(tmp_path / "step", {W: bits((512, 512))}, {W: grid((512, 512), (4, 1))}, 4)
+    wanted = [{W: box} for box in grid((512, 512), (4, 2))]  # two ranks of each file
+    for each in list(stretches.rounds(stretches.stretches(Reader(path).stored(names.MODEL), wanted), 16384))[:-1]:
+        assert {one.reader for one in each} == set(range(8))
+
+
 def test_a_rank_that_cannot_read_keeps_nobody_waiting(tmp_path):
     whole = bits((64, 64))
     path = write_boxed(tmp_path / "step", {W: whole}, {W: grid(whole.shape, (2, 1))})
