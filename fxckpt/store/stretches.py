@@ -48,7 +48,7 @@ class Stretch:
 
 
 def stretches(files: Iterable[Sequence[Stored]], wanted: Sequence[Mapping[Place, Box]]) -> Iterator[Stretch]:
-    """All that the ranks want, in an order that is the same on each. Files take turns: one may be wanted by few ranks, and all are
+    """All that ranks want, in an order that is the same on each. Files take turns: one may be wanted by few ranks, and all are
     to read at a time. ``wanted``: of each rank its boxes."""
     read, of_all = Counter[int](), _Wanted(wanted)
     left = [_runs(file, of_all) for file in files]

@@ -164,6 +164,7 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
             opt.ckpt.finish_on_signal()
         read = counted()
         restored = fxckpt.load()
+        read_to_load = sum(read)
     loaded, losses, clamp = digest(net, opt), [], life.get("clamp")
     note(life, rank, net, opt, restored.step, restored.step)
     for step in fxckpt.steps(life["steps"]) if watched and life.get("boundaries") else range(restored.step, life["steps"]):
@@ -184,7 +185,7 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     if watched:
         opt.ckpt.flush()
         note(life, rank, net, opt, life["steps"], opt.ckpt.statistics()["last_committed_step"])
-        found["read"], found["needed"] = sum(read), nbytes_of_parts(net, opt)
+        found["read"], found["needed"] = read_to_load, nbytes_of_parts(net, opt)
         found["records"] = opt.ckpt.statistics()["records_committed"]
         found["graph"] = opt.ckpt.graph.table() if life["steps"] > restored.step else ""
         opt.ckpt.shutdown()
