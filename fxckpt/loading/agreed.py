@@ -103,7 +103,7 @@ class Choosing:
                 mine = self._mine
                 on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
                 return Chosen(chosen, begins, on_two)
-        if none_was_common(said):
+        if not banned and none_was_common(said):
             log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
                         "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
             return Chosen(None, begins)
