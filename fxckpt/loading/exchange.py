@@ -6,10 +6,10 @@ which tensor parallelism gives it some columns. Where that is little, each reads
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,45 +29,48 @@ WORTH = 1.1
 """Times what it needs that a rank reads before they share the work."""
 
 ROUND_BYTES = 64 << 20
-"""What a rank reads, or gets, before it sends: twice that is in memory."""
+"""What a rank reads, sends or gets at a time: three times that is in memory."""
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+Send = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
+"""Bytes for all ranks, one after the other, how many are for each, and how many come from each; returns those."""
 
-Send = Callable[[Sequence[torch.Tensor], Sequence[int]], list[torch.Tensor]]
-"""Bytes for each rank, and how many come from each; returns those."""
+
+def is_worth_it(reader: Reader, tensors: Mapping[Place, torch.Tensor], phases: Phases) -> bool:
+    """Shall all ranks of a load share the work of reading these? A phase of its own."""
+    boxes = _boxes(tensors)
+    much = reader.bytes_for(boxes) > WORTH * sum(storable(tensors[place]).nbytes for place in boxes)
+    return any(phases.all(much)) and phases.group is not None
 
 
 def read_by_all(reader: Reader, tensors: Mapping[Place, torch.Tensor], phases: Phases) -> None:
     """``read_tensors``, by all ranks of a load together."""
-    boxes = {place: (box.offset, box.shape) for place, t in tensors.items() if (box := box_of(t)) is not None}
-    parts = {place: storable(tensors[place]) for place in boxes}
-    much = reader.bytes_for(boxes) > WORTH * sum(each.nbytes for each in parts.values())
-    if not any(phases.all(much)) or phases.group is None:
-        read_tensors(reader, tensors)
-        return
+    boxes = _boxes(tensors)
     wanted: list[dict[Place, Box]] = [{} for _ in range(phases.world)]
     dist.all_gather_object(wanted, boxes, phases.group)
-    work = Exchange(reader, wanted, phases.rank, partial(_send, phases.group))
+    work = Exchange(reader, wanted, phases.rank, partial(_send, phases))
     for kind in (MODEL, OPTIMIZER):
-        with landed({place: each for place, each in parts.items() if place[0] == kind}) as landing:
+        with landed({place: storable(tensors[place]) for place in boxes if place[0] == kind}) as landing:
             work.run(kind, landing)
-    if work.error is not None:
-        raise work.error
     read_tensors(reader, {place: t for place, t in tensors.items() if place not in boxes}, whole_files=False)
 
 
-def _send(group: Any, given: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Over a group of all ranks."""
-    received = torch.empty(sum(sizes), dtype=torch.uint8)
-    dist.all_to_all_single(received, torch.cat(list(given)), list(sizes), [each.numel() for each in given], group)
-    return list(received.split(list(sizes)))
+def _boxes(tensors: Mapping[Place, torch.Tensor]) -> dict[Place, Box]:
+    """Which parts of DTensors this rank has."""
+    return {place: (box.offset, box.shape) for place, t in tensors.items() if (box := box_of(t)) is not None}
+
+
+def _send(phases: Phases, given: torch.Tensor, out: Sequence[int], back: Sequence[int]) -> torch.Tensor:
+    """To all ranks, a phase of its own: they meet in the collective once each has read what it sends."""
+    received = torch.empty(sum(back), dtype=torch.uint8)
+    phases.all()
+    dist.all_to_all_single(received, given, list(back), list(out), phases.group)
+    return received
 
 
 class Exchange:
-    """Of one rank. ``error``: its first, from which on it reads no more; but it goes on sending, for others wait for it."""
+    """Of one rank. ``wanted``: of each rank its boxes. What it raises it raises before it sends."""
 
     def __init__(self, reader: Reader, wanted: Sequence[Mapping[Place, Box]], rank: int, send: Send):
-        self.error: Exception | None = None
         self._reader, self._wanted, self._rank, self._send = reader, wanted, rank, send
 
     def run(self, kind: str, landing: Mapping[Place, torch.Tensor]) -> None:
@@ -76,48 +79,38 @@ class Exchange:
             self._round(each, landing)
 
     def _round(self, stretched: Sequence[Stretch], landing: Mapping[Place, torch.Tensor]) -> None:
-        """Read some, and send."""
-        own = [share for each in stretched if each.reader == self._rank for share in each.shares]
-        memory = [torch.zeros(share.box[1], dtype=landing[share.place].dtype) for share in own]
-        self._read(own, memory)
-        given: list[list[torch.Tensor]] = [[_NOTHING] for _ in self._wanted]
-        for share, read in zip(own, memory):
-            for rank, box in share.wanted:
-                part = read[_cut(box, share.box)]
-                if rank == self._rank:
-                    landing[share.place][self._here(share, box)] = part
-                else:
-                    given[rank].append(part.contiguous().view(-1).view(torch.uint8))
-        sizes = [sum(each.nbytes.get(self._rank, 0) for each in stretched if each.reader == rank) for rank in range(len(given))]
-        sizes[self._rank] = 0
-        received = self._send([torch.cat(each) for each in given], sizes)
-        at = [0] * len(sizes)
-        for share, reader, box in self._from_others(stretched):
+        """Read some, and send, to this rank itself as well."""
+        world = range(len(self._wanted))
+        out = [sum(each.nbytes.get(rank, 0) for each in stretched if each.reader == self._rank) for rank in world]
+        back = [sum(each.nbytes.get(self._rank, 0) for each in stretched if each.reader == rank) for rank in world]
+        received = self._send(self._given(stretched, out), out, back)
+        at = [0, *itertools.accumulate(back)]
+        for share, reader, box in self._wanted_here(stretched):
             like = landing[share.place]
             end = at[reader] + like.element_size() * math.prod(box[1])
-            part = received[reader][at[reader] : end].clone()  # cloned: as a larger type it wants another alignment
-            like[self._here(share, box)] = part.view(like.dtype).view(box[1])
+            part = received[at[reader] : end].clone()  # cloned: as a larger type it wants another alignment
+            like[_cut(box, self._wanted[self._rank][share.place])] = part.view(like.dtype).view(box[1])
             at[reader] = end
 
-    def _read(self, shares: Sequence[Share], memory: Sequence[torch.Tensor]) -> None:
-        """All that this rank reads in a round."""
-        if self.error is None:
-            try:
-                items = source_items(memory)
-                self._reader.read_boxes((share.place, share.box, item) for share, item in zip(shares, items))
-            except Exception as error:
-                self.error = error
+    def _given(self, stretched: Sequence[Stretch], out: Sequence[int]) -> torch.Tensor:
+        """All that this rank reads in a round, rank by rank. It may have no such tensor itself, so that these are bytes."""
+        shares = [share for each in stretched if each.reader == self._rank for share in each.shares]
+        memory = [torch.empty(*share.box[1], share.itemsize, dtype=torch.uint8) for share in shares]
+        self._reader.read_boxes((share.place, share.box, item) for share, item in zip(shares, source_items(memory)))
+        given, at = torch.empty(sum(out), dtype=torch.uint8), [0, *itertools.accumulate(out)]
+        for share, read in zip(shares, memory):
+            for rank, box in share.wanted:
+                part = read[_cut(box, share.box)]
+                end = at[rank] + part.numel()
+                given[at[rank] : end].view(part.shape).copy_(part)
+                at[rank] = end
+        return given
 
-    def _here(self, share: Share, box: Box) -> tuple[slice, ...]:
-        """Where a box belongs in this rank's."""
-        return _cut(box, self._wanted[self._rank][share.place])
-
-    def _from_others(self, stretched: Sequence[Stretch]) -> Iterator[tuple[Share, int, Box]]:
+    def _wanted_here(self, stretched: Sequence[Stretch]) -> Iterator[tuple[Share, int, Box]]:
         """What comes here, in the order in which it is sent: what it is part of, from whom, and which box it is."""
-        for each in stretched:
-            for share in each.shares if each.reader != self._rank else ():
-                for box in (box for rank, box in share.wanted if rank == self._rank):
-                    yield share, each.reader, box
+        for each, share in ((each, share) for each in stretched for share in each.shares):
+            for box in (box for rank, box in share.wanted if rank == self._rank):
+                yield share, each.reader, box
 
 
 def _cut(box: Box, of: Box) -> tuple[slice, ...]:

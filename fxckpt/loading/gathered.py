@@ -25,6 +25,7 @@ def records_of(found: Loadable, phases: Phases) -> Callable[[str], bytes]:
     for file in files[phases.rank :: phases.world]:
         with suppress(Corrupt, NoCheckpoint, OSError):
             mine[file] = record_bytes(file)
+    phases.all()  # none waits inside a collective for one that reads, or cannot
     said: list[dict[str, bytes]] = [{} for _ in range(phases.world)]
     dist.all_gather_object(said, mine, phases.group)
     known = {file: raw for each in said for file, raw in each.items()}

@@ -26,7 +26,7 @@ from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
 from fxckpt.loading.agreed import Choosing, agreement_for
-from fxckpt.loading.exchange import read_by_all
+from fxckpt.loading.exchange import is_worth_it, read_by_all
 from fxckpt.loading.gathered import records_of
 from fxckpt.loading.match import check_match, match_tensors, relaid
 from fxckpt.loading.phases import Phases
@@ -423,8 +423,9 @@ def _restore(
                     "this is no bit-exact continuation", found.path, name)  # fmt: skip
     if target.model is not None:
         shard_again(target.model)
+    shared = phases is not None and is_worth_it(reader, tensors, phases)
     with _mixture(target, untrained, journal is not None):
-        apply.read_tensors(reader, tensors) if phases is None else read_by_all(reader, tensors, phases)
+        read_by_all(reader, tensors, phases) if phases is not None and shared else apply.read_tensors(reader, tensors)
         if journal is not None:
             made_again.make(reader, journal, before, tensors)
         held = apply.read_later(reader, match.later)

@@ -15,7 +15,8 @@ from fxckpt.store.boxes import Box, common
 from fxckpt.store.record import Place
 
 STRETCH_BYTES = 4 << 20
-"""Of a stretch, if no single row has more: the blocks at its ends, which are read twice, are little beside it."""
+"""Of a stretch, if no single row has more: the blocks at its ends, which are read twice, are little beside it. Of what several
+want whole, so much for all of them together: each gets it by itself."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,18 @@ class Share:
 
     place: Place
     box: Box
-    nbytes: int
+    itemsize: int
     wanted: tuple[tuple[int, Box], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows."""
+        return self.itemsize * math.prod(self.box[1])
+
+    @property
+    def sent(self) -> int:
+        """Bytes of what all ranks want."""
+        return self.itemsize * sum(math.prod(box[1]) for _, box in self.wanted)
 
 
 @dataclass(frozen=True)
@@ -59,16 +70,17 @@ def stretches(files: Iterable[Sequence[Stored]], wanted: Sequence[Mapping[Place,
 
 
 def rounds(found: Iterable[Stretch], most: int) -> Iterator[list[Stretch]]:
-    """So many at a time that no rank reads, or gets, more than ``most`` bytes, and one stretch."""
+    """So many at a time that no rank reads, sends or gets more than ``most`` bytes, and one stretch."""
     now: list[Stretch] = []
-    reads, gets = Counter[int](), Counter[int]()
+    reads, sends, gets = Counter[int](), Counter[int](), Counter[int]()
     for stretch in found:
         now.append(stretch)
         reads[stretch.reader] += sum(each.nbytes for each in stretch.shares)
+        sends[stretch.reader] += sum(stretch.nbytes.values())
         gets.update(stretch.nbytes)
-        if max(*reads.values(), *gets.values()) >= most:
+        if max(*reads.values(), *sends.values(), *gets.values()) >= most:
             yield now
-            now, reads, gets = [], Counter(), Counter()
+            now, reads, sends, gets = [], Counter(), Counter(), Counter()
     if now:
         yield now
 
@@ -99,7 +111,7 @@ def _runs(file: Sequence[Stored], of_all: _Wanted) -> Iterator[list[Share]]:
     nbytes = 0
     for share in (each for stored in sorted(file, key=lambda one: one.begin) for each in _shares(stored, of_all)):
         shares.append(share)
-        nbytes += share.nbytes
+        nbytes += max(share.nbytes, share.sent)
         if nbytes >= STRETCH_BYTES:
             yield shares
             shares, nbytes = [], 0
@@ -109,21 +121,23 @@ def _runs(file: Sequence[Stored], of_all: _Wanted) -> Iterator[list[Share]]:
 
 def _shares(stored: Stored, of_all: _Wanted) -> Iterator[Share]:
     """A stored box by rows, without those that nobody wants."""
-    hit = of_all.of(stored)
-    for rows in _rows(stored) if hit else ():
+    if not (hit := of_all.of(stored)):
+        return
+    times = -(-sum(math.prod(box[1]) for _, box in hit) // math.prod(stored.box[1]))  # one at least
+    for rows in _rows(stored, STRETCH_BYTES // times):
         here = tuple((rank, both) for rank, box in hit if (both := common(rows, box)) is not None)
         if here:
-            yield Share(stored.place, rows, stored.itemsize * math.prod(rows[1]), here)
+            yield Share(stored.place, rows, stored.itemsize, here)
 
 
-def _rows(stored: Stored) -> Iterator[Box]:
-    """A box in pieces of whole rows that are no longer than a stretch."""
+def _rows(stored: Stored, most: int) -> Iterator[Box]:
+    """A box in pieces of whole rows that have no more bytes than ``most``, if no single row has more."""
     offset, shape = stored.box
     nbytes = stored.itemsize * math.prod(shape)
-    if nbytes <= STRETCH_BYTES:
+    if nbytes <= most or not shape:
         yield stored.box
         return
-    step = max(STRETCH_BYTES * shape[0] // nbytes, 1)
+    step = max(most * shape[0] // nbytes, 1)
     for at in range(0, shape[0], step):
         yield (offset[0] + at, *offset[1:]), (min(step, shape[0] - at), *shape[1:])
 
@@ -132,8 +146,7 @@ def _stretch(shares: Sequence[Share], read: Counter[int]) -> Stretch:
     """Who reads it: of those that want about the most of it, the one who has read least."""
     nbytes = Counter[int]()
     for share in shares:
-        itemsize = share.nbytes // math.prod(share.box[1])
-        nbytes.update({rank: itemsize * math.prod(box[1]) for rank, box in share.wanted})
+        nbytes.update({rank: share.itemsize * math.prod(box[1]) for rank, box in share.wanted})
     able = [rank for rank, n in nbytes.items() if 2 * n >= max(nbytes.values())]
     reader = min(able, key=lambda rank: (read[rank], rank))
     read[reader] += sum(each.nbytes for each in shares)

@@ -16,13 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxckpt.compat.ranks import host_group
-from fxckpt.errors import Corrupt
 from fxckpt.loading import exchange
 from fxckpt.loading.exchange import Exchange
+from fxckpt.loading.gathered import records_of
+from fxckpt.loading.phases import Elsewhere, Phases
+from fxckpt.ranks import Agreement
 from fxckpt.store import names, stretches
 from fxckpt.store import reader as readers
 from fxckpt.store.boxes import common
-from fxckpt.store.reader import Reader
+from fxckpt.store.reader import Candidate, Reader, read_record
 
 W, B = (names.MODEL, "w"), (names.MODEL, "b")
 
@@ -37,13 +39,13 @@ class Together:
         self.work = [Exchange(Reader(path), wanted, rank, self._send(rank)) for rank in range(len(wanted))]
 
     def _send(self, rank):
-        def send(given, sizes):
-            self._given[rank] = given
+        def send(given, out, back):
+            self._given[rank] = given.split(out)
             self._barrier.wait()
             received = [each[rank].clone() for each in self._given]
             self._barrier.wait()
-            assert [each.numel() for each in received] == list(sizes)
-            return received
+            assert [each.numel() for each in received] == list(back)
+            return torch.cat(received)
 
         return send
 
@@ -127,16 +129,58 @@ def test_all_ranks_read_at_a_time_though_each_file_is_wanted_by_few(tmp_path, mo
         assert {one.reader for one in each} == set(range(8))
 
 
-def test_a_rank_that_cannot_read_keeps_nobody_waiting(tmp_path):
-    whole = bits((64, 64))
-    path = write_boxed(tmp_path / "step", {W: whole}, {W: grid(whole.shape, (2, 1))})
-    file = path / "model-00002-of-00002.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[-1] ^= 1
-    file.write_bytes(raw)
-    together = Together(path, [{W: box} for box in grid(whole.shape, (1, 3))]).run()
-    errors = [each.error for each in together.work]
-    assert [type(each) for each in errors if each is not None] == [Corrupt]
+def test_a_rank_reads_for_others_what_it_has_no_part_of_itself(tmp_path):
+    """Two tensors that are read together, of which one rank has one only."""
+    whole = {W: bits((64, 64)), B: bits((64,), np.float64)}
+    path = write_boxed(tmp_path / "step", whole, {W: grid((64, 64), (2, 1)), B: grid((64,), (2,))})
+    halves = grid((64, 64), (1, 2))
+    together = Together(path, [{W: halves[0]}, {W: halves[1], B: ((0,), (64,))}])
+    together.landing[1][B] = torch.zeros(64, dtype=torch.float64)
+    assert {each.reader for each in stretches.stretches(Reader(path).stored(names.MODEL), together.wanted)} == {0, 1}
+    together.run().check(whole)
+
+
+def test_what_many_ranks_want_whole_is_sent_a_little_at_a_time(tmp_path, monkeypatch):
+    """Replicas: what is read once is sent to each."""
+    monkeypatch.setattr(stretches, "STRETCH_BYTES", 64 << 10)
+    path = write_boxed(tmp_path / "step", {W: bits((512, 512))}, {W: grid((512, 512), (2, 1))})
+    wanted = [{W: ((0, 0), (512, 512))}] * 16
+    found = list(stretches.stretches(Reader(path).stored(names.MODEL), wanted))
+    assert max(sum(each.nbytes.values()) for each in found) <= 64 << 10
+    for each in stretches.rounds(found, 256 << 10):
+        sent = [sum(sum(one.nbytes.values()) for one in each if one.reader == rank) for rank in range(16)]
+        assert max(sent) <= (256 + 64) << 10
+
+
+def agreed(function, world=2):
+    """Call it with the phases of each of so many ranks, as threads; what it returned."""
+    store = torch.distributed.HashStore()
+
+    def one(rank):
+        with Agreement(store, rank, world, 20.0) as agreement:
+            return function(Phases(agreement, 1))
+
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(one, range(world)))
+
+
+@pytest.mark.parametrize("what", ["tensors", "records"])
+def test_none_waits_inside_a_collective_for_one_that_reads_or_could_not(what, tmp_path):
+    path = write_boxed(tmp_path / "step", {W: bits((4, 4))}, {W: grid((4, 4), (2, 1))})
+    found = Candidate(path, read_record(str(path), of_all=False))
+
+    def rank(phases):
+        phases.group = "a group that nobody may use"
+        if phases.rank == 1:
+            return phases.give_up("OSError: for the test")
+        with pytest.raises(Elsewhere):
+            if what == "records":
+                records_of(found, phases)
+            else:
+                exchange._send(phases, torch.empty(4, dtype=torch.uint8), [0, 4], [0, 0])
+        return phases.failed
+
+    assert agreed(rank) == [[(1, "OSError: for the test")], None]
 
 
 def test_stretches_are_all_that_is_wanted_once_and_are_the_same_on_every_rank(tmp_path):
