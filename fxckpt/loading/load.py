@@ -373,10 +373,10 @@ def _without(found: Journaled, broken: Broken | None, left: Sequence[Found]) -> 
     return _newest_first([*left, shorter]) if shorter is not None else list(left)
 
 
-def _mixture(target: Target, untrained: Run | None, steps: bool) -> contextlib.AbstractContextManager[None]:
-    """Around what leaves live tensors that must not be trained if it does not come to its end: the one reading of a checkpoint,
-    and steps made again, whose result is compared with what training had only when they were made."""
-    run = target.run if steps else untrained
+def _mixture(target: Target, untrained: Run | None, always: bool) -> contextlib.AbstractContextManager[None]:
+    """Around what leaves live tensors that must not be trained if it does not come to its end: the one reading of a checkpoint;
+    steps made again, whose result is compared with what training had only when they were made; and what another rank may end."""
+    run = target.run if always else untrained
     return contextlib.nullcontext() if run is None else run.status.loading_at_once()
 
 
@@ -424,7 +424,7 @@ def _restore(
     if target.model is not None:
         shard_again(target.model)
     shared = phases is not None and is_worth_it(reader, tensors, phases)
-    with _mixture(target, untrained, journal is not None):
+    with _mixture(target, untrained, journal is not None or phases is not None):
         read_by_all(reader, tensors, phases) if phases is not None and shared else apply.read_tensors(reader, tensors)
         if journal is not None:
             made_again.make(reader, journal, before, tensors)
