@@ -56,7 +56,7 @@ def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]
 def landed(tensors: Mapping[tuple[str, str], torch.Tensor]) -> Iterator[dict[tuple[str, str], torch.Tensor]]:
     """Tensors in host memory to read into: these, or in place of what lies on a device others, of which it is copied there behind
     the block."""
-    landing = {key: t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for key, t in tensors.items()}
+    landing = {key: t if t.device.type == "cpu" else _on_host(t.shape, t.dtype) for key, t in tensors.items()}
     with torch.no_grad():
         yield landing
         for key, tensor in tensors.items():
@@ -64,9 +64,14 @@ def landed(tensors: Mapping[tuple[str, str], torch.Tensor]) -> Iterator[dict[tup
                 tensor.copy_(landing[key])
 
 
+def _on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """One to read into, wherever the script has new tensors made."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def read_later(reader: Reader, later: Sequence[TensorRecord]) -> dict[str, torch.Tensor]:
     """New tensors by key, for those whose owners are not known yet; they are few: buffers and frozen parameters."""
-    held = {t.key: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in later}
+    held = {t.key: _on_host(t.shape, TORCH_DTYPES[t.dtype]) for t in later}
     if held:
         reader.read_into({(MODEL, key): source_items([t])[0] for key, t in held.items()}, MODEL)
     return held

@@ -61,7 +61,7 @@ def _boxes(tensors: Mapping[Place, torch.Tensor]) -> dict[Place, Box]:
 
 def _send(phases: Phases, given: torch.Tensor, out: Sequence[int], back: Sequence[int]) -> torch.Tensor:
     """To all ranks, a phase of its own: they meet in the collective once each has read what it sends."""
-    received = torch.empty(sum(back), dtype=torch.uint8)
+    received = torch.empty(sum(back), dtype=torch.uint8, device="cpu")
     phases.all()
     dist.all_to_all_single(received, given, list(back), list(out), phases.group)
     return received
@@ -95,9 +95,9 @@ class Exchange:
     def _given(self, stretched: Sequence[Stretch], out: Sequence[int]) -> torch.Tensor:
         """All that this rank reads in a round, rank by rank. It may have no such tensor itself, so that these are bytes."""
         shares = [share for each in stretched if each.reader == self._rank for share in each.shares]
-        memory = [torch.empty(*share.box[1], share.itemsize, dtype=torch.uint8) for share in shares]
+        memory = [torch.empty(*share.box[1], share.itemsize, dtype=torch.uint8, device="cpu") for share in shares]
         self._reader.read_boxes((share.place, share.box, item) for share, item in zip(shares, source_items(memory)))
-        given, at = torch.empty(sum(out), dtype=torch.uint8), [0, *itertools.accumulate(out)]
+        given, at = torch.empty(sum(out), dtype=torch.uint8, device="cpu"), [0, *itertools.accumulate(out)]
         for share, read in zip(shares, memory):
             for rank, box in share.wanted:
                 part = read[_cut(box, share.box)]

@@ -129,6 +129,14 @@ def test_all_ranks_read_at_a_time_though_each_file_is_wanted_by_few(tmp_path, mo
         assert {one.reader for one in each} == set(range(8))
 
 
+def test_what_is_read_comes_to_host_memory_wherever_the_script_makes_its_tensors(tmp_path):
+    path = write_boxed(tmp_path / "step", {W: bits((6, 4))}, {W: grid((6, 4), (2, 1))})
+    alone = Together(path, [{W: ((0, 0), (6, 3))}])
+    with torch.device("meta"):
+        alone.work[0].run(names.MODEL, alone.landing[0])
+    alone.check({W: bits((6, 4))})
+
+
 def test_a_rank_reads_for_others_what_it_has_no_part_of_itself(tmp_path):
     """Two tensors that are read together, of which one rank has one only."""
     whole = {W: bits((64, 64)), B: bits((64,), np.float64)}
