@@ -429,11 +429,11 @@ def _restore(
         if journal is not None:
             made_again.make(reader, journal, before, tensors)
         held = apply.read_later(reader, match.later)
+        apply.set_buffers(match, target)
+        if journal is not None:
+            held |= made_again.set_what_is_whole(journal, target)
         if phases is not None:
             phases.all()
-    apply.set_buffers(match, target)
-    if journal is not None:
-        held |= made_again.set_what_is_whole(journal[-1], target)
     apply.apply_optimizers(saved, states, match, target)
     apply.give_back_what_was_held(saved, match, target)
     apply.apply_extras(saved, target)

@@ -142,11 +142,17 @@ def _brought_to(
     return there, name
 
 
-def set_what_is_whole(last: Reader, target: Target) -> dict[str, torch.Tensor]:
-    """Set the buffers and frozen parameters that the last record has; those whose owners are not known yet are returned."""
+def set_what_is_whole(journal: Sequence[Reader], target: Target) -> dict[str, torch.Tensor]:
+    """Set the buffers and frozen parameters that the last record has; those whose owners are not known yet are returned. Raises
+    Broken."""
+    last = journal[-1]
     match = match_tensors(last.record, target)
     if match.wrong:
         raise LayoutMismatch("\n".join([f"the record of step {last.record.step} does not fit:", *match.wrong]))
-    apply.read_tensors(last, {place: t for place, t in match.tensors.items() if place[0] == names.MODEL})
+    try:
+        apply.read_tensors(last, {place: t for place, t in match.tensors.items() if place[0] == names.MODEL})
+        held = apply.read_later(last, match.later)
+    except Corrupt as error:
+        raise Broken(len(journal) - 1, error) from error
     apply.set_buffers(match, target)
-    return apply.read_later(last, match.later)
+    return held

@@ -14,7 +14,7 @@ from storing import a_record
 
 import fxckpt
 from fxckpt.errors import RanksDisagree, SetupError
-from fxckpt.loading import apply
+from fxckpt.loading import apply, made_again
 from fxckpt.loading import load as loading
 from fxckpt.store import names
 from fxckpt.store.parts import layers_of
@@ -110,6 +110,17 @@ def test_no_rank_trains_a_mixture_where_one_cannot_read_what_all_go_back_to(job,
             run.train(1)
     assert [each.step for each in job.load(step=1)] == [1, 1]
     job.train(1)
+
+
+def test_nothing_is_applied_on_any_rank_before_all_have_read_all(job, monkeypatch):
+    """The last record's buffers, too, which each rank has for itself."""
+    job.begin(make=Normed, every=1, journal=8, update="native")
+    job.train(3)
+    job.end()
+    job.begin(make=Normed, every=1, journal=8, update="native", load=False)
+    failing_on_1(made_again, "set_what_is_whole", OSError(5, "for the test"), monkeypatch, job)
+    assert [type(each) for each in job.load()] == [RanksDisagree, OSError]
+    assert [dict(run.opt.state) for run in job.runs] == [{}, {}]
 
 
 def test_rank_0_tells_what_became_of_checkpoints_in_the_order_in_which_they_began(job, root):
