@@ -148,11 +148,12 @@ def test_a_rank_reads_for_others_what_it_has_no_part_of_itself(tmp_path):
     together.run().check(whole)
 
 
-def test_what_many_ranks_want_whole_is_sent_a_little_at_a_time(tmp_path, monkeypatch):
-    """Replicas: what is read once is sent to each."""
+@pytest.mark.parametrize("columns", [512, 200])
+def test_what_many_ranks_want_is_sent_a_little_at_a_time(columns, tmp_path, monkeypatch):
+    """Replicas: what is read once is sent to each. Or one reads all, for it wants the most, and sends each much of it."""
     monkeypatch.setattr(stretches, "STRETCH_BYTES", 64 << 10)
     path = write_boxed(tmp_path / "step", {W: bits((512, 512))}, {W: grid((512, 512), (2, 1))})
-    wanted = [{W: ((0, 0), (512, 512))}] * 16
+    wanted = [{W: ((0, 0), (512, 512))}, *[{W: ((0, 0), (512, columns))}] * 15]
     found = list(stretches.stretches(Reader(path).stored(names.MODEL), wanted))
     assert max(sum(each.nbytes.values()) for each in found) <= 64 << 10
     for each in stretches.rounds(found, 256 << 10):
