@@ -155,10 +155,10 @@ def test_what_many_ranks_want_is_sent_a_little_at_a_time(columns, tmp_path, monk
     path = write_boxed(tmp_path / "step", {W: bits((512, 512))}, {W: grid((512, 512), (2, 1))})
     wanted = [{W: ((0, 0), (512, 512))}, *[{W: ((0, 0), (512, columns))}] * 15]
     found = list(stretches.stretches(Reader(path).stored(names.MODEL), wanted))
-    assert max(sum(each.nbytes.values()) for each in found) <= 64 << 10
+    assert max(sum(each.nbytes.values()) for each in found) < 2 * (64 << 10)
     for each in stretches.rounds(found, 256 << 10):
         sent = [sum(sum(one.nbytes.values()) for one in each if one.reader == rank) for rank in range(16)]
-        assert max(sent) <= (256 + 64) << 10
+        assert max(sent) < (256 + 2 * 64) << 10
 
 
 def agreed(function, world=2):

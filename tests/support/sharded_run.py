@@ -41,12 +41,13 @@ class Block(nn.Module):
 
 class Net(nn.Module):
     """Sizes that hardly a number of ranks divides (tensor parallelism computes with no others); of the last layer some ranks
-    have nothing."""
+    have nothing, and of one parameter there is nothing."""
 
     def __init__(self, width: int):
         super().__init__()
         self.blocks = nn.ModuleList(Block(width) for _ in range(3))
         self.head = nn.Linear(width, 1)
+        self.nothing = nn.Parameter(torch.zeros(0, width), requires_grad=False)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
