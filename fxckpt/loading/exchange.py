@@ -108,9 +108,10 @@ class Exchange:
 
     def _wanted_here(self, stretched: Sequence[Stretch]) -> Iterator[tuple[Share, int, Box]]:
         """What comes here, in the order in which it is sent: what it is part of, from whom, and which box it is."""
-        for each, share in ((each, share) for each in stretched for share in each.shares):
-            for box in (box for rank, box in share.wanted if rank == self._rank):
-                yield share, each.reader, box
+        for each in stretched:
+            for share, (rank, box) in ((share, one) for share in each.shares for one in share.wanted):
+                if rank == self._rank:
+                    yield share, each.reader, box
 
 
 def _cut(box: Box, of: Box) -> tuple[slice, ...]:

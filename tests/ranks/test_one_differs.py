@@ -106,7 +106,7 @@ def test_no_rank_trains_a_mixture_where_one_cannot_read_what_all_go_back_to(job,
         failing_on_1(apply, "read_tensors", OSError(5, "for the test"), patched, job)
         assert [type(each) for each in job.load(step=1)] == [RanksDisagree, OSError]
     for run in job.runs:
-        with pytest.raises(SetupError, match="parts of a corrupt checkpoint: one could not be read to its end, here or on another rank"):
+        with pytest.raises(SetupError, match="parts of a corrupt checkpoint: one could not be read to its end"):
             run.train(1)
     assert [each.step for each in job.load(step=1)] == [1, 1]
     job.train(1)
