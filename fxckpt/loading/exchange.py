@@ -109,9 +109,9 @@ class Exchange:
     def _wanted_here(self, stretched: Sequence[Stretch]) -> Iterator[tuple[Share, int, Box]]:
         """What comes here, in the order in which it is sent: what it is part of, from whom, and which box it is."""
         for each in stretched:
-            for share, (rank, box) in ((share, one) for share in each.shares for one in share.wanted):
-                if rank == self._rank:
-                    yield share, each.reader, box
+            for share in each.shares:
+                mine = (box for rank, box in share.wanted if rank == self._rank)
+                yield from ((share, each.reader, box) for box in mine)
 
 
 def _cut(box: Box, of: Box) -> tuple[slice, ...]:
