@@ -337,15 +337,16 @@ def resharding(numbers: Numbers) -> str:
 
 
 def resharding_between(numbers: Numbers) -> str:
-    """resharding.py's pairs of other layouts, with our checksums and with one for each chunk of 4 MiB: the most of each kind."""
-    kinds: dict[str, dict[str, tuple[float, float]]] = {}
+    """resharding.py's pairs of other layouts, the most of each kind: as it is, each rank alone, and that with a checksum for each
+    chunk of 4 MiB."""
+    hows = ("ours", "alone", "4096")
+    kinds: dict[str, dict[str, list[float]]] = {}
     for model, of in numbers["between"].items():
         for writer, readers in of.items():
             for reader, ratio in readers.items():
                 row = kinds.setdefault(f"{_kind(writer)} → {_kind(reader)}", {})
-                ours, chunks = row.get(model, (0.0, 0.0))
-                row[model] = max(ours, ratio["ours"]), max(chunks, ratio["4096"])
-    rows = [[kind, *(f"{ours:.2f} ({chunks:.2f})" for ours, chunks in of.values())] for kind, of in kinds.items()]
+                row[model] = [max(ratio[how], most) for how, most in zip(hows, row.get(model, [0.0] * 3))]
+    rows = [[kind, *("{:.2f} ({:.2f}, {:.2f})".format(*of[model]) for model in numbers["between"])] for kind, of in kinds.items()]
     return table(["the most of any pair", *numbers["between"]], rows)
 
 

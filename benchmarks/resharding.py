@@ -2,8 +2,10 @@
 
 Nothing is written: the shapes of a model say what ranks of each layout hold, with AdamW's state, all of it float32; what others
 read of it is what the reader would, by its own arithmetic. A ratio is of the bytes that all of them read together and those that
-they hold then. First FSDP2 on other numbers of ranks, one of which is a single process; then pairs of other layouts: DDP, whose
-ranks share whole tensors out, and FSDP2 over tensor parallelism, where every second matrix is cut in its second dimension.
+they hold then. "ours" is what they do: where one would read more than 1.1 times what it needs, they read each byte once and send
+each other what they want; "alone" is what they would read without that. First FSDP2 on other numbers of ranks, one of which is a
+single process; then pairs of other layouts: DDP, whose ranks share whole tensors out, and FSDP2 over tensor parallelism, where
+every second matrix is cut in its second dimension.
 
     python benchmarks/resharding.py [--json benchmarks/results/resharding.json]
 """
@@ -11,18 +13,21 @@ ranks share whole tensors out, and FSDP2 over tensor parallelism, where every se
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fxckpt.loading.exchange import WORTH
 from fxckpt.saving.share import who_writes
 from fxckpt.store.boxes import Box, chunks_of, sheets
 from fxckpt.store.layout import TensorSpec, lay_out, sum_bytes
+from fxckpt.store.stretches import Stored, stretches
 
 KIB = 1 << 10
-OURS = "ours"
+OURS, ALONE = "ours", "alone"
 SUMS = {str(kib): kib * KIB for kib in (4096, 1024, 256, 64, 16, 4)}  # in KiB; and ours, by what a rank holds
 WORLDS = (1, 2, 3, 4, 8, 16, 32, 64)
 STATES = ("", "exp_avg/", "exp_avg_sq/")
@@ -146,21 +151,42 @@ def wanted(files: list[tuple[File, int]], mine: dict[str, Box]) -> Iterator[list
 
 def pair(shapes: Shapes, files: list[tuple[File, int]], layout: Layout) -> dict[str, float]:
     """Bytes read over bytes needed by the ranks of a layout, for each size of what has a checksum."""
-    needed, read = 0, dict.fromkeys([*SUMS, OURS], 0)
+    needed, read = 0, dict.fromkeys([*SUMS, ALONE], 0)
     ours = [sum_bytes(nbytes) for _, nbytes in files]
-    alike = not layout.sharded  # then one rank stands for all
-    for mine in held(shapes, Layout(1) if alike else layout):
-        needed += sum(map(_bytes, mine.values()))
+    ranks = held(shapes, Layout(1) if not layout.sharded else layout)  # of DDP one rank stands for all
+    much = False
+    for mine in ranks:
+        hold, before = sum(map(_bytes, mine.values())), read[ALONE]
+        needed += hold
         for own, ranges in zip(ours, wanted(files, mine)):
             targets = [(begin, nbytes, 0, None, None) for begin, nbytes in ranges]
-            for label, size in {**SUMS, OURS: own}.items():
+            for label, size in {**SUMS, ALONE: own}.items():
                 read[label] += size * sum(map(len, chunks_of(targets, size)))
+        much = much or read[ALONE] - before > WORTH * hold
+    read[OURS] = sum(in_stretches(files, ranks)) if much else read[ALONE]
     return {label: total / needed for label, total in read.items()}
+
+
+def in_stretches(files: list[tuple[File, int]], ranks: list[dict[str, Box]]) -> Iterator[int]:
+    """Bytes read of each stretch, by the one rank that reads it."""
+    kind = "f"
+    asked = [{(kind, key): box for key, box in mine.items()} for mine in ranks]
+    for file, nbytes in files:
+        lies = {key: (box, begin) for key, box, begin in file}
+        stored_ones = [Stored((kind, key), box, begin, 4) for key, box, begin in file]
+        for stretch in stretches([stored_ones], asked):
+            targets = []
+            for share in stretch.shares:
+                box, begin = lies[share.place[1]]
+                row = _bytes(box) // box[1][0]
+                targets.append((begin + (share.box[0][0] - box[0][0]) * row, share.nbytes, 0, None, None))
+            size = sum_bytes(nbytes)
+            yield size * sum(map(len, chunks_of(targets, size)))
 
 
 def measure(shapes: Shapes) -> dict[str, dict[str, list[float]]]:
     """Ratios of every pair of FSDP2: by what has a checksum, then by who wrote, for each number of readers."""
-    found: dict[str, dict[str, list[float]]] = {label: {} for label in [*SUMS, OURS]}
+    found: dict[str, dict[str, list[float]]] = {label: {} for label in [*SUMS, ALONE, OURS]}
     for writers in WORLDS:
         files = stored(shapes, Layout(writers))
         rows = [pair(shapes, files, Layout(readers)) for readers in WORLDS]
@@ -175,20 +201,21 @@ SHARDED = tuple(Layout(world) for world in (2, 4, 8, 16, 64))
 
 
 def between() -> list[tuple[Layout, Layout]]:
-    """Pairs of other layouts, writer and reader: DDP, one process and FSDP2 over tensor parallelism, and each with FSDP2."""
+    """Pairs of other layouts, writer and reader: DDP, one process and FSDP2 over tensor parallelism, and each with FSDP2; and the
+    last with each other."""
     one_way = [(a, b) for a in DDP for b in (*SHARDED, *MESHES, Layout(1))]
     one_way += [(a, b) for a in MESHES for b in (*SHARDED, Layout(1))]
-    return one_way + [(b, a) for a, b in one_way]
+    return one_way + [(b, a) for a, b in one_way] + list(itertools.permutations(MESHES, 2))
 
 
 def measure_between(shapes: Shapes) -> dict[str, dict[str, dict[str, float]]]:
-    """Ratios of these pairs, with our checksums and with one for each chunk: by writer, by reader."""
+    """Ratios of these pairs, with our checksums, each rank alone, and with one for each chunk: by writer, by reader."""
     found: dict[str, dict[str, dict[str, float]]] = {}
     files: dict[Layout, list[tuple[File, int]]] = {}
     for writer, reader in between():
         files[writer] = files.get(writer) or stored(shapes, writer)
         ratios = pair(shapes, files[writer], reader)
-        found.setdefault(str(writer), {})[str(reader)] = {label: round(ratios[label], 3) for label in (OURS, "4096")}
+        found.setdefault(str(writer), {})[str(reader)] = {label: round(ratios[label], 3) for label in (OURS, ALONE, "4096")}
     return found
 
 
@@ -196,7 +223,7 @@ def show(model: str, ratios: dict[str, dict[str, list[float]]]) -> None:
     """The tables on the terminal."""
     for label, rows in ratios.items():
         worst = max(ratio for row in rows.values() for ratio in row)
-        each = "of our size" if label == OURS else f"of {label} KiB"
+        each = f"of our size ({label})" if label in (OURS, ALONE) else f"of {label} KiB"
         print(f"\n{model}, checksums {each}: at most {worst:.2f}\nwritten by, read by " + "".join(f"{n:>8}" for n in WORLDS))
         for writers, row in rows.items():
             print(f"{writers:>19} " + "".join(f"{ratio:8.2f}" for ratio in row))
@@ -213,7 +240,10 @@ def main() -> None:
         show(name, ratios)
         for writer, readers in others[name].items():
             for reader, each in readers.items():
-                print(f"{name}, {writer:>16} → {reader:16} {each[OURS]:.2f} (checksums of 4096 KiB: {each['4096']:.2f})")
+                print(
+                    f"{name}, {writer:>16} → {reader:16} {each[OURS]:.2f} (alone {each[ALONE]:.2f}; checksums of "
+                    f"4096 KiB: {each['4096']:.2f})"
+                )
     if args.json is not None:
         args.json.write_text(json.dumps({"worlds": WORLDS, "models": found, "between": others}) + "\n")
 

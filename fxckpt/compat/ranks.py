@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -46,3 +48,26 @@ def default_store() -> tuple[Any, float] | None:
     # torchrun's agent may keep one store over restarts: what an earlier attempt said must not be heard.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"fxckpt/attempt_{attempt}", store), store.timeout.total_seconds()
+
+
+def has_host_group() -> bool:
+    """Can ranks send each other what lies in host memory?"""
+    return _runs() and (_sends_host_memory() or dist.is_gloo_available())
+
+
+@contextmanager
+def host_group() -> Iterator[Any]:
+    """A group of all ranks that sends what lies in host memory: the default one if it does, else one of gloo for this block. All
+    ranks enter it."""
+    if _sends_host_memory():
+        yield dist.group.WORLD
+        return
+    group = dist.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+def _sends_host_memory() -> bool:
+    return "cpu:" in dist.get_backend_config()

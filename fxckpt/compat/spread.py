@@ -120,8 +120,11 @@ def box_of(tensor: Any) -> Box | None:
 def _box(whole: tuple[int, ...], mesh: Any, here: tuple[int, ...], placements: tuple[Any, ...]) -> Box:
     """The part at these coordinates of the mesh, where this rank is. Each checkpoint asks for all of them, and torch takes some
     20 µs for one."""
+    from torch.distributed.tensor import Replicate
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+    if 0 in whole:  # of what has no elements every rank has all, and one writes it
+        return Box(whole, (0,) * len(whole), whole, _holders(mesh, here, (Replicate(),) * len(placements)))
     shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
     return Box(whole, tuple(offset), tuple(shape), _holders(mesh, here, placements))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fxckpt.compat.ranks import default_store, launched, rank, world_size
 from fxckpt.errors import Corrupt, FxckptError, NoCheckpoint, RanksDisagree, SetupError
+from fxckpt.loading.phases import Elsewhere, Phases
 from fxckpt.loading.replicated import Kept, Places
 from fxckpt.loading.target import Target
 from fxckpt.ranks import Agreement, Key, Said, described, key_of, newest_common, none_was_common, safe, stores_digest
@@ -69,16 +70,20 @@ class Choosing:
         target: Target,
         directory: str,
         skipped: list[tuple[str, str]],
+        at_stake: bool,
     ):
         def is_mine(record: Record) -> bool:  # disks may have changed places; of a rank that there was not, anyone's is as good
             return replication is None or record.rank == agreement.rank or agreement.rank >= record.world_size
 
         self._agreement, self._skipped = agreement, skipped
         self._mine, own, error = _look(look, is_mine, target, directory, skipped)
+        own["at_stake"] = at_stake
         own["kept"], own["number"] = kept, max([own["number"], *(number for *_, number, _ in kept)])
         self._said: list[Said] = agreement.exchange("has", own)
         if error is not None and not isinstance(error, NoCheckpoint):
             raise error
+        # Where nothing is at stake it is verified as it is read; but of several places the first good one must be known.
+        self.verifies: bool = replication is not None or any(each["at_stake"] for each in self._said)
         self._places = Places(self._mine, self._said, agreement.rank, replication)
         self._banned = set[Key]()
         self._bad = set[Key]()  # steps of the journal that cannot be made, for what one of them did not verify of
@@ -98,7 +103,7 @@ class Choosing:
                 mine = self._mine
                 on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
                 return Chosen(chosen, begins, on_two)
-        if none_was_common(said):
+        if not banned and none_was_common(said):
             log.warning("fxckpt: all ranks start from the beginning: an earlier life of this job ended before every rank had "
                         "committed its first checkpoint. What some have is given up:%s", described(said))  # fmt: skip
             return Chosen(None, begins)
@@ -116,6 +121,8 @@ class Choosing:
 
     def _verify(self, found: Loadable) -> str:
         """What is wrong with it here; empty if nothing is. Of a step of the journal all is read that it is made from."""
+        if not self.verifies:
+            return ""
         row = [found] if isinstance(found, Candidate) else [found.base, *found.records]
         for number, each in enumerate(row):
             if why := self._verify_one(each.path):
@@ -142,28 +149,40 @@ class Choosing:
         rows = {key: each for key, each in self._mine.items() if isinstance(each, Journaled) and each.base is found.base}
         return {key for key, each in rows.items() if len(each.records) >= number}
 
-    def restored(self, found: Loadable | None, restore: Callable[[], None]) -> bool:
-        """Restore here, and hear how it went elsewhere: no rank trains on while another one could not load. False if a step of
-        the journal could not be made again somewhere: they choose anew."""
+    def restored(self, found: Loadable | None, restore: Callable[[Phases], None]) -> bool:
+        """Restore here, and hear how it goes elsewhere: no rank trains on while another one could not load. False if it proved
+        damaged somewhere: they choose anew."""
         self._restored += 1
-        own: BaseException | None = None
-        broken = set[Key]()
+        phases, own = Phases(self._agreement, self._restored), None
         try:
-            restore()
-        except Broken as error:
-            assert isinstance(found, Journaled)
+            restore(phases)
+            phases.all()
+        except Elsewhere:
+            pass
+        except (Broken, Corrupt, NoCheckpoint) as error:
+            assert found is not None
             log.error("fxckpt: %s; looking for an older step", error)
-            self._skipped.append((str(found.path), str(error)))
-            broken = self._behind(found, error.good + 1)
+            why = error.error if isinstance(error, Broken) else error
+            at = directory_of(why) if isinstance(why, Corrupt) and isinstance(found, Journaled) else str(found.path)
+            self._skipped.append((at, str(error)))
+            phases.give_up("", self._damaged(found, error))
         except Exception as error:
             own = error
-        failed = "" if own is None else f"{type(own).__name__}: {own}"
-        said = self._agreement.exchange(f"restored/{self._restored}", failed)
+            phases.give_up(f"{type(own).__name__}: {own}")
         if own is not None:
             raise own
-        if wrong := [f"\n  rank {at}: {why}" for at, why in enumerate(said) if why]:
-            raise RanksDisagree("other ranks could not load, so this one does not train on:" + "".join(wrong))
-        return not self._ban(f"broken/{self._restored}", broken)
+        if phases.failed:
+            wrong = "".join(f"\n  rank {at}: {why}" for at, why in phases.failed)
+            raise RanksDisagree(f"other ranks could not load, so this one does not train on:{wrong}")
+        self._banned |= phases.broken
+        return not phases.broken
+
+    def _damaged(self, found: Loadable, error: Exception) -> set[Key]:
+        """What cannot be loaded any more, by what restoring this one raised."""
+        if isinstance(error, Broken):
+            return self._behind(found, error.good + 1)
+        base = found if isinstance(found, Candidate) else found.base
+        return {known_as(base.record), known_as(found.record)} | self._behind(found, 0)
 
 
 def _look(
@@ -191,7 +210,7 @@ def _look(
     common = any(job(each.record).common is not None for each in mine.values())
     said: Said = {
         "keys": list(mine), "kept": [], "damaged": damaged, "directory": directory, "elsewhere": elsewhere,
-        "store": store or "", "beside": beside, "common": common, "life": uuid.uuid4().hex,
+        "at_stake": False, "store": store or "", "beside": beside, "common": common, "life": uuid.uuid4().hex,
         "number": newest_life(each.record for each in mine.values()), "error": "" if failed is None else str(failed),
     }  # fmt: skip
     return mine, said, failed

@@ -6,7 +6,8 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,24 +41,37 @@ State = dict[str, Any]
 """What an optimizer keeps for one parameter, or a record says of it, or a parameter group holds."""
 
 
-def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]) -> None:
-    """Verify the files of tensors while reading them into place: what lies on a device by way of the host, a file at a time. Of
-    DTensors this rank's part is read."""
+def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor], whole_files: bool = True) -> None:
+    """Verify the files of tensors while reading them into place, a file at a time. Of DTensors this rank's part is read. Where
+    there are such, or not ``whole_files`` are asked for, of each file only what is needed."""
     writable = {key: storable(t) for key, t in tensors.items()}
     boxes = {key: (box.offset, box.shape) for key, t in tensors.items() if (box := box_of(t)) is not None}
     for file in (MODEL, OPTIMIZER):
-        mine = {key: t for key, t in writable.items() if key[0] == file}
-        landing = {key: t if t.device.type == "cpu" else torch.empty(t.shape, dtype=t.dtype) for key, t in mine.items()}
-        with torch.no_grad():
-            reader.read_into(dict(zip(landing, source_items(list(landing.values())))), file, boxes=boxes or None)
-            for key, tensor in mine.items():
-                if landing[key] is not tensor:
-                    tensor.copy_(landing[key])
+        with landed({key: t for key, t in writable.items() if key[0] == file}) as landing:
+            items = dict(zip(landing, source_items(list(landing.values()))))
+            reader.read_into(items, file, boxes=None if whole_files and not boxes else boxes)
+
+
+@contextmanager
+def landed(tensors: Mapping[tuple[str, str], torch.Tensor]) -> Iterator[dict[tuple[str, str], torch.Tensor]]:
+    """Tensors in host memory to read into: these, or in place of what lies on a device others, of which it is copied there behind
+    the block."""
+    landing = {key: t if t.device.type == "cpu" else _on_host(t.shape, t.dtype) for key, t in tensors.items()}
+    with torch.no_grad():
+        yield landing
+        for key, tensor in tensors.items():
+            if landing[key] is not tensor:
+                tensor.copy_(landing[key])
+
+
+def _on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """One to read into, wherever the script has new tensors made."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def read_later(reader: Reader, later: Sequence[TensorRecord]) -> dict[str, torch.Tensor]:
     """New tensors by key, for those whose owners are not known yet; they are few: buffers and frozen parameters."""
-    held = {t.key: torch.empty(t.shape, dtype=TORCH_DTYPES[t.dtype]) for t in later}
+    held = {t.key: _on_host(t.shape, TORCH_DTYPES[t.dtype]) for t in later}
     if held:
         reader.read_into({(MODEL, key): source_items([t])[0] for key, t in held.items()}, MODEL)
     return held

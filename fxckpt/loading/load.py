@@ -26,7 +26,10 @@ from fxckpt.config import disabled
 from fxckpt.errors import Corrupt, NoCheckpoint
 from fxckpt.loading import apply, made_again
 from fxckpt.loading.agreed import Choosing, agreement_for
+from fxckpt.loading.exchange import is_worth_it, read_by_all
+from fxckpt.loading.gathered import records_of
 from fxckpt.loading.match import check_match, match_tensors, relaid
+from fxckpt.loading.phases import Phases
 from fxckpt.loading.replicated import kept_here, replication_of
 from fxckpt.loading.schema import check_encoded, decode
 from fxckpt.loading.settings import say_what_changed
@@ -38,8 +41,7 @@ from fxckpt.store import names
 from fxckpt.store.about import imported, known_as, origin
 from fxckpt.store.identity import check_begun
 from fxckpt.store.journaled import Broken, Journaled, Loadable, cut_off, journaled, step_of
-from fxckpt.store.parts import seen_by
-from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, records
+from fxckpt.store.reader import Candidate, Reader, candidates, directory_of, read_record, records
 from fxckpt.store.record import Record
 
 log: logging.Logger = logging.getLogger("fxckpt")
@@ -169,19 +171,24 @@ def _load_agreed(
     out: list[Restored] = []
 
     def look() -> Sequence[Found]:
-        found = candidates(directory)
-        rows = [] if alone else _steps_of_journal(directory, found, step, skipped, target)
+        found = candidates(directory, of_all=False)
+        rows = [] if alone else _steps_of_journal(directory, found, step, skipped, target, of_all=False)
         steps = [at for row in rows for at in (row.steps() if isinstance(row, Journaled) and step is None else [row])]
         return _choose([*found, *steps], step, name, directory)
 
-    def restore() -> None:
-        out.append(_start_fresh(target, directory) if found is None else _restore(found, target, strict, skipped, agreement.rank))
+    def restore(phases: Phases) -> None:
+        if found is None:
+            out.append(_start_fresh(target, directory))
+            return
+        with phases.sending():
+            out.append(_restore(found, target, strict, skipped, agreement.rank, phases, choosing.verifies))
 
     replication = replication_of(target, directory, name)
     alone = target.run is not None and target.run.store.part[1] == 1  # each has a store of its own
     with agreement:
         kept = kept_here(replication, step, lambda each: saved_amid_an_iteration(each.record))
-        choosing = Choosing(agreement, look, kept, replication, target, directory, skipped)
+        at_stake = _untrained(target, strict) is None
+        choosing = Choosing(agreement, look, kept, replication, target, directory, skipped, at_stake)
         while True:
             chosen = choosing.newest()
             found = chosen.found
@@ -207,7 +214,7 @@ def _load_agreed(
 
 def _settle_sums(found: Loadable, target: Target, agreement: Agreement) -> None:
     """All ranks have restored: have gradients summed as they were, if the checkpoint is of as many ranks."""
-    summed = seen_by(found.record, agreement.rank).state.get("early", {}).get("summed")
+    summed = found.record.state.get("early", {}).get("summed")  # the same on all: DDP takes rank 0's
     if target.run is not None and summed is not None and found.record.world_size == agreement.world:
         target.run.arrangement.settle_sums(summed)
 
@@ -228,11 +235,16 @@ def _seed(record: Record, rank: int) -> int:
 
 
 def _steps_of_journal(
-    directory: str, found: Sequence[Candidate | Corrupt], step: int | None, skipped: Skipped, target: Target
+    directory: str,
+    found: Sequence[Candidate | Corrupt],
+    step: int | None,
+    skipped: Skipped,
+    target: Target,
+    of_all: bool = True,
 ) -> list[Found]:
     """Of each checkpoint the last step that its records lead to, and where ``step`` is asked for, that one. What they do not
-    lead to is said, as far as it is newer than what they do."""
-    listed = records(directory)
+    lead to is said, as far as it is newer than what they do. Not ``of_all``: rank 0's records are enough, as in ``found``."""
+    listed = records(directory, of_all)
     every = journaled(found, listed)
     lost = cut_off(every, listed)
     rows = [each for each in every if _lies_as_written(each, target)]
@@ -259,6 +271,10 @@ def _lies_as_written(row: Journaled, target: Target) -> bool:
     base = row.base.record
     if not base.is_sharded and not any(map(is_spread, target.inventory.trained.values())):
         return True
+    try:
+        base = read_record(str(row.base.path))
+    except (Corrupt, NoCheckpoint):
+        return True  # whoever loads it finds that, and looks for an older one
     return base.world_size == world_size() and relaid(match_tensors(base, target), base) is None
 
 
@@ -357,24 +373,38 @@ def _without(found: Journaled, broken: Broken | None, left: Sequence[Found]) -> 
     return _newest_first([*left, shorter]) if shorter is not None else list(left)
 
 
-def _mixture(target: Target, untrained: Run | None, steps: bool) -> contextlib.AbstractContextManager[None]:
-    """Around what leaves live tensors that must not be trained if it does not come to its end: the one reading of a checkpoint,
-    and steps made again, whose result is compared with what training had only when they were made."""
-    run = target.run if steps else untrained
+def _mixture(target: Target, untrained: Run | None, always: bool) -> contextlib.AbstractContextManager[None]:
+    """Around what leaves live tensors that must not be trained if it does not come to its end: the one reading of a checkpoint;
+    steps made again, whose result is compared with what training had only when they were made; and what another rank may end."""
+    run = target.run if always else untrained
     return contextlib.nullcontext() if run is None else run.status.loading_at_once()
 
 
-def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped: Skipped, rank: int = 0) -> Restored:
-    """Check, verify, then apply one checkpoint, with the steps behind it, as this ``rank`` had it. Raises Corrupt, and Broken for
-    one of these."""
-    reader = Reader(found.path if isinstance(found, Candidate) else found.base.path, rank)
-    journal = made_again.open_journal(found, rank) if isinstance(found, Journaled) else None
+def _untrained(target: Target, strict: bool) -> Run | None:
+    """The run, if all that a load may spoil has no value yet."""
+    return target.run if strict and target.run is not None and target.run.clock.attempts == 0 else None
+
+
+def _restore(
+    found: Candidate | Journaled,
+    target: Target,
+    strict: bool,
+    skipped: Skipped,
+    rank: int = 0,
+    phases: Phases | None = None,
+    verified: bool = False,
+) -> Restored:
+    """Check, verify unless all of it was ``verified``, then apply one checkpoint, with the steps behind it, as this ``rank`` had
+    it, in ``phases`` with others. Raises Corrupt, and Broken for one of these."""
+    read = None if phases is None else records_of(found, phases)
+    reader = Reader(found.path if isinstance(found, Candidate) else found.base.path, rank, read)
+    journal = made_again.open_journal(found, rank, read) if isinstance(found, Journaled) else None
     path = str(reader.path / names.COMMIT)
     check_encoded(reader.record, path)
     match = match_tensors(reader.record, target)
     check_match(match, reader.record, target, strict)
-    untrained = target.run if strict and target.run is not None and target.run.clock.attempts == 0 else None
-    if untrained is None:  # something is at stake: look at all of it first
+    untrained = _untrained(target, strict)
+    if untrained is None and not verified:  # something is at stake: look at all of it first
         reader.verify()
         made_again.verify(journal)
     before = decode(reader.record, reader.state_tensors(), path)
@@ -393,14 +423,17 @@ def _restore(found: Candidate | Journaled, target: Target, strict: bool, skipped
                     "this is no bit-exact continuation", found.path, name)  # fmt: skip
     if target.model is not None:
         shard_again(target.model)
-    with _mixture(target, untrained, journal is not None):
-        apply.read_tensors(reader, tensors)
+    shared = phases is not None and is_worth_it(reader, tensors, phases)
+    with _mixture(target, untrained, journal is not None or phases is not None):
+        read_by_all(reader, tensors, phases) if phases is not None and shared else apply.read_tensors(reader, tensors)
         if journal is not None:
             made_again.make(reader, journal, before, tensors)
-    apply.set_buffers(match, target)
-    held = apply.read_later(reader, match.later)
-    if journal is not None:
-        held |= made_again.set_what_is_whole(journal[-1], target)
+        held = apply.read_later(reader, match.later)
+        apply.set_buffers(match, target)
+        if journal is not None:
+            held |= made_again.set_what_is_whole(journal, target)
+        if phases is not None:
+            phases.all()
     apply.apply_optimizers(saved, states, match, target)
     apply.give_back_what_was_held(saved, match, target)
     apply.apply_extras(saved, target)

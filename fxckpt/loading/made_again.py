@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,16 +22,16 @@ from fxckpt.store.reader import Reader
 from fxckpt.store.record import Record
 
 
-def open_journal(found: Journaled, rank: int = 0) -> list[Reader]:
-    """Readers of its records, as this ``rank`` had them. Raises Broken for the first that is damaged, SetupError where no step
-    can be made again."""
+def open_journal(found: Journaled, rank: int = 0, read: Callable[[str], bytes] | None = None) -> list[Reader]:
+    """Readers of its records, as this ``rank`` had them; ``read``: as ``Reader`` takes it. Raises Broken for the first that is
+    damaged, SetupError where no step can be made again."""
     if flushes_denormals():
         what = "the journal's steps were made with numbers near zero as they are, which torch.set_flush_denormal(True) sets to 0"
         raise SetupError(f"{what}: call it behind fxckpt.load()")
     readers: list[Reader] = []
     for each in found.records:
         try:
-            reader = Reader(each.path, rank)
+            reader = Reader(each.path, rank, read)
             check_encoded(reader.record, str(reader.path / names.COMMIT))
             readers.append(reader)
         except Corrupt as error:
@@ -142,11 +142,17 @@ def _brought_to(
     return there, name
 
 
-def set_what_is_whole(last: Reader, target: Target) -> dict[str, torch.Tensor]:
-    """Set the buffers and frozen parameters that the last record has; those whose owners are not known yet are returned."""
+def set_what_is_whole(journal: Sequence[Reader], target: Target) -> dict[str, torch.Tensor]:
+    """Set the buffers and frozen parameters that the last record has; those whose owners are not known yet are returned. Raises
+    Broken."""
+    last = journal[-1]
     match = match_tensors(last.record, target)
     if match.wrong:
         raise LayoutMismatch("\n".join([f"the record of step {last.record.step} does not fit:", *match.wrong]))
-    apply.read_tensors(last, {place: t for place, t in match.tensors.items() if place[0] == names.MODEL})
+    try:
+        apply.read_tensors(last, {place: t for place, t in match.tensors.items() if place[0] == names.MODEL})
+        held = apply.read_later(last, match.later)
+    except Corrupt as error:
+        raise Broken(len(journal) - 1, error) from error
     apply.set_buffers(match, target)
-    return apply.read_later(last, match.later)
+    return held

@@ -36,16 +36,17 @@ class Kept(NamedTuple):
 class Said(TypedDict):
     """What one rank says when a load begins. ``keys``: its checkpoints in the order in which it would load them. ``kept``: with
     replicas, all that lies on its disk, whosever it is. ``damaged``: how many more have a record that cannot be read.
-    ``elsewhere``: they lie in another store than the run's own, whose id is ``store`` (empty: it has none). ``beside``: digests
-    of the stores beside which they were written. ``common``: a step that all ranks have was known when one of them was written.
-    ``life``: what the life that begins may be called; ``number``: that of the last one it knows of. ``error``: why it cannot say
-    more."""
+    ``elsewhere``: they lie in another store than the run's own, whose id is ``store`` (empty: it has none). ``at_stake``: what
+    it has in memory has some value. ``beside``: digests of the stores beside which they were written. ``common``: a step that
+    all ranks have was known when one of them was written. ``life``: what the life that begins may be called; ``number``: that of
+    the last one it knows of. ``error``: why it cannot say more."""
 
     keys: Sequence[Sequence[object]]
     kept: Sequence[Sequence[object]]
     damaged: int
     directory: str
     elsewhere: bool
+    at_stake: bool
     store: str
     beside: Sequence[str]
     common: bool

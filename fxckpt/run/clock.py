@@ -123,9 +123,10 @@ class RunStatus:
 
     @contextmanager
     def loading_at_once(self) -> Iterator[None]:
-        """Around the first and only reading of a checkpoint into a run that has not stepped. Should a chunk prove bad halfway,
-        an older checkpoint overwrites all of the same tensors; if there is none, the run takes no step with the mixture."""
-        self.partially_loaded = "a checkpoint proved corrupt while it was being loaded, and no other one could be loaded after it"
+        """Around the first and only reading of a checkpoint into a run that has not stepped, or one that other ranks may end.
+        Should a chunk prove bad halfway, an older checkpoint overwrites all of the same tensors; if there is none, the run takes
+        no step with the mixture."""
+        self.partially_loaded = "one could not be read to its end, here or on another rank, and none was loaded after it"
         yield
         self.partially_loaded = None  # not if it was left by an exception
 

@@ -193,8 +193,9 @@ def make_layout(
     specs: list[list[TensorSpec]] = [[] for _ in (*names, *checked)]
     boxes: list[dict[str, Box | None]] = [{} for _ in specs]
     for number, entry, tensor in stored:
-        specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], tuple(tensor.shape), number))
-        boxes[entry.file][entry.key] = box_of(entry.tensor)
+        boxes[entry.file][entry.key] = box = box_of(entry.tensor)
+        shape = tuple(tensor.shape) if box is None else box.shape
+        specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], shape, number))
     files = [lay_out(name, spec, _metadata(spec, of)) for name, spec, of in zip((*names, *checked), specs, boxes)]
     placed = {(f, p.spec.key): p for f, layout in enumerate(files) for p in layout.tensors}
     geometry = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -32,7 +32,8 @@ from fxckpt.store.identity import check_store
 from fxckpt.store.info import CheckpointInfo, describe
 from fxckpt.store.layout import Placed, header_bytes, parse_header
 from fxckpt.store.parts import box_of, joined, seen_by
-from fxckpt.store.record import FileRecord, Record, TensorRecord
+from fxckpt.store.record import FileRecord, Place, Record, TensorRecord
+from fxckpt.store.stretches import Stored
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -41,13 +42,10 @@ _LANDING = 256 << 20  # bytes that are read before they are cut
 _LOOKS = 50  # times that a listing which is overtaken by the trainer is made anew
 
 
-Place = tuple[str, str]
-"""Of a tensor: the kind of its file, and its key."""
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """A checkpoint whose record is whole; its files are not read yet."""
+    """A checkpoint whose record is whole; its files are not read yet. ``record``: of all ranks that wrote it, or of rank 0
+    alone."""
 
     path: Path
     record: Record
@@ -58,9 +56,11 @@ def directory_of(each: Candidate | Corrupt) -> str:
     return os.path.dirname(each.path) if isinstance(each, Corrupt) else str(each.path)
 
 
-def read_record(path: str) -> Record:
-    """The record of the checkpoint in directory ``path``. Raises ``Corrupt``; ``NoCheckpoint`` if it is not there."""
-    return _parse(_commit_bytes(path), path)
+def read_record(path: str, of_all: bool = True) -> Record:
+    """The record of the checkpoint in directory ``path``; not ``of_all``: of several ranks that wrote it, rank 0's alone. Raises
+    ``Corrupt``; ``NoCheckpoint`` if it is not there."""
+    first = _parse(_commit_bytes(path), path)
+    return joined(first, path, record_bytes) if of_all else first
 
 
 def _parse(raw: bytes, path: str) -> Record:
@@ -71,15 +71,15 @@ def _parse(raw: bytes, path: str) -> Record:
         raise Corrupt(file, why)
     if record.parts == ():
         raise Corrupt(file, "it is the record of one rank's part, not that of the whole")
-    return joined(record, path, _record_bytes)
+    return record
 
 
 def _commit_bytes(path: str) -> bytes:
     """The content of ``commit.json``, whole or not."""
-    return _record_bytes(os.path.join(path, names.COMMIT))
+    return record_bytes(os.path.join(path, names.COMMIT))
 
 
-def _record_bytes(file: str) -> bytes:
+def record_bytes(file: str) -> bytes:
     """The content of one of the records in the directory of a checkpoint."""
     path = os.path.dirname(file)
     try:
@@ -90,14 +90,15 @@ def _record_bytes(file: str) -> bytes:
         raise Corrupt(file, "the file is missing") from error
 
 
-def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
+def candidates(directory: str | os.PathLike[str], of_all: bool = True) -> list[Candidate | Corrupt]:
     """All checkpoints, newest generation first; one whose record is damaged is its error, placed by the step in its name. A
-    directory that is missing or empty has none; one that holds something else raises ``NotAStore``."""
+    directory that is missing or empty has none; one that holds something else raises ``NotAStore``. Not ``of_all``: with rank 0's
+    records alone."""
     root = os.path.abspath(directory)
     check_store(root)
     paths = names.committed(root)
     for _ in range(_LOOKS):
-        found, listed = _look(paths), paths
+        found, listed = _look(paths, of_all), paths
         paths = names.committed(root)
         # Renames while a directory is listed can hide the old name and the new one from the same listing.
         if paths == listed:
@@ -105,25 +106,25 @@ def candidates(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
     return found
 
 
-def records(directory: str | os.PathLike[str]) -> list[Candidate | Corrupt]:
+def records(directory: str | os.PathLike[str], of_all: bool = True) -> list[Candidate | Corrupt]:
     """All records of the journal, newest generation first; one that is damaged is its error, as in ``candidates``."""
     root = os.path.abspath(directory)
     paths = names.recorded(root)
     for _ in range(_LOOKS):
-        found, listed = _look(paths, names.RECORDS), paths
+        found, listed = _look(paths, of_all, names.RECORDS), paths
         paths = names.recorded(root)
         if paths == listed:
             break
     return found
 
 
-def _look(paths: list[str], kind: str = names.STEPS) -> list[Candidate | Corrupt]:
+def _look(paths: list[str], of_all: bool, kind: str = names.STEPS) -> list[Candidate | Corrupt]:
     """The records of these directories, newest first, without those that were taken back meanwhile."""
     whole: list[Candidate] = []
     damaged: list[tuple[int, Corrupt]] = []
     for path in paths:
         try:
-            whole.append(Candidate(Path(path), read_record(path)))
+            whole.append(Candidate(Path(path), read_record(path, of_all)))
         except NoCheckpoint:
             continue
         except Corrupt as error:
@@ -196,14 +197,15 @@ def _newest(directory: str | os.PathLike[str], verify: bool) -> CheckpointInfo |
 class Reader:
     """One checkpoint. Raises ``Corrupt`` if its record does not verify, ``NoCheckpoint`` if there is none at ``path``. All that
     it returns was verified; after an error of ``read_into`` the targets hold a mixture. ``rank``: as which of several ranks that
-    wrote it together it is read."""
+    wrote it together it is read; ``read``: gives the content of their records, by their paths."""
 
-    def __init__(self, path: str | os.PathLike[str], rank: int = 0):
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0, read: Callable[[str], bytes] | None = None):
         self.path: Path = Path(os.path.abspath(path))
         self._raw = _commit_bytes(str(self.path))
         self._inode = self._find()
         self._held: dict[str, int] = {}
-        self.record: Record = seen_by(_parse(self._raw, str(self.path)), rank, str(self.path))
+        whole = joined(_parse(self._raw, str(self.path)), str(self.path), read or record_bytes)
+        self.record: Record = seen_by(whole, rank, str(self.path))
 
     @property
     def raw(self) -> bytes:
@@ -258,14 +260,38 @@ class Reader:
                 if file in (None, names.kind_of(each.name)):
                     self._read(each, wanted.get(each.name, []))
             return
+        self.read_boxes(
+            (place, (boxes or {}).get(place), target) for place, (_, target) in found.items() if file in (None, place[0])
+        )
+
+    def read_boxes(self, wanted: Iterable[tuple[Place, Box | None, Item]]) -> None:
+        """Read boxes of tensors (None: all of one), each to memory of its shape, as ``read_into`` does. Of one tensor
+        there may be several."""
         needed: dict[str, list[tuple[int, Sheet]]] = {}
-        for place, (tensor, target) in found.items():
-            if file in (None, place[0]):
-                for piece, sheet in _sheets(tensor, (boxes or {}).get(place), target):
-                    needed.setdefault(piece.file, []).append((piece.begin, sheet))
+        for place, box, target in wanted:
+            for piece, sheet in _sheets(self._places[place], box, target):
+                needed.setdefault(piece.file, []).append((piece.begin, sheet))
         for each in self.record.files:
             if each.name in needed:
                 self._read_sheets(each, sorted(needed[each.name], key=lambda one: one[0] + one[1].begin))
+
+    def bytes_for(self, boxes: Mapping[Place, Box]) -> int:
+        """How many bytes are read to have these boxes, as chunks are read whole."""
+        needed: dict[str, list[Target]] = {}
+        for place, box in boxes.items():
+            for piece, sheet in _sheets(self._places[place], box, (0, None, None)):
+                needed.setdefault(piece.file, []).append((piece.begin + sheet.begin, sheet.nbytes, 0, None, None))
+        sizes = {file.name: file.chunk_bytes for file in self.record.files}
+        return sum(sizes[name] * sum(map(len, chunks_of(sorted(each), sizes[name]))) for name, each in needed.items())
+
+    def stored(self, kind: str) -> list[list[Stored]]:
+        """What lies in each file of a kind."""
+        files: dict[str, list[Stored]] = {}
+        for tensor in self.record.tensors(kind):
+            for piece in tensor.pieces or (tensor,):
+                one = Stored(tensor.place, box_of(piece), piece.begin, item_size(tensor.dtype))
+                files.setdefault(piece.file, []).append(one)
+        return [files[name] for name in sorted(files)]
 
     def _read_sheets(self, file: FileRecord, needed: Sequence[tuple[int, Sheet]]) -> None:
         """Read sheets of a file, each with where its box begins, in order of their offsets."""

@@ -98,6 +98,10 @@ class FileRecord:
         object.__setattr__(self, "crc32c", table(self.crc32c))
 
 
+Place = tuple[str, str]
+"""Of a tensor in a checkpoint: the kind of its file, and its key."""
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """One tensor: ``begin`` is its absolute offset in ``file``; ``dtype`` is the safetensors name.
@@ -118,7 +122,7 @@ class TensorRecord:
     pieces: tuple[TensorRecord, ...] = ()
 
     @property
-    def place(self) -> tuple[str, str]:
+    def place(self) -> Place:
         """What names it in a checkpoint, whichever rank wrote it: the kind of its file, and its key."""
         return names.kind_of(self.file), self.key
 

@@ -215,6 +215,15 @@ def test_what_is_damaged_is_not_taken_for_what_never_was(two, tmp_path):
     assert [type(each) for each in two()[1]] == [RanksDisagree, RanksDisagree]
 
 
+def test_a_first_checkpoint_that_is_damaged_is_not_taken_for_one_that_not_all_had(two, tmp_path):
+    runs, _ = two()
+    train(runs, 1, 1)
+    damage(tmp_path / "rank1" / "step-000000001")
+    _, found = two()
+    assert [type(each) for each in found] == [RanksDisagree, RanksDisagree]
+    assert all("1 common one(s) did not verify" in str(each) for each in found)
+
+
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
 def test_ranks_without_a_process_group_are_refused(variable, tmp_path, monkeypatch):
     run = Training(tmp_path / "rank0")

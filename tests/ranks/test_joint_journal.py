@@ -349,6 +349,13 @@ def test_a_part_that_does_not_come_out_as_training_had_it_takes_all_ranks_back(l
     assert only(live("a", 0, journal=20), "start") < 9
 
 
+@pytest.mark.parametrize(("kind", "rank"), [(names.GRADIENTS, 1), (names.MODEL, 0), (names.OWN, 1), (names.STATE, 1)])
+def test_a_flipped_bit_in_a_record_of_parts_costs_that_step_and_none_before_it(kind, rank, live, tmp_path):
+    live("a", 9, journal=20)
+    flip(recorded(tmp_path / "a")[9].path / names.of_rank(kind, rank, 2))
+    assert only(live("a", 0, journal=20), "start") == 8
+
+
 def test_ranks_that_hold_other_parts_go_on_from_the_full_checkpoint(live, tmp_path, capfd):
     live("a", 9)
     full = checkpoints(tmp_path / "a")[-1].step

@@ -8,12 +8,14 @@ import threading
 from dataclasses import replace
 
 import pytest
+from digests import differences, snapshot
 from joint_ranks import Job, Normed, plain
 from small_training import Training
 from storing import a_record
 
 import fxckpt
 from fxckpt.errors import RanksDisagree, SetupError
+from fxckpt.loading import apply, made_again
 from fxckpt.loading import load as loading
 from fxckpt.saving import flights
 from fxckpt.store import names
@@ -82,10 +84,10 @@ def test_a_load_that_failed_on_one_rank_can_be_made_again(job, root, monkeypatch
     assert job.begin(load=False) == []
     restore = loading._restore
 
-    def failing(found, target, strict, skipped, rank):
+    def failing(found, target, strict, skipped, rank, *more):
         if rank == 1:
             raise fxckpt.LayoutMismatch("for the test")
-        return restore(found, target, strict, skipped, rank)
+        return restore(found, target, strict, skipped, rank, *more)
 
     monkeypatch.setattr(loading, "_restore", failing)
     assert [type(each) for each in job.load()] == [RanksDisagree, fxckpt.LayoutMismatch]
@@ -94,6 +96,55 @@ def test_a_load_that_failed_on_one_rank_can_be_made_again(job, root, monkeypatch
     patience(job, 2)
     job.train(1)
     assert job.flush() == [None, None] and checkpoints(root)[-1].step == 3
+
+
+def failing_on_1(module, name, error, monkeypatch, job):
+    """Have a function of a load raise, on rank 1."""
+    real = getattr(module, name)
+
+    def found(*given):
+        if job.rank == 1:
+            raise error
+        return real(*given)
+
+    monkeypatch.setattr(module, name, found)
+
+
+def test_nothing_was_touched_where_one_rank_finds_before_it_reads_that_it_cannot_go_back(job, monkeypatch):
+    job.begin()
+    job.train(2)
+    job.flush()
+    before = [snapshot(run.model, run.opt) for run in job.runs]
+    failing_on_1(loading, "check_match", fxckpt.LayoutMismatch("for the test"), monkeypatch, job)
+    assert [type(each) for each in job.load(step=1)] == [RanksDisagree, fxckpt.LayoutMismatch]
+    assert all(not differences(*each) for each in zip(before, (snapshot(run.model, run.opt) for run in job.runs)))
+    job.train(1)
+    assert job.flush() == [None, None]
+
+
+def test_no_rank_trains_a_mixture_where_one_cannot_read_what_all_go_back_to(job, monkeypatch):
+    job.begin()
+    job.train(2)
+    job.flush()
+    with monkeypatch.context() as patched:
+        failing_on_1(apply, "read_tensors", OSError(5, "for the test"), patched, job)
+        assert [type(each) for each in job.load(step=1)] == [RanksDisagree, OSError]
+    for run in job.runs:
+        with pytest.raises(SetupError, match="parts of a corrupt checkpoint: one could not be read to its end"):
+            run.train(1)
+    assert [each.step for each in job.load(step=1)] == [1, 1]
+    job.train(1)
+
+
+def test_nothing_is_applied_on_any_rank_before_all_have_read_all(job, monkeypatch):
+    """The last record's buffers, too, which each rank has for itself."""
+    job.begin(make=Normed, every=1, journal=8, update="native")
+    job.train(3)
+    job.end()
+    job.begin(make=Normed, every=1, journal=8, update="native", load=False)
+    failing_on_1(made_again, "set_what_is_whole", OSError(5, "for the test"), monkeypatch, job)
+    assert [type(each) for each in job.load()] == [RanksDisagree, OSError]
+    assert [dict(run.opt.state) for run in job.runs] == [{}, {}]
 
 
 def test_rank_0_tells_what_became_of_checkpoints_in_the_order_in_which_they_began(job, root):

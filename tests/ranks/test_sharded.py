@@ -82,13 +82,25 @@ def test_each_layout_goes_on_from_each_other(run):
         assert only(after, "loaded") == only(before, "left")
 
 
-def test_a_flipped_bit_in_one_part_takes_all_ranks_back_to_the_step_before(run, tmp_path):
-    run(life("fsdp", "a", 2))
-    file = tmp_path / "a" / "step-000000002" / names.of_rank(names.OPTIMIZER, 1, 2)
+def test_a_load_in_any_layout_reads_what_its_ranks_need_and_little_more(run):
+    """Of files and of records, all ranks together."""
+    order = [("fsdp", 4), ("fsdp", 4), ("fsdp_tp", 4), ("tp", 2), ("fsdp", 3), ("single", 1), ("tp", 2), ("hsdp", 4), ("ddp", 2)]
+    found = run(*(life(layout, "a", at + 1, world, optimizer="sgd", width=501) for at, (layout, world) in enumerate(order)))
+    ratios = [sum(each["read"] for each in ranks) / sum(each["needed"] for each in ranks) for ranks in found]
+    for before, after in itertools.pairwise(found):
+        assert only(after, "loaded") == only(before, "left")
+    assert ratios[0] == 0 and all(0.3 < each <= 1.1 for each in ratios[1:]), ratios
+
+
+@pytest.mark.parametrize("kind", [names.OPTIMIZER, names.PART])
+@pytest.mark.parametrize("layout", ["fsdp", "tp"])
+def test_a_flipped_bit_in_one_part_takes_all_ranks_back_to_the_step_before(layout, kind, run, tmp_path):
+    run(life("fsdp", "a", 2, optimizer="sgd"))
+    file = tmp_path / "a" / "step-000000002" / names.of_rank(kind, 1, 2)
     raw = bytearray(file.read_bytes())
     raw[-5] ^= 1
     file.write_bytes(raw)
-    [ranks] = run(life("fsdp", "a", 1))
+    [ranks] = run(life(layout, "a", 1, optimizer="sgd"))
     assert only(ranks, "start") == 1
 
 

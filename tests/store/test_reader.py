@@ -382,10 +382,10 @@ def test_a_listing_skips_what_vanishes_under_it(two, monkeypatch):
 
     original = reader.read_record
 
-    def racing(path):
+    def racing(path, *more):
         if path.endswith(NEWEST) and os.path.isdir(path):
             recycle(Path(path), two / "slot-9.partial")
-        return original(path)
+        return original(path, *more)
 
     monkeypatch.setattr(reader, "read_record", racing)
     assert [each.step for each in checkpoints(two)] == [1]

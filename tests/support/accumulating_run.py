@@ -37,7 +37,7 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("fxckpt").addHandler(listener)
     options = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if life.get("mixed") else {}
-    net, model, whose = laid_out(life["layout"], life["world"], **options)
+    net, model, whose = laid_out(life["layout"], life["world"], 13, **options)
     opt, restored = OPTIMIZERS["foreach" if life["layout"] == "fsdp_tp" else "adamw"](net.parameters()), Restored()
     if life["dir"]:
         fxckpt.compile_step(opt, life["dir"], model=model, every=1, keep=8, update="native")

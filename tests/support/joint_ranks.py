@@ -46,6 +46,12 @@ class Job:
         monkeypatch.setattr(together, "agreement_here", lambda: self._agreement("fxckpt.compile_step()"))
         monkeypatch.setattr(loading, "agreement_for", lambda target, asked: target.run and self._agreement("fxckpt.load()"))
 
+    @property
+    def rank(self) -> int:
+        """Which one this thread is, inside ``each``."""
+        found: int = self._here.rank
+        return found
+
     def _agreement(self, call: str) -> Agreement:
         return Agreement(self.store, self._here.rank, self.world, self._limit, self._limit, call)
 

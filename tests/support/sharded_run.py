@@ -1,10 +1,10 @@
 """A rank of a job whose ranks hold parts of parameters; ``rank_lives.py`` forks it.
 
-A life is what it is there, with ``layout`` (one of LAYOUTS), ``dir``, ``steps`` (train up to this one), ``optimizer``,
-``update``, ``every``, ``journal``, ``load`` (False: a life without us), ``clamp`` (every so many steps a weight is clamped behind
-one), ``boundaries`` (loop with ``fxckpt.steps``) and ``log``: the file ``dir``.log has a line for what each life loads and for
-each of its steps: the step's number, a digest of all parameters and state behind it ("whole": the same in every layout; "parts":
-of what each rank has of them, which costs less), and the last step that rank 0 knew to be committed.
+A life is what it is there, with ``layout`` (one of LAYOUTS), ``width`` (of the model), ``dir``, ``steps`` (train up to this
+one), ``optimizer``, ``update``, ``every``, ``journal``, ``load`` (False: a life without us), ``clamp`` (every so many steps a
+weight is clamped behind one), ``boundaries`` (loop with ``fxckpt.steps``) and ``log``: the file ``dir``.log has a line for what
+each life loads and for each of its steps: the step's number, a digest of all parameters and state behind it ("whole": the same
+in every layout; "parts": of what each rank has of them, which costs less), and the last step that rank 0 knew to be committed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from whole_tensors import local, whole
 
 import fxckpt
+from fxckpt.loading import gathered
 from fxckpt.loading.load import Restored
+from fxckpt.store import reader as readers
 
 LAYOUTS = ("single", "ddp", "fsdp", "hsdp", "tp", "fsdp_tp", "halves", "ignored")
 """``halves``: two ranks each shard by themselves, on meshes that know of no others. ``ignored``: each has a head of its own."""
 
 
 class Block(nn.Module):
-    def __init__(self):
+    def __init__(self, width: int):
         super().__init__()
-        self.up, self.down = nn.Linear(13, 22), nn.Linear(22, 13)
+        self.up, self.down = nn.Linear(width, width + 9), nn.Linear(width + 9, width)
 
     def forward(self, x):
         return x + self.down(torch.relu(self.up(x)))
@@ -39,12 +41,13 @@ class Block(nn.Module):
 
 class Net(nn.Module):
     """Sizes that hardly a number of ranks divides (tensor parallelism computes with no others); of the last layer some ranks
-    have nothing."""
+    have nothing, and of one parameter there is nothing."""
 
-    def __init__(self):
+    def __init__(self, width: int):
         super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(13, 1)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.head = nn.Linear(width, 1)
+        self.nothing = nn.Parameter(torch.zeros(0, width), requires_grad=False)
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
@@ -54,10 +57,10 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def laid_out(layout: str, world: int, **options: Any) -> tuple[nn.Module, nn.Module, int]:
+def laid_out(layout: str, world: int, width: int, **options: Any) -> tuple[nn.Module, nn.Module, int]:
     """The model and what holds it, over the ranks; and whose batches this rank takes."""
     torch.manual_seed(0)
-    net, rank = Net(), dist.get_rank() if world > 1 else 0
+    net, rank = Net(width), dist.get_rank() if world > 1 else 0
     if layout == "single":
         return net, net, 0
     if layout == "ddp":
@@ -112,6 +115,29 @@ def digest_of_parts(net: nn.Module, opt: torch.optim.Optimizer) -> str:
     return hashlib.sha256(torch.cat(all_of_them).numpy().tobytes()).hexdigest()[:12]
 
 
+def counted() -> list[int]:
+    """How many bytes of records and of other files are read from now on, one by one."""
+    read: list[int] = []
+    of_record, of_file = readers.record_bytes, readers.read_verified
+
+    def record_bytes(file: str) -> bytes:
+        read.append(len(raw := of_record(file)))
+        return raw
+
+    def read_verified(*file: Any, nbytes: int, chunk_bytes: int, only: Any = None, **more: Any) -> Any:
+        read.append(nbytes if only is None else chunk_bytes * sum(map(len, only)))
+        return of_file(*file, nbytes=nbytes, chunk_bytes=chunk_bytes, only=only, **more)
+
+    readers.record_bytes = gathered.record_bytes = record_bytes
+    readers.read_verified = read_verified
+    return read
+
+
+def nbytes_of_parts(net: nn.Module, opt: torch.optim.Optimizer) -> int:
+    """What this rank has of parameters and state."""
+    return sum(len(local(each)) for p in net.parameters() for each in (p, *opt.state.get(p, {}).values()))
+
+
 DIGESTS = {"whole": digest, "parts": digest_of_parts}
 
 
@@ -128,7 +154,8 @@ def note(life: dict[str, Any], rank: int, net: nn.Module, opt: torch.optim.Optim
 def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     """One rank of a life."""
     torch.set_num_threads(1)
-    net, model, whose = laid_out(life["layout"], life["world"], **life.get("options", {}))
+    width = life.get("width", 13)
+    net, model, whose = laid_out(life["layout"], life["world"], width, **life.get("options", {}))
     opt = OPTIMIZERS[life.get("optimizer", "adamw")](net.parameters())
     restored, watched = Restored(), life.get("load", True)
     if watched:
@@ -136,14 +163,16 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
         fxckpt.compile_step(opt, life["dir"], model=model, every=every, keep=8, journal=journal, update=update)
         if "signal" in life:
             opt.ckpt.finish_on_signal()
+        read = counted()
         restored = fxckpt.load()
+        read_to_load = sum(read)
     loaded, losses, clamp = digest(net, opt), [], life.get("clamp")
     note(life, rank, net, opt, restored.step, restored.step)
     for step in fxckpt.steps(life["steps"]) if watched and life.get("boundaries") else range(restored.step, life["steps"]):
         if rank == 0:
             begun.value = step + 1
         torch.manual_seed(1000 * step + whose)
-        loss = model(torch.randn(4, 13)).square().mean()
+        loss = model(torch.randn(4, width)).square().mean()
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -157,6 +186,7 @@ def live(life: dict[str, Any], rank: int, begun: Any) -> dict[str, Any]:
     if watched:
         opt.ckpt.flush()
         note(life, rank, net, opt, life["steps"], opt.ckpt.statistics()["last_committed_step"])
+        found["read"], found["needed"] = read_to_load, nbytes_of_parts(net, opt)
         found["records"] = opt.ckpt.statistics()["records_committed"]
         found["graph"] = opt.ckpt.graph.table() if life["steps"] > restored.step else ""
         opt.ckpt.shutdown()
