@@ -317,7 +317,7 @@ def _records(numbers: Numbers, ranks: int = 10_000) -> str:
         ])  # fmt: skip
     head = ["ranks", "a record", "all", "one taken apart in", "all in", "all take", "all files read in", "one file of all in"]
     what = f"Ranks with a box of each of {record['tensors']} tensors, {record['nbytes'] / 1e9:.0f} GB together"
-    return f"{what}; rank 0 reads all records at its first commit, every rank at a load:\n\n{table(head, rows)}"
+    return f"{what}; rank 0 takes all records apart at its first commit, every rank at a load:\n\n{table(head, rows)}"
 
 
 def resharding(numbers: Numbers) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -99,7 +99,10 @@ class Choosing:
         while (key := newest_common(said, banned)) is not None:
             self._bad = set[Key]()
             chosen, verdict = self._places.first_good(key, self._verify)
-            if not self._ban(f"damaged/{len(banned)}", {key} | self._bad if verdict else ()):
+            bad = {key} | self._bad if verdict else set[Key]()
+            heard = self._agreement.exchange(f"damaged/{len(banned)}", [verdict, sorted(bad)])
+            damaged = [(at, why) for at, (why, _) in enumerate(heard) if why]
+            if not self._give_up(chosen, damaged, {key_of(each) for _, keys in heard for each in keys}):
                 mine = self._mine
                 on_two = {each: mine[each].record.generation if each in mine else None for each in safe(said, key)}
                 return Chosen(chosen, begins, on_two)
@@ -113,11 +116,17 @@ class Choosing:
             "compile_step(..., fresh=True), on every rank; a larger keep= makes this less likely."
         )
 
-    def _ban(self, topic: str, keys: Iterable[Key]) -> bool:
-        """No rank loads these any more, nor what others say so; False if nobody has any."""
-        found = {key_of(key) for each in self._agreement.exchange(topic, sorted(keys)) for key in each}
-        self._banned |= found
-        return bool(found)
+    def _give_up(self, found: Loadable | None, damaged: Sequence[tuple[int, str]], keys: Set[Key]) -> bool:
+        """No rank loads these any more, and why is said; False if it is none. ``found``: what this rank would have loaded where
+        others, ``damaged``, say why they cannot."""
+        for at, why in damaged:
+            mine = at == self._agreement.rank
+            reason = why if mine else f"rank {at}: {why}"
+            log.error("fxckpt: %s; looking for an older step", reason)
+            if found is not None and not mine:
+                self._skipped.append((str(found.path), reason))
+        self._banned |= keys
+        return bool(keys)
 
     def _verify(self, found: Loadable) -> str:
         """What is wrong with it here; empty if nothing is. Of a step of the journal all is read that it is made from."""
@@ -161,11 +170,10 @@ class Choosing:
             pass
         except (Broken, Corrupt, NoCheckpoint) as error:
             assert found is not None
-            log.error("fxckpt: %s; looking for an older step", error)
             why = error.error if isinstance(error, Broken) else error
             at = directory_of(why) if isinstance(why, Corrupt) and isinstance(found, Journaled) else str(found.path)
             self._skipped.append((at, str(error)))
-            phases.give_up("", self._damaged(found, error))
+            phases.give_up(str(error), self._damaged(found, error))
         except Exception as error:
             own = error
             phases.give_up(f"{type(own).__name__}: {own}")
@@ -174,8 +182,7 @@ class Choosing:
         if phases.failed:
             wrong = "".join(f"\n  rank {at}: {why}" for at, why in phases.failed)
             raise RanksDisagree(f"other ranks could not load, so this one does not train on:{wrong}")
-        self._banned |= phases.broken
-        return not phases.broken
+        return not self._give_up(found, phases.damaged, phases.broken)
 
     def _damaged(self, found: Loadable, error: Exception) -> set[Key]:
         """What cannot be loaded any more, by what restoring this one raised."""

@@ -269,12 +269,12 @@ def _lies_as_written(row: Journaled, target: Target) -> bool:
     """Has this rank of each tensor all, or just the part, that a rank had which wrote the journal? A kernel may round otherwise
     where a tensor ends, so steps made again on other parts need not have the same bits."""
     base = row.base.record
-    if not base.is_sharded and not any(map(is_spread, target.inventory.trained.values())):
-        return True
     try:
-        base = read_record(str(row.base.path))
+        base = read_record(str(row.base.path)) if base.parts else base
     except (Corrupt, NoCheckpoint):
         return True  # whoever loads it finds that, and looks for an older one
+    if not base.is_sharded and not any(map(is_spread, target.inventory.trained.values())):
+        return True
     return base.world_size == world_size() and relaid(match_tensors(base, target), base) is None
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fxckpt.compat.ranks import has_host_group, host_group
 from fxckpt.ranks import Agreement, Key, key_of
+
+log: logging.Logger = logging.getLogger("fxckpt")
 
 
 class Elsewhere(Exception):
@@ -16,14 +19,15 @@ class Elsewhere(Exception):
 
 class Phases:
     """Of one rank. ``number``: of the restoring, in its load. ``failed``: (rank, why) of those that cannot load at all;
-    ``broken``: what cannot be loaded, by one that can choose anew. ``group``: by which they send each other what they read; None
-    where they cannot."""
+    ``damaged``: of those that can choose anew, as all then do, but ``broken``. ``group``: by which they send each other what they
+    read; None where they cannot."""
 
     def __init__(self, agreement: Agreement, number: int):
         self.rank: int = agreement.rank
         self.world: int = agreement.world
         self.group: Any = None
         self.failed: list[tuple[int, str]] = []
+        self.damaged: list[tuple[int, str]] = []
         self.broken = set[Key]()
         self._agreement, self._topic = agreement, f"restore/{number}"
         self._phase = 0
@@ -39,11 +43,16 @@ class Phases:
 
     @contextmanager
     def sending(self) -> Iterator[None]:
-        """A phase of its own, behind which they can send for this block, if all of them can."""
-        if not all(self.all(has_host_group())):
-            yield
-            return
-        with host_group() as self.group:
+        """Two phases, behind which they can send for this block, if all of them can: where there is no way to, each reads for
+        itself."""
+        with ExitStack() as stack:
+            group = None
+            if all(self.all(has_host_group())):
+                try:
+                    group = stack.enter_context(host_group())
+                except (RuntimeError, ValueError) as error:
+                    log.warning("fxckpt: rank %d reads for itself, as no group of gloo can be made: %s", self.rank, error)
+            self.group = group if all(self.all(group is not None)) else None
             yield
 
     def give_up(self, why: str, broken: Iterable[Key] = ()) -> None:
@@ -55,7 +64,8 @@ class Phases:
         self._phase += 1
         ours, self._hears = self._hears, False  # if this raises, nobody listens any more
         said = self._agreement.exchange(f"{self._topic}/{self._phase}", [why, sorted(broken), value])
-        self.failed = [(rank, each) for rank, (each, _, _) in enumerate(said) if each]
+        self.failed = [(rank, each) for rank, (each, keys, _) in enumerate(said) if each and not keys]
+        self.damaged = [(rank, each) for rank, (each, keys, _) in enumerate(said) if keys]
         self.broken = {key_of(key) for _, keys, _ in said for key in keys}
-        self._hears = ours and not self.failed and not self.broken
+        self._hears = ours and not self.failed and not self.damaged
         return [each for *_, each in said]

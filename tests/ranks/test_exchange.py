@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import tempfile
 import threading
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 from fxckpt.compat.ranks import host_group
 from fxckpt.loading import exchange
+from fxckpt.loading import phases as loading_phases
 from fxckpt.loading.exchange import Exchange
 from fxckpt.loading.gathered import records_of
 from fxckpt.loading.phases import Elsewhere, Phases
@@ -190,6 +193,26 @@ def test_none_waits_inside_a_collective_for_one_that_reads_or_could_not(what, tm
         return phases.failed
 
     assert agreed(rank) == [[(1, "OSError: for the test")], None]
+
+
+@pytest.mark.parametrize("fail", [0, 1])
+def test_where_one_rank_has_no_group_to_send_by_each_reads_for_itself(fail, monkeypatch, caplog):
+    made = itertools.count()
+
+    @contextlib.contextmanager
+    def group():
+        if next(made) < fail:
+            raise RuntimeError("no interface")
+        yield "a group"
+
+    def rank(phases):
+        with phases.sending():
+            return phases.group
+
+    monkeypatch.setattr(loading_phases, "has_host_group", lambda: True)
+    monkeypatch.setattr(loading_phases, "host_group", group)
+    assert agreed(rank) == [None if fail else "a group"] * 2
+    assert ("reads for itself, as no group of gloo can be made: no interface" in caplog.text) == bool(fail)
 
 
 def test_stretches_are_all_that_is_wanted_once_and_are_the_same_on_every_rank(tmp_path):
