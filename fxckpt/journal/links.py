@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from fxckpt.compat.optimizers import plain_class
-from fxckpt.compat.spread import box_of
 from fxckpt.engine import Engine, Sources, Streams
 from fxckpt.errors import FxckptError
 from fxckpt.journal.digests import Digester, digest, watched_tensors
@@ -17,6 +16,7 @@ from fxckpt.journal.machine import adds_up, machine
 from fxckpt.journal.made import Made
 from fxckpt.optim.stepper import Stepper
 from fxckpt.saving.in_flight import InFlight
+from fxckpt.saving.inventory import stored_box
 from fxckpt.saving.landing import Landing, Link, Waiting
 from fxckpt.saving.plan import Layout
 from fxckpt.store.record import CUDA
@@ -84,7 +84,7 @@ class Links:
     def _label(self, full: Layout, number: int) -> str:
         """What a digest calls this layer."""
         [owner] = [i for i, each in enumerate(self._steppers) if number in each.executor.arranged.numbers]
-        boxes = {e.key: box_of(e.tensor) for e in full.layers[number].entries if e.key == e.owner}
+        boxes = {e.key: stored_box(e.tensor) for e in full.layers[number].entries if e.key == e.owner}
         parts = {key: (box.offset, box.shape) for key, box in boxes.items() if box is not None and not box.is_whole}
         return layer_label(owner, full.layers[number].name, parts)
 

@@ -14,7 +14,7 @@ import torch
 
 from fxckpt.compat import module_state
 from fxckpt.compat.modules import every_module, extra_state_modules
-from fxckpt.compat.spread import box_of, gradient_like, is_spread, like, local, spread_alike
+from fxckpt.compat.spread import gradient_like, is_spread, like, local, spread_alike
 from fxckpt.compat.unreduced import hold_back
 from fxckpt.errors import LayoutMismatch
 from fxckpt.graph.model.book import traces
@@ -26,7 +26,7 @@ from fxckpt.optim.given import given_to, what_changed
 from fxckpt.run import extra_state
 from fxckpt.run.module_values import ModuleValues
 from fxckpt.run.run import Run
-from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES, storable, take
+from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES, storable, stored_box, take
 from fxckpt.saving.plan import source_items
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
@@ -45,7 +45,7 @@ def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]
     """Verify the files of tensors while reading them into place, a file at a time. Of DTensors this rank's part is read. Where
     there are such, or not ``whole_files`` are asked for, of each file only what is needed."""
     writable = {key: storable(t) for key, t in tensors.items()}
-    boxes = {key: (box.offset, box.shape) for key, t in tensors.items() if (box := box_of(t)) is not None}
+    boxes = {key: (box.offset, box.shape) for key, t in tensors.items() if (box := stored_box(t)) is not None}
     for file in (MODEL, OPTIMIZER):
         with landed({key: t for key, t in writable.items() if key[0] == file}) as landing:
             items = dict(zip(landing, source_items(list(landing.values()))))
@@ -104,7 +104,8 @@ def make_state(
             made[key] = description["plain"][key]
             continue
         device = torch.device("cpu") if lies_on_host(key, len(place.shape), description, group) else param.device
-        is_alike = tuple(place.shape) == tuple(param.shape) and (place.shape or key in OF_THE_SAME_SHAPE)  # 0-dim: not each is
+        shape = _shape_of(place, key in description["complex"])
+        is_alike = shape == tuple(param.shape) and (shape or key in OF_THE_SAME_SHAPE)  # 0-dim: not each is
         of = param if is_spread(param) and is_alike else None
         made[key] = state_tensor(place, description["strides"].get(key), live.get(key), key in description["complex"], device, of)
         match.tensors[OPTIMIZER, place.key] = made[key]
@@ -129,9 +130,9 @@ def state_tensor(
 ) -> torch.Tensor:
     """An uninitialised tensor as the record describes it, or the live one if it is just so. ``of``: the DTensor that it is spread
     over ranks as."""
-    shape, dtype = tuple(place.shape) if of is None else tuple(local(of).shape), TORCH_DTYPES[place.dtype]
-    if is_complex and not dtype.is_complex:
-        shape, dtype = shape[:-1], COMPLEX_OF[place.dtype]
+    shape, dtype = _shape_of(place, is_complex), TORCH_DTYPES[place.dtype]
+    dtype = COMPLEX_OF[place.dtype] if is_complex and not dtype.is_complex else dtype
+    shape = shape if of is None else tuple(local(of).shape)
     wanted = (shape, dtype, strides_for(shape, strides), device)
     found = local(live)
     fits = isinstance(found, torch.Tensor) and (tuple(found.shape), found.dtype, found.stride(), found.device) == wanted
@@ -139,6 +140,12 @@ def state_tensor(
         return live
     made = torch.empty_strided(shape, wanted[2], dtype=dtype, device=device)
     return made if of is None else like(made, of)
+
+
+def _shape_of(place: TensorRecord, is_complex: bool) -> tuple[int, ...]:
+    """Of the tensor that was stored, be it in pairs of reals."""
+    in_pairs = is_complex and not TORCH_DTYPES[place.dtype].is_complex
+    return tuple(place.shape)[:-1] if in_pairs else tuple(place.shape)
 
 
 def strides_for(shape: tuple[int, ...], strides: Sequence[int] | None) -> tuple[int, ...]:

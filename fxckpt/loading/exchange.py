@@ -14,10 +14,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from fxckpt.compat.spread import box_of
 from fxckpt.loading.apply import landed, read_tensors
 from fxckpt.loading.phases import Phases
-from fxckpt.saving.inventory import storable
+from fxckpt.saving.inventory import storable, stored_box
 from fxckpt.saving.plan import source_items
 from fxckpt.store.boxes import Box
 from fxckpt.store.names import MODEL, OPTIMIZER
@@ -56,7 +55,7 @@ def read_by_all(reader: Reader, tensors: Mapping[Place, torch.Tensor], phases: P
 
 def _boxes(tensors: Mapping[Place, torch.Tensor]) -> dict[Place, Box]:
     """Which parts of DTensors this rank has."""
-    return {place: (box.offset, box.shape) for place, t in tensors.items() if (box := box_of(t)) is not None}
+    return {place: (box.offset, box.shape) for place, t in tensors.items() if (box := stored_box(t)) is not None}
 
 
 def _send(phases: Phases, given: torch.Tensor, out: Sequence[int], back: Sequence[int]) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxckpt.compat import cuda
-from fxckpt.compat.spread import box_of, local
+from fxckpt.compat.spread import local
 from fxckpt.errors import Corrupt, LayoutMismatch, SetupError
 from fxckpt.journal.repeatable import flushes_denormals
 from fxckpt.journal.replay import Replay
@@ -16,6 +16,7 @@ from fxckpt.loading import apply
 from fxckpt.loading.match import Match, match_tensors
 from fxckpt.loading.schema import Saved, check_encoded, decode
 from fxckpt.loading.target import Target
+from fxckpt.saving.inventory import stored_box
 from fxckpt.store import names
 from fxckpt.store.journaled import Broken, Journaled
 from fxckpt.store.reader import Reader
@@ -95,7 +96,7 @@ def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors
     """Make its steps, in place, where they were made: on a device, or in host memory. Raises Broken."""
     first = journal[0].record.journal
     assert first is not None
-    boxes = {place: (box.offset, box.shape) for place, t in tensors.items() if (box := box_of(t)) is not None}
+    boxes = {place: (box.offset, box.shape) for place, t in tensors.items() if (box := stored_box(t)) is not None}
     parts = {place: local(t) for place, t in tensors.items()}
     devices = cuda.Devices()
     device = _device_of(journal, devices)

@@ -11,10 +11,10 @@ import torch
 from fxckpt.compat.module_state import takes_shapes
 from fxckpt.compat.modules import every_module
 from fxckpt.compat.optimizers import SCHEDULER_NOTES, plain_class
-from fxckpt.compat.spread import box_of, is_spread
+from fxckpt.compat.spread import is_spread, local
 from fxckpt.errors import LayoutMismatch
 from fxckpt.loading.target import Target
-from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable, storable_as
+from fxckpt.saving.inventory import DTYPES, TORCH_DTYPES, is_position, storable, storable_as, stored_box
 from fxckpt.saving.ownership import check_names
 from fxckpt.store.about import imported
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -135,13 +135,14 @@ def _resize_buffers(out: Match, buffers: Mapping[str, torch.Tensor], modules: Ma
 
 def _shape(live: torch.Tensor, real: torch.Tensor) -> tuple[int, ...]:
     """That of a live tensor as a record has it, of a DTensor the whole's. ``real``: what of it a file can hold."""
-    return tuple((live if is_spread(live) else real).shape)
+    return (*live.shape, *real.shape[local(live).dim() :]) if is_spread(live) else tuple(real.shape)
 
 
 def relaid(match: Match, record: Record) -> str | None:
     """A tensor of which this rank had another part when the checkpoint was written; None: each lies where it lay."""
     for stored in record.tensors(MODEL):
-        box = box_of(match.tensors.get((MODEL, stored.key)))
+        live = match.tensors.get((MODEL, stored.key))
+        box = None if live is None else stored_box(live)
         is_part = box is not None and not box.is_whole and 0 not in box.shape
         wrote = {(each.offset, each.shape) for each in stored.pieces}
         if (is_part or wrote) and not (box is not None and (0 in box.shape or (box.offset, box.shape) in wrote)):

@@ -14,7 +14,7 @@ import torch
 
 from fxckpt.compat import cuda
 from fxckpt.compat.modules import Walk, every_module, named_buffers, named_parameters, places
-from fxckpt.compat.spread import box_of, is_replicated, is_spread, local
+from fxckpt.compat.spread import Box, box_of, is_replicated, is_spread, local
 from fxckpt.compat.tensors import is_transformed, is_wrapper
 from fxckpt.errors import SetupError, StateError
 from fxckpt.graph.model.book import TraceBook
@@ -106,6 +106,14 @@ def storable(tensor: torch.Tensor, name: str = "") -> torch.Tensor:
     if tensor.dtype not in DTYPES:
         raise SetupError(f"{what}a {tensor.dtype} tensor: safetensors has no such type")
     return tensor
+
+
+def stored_box(tensor: torch.Tensor) -> Box | None:
+    """``box_of`` a tensor as a file has it: of pairs of reals both."""
+    box = box_of(tensor)
+    if box is None or not tensor.is_complex() or tensor.dtype in DTYPES:
+        return box
+    return Box((*box.whole, 2), (*box.offset, 0), (*box.shape, 2), box.holders)
 
 
 def storable_as(tensor: torch.Tensor, dtype: str) -> torch.Tensor:

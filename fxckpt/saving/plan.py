@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from fxckpt.compat.spread import Box, box_of, local
+from fxckpt.compat.spread import Box, local
 from fxckpt.engine import Engine, Plan, Sources
 from fxckpt.engine.plan import Item
 from fxckpt.engine.sums import Sums, digest_of
-from fxckpt.saving.inventory import DTYPES, Inventory, storable
+from fxckpt.saving.inventory import DTYPES, Inventory, storable, stored_box
 from fxckpt.saving.share import Share
 from fxckpt.store.layout import FileLayout, Placed, TensorSpec, lay_out, sharding_metadata, sum_bytes
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
@@ -129,7 +129,7 @@ class Layout:
             entries = [*layer.mine(layer.entries), *(c for name in owners for c in counts.get(name, ()))]
             entries = [e for e in entries if e.file < len(self.files)]
             places = [(self.files[e.file].name, e.key, placed[e.file, e.key]) for e in entries]
-            tensors = tuple(_recorded(f, key, p, box_of(e.tensor)) for (f, key, p), e in zip(places, entries))
+            tensors = tuple(_recorded(f, key, p, stored_box(e.tensor)) for (f, key, p), e in zip(places, entries))
             nbytes = sum(t.nbytes for t in tensors)
             out.append(LayerRecord(len(out), layer.name, layer.kind, 0, 0.0, layer.parameters, nbytes, tensors))
         return tuple(out)
@@ -193,7 +193,7 @@ def make_layout(
     specs: list[list[TensorSpec]] = [[] for _ in (*names, *checked)]
     boxes: list[dict[str, Box | None]] = [{} for _ in specs]
     for number, entry, tensor in stored:
-        boxes[entry.file][entry.key] = box = box_of(entry.tensor)
+        boxes[entry.file][entry.key] = box = stored_box(entry.tensor)
         shape = tuple(tensor.shape) if box is None else box.shape
         specs[entry.file].append(TensorSpec(entry.key, DTYPES[tensor.dtype], shape, number))
     files = [lay_out(name, spec, _metadata(spec, of)) for name, spec, of in zip((*names, *checked), specs, boxes)]
@@ -201,6 +201,7 @@ def make_layout(
     geometry = []
     for number, entry, tensor in stored:
         p = placed[entry.file, entry.key]
+        assert p.nbytes == tensor.nbytes, f"{entry.key}: {tensor.nbytes} bytes, of which the record would say {p.spec.shape}"
         geometry.append((number, entry.file, p.begin, p.nbytes, tensor.element_size()))
         if layers[number].kind not in MOVING:
             layers[number].memory.append(tensor)

@@ -92,6 +92,17 @@ def test_a_load_in_any_layout_reads_what_its_ranks_need_and_little_more(run):
     assert ratios[0] == 0 and all(0.3 < each <= 1.1 for each in ratios[1:]), ratios
 
 
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "float64"])
+def test_parts_of_types_that_are_stored_in_pairs_go_on_on_any_number_of_ranks(dtype, rank_server, tmp_path):
+    before = ""
+    for steps, world in ((2, 2), (4, 2), (6, 3), (8, 2)):
+        asked = {"script": "pairs_run", "dtype": dtype, "dir": "a", "steps": steps, "world": world, "cwd": str(tmp_path)}
+        ranks = rank_server.live(asked)
+        assert [each.get("error") for each in ranks] == [None] * world
+        assert only(ranks, "start") == steps - 2 and (not before or only(ranks, "loaded") == before)
+        before = only(ranks, "left")
+
+
 @pytest.mark.parametrize("kind", [names.OPTIMIZER, names.PART])
 @pytest.mark.parametrize("layout", ["fsdp", "tp"])
 def test_a_flipped_bit_in_one_part_takes_all_ranks_back_to_the_step_before(layout, kind, run, tmp_path):
