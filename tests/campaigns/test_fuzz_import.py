@@ -140,7 +140,7 @@ def test_what_is_imported_from_any_bytes_verifies_or_is_refused(kind, place, cou
     campaign(st.tuples(st.integers(0, 9), st.lists(BYTES, max_size=3), st.none() | CHANGES, st.booleans()), one, 25)
     for outcome, many in outcomes.items():
         counted(f"hostile sources of {kind} that were {outcome}", many)
-    assert outcomes["refused"] > 3
+    assert outcomes["refused"] > 0
 
 
 # ---- what chance does not find ----
