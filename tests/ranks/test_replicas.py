@@ -104,21 +104,22 @@ def test_replicas_are_accused_once_a_bit_is_flipped_and_never_before(tmp_path, m
     """``FXCKPT_LIVES`` runs of chance, of two to four ranks each."""
     dice = random.SystemRandom()
     for n in range(int(os.environ.get("FXCKPT_LIVES", "2"))):
-        job, options = Job(tmp_path / str(n), monkeypatch, world=dice.randint(2, 4)), a_run(dice)
-        assert not [each for each in job.begin(**options) if isinstance(each, Exception)]
-        for _ in range(dice.randint(1, 4)):
-            job.train(dice.randint(1, 3))
-            assert job.flush() == [None] * job.world
-        assert "differ" not in caplog.text, options
-        name = "0.weight" if options["make"] is plain else "inner.0.weight"
-        spoil(job.runs[-1], name, bit=20)  # no update that is far larger than the weight rounds this difference away
-        for _ in range(4 * job.world):  # each looks at another one in turn
-            job.train(1)
-            job.flush()
-            if named := "have other bits in layer" in caplog.text:
-                break
-        assert named, options
-        job.end()
+        with monkeypatch.context() as patched:  # which else holds every job to the end
+            job, options = Job(tmp_path / str(n), patched, world=dice.randint(2, 4)), a_run(dice)
+            assert not [each for each in job.begin(**options) if isinstance(each, Exception)]
+            for _ in range(dice.randint(1, 4)):
+                job.train(dice.randint(1, 3))
+                assert job.flush() == [None] * job.world
+            assert "differ" not in caplog.text, options
+            name = "0.weight" if options["make"] is plain else "inner.0.weight"
+            spoil(job.runs[-1], name, bit=20)  # no update that is far larger than the weight rounds this difference away
+            for _ in range(4 * job.world):  # each looks at another one in turn
+                job.train(1)
+                job.flush()
+                if named := "have other bits in layer" in caplog.text:
+                    break
+            assert named, options
+            job.end()
         caplog.clear()
         counted("runs of replicas", 1)
         shutil.rmtree(job.root)
