@@ -28,9 +28,10 @@ from fxckpt.run.module_values import ModuleValues
 from fxckpt.run.run import Run
 from fxckpt.saving.inventory import COMPLEX_OF, TORCH_DTYPES, storable, stored_box, take
 from fxckpt.saving.plan import source_items
+from fxckpt.store.boxes import Box
 from fxckpt.store.names import MODEL, OPTIMIZER, state_key
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import TensorRecord
+from fxckpt.store.record import Place, TensorRecord
 
 log: logging.Logger = logging.getLogger("fxckpt")
 
@@ -45,11 +46,16 @@ def read_tensors(reader: Reader, tensors: Mapping[tuple[str, str], torch.Tensor]
     """Verify the files of tensors while reading them into place, a file at a time. Of DTensors this rank's part is read. Where
     there are such, or not ``whole_files`` are asked for, of each file only what is needed."""
     writable = {key: storable(t) for key, t in tensors.items()}
-    boxes = {key: (box.offset, box.shape) for key, t in tensors.items() if (box := stored_box(t)) is not None}
+    boxes = boxes_of(tensors)
     for file in (MODEL, OPTIMIZER):
         with landed({key: t for key, t in writable.items() if key[0] == file}) as landing:
             items = dict(zip(landing, source_items(list(landing.values()))))
             reader.read_into(items, file, boxes=None if whole_files and not boxes else boxes)
+
+
+def boxes_of(tensors: Mapping[Place, torch.Tensor]) -> dict[Place, Box]:
+    """Which parts of DTensors this rank has, as files have them."""
+    return {place: (box.offset, box.shape) for place, t in tensors.items() if (box := stored_box(t)) is not None}
 
 
 @contextmanager

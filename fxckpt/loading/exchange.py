@@ -14,9 +14,9 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from fxckpt.loading.apply import landed, read_tensors
+from fxckpt.loading.apply import boxes_of, landed, read_tensors
 from fxckpt.loading.phases import Phases
-from fxckpt.saving.inventory import storable, stored_box
+from fxckpt.saving.inventory import storable
 from fxckpt.saving.plan import source_items
 from fxckpt.store.boxes import Box
 from fxckpt.store.names import MODEL, OPTIMIZER
@@ -36,14 +36,14 @@ Send = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 
 def is_worth_it(reader: Reader, tensors: Mapping[Place, torch.Tensor], phases: Phases) -> bool:
     """Shall all ranks of a load share the work of reading these? A phase of its own."""
-    boxes = _boxes(tensors)
+    boxes = boxes_of(tensors)
     much = reader.bytes_for(boxes) > WORTH * sum(storable(tensors[place]).nbytes for place in boxes)
     return any(phases.all(much)) and phases.group is not None
 
 
 def read_by_all(reader: Reader, tensors: Mapping[Place, torch.Tensor], phases: Phases) -> None:
     """``read_tensors``, by all ranks of a load together."""
-    boxes = _boxes(tensors)
+    boxes = boxes_of(tensors)
     wanted: list[dict[Place, Box]] = [{} for _ in range(phases.world)]
     dist.all_gather_object(wanted, boxes, phases.group)
     work = Exchange(reader, wanted, phases.rank, partial(_send, phases))
@@ -51,11 +51,6 @@ def read_by_all(reader: Reader, tensors: Mapping[Place, torch.Tensor], phases: P
         with landed({place: storable(tensors[place]) for place in boxes if place[0] == kind}) as landing:
             work.run(kind, landing)
     read_tensors(reader, {place: t for place, t in tensors.items() if place not in boxes}, whole_files=False)
-
-
-def _boxes(tensors: Mapping[Place, torch.Tensor]) -> dict[Place, Box]:
-    """Which parts of DTensors this rank has."""
-    return {place: (box.offset, box.shape) for place, t in tensors.items() if (box := stored_box(t)) is not None}
 
 
 def _send(phases: Phases, given: torch.Tensor, out: Sequence[int], back: Sequence[int]) -> torch.Tensor:

@@ -16,7 +16,6 @@ from fxckpt.loading import apply
 from fxckpt.loading.match import Match, match_tensors
 from fxckpt.loading.schema import Saved, check_encoded, decode
 from fxckpt.loading.target import Target
-from fxckpt.saving.inventory import stored_box
 from fxckpt.store import names
 from fxckpt.store.journaled import Broken, Journaled
 from fxckpt.store.reader import Reader
@@ -96,7 +95,7 @@ def make(base: Reader, journal: Sequence[Reader], saved: Saved, tensors: Tensors
     """Make its steps, in place, where they were made: on a device, or in host memory. Raises Broken."""
     first = journal[0].record.journal
     assert first is not None
-    boxes = {place: (box.offset, box.shape) for place, t in tensors.items() if (box := stored_box(t)) is not None}
+    boxes = apply.boxes_of(tensors)
     parts = {place: local(t) for place, t in tensors.items()}
     devices = cuda.Devices()
     device = _device_of(journal, devices)

@@ -17,9 +17,7 @@ from fxckpt.store.boxes import Box
 from fxckpt.store.journaled import Journaled
 from fxckpt.store.parts import box_of
 from fxckpt.store.reader import Reader
-from fxckpt.store.record import Record
-
-Place = tuple[str, str]
+from fxckpt.store.record import Place, Record
 
 
 def make_in_parts(found: Journaled, tensors: Mapping[Place, torch.Tensor]) -> None:
